@@ -1,0 +1,303 @@
+"""Parameters: properties, every refusal, and stock papermill beside ours."""
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from opml_wb.core.params import ParamError, canonical, defaults, describe, inject, resolve, schema, validate
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+                    max_leaves=12)
+CELL = '''
+from typing import Annotated, Literal
+from opml_wb.core.params import Range
+%matplotlib inline
+n: Annotated[int, Range(1, 100)] = 10     # how many
+rate: Annotated[float, Range(0, 1)] = .5
+kind: Literal["a", "b"] = "a"
+level: Literal[1, 2] = 1
+sizes: list[int] = [1, 2]
+share: float | None = None
+name = "x"
+on = False
+free = None
+table = {}
+'''
+
+
+def notebook(*sources, parameters=(0,), minor=5):
+    """Code cells, those numbered in `parameters` tagged."""
+    return dict(nbformat=4, nbformat_minor=minor, metadata={}, cells=[
+        dict(cell_type="code", id=f"cell{i}", source=s, outputs=[], execution_count=None,
+             metadata={"tags": ["parameters"] if i in parameters else []}) for i, s in enumerate(sources)])
+
+
+def same(a, b):
+    """Equal, and of equal types all the way down (True is not 1, 1 is not 1.0, -0.0 is not 0.0)."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def executed(nb):
+    """What the injected cell's source sets."""
+    [cell] = [c for c in nb["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
+    scope = {}
+    exec("".join(cell["source"]), scope)
+    return {k: v for k, v in scope.items() if k != "__builtins__"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(["n", "été", "_x", "json"]), JSON))
+def test_injected_values_come_back_exactly(values):
+    from IPython.core.inputtransformer2 import TransformerManager
+    nb = notebook("n = 1", "print(n)")
+    before = copy.deepcopy(nb)
+    new = inject(nb, values)
+    assert nb == before
+    if not values:
+        assert new == nb
+        return
+    assert same(executed(new), values)
+    source = new["cells"][1]["source"]
+    assert TransformerManager().transform_cell(source) == source      # no line of it is a magic
+    assert inject(new, values) == new and inject(new, {}) == nb
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON)
+def test_canonical_leaves_json_alone_and_is_new(value):
+    assert same(canonical(value), value)
+    assert same(json.loads(json.dumps(canonical(value))), value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.lists(st.integers()), JSON, TEXT)
+def test_texts_of_the_command_line(n, x, sizes, free, name):
+    nb = notebook("n: int = 0\nx: float = 0\nsizes: list[int] = []\nfree: 'Any' = 0\ntable: dict = {}\n"
+                  "name: str = ''\nbare: list[int] = []")
+    text = dict(n=str(n), x=repr(x), sizes=json.dumps(sizes), free=json.dumps(free), table=repr({"a": free}), name=name,
+                bare=",".join(map(str, sizes)))
+    expected = dict(n=n, x=x, sizes=sizes, free=free, table={"a": free}, name=name, bare=sizes)
+    assert same(resolve(nb, text=text), expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(["n", "rate", "kind", "level", "sizes", "share", "name", "on", "free", "table"]),
+       st.text() | st.from_regex(r"[\[\{\"'(]{0,3}[0-9a-z,.\-]{0,5}[\]\}\"')]{0,3}", fullmatch=True))
+def test_any_text_is_a_value_or_a_parameter_error(name, text):
+    nb = notebook(CELL)
+    try:
+        value = validate(nb, text={name: text})
+    except ParamError as error:
+        assert error.param == name and repr(name) in str(error)
+    else:
+        assert same(validate(nb, value), value)       # what was accepted is accepted again
+        json.dumps(value, allow_nan=False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text() | st.lists(st.sampled_from(CELL.splitlines() + ["n += 1", "a, *b = 1, 2", "if n:", "%%time", "x = (",
+                                                                 '"""', "del n"])).map("\n".join))
+def test_any_cell_is_read_or_refused(source):
+    try:
+        rows = describe(notebook(source))
+    except ParamError as error:
+        assert error.cell == 0
+    else:
+        assert [r["name"] for r in rows if r["known"]] == list(defaults(notebook(source)))
+        json.dumps(rows, allow_nan=False)
+
+
+def test_numpy_values_of_a_preset_arrive_as_numbers():
+    nb = notebook(CELL)
+    preset = dict(n=np.int64(3), rate=np.float32(.25), kind=np.str_("b"), sizes=np.array([4, 5]), share=np.float64(.1),
+                  on=np.bool_(True),
+                  free=(np.int8(1), {"a": np.array(2)}), level=np.uint8(2))
+    expected = dict(n=3, rate=.25, kind="b", level=2, sizes=[4, 5], share=.1, on=True, free=[1, {"a": 2}])
+    assert same(validate(nb, preset), expected)
+    assert same(executed(inject(nb, validate(nb, preset))), expected)
+    assert list(resolve(nb, preset)) == [r["name"] for r in describe(nb)]
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(rates=1), "unknown parameter 'rates'; did you mean 'rate'?"),
+    (dict(N=3), "unknown parameter 'N'; did you mean 'n'?"),
+    (dict(n=101), "parameter 'n': expected int from 1 to 100, got 101 (int)"),
+    (dict(n=0), "expected int from 1 to 100"),
+    (dict(n=3.0), "got 3.0 (float)"),
+    (dict(n=np.float64(3)), "got 3.0 (float)"),
+    (dict(n=True), "got True (bool)"),
+    (dict(n="3"), "got '3' (str)"),
+    (dict(n=None), "got None (NoneType)"),
+    (dict(rate=True), "expected float from 0 to 1, got True"),
+    (dict(rate=1.5), "expected float from 0 to 1, got 1.5"),
+    (dict(rate=math.nan), "parameter 'rate'"),
+    (dict(rate=np.float32("inf")), "parameter 'rate'"),
+    (dict(free=[1, {"a": math.nan}]), "got nan at [1]['a']"),
+    (dict(kind="c"), "parameter 'kind': expected one of 'a' | 'b', got 'c'"),
+    (dict(level=True), "expected one of 1 | 2, got True (bool)"),
+    (dict(level=3), "expected one of 1 | 2, got 3 (int)"),
+    (dict(sizes=[1, "x"]), "parameter 'sizes': expected list[int], got 'x' (str) at [1]"),
+    (dict(sizes=3), "expected list[int], got 3"),
+    (dict(share="x"), "expected float | None, got 'x'"),
+    (dict(on=1), "expected bool, got 1 (int)"),
+    (dict(name=3), "expected str, got 3 (int)"),
+    (dict(table=[1]), "expected dict, got [1]"),
+    (dict(table={1: 2}), "keys must be str"),
+    (dict(free={1, 2}), "give a sorted list"),
+    (dict(free=object()), "builtins.object"),
+])
+def test_refused_values(given, said):
+    nb = notebook(CELL)
+    for check in (resolve, validate):
+        with pytest.raises(ParamError) as caught:
+            check(nb, given)
+        assert said in str(caught.value)
+        assert caught.value.param == next(iter(given)) and caught.value.param in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("text, said", [
+    (dict(n="abc"), "parameter 'n': expected int from 1 to 100, got 'abc' (str)"),
+    (dict(n="1e1"), "expected int"), (dict(n=""), "expected int"), (dict(n="200"), "got 200 (int)"),
+    (dict(rate="NaN"), "got nan"), (dict(rate="-inf"), "got -inf"), (dict(free="NaN"), "got nan"),
+                                        (dict(free="[1e999]"), "got inf at [0]"),
+    (dict(on="maybe"), "expected bool, got 'maybe'"), (dict(sizes="1,x"), "expected list[int]"),
+                                        (dict(table="{"), "expected dict"),
+    (dict(kind="c"), "expected one of"), (dict(name="a\udcff"), "lone surrogate"),
+])
+def test_refused_texts(text, said):
+    with pytest.raises(ParamError, match="parameter '(n|rate|free|on|sizes|table|kind|name)'") as caught:
+        resolve(notebook(CELL), text=text)
+    assert said in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once():
+    with pytest.raises(ParamError) as caught:
+        resolve(notebook(CELL), dict(n=0, kind="c", nmae=1))
+    for said in ("parameter 'n'", "parameter 'kind'", "did you mean 'name'?"):
+        assert said in str(caught.value)
+
+
+def typed(kind):
+    """A notebook whose tagged cell is of another kind."""
+    nb = notebook("a = 1", "b = 2", parameters=[1])
+    nb["cells"][1]["cell_type"] = kind
+    return nb
+
+
+@pytest.mark.parametrize("read", [schema, describe, resolve, validate, defaults, lambda nb: inject(nb, {})])
+@pytest.mark.parametrize("nb, said, cell", [
+    (notebook("a = 1", "", "a = 2", parameters=[0, 2]), "cells 0, 2 (from 0) are all tagged 'parameters'", 2),
+    (typed("markdown"), "cell 1 (from 0) is tagged 'parameters', but is a markdown cell", 1),
+    (typed("raw"), "is a raw cell", 1), ({}, "not a notebook", None), ([], "not a notebook", None),
+])
+def test_cells_that_cannot_be_the_one(nb, said, cell, read):
+    with pytest.raises(ParamError) as caught:
+        read(nb)
+    assert said in str(caught.value) and caught.value.cell == cell and caught.value.param is None
+
+
+@pytest.mark.parametrize("read", [describe, resolve, validate, defaults])
+@pytest.mark.parametrize("source, said, param", [
+    ("a = 1\nb = \n", "cell 1, from 0) is not Python: invalid syntax, line 2: 'b ='", None),
+    ("a: 'Annotated[int, Range(3, 1)]' = 2", "parameter 'a' (cell 1, from 0): 3 > 1", "a"),
+    ("a: 'Annotated[str, Range(0, 1)]' = 2", "bounds belong to int or float, not to str", "a"),
+    ("a: 'Annotated[int, Range(3, 4)]' = 2",
+     "the default of parameter 'a' (cell 1, from 0): expected int from 3 to 4, got 2", "a"),
+    ("a: int = 'x'", "the default of parameter 'a' (cell 1, from 0): expected int, got 'x' (str)", "a"),
+    ("a: 'Annotated[int, Field(min_length=1)]' = 3", "doesn't fit", None),
+])
+def test_cells_that_cannot_be_read(source, said, param, read):
+    with pytest.raises(ParamError) as caught:
+        read(notebook("", source, parameters=[1]))
+    assert said in str(caught.value) and caught.value.cell == 1 and caught.value.param == param
+
+
+def test_values_without_a_parameters_cell():
+    nb = notebook("a = 1", "b = 2", parameters=[])
+    nb["cells"].insert(0, dict(cell_type="markdown", id="m", metadata={}, source="# Title"))
+    assert describe(nb) == [] and resolve(nb) == {} and inject(nb, {}) == nb and schema(nb).__cell__ is None
+    for refuse in (lambda: resolve(nb, dict(a=1)), lambda: validate(nb, text=dict(a="1")),
+                   lambda: inject(nb, dict(a=1))):
+        with pytest.raises(ParamError, match="no cell is tagged 'parameters'") as caught:
+            refuse()
+        assert caught.value.cell == 1 and "code cells: 1, 2): tag the one" in str(caught.value)
+
+
+def test_nothing_is_executed(tmp_path):
+    nb = notebook(f"from pathlib import Path\nx = Path({str(tmp_path)!r}, 'seen').write_text('!')\n"
+                  f"y = open({str(tmp_path / 'seen')!r}, 'w')\n"
+                  "z = [print(1)]\nbig = 9 ** 9 ** 9\nrow = [0] * 10 ** 12\nm: __import__('os').system('exit 3') = 1")
+    rows = describe(nb)
+    assert [(r["name"], r["known"]) for r in rows] == [("x", False), ("y", False), ("z", False), ("big", False),
+                                                       ("row", False), ("m", True)]
+    assert not list(tmp_path.iterdir()) and resolve(nb) == {"m": 1}
+    assert resolve(nb, dict(x="given")) == {"x": "given", "m": 1}
+
+
+def test_importing_stays_light():
+    code = """if True:
+        import sys, opml_wb.core.params as p
+        p.canonical([1])
+        heavy = {"pydantic", "numpy", "IPython", "nbformat", "papermill"} & set(sys.modules)
+        assert not heavy, heavy
+        nb = {"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "a = 1"}]}
+        assert p.resolve(nb, {"a": 2}) == {"a": 2} and "numpy" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_result_is_a_notebook():
+    import nbformat
+    for minor in (4, 5):
+        nb = notebook("n = 1", "n", minor=minor)
+        if minor == 4:
+            for cell in nb["cells"]:
+                del cell["id"]
+        nbformat.validate(inject(nb, dict(n=2)))
+    node = nbformat.from_dict(notebook("n = 1", "n"))
+    new = inject(node, dict(n=2))
+    nbformat.validate(new)
+    assert new.cells[1].metadata.tags == ["injected-parameters"] and len(node.cells) == 2
+
+
+SIMPLE = ['a = 1  # the first\nb: float = 2.5\nc = "text"  # a text\nd = [1, 2]\ne = None\nf = True',
+          'import os\nalpha: int = 3  # strength\n\n# a heading\n\nbeta = {"k": 1}  # table',
+          "x = 10  # type: int  how many\ny = -1.5"]
+
+
+@pytest.mark.parametrize("source", SIMPLE)
+def test_papermill_reads_the_same_parameters(source, tmp_path):
+    import papermill
+    nb = notebook(source)
+    nb["metadata"]["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
+    path = tmp_path / "simple.ipynb"
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    theirs = papermill.inspect_notebook(str(path))
+    ours = {r["name"]: r for r in describe(nb)}
+    assert list(theirs) == list(ours)
+    for name, p in theirs.items():
+        assert eval(p["default"]) == ours[name]["default"] and p["help"] == ours[name]["help"]
+        assert p["inferred_type_name"] in ("None", ours[name]["type"])
+
+
+@pytest.mark.parametrize("values", [dict(a=2), dict(a=True, b=None, c='é "q" \\ \n\t x'),
+                                    dict(c=[1, [2.5, {"k": None}]], a=-3), dict(b={"x": [True]})])
+def test_papermill_injects_the_same_cell(values):
+    import nbformat
+    from papermill.parameterize import parameterize_notebook
+    nb = notebook("a = 1\nb = 2\nc = 3", "print(a)")
+    nb["metadata"] = dict(kernelspec=dict(name="python3", language="python", display_name="Python 3"), papermill={})
+    theirs = parameterize_notebook(nbformat.from_dict(copy.deepcopy(nb)), values)
+    ours = inject(nb, values)
+    assert [c["metadata"].get("tags", []) for c in ours["cells"]] == [c.metadata.get("tags", []) for c in theirs.cells]
+    assert same(executed(ours), executed(theirs)) and same(executed(ours), values)
+    again = parameterize_notebook(nbformat.from_dict(copy.deepcopy(ours)),
+                                  dict(a=9))       # papermill replaces our cell, and we its
+    assert len(again.cells) == 3 and executed(again) == {"a": 9} and executed(inject(again, dict(a=8))) == {"a": 8}
