@@ -33,9 +33,12 @@ def lab(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OPML_RUN", "JUPYTER_"))}
     env.update(JUPYTER_CONFIG_DIR=str(tmp_path/"config"), JUPYTERLAB_SETTINGS_DIR=str(tmp_path/"settings"),
                JUPYTERLAB_WORKSPACES_DIR=str(tmp_path/"workspaces"), OPML_HOME=str(tmp_path/"home"))
+    quiet = tmp_path/"settings"/"@jupyterlab"/"apputils-extension"/"notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     log = open(tmp_path/"lab.log", "w")
     cmd = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-           f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path/'chapters'}", "--LabApp.news_url=None"]
+           f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path/'chapters'}"]
     server = subprocess.Popen(cmd, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         for _ in range(120):
@@ -56,30 +59,33 @@ def page():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra [dev]")
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        yield browser.new_page(viewport=dict(width=1280, height=1000))
+        page = browser.new_page(viewport=dict(width=1280, height=1000))
+        yield page
+        (HERE/"artefacts").mkdir(exist_ok=True)
+        page.screenshot(path=HERE/"artefacts"/"lab-last.png")
         browser.close()
 
 
 def run_all(page, timeout_s=180):
     "Menu Run, Run All Cells, and wait until the kernel is idle and each code cell has its number."
     page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)        # before that, Run All would ask for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=timeout_s*1000)
 
 
-def drawn(page):
-    "The points of the live figure as the page shows them: each marker's place and the text beside it."
-    return page.eval_on_selector(".jupyter-widgets .js-plotly-plot", """e => JSON.stringify([
-        [...e.querySelectorAll('.scatterlayer path.point')].map(p => p.getAttribute('transform')),
-        [...e.querySelectorAll('text')].map(t => t.textContent)])""")
+PLAY = ".jp-CodeCell:has(.noUi-handle)"                    # the cell of the widget: sliders, a line of text, the figure
+DRAWN = """() => { const e = document.querySelector('%s .js-plotly-plot'); return e && JSON.stringify([
+    [...e.querySelectorAll('.scatterlayer path.point')].map(p => p.getAttribute('transform')),
+    [...e.querySelectorAll('.scatterlayer text')].map(t => t.textContent)]) }""" % PLAY
 
 
 def scroll_to(page, selector):
+    page.wait_for_selector(selector, state="attached", timeout=30_000)
     page.eval_on_selector(selector, "e => e.scrollIntoView({block: 'center'})")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(700)
 
 
 def test_riann_chapter_in_jupyterlab(lab, page):
@@ -91,23 +97,23 @@ def test_riann_chapter_in_jupyterlab(lab, page):
     page.goto(lab.format("07_riann.ipynb"))
     run_all(page)
     page.screenshot(path=shots/"riann-top.png")
-    scroll_to(page, ".jupyter-widgets .js-plotly-plot")
-    page.wait_for_selector(".jupyter-widgets .js-plotly-plot .scatterlayer path.point", timeout=30_000)
+    scroll_to(page, f"{PLAY} .js-plotly-plot")
+    page.wait_for_selector(f"{PLAY} .scatterlayer path.point", timeout=30_000)
     page.screenshot(path=shots/"riann-play-default.png")
 
-    before = drawn(page)
-    for _ in range(3):                                     # a reader moves the first slider
-        page.locator(".noUi-handle").first.focus()
-        page.keyboard.press("ArrowRight")
-        page.wait_for_timeout(300)
-    page.wait_for_function("""before => JSON.stringify([
-        [...document.querySelectorAll('.jupyter-widgets .js-plotly-plot .scatterlayer path.point')].map(p => p.getAttribute('transform')),
-        [...document.querySelectorAll('.jupyter-widgets .js-plotly-plot text')].map(t => t.textContent)]) !== before""",
-                           arg=before, timeout=20_000)
+    before = page.evaluate(DRAWN)
+    page.locator(f"{PLAY} .noUi-handle").first.focus()
+    for _ in range(4): page.keyboard.press("ArrowRight")   # a reader moves the first slider
+    page.wait_for_function(f"before => ({DRAWN})() !== before", arg=before, timeout=20_000)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=30_000)
-    assert drawn(page) != before
+    after = page.evaluate(DRAWN)
+    assert after.count("translate") > before.count("translate")    # the new point joins the old ones
     page.screenshot(path=shots/"riann-play-moved.png")
 
-    errors = page.eval_on_selector_all('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]', "es => es.map(e => e.innerText)")
+    for i, plot in enumerate(page.locator(".jp-OutputArea .js-plotly-plot").all()):
+        plot.scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
+        plot.screenshot(path=shots/f"riann-figure-{i}.png")
+    errors = page.eval_on_selector_all('[data-mime-type="application/vnd.jupyter.error"]', "es => es.map(e => e.innerText)")
     assert errors == []
     assert faults == [] and strangers == []

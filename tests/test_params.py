@@ -183,6 +183,25 @@ def test_several_mistakes_are_told_at_once():
         resolve(notebook(CELL), dict(n=0, kind="c", nmae=1))
     for said in ("parameter 'n'", "parameter 'kind'", "did you mean 'name'?"):
         assert said in str(caught.value)
+    assert str(caught.value).startswith("unknown") and caught.value.param == "nmae"
+
+
+def test_a_default_that_is_changed_later_is_not_believed():
+    nb = notebook("a = 1\nb = [1]\nc = 2\na += 1\nb[0] = 5\nfor c in range(3): pass\nd = a")
+    assert [(r["name"], r["known"], r["type"]) for r in describe(nb)] == [
+        ("a", False, "int"), ("b", False, "list"), ("c", False, "int"), ("d", False, "any")]
+    assert resolve(nb, dict(a=4)) == dict(a=4)
+
+
+def test_the_copy_shares_nothing():
+    nb = notebook("a = 1", "a")
+    before = copy.deepcopy(nb)
+    new = inject(nb, dict(a=2))
+    for cell in new["cells"]:
+        cell["outputs"].append("x")
+        cell["metadata"]["tags"].append("y")
+    new["metadata"]["z"] = 1
+    assert nb == before
 
 
 def typed(kind):

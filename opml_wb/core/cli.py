@@ -220,8 +220,9 @@ def params(chapter, as_json):
     if as_json: return _out({"chapter": c.name, "parameters": rows, "presets": presets})
     table = _grid("parameter", "type", "default", "range", "meaning")
     for r in rows:
-        span = "" if r["lo"] is None and r["hi"] is None else f"{r['lo']} .. {r['hi']}"
-        table.add_row(r["name"], r["type"], json.dumps(r["default"], ensure_ascii=False), span, r["help"] or "")
+        lo, hi = ("" if r[k] is None else number(r[k]) for k in ("lo", "hi"))
+        default = "required" if r["required"] else json.dumps(r["default"], ensure_ascii=False) if r["known"] else r["source"]
+        table.add_row(r["name"], r["type"], default, f"{lo} .. {hi}" if lo or hi else "", r["help"] or "")
     out = _console()
     out.print(table if rows else f"{c.name} has no parameters: no cell is tagged 'parameters'")
     for name, values in presets.items():
@@ -410,3 +411,5 @@ def main(argv=None):
         if not isinstance(e, DataError): raise
         code = _refuse(e, argv)
     sys.exit(code)
+
+if __name__ == "__main__" and "opml_wb.core.cli" in getattr(__spec__, "name", ""): main()

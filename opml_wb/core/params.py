@@ -108,7 +108,7 @@ def _checked(nb, given=None, text=None, required=True):
     try: values = model.model_validate(given).__dict__
     except TypeError as e: raise _misfit(cell, e) from None
     except ValidationError as e:
-        errors = e.errors(include_url=False)  # unknown names first
+        errors = sorted(e.errors(include_url=False), key=lambda error: error["loc"][0] in params)  # unknown names first
         said = {error["loc"][0]: _complaint(error, params, given, cell) for error in reversed(errors)}
         raise ParamError("; ".join(reversed(said.values())), list(said)[-1], cell) from None
     return {n: canonical(values[names[n]], n) for n,

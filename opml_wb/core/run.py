@@ -6,7 +6,7 @@
 __all__ = ['Run', 'Plan', 'cached', 'forks', 'execute', 'run']
 
 # %% ../../nbs/core/04_run.ipynb #4433ed72
-import json, os, sys, time
+import functools, json, os, sys, time
 from pathlib import Path
 
 from . import deps, params as _params, store
@@ -82,7 +82,7 @@ class Plan:
 
     def notebook(self):
         "The notebook to execute, and the index of the injected cell or None."
-        nb = _params.inject(self.chapter.nb, self.given) if self.given else self.chapter.nb
+        nb = _params.inject(self.chapter.nb, self.given)
         tags = [c["metadata"].get("tags") or [] for c in nb["cells"]]
         return nb, next((i for i, t in enumerate(tags) if "injected-parameters" in t), None) if self.given else None
 
@@ -112,6 +112,7 @@ def _spec(plan, folder, run_id):
             "timeout": plan.timeout, "mem": int(plan.mem_gb * 2**30) if plan.mem_gb else None,
             "injected": injected, "hooks": _hooks()}
 
+@functools.lru_cache(None)
 def _hooks():
     "What other packages registered around a run, as (name, object reference)."
     from importlib.metadata import entry_points

@@ -7,7 +7,7 @@ __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGNALS', 'GRACE', 'pr
            'oom_kills', 'limit_data', 'child', 'finish', 'Watch', 'supervise']
 
 # %% ../../nbs/core/13_supervise.ipynb #5657d32e
-import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time
+import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time, weakref
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -84,6 +84,7 @@ def _enter(spec, supervisor):
     os.chdir(spec["cwd"])
     os.environ.clear(); os.environ.update(spec["env"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    weakref.finalize._registry.clear()  # what the zygote's libraries want done at its end is not the run's to do
     seed_everything(spec["seed"])
 
 # %% ../../nbs/core/13_supervise.ipynb #52469512

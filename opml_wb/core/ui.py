@@ -39,8 +39,8 @@ def template() -> str:
         pio.templates["opml"] = go.layout.Template(layout=dict(
             colorway=SERIES, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
             font=dict(color=COLOURS["muted"], size=13, family="system-ui, sans-serif"),
-            title=dict(x=0, xanchor="left", xref="paper", font=dict(size=15)),
-            xaxis=_axis(), yaxis=_axis(), margin=dict(l=60, r=20, t=50, b=50), height=360,
+            title=dict(x=0, xref="paper", xanchor="left", y=1, yref="container", yanchor="top", pad_t=8, font_size=15),
+            xaxis=_axis(), yaxis=_axis(), margin=dict(l=60, r=20, t=64, b=50), height=360,
             legend=dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")))
         if "PLOTLY_RENDERER" not in os.environ: pio.renderers.default = "plotly_mimetype"
     return "opml"
@@ -231,14 +231,21 @@ class Play:
         self._move()
         for s in self.sliders.values(): s.observe(self._moved, "value")
 
-    def _move(self): self.note.value = escape(self.update(self.fig, **{k: s.value for k, s in self.sliders.items()}) or "")
+    def _move(self):
+        values = {name: s.value for name, s in self.sliders.items()}
+        self.note.value = escape(self.update(self.fig, **values) or "")
 
     def _moved(self, change):
         try: self._move()
         except Exception as e: self.note.value = _tag(f"{type(e).__name__}: {e}", "baseline")
-        for handle in self.shown: handle.update(self._bundle(), raw=True)
+        for handle in self.shown: self._show(handle)
 
     def _bundle(self) -> dict: return {"text/plain": "a plotly figure", **self.fig._repr_mimebundle_()}
+
+    def _show(self, handle):
+        # JupyterLab's plotly renderer never redraws a figure that is there: a gap of its height takes its place first
+        handle.update({"text/html": f'<div style="height:{self.fig.layout.height or 360}px"></div>'}, raw=True)
+        handle.update(self._bundle(), raw=True)
 
     def _ipython_display_(self):
         import ipywidgets as w

@@ -28,6 +28,7 @@ def _boot(preload):
     import numpy, psutil  # noqa: F401
     from opml_wb.core.shell import make_shell
     shell, failed = make_shell(), []
+    atexit.unregister(shell.atexit_operations)
     for name in preload:
         try: importlib.import_module(name)
         except Exception as e: failed.append(f"{name}: {e}")
