@@ -7,3 +7,9 @@ __all__ = []
 
 # %% ../nbs/00_package.ipynb #10217f13
 from .core import log
+
+def __getattr__(name):
+    "`opml_wb.__version__`, looked up when it is asked for."
+    if name != "__version__": raise AttributeError(f"module 'opml_wb' has no attribute {name!r}")
+    from importlib.metadata import version
+    return version("opml_wb")

@@ -72,3 +72,18 @@ def until(true, seconds=10.0):
         if true(): return True
         time.sleep(.05)
     return False
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs in CI and with --slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (CI does)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow") or os.environ.get("CI"): return
+    skip = pytest.mark.skip(reason="slow: pytest --slow, or CI=true")
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(skip)

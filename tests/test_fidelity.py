@@ -66,7 +66,8 @@ def stock(nb, cwd):
     client = NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
     client.log.setLevel("CRITICAL")
     try: client.execute()
-    except CellExecutionError as e: return nb, e.ename
+    except CellExecutionError as e:  # sys.exit(0) ends a run well, here as in papermill
+        return nb, None if e.ename == "SystemExit" and e.evalue in ("", "0", "None") else e.ename
     except DeadKernelError: return nb, "DeadKernelError"
     return nb, None
 
@@ -94,7 +95,7 @@ def place(folder, beside=None):
 # --- what is equal -----------------------------------------------------------------------------------------------
 
 MASKS = [
-    (r"ipykernel_\d+", "ipykernel_PID"), (r"\b0x[0-9a-f]{6,}\b", "0xADDRESS"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", "DATE"), (r"ipykernel_\d+", "ipykernel_PID"), (r"\b0x[0-9a-f]{6,}\b", "0xADDRESS"),
     (r"(CPU times|Wall time|user|sys|total): [^\\\n\"]*", r"\1: TIME"), (r"CPU times: TIME[^\\\"]*", "CPU times: TIME"),
     (r"[\d.,]+ [nµm]?s ± [\d.,]+ [nµm]?s per loop", "TIME per loop"), (r"The slowest run took [^\"]*?cached\.\\n", ""),
     (r"\d+(\.\d+)?it/s|\?it/s|\d\d:\d\d<\d\d:\d\d", "RATE"), (r"kernel-[0-9a-f-]{36}\.json|/\S*/kernel\.json|kernel\.json", "CONNECTION"),
@@ -115,7 +116,7 @@ def shown(nb, cwd):
     "What is compared: everything of `nb` that a reader or Jupyter sees, masked, as JSON text per cell and for the metadata."
     names = {}
     def mask(value):
-        text = json.dumps(value, sort_keys=True, ensure_ascii=False).replace(str(cwd), "CWD").replace(Path(cwd).name, "CWDNAME")
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False).replace(str(cwd), "CWD")
         for pattern, name in MASKS: text = re.sub(pattern, name, text)
         return IDS.sub(lambda m: names.setdefault(m[0], f"ID{len(names)}"), text)
     parts = []
@@ -147,7 +148,7 @@ class Bench:
 
     def ahead(self, name, nb, beside=None):
         if name in self.stocked: return
-        cwd = place(self.folder/"stock"/f"{len(self.stocked)}", beside)
+        cwd = place(self.folder/"stock"/f"{len(self.stocked)}"/"work", beside)
         self.stocked[name] = self.pool.submit(lambda: (*stock(nb, cwd), cwd))
 
     def stock(self, name): return self.stocked[name].result()
@@ -155,7 +156,7 @@ class Bench:
     def ours(self, nb, beside=None, preload=()):
         if preload not in self.zygotes: self.zygotes[preload] = Zygote(preload)
         self.n += 1
-        cwd, run = place(self.folder/"ours"/f"{self.n}", beside), place(self.folder/"runs"/f"{self.n}")
+        cwd, run = place(self.folder/"ours"/f"{self.n}"/"work", beside), place(self.folder/"runs"/f"{self.n}")
         return (*ours(self.zygotes[preload], nb, cwd, run), cwd)
 
 

@@ -57,7 +57,7 @@ class Kernel(IPythonKernel):
 def make_shell():
     "The process's one shell: ipykernel's own, whose kernel has a `Recorder`. Must be called before any fork."
     app = ipykernel.kernelapp.IPKernelApp.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
-    app.log = logging.getLogger("opml")
+    app.log = logging.Logger("opml", logging.CRITICAL)  # a stock kernel's log goes to a terminal
     app.init_pdb()
     with _without("debugpy"):
         app.kernel = Kernel.instance(parent=app, session=Recorder(parent=app), log=app.log, user_ns=None, _execute_sleep=0.)

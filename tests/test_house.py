@@ -1,0 +1,110 @@
+"""The house in order: package and notebooks agree, notebooks are clean and tested, chapters run, the wheel carries them."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+CHAPTERS = sorted((ROOT / "nbs" / "chapters").glob("*.ipynb")) + sorted((ROOT / "nbs" / "bench").glob("*.ipynb"))
+BIN = Path(sys.executable).parent
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def text(cell): return "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "A copy of what git tracks or would track, to export and clean without touching the tree."
+    to = tmp_path_factory.mktemp("copy") / "opml_wb"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, files.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the git clone")
+def test_export_and_clean_change_nothing(copy):
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["git", "init", "-q"], cwd=copy, check=True)
+    subprocess.run(["git", "add", "-A"], cwd=copy, check=True)
+    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / command], cwd=copy, env=env, check=True)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=copy, capture_output=True, text=True).stdout
+    changed = [line for line in changed.splitlines() if not line.startswith("A ")]
+    assert not changed, "run `nbdev_export && nbdev_clean` and commit what it changes:\n" + "\n".join(changed)
+    for path in CHAPTERS:
+        tags = [c["metadata"].get("tags") or [] for c in cells(copy / path.relative_to(ROOT))]
+        assert sum("parameters" in t for t in tags) == 1, f"{path.name} lost its parameters tag"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_clean(path):
+    for c in cells(path): assert not c["outputs"] and c["execution_count"] is None, f"{path}: run nbdev_clean"
+    assert cells(path, "markdown"), f"{path}: no prose at all"
+    longest = max((len(text(c).splitlines()) for c in cells(path)), default=0)
+    assert longest <= 120, f"{path}: a cell of {longest} lines: nobody can hold it"
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapters_define_nothing_big(path):
+    first = next(i for i, c in enumerate(cells(path)) if not text(c).startswith("#|"))
+    assert "parameters" in (cells(path)[first]["metadata"].get("tags") or []), "the first code cell holds the parameters"
+    for c in cells(path):
+        source = re.sub(r"^\s*[%!].*$", "pass", text(c), flags=re.M)
+        for node in ast.walk(ast.parse(source)):
+            assert not isinstance(node, ast.ClassDef), f"{path.name}: a chapter defines no class"
+            if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 16, f"{path.name}: {node.name} belongs in the package"
+
+
+def test_names_do_not_repeat():
+    exports = [m[1] for p in NOTEBOOKS for c in cells(p) if (m := re.match(r"#\|\s*default_exp\s+(\S+)", text(c)))]
+    assert len(exports) == len(set(exports))
+
+
+@pytest.mark.parametrize("room", sorted({p.parent.name for p in NOTEBOOKS} - {"chapters", "bench", "nbs"}))
+def test_source_notebooks_pass(room):
+    "Each source notebook's visible and hidden examples."
+    env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([BIN / "nbdev_test", "--path", f"nbs/{room}", "--n_workers", "2"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapters_run(path, home):
+    from opml_wb.core.run import run
+    r = run(path, timeout=300)
+    assert r.ok, r.error
+    assert r.metrics, "a chapter logs what it measured"
+    for name, where in r.artifacts.items(): assert where.exists(), name
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, opml_wb; heavy = {'numpy', 'pandas', 'torch', 'IPython', 'pydantic', 'click'} & set(sys.modules); assert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_chapters_and_data(copy, tmp_path):
+    "Without a clone: build the wheel, unpack it into an empty folder, list and find everything there."
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, copy], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    import zipfile
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OPML_HOME": str(tmp_path / "home")}
+    code = ("import opml_wb, json; from opml_wb.core import data; from opml_wb.core.chapter import find;"
+            "print(json.dumps([opml_wb.__file__, str(find('riann').path), str(data.path('riann/sift_photos'))]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(str(tmp_path / "site") in where for where in json.loads(done.stdout)), done.stdout
