@@ -22,7 +22,7 @@ def went(r, status, **error):
 
 def test_segfault_names_the_signal_and_keeps_what_was_shown(home, notebook):
     nb = notebook("n = 1", "print('before')", "import os, signal\nprint('last words')\nos.kill(os.getpid(), signal.SIGSEGV)")
-    r = went(run(nb), "failed", kind="signal", signal="SIGSEGV", cell=2)
+    r = went(run(nb), "failed", kind="signal", signal="SIGSEGV", cell=2, line=3)
     text = r.notebook.read_text()
     assert "before" in text and "last words" in text
 

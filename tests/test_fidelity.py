@@ -61,8 +61,14 @@ def own(path):
 # --- the two sides -----------------------------------------------------------------------------------------------
 
 def stock(nb, cwd):
+    "(executed notebook as it is read from a file, name of what stopped it or None) of nbclient with its own kernel."
+    nb, error = executed(nb, cwd)
+    return nbformat.reads(nbformat.writes(nb), as_version=4), error
+
+
+def executed(nb, cwd):
     "(executed notebook, name of what stopped it or None) of nbclient with a kernel of its own."
-    nb = copy.deepcopy(nb)
+    nb = nbformat.from_dict(copy.deepcopy(nb))
     client = NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
     client.log.setLevel("CRITICAL")
     try: client.execute()
@@ -95,12 +101,12 @@ def place(folder, beside=None):
 # --- what is equal -----------------------------------------------------------------------------------------------
 
 MASKS = [
-    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", "DATE"), (r"ipykernel_\d+", "ipykernel_PID"), (r"\b0x[0-9a-f]{6,}\b", "0xADDRESS"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", "DATE"), (r"ipykernel_\d+", "ipykernel_PID"), (r"\b0x[0-9a-f]{6,}\b|(?<=object at )[0-9a-f]{6,}", "ADDRESS"),
     (r"(CPU times|Wall time|user|sys|total): [^\\\n\"]*", r"\1: TIME"), (r"CPU times: TIME[^\\\"]*", "CPU times: TIME"),
     (r"[\d.,]+ [nµm]?s ± [\d.,]+ [nµm]?s per loop", "TIME per loop"), (r"The slowest run took [^\"]*?cached\.\\n", ""),
-    (r"\d+(\.\d+)?it/s|\?it/s|\d\d:\d\d<\d\d:\d\d", "RATE"), (r"kernel-[0-9a-f-]{36}\.json|/\S*/kernel\.json|kernel\.json", "CONNECTION"),
+    (r"\d+(\.\d+)?it/s|\?it/s|\d\d:\d\d<\d\d:\d\d", "RATE"), (r"/tmp\w{8}\.json", "/CONNECTION.json"),
 ]
-IDS = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b|(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])|\bT_[0-9a-f]{5}\b")
+IDS = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b|(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])|\bT_[0-9a-f]{5}(?![0-9a-f])")
 
 
 def joined(outputs):

@@ -8,7 +8,8 @@ __all__ = ['REQUEST', 'RUN', 'NOTEBOOK', 'LOG', 'PROGRESS', 'OUTCOME', 'ARTIFACT
            'summary', 'finish', 'StoreError', 'Store']
 
 # %% ../../nbs/core/03_store.ipynb #302ce2d5
-import json, math, os, secrets, shutil, socket, sqlite3, time
+import functools, json, math, os, secrets, shutil, socket, sqlite3, time
+from contextlib import contextmanager
 from pathlib import Path
 
 REQUEST, RUN, NOTEBOOK, LOG = "request.json", "run.json", "notebook.ipynb", "log.jsonl"
@@ -45,10 +46,14 @@ def append(path, record):
     finally: os.close(fd)
 
 def read_lines(path):
-    "The records of a JSONL file, [] if there is none; a last line that was cut short is left out."
+    "The records of a JSONL file, [] if there is none; lines that were cut short (a kill, a full disk) are left out."
     try: data = Path(path).read_bytes()
     except FileNotFoundError: return []
-    return [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+    out = []
+    for line in data.split(b"\n")[:-1]:
+        try: out.append(json.loads(line))
+        except ValueError: continue
+    return out
 
 # %% ../../nbs/core/03_store.ipynb #17a2e7c4
 def plain(value):
@@ -70,8 +75,8 @@ def home():
 
 # %% ../../nbs/core/03_store.ipynb #9c862634
 def boot():
-    "What names this machine since its last start, so that a process id means something."
-    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    "What names this machine (or container) since its last start, so that a process id means something."
+    try: return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError: return socket.gethostname()
 
 def born(pid):
@@ -79,6 +84,8 @@ def born(pid):
     try: fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError: return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+def _lives(pid, since): return born(pid) is not None and born(pid) == since
 
 # %% ../../nbs/core/03_store.ipynb #cea39f68
 def sum_up(records):
@@ -133,6 +140,38 @@ CHILDREN = "param", "metric", "artifact", "input"
 class StoreError(RuntimeError): "The run store cannot be used; the message says what to do."
 
 # %% ../../nbs/core/03_store.ipynb #6879cc14
+def _damaged(error): return type(error) is sqlite3.DatabaseError  # locked, full or read-only are OperationalError
+
+def _telling(method):
+    "A method of `Store` whose SQLite errors become a `StoreError` that says what to do."
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        try: return method(self, *args, **options)
+        except sqlite3.DatabaseError as e:
+            hint = ". The runs are safe: `opml reindex` rebuilds the index." if _damaged(e) else ""
+            raise StoreError(f"{self.root/'opml.db'}: {e}{hint}") from e
+    return call
+
+def _patiently(step, limit=30.0):
+    "Do `step()` again while others hold the database: SQLite itself doesn't wait when it changes to WAL."
+    until = time.monotonic() + limit
+    while True:
+        try: return step()
+        except sqlite3.OperationalError as e:
+            if "locked" not in str(e) or time.monotonic() > until: raise
+            time.sleep(.01)
+
+def _native(value):
+    "What SQLite can keep of a metric's value: an integer beyond 64 bits as text."
+    return str(value) if isinstance(value, int) and not -2**63 <= value < 2**63 else value
+
+def _document(folder):
+    "The document of the run in `folder`, as running when it has not ended; None when it isn't a readable run."
+    try: doc = read_json(folder/RUN, None) or {**read_json(folder/REQUEST), "status": "running"}
+    except (OSError, ValueError, TypeError): return None
+    return doc if doc.get("id") == folder.name else None
+
+# %% ../../nbs/core/03_store.ipynb #1845edbd
 class Store:
     """The run store in folder `root` (default `home()`): `runs/` and the index `opml.db`.
 
@@ -144,10 +183,11 @@ class Store:
         if not self.runs.is_dir():
             self.runs.mkdir(parents=True, exist_ok=True)
             (self.root/".gitignore").write_text("*\n")
-        try: self.db = self._open()
-        except sqlite3.DatabaseError as e:
-            raise StoreError(f"{self.root/'opml.db'}: {e}. The runs are safe: `opml reindex` rebuilds the index.") from e
+        fresh = not (self.root/"opml.db").exists()
+        self.db = self._open()
+        if fresh and any(self.runs.iterdir()): self.reindex()
 
+    @_telling
     def _open(self):
         db = sqlite3.connect(self.root/"opml.db", timeout=30, isolation_level=None, check_same_thread=False)
         version = db.execute("pragma user_version").fetchone()[0]
@@ -156,7 +196,7 @@ class Store:
             raise StoreError(f"{self.root/'opml.db'} has schema {version}, this opml_wb knows {SCHEMA}: "
                              "upgrade opml_wb, or set OPML_HOME to another folder. Nothing was changed.")
         if version < SCHEMA:
-            db.execute("pragma journal_mode=wal")
+            _patiently(lambda: db.execute("pragma journal_mode=wal"))
             db.executescript(f"begin immediate; {TABLES} pragma user_version={SCHEMA}; commit;")
         db.execute("pragma synchronous=normal")
         return db
@@ -181,42 +221,54 @@ class Store:
         self._put([doc])
         return doc
 
-    def _put(self, docs, afresh=False):
+    @contextmanager
+    def _writing(self):
+        "A transaction that keeps other writers out from its start."
+        self.db.execute("begin immediate")
+        try: yield self.db
+        except BaseException:
+            self.db.execute("rollback")
+            raise
+        self.db.execute("commit")
+
+    @_telling
+    def _put(self, docs):
+        with self._writing(): self._write(docs)
+
+    def _write(self, docs):
+        "Write the rows of `docs`, inside a transaction."
         rows = [(d["id"], d["key"], d["chapter"], d["status"], d["started"], d.get("seconds"), d.get("cpu"), d.get("rss"),
                  d.get("host"), d.get("pid"), d.get("born"), json.dumps(d)) for d in docs]
         db = self.db
-        db.execute("begin immediate")
-        try:
-            for table in CHILDREN + ("run",) if afresh else (): db.execute(f"delete from {table}")
-            for table in CHILDREN: db.executemany(f"delete from {table} where id=?", [(d["id"],) for d in docs])
-            db.executemany(f"insert or replace into run values({','.join('?' * 12)})", rows)
-            for d in docs:
-                i = d["id"]
-                db.executemany("insert into param values(?,?,?)", [(i, k, json.dumps(v)) for k, v in d["params"].items()])
-                db.executemany("insert into metric values(?,?,?,?)",
-                               [(i, k, v, d["points"].get(k)) for k, v in d.get("metrics", {}).items()])
-                db.executemany("insert into artifact values(?,?,?,?,?)", [
-                    (i, k, v["path"], v["bytes"], v["sha256"]) for k, v in d.get("artifacts", {}).items()])
-                db.executemany("insert into input values(?,?,?)", [(i, k, v) for k, v in d.get("inputs", {}).items()])
-            db.execute("commit")
-        except BaseException:
-            db.execute("rollback")
-            raise
+        for table in CHILDREN: db.executemany(f"delete from {table} where id=?", [(d["id"],) for d in docs])
+        db.executemany(f"insert or replace into run values({','.join('?' * 12)})", rows)
+        for d in docs:
+            i = d["id"]
+            db.executemany("insert into param values(?,?,?)", [(i, k, json.dumps(v)) for k, v in d["params"].items()])
+            db.executemany("insert into metric values(?,?,?,?)",
+                           [(i, k, _native(v), d["points"].get(k)) for k, v in d.get("metrics", {}).items()])
+            db.executemany("insert into artifact values(?,?,?,?,?)", [
+                (i, k, v["path"], v["bytes"], v["sha256"]) for k, v in d.get("artifacts", {}).items()])
+            db.executemany("insert into input values(?,?,?)", [(i, k, v) for k, v in d.get("inputs", {}).items()])
 
+    @_telling
     def settle(self):
         "Runs whose driver died: take in their last word, or write one when nothing is left that could."
-        me = boot()
         for run_id, pid, since, host in self.db.execute("select id, pid, born, host from run where status='running'").fetchall():
-            if host != me or (born(pid) is not None and born(pid) == since): continue
-            folder = self.runs/run_id
-            if not folder.is_dir(): self.db.execute("delete from run where id=?", (run_id,)); continue
-            if not (folder/RUN).exists():
-                if time.time() - max(p.stat().st_mtime for p in folder.iterdir()) < 15: continue
-                finish(folder, status="killed", seconds=0, cpu=0, rss=0, error={
-                    "kind": "lost", "ename": "LostRun", "evalue": "the machine or the engine stopped during the run",
-                    "cell": None, "line": None, "signal": None, "exitcode": None})
-            self.index(folder)
+            if host != boot() or _lives(pid, since): continue
+            try: self._settle(self.runs/run_id)
+            except FileNotFoundError: continue  # removed meanwhile
 
+    def _settle(self, folder):
+        if not folder.is_dir(): self.db.execute("delete from run where id=?", (folder.name,)); return
+        if not (folder/RUN).exists():
+            if time.time() - max(p.stat().st_mtime for p in folder.iterdir()) < 15: return
+            finish(folder, status="killed", seconds=0, cpu=0, rss=0, error={
+                "kind": "lost", "ename": "LostRun", "evalue": "the machine or the engine stopped during the run",
+                "cell": None, "line": None, "signal": None, "exitcode": None})
+        self.index(folder)
+
+    @_telling
     def _rows(self, where="", args=(), limit=-1):
         sql = f"select doc from run {where} order by started desc, id desc limit ?"
         return [self._placed(json.loads(doc)) for doc, in self.db.execute(sql, (*args, limit))]
@@ -230,6 +282,7 @@ class Store:
         self.settle()
         return self._rows("where chapter=?", (chapter,), limit) if chapter else self._rows(limit=limit)
 
+    @_telling
     def count(self): return self.db.execute("select count(*) from run").fetchone()[0]
 
     def done(self, key):
@@ -245,40 +298,39 @@ class Store:
         if len(keys) > 1: raise StoreError(f"{name!r} is ambiguous: {', '.join(k[:10] for k in keys[:5])}")
         return rows
 
+    @_telling
     def rm(self, run_ids):
-        "Remove these runs: folder first renamed away, then the index, then the files."
+        "Remove these runs: folder first renamed away, then the index, then the files. One that runs now is refused."
+        busy = {i for i, pid, since, host in self.db.execute("select id, pid, born, host from run where status='running'")
+                if host == boot() and _lives(pid, since)} & set(run_ids)
+        if busy: raise StoreError(f"still running: {', '.join(sorted(busy))}. Stop it first; nothing was removed.")
         for run_id in run_ids:
             folder, away = self.runs/run_id, self.runs/f".gone-{run_id}"
             if folder.is_dir(): os.replace(folder, away)
-            self.db.execute("begin immediate")
-            for table in CHILDREN + ("run",): self.db.execute(f"delete from {table} where id=?", (run_id,))
-            self.db.execute("commit")
+            with self._writing() as db:
+                for table in CHILDREN + ("run",): db.execute(f"delete from {table} where id=?", (run_id,))
             shutil.rmtree(away, ignore_errors=True)
 
     @classmethod
     def rebuilt(cls, root=None):
         "`reindex` of the store in `root`; an index that is damaged is first put aside, never one of a newer version."
         root = Path(root) if root else home()
-        try: store = cls(root)
+        try: return cls(root).reindex()
         except StoreError as e:
-            if not isinstance(e.__cause__, sqlite3.DatabaseError): raise
-            for end in ("", "-wal", "-shm"):
-                if (root/f"opml.db{end}").exists(): os.replace(root/f"opml.db{end}", root/f"opml.db{end}.broken-{time.time_ns()}")
-            store = cls(root)
-        return store.reindex()
+            if not _damaged(e.__cause__): raise
+        for end in ("", "-wal", "-shm"):
+            if (root/f"opml.db{end}").exists(): os.replace(root/f"opml.db{end}", root/f"opml.db{end}.broken-{time.time_ns()}")
+        return cls(root).reindex()
 
+    @_telling
     def reindex(self):
-        "Rebuild the index from the run folders in one transaction; returns (runs, folders that hold no ended run)."
-        docs, open_ones = [], []
-        for folder in sorted(self.runs.iterdir()):
-            if folder.name.startswith(".") or not folder.is_dir(): continue
-            doc = read_json(folder/RUN, None)
-            if doc: docs.append(doc)
-            elif (folder/REQUEST).exists(): docs.append({**read_json(folder/REQUEST), "status": "running"})
-            else: open_ones.append(folder.name)
-        self._put(docs, afresh=True)
+        "Rebuild the index from the run folders in one transaction; returns (runs, names in `runs/` that are no run)."
+        with self._writing() as db:  # locked before the first look, so that no run begins or ends unseen
+            found = {f.name: _document(f) for f in sorted(self.runs.iterdir()) if not f.name.startswith(".")}
+            for table in CHILDREN + ("run",): db.execute(f"delete from {table}")
+            self._write([d for d in found.values() if d])
         self.settle()
-        return len(docs), open_ones
+        return sum(d is not None for d in found.values()), [name for name, d in found.items() if d is None]
 
     def garbage(self, older_than=None):
         """What may go, as [(id, why)]: folders of nothing, rows without a folder, runs that a newer one of the same key
@@ -294,5 +346,7 @@ class Store:
                 out.append((d["id"], "older than asked"))
         known = {d["id"] for d in rows}
         for folder in self.runs.iterdir():
-            if folder.name not in known and time.time() - folder.stat().st_mtime > 60: out.append((folder.name, "no run of the index"))
+            if folder.name in known or not folder.is_dir() or time.time() - folder.stat().st_mtime < 60: continue
+            if folder.name.startswith(".gone-") or not any((folder/f).exists() for f in (RUN, REQUEST)):
+                out.append((folder.name, "a folder that holds no run"))
         return out

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import store
 from .seed import seed_everything
-from .verdict import NO_MEMORY, explain, last_cell, source_index, starved, verdict
+from .verdict import NO_MEMORY, crash_line, explain, last_cell, source_index, starved, verdict
 
 # %% ../../nbs/core/13_supervise.ipynb #3042534f
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -156,7 +156,7 @@ def finish(spec, watch, starved_by_kernel):
     status, error = verdict(watch.status, outcome, watch.reason, starved_by_kernel, bool(spec["mem"]))
     if error:
         error = explain(error, spec)
-        if outcome is None: error["cell"] = last_cell(folder)
+        if outcome is None: error["cell"], error["line"] = last_cell(folder), crash_line(folder)
         if status == "failed" and spec["mem"] and outcome is None and starved(folder): status, error["kind"] = "oom", "memory"
     if outcome is None or outcome["kind"] == "engine": _save_what_was_shown(folder, error)
     if error: error["cell"] = source_index(error["cell"], spec["injected"])

@@ -1,0 +1,224 @@
+"""DynamicHNSW beyond its notebook: random histories against brute force, threads, and hnswlib as the bar for quality."""
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from opml_wb.core.data import path
+from opml_wb.riann import graph
+from opml_wb.riann.bench import DefaultHNSW, ground_truth, recall
+from opml_wb.riann.graph import DynamicHNSW
+
+
+@pytest.fixture(scope="module")
+def sift():
+    "6,000 shuffled SIFT vectors and 300 queries, f32[., 128]."
+    base, query = np.load(path("riann/sift_photos")), np.load(path("riann/sift_photos_query"))
+    pick = np.random.default_rng(0).permutation(len(base))[:6000]
+    return base[pick].astype(np.float32), query[:300].astype(np.float32)
+
+
+def state(g):
+    "Everything that the index knows, as bytes."
+    arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta")]
+    return (b"".join(a.tobytes() for a in arrays), g._g.U[:g._rows].tobytes(), g._g.meta.tobytes(),
+            dict(g._slot), list(g._free), g._used, g._rows, g._dead)
+
+
+def sound(g):
+    "Links lead to nodes, within their degree, never to themselves, twice, or to a free slot."
+    a = g._g
+    dead = {int(v) for v in np.flatnonzero((a.level[:g._used] < 0) & (a.level[:g._used] > graph.GONE))}
+    assert len(dead) == g._dead and not dead & set(g._free)
+    for v in np.flatnonzero(a.level[:g._used] >= 0):
+        for layer in range(a.level[v] + 1):
+            row = a.L0[v] if layer == 0 else a.U[a.up[v] + layer - 1]
+            links = row[1:1 + row[0]].tolist()
+            assert row[0] <= a.deg[v] * (1 if layer else 2) and len(set(links)) == len(links) and int(v) not in links
+            assert all(a.level[w] >= layer or (w in dead and ~a.level[w] >= layer) for w in links)
+    assert sorted(g._slot.values()) == sorted(set(range(g._used)) - set(g._free) - dead)
+    assert all(a.ids[v] == i for i, v in g._slot.items())
+
+
+def against_brute_force(g, have, metric, q, k):
+    "Distances are true, ids live and different, and nearly all neighbours are found."
+    ids, dist = g.search(q, k, max(60, 2 * k))
+    keys = np.array(sorted(have), np.int64)
+    n = min(k, len(keys))
+    assert len(g) == len(keys) and (ids[:, n:] == -1).all() and np.isinf(dist[:, n:]).all()
+    if not n: return
+    _, best = ground_truth(np.array([have[i] for i in keys]), q, n, metric)
+    for row, far, true, query in zip(ids[:, :n].tolist(), dist[:, :n], best, q):
+        assert len(set(row)) == n and have.keys() >= set(row)
+        _, one = ground_truth(np.array([have[i] for i in row]), [query], n, metric)
+        assert np.allclose(far, one[0], rtol=1e-4, atol=1e-4)
+    assert (dist[:, :n] <= best + 1e-4 * (1 + np.abs(best))).mean() > .9
+
+
+step = st.one_of(st.tuples(st.just("insert"), st.integers(1, 60), st.integers(2, 12), st.integers(1, 60)),
+                 st.tuples(st.just("copies"), st.integers(1, 20), st.integers(2, 12), st.integers(1, 30)),
+                 st.tuples(st.just("remove"), st.floats(0, 1)), st.tuples(st.just("return"), st.integers(1, 30)))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.lists(step, min_size=3, max_size=14), st.sampled_from(["l2", "cosine", "ip"]), st.integers(0, 2**32), st.sampled_from([1, 7, 500]))
+def test_any_history_agrees_with_brute_force(steps, metric, seed, capacity):
+    rng, have, gone = np.random.default_rng(seed), {}, {}
+    g = DynamicHNSW(5, metric, capacity=capacity, max_deg=12, seed=seed)
+    for kind, *args in steps:
+        if kind == "remove":
+            out = [i for i in have if rng.random() < args[0]]
+            if not out: continue
+            g.remove(out)
+            gone |= {i: have.pop(i) for i in out}
+        else:
+            n, deg, cand = args if len(args) == 3 else (*args, 6, 30)
+            new = {int(i): v for i, v in zip(rng.integers(0, 2**62, n), rng.normal(size=(n, 5)).astype(np.float32))}
+            if kind == "copies": new = {i: next(iter(have.values()), v) for i, v in new.items()}
+            if kind == "return": new = {i: gone.pop(i) for i in list(gone)[:n]} or new
+            g.insert(np.array(list(new.values())), np.array(list(new)), deg, cand)
+            have |= new
+        sound(g)
+    if metric != "ip": against_brute_force(g, have, metric, rng.normal(size=(5, 5)).astype(np.float32), 8)
+
+
+def test_no_access_out_of_bounds(tmp_path):
+    "The same kind of history with every array access checked by numba."
+    code = """
+import numpy as np
+from opml_wb.riann.graph import DynamicHNSW
+rng, g, have, x = np.random.default_rng(0), DynamicHNSW(3, capacity=1, max_deg=6), [], np.random.default_rng(1).normal(size=(4000, 3))
+for i in range(0, 4000, 50):
+    g.insert(x[i:i + 50], range(i, i + 50), int(rng.integers(2, 7)), int(rng.integers(1, 40)))
+    have += range(i, i + 50)
+    if i % 150 == 0:
+        out = rng.permutation(have)[:int(len(have) * rng.random())] if i % 900 else np.array(have)
+        if len(out): g.remove(out)
+        have = sorted({*have} - {*out.tolist()})
+    g.search(x[:5], 9, 20)
+assert set(g.search(x[:1], 4000, 1)[0][0].tolist()) - {-1} <= set(have)
+try: g._g.X[0, 16]
+except IndexError: print("checked")
+"""
+    env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert out.stdout.strip() == "checked", out.stderr[-2000:]
+
+
+def test_batches_and_capacity_do_not_change_the_graph(sift):
+    x, ids, found = sift[0][:1500], np.arange(1500) * 7, []
+    for cut, capacity in (1500, 1), (1, 1500), (331, 4000):
+        g = DynamicHNSW(128, capacity=capacity)
+        for i in range(0, 1200, cut): g.insert(x[i:min(i + cut, 1200)], ids[i:min(i + cut, 1200)], 8, 30)
+        g.remove(ids[100:400])
+        for i in range(1200, 1500, cut): g.insert(x[i:i + cut], ids[i:i + cut], 20, 30)
+        found.append(state(g))
+    assert found[0] == found[1] == found[2]
+
+
+def test_properties_alternate_on_one_index(sift):
+    x, n = sift[0], len(sift[0])
+    g, peer = DynamicHNSW(128, capacity=n), DefaultHNSW(128, capacity=n, deg=8, cand=20)
+    arrays = list(g._g)
+    for j, i in enumerate(range(0, n, 500)): g.insert(x[i:i + 500], range(i, i + 500), *((8, 20), (32, 100))[j % 2])
+    assert all(a is b for a, b in zip(arrays, g._g))
+    deg = g.degrees(np.arange(n)).reshape(-1, 500)
+    assert deg[::2].max() == 16 and deg[1::2].max() > 32 and deg[1::2].max() <= 64
+    peer.insert(x, np.arange(n))
+    self_found = [(s.search(x, 1, 100)[1] == 0).mean() for s in (g, peer)]
+    assert self_found[0] >= self_found[1]
+
+
+@pytest.mark.parametrize("deg, cand", [(16, 100), (32, 50), (8, 20)])
+def test_recall_is_hnswlibs(sift, deg, cand):
+    (x, q), n = sift, len(sift[0])
+    true = ground_truth(x, q, 10)[0]
+    g, peer = DynamicHNSW(128, capacity=n), DefaultHNSW(128, capacity=n, deg=deg, cand=cand)
+    g.insert(x, np.arange(n), deg, cand)
+    peer.insert(x, np.arange(n))
+    ours, theirs = (recall(s.search(q, 10, 50)[0], true) for s in (g, peer))
+    assert ours >= theirs - (.003 if cand > 20 else .02), (ours, theirs)
+
+
+def test_recall_survives_churn(sift):
+    x, q = sift[0][:3000], sift[1]
+    g, rng, true = DynamicHNSW(128, capacity=3600), np.random.default_rng(0), ground_truth(x, q, 10)[0]
+    g.insert(x, np.arange(3000), 16, 60)
+    fresh, capacity = recall(g.search(q, 10, 50)[0], true), g.capacity
+    for part in np.array_split(np.concatenate([rng.permutation(3000) for _ in range(4)]), 60):
+        g.remove(part)
+        assert not np.isin(g.search(q[:50], 10, 50)[0], part).any()
+        g.insert(x[part], part, 16, 60)
+    sound(g)
+    assert recall(g.search(q, 10, 50)[0], true) > fresh - .01 and g.capacity == capacity
+
+
+@pytest.mark.parametrize("share", [.3, .7, .995])
+def test_recall_survives_one_large_removal(sift, share):
+    x, q = sift[0][:3000], sift[1]
+    g = DynamicHNSW(128)
+    g.insert(x, np.arange(3000), 8, 40)
+    kept = np.arange(int(3000 * share), 3000)
+    g.remove(np.arange(kept[0]))
+    sound(g)
+    assert recall(g.search(q, 10, 80)[0], kept[ground_truth(x[kept], q, 10)[0]]) > .97
+    assert (g.search(x[kept], 1, 80)[0][:, 0] == kept).mean() > .99
+
+
+def test_bad_input_changes_nothing(sift):
+    x, g = sift[0], DynamicHNSW(128, capacity=60)
+    g.insert(x[:50], range(50), 8, 20)
+    g.insert(x[:3], range(50, 53), 8, 20)
+    g.remove([7, 51])
+    before, arrays, nan = state(g), list(g._g), x[:100].copy()
+    nan[60, 3] = np.nan
+    ids = np.arange(100, 200)
+    for args, says in [((nan, ids, 8, 20), "row 60"), ((x[:100], np.r_[ids[:-1], 3], 8, 20), "row 99"), ((x[:100], np.r_[ids[:-1], 100], 8, 20), "row 99"),
+                       ((x[:100], -ids, 8, 20), "row 0"), ((x[:100, :5], ids, 8, 20), "shape"), ((x[:100], ids, 128, 20), "deg"), ((x[:100], ids, 8, -1), "cand"),
+                       ((x[:100].astype(object), ids, 8, 20), "cast")]:
+        with pytest.raises(ValueError, match=says): g.insert(*args)
+    for bad in [7], [1, 2, 1], [], [1.5], ["a"]:
+        with pytest.raises(ValueError): g.remove(bad)
+    assert state(g) == before and all(a is b for a, b in zip(arrays, g._g))
+
+
+def test_threads_search_while_one_inserts_and_removes(sift):
+    "Eight searching threads: ids always belong to their distances, whatever the writer does; alone, they all agree."
+    x, q = sift[0][:3000], sift[1][:40]
+    g, stop, wrong, rounds = DynamicHNSW(128, capacity=16), threading.Event(), [], []
+    g.insert(x[:500], range(500), 8, 30)
+
+    def read():
+        while not stop.is_set():
+            ids, dist = g.search(q, 5, 30)
+            true = ((q[:, None] - x[ids]) ** 2).sum(-1)
+            if (ids < 0).any() or not np.allclose(dist, true, rtol=1e-4): wrong.append(ids)
+            rounds.append(1)
+    readers = [threading.Thread(target=read) for _ in range(8)]
+    for t in readers: t.start()
+    try:
+        for i in range(500, 3000, 125):
+            g.insert(x[i:i + 125], range(i, i + 125), 8, 30)
+            g.remove(range(i - 500, i - 440))
+    finally:
+        stop.set()
+        for t in readers: t.join(60)
+    assert not wrong and len(rounds) >= 8
+    alone, answers = g.search(q, 5, 30), [None] * 8
+    threads = [threading.Thread(target=lambda i=i: answers.__setitem__(i, g.search(q, 5, 30))) for i in range(8)]
+    for t in threads: t.start()
+    for t in threads: t.join(60)
+    assert all((a[0] == alone[0]).all() and (a[1] == alone[1]).all() for a in answers)
+
+
+def test_the_search_marks_may_wrap(sift):
+    x, g = sift[0][:500], DynamicHNSW(128)
+    g.insert(x, range(500), 8, 30)
+    want = g.search(x, 3, 30)
+    g._spare[:] = [(2**32 - 200, s) for _, s in g._spare]
+    for _ in range(2): assert (g.search(x[:150], 3, 30)[0] == want[0][:150]).all()
+    assert (g.search(x, 3, 30)[0] == want[0]).all() and g._spare[-1][0] < 2000
