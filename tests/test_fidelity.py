@@ -6,7 +6,6 @@ any two runs: ids, addresses, times, temporary names. `OURS` lists where a stock
 chance, and what ours shows there.
 """
 import copy
-import io
 import json
 import os
 import re
@@ -58,6 +57,31 @@ def own(path):
     return nb
 
 
+def by_hand():
+    "Notebooks of every format that Jupyter still reads, with all kinds of cells, metadata and attachments."
+    new = nbformat.v4
+    cells = [new.new_markdown_cell("![dot](attachment:dot.png)", attachments={"dot.png": {"image/png": "iVBORw0KGgo="}}),
+             new.new_raw_cell("raw\ntext", metadata={"raw_mimetype": "text/x-rst"}), new.new_code_cell(""), new.new_code_cell("  \n"),
+             new.new_code_cell("x = 1\nprint(x)", metadata={"collapsed": True, "scrolled": "auto", "name": "first", "own": {"a": [1]}}),
+             new.new_code_cell("1/0", metadata={"tags": ["skip-execution", "other"]}, execution_count=7,
+                               outputs=[new.new_output("stream", text="from before")]),
+             new.new_code_cell("x", outputs=[new.new_output("stream", text="replaced")], execution_count=3),
+             new.new_code_cell("# only a comment"), new.new_markdown_cell("end")]
+    for minor in range(6):
+        nb = copy.deepcopy(new.new_notebook(cells=cells, metadata={"title": "t", "authors": [{"name": "a"}]}))
+        nb.nbformat_minor = minor
+        for c in nb.cells:
+            if minor < 5: c.pop("id")
+            if minor < 1: c.pop("attachments", None)
+        yield f"4.{minor}", nb
+    v3 = {"nbformat": 3, "nbformat_minor": 0, "metadata": {"name": "old"}, "worksheets": [{"metadata": {}, "cells": [
+        {"cell_type": "heading", "level": 2, "metadata": {}, "source": "Title"},
+        {"cell_type": "code", "language": "python", "collapsed": False, "input": "print('v3')\n1", "metadata": {}, "outputs": [
+            {"output_type": "pyout", "prompt_number": 1, "text": "old", "metadata": {}}], "prompt_number": 1},
+        {"cell_type": "code", "language": "python", "collapsed": True, "input": "raise ValueError(1)", "metadata": {}, "outputs": []}]}]}
+    yield "3", v3
+
+
 # --- the two sides -----------------------------------------------------------------------------------------------
 
 def stock(nb, cwd):
@@ -68,7 +92,7 @@ def stock(nb, cwd):
 
 def executed(nb, cwd):
     "(executed notebook, name of what stopped it or None) of nbclient with a kernel of its own."
-    nb = nbformat.from_dict(copy.deepcopy(nb))
+    nb = nbformat.reads(json.dumps(nb), as_version=4)
     client = NotebookClient(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
     client.log.setLevel("CRITICAL")
     try: client.execute()
@@ -80,7 +104,7 @@ def executed(nb, cwd):
 
 def ours(zygote, nb, cwd, run):
     "(executed notebook, name of what stopped it or None) of the workbench; `run`: an empty folder."
-    nbformat.write(nb, run/store.NOTEBOOK)
+    (run/store.NOTEBOOK).write_text(json.dumps(nb), "utf-8")
     store.write_json(run/store.REQUEST, {"id": run.name, "key": "k", "chapter": "fidelity", "params": {}})
     env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     zygote.submit(dict(id=str(run), dir=str(run), cwd=str(cwd), env=env, seed=1, timeout=120, mem=None, injected=None,
@@ -119,21 +143,31 @@ def joined(outputs):
 
 
 def shown(nb, cwd):
-    "What is compared: everything of `nb` that a reader or Jupyter sees, masked, as JSON text per cell and for the metadata."
+    "What is compared: all that a reader or Jupyter sees of `nb`, masked, as JSON text: cells, metadata, widgets."
     names = {}
-    def mask(value):
+    def mask(value, name=lambda m: names.setdefault(m[0], f"ID{len(names)}")):
         text = json.dumps(value, sort_keys=True, ensure_ascii=False).replace(str(cwd), "CWD")
-        for pattern, name in MASKS: text = re.sub(pattern, name, text)
-        return IDS.sub(lambda m: names.setdefault(m[0], f"ID{len(names)}"), text)
-    parts = []
+        for pattern, to in MASKS: text = re.sub(pattern, to, text)
+        return IDS.sub(name, text)
+    cells = []
     for cell in nb.cells:
-        cell = dict(cell, metadata={**cell.metadata, "execution": sorted(cell.metadata.get("execution", {}))})
+        cell = {**cell, "metadata": {**cell.metadata, "execution": sorted(cell.metadata.get("execution", {}))}}
         if cell["cell_type"] == "code": cell["outputs"] = joined(cell["outputs"])
         cell.pop("id", None)
-        parts.append(mask(cell))
-    meta = {k: v for k, v in nb.metadata.items() if k != "opml_run"}
-    widgets = meta.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {"state": {}})
-    return parts + [mask(meta)] + sorted(mask(w) for w in widgets["state"].values())
+        cells.append(mask(cell))
+    meta = {k: v for k, v in nb.metadata.items() if k not in ("opml_run", "widgets")}
+    state = nb.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {"state": {}})["state"]
+    return cells + [mask(meta)] + sorted(mask(tree(key, state), "ID") for key in state)
+
+
+def tree(key, state, above=()):
+    "The state of widget `key` with the widgets that it refers to in the place of their ids."
+    def resolve(value):
+        if isinstance(value, dict): return {k: resolve(v) for k, v in value.items()}
+        if isinstance(value, list): return [resolve(v) for v in value]
+        if not isinstance(value, str) or not value.startswith("IPY_MODEL_"): return value
+        return "itself" if value in above else tree(value[10:], state, (*above, value))
+    return resolve(state.get(key, "gone"))
 
 
 def assert_equal(left, right):
@@ -167,13 +201,13 @@ class Bench:
 
 
 def cases():
-    "(test id, path, how it is read, folder whose files it needs) of every notebook that is compared."
-    found = [(f"own/{p.stem}", p, own, None) for p in sorted(HERE.glob("*.ipy"))]
+    "{name: (the notebook as its file holds it, folder whose files it needs)} of all that is compared."
+    found = {f"own/{p.stem}": (own(p), None) for p in sorted(HERE.glob("*.ipy"))}
+    found |= {f"format/{version}": (nb, None) for version, nb in by_hand()}
     for suite, folder in (("papermill", PAPERMILL), ("nbclient", nbclient_files())):
         for p in sorted(folder.rglob("*.ipynb")) if folder else ():
-            if p.name not in NOT_COMPARED:
-                found.append((f"{suite}/{p.stem}", p, lambda p: nbformat.read(p, as_version=4), folder))
-    return {name: rest for name, *rest in found}
+            if p.name not in NOT_COMPARED: found[f"{suite}/{p.stem}"] = json.loads(p.read_text("utf-8")), folder
+    return found
 
 
 CASES = cases()
@@ -182,24 +216,73 @@ CASES = cases()
 @pytest.fixture(scope="session")
 def bench(request, tmp_path_factory):
     it = Bench(tmp_path_factory.mktemp("fidelity"))
-    wanted = dict.fromkeys(i.callspec.params["name"] for i in request.session.items
-                           if i.path == Path(__file__) and getattr(i, "callspec", None) and "name" in i.callspec.params)
-    for name in wanted:
-        path, read, beside = CASES[name]
-        it.ahead(name, read(path), beside)
+    asked = [getattr(i, "callspec", None) for i in request.session.items if i.path == Path(__file__)]
+    for name in dict.fromkeys(c.params["name"] for c in asked if c and "name" in c.params):
+        if name in CASES: it.ahead(name, *CASES[name])
     yield it
     it.pool.shutdown(cancel_futures=True)
     for z in it.zygotes.values(): z.close()
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("own/")])
-def test_the_suites_of_papermill_and_nbclient(bench, name):
-    path, read, beside = CASES[name]
-    assert_equal(bench.stock(name), bench.ours(read(path), beside))
+def test_suites_and_formats(bench, name):
+    assert_equal(bench.stock(name), bench.ours(*CASES[name]))
 
 
 @pytest.mark.parametrize("preload", [(), LIBRARIES], ids=["plain", "preloaded"])
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("own/")])
 def test_nastier_ones(bench, name, preload):
-    path, read, beside = CASES[name]
-    assert_equal(bench.stock(name), bench.ours(read(path), beside, preload))
+    assert_equal(bench.stock(name), bench.ours(*CASES[name], preload))
+
+
+def test_two_that_wait_for_each_other(bench, tmp_path, monkeypatch):
+    files = nbclient_files()
+    if not files: pytest.skip("$OPML_NBCLIENT_SRC names no folder with nbclient's source package")
+    pair = [json.loads((files/f"Parallel Execute {x}.ipynb").read_text("utf-8")) for x in "AB"]
+    both = []
+    for side in ("stock", "ours"):
+        (tmp_path/side).mkdir()
+        monkeypatch.setenv("NBEXECUTE_TEST_PARALLEL_TMPDIR", str(tmp_path/side))
+        work = (lambda nb: (*stock(nb, tmp_path), tmp_path)) if side == "stock" else bench.ours
+        with ThreadPoolExecutor(2) as pool: both.append(list(pool.map(work, pair)))
+    for left, right in zip(*both): assert_equal(left, right)
+
+
+def test_the_suites_are_there():
+    assert len([n for n in CASES if n.startswith("papermill/")]) >= 20
+    if nbclient_files() is None: pytest.skip("$OPML_NBCLIENT_SRC names no folder with nbclient's source package")
+    assert len([n for n in CASES if n.startswith("nbclient/")]) >= 18
+
+
+# what ours shows where a stock kernel loses output or leaves it to chance: name -> (why, cells, text of each cell)
+OURS = {
+    "descriptor": ("a kernel reads its pipes in threads; what comes last in a cell may come too late for nbclient",
+                   ["import os\nprint('first')\nos.write(1, b'last\\n');"], ["first\nlast\n"]),
+    "subprocess to sys.stdout": ("sys.stdout.fileno() of a kernel is the terminal that started it",
+                                 ["import subprocess, sys\nsubprocess.run(['echo', 'x'], stdout=sys.stdout);"], ["x\n"]),
+    "background task": ("nbclient drops what an earlier cell's task shows later; Jupyter puts it below that cell, and so do we",
+                        ["import asyncio\nasync def f():\n    await asyncio.sleep(.05)\n    print('later')\nt = asyncio.create_task(f())\nprint('now')",
+                         "print('second')\nawait t"], ["now\nlater\n", "second\n"]),
+    "replaced stdout": ("unflushed text is lost when sys.stdout is replaced",
+                        ["import sys\nprint('a')\nsys.stdout = sys.__stdout__"], ["a\n"]),
+    "lone surrogate": ("a kernel's stream cannot encode it and loses all that waits with it",
+                       ["print('before \\ud800 after')"], ["before \\ud800 after\n"]),
+    "exit": ("a stock kernel ends a tenth of a second later, or during the next cell: DeadKernelError",
+             ["print('one')\nexit()", "print('never')"], ["one\n", ""]),
+    "quit after a display": ("as above", ["print('x')", "quit", "print('never')"], ["x\n", "", ""]),
+    "much output": ("a reader's browser would not open it: 8 MiB a cell are kept",
+                    ["for i in range(200): print('x' * 99_999)", "print('next cell')"],
+                    ["x" * 99_999 + "\n", "next cell\n"]),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_where_ours_shows_more(bench, name):
+    why, sources, texts = OURS[name]
+    nb, error, _ = bench.ours(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]))
+    assert error is None
+    got = ["".join(o.text for o in joined(c.outputs) if o.output_type == "stream") for c in nb.cells]
+    if name == "much output":
+        assert got[0].startswith(texts[0]) and got[0].endswith("cut after 8 MiB\n") and 8 << 20 <= len(got[0]) < (8 << 20) + 100
+        got, texts = got[1:], texts[1:]
+    assert got == texts, why

@@ -28,7 +28,7 @@ def free_port():
 @pytest.fixture
 def lab(tmp_path):
     "A JupyterLab over a copy of the chapters (it saves what it runs): the address of its first page with a token."
-    shutil.copytree(HERE.parent/"nbs"/"chapters", tmp_path/"chapters", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(HERE.parent/"nbs"/"chapters", tmp_path/"chapters", ignore=shutil.ignore_patterns(".ipynb*"))
     port, token = free_port(), secrets.token_hex(16)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OPML_RUN", "JUPYTER_"))}
     env.update(JUPYTER_CONFIG_DIR=str(tmp_path/"config"), JUPYTERLAB_SETTINGS_DIR=str(tmp_path/"settings"),
@@ -82,6 +82,12 @@ DRAWN = """() => { const e = document.querySelector('%s .js-plotly-plot'); retur
     [...e.querySelectorAll('.scatterlayer text')].map(t => t.textContent)]) }""" % PLAY
 
 
+def errors(page):
+    "The text of each error output."
+    mime = "application/vnd.jupyter.error"
+    return page.eval_on_selector_all(f'[data-mime-type="{mime}"]', "found => found.map(e => e.innerText)")
+
+
 def scroll_to(page, selector):
     page.wait_for_selector(selector, state="attached", timeout=30_000)
     page.eval_on_selector(selector, "e => e.scrollIntoView({block: 'center'})")
@@ -114,6 +120,5 @@ def test_riann_chapter_in_jupyterlab(lab, page):
         plot.scroll_into_view_if_needed()
         page.wait_for_timeout(300)
         plot.screenshot(path=shots/f"riann-figure-{i}.png")
-    errors = page.eval_on_selector_all('[data-mime-type="application/vnd.jupyter.error"]', "es => es.map(e => e.innerText)")
-    assert errors == []
+    assert errors(page) == []
     assert faults == [] and strangers == []

@@ -44,8 +44,8 @@ def sound(g):
     assert all(a.ids[v] == i for i, v in g._slot.items())
 
 
-def against_brute_force(g, have, metric, q, k):
-    "Distances are true, ids live and different, and nearly all neighbours are found."
+def against_brute_force(g, have, metric, q, k, poor):
+    "Distances are true, ids live and different; nearly all neighbours are found, if the properties weren't poor."
     ids, dist = g.search(q, k, max(60, 2 * k))
     keys = np.array(sorted(have), np.int64)
     n = min(k, len(keys))
@@ -56,7 +56,7 @@ def against_brute_force(g, have, metric, q, k):
         assert len(set(row)) == n and have.keys() >= set(row)
         _, one = ground_truth(np.array([have[i] for i in row]), [query], n, metric)
         assert np.allclose(far, one[0], rtol=1e-4, atol=1e-4)
-    assert (dist[:, :n] <= best + 1e-4 * (1 + np.abs(best))).mean() > .9
+    if not poor and metric != "ip": assert (dist[:, :n] <= best + 1e-4 * (1 + np.abs(best))).mean() > .9
 
 
 step = st.one_of(st.tuples(st.just("insert"), st.integers(1, 60), st.integers(2, 12), st.integers(1, 60)),
@@ -64,10 +64,10 @@ step = st.one_of(st.tuples(st.just("insert"), st.integers(1, 60), st.integers(2,
                  st.tuples(st.just("remove"), st.floats(0, 1)), st.tuples(st.just("return"), st.integers(1, 30)))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(step, min_size=3, max_size=14), st.sampled_from(["l2", "cosine", "ip"]), st.integers(0, 2**32), st.sampled_from([1, 7, 500]))
 def test_any_history_agrees_with_brute_force(steps, metric, seed, capacity):
-    rng, have, gone = np.random.default_rng(seed), {}, {}
+    rng, have, gone, poor = np.random.default_rng(seed), {}, {}, False
     g = DynamicHNSW(5, metric, capacity=capacity, max_deg=12, seed=seed)
     for kind, *args in steps:
         if kind == "remove":
@@ -77,13 +77,14 @@ def test_any_history_agrees_with_brute_force(steps, metric, seed, capacity):
             gone |= {i: have.pop(i) for i in out}
         else:
             n, deg, cand = args if len(args) == 3 else (*args, 6, 30)
+            poor |= deg < 4 or cand < 10
             new = {int(i): v for i, v in zip(rng.integers(0, 2**62, n), rng.normal(size=(n, 5)).astype(np.float32))}
             if kind == "copies": new = {i: next(iter(have.values()), v) for i, v in new.items()}
             if kind == "return": new = {i: gone.pop(i) for i in list(gone)[:n]} or new
             g.insert(np.array(list(new.values())), np.array(list(new)), deg, cand)
             have |= new
         sound(g)
-    if metric != "ip": against_brute_force(g, have, metric, rng.normal(size=(5, 5)).astype(np.float32), 8)
+    against_brute_force(g, have, metric, rng.normal(size=(5, 5)).astype(np.float32), 8, poor)
 
 
 def test_no_access_out_of_bounds(tmp_path):

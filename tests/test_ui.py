@@ -30,7 +30,8 @@ def lab(colour, seen_by=np.eye(3)):
 @pytest.mark.parametrize("kind", ["full colour", *BLIND])
 def test_colours_are_told_apart(kind):
     matrix = np.array(BLIND.get(kind, np.eye(3)))
-    far = {(a, b): np.linalg.norm(lab(x, matrix)-lab(y, matrix)) for (a, x), (b, y) in combinations(ui.COLOURS.items(), 2)}
+    seen = {name: lab(colour, matrix) for name, colour in ui.COLOURS.items()}
+    far = {(a, b): np.linalg.norm(seen[a]-seen[b]) for a, b in combinations(seen, 2)}
     close = min(far, key=far.get)
     assert far[close] > 10, (close, far[close])           # 2.3 is just noticeable
 
@@ -40,7 +41,8 @@ def test_two_processes_write_whole_lines(tmp_path):
             "for _ in range(500): ui.status('x'*200)\n"
             "list(ui.progress(range(1000), desc='y'))")
     env = {"OPML_RUN_DIR": str(tmp_path), "PATH": ""}
-    kids = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    kids = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipe) for _ in range(2)]
     said = [k.communicate(timeout=60)[0] for k in kids]
     rows = [json.loads(line) for line in (tmp_path/"progress.jsonl").read_text().splitlines()]
     assert said == [b"", b""] and [k.returncode for k in kids] == [0, 0]

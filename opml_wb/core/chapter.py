@@ -6,12 +6,13 @@
 __all__ = ['ChapterError', 'Chapter', 'text', 'read', 'chapters', 'find']
 
 # %% ../../nbs/core/10_chapter.ipynb #222af69c
-import difflib, json, re
+import difflib, json, re, warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import opml_wb
+from .plugin import PluginError, load, plugged
 
 # %% ../../nbs/core/10_chapter.ipynb #5947311a
 class ChapterError(ValueError): "No such chapter, or not a notebook that can be run; the message says which there are."
@@ -87,15 +88,23 @@ def _own():
             if name: out.append(Chapter(prefix + name, path.resolve(), int(number) if kind == "chapters" and number.isdigit() else None))
     return out
 
-def _plugged():
-    "Chapters that other packages registered."
-    from importlib.metadata import entry_points
-    return [Chapter(e.name, Path(e.load()).resolve()) for e in entry_points(group="opml_wb.chapters")]
+def _foreign(entry):
+    "The chapter that another package registered as `entry`. Raises PluginError when it isn't a readable notebook."
+    def use(path):
+        chapter = Chapter(entry.name, Path(path).resolve())
+        chapter.nb
+        return chapter
+    return load(entry, use)
 
 def chapters():
-    "All chapters that have a name, ours first."
-    own = _own()
-    return own + [c for c in _plugged() if c.name not in {o.name for o in own}]
+    "All chapters that have a name, ours first; of other packages those that can be read, with a warning for the rest."
+    out = _own()
+    names = {c.name for c in out}
+    for name, entry in plugged("chapters").items():
+        if name in names: continue
+        try: out.append(_foreign(entry))
+        except PluginError as e: warnings.warn(str(e), stacklevel=2)
+    return out
 
 # %% ../../nbs/core/10_chapter.ipynb #2be7f597
 def find(chapter):
@@ -111,6 +120,6 @@ def find(chapter):
         return next((c for c in own if c.path == path), None) or Chapter(path.stem, path)
     for c in own:
         if name == c.name or name.isdigit() and c.number == int(name): return c
-    for c in chapters():
-        if name == c.name: return c
-    raise ChapterError(f"unknown chapter {name!r}{_nearest(name, [c.name for c in chapters()])}")
+    others = plugged("chapters")
+    if name in others: return _foreign(others[name])
+    raise ChapterError(f"unknown chapter {name!r}{_nearest(name, [c.name for c in own] + [*others])}")

@@ -7,27 +7,36 @@ __all__ = ['UNITS', 'Commands', 'cli', 'run', 'list_', 'params', 'ls', 'show', '
            'reindex', 'data', 'data_ls', 'data_fetch', 'data_verify', 'data_rm', 'lab', 'main']
 
 # %% ../../nbs/core/08_cli.ipynb #a97d4a8a
-import json, os, sys, time
+import json, os, sys, time, warnings
 from pathlib import Path
 
 import click
+
+from .plugin import PluginError, load, plugged
 
 from . import terminal
 
 # %% ../../nbs/core/08_cli.ipynb #c2e494a8
 class Commands(click.Group):
     "Our commands, and those that other packages registered as `opml_wb.commands`."
-    def _plugged(self):
-        from importlib.metadata import entry_points
-        return {e.name: e for e in entry_points(group="opml_wb.commands")}
-
-    def list_commands(self, ctx): return list(self.commands) + sorted(set(self._plugged()) - set(self.commands))
+    def list_commands(self, ctx): return list(self.commands)
 
     def get_command(self, ctx, name):
-        "Ours, else the registered one, which is imported now."
+        "Ours, else the registered one, which is imported now. Raises PluginError when that cannot be used."
         if name in self.commands: return self.commands[name]
-        plugged = self._plugged().get(name)
-        return plugged.load() if plugged else None
+        entry = plugged("commands").get(name)
+        return load(entry, _command) if entry else None
+
+    def format_commands(self, ctx, formatter):
+        "Ours with a line of help; of the registered ones the name only, so that nothing of theirs is imported."
+        super().format_commands(ctx, formatter)
+        others = [(name, f"from package {e.dist.name}") for name, e in sorted(plugged("commands").items()) if name not in self.commands]
+        if others:
+            with formatter.section("Commands of other packages"): formatter.write_dl(others)
+
+def _command(found):
+    if isinstance(found, click.Command): return found
+    raise TypeError(f"expected a click command, got {type(found).__name__}")
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="opml_wb", prog_name="opml")
@@ -273,7 +282,7 @@ def _refuse(message, argv):
         param = getattr(message, "param", None)
         _out({"status": "refused", "error": {
             "kind": "parameter" if type(message).__name__ == "ParamError" else "usage", "ename": type(message).__name__,
-            "evalue": getattr(message, "message", None) or str(message), "param": param if isinstance(param, str) else None,
+            "evalue": message.format_message() if isinstance(message, click.ClickException) else str(message), "param": param if isinstance(param, str) else None,
             "cell": getattr(message, "cell", None), "line": None, "signal": None, "exitcode": 2}})
     elif isinstance(message, click.ClickException): message.show()
     else: click.echo(f"opml: {message}", err=True)
@@ -285,8 +294,9 @@ def main(argv=None):
     from opml_wb.core.chapter import ChapterError
     from opml_wb.core.params import ParamError
     from opml_wb.core.store import StoreError
+    warnings.showwarning = lambda message, *where, **more: click.echo(f"opml: {message}", err=True)
     try: code = cli.main(args=argv, prog_name="opml", standalone_mode=False) or 0
-    except (click.ClickException, ChapterError, ParamError, StoreError) as e: code = _refuse(e, argv)
+    except (click.ClickException, ChapterError, ParamError, PluginError, StoreError) as e: code = _refuse(e, argv)
     except (KeyboardInterrupt, click.Abort): code = 130; click.echo("stopped", err=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); code = 0
     except (OSError, ValueError) as e:

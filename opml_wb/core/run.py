@@ -152,6 +152,7 @@ def _wait(future, stop, watch):
 def _perform(plan, folder, run_id, watch):
     "Execute and see to it that `run.json` exists, also when the engine itself breaks; the zygote may die once."
     from opml_wb.core.zygote import ZygoteError
+    if watch: watch()  # says what runs, before the zygote's imports
     for attempt in (1, 2):
         try: code, words = _wait(*_start(plan, _spec(plan, folder, run_id)), watch), ""
         except ZygoteError as e: code, words = 1, str(e)

@@ -62,6 +62,7 @@ def make_shell():
     with _without("debugpy"):
         app.kernel = Kernel.instance(parent=app, session=session, iopub_socket=Wire(session), log=app.log, user_ns=None,
                                      _execute_sleep=0.)
+    sys.breakpointhook = lambda *args, **kwargs: None  # as debugpy has it while nobody debugs
     app.init_shell()
     app.init_extensions()
     app.shell.user_ns_hidden.update(app.shell.user_ns)

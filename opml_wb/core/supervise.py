@@ -8,7 +8,7 @@ __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGNALS', 'GRACE', 'pr
 
 # %% ../../nbs/core/13_supervise.ipynb #5657d32e
 import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time, weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from . import store
@@ -88,16 +88,22 @@ def _enter(spec, supervisor):
     seed_everything(spec["seed"])
 
 # %% ../../nbs/core/13_supervise.ipynb #52469512
+@contextmanager
+def _hook(name, value, folder):
+    "What another package registered around a run, called with the run's folder and request; its errors carry its name."
+    from importlib.metadata import EntryPoint
+    from opml_wb.core.plugin import load
+    entry = EntryPoint(name, value, "opml_wb.run_hooks")
+    with ExitStack() as stack:
+        load(entry, lambda hook: stack.enter_context(hook(folder, store.read_json(folder/store.REQUEST))))
+        yield
+        load(entry, lambda hook: stack.close())
+
+@contextmanager
 def _hooks(spec):
-    "Enter what other packages registered around a run: each hook is called with the run's folder and its request."
-    stack = ExitStack()
-    if spec.get("hooks"):
-        from importlib.metadata import EntryPoint
-        request = store.read_json(Path(spec["dir"])/store.REQUEST)
-        for name, value in spec["hooks"]:
-            hook = EntryPoint(name, value, "opml_wb.run_hooks").load()
-            stack.enter_context(hook(Path(spec["dir"]), request))
-    return stack
+    with ExitStack() as stack:
+        for name, value in spec.get("hooks") or (): stack.enter_context(_hook(name, value, Path(spec["dir"])))
+        yield
 
 # %% ../../nbs/core/13_supervise.ipynb #46e8d007
 def _execute(spec, shell):

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 # %% ../../nbs/riann/01_graph.ipynb #4ca8f13c
-Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin meta")   # meta: entry slot, top layer
+Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin meta")   # meta: [entry slot]
 Scratch = namedtuple("Scratch", "seen pool buf dst keys out picked count work")   # work: hops, distances
 Work = namedtuple("Work", "hops dists cpu_s")   # what one insertion cost
 GONE, TOP = -128, 24   # level of a slot that is no node (free, or a twin); highest layer
@@ -64,9 +64,16 @@ def _put(a, n, key):
 def _row(up, v, l): return np.uint32(up[v] + l - 1) if l else np.uint32(v)
 
 @kernel
-def _descend(g, ip, A, j, e, l, stop, s):
-    "Walk from slot `e` of layer `l` towards `A[j]`, down to layer `stop`; the slot it ends at."
+def _top(g, v):
+    "Highest layer of slot `v`, also if it is removed."
+    l = np.int64(g.level[v])
+    return l if l >= 0 else ~l
+
+@kernel
+def _descend(g, ip, A, j, entry, stop, s):
+    "Walk from slot `entry` and its top layer towards `A[j]`, down to layer `stop`; the slot it ends at."
     X, U, up, work = g.X, g.U, g.up, s.work
+    e, l = np.uint32(entry), _top(g, entry)
     d = _dist(X, e, A, j, ip)
     while l > stop:
         r, best = _row(up, e, l), e
@@ -185,7 +192,7 @@ def _share(g, v, w):
 @kernel
 def _seek(g, ip, v, lev, cand, mode, tag, s):
     "Choose the links of slot `v` in layers `lev` .. 0: `s.picked[l, :s.count[l]]`. The tag; whether it is a new node."
-    e = _descend(g, ip, g.X, v, np.uint32(g.meta[0]), g.meta[1], lev, s)
+    e = _descend(g, ip, g.X, v, g.meta[0], lev, s)
     if e == v: e = np.uint32(g.meta[0])
     for l in range(lev, -1, -1):
         tag += 1
@@ -204,33 +211,54 @@ def _seek(g, ip, v, lev, cand, mode, tag, s):
 def _insert(g, ip, slots, mode, tag, s):
     "Link `slots`, whose rows are in place, into the graph one by one; the last tag used."
     for v in slots:
-        level, top = np.int64(g.level[v]), g.meta[1]
+        level, top = np.int64(g.level[v]), -1
         if g.meta[0] >= 0:
+            top = _top(g, g.meta[0])
             lev = 0 if mode == RELINK else min(level, top)
             tag, new = _seek(g, ip, v, lev, g.cand[v], mode, tag, s)
             if not new: continue
-            for l in range(lev, -1, -1):
+            for l in range(lev + 1):   # from below: who finds it in one layer can go on in the next
                 _write(g.L0 if l == 0 else g.U, _row(g.up, v, l), s.picked[l], s.count[l])
                 for i in range(s.count[l]):
                     _connect(g, ip, _slot(s.picked[l, i]), _far(s.picked[l, i]), np.uint32(v), l, s)
-        if g.meta[0] < 0 or level > top: g.meta[0], g.meta[1] = v, level
+        if level > top: g.meta[0] = v
     return tag
 
-# %% ../../nbs/riann/01_graph.ipynb #fc08d062
+# %% ../../nbs/riann/01_graph.ipynb #41bab5d3
 @kernel
-def _search(g, ip, Q, k, ef, ids, far, tag, s):
+def _scan(g, ip, Q, j, n, ef, s):
+    "The `ef` of slots `0 .. n-1` nearest to `Q[j]`, as keys in `s.pool`; how many."
+    X, pool, m = g.X, s.pool, 0
+    for v in range(n):
+        if g.level[v] < 0: continue
+        key = _key(_dist(X, v, Q, j, ip), v)
+        if m == ef and key >= pool[m - 1]: continue
+        _put(pool, m, key)
+        m = min(m + 1, ef)
+    s.work[1] += n
+    return m
+
+@kernel
+def _emit(g, n, k, j, ids, far, s):
+    "Write the vectors of the first `n` keys to row `j`, at most `k`; how many."
+    c = 0
+    for i in range(n):
+        v = np.int64(_slot(s.pool[i]))
+        if g.level[v] < 0: continue
+        while v >= 0 and c < k:
+            ids[j, c], far[j, c] = g.ids[v], _far(s.pool[i])
+            c += 1
+            v = np.int64(g.twin[v])
+    return c
+
+@kernel
+def _search(g, ip, Q, k, ef, used, live, ids, far, tag, s):
     "The nearest `k` of each row of `Q` into `ids` and `far`; the last tag used."
     for j in range(Q.shape[0]):
         tag += 1
-        e = _descend(g, ip, Q, j, np.uint32(g.meta[0]), g.meta[1], 0, s)
-        n, c = _beam(g, ip, Q, j, e, 0, ef, tag, s), 0
-        for i in range(n):
-            v = np.int64(_slot(s.pool[i]))
-            if g.level[v] < 0: continue
-            while v >= 0 and c < k:
-                ids[j, c], far[j, c] = g.ids[v], _far(s.pool[i])
-                c += 1
-                v = np.int64(g.twin[v])
+        e = _descend(g, ip, Q, j, g.meta[0], 0, s)
+        c = _emit(g, _beam(g, ip, Q, j, e, 0, ef, tag, s), k, j, ids, far, s)
+        if c < min(k, live): _emit(g, _scan(g, ip, Q, j, used, ef, s), k, j, ids, far, s)
     return tag
 
 # %% ../../nbs/riann/01_graph.ipynb #17388c38
@@ -358,7 +386,7 @@ class _Arrays:
         flat = dict(up="i4", level="i1", deg="i4", cand="i4", ids="i8", twin="i4")
         self._g = Graph(**{k: _aligned((capacity, n), t) for k, (n, t) in wide.items()},
                         U=_aligned((max(16, capacity // 8), _ceil(1 + self.max_deg, 16)), "u4"),
-                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, meta=np.array([-1, -1]))
+                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, meta=np.array([-1]))
         self._clear()
 
     def _clear(self):
@@ -376,11 +404,12 @@ class _Arrays:
         while cap < slots: cap *= 2
         while wide < rows: wide *= 2
         if cap > 2**31: raise ValueError("capacity: more than 2**31 vectors")
-        new = {"U": _grown(g.U, wide)} if wide > len(g.U) else {}
+        if (cap, wide) == (len(g.ids), len(g.U)): return
+        new = dict(U=_grown(g.U, wide), meta=g.meta.copy())   # no row of an old U may name a slot of a new array
         if cap > len(g.ids):
-            new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in ("U", "meta")}
+            new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in new}
             self._has = _grown(self._has, cap)
-        if new: self._g = g._replace(**new, meta=g.meta.copy())
+        self._g = g._replace(**new)
 
     def _place(self, x, ids, deg, cand):
         "Write a batch into free slots, unlinked; the slots."
@@ -403,7 +432,8 @@ class _Arrays:
     def _scratch(self, g, n, steps):
         "Working memory for beams of `n` and at most `steps` tags: (last tag, Scratch), for `_spare` afterwards."
         n, m, z = min(n, len(g.ids)) + self._dead + 8 * self.max_deg + 2, 2 * self.max_deg + 1, np.zeros
-        tag, s = self._spare.pop() if self._spare else (0, None)
+        try: tag, s = self._spare.pop()
+        except IndexError: tag, s = 0, None
         if s is None or len(s.seen) < len(g.ids) or len(s.pool) < n:
             tag, s = 0, Scratch(z(len(g.ids), np.uint32), z(n, np.uint64), z(m, np.uint32), z(m, np.float32),
                                 z(m, np.uint64), z(m, np.uint64), z((TOP + 1, m), np.uint64), z(TOP + 1, int), z(2, int))
@@ -481,8 +511,10 @@ class DynamicHNSW(_Arrays):
     def _link(self, slots, mode):
         g = self._g
         tag, s = self._scratch(g, int(g.cand[slots].max()), len(slots) * (TOP + 1))
-        self._spare.append((_insert(g, self._ip, slots, mode, tag, s), s))
-        return s.work.tolist()
+        tag = _insert(g, self._ip, slots, mode, tag, s)
+        work = s.work.tolist()
+        self._spare.append((tag, s))
+        return work
 
     def search(self, q, k, ef):
         """The nearest neighbours of each query.
@@ -499,7 +531,8 @@ class DynamicHNSW(_Arrays):
             if g.meta[0] < 0: return ids, far
             if q.shape[1] < g.X.shape[1]: q = np.pad(q, ((0, 0), (0, g.X.shape[1] - q.shape[1])))
             tag, s = self._scratch(g, ef, len(q))
-            self._spare.append((_search(g, self._ip, q, k, ef, ids, far, tag, s), s))
+            n = min(self._used, len(g.ids))
+            self._spare.append((_search(g, self._ip, q, k, ef, n, min(n, len(self)), ids, far, tag, s), s))
         return ids, far
 
     def degrees(self, ids, layer=0):
@@ -549,7 +582,7 @@ class DynamicHNSW(_Arrays):
             tag, s = self._scratch(g, 1, 2 * n * (TOP + 1))
             self._spare.append((_repair(g, self._ip, n, tag, inward, s), s))
             best = live[level[live].argmax()]
-            if level[g.meta[0]] < 0: g.meta[:] = best, level[best]
+            if level[g.meta[0]] < 0: g.meta[0] = best
             weak = live[((inward[live] == 0) | (g.L0[live, 0] == 0)) & (live != g.meta[0])]
             if len(weak): self._link(weak, RELINK)
         if len(dead) > len(live) or (g.L0[g.meta[0], 0] == 0 and len(live) > 1):
