@@ -83,8 +83,8 @@ DRAWN = """() => { const e = document.querySelector('%s .js-plotly-plot'); retur
 
 
 def errors(page):
-    "The text of each error output."
-    mime = "application/vnd.jupyter.error"
+    "The text of each error output (JupyterLab gives tracebacks and stderr the same type)."
+    mime = "application/vnd.jupyter.stderr"
     return page.eval_on_selector_all(f'[data-mime-type="{mime}"]', "found => found.map(e => e.innerText)")
 
 
@@ -110,10 +110,10 @@ def test_riann_chapter_in_jupyterlab(lab, page):
     before = page.evaluate(DRAWN)
     page.locator(f"{PLAY} .noUi-handle").first.focus()
     for _ in range(4): page.keyboard.press("ArrowRight")   # a reader moves the first slider
-    page.wait_for_function(f"before => ({DRAWN})() !== before", arg=before, timeout=20_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=30_000)
-    after = page.evaluate(DRAWN)
+    changed = f"before => {{ const now = ({DRAWN})(); return now && now !== before && now }}"
+    after = page.wait_for_function(changed, arg=before, timeout=20_000).json_value()
     assert after.count("translate") > before.count("translate")    # the new point joins the old ones
+    page.wait_for_timeout(1000)
     page.screenshot(path=shots/"riann-play-moved.png")
 
     for i, plot in enumerate(page.locator(".jp-OutputArea .js-plotly-plot").all()):

@@ -111,7 +111,8 @@ def stream(base, query, batch, n_batches, arms=(DEFAULT, Arm("dynamic", 24, 64))
            metric="l2", progress=None):
     """Insert `n_batches` batches of `batch` vectors into each arm, and query after each.
 
-    base: [n, dim], shuffled by `seed`. query: [m, dim]. arms: list of Arm. repeats: fresh indexes per arm; times are medians.
+    base: [n, dim], shuffled by `seed`. query: [m, dim]. arms: list of Arm.
+    repeats: fresh indexes per arm; times are medians.
     progress: called with (steps done, steps in all). One thread throughout; compilation is not timed.
     Returns a DataFrame, a row per arm and step: arm, batch, step (from 1), n (vectors indexed), deg, cand,
     index_s and cpu_s (wall and CPU seconds to index the batch), query_s (CPU seconds per query), recall (recall@k).
