@@ -6,13 +6,13 @@
 __all__ = ['JOURNALED', 'Wire', 'Kernel', 'make_shell', 'Outputs', 'Execution', 'error_line', 'replay']
 
 # %% ../../nbs/core/01_shell.ipynb #7403b89e
-import asyncio, json, logging, os, sys, tempfile
+import asyncio, builtins, json, logging, os, sys, tempfile
 from contextlib import contextmanager
 from contextvars import copy_context
 from pathlib import Path
 from types import SimpleNamespace
 
-from tornado.ioloop import IOLoop
+from tornado.platform.asyncio import AsyncIOMainLoop
 
 from .tape import Tape
 
@@ -66,10 +66,13 @@ def make_shell():
     app.init_shell()
     app.init_extensions()
     app.shell.user_ns_hidden.update(app.shell.user_ns)
+    builtins.get_ipython = app.shell.get_ipython  # pandas, imported ahead, asks whether this is a terminal
+    app.shell.display_formatter.format("")        # what every first cell would have to set up
+    app.shell.transform_cell("")
     return app.shell
 
 # %% ../../nbs/core/01_shell.ipynb #5eee091b
-JOURNALED = {"stream", "display_data", "execute_result", "update_display_data", "error", "clear_output"}
+JOURNALED = {"execute_input", "stream", "display_data", "execute_result", "update_display_data", "error", "clear_output"}
 
 # %% ../../nbs/core/01_shell.ipynb #3919e2bf
 class Outputs(NotebookClient):
@@ -163,7 +166,7 @@ class Execution(Outputs):
         "Make the process look as a kernel's does to the notebook."
         loop = asyncio.get_running_loop()
         asyncio.set_event_loop(loop)
-        self.kc, self.kernel.io_loop = _FrontEnd(self.kernel, loop), IOLoop.current()
+        self.kc, self.kernel.io_loop = _FrontEnd(self.kernel, loop), AsyncIOMainLoop()
         self.kernel.io_loop.stop = lambda: None  # `exit` stops a kernel's loop; here `run` sees it
         sys.stdout, sys.stderr = self.tape.stdout, self.tape.stderr
         launcher = Path(ipykernel.__file__).parents[1]/"ipykernel_launcher.py"
@@ -220,6 +223,7 @@ def replay(nb, folder):
         except ValueError: break  # the last line, cut short
         msg, index = entry["msg"], entry["cell"]
         if msg["msg_type"] == "stream": told[msg["content"]["name"]] = entry["upto"]
+        if msg["msg_type"] == "execute_input": nb.cells[index].outputs = []
         client.process_message(_from_nobody(msg), nb.cells[index], index)
     return _replay_tail(nb, client, folder, told, index)
 

@@ -283,6 +283,14 @@ class Store:
         return self._rows("where chapter=?", (chapter,), limit) if chapter else self._rows(limit=limit)
 
     @_telling
+    def claims(self):
+        "The claims of the newest done run of each chapter, each with its `chapter`, `key`, `preset` and `started`."
+        newest = {}
+        for d in self.ls():
+            if d["status"] == "done" and d.get("claims"): newest.setdefault(d["chapter"], d)
+        return [{"chapter": d["chapter"], **c, "key": d["key"], "preset": d.get("preset"), "started": d["started"]}
+                for _, d in sorted(newest.items()) for c in d["claims"]]
+
     def count(self): return self.db.execute("select count(*) from run").fetchone()[0]
 
     def done(self, key):

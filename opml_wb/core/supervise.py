@@ -85,6 +85,7 @@ def _enter(spec, supervisor):
     os.environ.clear(); os.environ.update(spec["env"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     weakref.finalize._registry.clear()  # what the zygote's libraries want done at its end is not the run's to do
+    sys.dont_write_bytecode = True  # a .pyc knows its source by second and size: an edit at once would be overlooked
     seed_everything(spec["seed"])
 
 # %% ../../nbs/core/13_supervise.ipynb #52469512
