@@ -129,6 +129,17 @@ def test_a_changed_line_in_an_imported_module_runs_again(home, project, tmp_path
     assert run(project).status == "cached"
 
 
+def test_an_edit_within_the_same_second_is_seen(home, notebook, tmp_path, monkeypatch):
+    "A .pyc knows its source by second and size only; an old one must not answer under the new code's key."
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    module, nb = tmp_path / "quick.py", notebook("n = 1", "import quick\nfrom opml_wb import log\nlog.metric('v', quick.v)")
+    for v in (1, 2, 3):
+        module.write_text(f"v = {v}\n")
+        os.utime(module, (1e9, 1e9))
+        r = run(nb)
+        assert r.status == "done" and r.metrics == {"v": v}
+
+
 def test_the_packages_own_modules_count_by_line_and_by_import(tmp_path, notebook):
     "With a copy of the package: a line in `riann` re-runs a notebook of `riann`, a line elsewhere doesn't."
     shutil.copytree(ROOT / "opml_wb", tmp_path / "opml_wb", ignore=shutil.ignore_patterns("__pycache__"))

@@ -102,7 +102,7 @@ def cached(plan, home):
 
 # %% ../../nbs/core/04_run.ipynb #9ba6f55c
 SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONHASHSEED": "0",
-                "PLOTLY_RENDERER": "plotly_mimetype+notebook_connected"}
+                "PLOTLY_RENDERER": "plotly_mimetype+notebook_connected", "PYTHONDONTWRITEBYTECODE": "1"}
 
 def _spec(plan, folder, run_id):
     "What the executing side must know, JSON-native."
