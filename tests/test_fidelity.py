@@ -246,8 +246,8 @@ def test_suites_and_formats(bench, name):
     assert_equal(bench.stock(name), bench.ours(*CASES[name]))
 
 
-@pytest.mark.parametrize("preload", [(), LIBRARIES], ids=["plain", "preloaded"])
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("own/")])
+@pytest.mark.parametrize("name, preload", [(n, ()) for n in CASES if n.startswith("own/")] + [
+    (f"own/{n}", LIBRARIES) for n in ("displays", "plots", "widgets")])
 def test_nastier_ones(bench, name, preload):
     assert_equal(bench.stock(name), bench.ours(*CASES[name], preload))
 

@@ -172,20 +172,16 @@ def _document(folder):
     return doc if doc.get("id") == folder.name else None
 
 # %% ../../nbs/core/03_store.ipynb #1845edbd
-class Store:
-    """The run store in folder `root` (default `home()`): `runs/` and the index `opml.db`.
-
-    Raises `StoreError` when the index was written by a newer version or is damaged."""
-
+class _Writer:
+    "The index of a run store, and what a run writes to it: when it begins and when it has ended."
     def __init__(self, root=None):
         self.root = Path(root) if root else home()
         self.runs = self.root/"runs"
         if not self.runs.is_dir():
             self.runs.mkdir(parents=True, exist_ok=True)
             (self.root/".gitignore").write_text("*\n")
-        fresh = not (self.root/"opml.db").exists()
+        self.fresh = not (self.root/"opml.db").exists()
         self.db = self._open()
-        if fresh and any(self.runs.iterdir()): self.reindex()
 
     @_telling
     def _open(self):
@@ -251,6 +247,9 @@ class Store:
                 (i, k, v["path"], v["bytes"], v["sha256"]) for k, v in d.get("artifacts", {}).items()])
             db.executemany("insert into input values(?,?,?)", [(i, k, v) for k, v in d.get("inputs", {}).items()])
 
+# %% ../../nbs/core/03_store.ipynb #f43392f4
+class _Reader(_Writer):
+    "What can be asked of a run store."
     @_telling
     def settle(self):
         "Runs whose driver died: take in their last word, or write one when nothing is left that could."
@@ -305,6 +304,16 @@ class Store:
         keys = sorted({d["key"] for d in rows})
         if len(keys) > 1: raise StoreError(f"{name!r} is ambiguous: {', '.join(k[:10] for k in keys[:5])}")
         return rows
+
+# %% ../../nbs/core/03_store.ipynb #a1245b68
+class Store(_Reader):
+    """The run store in folder `root` (default `home()`): `runs/` and the index `opml.db`.
+
+    Raises `StoreError` when the index was written by a newer version or is damaged."""
+
+    def __init__(self, root=None):
+        super().__init__(root)
+        if self.fresh and any(self.runs.iterdir()): self.reindex()
 
     @_telling
     def rm(self, run_ids):
