@@ -246,8 +246,8 @@ def test_suites_and_formats(bench, name):
     assert_equal(bench.stock(name), bench.ours(*CASES[name]))
 
 
-@pytest.mark.parametrize("name, preload", [(n, ()) for n in CASES if n.startswith("own/")] + [
-    (f"own/{n}", LIBRARIES) for n in ("displays", "plots", "widgets")])
+@pytest.mark.parametrize("name, preload", [pytest.param(n, (), id=n[4:]) for n in CASES if n.startswith("own/")] + [
+    pytest.param(f"own/{n}", LIBRARIES, id=f"{n}, imported ahead") for n in ("displays", "plots", "widgets")])
 def test_nastier_ones(bench, name, preload):
     assert_equal(bench.stock(name), bench.ours(*CASES[name], preload))
 
@@ -294,11 +294,11 @@ OURS = {
                          "print('second')\nawait t"], ["now\nlater\n", "second\n"]),
     "replaced stdout": ("unflushed text is lost when sys.stdout is replaced",
                         ["import sys\nprint('a')\nsys.stdout = sys.__stdout__"], ["a\n"]),
-    "lone surrogate": ("a kernel's stream cannot encode it and loses all that waits with it",
+    "lone surrogate": ("a kernel's stream cannot encode it and loses all that waits with it (nothing is shown at all)",
                        ["print('before \\ud800 after')"], ["before \\ud800 after\n"]),
     "exit": ("a stock kernel ends a tenth of a second later, or during the next cell: DeadKernelError",
              ["print('one')\nexit()", "print('never')"], ["one\n", ""]),
-    "quit after a display": ("as above", ["print('x')", "quit", "print('never')"], ["x\n", "", ""]),
+    "quit": ("as above", ["print('x')", "quit", "print('never')"], ["x\n", "", ""]),
     "much output": ("a reader's browser would not open it: 8 MiB a cell are kept",
                     ["for i in range(200): print('x' * 99_999)", "print('next cell')"],
                     ["x" * 99_999 + "\n", "next cell\n"]),

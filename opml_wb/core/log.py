@@ -6,7 +6,7 @@
 __all__ = ['MIME', 'RUN_DIR', 'RUN_T0', 'metric', 'verdict', 'claim', 'claims', 'artifact', 'table', 'input', 'read']
 
 # %% ../../nbs/core/05_log.ipynb #80e9aca1
-import hashlib, json, math, os, shutil, sys, time
+import functools, hashlib, json, math, os, shutil, sys, time
 from pathlib import Path
 
 from . import store
@@ -15,22 +15,26 @@ MIME = "application/vnd.opml.log+json"
 RUN_DIR, RUN_T0 = "OPML_RUN_DIR", "OPML_RUN_T0"
 
 # %% ../../nbs/core/05_log.ipynb #596c0d1f
-_born, _records, _fds = time.monotonic(), [], {}
+_born, _claims, _open = time.monotonic(), {}, (None, None, 0.0)
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 def _folder(): return os.environ.get(RUN_DIR)
 
-def _clock(): return round(time.monotonic() - float(os.environ.get(RUN_T0) or _born), 6)
-
-def _append(path, record):
-    "As `store.append`, with the file kept open: a metric costs microseconds."
-    if path not in _fds: _fds[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.write(_fds[path], json.dumps(record, allow_nan=False).encode() + b"\n")
+def _log():
+    "The present run's open log and when it began, (None, ...) outside a run; kept open, so a metric costs microseconds."
+    global _open
+    folder = os.environ.get(RUN_DIR)
+    if folder != _open[0]:
+        if _open[1] is not None: os.close(_open[1])
+        fd = os.open(os.path.join(folder, store.LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if folder else None
+        _open = folder, fd, float(os.environ.get(RUN_T0) or _born)
+    return _open[1], _open[2] or _born
 
 def _record(text="", html=None, **record):
     "Keep `record`; outside a run also show `text` with the record in it."
-    record = store.plain({**record, "t": _clock()})
-    _records.append(record)
-    if _folder(): _append(os.path.join(_folder(), store.LOG), record)
+    fd, began = _log()
+    record = store.plain({**record, "t": round(time.monotonic() - began, 6)})
+    if fd is not None: os.write(fd, _encode(record).encode() + b"\n")
     else: _show(record, text, html)
     return record
 
@@ -52,6 +56,11 @@ def _number(value, name):
     if isinstance(value, (int, float)): return value
     raise TypeError(f"metric {name!r}: expected one number, got {type(value).__name__} {value!r:.60}")
 
+@functools.lru_cache(1000)
+def _quoted(name): return json.dumps(name)
+
+def _json(number): return "null" if number is None else repr(number) if math.isfinite(number) else f'"{store.plain(number)}"'
+
 def _name(name, what):
     if not isinstance(name, str) or not name: raise TypeError(f"{what}: the name must be a non-empty str, got {name!r}")
     return name
@@ -62,10 +71,14 @@ def metric(name, value, step=None):
 
     `value`: int, float, or a NumPy / torch scalar; `step`: int or float, or None. Raises TypeError for anything else."""
     _name(name, "metric")
-    value = _number(value, name)
-    step = None if step is None else _number(step, f"{name}: step")
-    _record(f"{name} = {value:.6g}" + (f" at step {step}" if step is not None else ""),
-            kind="metric", name=name, value=value, step=step)
+    if type(value) is not float: value = _number(value, name)
+    if step is not None and type(step) is not int: step = _number(step, f"{name}: step")
+    fd, began = _log()
+    if fd is None:
+        at = "" if step is None else f" at step {step}"
+        _record(f"{name} = {value:.6g}{at}", kind="metric", name=name, value=value, step=step)
+        return
+    os.write(fd, f'{{"kind": "metric", "name": {_quoted(name)}, "value": {_json(value)}, "step": {_json(step)}, "t": {time.monotonic() - began:.6f}}}\n'.encode())
 
 # %% ../../nbs/core/05_log.ipynb #a58f82bc
 def verdict(paper, measured, better="higher", tol=.05):
@@ -86,13 +99,14 @@ def claim(name, *, paper, measured, unit="", better="higher", tol=.05, how="", w
     _name(name, "claim")
     paper, measured = _number(paper, f"{name}: paper"), _number(measured, f"{name}: measured")
     said = verdict(paper, measured, better, tol)
-    return _record(f"claim: {name}: paper {paper:g} {unit}, measured {measured:.4g} {unit}: {said}",
-                   kind="claim", name=name, paper=paper, measured=measured, unit=unit, better=better, tol=tol,
-                   how=how, why=why, verdict=said)
+    _claims[name] = _record(f"claim: {name}: paper {paper:g} {unit}, measured {measured:.4g} {unit}: {said}",
+                            kind="claim", name=name, paper=paper, measured=measured, unit=unit, better=better, tol=tol,
+                            how=how, why=why, verdict=said)
+    return _claims[name]
 
 def claims():
     "The claims recorded so far in this process, in order, the latest of each name."
-    return list({r["name"]: r for r in _records if r["kind"] == "claim"}.values())
+    return list(_claims.values())
 
 # %% ../../nbs/core/05_log.ipynb #3202cc5c
 def _place(name):

@@ -107,7 +107,7 @@ SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTH
 def _spec(plan, folder, run_id):
     "What the executing side must know, JSON-native."
     nb, injected = plan.notebook()
-    store.write_text(folder/store.NOTEBOOK, json.dumps(nb, ensure_ascii=False, indent=1))
+    store.write_text(folder/store.NOTEBOOK, json.dumps(nb, ensure_ascii=False, indent=1), durable=False)
     env = {**os.environ, "OPML_RUN_DIR": str(folder), "OPML_RUN_T0": repr(time.monotonic()), "OPML_HOME": str(folder.parents[1])}
     for name, value in SURROUNDINGS.items(): env.setdefault(name, value)
     return {"id": run_id, "dir": str(folder), "cwd": str(plan.chapter.path.parent), "env": env, "seed": plan.seed,
@@ -136,7 +136,7 @@ def _start(plan, spec):
 
 # %% ../../nbs/core/04_run.ipynb #6eef2698
 def _wait(future, stop, watch):
-    "Wait for the run's end, calling `watch()` several times a second; Ctrl-C stops the run and is passed on."
+    "Wait for the run's end, calling `watch()` several times a second; Ctrl-C, or an error of `watch`, stops the run and is passed on."
     from concurrent.futures import TimeoutError as NotYet
     try:
         while True:
@@ -144,9 +144,10 @@ def _wait(future, stop, watch):
             except NotYet:
                 if future.done(): raise
                 if watch: watch()
-    except KeyboardInterrupt:
-        stop()
-        future.result(timeout=10)
+    except BaseException:
+        if not future.done():
+            stop()
+            future.result(timeout=10)
         raise
 
 def _perform(plan, folder, run_id, watch):

@@ -18,17 +18,18 @@ SCRATCH = (OUTCOME, PROGRESS, "journal.jsonl", "stdout.txt", "stderr.txt")
 _MISSING = object()
 
 # %% ../../nbs/core/03_store.ipynb #8dd4286d
-def write_text(path, text):
-    "Replace file `path` by `text`: written beside it, flushed to disk, renamed; a reader sees the old or the new."
+def write_text(path, text, durable=True):
+    "Replace file `path` by `text`: written beside it, flushed to disk (if `durable`), renamed; a reader sees the old or the new."
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}")
     with open(part, "w", encoding="utf-8", errors="surrogatepass") as f:
-        f.write(text); f.flush(); os.fsync(f.fileno())
+        f.write(text); f.flush()
+        if durable: os.fsync(f.fileno())
     os.replace(part, path)
 
-def write_json(path, value):
+def write_json(path, value, durable=True):
     "Replace file `path` by `value` as JSON; NaN and infinities must have become text (`plain`)."
-    write_text(path, json.dumps(value, allow_nan=False))
+    write_text(path, json.dumps(value, allow_nan=False), durable)
 
 def read_json(path, default=_MISSING):
     "The JSON value in file `path`; `default` when there is no such file."
@@ -49,8 +50,10 @@ def read_lines(path):
     "The records of a JSONL file, [] if there is none; lines that were cut short (a kill, a full disk) are left out."
     try: data = Path(path).read_bytes()
     except FileNotFoundError: return []
-    out = []
-    for line in data.split(b"\n")[:-1]:
+    out, lines = [], data.split(b"\n")[:-1]
+    try: return json.loads(b"[" + b",".join(lines) + b"]")  # all at once, if all are whole
+    except ValueError: pass
+    for line in lines:
         try: out.append(json.loads(line))
         except ValueError: continue
     return out
@@ -207,7 +210,7 @@ class _Writer:
         folder = self.runs/run_id
         folder.mkdir()
         doc = {"id": run_id, **request, "started": started, "host": boot(), "pid": os.getpid(), "born": born(os.getpid())}
-        write_json(folder/REQUEST, plain(doc))
+        write_json(folder/REQUEST, plain(doc), durable=False)
         self._put([{**plain(doc), "status": "running"}])
         return folder, run_id
 

@@ -6,7 +6,7 @@
 __all__ = ['OutStream', 'Tape']
 
 # %% ../../nbs/core/17_tape.ipynb #c7ee7366
-import codecs, os, threading, time
+import codecs, math, os, threading, time
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Tape:
 
     def __init__(self, folder, say, cap=8 << 20):
         self.say, self.cap, self.lock, self.pid = say, cap, threading.RLock(), os.getpid()
-        self.used, self.fresh, self.cut, self.segments, self.oldest = 0, 0, False, [], 0.
+        self.used, self.fresh, self.cut, self.segments, self.due = 0, 0, False, [], math.inf
         self.stdout, self.stderr = OutStream("stdout", 1, folder, self), OutStream("stderr", 2, folder, self)
 
     def write(self, stream, data):
@@ -61,9 +61,9 @@ class Tape:
         if os.getpid() != self.pid: return _write(stream.out, data)
         with self.lock:
             now, parent = time.monotonic(), stream.parent_header
-            self._flush_late(now)
+            if now > self.due: self._flush_late(now)
             if stream.since is not None and stream.parent is not parent: self.flush(stream)
-            if stream.since is None: stream.since, stream.parent = now, parent
+            if stream.since is None: stream.since, stream.parent, self.due = now, parent, min(self.due, now + self.wait)
             if not self.cut: _write(stream.out, data)
             self.fresh += len(data)
             if self.fresh > self.cap >> 3: self.flush(stream); self.tell()
@@ -75,16 +75,18 @@ class Tape:
             size = os.fstat(stream.out).st_size
             if size > stream.flushed:
                 parent = stream.parent if stream.since is not None else stream._parent_header_global
-                if not self.segments: self.oldest = time.monotonic()
+                self.due = min(self.due, time.monotonic() + self.wait)
                 last = self.segments[-1] if self.segments else [None]
                 if last[0] is stream and last[2] is parent: last[1] = size
                 else: self.segments.append([stream, size, parent])
             stream.flushed, stream.since = size, None
 
     def _flush_late(self, now):
-        waiting = [s for s in (self.stdout, self.stderr) if s.since is not None and now - s.since > self.wait]
-        for stream in sorted(waiting, key=lambda s: s.since): self.flush(stream)
-        if waiting or self.segments and now - self.oldest > self.wait: self.tell()
+        waiting = [s for s in (self.stdout, self.stderr) if s.since is not None]
+        for stream in sorted(waiting, key=lambda s: s.since):
+            if now - stream.since > self.wait: self.flush(stream)
+        self.tell()
+        self.due = min((s.since + self.wait for s in waiting if s.since is not None), default=math.inf)
 
     def tell(self, final=False):
         "Say what has been flushed; `final`: no later byte completes a character."

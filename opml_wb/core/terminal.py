@@ -58,9 +58,11 @@ class Live:
         from opml_wb.core import store
         if not self.started: self.start()
         path = folder/store.PROGRESS
-        size = path.stat().st_size if path.exists() else 0
-        if size == self.size: return
-        with open(path, "rb") as f: f.seek(self.size); lines = f.read(size - self.size).splitlines()
+        try:
+            size = path.stat().st_size
+            if size == self.size: return
+            with open(path, "rb") as f: f.seek(self.size); lines = f.read(size - self.size).splitlines()
+        except FileNotFoundError: return  # not begun, or already over
         self.size = size
         for line in lines:
             try: self.take(json.loads(line))
