@@ -177,8 +177,8 @@ class Execution(Outputs):
         self.kc, self.kernel.io_loop = _FrontEnd(self.kernel, loop), AsyncIOMainLoop()
         self.kernel.io_loop.stop = lambda: None  # `exit` stops a kernel's loop; here `run` sees it
         sys.stdout, sys.stderr = self.tape.stdout, self.tape.stderr
-        launcher = Path(ipykernel.__file__).parents[1]/"ipykernel_launcher.py"
-        sys.argv = [str(launcher), "-f", f"{tempfile.gettempdir()}/tmpnokernel.json", "--HistoryManager.hist_file=:memory:"]
+        launcher, connection = Path(ipykernel.__file__).parents[1]/"ipykernel_launcher.py", "tmpnokernel.json"
+        sys.argv = [str(launcher), "-f", f"{tempfile.gettempdir()}/{connection}", "--HistoryManager.hist_file=:memory:"]
         self.shell.init_environment()
         self.nb.metadata["language_info"] = dict(self.kernel.language_info)
 
@@ -188,7 +188,8 @@ class Execution(Outputs):
         self.cells[request["msg_id"]] = index
         self.context.run(self.kernel.set_parent, [], request)
         self.kernel._publish_status("busy", "shell", parent=request)
-        await asyncio.create_task(self.kernel.execute_request(self.kernel.iopub_socket, [], request), context=self.context)
+        work = self.kernel.execute_request(self.kernel.iopub_socket, [], request)
+        await asyncio.create_task(work, context=self.context)
         self.tape.pump()
         self.kernel._publish_status("idle", "shell", parent=request)
         await self.kc.delivered()

@@ -176,8 +176,52 @@ class _Gate:
                 self.waiting -= 1
                 self.free.notify_all()
 
+# %% ../../nbs/riann/02_graph.ipynb #f13345f3
+class _Linking(_Arrays):
+    "Linking of placed slots, removal and repair; the caller holds the writer's lock."
+    def _link(self, slots, mode):
+        g = self._g
+        tag, s = self._scratch(g, int(g.cand[slots].max()), len(slots) * (TOP + 1))
+        tag = _insert(g, self._ip, slots, mode, tag, s)
+        work = s.work.tolist()
+        self._spare.append((tag, s))
+        return work
+
+    def _remove(self, ids):
+        g = self._g
+        for id in ids:
+            v = self._slot.pop(id)
+            r = g.L0[v, 1] if g.level[v] == GONE else v
+            u = int(g.twin[r])
+            if u < 0: g.level[v], self._dead = ~g.level[v], self._dead + 1
+            else:   # the node lives on; the id of its next twin moves here
+                if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v
+                g.twin[r] = g.twin[u]
+                self._free.append(u)
+        if not self._slot: self._clear()
+        elif self._dead * DEBT > self._used - len(self._free): self._reclaim()
+
+    def _reclaim(self):
+        "Mend the graph around its removed nodes and free their slots."
+        g, n = self._g, self._used
+        level = g.level[:n]
+        live, dead = np.flatnonzero(level >= 0), np.flatnonzero((level < 0) & (level > GONE))
+        if len(dead) <= len(live):
+            inward = np.zeros(n, int)
+            tag, s = self._scratch(g, 1, 2 * n * (TOP + 1))
+            self._spare.append((_repair(g, self._ip, n, tag, inward, s), s))
+            best = live[level[live].argmax()]
+            if level[g.meta[0]] < 0: g.meta[0] = best
+            weak = live[((inward[live] == 0) | (g.L0[live, 0] == 0)) & (live != g.meta[0])]
+            if len(weak): self._link(weak, RELINK)
+        if len(dead) > len(live) or (g.L0[g.meta[0], 0] == 0 and len(live) > 1):
+            g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
+            self._link(live, REBUILD)
+        level[dead], self._dead = GONE, 0
+        self._free += dead.tolist()
+
 # %% ../../nbs/riann/02_graph.ipynb #a30e50fc
-class DynamicHNSW(_Arrays):
+class DynamicHNSW(_Linking):
     """Approximate nearest neighbours in one graph whose degree and candidates are chosen at each insertion.
 
     dim: length of a vector. metric: "l2" (squared), "cosine" (1 - cos) or "ip" (1 - inner product).
@@ -218,14 +262,6 @@ class DynamicHNSW(_Arrays):
             self._slot.update(zip(ids, slots.tolist()))
             hops, dists = self._link(slots, INSERT)
         return Work(hops, dists, time.thread_time() - t)
-
-    def _link(self, slots, mode):
-        g = self._g
-        tag, s = self._scratch(g, int(g.cand[slots].max()), len(slots) * (TOP + 1))
-        tag = _insert(g, self._ip, slots, mode, tag, s)
-        work = s.work.tolist()
-        self._spare.append((tag, s))
-        return work
 
     def search(self, q, k, ef):
         """The nearest neighbours of each query.
@@ -268,39 +304,6 @@ class DynamicHNSW(_Arrays):
 
         ids: int[n], all in the index. Errors: ValueError naming the first row at fault; then nothing is removed."""
         with self._writer: self._gate.alone(self._remove, self._known(ids))
-
-    def _remove(self, ids):
-        g = self._g
-        for id in ids:
-            v = self._slot.pop(id)
-            r = g.L0[v, 1] if g.level[v] == GONE else v
-            u = int(g.twin[r])
-            if u < 0: g.level[v], self._dead = ~g.level[v], self._dead + 1
-            else:   # the node lives on; the id of its next twin moves here
-                if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v
-                g.twin[r] = g.twin[u]
-                self._free.append(u)
-        if not self._slot: self._clear()
-        elif self._dead * DEBT > self._used - len(self._free): self._reclaim()
-
-    def _reclaim(self):
-        "Mend the graph around its removed nodes and free their slots."
-        g, n = self._g, self._used
-        level = g.level[:n]
-        live, dead = np.flatnonzero(level >= 0), np.flatnonzero((level < 0) & (level > GONE))
-        if len(dead) <= len(live):
-            inward = np.zeros(n, int)
-            tag, s = self._scratch(g, 1, 2 * n * (TOP + 1))
-            self._spare.append((_repair(g, self._ip, n, tag, inward, s), s))
-            best = live[level[live].argmax()]
-            if level[g.meta[0]] < 0: g.meta[0] = best
-            weak = live[((inward[live] == 0) | (g.L0[live, 0] == 0)) & (live != g.meta[0])]
-            if len(weak): self._link(weak, RELINK)
-        if len(dead) > len(live) or (g.L0[g.meta[0], 0] == 0 and len(live) > 1):
-            g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
-            self._link(live, REBUILD)
-        level[dead], self._dead = GONE, 0
-        self._free += dead.tolist()
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
 def is_warm():
