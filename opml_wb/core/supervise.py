@@ -112,7 +112,7 @@ def _execute(spec, shell):
     import nbformat
     from opml_wb.core.shell import Execution
     folder = Path(spec["dir"])
-    nb = nbformat.read(folder/store.NOTEBOOK, as_version=4)
+    nb = nbformat.convert(nbformat.reader.reads((folder/store.NOTEBOOK).read_text(encoding="utf-8")), 4)
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
     def on_cell(i): store.append(folder/store.PROGRESS, {"cell": i, "nth": code.index(i) + 1, "of": len(code)})
     execution = Execution(nb, shell, folder, on_cell)

@@ -25,7 +25,7 @@ def _boot(preload):
     "Import what runs need and make the shell; names of the modules that could not be imported."
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype+notebook_connected")
-    import numpy, psutil  # noqa: F401
+    import numpy.random, psutil  # noqa: F401 (numpy loads its generators lazily: once here, not in each run)
     from opml_wb.core.shell import make_shell
     shell, failed = make_shell(), []
     atexit.unregister(shell.atexit_operations)
