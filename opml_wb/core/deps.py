@@ -35,6 +35,7 @@ def _walk(tree, lazy):
         yield node
         if lazy or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)): todo += ast.iter_child_nodes(node)
 
+@functools.lru_cache(4096)
 def imports(source, package="", lazy=True):
     """Modules that `source` (str) may import, as dotted names; `from a import b` gives `a` and `a.b`.
 
@@ -46,7 +47,7 @@ def imports(source, package="", lazy=True):
             base = ".".join(package.split(".")[:len(package.split(".")) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
             found |= {module, *(f"{module}.{a.name}" for a in node.names if a.name != "*")}
-    return found - {""}
+    return frozenset(found - {""})
 
 # %% ../../nbs/core/11_deps.ipynb #fcf4ab24
 INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")

@@ -150,12 +150,12 @@ def _wait(future, stop, watch):
             future.result(timeout=10)
         raise
 
-def _perform(plan, folder, run_id, watch):
+def _perform(plan, folder, run_id, watch, start=_start):
     "Execute and see to it that `run.json` exists, also when the engine itself breaks; the zygote may die once."
     from opml_wb.core.zygote import ZygoteError
     if watch: watch()  # says what runs, before the zygote's imports
     for attempt in (1, 2):
-        try: code, words = _wait(*_start(plan, _spec(plan, folder, run_id)), watch), ""
+        try: code, words = _wait(*start(plan, _spec(plan, folder, run_id)), watch), ""
         except ZygoteError as e: code, words = 1, str(e)
         if (folder/store.RUN).exists(): return
         if not words: break
@@ -166,15 +166,16 @@ def _perform(plan, folder, run_id, watch):
         "cell": None, "line": None, "signal": {-9: "SIGKILL", -15: "SIGTERM"}.get(code), "exitcode": None})
 
 # %% ../../nbs/core/04_run.ipynb #aa14e505
-def execute(plan, *, force=False, watch=None):
+def execute(plan, *, force=False, watch=None, start=_start):
     """Answer a `Plan`: from the store, unless `force`, else by running it.
 
-    `watch(folder)` is called while it runs. Returns a Run; Ctrl-C stops the run, records it and is passed on."""
+    `watch(folder)` is called while it runs; `start(plan, spec)` starts it: (Future of its end, function that stops it).
+    Returns a Run; Ctrl-C stops the run, records it and is passed on."""
     home = store.Store()
     known = None if force else cached(plan, home)
     if known: return known
     folder, run_id = home.begin(plan.request())
-    try: _perform(plan, folder, run_id, (lambda: watch(folder)) if watch else None)
+    try: _perform(plan, folder, run_id, (lambda: watch(folder)) if watch else None, start)
     finally:
         if (folder/store.RUN).exists(): home.index(folder)
     return Run(home._placed(store.read_json(folder/store.RUN)))

@@ -137,6 +137,9 @@ create table if not exists param(id text not null, name text not null, value tex
 create table if not exists metric(id text not null, name text not null, value, points integer, primary key(id, name)) without rowid;
 create table if not exists artifact(id text not null, name text not null, path text, bytes integer, sha256 text, primary key(id, name)) without rowid;
 create table if not exists input(id text not null, path text not null, sha256 text, primary key(id, path)) without rowid;
+create table if not exists sweep(id text primary key, chapter text not null, started real not null, doc text not null);
+create table if not exists trial(sweep text not null, number integer not null, status text not null, point text, key text, run text,
+  attrs text, owner text, host text, pid integer, born integer, beat real, primary key(sweep, number)) without rowid;
 """
 CHILDREN = "param", "metric", "artifact", "input"
 
@@ -194,7 +197,7 @@ class _Writer:
             db.close()
             raise StoreError(f"{self.root/'opml.db'} has schema {version}, this opml_wb knows {SCHEMA}: "
                              "upgrade opml_wb, or set OPML_HOME to another folder. Nothing was changed.")
-        if version < SCHEMA:
+        if version < SCHEMA or not db.execute("select 1 from sqlite_master where name='trial'").fetchone():
             _patiently(lambda: db.execute("pragma journal_mode=wal"))
             db.executescript(f"begin immediate; {TABLES} pragma user_version={SCHEMA}; commit;")
         db.execute("pragma synchronous=normal")

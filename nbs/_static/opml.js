@@ -1,0 +1,98 @@
+/* The figures and widgets of a page, drawn without a kernel and from files of this site alone.
+   Plotly figures: <div class="opml-fig"> with their JSON inside. Widgets: the state that the run saved, shown by the
+   classic-notebook build that every ipywidgets brings along (widgets/extension.js); here is the little of a classic
+   notebook that it asks for. */
+(() => {
+"use strict"
+const here = document.currentScript.src.replace(/[^/]*$/, "")
+const VIEW = "application/vnd.jupyter.widget-view+json", STATE = "application/vnd.jupyter.widget-state+json"
+const PLOTLY = "application/vnd.plotly.v1+json"
+const saved = mime => [...document.querySelectorAll(`script[type="${mime}"]`)]
+
+function draw(box, figure) {
+  return Plotly.newPlot(box, figure.data, figure.layout, {responsive: true, displaylogo: false, ...figure.config})
+}
+
+/* modules in AMD form: `define(needs, make)` in a file of widgets/ */
+let defined
+const loading = {}
+window.define = (needs, make) => { defined = [needs, make] }
+function load(file) {
+  return loading[file] ??= new Promise((ok, fail) => {
+    const script = Object.assign(document.createElement("script"), {src: `${here}widgets/${file}.js`})
+    script.onload = async () => {
+      const [needs, make] = defined
+      try { ok(await make(...await Promise.all(needs.map(module)))) } catch (error) { fail(error) }
+    }
+    script.onerror = () => fail(new Error(`${file}.js is missing`))
+    document.head.append(script)
+  })
+}
+async function module(name) {
+  if (name === "module") return {uri: `${here}widgets/extension.js`}
+  if (name === "base/js/namespace") return Jupyter
+  if (name === "base/js/events") return Jupyter.notebook.events
+  if (name === "notebook/js/outputarea") return {OutputArea}
+  if (name.startsWith("@jupyter-widgets/")) return load("extension")
+  if (name === "anywidget") return load("anywidget")
+  throw new Error(`widgets of ${name} need JupyterLab`)
+}
+window.requirejs = window.require = (names, ok, fail) => { Promise.all(names.map(module)).then(found => ok(...found), fail) }
+window.requirejs.config = () => {}
+
+/* what an Output widget held when the run ended */
+class OutputArea {
+  constructor({selector}) { this.element = selector; this.outputs = [] }
+  register_mime_type() {}
+  clear_output() { this.element.replaceChildren() }
+  handle_clear_output() { this.clear_output() }
+  handle_output() {}
+  toJSON() { return this.outputs }
+  fromJSON(outputs) {
+    this.outputs = outputs
+    for (const {text, data = {}, traceback} of outputs) {
+      const box = document.createElement("div")
+      const html = data["text/html"], png = data["image/png"], plain = text ?? data["text/plain"] ?? traceback
+      this.element.append(box)
+      if (data[PLOTLY] && window.Plotly) draw(box, data[PLOTLY])
+      else if (html) box.innerHTML = [html].flat().join("")
+      else if (png) box.append(Object.assign(new Image(), {src: `data:image/png;base64,${png}`}))
+      else box.append(Object.assign(document.createElement("pre"), {textContent: [plain ?? ""].flat().join("")}))
+    }
+  }
+}
+
+async function widgets(state, views) {
+  const kernel = {is_connected: () => true, comm_info: (_, answer) => answer({content: {comms: {}}})}
+  kernel.comm_manager = {kernel, register_target() {}}
+  const deaf = {on() {}, register_events() {}, register() {}, get: () => ({handler() {}})}
+  window.Jupyter = {
+    version: "6.5.0", notification_area: {widget: () => ({})}, menubar: {actions: deaf},
+    notebook: {kernel, events: deaf, container: deaf, keyboard_manager: deaf, metadata: {}, get_cells: () => []}}
+  document.body.insertAdjacentHTML("beforeend", '<ul hidden><li><a id="help_menu"></a></li></ul>')
+  const classic = await load("extension")
+  await classic.load_ipython_extension()
+  if (window.MathJax && !MathJax.Hub) MathJax.Hub = {Queue: call => MathJax.typesetPromise?.([call[2]])}
+  const manager = kernel.widget_manager
+  await manager.set_state(state)
+  for (const script of views) {
+    const box = Object.assign(document.createElement("div"), {className: "opml-widget"})
+    script.after(box)
+    try {
+      const model = await manager.get_model(JSON.parse(script.textContent).model_id)
+      classic.JupyterLuminoWidget.attach((await manager.create_view(model)).luminoWidget, box)
+    } catch (error) { box.textContent = `This widget cannot be shown here: ${error.message}` }
+  }
+}
+
+document.addEventListener("DOMContentLoaded", async () => {
+  for (const box of document.querySelectorAll(".opml-fig")) {
+    const figure = JSON.parse(box.querySelector("script").textContent)
+    box.replaceChildren()
+    draw(box, figure)
+  }
+  const [state] = saved(STATE), views = saved(VIEW)
+  if (state && views.length) await widgets(JSON.parse(state.textContent), views)
+  document.documentElement.dataset.opml = "drawn"
+})
+})()

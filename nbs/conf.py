@@ -1,0 +1,45 @@
+"""The docs site's settings. `opml docs` copies this file beside the pages it makes and runs Sphinx there."""
+from opml_wb import __version__
+
+project, author, version, release = "opml_wb", "The opml_wb authors", __version__, __version__
+copyright = "2026 onwards, the opml_wb authors"
+language = "en"
+
+extensions = ["myst_nb"]
+exclude_patterns = ["notebooks"]
+myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "deflist", "dollarmath", "strikethrough"]
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_ipywidgets_js = {}                       # ours draws them: _static/opml.js
+suppress_warnings = ["myst.header",         # prose may go from ## to ####
+                     "misc.highlighting_failure"]  # %magics and !shell lines in examples
+add_module_names = False
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+mathjax_path = "mathjax/tex-svg.js"
+
+html_theme = "pydata_sphinx_theme"
+html_title = "opml_wb"
+html_static_path = ["_static"]
+html_css_files = ["opml.css"]
+html_copy_source = html_show_sourcelink = False
+html_sidebars = {"index": [], "publish": []}
+html_theme_options = {
+    "logo": {"text": "opml_wb"}, "navbar_end": ["theme-switcher"], "footer_start": ["copyright"], "footer_end": [],
+    "secondary_sidebar_items": ["page-toc"], "navigation_depth": 3, "show_toc_level": 2, "primary_sidebar_end": [],
+    "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark",
+    "search_bar_text": "Search chapters and API", "back_to_top_button": False,
+}
+
+
+def scripts(app, pagename, templatename, context, doctree):
+    "Only pages with a figure carry plotly, only those with a figure or a widget carry what draws them."
+    body = context.get("body") or ""
+    figures, widgets = 'class="opml-fig"' in body, "vnd.jupyter.widget-view+json" in body
+    if figures or widgets:
+        app.add_js_file("plotly.min.js", priority=600)  # an Output widget may hold a figure, too
+        app.add_js_file("opml.js", priority=700)
+
+
+def setup(app):
+    app.connect("html-page-context", scripts)
