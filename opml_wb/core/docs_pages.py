@@ -8,7 +8,7 @@ __all__ = ['PLOTLY', 'VIEW', 'STATE', 'HIDDEN', 'TAGS', 'ELSEWHERE', 'LINK', 'di
 
 # %% ../../nbs/core/23_docs_pages.ipynb #8e2e65a7
 import json, re
-from html import escape
+from posixpath import dirname, join, normpath
 
 from . import log
 from .chapter import text
@@ -86,10 +86,10 @@ LINK = re.compile(r"\]\((?!\w+:)([^)\s#]+\.ipynb)(#[^)\s]*)?\)")
 def links(source, pages, here):
     """Markdown whose links to notebooks lead to pages instead; one to no page keeps its words only.
 
-    `pages`: {file name of a notebook: page}; `here`: the page that the Markdown is on."""
-    up = "../" * here.count("/")
+    `pages`: {a notebook's place below nbs/: its page}; `here`: the place of the notebook that the Markdown is in."""
+    up = "../" * pages.get(here, "").count("/")
     def to(m):
-        page = pages.get(m[1].rsplit("/", 1)[-1])
+        page = pages.get(normpath(join(dirname(here), m[1])))
         return f"]({up}{page}.ipynb{m[2] or ''})" if page else "](#)"
     return re.sub(r"\[([^\]]*)\]\(#\)", r"\1", LINK.sub(to, source))
 

@@ -127,12 +127,13 @@ def _checked(nb, name, dim, others, choices, every):
     return Choice(tuple(values))
 
 # %% ../../nbs/core/20_space.ipynb #0a58f9de
-def space(nb, given=None, text=None, every=False):
+def space(nb, given=None, text=None, every=False, fixed=None):
     """A checked `Space` over parameters of a notebook.
 
     nb: the notebook, a dict. given: {name: values} from Python: a list is a choice, a tuple (lo, hi) or
         (lo, hi, "log") a range, anything else one fixed value. text: {name: str} from a command line.
-    every: check each value of a whole range, not only its ends (a grid takes them all).
+    every: check each value of a whole range, not only its ends (a grid takes them all). fixed: {name: value} of
+        parameters that are not varied.
 
     Raises ParamError for bad grammar, an unknown parameter, or a value that it cannot have."""
     if given is not None and not isinstance(given, dict): raise ParamError(f"space: expected a dict, got {type(given).__name__}")
@@ -142,6 +143,7 @@ def space(nb, given=None, text=None, every=False):
     dims |= {name: _word(name, t, known[name].type if name in known else object) for name, t in (text or {}).items()}
     if not dims: raise ParamError(f"nothing to vary: give a parameter and its values, name=values; {FORMS}")
     first = {name: d.values[0] if isinstance(d, Choice) else d.lo for name, d in dims.items()}
+    first = {**(fixed or {}), **first}
     _params.validate(nb, first)  # names, and parameters without a default
     order = [n for n in known if n in dims]
     return Space({n: _checked(nb, n, dims[n], first, facts(known[n].type)[1], every) for n in order})

@@ -83,12 +83,16 @@ def boot():
     except OSError: return socket.gethostname()
 
 def born(pid):
-    "When process `pid` started, in clock ticks since boot; None if it is gone or the system doesn't tell."
+    "When process `pid` started, as a number that two processes of one id don't share; None if it is gone."
     try: fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError: return None
+    except OSError: return None if Path("/proc/self/stat").exists() else _born_elsewhere(pid)
     return None if fields[0] in "ZX" else int(fields[19])
 
-def _lives(pid, since): return born(pid) is not None and born(pid) == since
+def _born_elsewhere(pid):
+    "`born` on systems without /proc."
+    import psutil
+    try: return int(psutil.Process(pid).create_time() * 100)
+    except psutil.Error: return None
 
 # %% ../../nbs/core/03_store.ipynb #cea39f68
 def sum_up(records):
@@ -122,6 +126,7 @@ def finish(folder, *, status, error, seconds, cpu, rss):
     return doc
 
 def _fsync(path):
+    if os.name == "nt" and Path(path).is_dir(): return  # Windows flushes no folders
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)

@@ -86,7 +86,7 @@ class Study:
             if step in known: continue
             known.add(step)
             trial.report(value, step)
-        with _quiet(): return bool(known) and trial.should_prune()
+        with _quiet(): return bool(known) and bool(trial.should_prune())
 
     def _state(self, status, value):
         from optuna.trial import TrialState
