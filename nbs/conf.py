@@ -20,6 +20,7 @@ mathjax_path = "mathjax/tex-svg.js"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "opml_wb"
+html_context = {"default_mode": "auto"}    # light or dark as the reader's system says
 html_static_path = ["_static"]
 html_css_files = ["opml.css"]
 html_copy_source = html_show_sourcelink = False

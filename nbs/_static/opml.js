@@ -66,8 +66,9 @@ async function widgets(state, views) {
   const kernel = {is_connected: () => true, comm_info: (_, answer) => answer({content: {comms: {}}})}
   kernel.comm_manager = {kernel, register_target() {}}
   const deaf = {on() {}, register_events() {}, register() {}, get: () => ({handler() {}})}
+  deaf.actions = deaf
   window.Jupyter = {
-    version: "6.5.0", notification_area: {widget: () => ({})}, menubar: {actions: deaf},
+    version: "6.5.0", notification_area: {widget: () => ({})}, menubar: deaf,
     notebook: {kernel, events: deaf, container: deaf, keyboard_manager: deaf, metadata: {}, get_cells: () => []}}
   document.body.insertAdjacentHTML("beforeend", '<ul hidden><li><a id="help_menu"></a></li></ul>')
   const classic = await load("extension")

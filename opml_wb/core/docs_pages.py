@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLOTLY', 'VIEW', 'STATE', 'HIDDEN', 'TAGS', 'ELSEWHERE', 'LINK', 'directives', 'hidden', 'tags', 'figure', 'offline',
-           'output', 'reachable', 'links', 'prose', 'notebook', 'under_title', 'page']
+           'widget_figure', 'output', 'reachable', 'links', 'merged', 'prose', 'notebook', 'under_title', 'page']
 
 # %% ../../nbs/core/23_docs_pages.ipynb #8e2e65a7
 import json, re
@@ -54,15 +54,28 @@ def offline(html):
     "Can this HTML be shown with no network?"
     return not ELSEWHERE.search(html)
 
-# %% ../../nbs/core/23_docs_pages.ipynb #716867b3
+# %% ../../nbs/core/23_docs_pages.ipynb #f738898e
+def widget_figure(model):
+    "The figure `{data, layout}` that a saved widget model holds, or None when it is no plotly FigureWidget."
+    if "_widget_data" not in model.get("state", {}): return None
+    fig = {k: json.loads(json.dumps(model["state"].get(f"_widget_{k}"))) for k in ("data", "layout")}
+    for raw in model.get("buffers", ()):
+        root, *way, name, _ = raw["path"]
+        at = fig[root.removeprefix("_widget_")]
+        for step in way: at = at[step]
+        kind, bits = re.fullmatch(r"([a-z]+)(\d+)", at[name]["dtype"]).groups()
+        at[name] = {"dtype": {"uint": "u", "int": "i", "float": "f"}[kind] + str(int(bits) // 8), "bdata": raw["data"],
+                    "shape": ", ".join(map(str, at[name]["shape"]))}
+    return fig
+
+# %% ../../nbs/core/23_docs_pages.ipynb #b07d37d3
 def output(out, models={}):
     """One output as the page shows it, or None when nothing of it can be shown.
 
     `out`: dict of nbformat; `models`: the widget state that the notebook saved, {id: model}."""
     if out["output_type"] not in ("display_data", "execute_result"): return out
     data = {mime: v for mime, v in out["data"].items() if mime != log.MIME}
-    saved = models.get(data.get(VIEW, {}).get("model_id"), {}).get("state", {})
-    fig = data.get(PLOTLY) or ({"data": saved["_widget_data"], "layout": saved["_widget_layout"]} if "_widget_data" in saved else None)
+    fig = data.get(PLOTLY) or widget_figure(models.get(data.get(VIEW, {}).get("model_id"), {}))
     html = data.get("text/html")
     if fig: data = {"text/html": figure(fig)}
     elif VIEW in data: data = {VIEW: data[VIEW], "text/plain": data.get("text/plain", "a widget")}
@@ -70,15 +83,16 @@ def output(out, models={}):
     return {**out, "data": data} if data else None
 
 # %% ../../nbs/core/23_docs_pages.ipynb #849499dc
+def _named(model): return set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(model["state"])))
+
 def reachable(models, views):
-    "The part of `models` (the saved widget state, {id: model}) that the ids in `views` show, directly or not."
-    keep, todo = {}, [v for v in views if v in models]
+    "The part of `models` (the saved widget state, {id: model}) that the ids in `views` show, directly or not, with what links it."
+    keep, todo = set(), set(views) & models.keys()
     while todo:
-        name = todo.pop()
-        if name in keep: continue
-        keep[name] = models[name]
-        todo += [m for m in re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[name]["state"])) if m in models]
-    return keep
+        keep |= todo
+        todo = set().union(*(_named(models[m]) for m in todo)) & models.keys() - keep
+    keep |= {i for i, m in models.items() if "LinkModel" in m.get("model_name", "") and _named(m) & keep}
+    return {i: m for i, m in models.items() if i in keep}
 
 # %% ../../nbs/core/23_docs_pages.ipynb #d3d7c9b5
 LINK = re.compile(r"\]\((?!\w+:)([^)\s#]+\.ipynb)(#[^)\s]*)?\)")
@@ -92,6 +106,20 @@ def links(source, pages, here):
         page = pages.get(normpath(join(dirname(here), m[1])))
         return f"]({up}{page}.ipynb{m[2] or ''})" if page else "](#)"
     return re.sub(r"\[([^\]]*)\]\(#\)", r"\1", LINK.sub(to, source))
+
+# %% ../../nbs/core/23_docs_pages.ipynb #d508d4e5
+def merged(nb, run):
+    """The chapter `nb` with the outputs of its executed notebook `run` (dicts of nbformat), and the widget state of that.
+
+    Raises ValueError when these aren't the same code cells."""
+    ran = iter([c for c in run["cells"] if c["cell_type"] == "code" and "injected-parameters" not in (c["metadata"].get("tags") or ())])
+    cells = []
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            if (done := next(ran, None)) is None or text(done) != text(cell): raise ValueError("the run is of other code")
+            cell = {**cell, "outputs": done["outputs"], "execution_count": done["execution_count"]}
+        cells.append(cell)
+    return {**nb, "cells": cells, "metadata": {**nb["metadata"], "widgets": run["metadata"].get("widgets", {})}}
 
 # %% ../../nbs/core/23_docs_pages.ipynb #edfd7e84
 def prose(source): return {"cell_type": "markdown", "metadata": {}, "source": source}

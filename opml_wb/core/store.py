@@ -94,6 +94,8 @@ def _born_elsewhere(pid):
     try: return int(psutil.Process(pid).create_time() * 100)
     except psutil.Error: return None
 
+def _lives(pid, since): return born(pid) is not None and born(pid) == since
+
 # %% ../../nbs/core/03_store.ipynb #cea39f68
 def sum_up(records):
     "What log records say: `{metrics {name: last}, points {name: n}, claims, artifacts, inputs}`."

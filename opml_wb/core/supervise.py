@@ -98,6 +98,7 @@ def limit_threads(n):
     os.environ.update(dict.fromkeys(POOLS, str(n)))
     threadpool_limits(n)
     if "numba" in sys.modules: sys.modules["numba"].config.NUMBA_NUM_THREADS = n
+    if "numba.np.ufunc.parallel" in sys.modules: sys.modules["numba.np.ufunc.parallel"].NUM_THREADS = n  # read when they are launched
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(n)
 
 # %% ../../nbs/core/13_supervise.ipynb #52469512

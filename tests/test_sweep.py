@@ -1,0 +1,282 @@
+"""Sweeps that are killed, doubled, interrupted, pruned, refused: nothing is executed twice, nothing is lost."""
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, processes, until
+
+from opml_wb.core.store import Store
+from opml_wb.core.sweep import Interrupted, Sweep, sweep
+from opml_wb.core.values import ParamError
+
+COMMAND = "from opml_wb.core import cli, sweep_cli; cli.cli.add_command(sweep_cli.sweep); cli.main()"
+
+
+@pytest.fixture
+def opml_sweep(home):
+    "opml_sweep(*args) -> CompletedProcess of `opml sweep`; `start=True` gives the Popen instead."
+    def call(*args, start=False, **env):
+        command = [sys.executable, "-c", COMMAND, "sweep", *map(str, args)]
+        options = dict(cwd=ROOT, env={**os.environ, "OPML_HOME": str(home), **env}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=180, **options)
+    return call
+
+
+@pytest.fixture
+def slow(notebook, tmp_path):
+    "A notebook of `pause` seconds that writes a line to a file when it begins and when it ends; its executions so far."
+    trace = tmp_path / "trace.txt"
+    nb = notebook("n: int = 0\npause: float = 0.1",
+                  f"import os, time\nfrom opml_wb import log\ndef say(w): os.write(os.open({str(trace)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), f'{{w}} {{n}}\\n'.encode())\n"
+                  "say('begin'); time.sleep(pause)", "log.metric('loss', (n - 17)**2); say('end')")
+
+    def told(word="end"): return Counter(line.split()[1] for line in trace.read_text().splitlines() if line.startswith(word)) if trace.exists() else Counter()
+    return nb, told
+
+
+def whole(home): return sqlite3.connect(home / "opml.db").execute("pragma integrity_check").fetchone() == ("ok",)
+
+
+def test_sigkill_of_the_driver_then_the_same_command(opml_sweep, slow, home):
+    nb, told = slow
+    command = nb, "n=1..40", "--objective", "loss", "--json"
+    driver = opml_sweep(*command, start=True)
+    assert until(lambda: sum(told().values()) >= 12, 60)
+    driver.kill(); driver.wait()
+    assert until(lambda: not processes(str(home)), 10), processes(str(home))
+    done = {d["key"] for d in Store(home).ls() if d["status"] == "done"}
+    assert 12 <= len(done) < 40
+    again = opml_sweep(*command)
+    got = json.loads(again.stdout)
+    assert again.returncode == 0 and len(got["runs"]) == 40 and set(got["counts"]) == {"done", "cached"}, again.stderr
+    assert got["executed"] == got["counts"]["done"] == 40 - len(done) and got["counts"]["cached"] == len(done)
+    assert Counter(d["key"] for d in Store(home).ls() if d["status"] == "done").most_common(1)[0][1] == 1
+    assert len(told()) == 40 and max(told().values()) == 1      # nothing that ended was executed again
+    assert whole(home) and not processes(str(home))
+    assert [r["params"]["n"] for r in got["runs"]] == list(range(1, 41)) and got["best"] == got["runs"][16]["key"]
+    third = json.loads(opml_sweep(*command).stdout)
+    assert third["executed"] == 0 and third["counts"] == {"cached": 40} and third["sweep"] == got["sweep"]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_two_at_once_share_the_work(opml_sweep, slow, home, sampler):
+    nb, told = slow
+    space = ["n=1..40"] if sampler == "grid" else ["n=1..40000", "-n", "40", "--sampler", "tpe"]
+    two = [opml_sweep(nb, *space, "--objective", "loss", "--json", start=True) for _ in range(2)]
+    texts = [p.communicate(timeout=120) for p in two]
+    assert [p.returncode for p in two] == [0, 0], texts
+    a, b = (json.loads(out) for out, _ in texts)
+    assert a["executed"] + b["executed"] == 40 and min(a["executed"], b["executed"]) > 2
+    assert [r["key"] for r in a["runs"]] == [r["key"] for r in b["runs"]] and len({r["key"] for r in a["runs"]}) == 40
+    assert sum(told("begin").values()) == 40 == Store(home).count() and a["best"] == b["best"] and whole(home)
+
+
+def test_a_survivor_takes_over_from_a_killed_driver(opml_sweep, slow, home):
+    nb, told = slow
+    two = [opml_sweep(nb, "n=1..24", "--json", start=True) for _ in range(2)]
+    assert until(lambda: sum(told("begin").values()) >= 6, 60)
+    two[0].kill(); two[0].wait()
+    out, err = two[1].communicate(timeout=60)
+    assert two[1].returncode == 0, err
+    assert len(json.loads(out)["runs"]) == 24 and len(told()) == 24 and max(told().values()) == 1
+
+
+def test_a_segfault_is_listed_and_harms_no_other(opml_sweep, home, notebook):
+    nb = notebook("n: int = 0", "import os, signal\nif n == 3: os.kill(os.getpid(), signal.SIGSEGV)\nfrom opml_wb import log\nlog.metric('m', n)")
+    done = opml_sweep(nb, "n=1..6", "--objective", "m", "--direction", "maximize", "--json")
+    got = json.loads(done.stdout)
+    assert done.returncode == 1 and got["counts"] == {"done": 5, "failed": 1} and got["best"] == got["runs"][5]["key"]
+    assert got["runs"][2]["error"]["signal"] == "SIGSEGV" and got["runs"][2]["error"]["cell"] == 1
+    said = opml_sweep(nb, "n=1..6", "--objective", "m")
+    assert said.returncode == 1 and "SIGSEGV" in said.stdout and "5 cached, 1 failed of 6, 1 executed now" in said.stdout
+
+
+def test_shape_of_json_and_frame(home, notebook, opml_sweep):
+    nb = notebook("n: int = 0\nlr: float = .1", "from opml_wb import log\nlog.metric('loss', n * lr)")
+    s = sweep(nb, {"n": [1, 2], "lr": [.5, .25]}, objective="loss", direction="maximize")
+    assert isinstance(s, Sweep) and s.best.params == {"n": 2, "lr": .5}
+    frame = s.frame()
+    assert list(frame.columns) == ["key", "status", "seconds", "params.n", "params.lr", "metrics.loss"] and list(frame["metrics.loss"]) == [.5, .25, 1, .5]
+    got = json.loads(opml_sweep(nb, "lr=0.5,0.25", "n=1,2", "--objective", "loss", "--direction", "maximize", "--json").stdout)
+    assert list(got) == ["sweep", "chapter", "objective", "direction", "executed", "counts", "best", "runs"]
+    assert got["sweep"] == s.id and got["executed"] == 0 and got["best"] == s.best.key and got["counts"] == {"cached": 4}
+    assert set(got["runs"][0]) == set(s.runs[0].to_dict()) and got["runs"][0]["metrics"] == {"loss": .5}
+    html = s._repr_html_()
+    assert "4 done" in html and s.id[:10] in html
+
+
+@pytest.mark.parametrize("words,has", [
+    (["n=5..1"], "write 1..5"), (["n=1,x"], "expected int"), (["n="], "write values (16,32,64)"), ([], "nothing to vary"), (["nn=1,2"], "did you mean 'n'?"),
+    (["lr=0.1..0.5"], "--sampler random"), (["lr=0.1..0.5", "--sampler", "random"], "-n 50"), (["n=1,2", "--sampler", "best"], "tpe"),
+    (["n=1,2", "--objective", "los"], "did you mean 'loss'?"), (["n=1,2", "--executor", "tcp://127.0.0.1:9"], "dask scheduler"),
+    (["n=1,2", "--executor", "ray"], "papermill"), (["n=1,2", "--prune"], "--objective"), (["n=1,2", "--direction", "up"], "maximize"),
+    (["n=1,2", "--jobs", "0"], "jobs"), (["n=1..9", "-n", "3", "--sampler", "tpe"], "--objective"), (["n"], "name=value"), (["n=1", "n=2"], "twice"),
+])
+def test_refused_with_what_to_write_instead(opml_sweep, home, notebook, words, has):
+    nb = notebook("n: int = 0\nlr: float = .1", "from opml_wb import log\nlog.metric('loss', n * lr)")
+    done = opml_sweep(nb, *words, "--json")
+    error = json.loads(done.stdout)
+    assert done.returncode == 2 and error["status"] == "refused" and has in error["error"]["evalue"], error
+    assert Store(home).count() == 0
+    assert Store(home).db.execute("select (select count(*) from sweep) + (select count(*) from trial)").fetchone() == (0,)
+
+
+def test_an_objective_that_no_run_logs_is_refused_when_only_a_run_can_tell(home, notebook, slow):
+    nb = notebook("n: int = 0", "from opml_wb import log\nfor k in ('loss', 'time'): log.metric(k, n)\nimport time; time.sleep(.1)")
+    with pytest.raises(ParamError, match="objective 'los': no run logs it; did you mean 'loss'"): sweep(nb, {"n": (1, 20)}, objective="los")
+    store = Store(home)
+    assert 3 <= store.count() <= 6 and {d["status"] for d in store.ls()} == {"done"}
+    assert store.db.execute("select (select count(*) from sweep) + (select count(*) from trial)").fetchone() == (0,)
+
+
+def test_ctrl_c_once_lets_the_running_end_and_twice_stops_them(opml_sweep, slow, home):
+    nb, told = slow
+    driver = opml_sweep(nb, "n=1..40", "pause=0.5", start=True)
+    assert until(lambda: sum(told("begin").values()) >= 4, 60)
+    driver.send_signal(signal.SIGINT)
+    out, err = driver.communicate(timeout=30)
+    assert driver.returncode == 130 and "the same command runs what is missing" in err
+    begun = sum(told("begin").values())
+    assert begun < 10 and told("begin") == told() and {d["status"] for d in Store(home).ls()} == {"done"}
+
+    driver = opml_sweep(nb, "n=1..4", "pause=600", "--json", start=True)
+    assert until(lambda: sum(told("begin").values()) >= begun + 2, 60)
+    driver.send_signal(signal.SIGINT); time.sleep(.5); driver.send_signal(signal.SIGINT)
+    out, err = driver.communicate(timeout=30)
+    got = json.loads(out)
+    assert driver.returncode == 130 and got["counts"] == {"killed": 2}
+    assert until(lambda: not processes(str(home)), 10)
+    assert Store(home).db.execute("select count(*) from trial where status='running'").fetchone() == (0,)
+
+
+PRUNABLE = ("bad: int = 0\npause: float = 0.05", "import time\nfrom opml_wb import log\nfor step in range(20):\n    log.metric('loss', (20 - step) * (1 + bad), step=step)\n    time.sleep(pause)")
+
+
+def test_pruning_saves_time_and_keeps_the_best(home, notebook):
+    nb = notebook(*PRUNABLE)
+    full = sweep(nb, {"bad": list(range(12))}, objective="loss")
+    Store(home).rm([d["id"] for d in Store(home).ls()])
+    less = sweep(nb, {"bad": list(range(12))}, objective="loss", pruner="median")
+    assert less.best.params == full.best.params and less.counts["pruned"] >= 3 and less.ok
+    assert sum(r.seconds for r in less.runs) < .85 * sum(r.seconds for r in full.runs)
+    pruned = next(r for r in less.runs if r.status == "pruned")
+    assert pruned.error["kind"] == "pruned" and 0 < len(pruned.series("loss")) < 20
+    assert Store(home).get(pruned.key)[0]["status"] == "pruned"
+    again = sweep(nb, {"bad": list(range(12))}, objective="loss", pruner="median")
+    assert again.executed == 0 and again.counts == {"cached": less.counts["done"], "pruned": less.counts["pruned"]}
+    finished = sweep(nb, {"bad": list(range(12))}, objective="loss")     # without pruning they are wanted after all
+    assert finished.executed == less.counts["pruned"] and finished.counts["cached"] == less.counts["done"]
+
+
+def test_a_resumed_study_goes_on_where_it_stopped(home, notebook, monkeypatch):
+    nb = notebook("x: float = 0.", "from opml_wb import log\nlog.metric('loss', (x - 3)**2)")
+    options = dict(n=16, sampler="tpe", objective="loss", jobs=1, seed=4)
+    from opml_wb.core import board
+
+    class Stop(board.Silent):
+        def __call__(self, state):
+            if len(state.results) >= 12 and not state.interrupts: os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(board, "live", lambda order: Stop())
+    with pytest.raises(Interrupted) as e: sweep(nb, {"x": (-9., 9.)}, **options)
+    assert 12 <= len(e.value.sweep.runs) < 16
+    monkeypatch.undo()
+    monkeypatch.setenv("OPML_HOME", str(home))
+    resumed = sweep(nb, {"x": (-9., 9.)}, **options)
+    monkeypatch.setenv("OPML_HOME", str(home / "other"))
+    straight = sweep(nb, {"x": (-9., 9.)}, **options)
+    assert [r.params for r in resumed.runs] == [r.params for r in straight.runs] and resumed.counts["cached"] >= 12
+
+
+def test_runs_side_by_side_share_the_cores(home, notebook):
+    nb = notebook("n: int = 0", "import os\nimport numba, numpy, torch, threadpoolctl\nfrom opml_wb import log\n"
+                                "log.metric('torch', torch.get_num_threads()); log.metric('numba', numba.get_num_threads()); log.metric('env', int(os.environ['OMP_NUM_THREADS']))\n"
+                                "for p in threadpoolctl.threadpool_info(): log.metric(p['user_api'], p['num_threads'])")
+    from opml_wb.core.executors import cores
+    wide = cores() * 2
+    for r in sweep(nb, {"n": [1, 2]}, jobs=wide).runs: assert r.ok and set(r.metrics.values()) == {1}, (r.metrics, r.error)
+
+
+def test_changed_code_is_another_sweep(home, notebook):
+    nb = notebook("n: int = 0", "from opml_wb import log\nlog.metric('m', n)")
+    first = sweep(nb, {"n": [1, 2]})
+    nb.write_text(nb.read_text().replace("log.metric('m', n)", "log.metric('m', n + 1)"))
+    second = sweep(nb, {"n": [1, 2]})
+    assert second.executed == 2 and second.id != first.id and [r.metrics["m"] for r in second.runs] == [2, 3]
+
+
+def test_a_removed_run_is_missing(home, notebook):
+    nb = notebook("n: int = 0", "from opml_wb import log\nlog.metric('m', n)")
+    first = sweep(nb, {"n": [1, 2, 3]})
+    Store(home).rm([first.runs[1].doc["id"]])
+    assert sweep(nb, {"n": [1, 2, 3]}).counts == {"cached": 2, "done": 1}
+
+
+def test_a_store_of_yesterday_gets_the_new_tables(home, notebook):
+    store = Store(home)
+    for table in ("sweep", "trial"): store.db.execute(f"drop table {table}")
+    store.db.close()
+    assert sweep(notebook("n: int = 0", "n"), {"n": [1]}).counts == {"done": 1}
+
+
+def test_stock_kernels_give_the_same(home, notebook, monkeypatch):
+    nb = notebook("n: int = 0", "import random\nfrom opml_wb import log\nlog.metric('m', n); log.metric('r', random.random())")
+    stock = sweep(nb, {"n": [1, 2]}, executor="papermill")
+    monkeypatch.setenv("OPML_HOME", str(home / "other"))
+    assert [r.metrics for r in stock.runs] == [r.metrics for r in sweep(nb, {"n": [1, 2]}).runs] and stock.ok
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A real cluster on this machine: a scheduler and two worker processes with their nannies."
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1") as c: yield c
+
+
+def test_dask_gives_the_same_table_and_artifacts_arrive(home, notebook, cluster, monkeypatch, tmp_path, opml_sweep):
+    nb = notebook("n: int = 0", "import random, numpy as np\nfrom opml_wb import log\nfor i in range(3): log.metric('m', n + i, step=i)\nlog.metric('r', random.random())\n"
+                                "log.artifact(np.arange(n), 'deep/x')")
+    root = tmp_path / "bucket"
+    local = sweep(nb, {"n": [1, 2, 3, 4]}).frame().drop(columns=["seconds"])
+    other = dict(OPML_HOME=str(home / "other"), OPML_ARTIFACTS=f"file://{root}")
+    done = opml_sweep(nb, "n=1..4", "--executor", cluster.scheduler_address, "--json", **other)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    for name, value in other.items(): monkeypatch.setenv(name, value)
+    again = sweep(nb, {"n": [1, 2, 3, 4]})
+    assert again.executed == 0 and again.frame().drop(columns=["seconds"]).replace("cached", "done").equals(local)
+    assert got["executed"] == 4 and len(list(root.rglob("x.npy"))) == 4 and not list(root.glob("*.part-*"))
+    r = again.runs[2]
+    assert (root / r.doc["id"] / "deep" / "x.npy").is_file() and list(r.series("m")["value"]) == [3, 4, 5]
+    assert r.artifacts["deep/x.npy"].read_bytes() == (root / r.doc["id"] / "deep" / "x.npy").read_bytes()
+    import nbformat
+    nbformat.validate(nbformat.read(r.notebook, 4))
+
+
+def test_dask_survives_the_kill_of_a_worker(home, slow, cluster, tmp_path):
+    nb, told = slow
+    from distributed import Client
+    marker = tmp_path / "killed"
+    with Client(cluster) as client:
+        pids = client.run(os.getpid)
+        from opml_wb.core import board
+
+        class Kill(board.Silent):
+            def __call__(self, state):
+                if len(state.results) >= 3 and not marker.exists(): marker.touch(); os.kill(next(iter(pids.values())), 9)
+        from opml_wb.core.order import Order
+        from opml_wb.core.sweep import drive
+        s = drive(Order(nb, {"n": (1, 12), "pause": .3}), executor=client, show=Kill())
+    assert marker.exists() and s.counts == {"done": 12} and len(told()) == 12
+
+
+def test_dask_runs_are_seen_live_and_can_be_pruned(home, notebook, cluster):
+    nb = notebook(*PRUNABLE)
+    s = sweep(nb, {"bad": list(range(10)), "pause": [.2]}, objective="loss", pruner="median", executor=cluster.scheduler_address)
+    assert s.ok and s.counts.get("pruned", 0) >= 2 and s.best.params["bad"] == 0
