@@ -37,7 +37,8 @@ async function module(name) {
   if (name === "anywidget") return load("anywidget")
   throw new Error(`widgets of ${name} need JupyterLab`)
 }
-window.requirejs = window.require = (names, ok, fail) => { Promise.all(names.map(module)).then(found => ok(...found), fail) }
+window.requirejs = window.require = (names, ok, fail) =>
+  void Promise.all(names.map(module)).then(found => ok(...found), fail)
 window.requirejs.config = () => {}
 
 /* what an Output widget held when the run ended */

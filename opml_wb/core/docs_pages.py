@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLOTLY', 'VIEW', 'STATE', 'HIDDEN', 'TAGS', 'ELSEWHERE', 'LINK', 'directives', 'hidden', 'tags', 'figure', 'offline',
-           'widget_figure', 'output', 'reachable', 'links', 'merged', 'prose', 'notebook', 'under_title', 'page']
+           'widget_figure', 'output', 'reachable', 'links', 'prose', 'code', 'merged', 'notebook', 'under_title',
+           'page']
 
 # %% ../../nbs/core/23_docs_pages.ipynb #8e2e65a7
 import json, re
@@ -42,13 +43,15 @@ def tags(said):
 def figure(fig):
     "HTML of a plotly figure given as dict `{data, layout}`, its height kept free until it is drawn."
     kept = {k: fig[k] for k in ("data", "layout", "config") if k in fig}
-    height = fig.get("layout", {}).get("height") or fig.get("layout", {}).get("template", {}).get("layout", {}).get("height") or 450
+    layout = fig.get("layout") or {}
+    height = layout.get("height") or layout.get("template", {}).get("layout", {}).get("height") or 450
     body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<div class="opml-fig" style="height:{height:.0f}px"><script type="application/json">{body}</script></div>'
 
 # %% ../../nbs/core/23_docs_pages.ipynb #c891a7f4
 ELSEWHERE = re.compile(r"<(?:script|link|img|iframe|video|audio|source)\b[^>]*?(?:src|href)\s*=\s*[\"']?(?:https?:)?//"
-                       r"|\bimport\s*\(?\s*[\"']https?://|^\s*<script[^>]*>[^<]*PlotlyConfig.*</script>\s*$", re.I | re.S)
+                       r"|\bimport\s*\(?\s*[\"']https?://|^\s*<script[^>]*>[^<]*PlotlyConfig.*</script>\s*$",
+                       re.I | re.S)
 
 def offline(html):
     "Can this HTML be shown with no network?"
@@ -86,7 +89,7 @@ def output(out, models={}):
 def _named(model): return set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(model["state"])))
 
 def reachable(models, views):
-    "The part of `models` (the saved widget state, {id: model}) that the ids in `views` show, directly or not, with what links it."
+    "The part of `models` (saved widget state, {id: model}) that the ids in `views` show, directly or not, and its links."
     keep, todo = set(), set(views) & models.keys()
     while todo:
         keep |= todo
@@ -103,32 +106,42 @@ def links(source, pages, here):
     `pages`: {a notebook's place below nbs/: its page}; `here`: the place of the notebook that the Markdown is in."""
     up = "../" * pages.get(here, "").count("/")
     def to(m):
-        page = pages.get(normpath(join(dirname(here), m[1])))
+        page = pages.get(normpath(join(dirname(here), m[1]))) or pages.get("/".join(m[1].split("/")[-2:]))
         return f"]({up}{page}.ipynb{m[2] or ''})" if page else "](#)"
     return re.sub(r"\[([^\]]*)\]\(#\)", r"\1", LINK.sub(to, source))
 
 # %% ../../nbs/core/23_docs_pages.ipynb #d508d4e5
+def prose(source):
+    "A cell of Markdown."
+    return {"cell_type": "markdown", "metadata": {}, "source": source}
+
+def code(source, outputs=(), count=None, **metadata):
+    "A cell of code with its outputs (list of dict)."
+    return {"cell_type": "code", "execution_count": count, "metadata": metadata, "source": source, "outputs": list(outputs)}
+
+def _tags(cell): return cell["metadata"].get("tags") or []
+
+# %% ../../nbs/core/23_docs_pages.ipynb #87c8785a
 def merged(nb, run):
-    """The chapter `nb` with the outputs of its executed notebook `run` (dicts of nbformat), and the widget state of that.
+    """The chapter `nb` with the outputs and the widget state of its executed notebook `run` (dicts of nbformat).
 
     Raises ValueError when these aren't the same code cells."""
-    ran = iter([c for c in run["cells"] if c["cell_type"] == "code" and "injected-parameters" not in (c["metadata"].get("tags") or ())])
+    ran = iter([c for c in run["cells"] if c["cell_type"] == "code" and "injected-parameters" not in _tags(c)])
     cells = []
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
-            if (done := next(ran, None)) is None or text(done) != text(cell): raise ValueError("the run is of other code")
+            done = next(ran, None)
+            if done is None or text(done) != text(cell): raise ValueError("the run is of other code")
             cell = {**cell, "outputs": done["outputs"], "execution_count": done["execution_count"]}
         cells.append(cell)
     return {**nb, "cells": cells, "metadata": {**nb["metadata"], "widgets": run["metadata"].get("widgets", {})}}
 
-# %% ../../nbs/core/23_docs_pages.ipynb #edfd7e84
-def prose(source): return {"cell_type": "markdown", "metadata": {}, "source": source}
-
+# %% ../../nbs/core/23_docs_pages.ipynb #fed703ac
 def notebook(cells, **metadata):
     "A notebook (dict, nbformat 4) of these cells."
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return {"nbformat": 4, "nbformat_minor": 5, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, **metadata},
-            "cells": [{"id": f"c{i}", **c} for i, c in enumerate(cells)]}
+    return {"nbformat": 4, "nbformat_minor": 5, "cells": [{"id": f"c{i}", **c} for i, c in enumerate(cells)],
+            "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, **metadata}}
 
 def under_title(source, bar):
     "Markdown with the paragraph `bar` put right below its first heading."
@@ -139,14 +152,13 @@ def _code(cell, models):
     said, source = directives(text(cell))
     if hidden(said): return None
     outs = [o for o in (output(o, models) for o in cell.get("outputs", ())) if o]
-    marks = {**cell["metadata"], "tags": [*(cell["metadata"].get("tags") or ()), *tags(said)]}
-    return {"cell_type": "code", "execution_count": cell.get("execution_count"), "metadata": marks, "source": source, "outputs": outs}
+    return code(source, outs, cell.get("execution_count"), **{**cell["metadata"], "tags": [*_tags(cell), *tags(said)]})
 
-# %% ../../nbs/core/23_docs_pages.ipynb #fed703ac
+# %% ../../nbs/core/23_docs_pages.ipynb #db4178c7
 def page(nb, here="", pages={}, bar="", hint=""):
     """Notebook `nb` as a page: a notebook (dict) that Sphinx draws without a kernel or a network.
 
-    `here`, `pages`: as `links` takes them; `bar`: Markdown put below the title; `hint`: Markdown put below each widget."""
+    `here`, `pages`: as `links` takes them; `bar`: Markdown below the title; `hint`: Markdown below each widget."""
     models = nb["metadata"].get("widgets", {}).get(STATE, {}).get("state", {})
     cells, views = [], []
     for cell in nb["cells"]:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGNALS', 'GRACE', 'POOLS', 'prctl', 'descendants', 'kill_all',
-           'tree_memory', 'oom_kills', 'limit_data', 'limit_threads', 'child', 'finish', 'Watch', 'supervise']
+           'tree_memory', 'oom_kills', 'limit_data', 'thread_pools', 'limit_threads', 'child', 'finish', 'Watch',
+           'supervise']
 
 # %% ../../nbs/core/13_supervise.ipynb #5657d32e
-import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time, weakref
+import asyncio, atexit, ctypes, faulthandler, functools, json, os, resource, signal, sys, time, weakref
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -92,11 +93,16 @@ def _enter(spec, supervisor):
 # %% ../../nbs/core/13_supervise.ipynb #418ee425
 POOLS = [f"{name}_NUM_THREADS" for name in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "NUMBA")]
 
+@functools.lru_cache(None)
+def thread_pools():
+    "Handles of the loaded libraries' thread pools; the zygote looks them up once, for its children."
+    from threadpoolctl import ThreadpoolController
+    return ThreadpoolController()
+
 def limit_threads(n):
     "Let numerical libraries, loaded or not, use `n` threads each."
-    from threadpoolctl import threadpool_limits
     os.environ.update(dict.fromkeys(POOLS, str(n)))
-    threadpool_limits(n)
+    thread_pools().limit(limits=n)
     if "numba" in sys.modules: sys.modules["numba"].config.NUMBA_NUM_THREADS = n
     if "numba.np.ufunc.parallel" in sys.modules: sys.modules["numba.np.ufunc.parallel"].NUM_THREADS = n  # read when they are launched
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(n)

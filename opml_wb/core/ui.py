@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SERIES', 'CSS', 'VERDICTS', 'template', 'figure', 'paper_line', 'in_run', 'status', 'bar', 'progress',
-           'num', 'ClaimsTable', 'claims_table', 'run_card', 'Play', 'play']
+           'num', 'ClaimsTable', 'claims_table', 'run_card', 'Play', 'play', 'form']
 
 # %% ../../nbs/core/07_ui.ipynb #f106dc6d
 import json
@@ -261,3 +261,13 @@ def play(fig, update: Callable, **controls) -> Play:
     defaults, and after each move; what it raises then is shown instead of the text.
     """
     return Play(fig, update, controls)
+
+# %% ../../nbs/core/07_ui.ipynb #035cc858
+def form(chapter, preset: str | None = None, timeout: float | None = None, mem_gb: float | None = None):
+    """A form over the parameters of a chapter, for a notebook; its Run button does what `opml run` does.
+
+    chapter: name, number or path; preset: a named set to start from; timeout: s; mem_gb: GiB of memory.
+    Returns an ipywidget, whose `.result` is the `Run` once there is one. Raises ChapterError or ParamError.
+    """
+    from opml_wb.core.form import Form
+    return Form(chapter, preset, timeout, mem_gb)

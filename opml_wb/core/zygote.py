@@ -38,6 +38,8 @@ def _boot(preload):
         except Exception as e: failed.append(f"{name}: {e}")
     import nbformat
     nbformat.validate(nbformat.v4.new_notebook())  # compiles the validator, once for all runs
+    from opml_wb.core.supervise import thread_pools
+    thread_pools()
     return shell, failed
 
 # %% ../../nbs/core/02_zygote.ipynb #bf1ad8d9
