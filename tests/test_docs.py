@@ -20,7 +20,7 @@ browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this 
 SHOTS = Path(__file__).parent/"artefacts"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
-# a chapter of another package: math, a FigureWidget, an Output widget, linked controls, links, HTML that would go outside
+# a chapter of another package: math, a FigureWidget, an Output widget, linked controls, a link, HTML from outside
 GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/04_run.ipynb).\n\n"
          "$$\\begin{aligned} a &= b^2 \\\\ c &= \\operatorname{argmax}_x f(x) \\end{aligned}$$\n\n"
          "> Wait for $5 or so.": "md",
@@ -125,6 +125,21 @@ def shot(page, name):
     page.screenshot(path=SHOTS/f"docs-{name}.png", full_page=True)
 
 
+# texts of tables, widgets and outputs that can hardly be read on what lies behind them: [contrast, text]
+CONTRAST = """() => {
+  const rgba = s => { const n = (s.match(/[\\d.]+/g) ?? []).map(Number)
+    return s.startsWith('color(') ? [...n.slice(0, 3).map(x => x * 255), n[3] ?? 1] : n }
+  const light = c => [.2126, .7152, .0722].reduce((sum, w, i) => { const v = c[i] / 255
+    return sum + w * (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4) }, 0)
+  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor)
+    if (c.length < 4 ? c.length : c[3] > .5) return c } return [255, 255, 255] }
+  const words = '.opml td, .opml th, .dataframe td, .dataframe th, .widget-label, .widget-readout, pre'
+  return [...document.querySelectorAll(words)]
+    .filter(e => e.innerText.trim() && e.offsetParent).map(e => {
+      const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x)
+      return [(a + .05) / (b + .05), e.innerText.slice(0, 40)] }).filter(([ratio]) => ratio < 3) }"""
+
+
 def figures(notebook):
     "How many plotly figures an executed notebook shows."
     outputs = [o for c in json.loads(notebook.read_text())["cells"] for o in c.get("outputs", ())]
@@ -162,6 +177,7 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
         with page.expect_download() as got: page.locator(".opml-bar a.download").click()
         assert json.loads(Path(got.value.path()).read_text())["nbformat"] == 4
         shot(page, f"{p.stem}-{theme}")
+        assert page.evaluate(CONTRAST) == []
         dark = page.evaluate("document.documentElement.dataset.theme")
         assert dark == theme
     assert page.faults == []
@@ -223,6 +239,7 @@ def test_home_and_api(web, page):
         assert page.get_by_role("link", name="riann", exact=True).first.get_attribute("href") == "chapters/riann.html"
         assert "indexing speed-up over default HNSW" in page.locator("article").inner_text()
         shot(page, f"home-{theme}")
+        assert page.evaluate(CONTRAST) == []
         page.goto(f"{web}/api/riann/graph.html")
         signature = page.locator("dt#opml_wb\\.riann\\.graph\\.DynamicHNSW\\.insert")
         assert "deg" in signature.inner_text() and "raises" not in signature.inner_text()
@@ -269,8 +286,9 @@ def test_from_a_wheel(tmp_path):
     for carried, folder in (("_nbs", "nbs"), ("_chapters", "nbs/chapters"), ("_bench", "nbs/bench"), ("_data", "data")):
         shutil.copytree(ROOT/folder, tmp_path/"opml_wb"/carried, ignore=ignore)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OPML_HOME": str(tmp_path/"home")}
-    code = "import sys; from opml_wb.core.docs import docs; sys.exit(docs.main(['--no-run'], standalone_mode=False) or 0)"
-    def opml_docs(): return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    code = "from opml_wb.core.docs import docs; raise SystemExit(docs.main(['--no-run'], standalone_mode=False) or 0)"
+    def opml_docs():
+        return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     done = opml_docs()
     assert done.returncode == 0, done.stderr
     assert "not run yet" in (tmp_path/"home"/"docs"/"chapters"/"riann.html").read_text()

@@ -89,7 +89,7 @@ def output(out, models={}):
 def _named(model): return set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(model["state"])))
 
 def reachable(models, views):
-    "The part of `models` (saved widget state, {id: model}) that the ids in `views` show, directly or not, and its links."
+    "The part of `models` (saved widget state, {id: model}) that the ids in `views` show, with its links."
     keep, todo = set(), set(views) & models.keys()
     while todo:
         keep |= todo
@@ -117,7 +117,8 @@ def prose(source):
 
 def code(source, outputs=(), count=None, **metadata):
     "A cell of code with its outputs (list of dict)."
-    return {"cell_type": "code", "execution_count": count, "metadata": metadata, "source": source, "outputs": list(outputs)}
+    return {"cell_type": "code", "execution_count": count, "metadata": metadata, "source": source,
+            "outputs": list(outputs)}
 
 def _tags(cell): return cell["metadata"].get("tags") or []
 

@@ -65,7 +65,8 @@ def bar(chapter, done):
              f"{{download}}`notebook <../notebooks/{file}>`"]
     if done:
         when, machine = time.strftime("%Y-%m-%d", time.gmtime(done.doc["started"])), done.doc.get("machine") or {}
-        words.append(f"shown: run `{done.key[:10]}` of {when}, {done.seconds:.1f} s on {machine.get('cores') or '?'} cores")
+        cost = f"{done.seconds:.1f} s on {machine.get('cores') or '?'} cores"
+        words.append(f"shown: run `{done.key[:10]}` of {when}, {cost}")
     else: words.append("not run yet: shown without results")
     return "{.opml-bar}\n" + " · ".join(words)
 
@@ -143,7 +144,7 @@ def sources(src, found, runs):
 # %% ../../nbs/core/23_docs_sources.ipynb #89bdd671
 TEXTS = {"chapters": ("Chapters", "One paper each: what it claims, the system, an experiment, its limits."),
          "bench": ("Benches", "Ours beside the peers, measured side by side."),
-         "api": ("API", "The source notebooks: prose, what is exported, its source, and the examples that are its tests.")}
+         "api": ("API", "The source notebooks: prose, what is exported, its source, the examples that are its tests.")}
 
 def _lists(src, found, modules, pages):
     "The pages that list chapters, benches and modules."
@@ -152,7 +153,9 @@ def _lists(src, found, modules, pages):
         entries = {place(c).partition("/")[2]: f"{c.number}. {c.title}" if c.number else c.title for c in members}
         if entries: _write(src/room/"index.md", _tree(*TEXTS[room], entries))
     rooms = {}
-    for where in modules: rooms.setdefault(where.partition("/")[0] if "/" in where else "opml_wb", []).append(pages[where][4:])
+    for where in modules:
+        room = where.partition("/")[0] if "/" in where else "opml_wb"
+        rooms.setdefault(room, []).append(pages[where].removeprefix("api/"))
     lines = [f"# {TEXTS['api'][0]}", "", TEXTS["api"][1], ""]
     for room, members in sorted(rooms.items(), key=lambda r: (r[0] != "opml_wb", r[0] != "core", r[0])):
         lines += [f"## {room}", "", "```{toctree}", f":caption: {room}", ":maxdepth: 1", "", *members, "```", ""]

@@ -54,7 +54,9 @@ class Study:
     def _sampler(self, optuna, number):
         "A sampler whose randomness hangs on seed and trial number."
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{number}".encode()).digest()[:4], "big")
-        if self.sampler == "tpe": return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        if self.sampler == "tpe":
+            first = max(4, min(10, self.n // 4))  # at random, to have something to learn from
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
         if self.sampler == "nsga2": return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.n // 5)))
         return optuna.samplers.RandomSampler(seed)
 
