@@ -19,10 +19,16 @@ class ChapterError(ValueError): "No such chapter, or not a notebook that can be 
 
 @dataclass
 class Chapter:
-    "A notebook that can be run: `name` (str), `path` (Path), `number` (int or None)."
+    "A notebook that can be run: `name` (str), `path` (Path), `number` (int or None); `loose`: known by its path only."
     name: str
     path: Path
     number: int | None = None
+    loose: bool = False
+
+    @property
+    def identity(self):
+        "What tells it from every other: its name, or where it lies."
+        return str(self.path) if self.loose else self.name
 
     @cached_property
     def nb(self):
@@ -30,7 +36,12 @@ class Chapter:
         return read(self.path)
 
     @property
-    def meta(self): return self.nb["metadata"].get("opml") or {}
+    def meta(self):
+        "Its metadata `opml`, {} without. Raises ChapterError when that, its presets or its data are of another kind."
+        meta = self.nb["metadata"].get("opml") or {}
+        for what, value, kind in (("opml", meta, dict), *((k, meta.get(k) or t(), t) for k, t in (("presets", dict), ("data", list)) if isinstance(meta, dict))):
+            if not isinstance(value, kind): raise ChapterError(f"{self.path}: metadata {what!r} must be a {kind.__name__}, it is {value!r:.60}")
+        return meta
 
     def preset(self, name):
         "The parameters of preset `name`; raises ChapterError that names the nearest."
@@ -54,7 +65,7 @@ def text(cell):
 def _nearest(name, names):
     "Words that help someone who mistyped `name`."
     close = difflib.get_close_matches(str(name), list(names), 1, .5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + (f" There are: {', '.join(sorted(names))}." if names else " There are none.")
+    return (f"; did you mean {close[0]!r}?" if close else ".") + (f" There are: {', '.join(sorted(names))}." if names else " There are none.")
 
 # %% ../../nbs/core/10_chapter.ipynb #9ea7bd25
 def read(path):
@@ -67,9 +78,20 @@ def read(path):
         import nbformat
         try: nb = json.loads(nbformat.writes(nbformat.reads(json.dumps(nb), as_version=4)))
         except Exception as e: raise ChapterError(f"{path} is not a notebook that nbformat can read: {e}") from e
-    language = (nb["metadata"].get("kernelspec") or {}).get("language", "python")
-    if language.lower() not in ("python", "python3", ""):
-        raise ChapterError(f"{path} is written in {language}; only Python notebooks run here (stock papermill runs the others)")
+    return _sound(nb, path)
+
+def _sound(nb, path):
+    "`nb` with the parts that everything relies on; raises ChapterError when it is none of ours."
+    for what in (nb, *nb["cells"]):
+        if not isinstance(what, dict): raise ChapterError(f"{path} is not a notebook: a cell is {what!r:.40}")
+        if not isinstance(what.setdefault("metadata", {}), dict): raise ChapterError(f"{path} is not a notebook: its metadata is {what['metadata']!r:.40}")
+    for i, cell in enumerate(nb["cells"]):
+        if not isinstance(cell.get("cell_type"), str): raise ChapterError(f"{path} is not a notebook: cell {i} has no cell_type")
+        if cell["cell_type"] == "code": cell.setdefault("outputs", []), cell.setdefault("execution_count", None)
+    meta = nb["metadata"]
+    named = (meta.get("kernelspec") or {}).get("language") or (meta.get("language_info") or {}).get("name") or "python"
+    if str(named).lower() not in ("python", "python3", "ipython"):
+        raise ChapterError(f"{path} is written in {named}; only Python notebooks run here (stock papermill runs the others)")
     return nb
 
 # %% ../../nbs/core/10_chapter.ipynb #f4fb14cb
@@ -127,7 +149,7 @@ def find(chapter):
     if path.suffix == ".ipynb" or path.is_file():
         if not path.is_file(): raise ChapterError(f"there is no notebook {name!r}")
         path = path.resolve()
-        return next((c for c in own if c.path == path), None) or Chapter(path.stem, path)
+        return next((c for c in own if c.path == path), None) or Chapter(path.stem, path, loose=True)
     for c in own:
         if name == c.name or name.isdigit() and c.number == int(name): return c
     others = plugged("chapters")

@@ -44,7 +44,9 @@ def cli():
     "The ten papers of OpML '20 as working systems: run a chapter, look at what came out, compare it with the paper."
 
 # %% ../../nbs/core/08_cli.ipynb #cef917a3
-def _out(value): click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+def _out(value):
+    from opml_wb.core.store import plain
+    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=1))
 
 # %% ../../nbs/core/08_cli.ipynb #de0a8dad
 def _pairs(words, pairs):
@@ -280,6 +282,14 @@ def _refuse(message, argv):
     else: click.echo(f"opml: {message}", err=True)
     return 2
 
+def _broken(error, argv):
+    "A defect of ours: the traceback on stderr, and with `--json` still one object on stdout."
+    import traceback
+    traceback.print_exception(error)
+    if "--json" in argv: _out({"status": "failed", "error": {"kind": "engine", "ename": type(error).__name__, "evalue": str(error),
+                                                             "cell": None, "line": None, "signal": None, "exitcode": 1}})
+    return 1
+
 def main(argv=None):
     "The command `opml`; ends the process with its exit code."
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -291,10 +301,9 @@ def main(argv=None):
     except (click.ClickException, ChapterError, ParamError, PluginError, StoreError) as e: code = _refuse(e, argv)
     except (KeyboardInterrupt, click.Abort): code = 130; click.echo("stopped", err=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); code = 0
-    except (OSError, ValueError) as e:
+    except Exception as e:
         from opml_wb.core.data import DataError
-        if not isinstance(e, DataError): raise
-        code = _refuse(e, argv)
+        code = _refuse(e, argv) if isinstance(e, DataError) else _broken(e, argv)
     sys.exit(code)
 
 if __name__ == "__main__" and "opml_wb.core.cli" in getattr(__spec__, "name", ""): main()

@@ -89,6 +89,7 @@ def _run(nb_man, folder, limit):
     from opml_wb.core.chapter import text
     from opml_wb.core.zygote import zygote
     cells = [text(c) for c in nb_man.nb.cells if c.cell_type == "code"]
+    nb_man.nb.metadata.pop("opml_run", None)  # of an earlier run
     store.write_text(Path(folder)/store.NOTEBOOK, nbformat.writes(nb_man.nb))
     store.write_json(Path(folder)/store.REQUEST, {"id": folder, "key": "", "chapter": "", "params": {}})
     z, spec = zygote(deps.closure(cells, os.getcwd(), lazy=False)[1]), _spec(nb_man.nb, folder)

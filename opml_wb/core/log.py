@@ -52,31 +52,32 @@ def _number(value, name):
     if hasattr(value, "item") and getattr(value, "size", 1) != 0:
         try: value = value.item()
         except (ValueError, RuntimeError, TypeError): pass
-    if isinstance(value, bool): return int(value)
-    if isinstance(value, (int, float)): return value
+    if isinstance(value, int): return int(value)
+    if isinstance(value, float): return float(value)
     raise TypeError(f"metric {name!r}: expected one number, got {type(value).__name__} {value!r:.60}")
 
 @functools.lru_cache(1000)
 def _quoted(name): return json.dumps(name)
 
-def _json(number): return "null" if number is None else repr(number) if math.isfinite(number) else f'"{store.plain(number)}"'
+def _json(number): return "null" if number is None else repr(number) if type(number) is int or math.isfinite(number) else f'"{store.plain(number)}"'
 
 def _name(name, what):
     if not isinstance(name, str) or not name: raise TypeError(f"{what}: the name must be a non-empty str, got {name!r}")
-    return name
+    return store.plain(name)
 
 # %% ../../nbs/core/05_log.ipynb #8cfcbc44
 def metric(name, value, step=None):
     """Record a number under `name` (str); repeated calls make a series, whose last value is the metric.
 
     `value`: int, float, or a NumPy / torch scalar; `step`: int or float, or None. Raises TypeError for anything else."""
-    _name(name, "metric")
+    name = _name(name, "metric")
     if type(value) is not float: value = _number(value, name)
+    if type(value) is int and value.bit_length() > 1000: raise TypeError(f"metric {name!r}: an integer of {value.bit_length()} bits is no measurement")
     if step is not None and type(step) is not int: step = _number(step, f"{name}: step")
     fd, began = _log()
     if fd is None:
         at = "" if step is None else f" at step {step}"
-        _record(f"{name} = {value:.6g}{at}", kind="metric", name=name, value=value, step=step)
+        _record(f"{name} = {value if isinstance(value, int) else format(value, '.6g')}{at}", kind="metric", name=name, value=value, step=step)
         return
     os.write(fd, f'{{"kind": "metric", "name": {_quoted(name)}, "value": {_json(value)}, "step": {_json(step)}, "t": {time.monotonic() - began:.6f}}}\n'.encode())
 
@@ -96,7 +97,7 @@ def claim(name, *, paper, measured, unit="", better="higher", tol=.05, how="", w
 
     `name`: what is claimed; `paper`, `measured`: numbers in `unit`; `better`: `higher`, `lower`, `equal`; `tol`: share
     of the paper's figure that counts as the same; `how`: how it was measured; `why`: why it differs."""
-    _name(name, "claim")
+    name, tol = _name(name, "claim"), float(tol)
     paper, measured = _number(paper, f"{name}: paper"), _number(measured, f"{name}: measured")
     said = verdict(paper, measured, better, tol)
     _claims[name] = _record(f"claim: {name}: paper {paper:g} {unit}, measured {measured:.4g} {unit}: {said}",
@@ -145,10 +146,12 @@ def _write(obj, to):
 
 # %% ../../nbs/core/05_log.ipynb #76906562
 def _sha256(path):
-    "The hash of a file's bytes, or of a folder's names and sizes and times."
+    "The hash of a file's bytes, or of a folder's names and contents (above 64 MB: names, sizes and times)."
     path = Path(path)
     if path.is_dir():
-        rows = sorted((str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in path.rglob("*") if p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        small = sum(p.stat().st_size for p in files) < 64e6
+        rows = [(str(p.relative_to(path)), _sha256(p) if small else (p.stat().st_size, p.stat().st_mtime_ns)) for p in files]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -159,23 +162,22 @@ def artifact(obj_or_path, name=None):
     and JSON data are written. Raises FileNotFoundError or TypeError."""
     is_path = isinstance(obj_or_path, (str, os.PathLike))
     if is_path and not Path(obj_or_path).exists(): raise FileNotFoundError(f"artifact: there is no file {str(obj_or_path)!r}")
-    name = name or (Path(obj_or_path).name if is_path else None)
-    _name(name, "artifact")
-    if not Path(name).suffix and not (is_path and Path(obj_or_path).is_dir()):
-        name += Path(obj_or_path).suffix if is_path else _suffix(obj_or_path)
+    name = _name(name or (Path(obj_or_path).name if is_path else None), "artifact")
     if not _folder(): _record(f"artifact: {name}", kind="artifact", name=name, path=None); return None
-    to = _place(name)
+    bare = not Path(name).suffix and not (is_path and Path(obj_or_path).is_dir())
+    file = name + (Path(obj_or_path).suffix if is_path else _suffix(obj_or_path)) if bare else name
+    to = _place(file)
     if is_path and Path(obj_or_path).is_dir(): shutil.copytree(obj_or_path, to, dirs_exist_ok=True)
     elif is_path: shutil.copyfile(obj_or_path, to)
     else: _write(obj_or_path, to)
-    _record(kind="artifact", name=name, path=f"{store.ARTIFACTS}/{name}", bytes=to.stat().st_size, sha256=_sha256(to))
+    _record(kind="artifact", name=name, path=f"{store.ARTIFACTS}/{file}", bytes=to.stat().st_size, sha256=_sha256(to))
     return to
 
 # %% ../../nbs/core/05_log.ipynb #39f2622e
 def table(df, name):
     "Keep DataFrame `df` as table `name`; outside a run it is displayed, its first 1,000 rows with the record."
     if not hasattr(df, "to_parquet"): raise TypeError(f"table {name!r}: expected a DataFrame, got {type(df).__name__}")
-    if _folder(): return artifact(df, name if name.endswith(".parquet") else f"{name}.parquet")
+    if _folder(): return artifact(df, name)
     rows = json.loads(df.head(1000).to_json(orient="records"))
     _record(df.to_string(max_rows=20), df.to_html(max_rows=20), kind="table", name=name, path=None, rows=rows)
 
@@ -192,7 +194,9 @@ def read(notebook):
     """What a notebook recorded: `{metrics {name: last}, points, claims, artifacts, inputs}`.
 
     `notebook`: path or dict of one executed by `opml run`, by stock papermill or in JupyterLab."""
-    nb = notebook if isinstance(notebook, dict) else store.read_json(notebook)
-    if nb["metadata"].get("opml_run"): return nb["metadata"]["opml_run"]
+    nb = notebook if isinstance(notebook, dict) else store.read_json(getattr(notebook, "notebook", notebook))
+    if not isinstance(nb.get("cells"), list): raise ValueError("log.read: expected a notebook of nbformat 4, got something without cells")
     outputs = (o for c in nb["cells"] for o in c.get("outputs", ()))
-    return store.sum_up(o["data"][MIME] for o in outputs if MIME in o.get("data", {}))
+    records = [o["data"][MIME] for o in outputs if MIME in o.get("data", {})]
+    kept = (nb.get("metadata") or {}).get("opml_run")
+    return kept if kept and not records else store.sum_up(records)

@@ -168,10 +168,12 @@ def inject(nb, values):
     cell, _ = parameters_cell(nb)
     if values and cell is None: raise _no_cell(nb, values)
     lines = ["# Parameters\n"]
+    paths = {r["name"] for r in describe(nb) if str(r["source"]).startswith(("Path(", "pathlib.Path("))} if values else ()
     for name, value in values.items():
         if not str(name).isidentifier() or keyword.iskeyword(name):
             raise ParamError(f"{name!r} is not a Python name", str(name), cell)
-        lines.append(f"{name} = {canonical(value, name)!r}\n")
+        literal = repr(canonical(value, name))
+        lines.append(f"{name} = " + (f"__import__('pathlib').Path({literal})" if name in paths and isinstance(value, str) else literal) + "\n")
     nb = copy.deepcopy(nb)
     if values:
         kept, new = nb["cells"][cell], copy.copy(nb["cells"][cell])      # the cell's own class: dict or NotebookNode

@@ -6,7 +6,7 @@
 __all__ = ['SURROUNDINGS', 'SOURCES', 'Run', 'Plan', 'cached', 'forks', 'execute', 'run']
 
 # %% ../../nbs/core/04_run.ipynb #4433ed72
-import functools, json, os, shutil, sys, time
+import functools, json, numbers, os, shutil, sys, time
 from pathlib import Path
 
 from . import deps, params as _params, store
@@ -94,12 +94,13 @@ class Plan:
     def notebook(self):
         "The notebook to execute, and the index of the injected cell or None."
         nb = _params.inject(self.chapter.nb, self.given)
+        nb["metadata"].pop("opml_run", None)  # of an earlier run
         tags = [c["metadata"].get("tags") or [] for c in nb["cells"]]
         return nb, next((i for i, t in enumerate(tags) if "injected-parameters" in t), None) if self.given else None
 
 def _limit(name, value, unit):
     if value is None: return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < float("inf"):
         raise _params.ParamError(f"{name}: expected a number of {unit} above 0, got {value!r}", param=name)
     return float(value)
 
@@ -161,16 +162,25 @@ def _wait(future, stop, watch):
             future.result(timeout=10)
         raise
 
+def _mend(plan, folder, request):
+    "Put back what a run removed of its own folder, so that its end can be told."
+    if (folder/store.RUN).is_dir(): shutil.rmtree(folder/store.RUN)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder/store.REQUEST).is_file(): store.write_json(folder/store.REQUEST, request)
+    if not (folder/store.NOTEBOOK).is_file(): store.write_text(folder/store.NOTEBOOK, json.dumps(plan.notebook()[0]))
+
 def _perform(plan, folder, run_id, watch, start=_start):
     "Execute and see to it that `run.json` exists, also when the engine itself breaks; the zygote may die once."
     from opml_wb.core.zygote import ZygoteError
     if watch: watch()  # says what runs, before the zygote's imports
+    request = store.read_json(folder/store.REQUEST)
     for attempt in (1, 2):
         try: code, words = _wait(*start(plan, _spec(plan, folder, run_id)), watch), ""
         except ZygoteError as e: code, words = 1, str(e)
-        if (folder/store.RUN).exists(): return
+        if (folder/store.RUN).is_file(): return
         if not words: break
         for name in (*store.SCRATCH, store.LOG): (folder/name).unlink(missing_ok=True)
+    _mend(plan, folder, request)
     killed = code in (-9, -15)
     store.finish(folder, status="killed" if killed else "failed", seconds=0, cpu=0, rss=0, error={
         "kind": "engine", "ename": "EngineError", "evalue": words or f"the run's supervisor ended with code {code}",
@@ -206,7 +216,9 @@ def execute(plan, *, force=False, watch=None, start=_start):
         _keep_sources(plan, home.root)
         _perform(plan, folder, run_id, (lambda: watch(folder)) if watch else None, start)
     finally:
-        if (folder/store.RUN).exists(): home.index(folder)
+        if (folder/store.RUN).is_file():
+            try: home.index(folder)
+            except store.StoreError: home = store.Store(home.root); home.index(folder)  # the run removed the index
     return Run(home._placed(store.read_json(folder/store.RUN)))
 
 def run(chapter, params=None, *, preset=None, force=False, timeout=None, mem_gb=None, **more):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 from tornado.platform.asyncio import AsyncIOMainLoop
 
+from . import store
 from .tape import Tape
 
 @contextmanager
@@ -55,12 +56,20 @@ class Kernel(IPythonKernel):
     shell_channel_thread = SimpleNamespace(parent_thread=None)  # nobody sends an interrupt to await
 
 # %% ../../nbs/core/01_shell.ipynb #1c8a9453
+def _careful(pack):
+    "`pack` of a session for text that UTF-8 cannot hold, too: lone surrogates are written as escapes."
+    def packed(obj):
+        try: return pack(obj)
+        except UnicodeEncodeError: return pack(store.plain(obj))
+    return packed
+
 def make_shell():
     "The process's one shell: ipykernel's own, whose kernel speaks through a `Wire`. Must be called before any fork."
     app = ipykernel.kernelapp.IPKernelApp.instance(config=Config({"HistoryManager": {"hist_file": ":memory:"}}))
     app.log = logging.Logger("opml", logging.CRITICAL)  # a stock kernel's log goes to a terminal
     app.init_pdb()
     session = Session(parent=app)
+    session.pack = _careful(session.pack)
     with _without("debugpy"):
         app.kernel = Kernel.instance(parent=app, session=session, iopub_socket=Wire(session), log=app.log, user_ns=None,
                                      _execute_sleep=0.)
@@ -189,7 +198,9 @@ class Execution(Outputs):
         self.context.run(self.kernel.set_parent, [], request)
         self.kernel._publish_status("busy", "shell", parent=request)
         work = self.kernel.execute_request(self.kernel.iopub_socket, [], request)
-        await asyncio.create_task(work, context=self.context)
+        try: await asyncio.create_task(work, context=self.context)
+        finally:
+            if os.getpid() != self.session.pid: os._exit(self._copys_code())
         self.tape.pump()
         self.kernel._publish_status("idle", "shell", parent=request)
         await self.kc.delivered()
@@ -197,10 +208,16 @@ class Execution(Outputs):
         cell.execution_count = self.code_cells_executed
         return self._what_went_wrong(index, cell.source)
 
+    def _copys_code(self):
+        "Exit code of a copy of this process that the cell forked and that came back here: its notebook ends with the cell."
+        error = getattr(self.shell.last_execution_result, "error_in_exec", None)
+        if isinstance(error, SystemExit): return error.code if isinstance(error.code, int) else int(error.code is not None)
+        return int(error is not None)
+
     def _what_went_wrong(self, index, source):
-        said, result = self.reply, self.shell.last_execution_result
+        said, result = self.reply or {"status": "error", "ename": "RuntimeError", "evalue": "the cell gave no answer"}, self.shell.last_execution_result
         if said["status"] == "ok": return None
-        error = result.error_in_exec if result.error_before_exec is None else result.error_before_exec
+        error = None if result is None else result.error_in_exec if result.error_before_exec is None else result.error_before_exec
         if error is None: said = self.shown_error or said  # an error while showing a result
         self.last_error = error
         name = self.shell.compile.get_code_name(source, source, self.shell.execution_count - 1)

@@ -22,7 +22,7 @@ sentences, data and method in the place of these, section by section, and run it
 
 > "Quote the sentence that you will test, with its figure." (section, page)
 
-Here the claim is our own: with few labelled examples a trained classifier beats the nearest neighbour, with many it doesn't.
+Here the claim is our own: with few labelled examples the nearest neighbour is hard to beat, with many a support vector machine beats it.
 
 %% md
 ## 2 Parameters
@@ -155,22 +155,23 @@ wins.rename("share of draws won").to_frame()
 
 ## 10 Try next
 
-1. **Another method.** Run it with `model = "forest"`. From how many examples on does it lose to the nearest neighbour?
+1. **Another method.** Run it with `model = "forest"`. At which sizes does it beat the nearest neighbour?
 <details><summary>Answer</summary>
 
-@FOREST@
+At none. With 800 examples it gets 96.3 % of the digits right, the nearest neighbour 98.3 %.
 </details>
 
 2. **Hardly any labels.** Set `sizes = [10, 12, 15, 20]` and `repeats = 20`. Who wins, and by how much?
 <details><summary>Answer</summary>
 
-@FEW@
+The nearest neighbour: 47 % against 44 % from ten examples, 64 % against 60 % from twenty. The other method wins one draw in ten.
 </details>
 
 3. **A sweep.** `opml sweep @NAME@ model=svm,forest,bayes seed=0..4 --objective advantage --direction maximize`. Which method is best on average?
 <details><summary>Answer</summary>
 
-@SWEEP@
+The support vector machine, and on average over these sizes it is only level with the nearest neighbour: between -0.004 and +0.005. The forest stays
+0.06 behind, the naive Bayes classifier 0.10.
 </details>
 '''
 

@@ -28,6 +28,7 @@ def verdict(code, outcome, reason, starved_by_kernel, limited):
         return "failed", {"kind": "exception" if kind == "memory" else kind, **said}
     if reason == "timeout": return "timeout", {"kind": "timeout", "signal": name}
     if reason == "memory": return "oom", {"kind": "memory", "signal": name}
+    if reason == "output": return "failed", {"kind": "output", "signal": name}
     if reason == "stopped": return "killed", {"kind": "stopped", "signal": name}
     if name == "SIGKILL" and starved_by_kernel: return "oom", {"kind": "memory", "signal": name}
     if name in ("SIGKILL", "SIGTERM"): return "killed", {"kind": "signal", "signal": name}
@@ -40,6 +41,7 @@ def explain(error, spec):
     words = {"timeout": ("TimeoutError", f"stopped after {spec['timeout']} s"),
              "memory": ("MemoryError", f"more than {(spec['mem'] or 0) / 2**30:g} GiB" if spec["mem"] else
                         "killed by the kernel, which was out of memory"),
+             "output": ("OSError", "too much was written to standard output or standard error"),
              "stopped": ("KeyboardInterrupt", "stopped from outside"),
              "signal": (error.get("signal"), f"the process was ended by {error.get('signal')}"),
              "exit": ("SystemExit", f"the process left with exit code {error.get('exitcode')} before the notebook's end")}

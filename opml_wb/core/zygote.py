@@ -150,7 +150,7 @@ class ZygoteError(RuntimeError): "The zygote could not start, or died."
 class Zygote:
     "A running zygote that has imported `preload` (a tuple of module names). Raises `ZygoteError` when it cannot start."
     def __init__(self, preload=()):
-        self.preload, self.futures, self.lock = tuple(preload), {}, threading.Lock()
+        self.preload, self.futures, self.lock, self.wire = tuple(preload), {}, threading.Lock(), threading.Lock()
         self.conn, theirs = socket.socketpair()
         self.errors = tempfile.TemporaryFile()
         env = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(
@@ -168,7 +168,9 @@ class Zygote:
         threading.Thread(target=self._listen, name="opml-zygote", daemon=True).start()
 
     def _send(self, **message):
-        try: self.conn.sendall(json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        try:
+            with self.wire: self.conn.sendall(line)
         except OSError as e: raise ZygoteError(f"the zygote is gone: {e}") from e
 
     def _said(self):
@@ -177,10 +179,12 @@ class Zygote:
 
     def _listen(self):
         "Complete the futures; when the zygote dies, all that is open fails."
-        for line in self.file:
-            message = json.loads(line)
-            with self.lock: future = self.futures.pop(message["done"], None)
-            if future: future.set_result(message["code"])
+        try:
+            for line in self.file:
+                message = json.loads(line)
+                with self.lock: future = self.futures.pop(message["done"], None)
+                if future: future.set_result(message["code"])
+        except (OSError, ValueError): pass  # the connection broke
         with self.lock: left, self.futures = self.futures, None
         for future in left.values(): future.set_exception(ZygoteError(f"the zygote died:\n{self._said()}"))
 

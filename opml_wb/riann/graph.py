@@ -241,6 +241,7 @@ class DynamicHNSW(_Linking):
 
     def __len__(self): return len(self._slot)
     def __contains__(self, id): return id in self._slot
+    def __reduce__(self): raise TypeError("a DynamicHNSW cannot be copied or pickled: insert the vectors into a new one")
     def __repr__(self):
         return f"DynamicHNSW(dim={self.dim}, metric={self.metric!r}, capacity={self.capacity}): {len(self)} vectors"
 
@@ -269,7 +270,7 @@ class DynamicHNSW(_Linking):
         q: f32[m, dim]. k: int, how many. ef: int, size of the beam (at least k is used).
         Returns (ids i64[m, k], dist f32[m, k]), nearest first, padded with -1 and inf.
         Errors: ValueError naming the parameter or the first row at fault."""
-        k, ef = _integer("k", k, 1), _integer("ef", ef, 1)
+        k, ef = _integer("k", k, 1, 2**31 - 1), _integer("ef", ef, 1, 2**31 - 1)
         q, bad = _vectors("q", q, self.dim, self.metric)
         _refuse(q=bad)
         ids, far = np.full((len(q), k), -1), np.full((len(q), k), np.inf, np.float32)
