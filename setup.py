@@ -18,13 +18,13 @@ REQUIRES = [
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
 PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13"]
-DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15"]
+DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS
+DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + DOCS
 
-# In a wheel, the chapters, benches and shipped data travel inside the package; a clone reads them where they lie.
-CARRIED = {"opml_wb._chapters": "nbs/chapters", "opml_wb._bench": "nbs/bench", "opml_wb._data": "data"}
+# In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.
+CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}
 CARRIED = {name: folder for name, folder in CARRIED.items() if (HERE / folder).is_dir()}
 
 setup(

@@ -99,7 +99,7 @@ def _folder(kind):
     "The folder of our `chapters` or `bench` notebooks."
     package = Path(opml_wb.__path__[0])
     clone = package.parent/"nbs"/kind
-    return clone if clone.is_dir() and (package.parent/"settings.ini").exists() else package/f"_{kind}"
+    return clone if clone.is_dir() and (package.parent/"settings.ini").exists() else package/"_nbs"/kind
 
 REGISTER = "chapters.json"
 

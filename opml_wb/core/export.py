@@ -72,8 +72,9 @@ def _send_numbers(client, run_id, doc, rows):
     for i in range(0, len(metrics), 1000): client.log_batch(run_id, metrics=metrics[i:i + 1000])
 
 def _send_files(client, run_id, run):
-    "Artifacts under their own names; the notebook, the record and the log under `opml/`."
-    for name, path in run.artifacts.items():
+    "Artifacts under the names of their files; the notebook, the record and the log under `opml/`."
+    for path in run.artifacts.values():
+        name = path.relative_to(run.dir/store.ARTIFACTS).as_posix()
         if path.is_dir(): client.log_artifacts(run_id, str(path), name)
         elif path.is_file(): client.log_artifact(run_id, str(path), os.path.dirname(name) or None)
     for name in (store.NOTEBOOK, store.RUN, store.LOG):
@@ -119,8 +120,8 @@ def _client(uri):
     except ImportError as e: raise store.StoreError(f"MLflow is missing ({e}): pip install 'opml_wb[peers]'") from e
     if uri.startswith("http"):
         for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")): os.environ.setdefault(name, value)
-    if path := re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri): Path(path[1]).absolute().parent.mkdir(parents=True, exist_ok=True)
     try:
+        if path := re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri): Path(path[1]).absolute().parent.mkdir(parents=True, exist_ok=True)
         client = mlflow.MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as e:
