@@ -99,20 +99,19 @@ def test_importance_finds_what_was_planted():
     import pandas as pd
     from opml_wb.core.compare import importance
     right = silent = 0
-    for seed in range(10):
+    for seed in range(5):
         rng = np.random.default_rng(seed)
         t = pd.DataFrame({"status": "done", "params.a": rng.uniform(0, 1, 40), "params.b": rng.integers(1, 100, 40), "params.c": rng.choice(["x", "y"], 40)})
         told = importance(t.assign(**{"metrics.m": np.sin(3 * t["params.a"]) + .1 * rng.normal(size=40)}), "m", seed=seed, trees=30, rounds=1)
         right += told.parameter[0] == "a" and told.importance[0] > .5 and told.attrs["r2"] > .5
         empty = importance(t.assign(**{"metrics.m": rng.normal(size=40)}), "m", seed=seed, trees=30, rounds=1)
         silent += "read nothing" in empty.attrs["caveat"]
-    assert right == 10 and silent >= 9, (right, silent)
+    assert right == 5 and silent >= 4, (right, silent)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_the_page_in_a_browser(two, command, place, tmp_path, theme):
+def test_the_page_in_a_browser(two, command, place):
     "It draws all its plots, asks for nothing, and its text stands out from its ground in light and in dark."
     sync_api = pytest.importorskip("playwright.sync_api")
     for i in range(2):                                                     # company: runs of other keys
@@ -121,26 +120,27 @@ def test_the_page_in_a_browser(two, command, place, tmp_path, theme):
         doc = json.loads((copy / "run.json").read_text())
         (copy / "run.json").write_text(json.dumps({**doc, "id": copy.name, "key": f"{i}" * 20, "params": {"n": i + 7, "data": "data.txt"}}))
     assert command("reindex").returncode == 0
-    done = command("compare", two[0].doc["id"], two[1].doc["id"], "--html", tmp_path / "page.html", "--objective", "loss")
+    done = command("compare", two[0].doc["id"], two[1].doc["id"], "--html", place / "page.html", "--objective", "loss")
     assert done.returncode == 0, done.stderr
     (HERE / "artefacts").mkdir(exist_ok=True)
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=1280, height=1000), color_scheme=theme)
-        asked, faults = [], []
-        page.on("request", lambda r: asked.append(r.url))
-        page.on("pageerror", lambda e: faults.append(str(e)))
-        page.on("console", lambda m: m.type == "error" and faults.append(m.text))
-        page.goto((tmp_path / "page.html").as_uri())
-        for figure in page.locator(".fig").all():
-            figure.scroll_into_view_if_needed()
-            figure.locator(".main-svg").first.wait_for(timeout=10_000)
-        assert page.locator(".fig").count() == 4 == page.locator(".js-plotly-plot").count()  # a curve, the company, and the notebooks' figures
-        text, ground = (sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{c}"))[:3])) for c in ("color", "backgroundColor"))
-        assert (text < 200, ground < 200) == (theme == "light", theme == "dark") and abs(text - ground) > 400
-        page.evaluate("scrollTo(0, 0)")
-        page.screenshot(path=HERE / "artefacts" / f"compare-{theme}.png", full_page=True)
+        for theme in ("light", "dark"):
+            page = browser.new_page(viewport=dict(width=1280, height=1000), color_scheme=theme)
+            asked, faults = [], []
+            page.on("request", lambda r: asked.append(r.url))
+            page.on("pageerror", lambda e: faults.append(str(e)))
+            page.on("console", lambda m: m.type == "error" and faults.append(m.text))
+            page.goto((place / "page.html").as_uri())
+            for figure in page.locator(".fig").all():
+                figure.scroll_into_view_if_needed()
+                figure.locator(".main-svg").first.wait_for(timeout=10_000)
+            assert page.locator(".fig").count() == 4 == page.locator(".js-plotly-plot").count()  # a curve, the company, the notebooks' figures
+            text, ground = (sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{c}"))[:3])) for c in ("color", "backgroundColor"))
+            assert (text < 200, ground < 200) == (theme == "light", theme == "dark") and abs(text - ground) > 400
+            page.evaluate("scrollTo(0, 0)")
+            page.screenshot(path=HERE / "artefacts" / f"compare-{theme}.png", full_page=True)
+            assert faults == [] and [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
         page.locator("#theme").click()
-        assert page.evaluate("document.documentElement.dataset.theme") == ("light" if theme == "dark" else "dark")
+        assert page.evaluate("document.documentElement.dataset.theme") == "light"
         browser.close()
-    assert faults == [] and [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
