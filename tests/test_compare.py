@@ -97,7 +97,7 @@ def test_importance_finds_what_was_planted():
     "Of two parameters one drives the metric: it comes first for every seed; where neither does, that is said."
     import numpy as np
     import pandas as pd
-    from opml_wb.core.compare import importance
+    from opml_wb.core.importance import importance
     right = silent = 0
     for seed in range(5):
         rng = np.random.default_rng(seed)

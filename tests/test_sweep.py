@@ -241,7 +241,7 @@ def cluster():
 
 def test_dask_gives_the_same_table_and_artifacts_arrive(home, notebook, cluster, monkeypatch, tmp_path, opml_sweep):
     nb = notebook("n: int = 0", "import random, numpy as np\nfrom opml_wb import log\nfor i in range(3): log.metric('m', n + i, step=i)\nlog.metric('r', random.random())\n"
-                                "log.artifact(np.arange(n), 'deep/x')")
+                                "log.artifact(np.arange(n), 'deep/x.npy')")
     root = tmp_path / "bucket"
     local = sweep(nb, {"n": [1, 2, 3, 4]}).frame().drop(columns=["seconds"])
     other = dict(OPML_HOME=str(home / "other"), OPML_ARTIFACTS=f"file://{root}")

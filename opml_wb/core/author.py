@@ -62,7 +62,8 @@ def _chapter_of(doc):
     if source.is_file(): return find(source)
     try: return find(doc["chapter"])
     except ChapterError:
-        raise ChapterError(f"the notebook {source} is gone, and no chapter is called {doc['chapter']!r}; the run's own copy is {doc['notebook']}") from None
+        raise ChapterError(f"the notebook {source} is gone, and no chapter is called {doc['chapter']!r}; "
+                           f"the run's own copy is {doc['notebook']}") from None
 
 def again(doc):
     """The Plan that asks for run `doc` (dict) once more: its parameters, limits and preset, with today's code and data.

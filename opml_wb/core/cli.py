@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATER', 'UNITS', 'Commands', 'cli', 'run', 'list_', 'params', 'ls', 'show', 'rm', 'claims', 'span', 'gc', 'reindex',
-           'data', 'data_ls', 'data_fetch', 'data_verify', 'data_rm', 'lab', 'main']
+           'data', 'data_ls', 'data_fetch', 'data_verify', 'data_rm', 'main']
 
 # %% ../../nbs/core/08_cli.ipynb #a97d4a8a
 import importlib, json, os, sys, time, warnings
@@ -17,7 +17,13 @@ from .plugin import PluginError, load, plugged
 from . import terminal
 
 # %% ../../nbs/core/08_cli.ipynb #c2e494a8
-LATER = {"docs": ("opml_wb.core.docs:docs", "Build the docs site: chapters with their results, and the API.")}
+LATER = {"compare": ("opml_wb.core.compare:compare", "Runs side by side, and why two of them differ; --html writes one page."),
+         "rerun": ("opml_wb.core.author:rerun_command", "Repeat a run with its recorded parameters; say what has changed since."),
+         "new": ("opml_wb.core.author:new_command", "Write a chapter of one's own that runs at once."),
+         "export": ("opml_wb.core.export:export", "Copy runs into MLflow."),
+         "lab": ("opml_wb.core.author:lab_command", "Open JupyterLab on the chapters, or on copies of them."),
+         "doctor": ("opml_wb.core.doctor:doctor", "What works on this machine, and what to do about the rest."),
+         "docs": ("opml_wb.core.docs:docs", "Build the docs site: chapters with their results, and the API.")}
 
 class Commands(click.Group):
     "Our commands (those in `LATER` are imported when they are used), and what other packages registered as `opml_wb.commands`."
@@ -266,17 +272,6 @@ def data_rm(name):
     "Remove a fetched data set from the cache."
     from opml_wb.core import data as d
     click.echo(f"{d.rm(name) / 1e6:.1f} MB freed")
-
-# %% ../../nbs/core/08_cli.ipynb #fddccc45
-@cli.command(context_settings={"ignore_unknown_options": True})
-@click.argument("chapter", required=False)
-@click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def lab(chapter, options):
-    "Open JupyterLab on the chapters, or on CHAPTER; further options go to `jupyter lab`."
-    from opml_wb.core.chapter import _folder, find
-    if chapter and chapter.startswith("-"): chapter, options = None, (chapter, *options)
-    target = find(chapter).path if chapter else _folder("chapters")
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", str(target), *options])
 
 # %% ../../nbs/core/08_cli.ipynb #c678a0b2
 def _refuse(message, argv):

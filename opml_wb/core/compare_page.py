@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import compare, store, terminal
 from .compare_plots import curves, importance_bars, letters, parallel
+from .importance import importance
 from .ui import COLOURS, SERIES, _table, num
 
 # %% ../../nbs/core/37_compare_page.ipynb #36ea24dc
@@ -68,7 +69,9 @@ def _diff(text):
     lines = [f'<span class="{kind.get(line[:1], "")}">{escape(line)}</span>' for line in text.splitlines() if not line.startswith(("+++", "---"))]
     return f'<pre class="diff">{"".join(lines)}</pre>'
 
-def _value(row, end): return "" if end not in row else num(row[end]) if isinstance(row[end], (int, float)) else json.dumps(row[end], ensure_ascii=False)
+def _value(row, end):
+    "One side of a change, in words."
+    return "" if end not in row else num(row[end]) if isinstance(row[end], (int, float)) else json.dumps(row[end], ensure_ascii=False)
 
 def _changes(rows, one, names=("A", "B")):
     "A table of `compare.changes`; '' when there are none."
@@ -82,14 +85,16 @@ def _head(runs):
         cost = "" if r.seconds is None else f"{num(round(r.seconds, 2))} s · {num(round(r.cpu, 2))} s of CPU · {(r.rss or 0) / 2**20:,.0f} MiB"
         preset = f" · preset {r.doc['preset']}" if r.doc.get("preset") else ""
         error = f"<br><b>{escape(str(r.error.get('ename')))}: {escape(str(r.error.get('evalue')))}</b>" if r.error else ""
-        out.append(f'<div class="run" style="border-left-color:{SERIES[i % len(SERIES)]}"><b>{letter}</b> <code>{escape(r.key[:12])}</code> {escape(r.status)}{escape(preset)}'
-                   f'<br><span class="m">{escape(terminal.age(r.doc["started"]))} · {cost}</span>{error}</div>')
+        name = f'<b>{letter}</b> <code>{escape(r.key[:12])}</code> {escape(r.status)}{escape(preset)}'
+        when = f'<span class="m">{escape(terminal.age(r.doc["started"]))} · {cost}</span>'
+        out.append(f'<div class="run" style="border-left-color:{SERIES[i % len(SERIES)]}">{name}<br>{when}{error}</div>')
     return f'<div class="runs">{"".join(out)}</div>'
 
 def _metrics(runs):
     "The metrics: of two runs with difference, ratio and noise; of more, side by side."
     if len(runs) == 2:
-        rows = [[r["name"], *("" if r[k] is None else num(r[k]) for k in ("a", "b", "delta", "ratio", "noise"))] for r in compare.metric_changes(*runs)]
+        found, ends = compare.metric_changes(*runs), ("a", "b", "delta", "ratio", "noise")
+        rows = [[r["name"], *("" if r[k] is None else num(r[k]) for k in ends)] for r in found]
         head, figures = ["metric", "A", "B", "B − A", "B / A", "range over repeats"], {1, 2, 3, 4, 5}
     else:
         names = dict.fromkeys(n for r in runs for n in r.metrics)
@@ -119,7 +124,7 @@ def _company(runs, objective, figures):
     others = peers(runs)
     table = compare.frame([r for r in others if objective in r.metrics])
     if objective is None or len(table) < 3: return ""
-    try: told = compare.importance(table, objective)
+    try: told = importance(table, objective)
     except ValueError as e: told, why = None, str(e)
     marked = {r.doc["id"]: letter for letter, r in zip(letters(len(runs)), runs)} if len(runs) < 6 else {}
     try: lines = parallel(table, objective, marked, list(told.parameter) if told is not None else ())
@@ -139,7 +144,8 @@ def _why(a, b, names):
         body = "" if r["diff"] is None else _diff(r["diff"])
         code += f"<details{' open' if len(d['code']) < 4 else ''}><summary>{escape(r['name'])} · {r['change']} · {size}</summary>{body}</details>"
     tables = [_changes(d["params"], "parameter", names), f"<h3>Code</h3>{code}" if code else ""]
-    tables += [f"<h3>{title}</h3>{_changes(d[k], title.lower(), names)}" for k, title in (("data", "Data"), ("env", "Environment"), ("machine", "Machine")) if d[k]]
+    for k, title in ("data", "Data"), ("env", "Environment"), ("machine", "Machine"):
+        if d[k]: tables.append(f"<h3>{title}</h3>{_changes(d[k], title.lower(), names)}")
     return f'<ul class="why">{said}</ul>{"".join(tables)}'
 
 def _notebooks(a, b, figures, most=40):
@@ -152,13 +158,14 @@ def _notebooks(a, b, figures, most=40):
         x, y = (nb["cells"][row[k]] if row[k] is not None else {} for nb, k in zip(nbs, "ab"))
         label = " ".join(f"{k.upper()} {row[k]}" for k in "ab" if row[k] is not None)
         d = compare._diff("cell", *("".join(c.get("source", "")) for c in (x, y)))
-        source = _diff(d["diff"]) if row["source"] else f"<details><summary>source, the same in both</summary><pre>{escape(''.join(x.get('source', '')))}</pre></details>"
+        same = f"<details><summary>source, the same in both</summary><pre>{escape(''.join(x.get('source', '')))}</pre></details>"
+        source = _diff(d["diff"]) if row["source"] else same
         sides = ["".join(notebook_diff.output_html(o, figures) for o in c.get("outputs", [])) or '<span class="m">no output</span>' for c in (x, y)]
         both = "".join(f'<div class="out"><b class="m">{n}</b>{s}</div>' for n, s in zip("AB", sides)) if row["outputs"] else ""
         out.append(f'<div class="cell"><span class="m">cell {label}</span>{source}<div class="two">{both}</div></div>')
     more = f"<p class=m>{len(rows) - most} more cells differ.</p>" if len(rows) > most else ""
-    same = len(nbs[0]["cells"]) - sum(r["a"] is not None for r in rows)
-    return f"<h2>Notebooks: {len(rows)} cells differ, {same} are the same</h2>{''.join(out)}{more}"
+    equal = len(nbs[0]["cells"]) - sum(r["a"] is not None for r in rows)
+    return f"<h2>Notebooks: {len(rows)} cells differ, {equal} are the same</h2>{''.join(out)}{more}"
 
 # %% ../../nbs/core/37_compare_page.ipynb #ff094b07
 def page(runs, objective=None):
@@ -167,10 +174,11 @@ def page(runs, objective=None):
     `objective`: the metric of the parallel coordinates and the importance (default: the first that all runs have).
     Raises ValueError for an objective that none of the runs has."""
     shared = [n for n in runs[0].metrics if all(n in r.metrics for r in runs)]
-    if objective and not any(objective in r.metrics for r in runs):
-        raise ValueError(f"--objective: none of the runs has a metric {objective!r}; they have: {', '.join(dict.fromkeys(n for r in runs for n in r.metrics)) or 'none'}")
+    known = dict.fromkeys(n for r in runs for n in r.metrics)
+    if objective and objective not in known:
+        raise ValueError(f"--objective: none of the runs has a metric {objective!r}; they have: {', '.join(known) or 'none'}")
     objective, figures = objective or (shared or [None])[0], Figures()
-    title = f"{' and '.join(dict.fromkeys(r.chapter for r in runs))}: {' against '.join(letters(len(runs))) if len(runs) == 2 else f'{len(runs)} runs'}"
+    title = " and ".join(dict.fromkeys(r.chapter for r in runs)) + (": A against B" if len(runs) == 2 else f": {len(runs)} runs")
     parts = [HEAD % escape(title), f"<h1>{escape(title)}</h1>", _head(runs), "<h2>Why they differ</h2>"]
     for letter, r in zip(letters(len(runs))[1:], runs[1:]):
         why = _why(runs[0], r, ("A", letter))

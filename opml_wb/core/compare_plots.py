@@ -82,11 +82,12 @@ def parallel(table, objective, marked=None, first=()):
         at[c], labels, log[c] = _scaled([None if isinstance(v, float) and math.isnan(v) else v for v in table[c].astype(object)])
         fig.add_shape(type="line", x0=n, x1=n, y0=0, y1=1, line=dict(color="rgba(128,128,128,.55)", width=1))
         for where, label in labels.items():
-            end = where in (0, 1)
-            fig.add_annotation(x=n, y=where, text=label, showarrow=False, yanchor="middle" if not end else "top" if where == 0 else "bottom", xanchor="center", font_size=11)
+            anchor = {0: "top", 1: "bottom"}.get(where, "middle")
+            fig.add_annotation(x=n, y=where, text=label, showarrow=False, yanchor=anchor, xanchor="center", font_size=11)
     _fifths(fig, table, at, columns, objective, marked or {})
     names = [c.partition(".")[2] + (" (log)" if log[c] else "") for c in columns]
-    return fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=names, showgrid=False, showline=False, ticks="", range=[-.4, len(columns) - .6])
+    return fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=names, showgrid=False, showline=False, ticks="",
+                            range=[-.4, len(columns) - .6])
 
 def _fifths(fig, table, at, columns, objective, marked):
     "The runs' lines: five colours by the metric's rank, and the marked ones on top."
@@ -104,11 +105,12 @@ def _fifths(fig, table, at, columns, objective, marked):
 
 # %% ../../nbs/core/35_compare_plots.ipynb #9669446e
 def importance_bars(told):
-    "Bars of the table that `compare.importance` returns, with its spread, and how well the forest predicts."
+    "Bars of the table that `importance` returns, with its spread, and how well the forest predicts."
     a = told.attrs
     fig = figure(f"share of the variance of {a['objective']}", "", f"R² {a['r2']:.2f} on runs not seen, of {a['runs']}",
                  height=120 + 34 * len(told), yaxis_autorange="reversed")
     sign = ["" if math.isnan(r) else f"  rank correlation {r:+.2f}" for r in told.rho]
-    fig.add_bar(y=list(told.parameter), x=list(told.importance), orientation="h", error_x=dict(array=list(told.sd), color=COLOURS["muted"], thickness=1.2),
+    spread = dict(array=list(told.sd), color=COLOURS["muted"], thickness=1.2)
+    fig.add_bar(y=list(told.parameter), x=list(told.importance), orientation="h", error_x=spread,
                 marker_color=COLOURS["ours" if a["r2"] >= .2 else "muted"], hovertext=sign)
     return fig.update_yaxes(showgrid=False)

@@ -63,7 +63,8 @@ def _machine():
     yield _check("Python", f"{platform.python_version()} in {sys.prefix}", OK if version >= (3, 11) else BAD, "install Python 3.11 or newer")
     yield _check("system", f"{platform.system()} {platform.release()} {platform.machine()}")
     yield _check("cores", f"{n:g}", OK if n >= 2 else WARN, "sweeps run one at a time: --jobs 1")
-    yield _check("memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free", OK if free > 2 * 2**30 else WARN, "close something, or limit runs: opml run ... --mem-gb 1")
+    yield _check("memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} free", OK if free > 2 * 2**30 else WARN,
+                 "close something, or limit runs: opml run ... --mem-gb 1")
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     yield _check("C++ compiler", compiler and (_says(compiler, "--version") or compiler) or "none", OK if compiler else WARN,
                  "needed once, to install hnswlib: apt-get install g++ (Debian), xcode-select --install (macOS)")
@@ -110,7 +111,8 @@ def _torch():
     cuda = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)", text, re.M)
     build = f"CUDA {cuda[1]}" if cuda else "CPU build"
     seen = bool(cuda) and (shutil.which("nvidia-smi") is not None)
-    return _check("torch", f"{_version('torch')}, {build}" + ("" if not cuda else ", a driver is there" if seen else ", no driver here: it runs on the CPU"))
+    driver = "" if not cuda else ", a driver is there" if seen else ", no driver here: it runs on the CPU"
+    return _check("torch", f"{_version('torch')}, {build}{driver}")
 
 def _numba(package=None):
     "Whether compiled kernels can be kept: otherwise every run compiles them anew."
@@ -124,7 +126,8 @@ def _libraries():
     "torch, hnswlib, numba's cache, JupyterLab, Chromium."
     yield _torch()
     hnsw = _version("hnswlib")
-    yield _check("hnswlib", hnsw or "none", OK if hnsw else WARN, "pip install hnswlib (needs the C++ compiler); without it chapter 7 has no peer to compare with")
+    yield _check("hnswlib", hnsw or "none", OK if hnsw else WARN,
+                 "pip install hnswlib (needs the C++ compiler); without it chapter 7 has no peer to compare with")
     yield _numba()
     lab = _version("jupyterlab")
     yield _check("JupyterLab", lab or "none", OK if lab else WARN, "pip install jupyterlab")
@@ -145,11 +148,13 @@ def _extras():
     "The optional parts, those that lack something with what they lack."
     try: requires = metadata.requires("opml_wb") or []
     except metadata.PackageNotFoundError:
-        yield _check("opml_wb", f"not installed, imported from {opml_wb.__path__[0]}", WARN, "pip install -e . (in the clone): the command `opml`, extras and plug-ins")
+        yield _check("opml_wb", f"not installed, imported from {opml_wb.__path__[0]}", WARN,
+                     "pip install -e . (in the clone): the command `opml`, extras and plug-ins")
         return
     yield _check("opml_wb", f"{_version('opml_wb')} from {opml_wb.__path__[0]}")
     for extra, missing in extras(requires).items():
-        yield _check(f"extra [{extra}]", "complete" if not missing else f"without {', '.join(missing)}", OK if not missing else WARN, f"pip install 'opml_wb[{extra}]', if you want it")
+        yield _check(f"extra [{extra}]", f"without {', '.join(missing)}" if missing else "complete", WARN if missing else OK,
+                     f"pip install 'opml_wb[{extra}]', if you want it")
 
 # %% ../../nbs/core/33_doctor.ipynb #a393425f
 def examine():
@@ -177,5 +182,6 @@ def doctor(as_json):
             out.print(f"{SIGN[c['state']]} {terminal.plain(c['name'] + ' ' * (15 - len(c['name'])))}{terminal.plain(c['value'])}")
             if c["advice"]: out.print(f"{'':<17}[dim]→ {terminal.plain(c['advice'])}[/]")
         todo = [c["name"] for c in checks if c["state"] != OK]
-        out.print("\nEverything is in place." if not todo else f"\n{'Runs work.' if ok else 'Runs cannot work yet.'} To look at: {', '.join(map(terminal.plain, todo))}")
+        said = "Runs work." if ok else "Runs cannot work yet."
+        out.print(f"\n{said} To look at: {', '.join(map(terminal.plain, todo))}" if todo else "\nEverything is in place.")
     return 0 if ok else 1

@@ -65,9 +65,9 @@ def _send_numbers(client, run_id, doc, rows):
     params = [Param(n, written(doc["params"][o])) for o, n in names(doc["params"]).items()]
     renamed = names(dict.fromkeys(r[0] for r in rows))
     metrics = [Metric(renamed[name], value, t, step) for name, value, t, step in rows]
-    tags = {"opml.key": doc["key"], "opml.status": doc["status"], "opml.chapter": doc["chapter"], "opml.code": doc.get("code"), "opml.preset": doc.get("preset"),
-            "opml.renamed": json.dumps({n: o for o, n in renamed.items() if o != n}) if any(o != n for o, n in renamed.items()) else None}
-    tags = [RunTag(k, str(v)) for k, v in tags.items() if v is not None]
+    other = {n: o for o, n in renamed.items() if o != n}
+    tags = {**{k: doc.get(k) for k in ("key", "status", "chapter", "code", "preset")}, "renamed": json.dumps(other) if other else None}
+    tags = [RunTag(f"opml.{k}", str(v)) for k, v in tags.items() if v is not None]
     for i in range(0, max(len(params), 1), 100): client.log_batch(run_id, params=params[i:i + 100], tags=tags if i == 0 else ())
     for i in range(0, len(metrics), 1000): client.log_batch(run_id, metrics=metrics[i:i + 1000])
 
@@ -95,13 +95,15 @@ def _experiment(client, name, artifacts):
     "The id of experiment `name`, made if need be, with its artifacts in folder or URL `artifacts` (None: the server's choice)."
     found = client.get_experiment_by_name(name)
     if found and found.lifecycle_stage == "deleted":
-        raise store.StoreError(f"the MLflow experiment {name!r} is deleted: restore it (mlflow experiments restore) or remove it for good (mlflow gc)")
+        raise store.StoreError(f"the MLflow experiment {name!r} is deleted: restore it (mlflow experiments restore) or remove it "
+                               "for good (mlflow gc)")
     return found.experiment_id if found else client.create_experiment(name, artifact_location=artifacts and f"{artifacts}/{name}")
 
 def _send(client, experiment, run):
     "Send one Run; the tag that it is whole comes last."
     doc = run.doc
-    made = client.create_run(experiment, start_time=int(doc["started"] * 1000), tags={TAG: doc["id"]}, run_name=f"{doc['chapter']} {doc['key'][:10]}")
+    made = client.create_run(experiment, start_time=int(doc["started"] * 1000), tags={TAG: doc["id"]},
+                             run_name=f"{doc['chapter']} {doc['key'][:10]}")
     _send_numbers(client, made.info.run_id, doc, points(run.dir, doc["started"]))
     _send_files(client, made.info.run_id, run)
     client.set_terminated(made.info.run_id, STATUS.get(doc["status"], "FAILED"), int(doc.get("ended", doc["started"]) * 1000))
@@ -133,8 +135,9 @@ def _client(uri):
 def to_mlflow(uri, runs=None, artifacts=None, watch=None):
     """Export ended runs to the MLflow tracking store at `uri`, an experiment `opml/CHAPTER` for each chapter.
 
-    `runs`: Runs (default: all of the store); `artifacts`: folder or URL for their files (default: the server's; for SQLite the folder `mlartifacts` beside it);
-    `watch(i, n)`: called after each. Returns `{exported, known, skipped}`, counts; skipped are still running or without their folder.
+    `runs`: Runs (default: all of the store); `artifacts`: folder or URL for their files (default: the server's; for SQLite
+    the folder `mlartifacts` beside it); `watch(i, n)`: called after each. Returns `{exported, known, skipped}`, counts;
+    skipped are still running or without their folder.
     Raises StoreError when MLflow is missing or `uri` cannot be used."""
     mlflow, client = _client(uri)
     runs = [Run(d) for d in reversed(store.Store().ls())] if runs is None else list(runs)
@@ -164,4 +167,5 @@ def export(uri, chapter, artifacts, as_json):
     if chapter and not runs: raise click.UsageError(f"--chapter: there are no runs of {chapter!r}")
     counts = to_mlflow(uri, runs, artifacts)
     if as_json: return click.echo(json.dumps(counts))
-    click.echo(f"{counts['exported']} runs exported to {uri}, {counts['known']} were there" + (f", {counts['skipped']} skipped (running, or without their folder)" if counts["skipped"] else ""))
+    left = f", {counts['skipped']} skipped (running, or without their folder)" if counts["skipped"] else ""
+    click.echo(f"{counts['exported']} runs exported to {uri}, {counts['known']} were there{left}")

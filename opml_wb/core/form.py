@@ -35,7 +35,8 @@ def _slider(row, **common):
         return w.FloatSlider(value=value, min=lo, max=hi, step=(hi - lo) / STEPS, readout_format=".4g", continuous_update=False, **common)
     if row["type"] == "float" and lo > 0:
         ends = math.log10(lo), math.log10(hi)
-        return w.FloatLogSlider(value=value, min=ends[0], max=ends[1], step=(ends[1] - ends[0]) / STEPS, readout_format=".3g", continuous_update=False, **common)
+        return w.FloatLogSlider(value=value, min=ends[0], max=ends[1], step=(ends[1] - ends[0]) / STEPS, readout_format=".3g",
+                                continuous_update=False, **common)
     return None
 
 # %% ../../nbs/core/31_form.ipynb #345ced58
@@ -104,9 +105,10 @@ def spark(values, width=120, height=22):
     values = [v for v in map(float, values) if math.isfinite(v)]
     if len(values) < 2: return ""
     values = values[::max(1, len(values) // width)]
-    lo, hi = min(values), max(values)
-    points = " ".join(f"{i * (width - 2) / max(1, len(values) - 1) + 1:.1f},{height - 2 - (v - lo) / ((hi - lo) or 1) * (height - 4):.1f}" for i, v in enumerate(values))
-    return f'<svg width="{width}" height="{height}"><polyline fill="none" stroke="{COLOURS["ours"]}" stroke-width="1.5" points="{points}"/></svg>'
+    lo, span, gap = min(values), (max(values) - min(values)) or 1, (width - 2) / max(1, len(values) - 1)
+    points = " ".join(f"{i * gap + 1:.1f},{height - 2 - (v - lo) / span * (height - 4):.1f}" for i, v in enumerate(values))
+    line = f'<polyline fill="none" stroke="{COLOURS["ours"]}" stroke-width="1.5" points="{points}"/>'
+    return f'<svg width="{width}" height="{height}">{line}</svg>'
 
 # %% ../../nbs/core/31_form.ipynb #2c8a21c8
 class Watch:
@@ -146,14 +148,16 @@ class Form(w.VBox):
         self.chapter, self.limits = find(chapter), dict(timeout=timeout, mem_gb=mem_gb)
         start = self.chapter.preset(preset) if preset else {}
         self.fields = {r["name"]: Field(r, start) for r in params.describe(self.chapter.nb)}
-        if odd := set(start) - set(self.fields): raise params.ParamError(f"preset {preset!r} sets unknown parameters: {', '.join(sorted(odd))}")
+        if odd := set(start) - set(self.fields):
+            raise params.ParamError(f"preset {preset!r} sets unknown parameters: {', '.join(sorted(odd))}")
         self.result, self.thread, self.stop = None, None, threading.Event()
         self.go = w.Button(description="Run", button_style="primary", icon="play")
         self.halt = w.Button(description="Stop", icon="stop", disabled=True)
         self.force = w.Checkbox(description="run even if it is known", indent=False, layout=w.Layout(width="auto"))
         self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="16em", visibility="hidden"))
         self.note, self.live, self.card = w.HTML(), w.HTML(), w.HTML()
-        for box, name in (self.go, "run"), (self.halt, "stop"), (self.card, "card"), (self.note, "note"), (self.live, "live"): box.add_class(f"opml-form-{name}")
+        named = dict(run=self.go, stop=self.halt, card=self.card, note=self.note, live=self.live)
+        for name, box in named.items(): box.add_class(f"opml-form-{name}")
         self.go.on_click(lambda _: self.start())
         self.halt.on_click(lambda _: self.stop.set())
         for f in self.fields.values(): f.control.observe(lambda _: self.check(), "value")

@@ -57,7 +57,8 @@ def cells(a, b):
     return out
 
 # %% ../../nbs/core/36_notebook_diff.ipynb #df894390
-_TAGS = set("table thead tbody tfoot tr th td caption b i u s em strong p div span code pre br hr ul ol li dl dt dd details summary h1 h2 h3 h4 h5 h6 sub sup".split())
+_TAGS = set("table thead tbody tfoot tr th td caption b i u s em strong p div span code pre br hr ul ol li dl dt dd "
+            "details summary h1 h2 h3 h4 h5 h6 sub sup".split())
 _DROP = {"script", "style", "iframe", "object", "svg", "math", "template", "title", "head", "noscript", "textarea"}
 
 class _Clean(HTMLParser):

@@ -28,7 +28,7 @@ def _without(*modules):
         for m in missing: del sys.modules[m]
 
 with _without("rfc3987_syntax"):  # a grammar of 1.3 CPU seconds that nothing here validates with
-    import ipykernel.kernelapp
+    import ipykernel.kernelapp, ipykernel.zmqshell
     from ipykernel.ipkernel import IPythonKernel
     from jupyter_client.session import DELIM, Session
     from nbclient import NotebookClient
@@ -56,12 +56,10 @@ class Kernel(IPythonKernel):
     shell_channel_thread = SimpleNamespace(parent_thread=None)  # nobody sends an interrupt to await
 
 # %% ../../nbs/core/01_shell.ipynb #1c8a9453
-def _careful(pack):
-    "`pack` of a session for text that UTF-8 cannot hold, too: lone surrogates are written as escapes."
-    def packed(obj):
-        try: return pack(obj)
-        except UnicodeEncodeError: return pack(store.plain(obj))
-    return packed
+def _careful(clean):
+    "ipykernel's `json_clean` for errors whose text UTF-8 cannot hold, too: lone surrogates are written as escapes."
+    def cleaned(content): return store.plain(content) if "ename" in content else clean(content)
+    return cleaned
 
 def make_shell():
     "The process's one shell: ipykernel's own, whose kernel speaks through a `Wire`. Must be called before any fork."
@@ -69,12 +67,12 @@ def make_shell():
     app.log = logging.Logger("opml", logging.CRITICAL)  # a stock kernel's log goes to a terminal
     app.init_pdb()
     session = Session(parent=app)
-    session.pack = _careful(session.pack)
     with _without("debugpy"):
         app.kernel = Kernel.instance(parent=app, session=session, iopub_socket=Wire(session), log=app.log, user_ns=None,
                                      _execute_sleep=0.)
     sys.breakpointhook = lambda *args, **kwargs: None  # as debugpy has it while nobody debugs
     app.init_shell()
+    ipykernel.zmqshell.json_clean = _careful(ipykernel.zmqshell.json_clean)
     app.init_extensions()
     app.shell.user_ns_hidden.update(app.shell.user_ns)
     builtins.get_ipython = app.shell.get_ipython  # pandas, imported ahead, asks whether this is a terminal
@@ -198,7 +196,9 @@ class Execution(Outputs):
         self.context.run(self.kernel.set_parent, [], request)
         self.kernel._publish_status("busy", "shell", parent=request)
         work = self.kernel.execute_request(self.kernel.iopub_socket, [], request)
+        self.reply = self.shown_error = None
         try: await asyncio.create_task(work, context=self.context)
+        except UnicodeEncodeError: pass  # of the reply; what was shown tells as much
         finally:
             if os.getpid() != self.session.pid: os._exit(self._copys_code())
         self.tape.pump()
@@ -215,7 +215,8 @@ class Execution(Outputs):
         return int(error is not None)
 
     def _what_went_wrong(self, index, source):
-        said, result = self.reply or {"status": "error", "ename": "RuntimeError", "evalue": "the cell gave no answer"}, self.shell.last_execution_result
+        silent = self.shown_error or {"ename": "RuntimeError", "evalue": "the cell gave no answer"}
+        said, result = self.reply or {**silent, "status": "error"}, self.shell.last_execution_result
         if said["status"] == "ok": return None
         error = None if result is None else result.error_in_exec if result.error_before_exec is None else result.error_before_exec
         if error is None: said = self.shown_error or said  # an error while showing a result
