@@ -81,7 +81,7 @@ def test_source_notebooks_pass(room):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.parent.name == "bench" else []) for p in CHAPTERS])
 def test_chapters_run(path, home):
     from opml_wb.core.run import run
     r = run(path, timeout=300)

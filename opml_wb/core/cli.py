@@ -17,7 +17,8 @@ from .plugin import PluginError, load, plugged
 from . import terminal
 
 # %% ../../nbs/core/08_cli.ipynb #c2e494a8
-LATER = {"compare": ("opml_wb.core.compare:compare", "Runs side by side, and why two of them differ; --html writes one page."),
+LATER = {"sweep": ("opml_wb.core.sweep_cli:sweep", "Run a chapter over a space of parameters; the same command resumes."),
+         "compare": ("opml_wb.core.compare:compare", "Runs side by side, and why two of them differ; --html writes one page."),
          "rerun": ("opml_wb.core.author:rerun_command", "Repeat a run with its recorded parameters; say what has changed since."),
          "new": ("opml_wb.core.author:new_command", "Write a chapter of one's own that runs at once."),
          "export": ("opml_wb.core.export:export", "Copy runs into MLflow."),

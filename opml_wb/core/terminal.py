@@ -77,7 +77,7 @@ class Live:
         self.seen = self.inner
 
 # %% ../../nbs/core/18_terminal.ipynb #2c4f9f52
-COLOUR = {"done": "green", "cached": "green", "running": "cyan"}
+COLOUR = {"pruned": "yellow", "done": "green", "cached": "green", "running": "cyan"}
 
 def status(status): return f"[{COLOUR.get(status, 'red')}]{status}[/]"
 
