@@ -21,7 +21,7 @@ SHOTS = Path(__file__).parent/"artefacts"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 # a chapter of another package: math, a FigureWidget, an Output widget, linked controls, a link, HTML from outside
-GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/04_run.ipynb).\n\n"
+GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/17_run.ipynb).\n\n"
          "$$\\begin{aligned} a &= b^2 \\\\ c &= \\operatorname{argmax}_x f(x) \\end{aligned}$$\n\n"
          "> Wait for $5 or so.": "md",
          "n: int = 3  # points": "parameters",
@@ -269,7 +269,7 @@ def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, gues
         guest.write_text(source.replace("log.metric('points', n)", "1 / 0"))
         done = build("--out", site)
         assert done.returncode == 1 and "guest failed (ZeroDivisionError" in done.stderr and "--no-run" in done.stderr
-        guest.write_text(source.replace("the run engine](../core/04_run.ipynb)", "nowhere](nowhere.md)"))
+        guest.write_text(source.replace("the run engine](../core/17_run.ipynb)", "nowhere](nowhere.md)"))
         done = build("--out", site, "--no-run")
         assert done.returncode == 1 and "nowhere.md" in done.stderr and "Sphinx found" in done.stderr
     finally: guest.write_text(source)
