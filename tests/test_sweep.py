@@ -85,7 +85,11 @@ def test_a_survivor_takes_over_from_a_killed_driver(opml_sweep, slow, home):
     two[0].kill(); two[0].wait()
     out, err = two[1].communicate(timeout=60)
     assert two[1].returncode == 0, err
-    assert len(json.loads(out)["runs"]) == 24 and len(told()) == 24 and max(told().values()) == 1
+    assert len(json.loads(out)["runs"]) == 24 and len(told()) == 24
+    done = Counter(d["key"] for d in Store(home).ls() if d["status"] == "done")
+    assert len(done) == 24 and max(done.values()) == 1
+    # a run that the kill met after its last cell, before its end was recorded, is not done and runs again: at most the two in flight
+    assert sum(told().values()) <= 24 + 2
 
 
 def test_a_segfault_is_listed_and_harms_no_other(opml_sweep, home, notebook):
