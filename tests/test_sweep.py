@@ -87,8 +87,9 @@ def test_a_survivor_takes_over_from_a_killed_driver(opml_sweep, slow, home):
     assert two[1].returncode == 0, err
     assert len(json.loads(out)["runs"]) == 24 and len(told()) == 24
     done = Counter(d["key"] for d in Store(home).ls() if d["status"] == "done")
-    # a run in flight may end just as its driver is killed; the survivor takes it over before its end is indexed: at most those two
-    assert len(done) == 24 and sum(done.values()) <= 24 + 2 and sum(told().values()) <= 24 + 2
+    assert len(done) == 24 and max(done.values()) == 1
+    # a run that the kill met after its last cell, before its end was recorded, is not done and runs again: at most the two in flight
+    assert sum(told().values()) <= 24 + 2
 
 
 def test_a_segfault_is_listed_and_harms_no_other(opml_sweep, home, notebook):

@@ -67,7 +67,9 @@ class Trials:
         for number in sorted(self.open):
             row = rows.get(number)
             if row is None: mine = self.ledger.claim(number)
-            elif row["status"] == "running": mine = self.ledger.dead(row) and self.ledger.take(row)
+            elif row["status"] == "running":
+                mine = self.ledger.dead(row) and self.ledger.take(row)
+                if mine: self.home.settle()  # its run may have ended well, unseen by its dead driver
             else: mine = not self.adopt(number, row) and self.ledger.take(row)
             if mine: return self.job(number, row)
 
