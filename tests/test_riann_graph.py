@@ -32,7 +32,8 @@ def state(g):
 def sound(g):
     "Links lead to nodes, within their degree, never to themselves, twice, or to a free slot."
     a = g._g
-    dead = {int(v) for v in np.flatnonzero((a.level[:g._used] < 0) & (a.level[:g._used] > graph.GONE))}
+    dead = {int(v) for v in np.flatnonzero((a.level[:g._used] < 0) & (a.level[:g._used] >= ~graph.TOP))}
+    assert sorted(g._wait) == np.flatnonzero(a.level[:g._used] == graph.WAIT).tolist()
     assert len(dead) == g._dead and not dead & set(g._free)
     for v in np.flatnonzero(a.level[:g._used] >= 0):
         for layer in range(a.level[v] + 1):
@@ -61,6 +62,8 @@ def against_brute_force(g, have, metric, q, k, poor):
 
 step = st.one_of(st.tuples(st.just("insert"), st.integers(1, 60), st.integers(2, 12), st.integers(1, 60)),
                  st.tuples(st.just("copies"), st.integers(1, 20), st.integers(2, 12), st.integers(1, 30)),
+                 st.tuples(st.just("place"), st.integers(1, 40)), st.tuples(st.just("link"), st.integers(0, 60)),
+                 st.tuples(st.just("relink"), st.integers(1, 20)),
                  st.tuples(st.just("remove"), st.floats(0, 1)), st.tuples(st.just("return"), st.integers(1, 30)))
 
 
@@ -76,13 +79,17 @@ def test_any_history_agrees_with_brute_force(steps, metric, seed, capacity):
             if not out: continue
             g.remove(out)
             gone |= {i: have.pop(i) for i in out}
+        elif kind == "link": g.link(6, 30, *args)
+        elif kind == "relink":
+            if have: g.relink(list(have)[:args[0]], 9, 40)
         else:
             n, deg, cand = args if len(args) == 3 else (*args, 6, 30)
             poor |= deg < 4 or cand < 10
             new = {int(i): v for i, v in zip(rng.integers(0, 2**62, n), rng.normal(size=(n, 5)).astype(np.float32))}
             if kind == "copies": new = {i: next(iter(have.values()), v) for i, v in new.items()}
             if kind == "return": new = {i: gone.pop(i) for i in list(gone)[:n]} or new
-            g.insert(np.array(list(new.values())), np.array(list(new)), deg, cand)
+            if kind == "place": g.place(np.array(list(new.values())), np.array(list(new)))
+            else: g.insert(np.array(list(new.values())), np.array(list(new)), deg, cand)
             have |= new
         sound(g)
     against_brute_force(g, have, metric, rng.normal(size=(5, 5)).astype(np.float32), 8, poor)
@@ -121,6 +128,16 @@ def test_batches_and_capacity_do_not_change_the_graph(sift):
         for i in range(1200, 1500, cut): g.insert(x[i:i + cut], ids[i:i + cut], 20, 30)
         found.append(state(g))
     assert found[0] == found[1] == found[2]
+
+
+def test_linking_in_pieces_gives_the_graph_of_one_insertion(sift):
+    x, ids = sift[0][:1000], np.arange(1000)
+    whole, pieces = DynamicHNSW(128), DynamicHNSW(128)
+    whole.insert(x, ids, 8, 30)
+    pieces.place(x, ids)
+    assert (pieces.search(x, 1, 1)[0][:, 0] == ids).all() and pieces.waiting == 1000 and pieces.layers() == []
+    while pieces.waiting: pieces.link(8, 30, 77)
+    assert state(whole) == state(pieces) and pieces.layers()[0][0] == 1000
 
 
 def test_properties_alternate_on_one_index(sift):
@@ -218,6 +235,33 @@ def test_threads_search_while_one_inserts_and_removes(sift):
     for t in threads: t.start()
     for t in threads: t.join(60)
     assert all((a[0] == alone[0]).all() and (a[1] == alone[1]).all() for a in answers)
+
+
+def test_what_waits_is_found_once_and_always_while_it_is_linked(sift):
+    "A search that meets a vector in the list of those that wait and in the graph returns it once; copies too."
+    x = np.concatenate([sift[0][:1500], sift[0][:300]])
+    g, stop, wrong, rounds = DynamicHNSW(128, capacity=16), threading.Event(), [], []
+    g.insert(x[:300], range(300), 8, 40)
+    known = [300]
+
+    def read():
+        rng = np.random.default_rng(0)
+        while not stop.is_set():
+            want = rng.integers(0, known[0], 20)
+            ids, dist = g.search(x[want], 5, 60)
+            if any(len(set(r)) < 5 for r in ids.tolist()) or (dist[:, 0] > 0).any(): wrong.append((want, ids, dist))
+            rounds.append(1)
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for t in readers: t.start()
+    try:
+        for i in range(300, 1800, 100):
+            g.place(x[i:i + 100], range(i, i + 100))
+            known[0] = i + 100
+            while g.waiting > 50: g.link(8, 40, 7)
+    finally:
+        stop.set()
+        for t in readers: t.join(60)
+    assert not wrong and len(rounds) >= 3
 
 
 def test_the_search_marks_may_wrap(sift):

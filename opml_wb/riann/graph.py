@@ -9,7 +9,7 @@ __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 import operator, threading, time
 import numpy as np
 
-from .kernels import (DEBT, GONE, INSERT, REBUILD, RELINK, TOP, Graph, Scratch, Work,
+from .kernels import (DEBT, GONE, INSERT, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
                                    _insert, _repair, _search, _slot)
 
 # %% ../../nbs/riann/02_graph.ipynb #82e48f07
@@ -102,6 +102,7 @@ class _Arrays:
     def _clear(self):
         "Forget all nodes, keep the arrays."
         self._slot, self._free, self._used, self._rows, self._dead = {}, [], 0, 0, 0
+        self._wait = np.zeros(0, np.int64)             # slots that are placed and not linked, oldest first
         self._has = np.zeros(self.capacity, np.int8)   # upper rows that each slot owns
         self._g.meta[:], self._g.U[:, 0] = -1, 0
 
@@ -121,23 +122,29 @@ class _Arrays:
             self._has = _grown(self._has, cap)
         self._g = g._replace(**new)
 
-    def _place(self, x, ids, deg, cand):
-        "Write a batch into free slots, unlinked; the slots."
+    def _place(self, x, ids):
+        "Write vectors into free slots, unlinked; the slots."
         n, old = len(ids), self._free[:len(ids)]
         slots = np.array(old + list(range(self._used, self._used + n - len(old))))
-        level, has = _levels(self.seed, ids, deg), np.zeros(n, np.int8)
-        has[:len(old)] = self._has[old]
+        self._reserve(self._used + n - len(old), self._rows)
+        g = self._g
+        g.X[slots, :self.dim], g.ids[slots] = x, ids
+        g.twin[slots], g.L0[slots, 0], g.level[slots], g.cand[slots] = -1, 0, WAIT, 0
+        del self._free[:len(old)]
+        self._used += n - len(old)
+        return slots
+
+    def _settle(self, slots, deg, cand):
+        "Give placed slots their properties, their level and the upper rows that it needs."
+        level, has = _levels(self.seed, self._g.ids[slots], deg), self._has[slots]
         more = np.where(level > has, level, 0).astype(int)
         first, rows = self._rows + np.cumsum(more) - more, self._rows + int(more.sum())
-        self._reserve(self._used + n - len(old), rows)
+        self._reserve(self._used, rows)
         g, new = self._g, more > 0
         g.up[slots[new]], self._has[slots[new]] = first[new], level[new]
-        g.X[slots, :self.dim], g.ids[slots], g.deg[slots], g.cand[slots] = x, ids, deg, cand
-        g.twin[slots], g.L0[slots, 0], g.level[slots] = -1, 0, level
-        for v in slots[:len(old)]: g.U[g.up[v]:g.up[v] + g.level[v], 0] = 0
-        del self._free[:len(old)]
-        self._used, self._rows = self._used + n - len(old), rows
-        return slots
+        g.deg[slots], g.cand[slots], g.level[slots] = deg, cand, level
+        for v in slots[(level > 0) & ~new]: g.U[g.up[v]:g.up[v] + g.level[v], 0] = 0
+        self._rows = rows
 
     def _scratch(self, g, n, steps):
         "Working memory for beams of `n` and at most `steps` tags: (last tag, Scratch), for `_spare` afterwards."
@@ -191,6 +198,10 @@ class _Linking(_Arrays):
         g = self._g
         for id in ids:
             v = self._slot.pop(id)
+            if g.level[v] == WAIT:
+                g.level[v] = GONE
+                self._free.append(v)
+                continue
             r = g.L0[v, 1] if g.level[v] == GONE else v
             u = int(g.twin[r])
             if u < 0: g.level[v], self._dead = ~g.level[v], self._dead + 1
@@ -198,6 +209,7 @@ class _Linking(_Arrays):
                 if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v
                 g.twin[r] = g.twin[u]
                 self._free.append(u)
+        self._wait = self._wait[g.level[self._wait] == WAIT]
         if not self._slot: self._clear()
         elif self._dead * DEBT > self._used - len(self._free): self._reclaim()
 
@@ -205,7 +217,7 @@ class _Linking(_Arrays):
         "Mend the graph around its removed nodes and free their slots."
         g, n = self._g, self._used
         level = g.level[:n]
-        live, dead = np.flatnonzero(level >= 0), np.flatnonzero((level < 0) & (level > GONE))
+        live, dead = np.flatnonzero(level >= 0), np.flatnonzero((level < 0) & (level >= ~TOP))
         if len(dead) <= len(live):
             inward = np.zeros(n, int)
             tag, s = self._scratch(g, 1, 2 * n * (TOP + 1))
@@ -216,7 +228,7 @@ class _Linking(_Arrays):
             if len(weak): self._link(weak, RELINK)
         if len(dead) > len(live) or (g.L0[g.meta[0], 0] == 0 and len(live) > 1):
             g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
-            self._link(live, REBUILD)
+            if len(live): self._link(live, REBUILD)
         level[dead], self._dead = GONE, 0
         self._free += dead.tolist()
 
@@ -245,24 +257,70 @@ class DynamicHNSW(_Linking):
     def __repr__(self):
         return f"DynamicHNSW(dim={self.dim}, metric={self.metric!r}, capacity={self.capacity}): {len(self)} vectors"
 
-    def insert(self, x, ids, deg, cand):
-        """Insert vectors with `deg` links (twice that at the bottom, as HNSW's M) chosen among `cand` candidates.
+    def place(self, x, ids):
+        """Take vectors in without linking them: searches find them at once, exactly, by comparing them all; `link` does the rest.
 
-        x: f32[n, dim]. ids: int[n], >= 0, new. deg: int, 2 .. max_deg. cand: int, >= 1 (HNSW's ef_construction).
-        Returns Work: hops (nodes expanded), dists (distances computed), cpu_s (seconds of this thread).
-        Errors: ValueError naming the parameter or the first row at fault; then nothing is inserted."""
-        t = time.thread_time()
-        deg, cand = _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
+        x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
+        Errors: ValueError naming the first row at fault; then nothing is taken in."""
+        slots = self._take(x, ids)
+        with self._writer: self._wait = np.concatenate([self._wait, slots])
+
+    def _take(self, x, ids):
+        "Checked vectors into slots; the caller makes them findable."
         x, bad = _vectors("x", x, self.dim, self.metric)
         ids, worse = _keys(ids, len(x))
         with self._writer:
             if not worse and not self._slot.keys().isdisjoint(ids):
                 worse = next((i, f"id {v} is in the index already") for i, v in enumerate(ids) if v in self._slot)
             _refuse(x=bad, ids=worse)
-            slots = self._place(x, ids, deg, cand)
+            slots = self._place(x, ids)
             self._slot.update(zip(ids, slots.tolist()))
-            hops, dists = self._link(slots, INSERT)
-        return Work(hops, dists, time.thread_time() - t)
+        return slots
+
+    @property
+    def waiting(self): return len(self._wait)
+
+    def link(self, deg, cand, n=None):
+        """Link the `n` vectors that have waited longest (None: all that wait) with `deg` links among `cand` candidates.
+
+        Returns Work, see `insert`. Errors: ValueError naming the parameter."""
+        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
+        with self._writer:
+            slots = self._wait[:_integer("n", self.waiting if n is None else n, 0)]
+            work = self._join(slots, deg, cand)
+            self._wait = self._wait[len(slots):]
+        return Work(*work, time.thread_time() - t)
+
+    def _properties(self, deg, cand):
+        return _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
+
+    def _join(self, slots, deg, cand, mode=INSERT):
+        if not len(slots): return 0, 0
+        self._settle(slots, deg, cand)
+        return self._link(slots, mode)
+
+    def insert(self, x, ids, deg, cand):
+        """Insert vectors with `deg` links (twice that at the bottom, as HNSW's M) chosen among `cand` candidates.
+
+        x: f32[n, dim]. ids: int[n], >= 0, new. deg: int, 2 .. max_deg. cand: int, >= 1 (HNSW's ef_construction).
+        Returns Work: hops (nodes expanded), dists (distances computed), cpu_s (seconds of this thread).
+        Errors: ValueError naming the parameter or the first row at fault; then nothing is inserted."""
+        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
+        with self._writer: work = self._join(self._take(x, ids), deg, cand)
+        return Work(*work, time.thread_time() - t)
+
+    def relink(self, ids, deg, cand):
+        """Look again for neighbours of vectors that were linked with poorer properties; links that they have stay where room is.
+
+        ids: int[n], in the index (those that wait are passed over). Returns Work. Errors: ValueError naming parameter or row."""
+        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
+        with self._writer:
+            g, slots = self._g, np.array([self._slot[i] for i in self._known(ids)])
+            slots = slots[g.level[slots] >= 0]
+            if not len(slots): return Work(0, 0, time.thread_time() - t)
+            g.deg[slots], g.cand[slots] = np.maximum(g.deg[slots], deg), np.maximum(g.cand[slots], cand)
+            work = self._link(slots, RELINK)
+        return Work(*work, time.thread_time() - t)
 
     def search(self, q, k, ef):
         """The nearest neighbours of each query.
@@ -275,12 +333,13 @@ class DynamicHNSW(_Linking):
         _refuse(q=bad)
         ids, far = np.full((len(q), k), -1), np.full((len(q), k), np.inf, np.float32)
         with self._gate:
-            g, ef = self._g, max(ef, k)
-            if g.meta[0] < 0: return ids, far
+            wait, ef = self._wait, max(ef, k)   # what waits is read before the graph: whoever moves meanwhile is seen twice, not never
+            g = self._g
+            if not len(self): return ids, far
             if q.shape[1] < g.X.shape[1]: q = np.pad(q, ((0, 0), (0, g.X.shape[1] - q.shape[1])))
             tag, s = self._scratch(g, ef, len(q))
             n = min(self._used, len(g.ids))
-            self._spare.append((_search(g, self._ip, q, k, ef, n, min(n, len(self)), ids, far, tag, s), s))
+            self._spare.append((_search(g, self._ip, q, k, ef, n, min(n, len(self)), wait, ids, far, tag, s), s))
         return ids, far
 
     def degrees(self, ids, layer=0):
@@ -294,6 +353,19 @@ class DynamicHNSW(_Linking):
             if not layer: return g.L0[v, 0].astype(np.int32)
             row = np.minimum(g.up[v] + layer, len(g.U)) - 1
             return np.where(g.level[v] >= layer, g.U[row, 0], 0).astype(np.int32)
+
+    def layers(self):
+        """[(n, sum_deg), ...], bottom first: linked nodes of each layer and their links in all, as the time model's equations want them.
+
+        Copies share a node and count once; vectors that wait do not count."""
+        with self._writer:
+            g, out = self._g, []
+            v = np.flatnonzero(g.level[:self._used] >= 0)
+            while len(v):
+                l = len(out)
+                out.append((len(v), int((g.U[g.up[v] + l - 1, 0] if l else g.L0[v, 0]).sum())))
+                v = v[g.level[v] > l]
+            return out
 
     def _known(self, ids):
         ids, bad = _keys(ids)
