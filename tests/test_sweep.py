@@ -224,7 +224,8 @@ def test_a_removed_run_is_missing(home, notebook):
 
 def test_a_store_of_yesterday_gets_the_new_tables(home, notebook):
     store = Store(home)
-    for table in ("sweep", "trial"): store.db.execute(f"drop table {table}")
+    for sql in ("drop table sweep", "drop table trial", "drop index run_home", "alter table run drop column home"): store.db.execute(sql)
+    store.db.set_version(1)
     store.db.close()
     assert sweep(notebook("n: int = 0", "n"), {"n": [1]}).counts == {"done": 1}
 
@@ -257,8 +258,8 @@ def test_dask_gives_the_same_table_and_artifacts_arrive(home, notebook, cluster,
     assert again.executed == 0 and again.frame().drop(columns=["seconds"]).replace("cached", "done").equals(local)
     assert got["executed"] == 4 and len(list(root.rglob("x.npy"))) == 4 and not list(root.glob("*.part-*"))
     r = again.runs[2]
-    assert (root / r.doc["id"] / "deep" / "x.npy").is_file() and list(r.series("m")["value"]) == [3, 4, 5]
-    assert r.artifacts["deep/x.npy"].read_bytes() == (root / r.doc["id"] / "deep" / "x.npy").read_bytes()
+    assert (root / r.doc["id"] / "artifacts" / "deep" / "x.npy").is_file() and list(r.series("m")["value"]) == [3, 4, 5]
+    assert r.artifacts["deep/x.npy"].read_bytes() == (root / r.doc["id"] / "artifacts" / "deep" / "x.npy").read_bytes()
     import nbformat
     nbformat.validate(nbformat.read(r.notebook, 4))
 

@@ -24,7 +24,7 @@ class Ledger:
     @store._telling
     def open(self, chapter, doc):
         "Record the sweep itself, once."
-        self.db.execute("insert into sweep values(?,?,?,?) on conflict do nothing", (self.id, chapter, time.time(), json.dumps(doc)))
+        self.db.execute("insert into sweep values(?,?,?,?) on conflict do nothing", (self.id, chapter, self.db.now(), json.dumps(doc)))
 
     @store._telling
     def rows(self):
@@ -37,19 +37,19 @@ class Ledger:
     def claim(self, number):
         "Is trial `number` mine? Only if nobody else had begun it."
         return self.db.execute("insert into trial(sweep, number, status, owner, host, pid, born, beat) values(?,?,'running',?,?,?,?,?) "
-                               "on conflict do nothing", (self.id, number, *self.owner, time.time())).rowcount == 1
+                               "on conflict do nothing", (self.id, number, *self.owner, self.db.now())).rowcount == 1
 
     @store._telling
     def take(self, row):
         "Take over a trial that `row` (as read from `rows`) shows dead or failed; False when somebody else was quicker."
         return self.db.execute("update trial set status='running', run=null, owner=?, host=?, pid=?, born=?, beat=? where sweep=? and number=? "
-                               "and owner=? and beat=? and status=?", (*self.owner, time.time(), self.id, row["number"], row["owner"],
+                               "and owner=? and beat=? and status=?", (*self.owner, self.db.now(), self.id, row["number"], row["owner"],
                                                                        row["beat"], row["status"])).rowcount == 1
 
     def dead(self, row):
         "Will nobody finish the running trial `row`? The run of a driver that died gets a moment to say its last word."
         if row["status"] != "running": return False
-        quiet = time.time() - row["beat"]
+        quiet = self.db.now() - row["beat"]
         if quiet > SILENT: return True
         if row["host"] != store.boot() or store._lives(row["pid"], row["born"]): return False
         return not row["run"] or (self.runs/row["run"]/store.RUN).exists() or quiet > BEAT + SETTLING
@@ -59,7 +59,7 @@ class Ledger:
         "Set columns of a trial of mine; `point` and `attrs` are JSON values."
         values = [json.dumps(v) if k in ("point", "attrs") else v for k, v in columns.items()]
         self.db.execute(f"update trial set {', '.join(f'{k}=?' for k in columns)}, beat=? where sweep=? and number=? and owner=?",
-                        (*values, time.time(), self.id, number, self.owner[0]))
+                        (*values, self.db.now(), self.id, number, self.owner[0]))
 
     @store._telling
     def forget(self, numbers=None):
@@ -76,7 +76,7 @@ class Ledger:
         def beat():
             db = store.Store(self.root).db
             while not done.wait(every):
-                try: db.execute("update trial set beat=? where sweep=? and owner=? and status='running'", (time.time(), self.id, self.owner[0]))
+                try: db.execute("update trial set beat=? where sweep=? and owner=? and status='running'", (db.now(), self.id, self.owner[0]))
                 except Exception: continue  # a busy or full disk: the next one may succeed
             db.close()
         thread = threading.Thread(target=beat, name="opml-beat", daemon=True)

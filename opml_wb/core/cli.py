@@ -155,13 +155,14 @@ def ls(limit, chapter, as_json):
     home = Store()
     docs = home.ls(-1 if as_json or limit < 1 else limit, chapter)
     if as_json: return _out(docs)
-    table = terminal.grid("key", "chapter", "status", "when", ">seconds", "parameters", "metrics")
+    away = any("elsewhere" in d for d in docs)
+    table = terminal.grid("key", "chapter", "status", "when", ">seconds", "parameters", "metrics", *(["machine"] if away else []))
     for d in docs:
         shown = ", ".join(f"{terminal.plain(k)}={terminal.number(v)}" for k, v in list(d.get("metrics", {}).items())[:3])
         given = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in d.get("given", {}).items())
         table.add_row(d["key"][:10], terminal.plain(d["chapter"]), terminal.status("lost" if d["lost"] else d["status"]), terminal.age(d["started"]),
                       terminal.number(round(d["seconds"], 2)) if d.get("seconds") is not None else "",
-                      terminal.plain(given), shown)
+                      terminal.plain(given), shown, *([terminal.plain(d.get("elsewhere", "here").partition(":")[0])] if away else []))
     terminal.console().print(table)
     total = home.count()
     if not chapter and total > len(docs): click.echo(f"{total - len(docs):,} more: opml ls -n 0")
@@ -180,12 +181,14 @@ def show(key, as_json):
 
 @cli.command()
 @click.argument("key")
-def rm(key):
-    "Remove the runs of KEY from the store, with their folders."
+@click.option("--forget", is_flag=True, help="Also those of another machine's home that is gone for good.")
+def rm(key, forget):
+    "Remove the runs of KEY from the store, with their folders and what lies at the artifact root."
     from opml_wb.core.store import Store
     home = Store()
     docs = home.get(key)
-    home.rm([d["id"] for d in docs])
+    if not forget: docs = [d for d in docs if "elsewhere" not in d] or docs
+    home.rm([d["id"] for d in docs], forget)
     click.echo(f"removed {len(docs)} run(s) of {docs[0]['chapter']} {docs[0]['key'][:10]}")
 
 # %% ../../nbs/core/21_cli.ipynb #bdf2d78d
@@ -226,15 +229,18 @@ def gc(dry_run, older_than):
     home = Store()
     rows = home.garbage(span(older_than) if older_than else None)
     for run_id, why in rows: click.echo(f"{'would remove' if dry_run else 'removed'} {run_id}: {why}")
-    if not dry_run: home.rm([run_id for run_id, _ in rows])
+    gone = [run_id for run_id, _ in rows]
+    if not dry_run: home.rm(gone)
+    sources = home.unused_sources(gone, remove=not dry_run)
+    if sources: click.echo(f"{'would remove' if dry_run else 'removed'} {len(sources)} kept source file(s) that no run names")
     click.echo(f"{len(rows)} {'to remove' if dry_run else 'removed'}, {home.count()} in the store")
 
 @cli.command()
 def reindex():
-    "Rebuild the index from the run folders."
+    "Rebuild the index from this home's run folders."
     from opml_wb.core.store import Store
     n, strange = Store.rebuilt()
-    click.echo(f"{n} runs indexed" + (f"; not runs: {', '.join(strange)}" if strange else ""))
+    click.echo(f"{n} runs indexed" + (f"; not runs of this home: {', '.join(strange)}" if strange else ""))
 
 # %% ../../nbs/core/21_cli.ipynb #22c9b8e9
 @cli.group()

@@ -67,7 +67,7 @@ def _source(doc, module):
 
 def _cells(doc):
     "The chapter's code as run `doc` executed it, without the injected parameters; None when its notebook is gone."
-    nb = doc.get("nb") or store.read_json(doc["notebook"], None)
+    nb = doc.get("nb") or store.read_json(store.at_hand(doc)/store.NOTEBOOK, None)
     if nb is None: return None
     cells = [c for c in nb["cells"] if c["cell_type"] == "code" and "injected-parameters" not in (c["metadata"].get("tags") or [])]
     return "\n\n# %%\n".join("".join(c["source"]).rstrip() for c in cells) + "\n"
@@ -97,7 +97,7 @@ def code_changes(a, b):
 def _repeats(run):
     "The metrics of all done runs of this run's key, this one among them."
     root = run.dir.parents[1]
-    docs = store.Store(root).done(run.key) if run.ok and (root/"opml.db").exists() else []
+    docs = store.Store(root).done(run.key) if run.ok and (root/"runs").is_dir() else []
     return [Run(d).metrics for d in docs if d["id"] != run.doc["id"]] + [run.metrics]
 
 def metric_changes(a, b):

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import opml_wb
 
-from . import store, terminal
+from . import artifacts, database, store, terminal
 
 OK, WARN, BAD = "ok", "warn", "bad"
 
@@ -85,8 +85,18 @@ need('waitpid', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7)
 print('fork, prctl, pidfd, setsid')
 """
 
+def _store(root):
+    "Where the index of the runs lies, whether it answers, and where their artifacts go."
+    kept = f"; artifacts also at {database.masked(to)}" if (to := artifacts.artifact_root()) else ""
+    asked = os.environ.get(database.STORE, "").strip()
+    try: home = store.Store(root)
+    except (store.StoreError, OSError) as e:
+        return _check("store", str(e), BAD, "mend OPML_STORE, or unset it for SQLite in OPML_HOME" if asked else "opml reindex rebuilds the index from the run folders")
+    homes = f", {len(home.homes())} homes" if home.db.shared else ""
+    return _check("store", f"{home.db.engine} at {home.db.where} answers{homes}{kept}")
+
 def _engine():
-    "Fork server or stock kernels, the kernel's message loop, the home, the disk."
+    "Fork server or stock kernels, the kernel's message loop, the home, the index, the disk."
     from opml_wb.core.run import forks
     works = _says(sys.executable, "-c", TRIAL) if forks() else None
     asked = os.environ.get("OPML_ENGINE") == "stock"
@@ -97,6 +107,7 @@ def _engine():
     try: n, state, advice = f"{store.Store(root).count():,} runs", OK, ""
     except (store.StoreError, OSError) as e: n, state, advice = str(e), BAD, "make it writable, or set OPML_HOME to another folder"
     yield _check("home", f"{root}: {n}", state, advice)
+    yield _store(root)
     place = next(p for p in (root, *root.parents) if p.exists())
     free = shutil.disk_usage(place).free
     yield _check("free disk", f"{free / 2**30:.1f} GiB at {place}", OK if free > 2 * 2**30 else WARN if free > 2**28 else BAD,

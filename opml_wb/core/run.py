@@ -9,7 +9,7 @@ __all__ = ['SURROUNDINGS', 'SOURCES', 'Run', 'Plan', 'cached', 'forks', 'execute
 import functools, json, numbers, os, shutil, sys, time
 from pathlib import Path
 
-from . import deps, params as _params, store
+from . import artifacts, deps, params as _params, store
 from .chapter import ChapterError, find
 
 # %% ../../nbs/core/17_run.ipynb #bd168cec
@@ -22,26 +22,32 @@ class Run:
         self.metrics = {k: float(v) if isinstance(v, str) else v for k, v in doc.get("metrics", {}).items()}
         self.claims, self.error = doc.get("claims", []), doc.get("error")
         self.seconds, self.cpu, self.rss = (doc.get(k) for k in ("seconds", "cpu", "rss"))
-        self.dir, self.notebook = Path(doc["dir"]), Path(doc["notebook"])
 
     @property
     def ok(self): return self.status in ("done", "cached")
 
     @property
+    def dir(self):
+        "The run's folder; of a run of another machine what is known of it here, fetched now if it can be."
+        return store.at_hand(self.doc)
+
+    @property
+    def notebook(self): return self.dir/store.NOTEBOOK
+
+    @property
     def artifacts(self):
-        "{name: Path} of what the run kept; what lies at an artifact URL is fetched now."
+        "{name: Path} of what the run kept; what lies at an artifact URL only is fetched now. Raises ArtifactError."
         found = {name: self.dir/a["path"] for name, a in self.doc.get("artifacts", {}).items()}
-        if self.doc.get("artifact_url"): self._fetch([path for path in found.values() if not path.exists()])
+        for name, path in found.items():
+            a = self.doc["artifacts"][name]
+            if self.doc.get("artifact_url") and not path.exists(): artifacts.fetch(f"{self.doc['artifact_url']}/{a['path']}", path, a["sha256"])
         return found
 
-    def _fetch(self, paths):
-        "Get these files of the run from its artifact URL."
-        import fsspec
-        for path in paths:
-            part = path.with_name(f".{path.name}.{os.getpid()}")
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with fsspec.open(f"{self.doc['artifact_url']}/{path.relative_to(self.dir/store.ARTIFACTS).as_posix()}") as f: part.write_bytes(f.read())
-            os.replace(part, path)
+    @property
+    def places(self):
+        "{name: path or URL} of what the run kept, as it lies now."
+        here, url = Path(self.doc["dir"]), self.doc.get("artifact_url")
+        return {name: f"{url}/{a['path']}" if url and not (here/a["path"]).exists() else str(here/a["path"]) for name, a in self.doc.get("artifacts", {}).items()}
 
     def series(self, name):
         "The points of metric `name` as a DataFrame `step, value, t` (t: seconds since the run began). Raises KeyError."
@@ -53,7 +59,7 @@ class Run:
     def to_dict(self):
         "The run as `opml run --json` prints it."
         first = ("key", "status", "chapter", "params", "metrics", "claims", "notebook", "dir", "seconds", "cpu", "rss", "error")
-        return {k: self.doc.get(k) for k in first} | {k: self.doc.get(k) for k in ("id", "preset", "started", "artifacts", "inputs")}
+        return {k: self.doc.get(k) for k in first} | {k: self.doc.get(k) for k in ("id", "preset", "started", "artifacts", "artifact_url", "elsewhere", "inputs")}
 
     def _repr_html_(self):
         from opml_wb.core.ui import run_card
@@ -106,9 +112,9 @@ def _limit(name, value, unit):
 
 # %% ../../nbs/core/17_run.ipynb #c79f0829
 def cached(plan, home):
-    "The newest done run that answers `plan`, as a Run of status `cached`, or None."
+    "The newest done run that answers `plan` and can be read here, as a Run of status `cached`, or None."
     for doc in home.done(plan.key):
-        if all(deps.sha256(path) == was for path, was in doc.get("inputs", {}).items()) and Path(doc["notebook"]).exists():
+        if all(deps.sha256(path) == was for path, was in doc.get("inputs", {}).items()) and store.readable(doc):
             return Run(doc, "cached")
     return None
 
@@ -143,7 +149,7 @@ def _start(plan, spec):
         from opml_wb.core import stock
         return stock.start(spec)
     from opml_wb.core.zygote import zygote
-    z = zygote(deps.eager(plan.chapter))
+    z = zygote(deps.eager(plan.chapter), spec.get("threads"))
     return z.submit(spec), lambda: z.stop(spec["id"])
 
 # %% ../../nbs/core/17_run.ipynb #6eef2698
@@ -187,7 +193,7 @@ def _perform(plan, folder, run_id, watch, start=_start):
         "cell": None, "line": None, "signal": {-9: "SIGKILL", -15: "SIGTERM"}.get(code), "exitcode": None})
 
 # %% ../../nbs/core/17_run.ipynb #d2b15772
-SOURCES = "sources"
+SOURCES = store.SOURCES
 
 def _keep_sources(plan, root):
     "Copy the import closure's source files to `sources/HASH.py` in folder `root`; those that are there cost one look each."
@@ -210,16 +216,23 @@ def execute(plan, *, force=False, watch=None, start=_start):
     Returns a Run; Ctrl-C stops the run, records it and is passed on."""
     home = store.Store()
     known = None if force else cached(plan, home)
-    if known: return known
+    if known: return _shipped(known, home)
     folder, run_id = home.begin(plan.request())
     try:
         _keep_sources(plan, home.root)
         _perform(plan, folder, run_id, (lambda: watch(folder)) if watch else None, start)
     finally:
         if (folder/store.RUN).is_file():
+            store.ship(folder)
             try: home.index(folder)
             except store.StoreError: home = store.Store(home.root); home.index(folder)  # the run removed the index
     return Run(home._placed(store.read_json(folder/store.RUN)))
+
+def _shipped(known, home):
+    "A run that is known; copied to the artifact root if it isn't there yet."
+    if artifacts.artifact_root() and not known.doc.get("elsewhere") and store.ship(known.dir).get("artifact_url") != known.doc.get("artifact_url"):
+        known.doc["artifact_url"] = home.index(known.dir)["artifact_url"]
+    return known
 
 def run(chapter, params=None, *, preset=None, force=False, timeout=None, mem_gb=None, **more):
     """Run a chapter and record it; the same run is answered from the store.

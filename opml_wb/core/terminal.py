@@ -127,7 +127,8 @@ def show_run(done):
         out.print(claims_grid(done.claims))
         for c in done.claims:
             if c.get("why"): out.print(f"  {c['name']}: {c['why']}", markup=False)
-    for name, path in done.artifacts.items(): out.print(f"artifact  {name}  {path}", markup=False)
+    if done.doc.get("elsewhere"): out.print(f"run in    {done.doc['elsewhere']}", markup=False)
+    for name, path in done.places.items(): out.print(f"artifact  {name}  {path}", markup=False)
     out.print(f"notebook  {done.notebook}", markup=False)
     out.print(f"open it:  jupyter lab '{done.notebook}'", markup=False)
 

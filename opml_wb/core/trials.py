@@ -53,7 +53,7 @@ class Trials:
     "The trials of an `Order`: which are open, which are known, and what is learned from them."
     def __init__(self, order, executor):
         self.order, self.executor, self.home = order, executor, store.Store()
-        self.ledger, self.started = Ledger(self.home, order.id), time.time()
+        self.ledger, self.started, self.opened = Ledger(self.home, order.id), time.time(), self.home.db.now()
         self.open, self.results, self.active, self.executed, self.study = set(range(order.n)), {}, {}, 0, None
         if order.sampler in ADAPTIVE or order.pruner:
             from opml_wb.core.study import Study
@@ -76,16 +76,20 @@ class Trials:
     def adopt(self, number, row):
         "Take in a trial that ended before or elsewhere; False if it must run again: its run is gone, or failed in an earlier call."
         run = None
-        if row["status"] == "done": run = cached(SimpleNamespace(key=row["key"]), self.home)
-        elif row["beat"] >= self.started or row["status"] == "pruned" and self.study and self.study.prunes:
+        if row["status"] == "done": run = cached(SimpleNamespace(key=row["key"]), self.home) or row["beat"] >= self.opened and self.beside(row)
+        elif row["beat"] >= self.opened or row["status"] == "pruned" and self.study and self.study.prunes:
             run = next((Run(d) for d in self.home._rows("where id=?", (row["run"],))), None)
-        if run is None: return False
+        if not run: return False
         self.known(number, run)
         if self.study:
             log = run.dir/store.LOG
             series = points(log.read_bytes(), self.order.objective) if self.study.prunes and log.exists() else ()
             self.study.add(row["point"], row["status"], self.value(run), series, row["attrs"])
         return True
+
+    def beside(self, row):
+        "The run that a driver on another machine did for this sweep just now, though its folder cannot be read here; or None."
+        return next((Run(d) for d in self.home._rows("where id=?", (row["run"],)) if d.get("elsewhere")), None)
 
     def known(self, number, run):
         self.open.discard(number)
