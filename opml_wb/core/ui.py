@@ -138,11 +138,15 @@ border:0;border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35))}
 .opml .m{color:var(--jp-content-font-color2,#797979)}.opml pre{white-space:pre-wrap}.opml b.v{white-space:nowrap}
 .opml code{background:none;color:inherit}.opml summary{cursor:pointer}
 .opml .card{border:1px solid var(--jp-border-color2,rgba(128,128,128,.35));border-radius:6px;padding:.7em 1em}
+.opml .side{display:flex;flex-wrap:wrap;gap:0 3em;align-items:flex-start}
 </style>"""
 
 VERDICTS = {"exceeded": ("▲", "good"), "reproduced": ("✓", "ours"), "not reproduced": ("✗", "baseline")}
 
-def _tag(text, colour: str) -> str: return f'<b class=v style="color:{COLOURS[colour]}">{escape(str(text))}</b>'
+def _tag(text, colour: str) -> str:
+    "Text in a colour of ours, moved towards the text around it: it stands out on a dark page, too."
+    tone = COLOURS[colour]
+    return f'<b class=v style="color:{tone};color:color-mix(in srgb,{tone} 72%,currentColor)">{escape(str(text))}</b>'
 
 def _table(head: list[str], rows: list[list], figures: set[int] = frozenset()) -> str:
     "An HTML table; cells are text (escaped here), or (html,) that is ready; `figures`: columns set to the right."
@@ -158,23 +162,27 @@ class ClaimsTable:
     def __init__(self, claims: Iterable[dict]): self.claims = [dict(c) for c in claims]
 
     def _rows(self) -> list[list[str]]:
-        return [[c["name"], num(c.get("paper")), num(c.get("measured")), c.get("unit") or "", c.get("verdict") or ""]
+        "Head and rows; with the chapter in front where the claims say it."
+        head = ["claim", "paper", "measured", "unit", "verdict"]
+        rows = [[c["name"], num(c.get("paper")), num(c.get("measured")), c.get("unit") or "", c.get("verdict") or ""]
                 for c in self.claims]
+        if not any(c.get("chapter") for c in self.claims): return [head, *rows]
+        return [["chapter", *head], *([c.get("chapter") or "", *r] for c, r in zip(self.claims, rows))]
 
     def _repr_html_(self) -> str:
         def verdict(v):
             sign, colour = VERDICTS.get(v, ("", "muted"))
             return (_tag(f"{sign} {v}", colour),)
-        rows = [[*r[:4], verdict(r[4]), (f"<span class=m>{escape(c.get('why') or '')}</span>",)]
-                for r, c in zip(self._rows(), self.claims)]
-        head = ["claim", "paper", "measured", "unit", "verdict", "why"]
-        return f"{CSS}<div class=opml>{_table(head, rows, {1, 2})}</div>"
+        head, *rows = self._rows()
+        rows = [[*r[:-1], verdict(r[-1]), (f"<span class=m>{escape(c.get('why') or '')}</span>",)]
+                for r, c in zip(rows, self.claims)]
+        return f"{CSS}<div class=opml>{_table([*head, 'why'], rows, {len(head) - 4, len(head) - 3})}</div>"
 
     def __repr__(self) -> str:
-        rows = [["claim", "paper", "measured", "unit", "verdict"], *self._rows()]
-        wide = [max(len(r[j]) for r in rows) for j in range(5)]
+        rows = self._rows()
+        wide, n = [max(map(len, column)) for column in zip(*rows)], len(rows[0])
         def line(r):
-            return "  ".join((c.rjust if j in (1, 2) else c.ljust)(w) for j, (c, w) in enumerate(zip(r, wide))).rstrip()
+            return "  ".join((c.rjust if j in (n - 4, n - 3) else c.ljust)(w) for j, (c, w) in enumerate(zip(r, wide))).rstrip()
         why = [""]+["    "+c["why"] if c.get("why") else "" for c in self.claims]
         return "\n".join(s for r, w in zip(rows, why) for s in (line(r), w) if s)
 
@@ -193,8 +201,12 @@ def _error(e: dict | None) -> str:
 
 def _cost(run: dict) -> str:
     "What a run took, in words: seconds, CPU seconds, peak memory."
-    parts = [f"{num(run[k])} s{u}" for k, u in (("seconds", ""), ("cpu", " of CPU")) if run.get(k) is not None]
-    return " · ".join(parts+([f"{run['rss']/2**20:,.0f} MB"] if run.get("rss") else []))
+    parts = [f"{run[k]:,.1f} s{u}" for k, u in (("seconds", ""), ("cpu", " of CPU")) if run.get(k) is not None]
+    return " · ".join(parts+([f"{run['rss']/2**20:,.0f} MiB"] if run.get("rss") else []))
+
+def _written(v) -> str:
+    "A parameter's value as one would type it: 12345 stays 12345."
+    return v if isinstance(v, str) else "none" if v is None else json.dumps(v, ensure_ascii=False, default=str)
 
 def run_card(run: dict) -> str:
     """HTML of one run: `{key, status, chapter, params, metrics, claims, notebook, dir, seconds, cpu, rss, error}`.
@@ -205,10 +217,11 @@ def run_card(run: dict) -> str:
     def text(k): return escape(str(run.get(k) or ""))
     status = _tag(run.get("status") or "", "good" if run.get("status") in ("done", "cached") else "baseline")
     head = f"<b>{text('chapter')}</b> <code>{text('key')}</code> {status} <span class=m>{escape(_cost(run))}</span>"
-    tables = "".join(_table([one, ""], [[n, num(v)] for n, v in run[many].items()], {1})
-                     for many, one in (("params", "parameter"), ("metrics", "metric")) if run.get(many))
+    params, metrics = run.get("params") or {}, run.get("metrics") or {}
+    tables = _table(["metric", ""], [[n, num(v)] for n, v in metrics.items()], {1}) if metrics else ""
+    if params: tables += _table(["parameter", ""], [[n, _written(v)] for n, v in params.items()])
     fold = "" if run.get("error") else " open"
-    if tables: tables = f"<details{fold}><summary>parameters, metrics</summary>{tables}</details>"
+    if tables: tables = f"<details{fold}><summary>metrics, parameters</summary><div class=side>{tables}</div></details>"
     claims = claims_table(run["claims"])._repr_html_() if run.get("claims") else ""
     where = text("notebook") or text("dir")
     body = f"{head}{_error(run.get('error'))}{claims}{tables}<span class=m>{where}</span>"
