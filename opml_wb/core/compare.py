@@ -103,13 +103,13 @@ def _repeats(run):
 def metric_changes(a, b):
     """The metrics of Runs `a` and `b`: [{name, a, b, delta, ratio, noise}], also those that are equal.
 
-    `delta`: b - a; `ratio`: b / a; `noise`: the wider of their ranges over repeated runs, None without repeats."""
+    `delta`: b - a; `ratio`: b / a, None unless both have the same sign; `noise`: the wider of their ranges over repeated runs, None without repeats."""
     ra, rb, out = _repeats(a), _repeats(b), []
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
         x, y = a.metrics.get(name), b.metrics.get(name)
         row = {"name": name, "a": x, "b": y, "delta": None, "ratio": None, "noise": None}
         if x is not None and y is not None:
-            row["delta"], row["ratio"] = y - x, y / x if x else None
+            row["delta"], row["ratio"] = y - x, y / x if x * y > 0 else None
             spread = [max(v) - min(v) for rows in (ra, rb) if len(v := [m[name] for m in rows if name in m]) > 1]
             row["noise"] = max(spread, default=None)
         out.append(row)

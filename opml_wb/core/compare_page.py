@@ -6,14 +6,14 @@
 __all__ = ['HEAD', 'DRAW', 'Figures', 'peers', 'page', 'write_page']
 
 # %% ../../nbs/core/36_compare_page.ipynb #1e4e8344
-import json
+import json, time
 from html import escape
 from pathlib import Path
 
-from . import compare, store, terminal
+from . import compare, store
 from .compare_plots import curves, importance_bars, letters, parallel
 from .importance import importance
-from .ui import COLOURS, SERIES, _table, num
+from .ui import SERIES, _table, _written, num
 
 # %% ../../nbs/core/36_compare_page.ipynb #36ea24dc
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -26,7 +26,7 @@ h1{font-size:1.55rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2.4rem 0 .6rem}h
 table{border-collapse:collapse;font-size:14px;max-width:100%%}th,td{text-align:left;vertical-align:top;padding:.28rem 1.1rem .28rem 0;border-bottom:1px solid var(--line);overflow-wrap:break-word}
 th{font-weight:600;color:var(--soft)}.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.m,summary{color:var(--soft)}summary{cursor:pointer}
 code,pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pre{margin:0;padding:.6rem .8rem;background:var(--box);border-radius:6px;overflow:auto;max-height:34rem}
-.runs{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}.run{border:1px solid var(--line);border-left:5px solid;border-radius:6px;padding:.5rem .9rem}
+.diff{padding-left:0;padding-right:0}.diff span{padding:0 .8rem}.runs{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}.run{border:1px solid var(--line);border-left:5px solid;border-radius:6px;padding:.5rem .9rem}
 .why{padding-left:1.1rem}.why li{margin:.15rem 0}.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%%,26rem),1fr));gap:1rem}.two>*{min-width:0}
 .two img{max-width:100%%;background:#fff;border-radius:4px}.out{overflow:auto;max-height:36rem}.cell{border-top:1px solid var(--line);padding:.7rem 0}
 .diff .p{background:var(--plus)}.diff .d{background:var(--minus)}.diff .h{color:var(--soft)}.diff span{display:block;min-height:1.5em}
@@ -36,12 +36,15 @@ code,pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}pr
 <button id="theme" onclick="var d=document.documentElement.dataset;d.theme=d.theme=='dark'?'light':'dark'">light / dark</button>"""
 
 DRAW = """<script>(function(){
+function soft(){return getComputedStyle(document.documentElement).getPropertyValue('--soft').trim()}
 function draw(e){if(e.dataset.drawn)return;e.dataset.drawn=1;var f=JSON.parse(document.getElementById(e.dataset.of).textContent);
 f.layout=Object.assign(f.layout||{},{paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)',autosize:true});delete f.layout.width;
+f.layout.font=Object.assign({},f.layout.font,{color:soft()});
 Plotly.newPlot(e,f.data,f.layout,{displaylogo:false,responsive:true,showSendToCloud:false,plotlyServerURL:''})}
 var all=document.querySelectorAll('.fig');
 var seen=new IntersectionObserver(function(l){l.forEach(function(x){if(x.isIntersecting){seen.unobserve(x.target);draw(x.target)}})},{rootMargin:'400px'});
-all.forEach(function(e){seen.observe(e)});addEventListener('beforeprint',function(){all.forEach(draw)})})()</script></body></html>
+all.forEach(function(e){seen.observe(e)});addEventListener('beforeprint',function(){all.forEach(draw)});
+document.getElementById('theme').addEventListener('click',function(){all.forEach(function(e){if(e.dataset.drawn)Plotly.relayout(e,{'font.color':soft()})})})})()</script></body></html>
 """
 
 # %% ../../nbs/core/36_compare_page.ipynb #6ab7fd48
@@ -82,25 +85,33 @@ def _head(runs):
     "The runs' names, each in its colour."
     out = []
     for i, (letter, r) in enumerate(zip(letters(len(runs)), runs)):
-        cost = "" if r.seconds is None else f"{num(round(r.seconds, 2))} s · {num(round(r.cpu, 2))} s of CPU · {(r.rss or 0) / 2**20:,.0f} MiB"
+        cost = "" if r.seconds is None else f" · {r.seconds:,.1f} s · {r.cpu or 0:,.1f} s of CPU · {(r.rss or 0) / 2**20:,.0f} MiB"
         preset = f" · preset {r.doc['preset']}" if r.doc.get("preset") else ""
         error = f"<br><b>{escape(str(r.error.get('ename')))}: {escape(str(r.error.get('evalue')))}</b>" if r.error else ""
         name = f'<b>{letter}</b> <code>{escape(r.key[:12])}</code> {escape(r.status)}{escape(preset)}'
-        when = f'<span class="m">{escape(terminal.age(r.doc["started"]))} · {cost}</span>'
+        when = f'<span class="m">{time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(r.doc["started"]))}{cost}</span>'
         out.append(f'<div class="run" style="border-left-color:{SERIES[i % len(SERIES)]}">{name}<br>{when}{error}</div>')
     return f'<div class="runs">{"".join(out)}</div>'
 
+def _params(runs):
+    "The parameters of the runs: those that differ (of two runs the reasons say them), then, folded, the others."
+    names, ends = dict.fromkeys(n for r in runs for n in r.params), letters(len(runs))
+    rows = {n: [_written(r.params[n]) if n in r.params else "" for r in runs] for n in names}
+    differ = [[n, *v] for n, v in rows.items() if len(set(v)) > 1]
+    same = [[n, v[0]] for n, v in rows.items() if len(set(v)) == 1]
+    shown = f"<h2>Parameters</h2>{_table(['parameter', *ends], differ)}" if differ and len(runs) > 2 else ""
+    return shown + (f"<details><summary>parameters that are the same: {len(same)}</summary>{_table([], same)}</details>" if same else "")
+
 def _metrics(runs):
-    "The metrics: of two runs with difference, ratio and noise; of more, side by side."
+    "The metrics: of two runs with difference, ratio and noise, of more side by side."
     if len(runs) == 2:
-        found, ends = compare.metric_changes(*runs), ("a", "b", "delta", "ratio", "noise")
-        rows = [[r["name"], *("" if r[k] is None else num(r[k]) for k in ends)] for r in found]
-        head, figures = ["metric", "A", "B", "B − A", "B / A", "range over repeats"], {1, 2, 3, 4, 5}
+        found, columns = compare.metric_changes(*runs), {"a": "A", "b": "B", "delta": "B − A", "ratio": "B / A", "noise": "range over repeats"}
+        columns = {k: title for k, title in columns.items() if any(r[k] is not None for r in found)}
+        rows, head = [[r["name"], *("" if r[k] is None else num(r[k]) for k in columns)] for r in found], ["metric", *columns.values()]
     else:
         names = dict.fromkeys(n for r in runs for n in r.metrics)
         rows, head = [[n, *(num(r.metrics[n]) if n in r.metrics else "" for r in runs)] for n in names], ["metric", *letters(len(runs))]
-        figures = set(range(1, len(head)))
-    return f"<h2>Metrics</h2>{_table(head, rows, figures)}" if rows else ""
+    return f"<h2>Metrics</h2>{_table(head, rows, set(range(1, len(head))))}" if rows else ""
 
 def _curves(runs, figures, most=12):
     "A plot for each metric of which one of the runs has more than one point."
@@ -135,7 +146,7 @@ def _company(runs, objective, figures):
 
 # %% ../../nbs/core/36_compare_page.ipynb #87c31aa9
 def _why(a, b, names):
-    "Why the Runs `a` and `b` differ: sentences, parameters, code, data, environment."
+    "Why the Runs `a` and `b` differ: sentences (all parameters and libraries are in them), code, data, machine."
     d = compare.differences(a, b)
     said = "".join(f"<li>{escape(s)}</li>" for s in d["why"])
     code = ""
@@ -143,20 +154,25 @@ def _why(a, b, names):
         size = "the source of then was not kept" if r["diff"] is None else f"+{r['plus']} −{r['minus']}"
         body = "" if r["diff"] is None else _diff(r["diff"])
         code += f"<details{' open' if len(d['code']) < 4 else ''}><summary>{escape(r['name'])} · {r['change']} · {size}</summary>{body}</details>"
-    tables = [_changes(d["params"], "parameter", names), f"<h3>Code</h3>{code}" if code else ""]
-    for k, title in ("data", "Data"), ("env", "Environment"), ("machine", "Machine"):
-        if d[k]: tables.append(f"<h3>{title}</h3>{_changes(d[k], title.lower(), names)}")
+    tables, machine = [f"<h3>Code</h3>{code}" if code else ""], [r for r in d["machine"] if r["name"] != "load"]
+    for rows, title in (d["data"], "Data"), (machine, "Machine"):
+        if rows: tables.append(f"<h3>{title}</h3>{_changes(rows, title.lower(), names)}")
     return f'<ul class="why">{said}</ul>{"".join(tables)}'
+
+def _injected(nbs, row):
+    "Is this the cell that sets the parameters? They are listed above."
+    cells = [nb["cells"][row[k]] for nb, k in zip(nbs, "ab") if row[k] is not None]
+    return all("injected-parameters" in (c["metadata"].get("tags") or []) for c in cells)
 
 def _notebooks(a, b, figures, most=40):
     "The cells of the two executed notebooks that differ, sources as a diff, outputs side by side."
     from opml_wb.core import notebook_diff
     nbs = [store.read_json(r.notebook, None) for r in (a, b)]
     if None in nbs: return "<h2>Notebooks</h2><p class=m>One of the executed notebooks is gone.</p>"
-    rows, out = notebook_diff.cells(*nbs), []
+    rows, out = [r for r in notebook_diff.cells(*nbs) if not _injected(nbs, r)], []
     for row in rows[:most]:
         x, y = (nb["cells"][row[k]] if row[k] is not None else {} for nb, k in zip(nbs, "ab"))
-        label = " ".join(f"{k.upper()} {row[k]}" for k in "ab" if row[k] is not None)
+        label = f'{row["a"]}' if row["a"] == row["b"] else ", ".join(f"{row[k]} in {k.upper()}" for k in "ab" if row[k] is not None)
         d = compare._diff("cell", *("".join(c.get("source", "")) for c in (x, y)))
         same = f"<details><summary>source, the same in both</summary><pre>{escape(''.join(x.get('source', '')))}</pre></details>"
         source = _diff(d["diff"]) if row["source"] else same
@@ -164,8 +180,7 @@ def _notebooks(a, b, figures, most=40):
         both = "".join(f'<div class="out"><b class="m">{n}</b>{s}</div>' for n, s in zip("AB", sides)) if row["outputs"] else ""
         out.append(f'<div class="cell"><span class="m">cell {label}</span>{source}<div class="two">{both}</div></div>')
     more = f"<p class=m>{len(rows) - most} more cells differ.</p>" if len(rows) > most else ""
-    equal = len(nbs[0]["cells"]) - sum(r["a"] is not None for r in rows)
-    return f"<h2>Notebooks: {len(rows)} cells differ, {equal} are the same</h2>{''.join(out)}{more}"
+    return f"<h2>Notebooks: {len(rows) or 'no'} {'cell differs' if len(rows) == 1 else 'cells differ'}</h2>{''.join(out)}{more}"
 
 # %% ../../nbs/core/36_compare_page.ipynb #ff094b07
 def page(runs, objective=None):
@@ -183,7 +198,7 @@ def page(runs, objective=None):
     for letter, r in zip(letters(len(runs))[1:], runs[1:]):
         why = _why(runs[0], r, ("A", letter))
         parts.append(why if len(runs) == 2 else f"<details open><summary>A against {letter}</summary>{why}</details>")
-    parts += [_metrics(runs), _curves(runs, figures), _company(runs, objective, figures)]
+    parts += [_params(runs), _metrics(runs), _curves(runs, figures), _company(runs, objective, figures)]
     if len(runs) == 2: parts.append(_notebooks(*runs, figures))
     return "".join(parts) + figures.scripts()
 

@@ -77,7 +77,7 @@ def parallel(table, objective, marked=None, first=()):
     if not len(table): raise ValueError(f"no run has a finite metric {objective!r}")
     columns = _axes(table, objective, list(first))
     at, log = {}, {}
-    fig = figure("", "", height=380, yaxis_visible=False, hovermode="closest", yaxis_range=[-.08, 1.1])
+    fig = figure("", "", height=380, yaxis_visible=False, hovermode="closest", yaxis_range=[-.08, 1.1], legend_title_text=f"{objective}:")
     for n, c in enumerate(columns):
         at[c], labels, log[c] = _scaled([None if isinstance(v, float) and math.isnan(v) else v for v in table[c].astype(object)])
         fig.add_shape(type="line", x0=n, x1=n, y0=0, y1=1, line=dict(color="rgba(128,128,128,.55)", width=1))
@@ -98,7 +98,7 @@ def _fifths(fig, table, at, columns, objective, marked):
         if not len(rows): continue
         ends = rows[f"metrics.{objective}"].astype(float)
         name = " to ".join(dict.fromkeys(ui.num(float(v)) for v in (ends.min(), ends.max())))
-        _lines(fig, rows, at, columns, name, line=dict(color=colour, width=1.6 if few else 1.1), opacity=.9 if few else .55)
+        _lines(fig, rows, at, columns, name, line=dict(color=colour, width=1.8 if few else 1.3), opacity=.9 if few else .7)
     for i, (run, name) in enumerate(marked.items()):
         rows = table[table["id"] == run]
         if len(rows): _lines(fig, rows, at, columns, name, line=dict(color=SERIES[i % len(SERIES)], width=4))
