@@ -7,7 +7,7 @@ __all__ = ['MAGIC', 'IMPORT', 'INSTALLED', 'SCRIPT', 'RELEVANT', 'imports', 'clo
            'declared', 'code', 'dependencies', 'eager']
 
 # %% ../../nbs/core/05_deps.ipynb #761126f0
-import ast, functools, hashlib, importlib.machinery, importlib.util, json, platform, re, sys, sysconfig, tokenize
+import ast, functools, hashlib, importlib.machinery, importlib.util, itertools, json, platform, re, sys, sysconfig, threading, tokenize
 from pathlib import Path
 
 from .chapter import text
@@ -17,13 +17,16 @@ from . import store
 MAGIC = re.compile(r"^\s*(?:[%!?].*|[\w., ]+=\s*[%!].*|\S+\?\??)$", re.M)
 IMPORT = re.compile(r"^\s*(?:from\s+[.\w]+\s+import\s+.+|import\s+[\w., ]+(?:\s+as\s+\w+)?)\s*$", re.M)
 
+_parsing = threading.Lock()  # Python 3.11: two threads that parse at once may both fail (SystemError)
+
 def _parse(source):
     "The syntax tree of `source`, as well as can be."
     if source.lstrip().startswith("%%"):
         head, _, body = source.lstrip().partition("\n")
         source = body if head.split()[0] in ("%%time", "%%timeit", "%%capture", "%%prun") else ""
     for attempt in (source, MAGIC.sub("pass", source), "\n".join(m.strip() for m in IMPORT.findall(source))):
-        try: return ast.parse(attempt)
+        try:
+            with _parsing: return ast.parse(attempt)
         except (SyntaxError, ValueError): continue
     return ast.parse("")
 
@@ -98,13 +101,14 @@ def closure(sources, folder, lazy=True):
     return files, libraries
 
 # %% ../../nbs/core/05_deps.ipynb #6e169739
-def loaded(before, known):
+def loaded(last, known):
     """Source files of one's own that this process has imported: Paths.
 
-    `before`: names in `sys.modules` that don't count; `known`: names of modules that the key has."""
+    `last`: the module that was imported last of those that don't count (a fork that looks at all of them copies
+    their pages); `known`: names of modules that the key has."""
     stdlib, out = sysconfig.get_paths()["stdlib"], set()
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) if name not in before and name not in known else None
+    for name in list(itertools.takewhile(lambda n: n != last, reversed(sys.modules))):
+        file = getattr(sys.modules.get(name), "__file__", None) if name not in known else None
         if isinstance(file, str) and file.endswith(".py") and not INSTALLED.search(file) and not file.startswith(stdlib):
             out.add(Path(file).absolute())
     return {p for p in out if p.is_file()}

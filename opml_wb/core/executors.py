@@ -19,9 +19,14 @@ class Local:
     "Forks of the zygote, `jobs` at once."
     def __init__(self, jobs): self.width, self.threads = jobs, max(1, cores() // jobs) if jobs > 1 else None
 
+    def _share(self, spec):
+        "`spec` with this run's share of the cores."
+        from opml_wb.core.supervise import pools
+        return {**spec, "threads": self.threads, "env": {**spec["env"], **pools(self.threads)}} if self.threads else spec
+
     def start(self, plan, spec):
         from opml_wb.core import run
-        return run._start(plan, {**spec, "threads": self.threads})
+        return run._start(plan, self._share(spec))
 
     def close(self): pass
 
@@ -29,9 +34,7 @@ class Stock(Local):
     "A stock Jupyter kernel for each run, `jobs` at once."
     def start(self, plan, spec):
         from opml_wb.core import stock
-        from opml_wb.core.supervise import POOLS
-        if self.threads: spec = {**spec, "env": {**spec["env"], **dict.fromkeys(POOLS, str(self.threads))}}
-        return stock.start(spec)
+        return stock.start(self._share(spec))
 
 # %% ../../nbs/core/25_executors.ipynb #26f5eab4
 def executor(which, jobs):

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGNALS', 'GRACE', 'FLOOD', 'STACKS', 'POOLS', 'prctl', 'descendants',
-           'kill_all', 'tree_memory', 'oom_kills', 'limit_data', 'thread_pools', 'limit_threads', 'child', 'finish',
-           'Watch', 'supervise']
+           'kill_all', 'tree_memory', 'oom_kills', 'limit_data', 'pools', 'child', 'finish', 'Watch', 'supervise']
 
 # %% ../../nbs/core/14_supervise.ipynb #5657d32e
-import asyncio, atexit, ctypes, faulthandler, functools, json, os, resource, signal, sys, time, weakref
+import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time, weakref
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -91,24 +90,15 @@ def _enter(spec, supervisor):
     weakref.finalize._registry.clear()  # what the zygote's libraries want done at its end is not the run's to do
     sys.dont_write_bytecode = True  # a .pyc knows its source by second and size: an edit at once would be overlooked
     seed_everything(spec["seed"])
-    if spec.get("threads"): limit_threads(spec["threads"])
 
 # %% ../../nbs/core/14_supervise.ipynb #418ee425
-POOLS = [f"{name}_NUM_THREADS" for name in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "NUMBA")]
+POOLS = [*(f"{name}_NUM_THREADS" for name in ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "NUMBA", "RAYON")),
+         "VECLIB_MAXIMUM_THREADS", "POLARS_MAX_THREADS", "LOKY_MAX_CPU_COUNT"]
 
-@functools.lru_cache(None)
-def thread_pools():
-    "Handles of the loaded libraries' thread pools; the zygote looks them up once, for its children."
-    from threadpoolctl import ThreadpoolController
-    return ThreadpoolController()
-
-def limit_threads(n):
-    "Let numerical libraries, loaded or not, use `n` threads each."
-    os.environ.update(dict.fromkeys(POOLS, str(n)))
-    thread_pools().limit(limits=n)
-    if "numba" in sys.modules: sys.modules["numba"].config.NUMBA_NUM_THREADS = n
-    if "numba.np.ufunc.parallel" in sys.modules: sys.modules["numba.np.ufunc.parallel"].NUM_THREADS = n  # read when they are launched
-    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(n)
+def pools(n):
+    "The environment variables that let numerical libraries use `n` threads each; a smaller number of the user's own stays."
+    mine = {name: os.environ.get(name, "") for name in POOLS}
+    return {name: was if was.isdigit() and 0 < int(was) < n else str(n) for name, was in mine.items()}
 
 # %% ../../nbs/core/14_supervise.ipynb #52469512
 @contextmanager
@@ -137,7 +127,7 @@ def _execute(spec, shell):
     nb = nbformat.convert(nbformat.reader.reads((folder/store.NOTEBOOK).read_text(encoding="utf-8")), 4)
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
     progress = os.open(folder/store.PROGRESS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    before = set(sys.modules)
+    last = next(reversed(sys.modules))
     def on_cell(i): os.write(progress, json.dumps({"cell": i, "nth": code.index(i) + 1, "of": len(code)}).encode() + b"\n")
     execution = Execution(nb, shell, folder, on_cell)
     faulthandler.enable(file=2)
@@ -146,18 +136,18 @@ def _execute(spec, shell):
     for fd in spec["spare"]: os.close(fd)  # a notebook that used up all descriptors still has its end told
     execution.tape.pump()
     execution.set_widgets_metadata()
-    _note_imports(folder, before)
+    _note_imports(folder, last)
     nb.metadata["opml_run"] = store.summary(folder)
     store.write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
     return _outcome(error, execution.last_error)
 
 # %% ../../nbs/core/14_supervise.ipynb #f555251b
-def _note_imports(folder, before):
+def _note_imports(folder, last):
     "Record source files of one's own that were imported unseen by the key, as inputs of the run."
     from opml_wb.core import deps
     request = store.read_json(folder/store.REQUEST)
     if "files" not in request: return
-    for path in sorted(deps.loaded(before, request["files"])):
+    for path in sorted(deps.loaded(last, request["files"])):
         store.append(folder/store.LOG, {"kind": "input", "path": str(path), "sha256": deps.sha256(path)})
 
 # %% ../../nbs/core/14_supervise.ipynb #61fab495
