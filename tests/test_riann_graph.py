@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from opml_wb.core.data import path
 from opml_wb.riann import graph
-from opml_wb.riann.bench import DefaultHNSW, ground_truth, recall
+from opml_wb.riann.bench import DefaultHNSW
+from opml_wb.riann.exact import ground_truth, recall
 from opml_wb.riann.graph import DynamicHNSW
 
 
