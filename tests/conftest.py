@@ -1,8 +1,12 @@
 """What the tests share: a home of their own, notebooks made on the spot, and the command `opml` as users type it."""
 import json
 import os
+import secrets
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +15,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own
 
 
 @pytest.fixture
@@ -55,6 +60,59 @@ def answer(opml):
     return call
 
 
+class Server:
+    """A PostgreSQL server of the tests' own on loopback, from the installed binaries; as user `postgres` when we are root,
+    which the server refuses to be. It has a password, and its folder goes with it."""
+    def __init__(self, bin, folder):
+        self.bin, self.folder, self.password = bin, folder, f"pw-{secrets.token_hex(8)}"
+        self.user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+        if self.user: shutil.chown(folder, "postgres", "postgres")
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); self.port = s.getsockname()[1]
+        (folder / "pw").write_text(self.password); (folder / "pw").chmod(0o644)
+        self.call("initdb", "-D", "data", "-U", "tests", "-A", "scram-sha-256", "--pwfile=pw", "-E", "UTF8", "--locale=C", "--no-sync")
+        self.start()
+
+    def call(self, command, *args):
+        done = subprocess.run([self.bin / command, *args], cwd=self.folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, **self.user)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self):
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories={self.folder} -c fsync=off"
+        subprocess.run([self.bin / "pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start"], cwd=self.folder, check=True,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self.user)
+
+    def stop(self): self.call("pg_ctl", "-D", "data", "-w", "-m", "immediate", "stop")
+
+    @property
+    def url(self): return f"postgresql://tests:{self.password}@127.0.0.1:{self.port}/postgres"
+
+
+@pytest.fixture(scope="session")
+def pg_server():
+    "A Server, begun when first needed. Skips where there are no binaries, or no psycopg."
+    pytest.importorskip("psycopg", reason="needs psycopg: pip install 'opml_wb[pg]'")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3])) or [Path(p) for p in [shutil.which("initdb")] if p]
+    if not found: pytest.skip("no PostgreSQL here: apt-get install postgresql, or OPML_TEST_PG=postgresql://USER:PW@HOST/DB")
+    folder = Path(tempfile.mkdtemp(prefix="opml-pg-"))
+    try: server = Server(found[-1].parent, folder)
+    except KeyError: pytest.skip("PostgreSQL refuses to run as root, and there is no user `postgres`")
+    yield server
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def postgres(request):
+    "URL of an empty database of this test's own, on the server that `OPML_TEST_PG` names, else on one of the tests' own."
+    psycopg = pytest.importorskip("psycopg", reason="needs psycopg: pip install 'opml_wb[pg]'")
+    base = os.environ.get("OPML_TEST_PG") or request.getfixturevalue("pg_server").url
+    name = f"opml_test_{secrets.token_hex(6)}"
+    with psycopg.connect(base, autocommit=True) as db: db.execute(f"create database {name}")
+    head, _, _ = base.partition("?")[0].rpartition("/")
+    yield f"{head}/{name}"
+    with psycopg.connect(base, autocommit=True) as db: db.execute(f"drop database {name} with (force)")
+
+
 def processes(marker):
     "Living processes whose environment or command line holds `marker`."
     out = []
@@ -76,6 +134,7 @@ def until(true, seconds=10.0):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; runs in CI and with --slow")
+    config.addinivalue_line("markers", "only(index): of the tests of the store, one that is about this index")
 
 
 def pytest_addoption(parser):

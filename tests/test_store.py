@@ -17,6 +17,16 @@ from opml_wb.core import store as s
 from opml_wb.core.run import Run, run
 from opml_wb.core.store import CHILDREN, Store, StoreError
 
+@pytest.fixture(params=["sqlite", "postgres"], autouse=True)
+def index(request, home, monkeypatch):
+    "Each test on both indexes, but those marked `only`."
+    mark = request.node.get_closest_marker("only")
+    if mark and request.param not in mark.args: pytest.skip(f"says something about {mark.args[0]} only")
+    if request.param == "postgres": monkeypatch.setenv("OPML_STORE", request.getfixturevalue("postgres"))
+    return request.param
+
+
+sqlite = pytest.mark.only("sqlite")
 PARAMS = {f"p{i}": v for i, v in enumerate([1, 2.5, "é \"q\"\n", None, True, [1, 2], {"k": 1}, -0.0, "", 2**40])}
 
 WRITER = '''
@@ -64,11 +74,12 @@ def point(name="loss", value=1.0, step=None):
 
 def rows(root):
     "All rows of the index."
-    with closing(sqlite3.connect(root / "opml.db")) as db:
-        return {table: sorted(map(repr, db.execute(f"select * from {table}"))) for table in ("run", *CHILDREN)}
+    db = Store(root).db
+    return {table: sorted(map(repr, db.execute(f"select * from {table}").fetchall())) for table in ("run", *CHILDREN)}
 
 
 def whole(root):
+    if os.environ.get("OPML_STORE"): return True
     with closing(sqlite3.connect(root / "opml.db")) as db:
         return db.execute("pragma integrity_check").fetchone() == ("ok",)
 
@@ -133,6 +144,7 @@ def test_reindex_gives_the_same_rows(tmp_path):
     before, listed = rows(tmp_path), home.ls()
     assert [d["status"] for d in listed] == ["running", "done", "failed", "done"] and len(before["artifact"]) == len(before["input"]) == 1
     assert home.reindex() == (4, []) and rows(tmp_path) == before and home.ls() == listed
+    if home.db.shared: home.db.execute("drop schema opml cascade")
     for name in ("opml.db", "opml.db-wal", "opml.db-shm"): (tmp_path / name).unlink(missing_ok=True)
     assert Store(tmp_path).ls() == listed and rows(tmp_path) == before      # a lost index comes back by itself
     assert folder.exists()
@@ -162,12 +174,12 @@ def test_gc_never_takes_runs_that_only_the_index_has_forgotten(tmp_path):
 def test_a_newer_schema_is_refused_and_left_alone(opml, home, notebook, command):
     store = Store(home)
     record(store)
-    store.db.execute("pragma user_version=7"); store.db.close()
-    before, folders = (home / "opml.db").read_bytes(), sorted(home.glob("runs/*"))
+    store.db.set_version(7)
+    def state(): return sorted(home.glob("runs/*")), store.db.execute("select * from run").fetchall(), store.db.version()
+    before = state()
     done = opml(*(notebook("n = 1") if w == "NB" else w for w in command))
     assert done.returncode == 2 and "schema 7" in done.stderr and "upgrade" in done.stderr and "Traceback" not in done.stderr
-    assert (home / "opml.db").read_bytes() == before and sorted(home.glob("runs/*")) == folders
-    assert not list(home.glob("*.broken*"))
+    assert state() == before and not list(home.glob("*.broken*"))
 
 
 def smash(path, how):
@@ -178,6 +190,7 @@ def smash(path, how):
     path.write_bytes(data)
 
 
+@sqlite
 @pytest.mark.parametrize("how", ["no database", "cut", "pages"])
 def test_a_damaged_index_is_said_and_repaired(opml, home, how):
     store = Store(home)
@@ -199,6 +212,7 @@ def test_a_damaged_index_is_said_and_repaired(opml, home, how):
     assert len(list(home.glob("opml.db.broken-*"))) == 1
 
 
+@sqlite
 def test_a_busy_index_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
     record(Store(tmp_path))
     busy = sqlite3.connect(tmp_path / "opml.db", isolation_level=None)

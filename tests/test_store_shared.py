@@ -1,0 +1,314 @@
+"""One PostgreSQL for several homes, artifacts at a URL, and what is said when either cannot be used."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, until
+
+from opml_wb.core import artifacts
+from opml_wb.core import store as s
+from opml_wb.core.run import Run, run
+from opml_wb.core.store import Store, StoreError
+
+BODY = ("n: int = 1", "from opml_wb import log\nimport numpy as np, pathlib, tempfile\nfor i in range(3): log.metric('m', n + i, step=i)\n"
+        "log.artifact(np.arange(n), 'deep/x.npy')\nd = pathlib.Path(tempfile.mkdtemp()); (d/'a').mkdir(); (d/'a'/'b').write_text('1'); log.artifact(d, 'folder')")
+
+
+@pytest.fixture
+def homes(tmp_path, postgres, monkeypatch):
+    "Two homes, as on two machines, whose index is one PostgreSQL; homes(name) makes it the present one."
+    monkeypatch.setenv("OPML_STORE", postgres)
+
+    def use(name):
+        monkeypatch.setenv("OPML_HOME", str(tmp_path / name))
+        return Store()
+    yield use
+    from opml_wb.core.zygote import close_all
+    close_all()
+
+
+def command(*args, **env):
+    return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *map(str, args)], cwd=ROOT, env={**os.environ, **env}, text=True, capture_output=True, timeout=120)
+
+
+def test_two_homes_see_each_other_and_keep_their_hands_off(homes, notebook, tmp_path):
+    nb = notebook(*BODY)
+    a = homes("a")
+    first = run(nb)
+    assert first.ok
+    b = homes("b")
+    [doc] = b.ls()
+    assert doc["id"] == first.doc["id"] and doc["elsewhere"].endswith(str(tmp_path / "a")) and not doc["lost"]
+    second = run(nb)                                    # its files cannot be read here: no answer
+    assert second.status == "done" and second.doc["id"] != first.doc["id"] and second.key == first.key
+    assert run(nb).status == "cached" and len(b.ls()) == 2
+    assert b.garbage() == []                            # a newer run of the same key in another home replaces nothing
+    assert b.reindex() == (1, []) and {d["id"] for d in b.ls()} == {first.doc["id"], second.doc["id"]}
+    with pytest.raises(StoreError, match=f"another home, .*{tmp_path}/a: remove it there"): b.rm([first.doc["id"]])
+    listed = command("ls").stdout
+    assert "machine" in listed and "here" in listed
+    assert str(tmp_path / "a") in json.loads(command("show", first.doc["id"], "--json").stdout)["elsewhere"]
+    assert "1 run(s)" in command("rm", first.key).stdout
+    assert [d["id"] for d in a.ls()] == [first.doc["id"]] and Path(first.doc["dir"]).is_dir()
+    refused = command("rm", first.key)
+    assert refused.returncode == 2 and "--forget" in refused.stderr and a.count() == 1
+    assert command("rm", first.key, "--forget").returncode == 0 and a.count() == 0
+    homes("a")
+    assert command("reindex").stdout.startswith("1 runs indexed") and [d["id"] for d in a.ls()] == [first.doc["id"]]
+
+
+def test_a_run_in_progress_elsewhere_is_left_alone(homes, tmp_path):
+    a = homes("a")
+    folder, run_id = a.begin({"key": "k", "chapter": "demo", "params": {}})
+    a.db.execute("update run set host='another machine'")
+    b = homes("b")
+    assert b.ls()[0]["status"] == "running" and b.garbage(0) == [] and b.reindex() == (0, []) and b.count() == 1
+    shutil.copytree(folder, b.runs / run_id)            # a copied folder is no second run
+    assert b.reindex() == (0, [run_id]) and b.ls()[0]["elsewhere"]
+
+
+def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
+    nb = notebook(*BODY)
+    homes("a")
+    first = run(nb, n=3)
+    url = f"file://{tmp_path}/bucket/{first.doc['id']}"
+    assert first.doc["artifact_url"] == url and s.read_json(first.dir / s.RUN)["artifact_url"] == url
+    b = homes("b")
+    shutil.move(tmp_path / "a", tmp_path / "unplugged")
+    answer = run(nb, n=3)
+    assert answer.status == "cached" and answer.doc["id"] == first.doc["id"] and b.count() == 1
+    assert list(answer.series("m")["value"]) == [3, 4, 5] and s.read_json(answer.notebook)["cells"]
+    assert not list(answer.dir.rglob("*.npy")) and answer.places["deep/x.npy"] == f"{url}/artifacts/deep/x.npy"
+    assert answer.artifacts["deep/x.npy"].read_bytes() == (tmp_path / "bucket" / first.doc["id"] / "artifacts/deep/x.npy").read_bytes()
+    assert (answer.artifacts["folder"] / "a" / "b").read_text() == "1" and str(tmp_path / "b") in answer.places["folder"]
+    shown = command("show", first.key).stdout.replace("\n", "")
+    assert "run in" in shown and str(tmp_path / "b") in shown
+    assert command("compare", first.key, "--json").returncode in (0, 2)     # never a traceback
+    for path in (tmp_path / "bucket").rglob("x.npy"): path.unlink()
+    assert run(nb, n=3).status == "cached"              # what was fetched is here
+    shutil.rmtree(b.root / s.ELSEWHERE)
+    again = run(nb, n=3)                                # one of its files is gone: no answer
+    assert again.status == "done" and again.doc["id"] != first.doc["id"]
+
+
+def test_a_changed_artifact_is_not_taken(homes, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
+    nb = notebook(*BODY)
+    homes("a"); run(nb)
+    for path in (tmp_path / "bucket").rglob("x.npy"): path.write_bytes(b"other")
+    homes("b")
+    with pytest.raises(artifacts.ArtifactError, match="sha256 differs"): run(nb).artifacts
+    assert not list((tmp_path / "b").rglob("*x.npy*"))
+
+
+def test_two_machines_share_a_sweep(postgres, notebook, tmp_path):
+    nb = notebook("n: int = 0", "import time; time.sleep(.2)\nfrom opml_wb import log\nlog.metric('loss', (n - 7)**2)")
+    env = dict(OPML_STORE=postgres, OPML_ARTIFACTS=f"file://{tmp_path}/bucket")
+    words = [sys.executable, "-m", "opml_wb.core.cli", "sweep", str(nb), "n=1..16", "--objective", "loss", "--json"]
+    two = [subprocess.Popen(words, cwd=ROOT, env={**os.environ, **env, "OPML_HOME": str(tmp_path / name)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+           for name in "ab"]
+    texts = [p.communicate(timeout=180) for p in two]
+    assert [p.returncode for p in two] == [0, 0], texts
+    a, b = (json.loads(out) for out, _ in texts)
+    assert a["executed"] + b["executed"] == 16 and min(a["executed"], b["executed"]) > 1
+    assert a["best"] == b["best"] and [r["key"] for r in a["runs"]] == [r["key"] for r in b["runs"]] and [r["metrics"] for r in a["runs"]] == [r["metrics"] for r in b["runs"]]
+    assert sum(len(list((tmp_path / name / "runs").iterdir())) for name in "ab") == 16
+
+
+def test_the_server_stops_during_a_run(pg_server, postgres, home, notebook, monkeypatch, opml):
+    if os.environ.get("OPML_TEST_PG"): pytest.skip("the server of OPML_TEST_PG is not ours to stop")
+    monkeypatch.setenv("OPML_STORE", postgres)
+    go = home.parent / "go"
+    nb = notebook("n = 1", f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(.05)\nfrom opml_wb import log\nlog.metric('m', 4)")
+    running = opml("run", nb, start=True)
+    assert until(lambda: list(home.glob("runs/*/log.jsonl")) or list(home.glob("runs/*/progress.jsonl")), 30)
+    pg_server.stop()
+    try:
+        go.touch()
+        out, err = running.communicate(timeout=60)
+        assert running.returncode == 2 and "opml reindex" in err and pg_server.password not in out + err and "Traceback" not in err, err
+        [folder] = home.glob("runs/*")
+        assert s.read_json(folder / s.RUN)["metrics"] == {"m": 4}       # the truth is there
+        for words in (["ls"], ["run", nb, "-p", "n", "2"], ["gc"], ["claims"]):
+            done = opml(*words)
+            assert done.returncode == 2 and "does the server run there" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert list(home.glob("runs/*")) == [folder]
+    finally: pg_server.start()
+    assert opml("reindex").stdout.startswith("1 runs indexed")
+    assert json.loads(opml("ls", "--json").stdout)[0]["status"] == "done" and run(nb).status == "cached"
+
+
+def test_a_connection_that_was_cut_is_made_again(postgres, home, monkeypatch):
+    monkeypatch.setenv("OPML_STORE", postgres)
+    store, other = Store(), Store()
+    other.db.execute("select pg_terminate_backend(pid) from pg_stat_activity where datname=current_database() and pid<>pg_backend_pid()")
+    with pytest.raises(StoreError, match="reindex"): store.begin({"key": "k", "chapter": "demo", "params": {}})
+    assert list(store.runs.iterdir()) == []             # nothing half-recorded
+    store.begin({"key": "k", "chapter": "demo", "params": {}})
+    assert store.count() == other.count() == 1
+
+
+def test_a_fork_has_a_connection_of_its_own(postgres, home, monkeypatch):
+    monkeypatch.setenv("OPML_STORE", postgres)
+    store = Store()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try: store.begin({"key": "k", "chapter": "demo", "params": {}}); code = 0
+        finally: os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and store.count() == 1
+
+
+@pytest.mark.parametrize("url, said", [
+    ("mysql://ann:s3cret@h/db", "expected postgresql://"), ("postgresql://ann:s3cret@h", "names no database"),
+    ("postgresql://ann:s3cret@h:x/db", "expected postgresql://"), ("postgresql://ann:s3cret@127.0.0.1:9/db", "does the server run there"),
+    ("postgresql://ann:s3cret@no.such.host.invalid/db", "check the host"), ("postgresql://h/db?nonsense=1&password=s3cret", "nonsense"),
+    ("SERVER:s3cret", "check user and password"), ("SERVER/nosuch", "createdb"), ("s3cret", "expected postgresql://")])
+def test_a_store_that_cannot_be_used_is_named(request, opml, home, notebook, url, said):
+    if url.startswith("SERVER"):
+        base = request.getfixturevalue("postgres")
+        url = base.replace(base.split(":")[2].split("@")[0], "s3cret") if "s3cret" in url else f"{base.rpartition('/')[0]}/nosuch"
+    for words in (["ls"], ["run", notebook("n = 1")]):
+        done = opml(*words, env={"OPML_STORE": url})
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert url == "s3cret" or "s3cret" not in done.stderr + done.stdout
+    assert not list(home.glob("runs/*"))
+    check = {c["name"]: c for c in json.loads(opml("doctor", "--json", env={"OPML_STORE": url}).stdout)["checks"]}["store"]
+    assert check["state"] == "bad" and said in check["value"] and (url == "s3cret" or "s3cret" not in check["value"])
+
+
+def test_doctor_says_which_store_answers(opml, home, postgres):
+    def check(**env): return {c["name"]: c for c in json.loads(opml("doctor", "--json", env=env).stdout)["checks"]}["store"]
+    assert check()["state"] == "ok" and "SQLite" in check()["value"]
+    found = check(OPML_STORE=postgres, OPML_ARTIFACTS="memory://x")
+    assert found["state"] == "ok" and "PostgreSQL" in found["value"] and "tests:***@" in found["value"] and "memory://x" in found["value"]
+
+
+def test_without_psycopg(home):
+    code = "import sys; sys.modules['psycopg'] = None; from opml_wb.core import cli; cli.main(['ls'])"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPML_STORE": "postgresql://u:s3cret@h/db"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'opml_wb[pg]'" in done.stderr and "s3cret" not in done.stderr
+    code = "import sys; from opml_wb.core.store import Store; Store().ls(); print('psycopg' in sys.modules, 'fsspec' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("url, said", [("nosuch://x", "expected file:///FOLDER"), ("file:///proc/x", "that you can write"), ("file:///tmp/x?y=1", "no folder")])
+def test_an_artifact_root_that_cannot_be_used_is_named(opml, home, notebook, url, said):
+    done = opml("run", notebook("n = 1"), env={"OPML_ARTIFACTS": url})
+    assert done.returncode == 2 and said in done.stderr and url in done.stderr and "Traceback" not in done.stderr
+    assert not list(home.glob("runs/*"))
+
+
+def test_a_copy_that_fails_costs_nothing_and_is_made_later(home, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
+    from fsspec.implementations.local import LocalFileSystem
+    put = LocalFileSystem.put_file
+
+    def full(self, path, *args, **options):
+        if path.endswith(s.NOTEBOOK): raise OSError(28, "No space left on device")
+        return put(self, path, *args, **options)
+    nb = notebook(*BODY)
+    with monkeypatch.context() as m, pytest.warns(UserWarning, match="No space left"):
+        m.setattr(LocalFileSystem, "put_file", full)
+        first = run(nb)
+    assert first.ok and "artifact_url" not in first.doc and first.artifacts["deep/x.npy"].exists() and list((tmp_path / "bucket").iterdir()) == []
+    again = run(nb)
+    assert again.status == "cached" and Store().ls()[0]["artifact_url"] == again.doc["artifact_url"]
+    [kept] = (tmp_path / "bucket").iterdir()
+    assert kept.name == first.doc["id"] and {p.name for p in kept.iterdir()} == {"artifacts", "notebook.ipynb", "log.jsonl"}
+    before = Store().ls()
+    assert Store().reindex() == (1, []) and Store().ls() == before
+
+
+@pytest.mark.parametrize("index", ["sqlite", "postgres"])
+def test_gc_and_rm_take_the_copies_too(request, home, opml, notebook, tmp_path, monkeypatch, index):
+    if index == "postgres": monkeypatch.setenv("OPML_STORE", request.getfixturevalue("postgres"))
+    bucket = tmp_path / "bucket"
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{bucket}")
+    nb = notebook(*BODY)
+    first, second, other = run(nb), run(nb, force=True), run(nb, n=2)
+    (bucket / f"{first.doc['id']}.part-00ff").mkdir()
+    (bucket / "20200101-000000-stranger-000000.part-00ff").mkdir()      # somebody else's
+    assert len(list(bucket.iterdir())) == 5
+    said = opml("gc").stdout
+    assert "a broken upload" in said and {p.name for p in bucket.iterdir()} == {second.doc["id"], other.doc["id"], "20200101-000000-stranger-000000.part-00ff"}
+    monkeypatch.delenv("OPML_ARTIFACTS")                # the row knows where they are
+    bucket.chmod(0o555)
+    assert opml("rm", second.key).returncode == (0 if os.getuid() == 0 else 2)
+    bucket.chmod(0o755)
+    opml("gc")
+    assert not (bucket / second.doc["id"]).exists() and Store().count() == 1 and not second.dir.exists()
+
+
+def test_removal_that_fails_at_the_root_is_tried_again(home, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
+    r = run(notebook(*BODY))
+    shutil.rmtree(r.dir)                                # even when the folder is lost
+    from fsspec.implementations.local import LocalFileSystem
+    with monkeypatch.context() as m:
+        m.setattr(LocalFileSystem, "rm", lambda *a, **k: (_ for _ in ()).throw(OSError("the bucket doesn't answer")))
+        with pytest.raises(StoreError, match="doesn't answer.*`opml gc` tries this again"): Store().rm([r.doc["id"]])
+    assert Store().count() == 0 and [d for d, _ in Store().garbage()] == []     # too young
+    for p in Store().runs.iterdir(): os.utime(p, (1, 1))
+    Store().rm([i for i, _ in Store().garbage()])
+    assert list((tmp_path / "bucket").iterdir()) == [] and list(Store().runs.iterdir()) == []
+
+
+def test_memory_as_root(home, notebook, monkeypatch):
+    monkeypatch.setenv("OPML_ARTIFACTS", "memory://opml-tests")
+    r = run(notebook(*BODY))
+    shutil.rmtree(r.dir / "artifacts")
+    assert r.places["folder"].startswith("memory://") and (r.artifacts["folder"] / "a" / "b").read_text() == "1"
+    Store().rm([r.doc["id"]])
+    assert artifacts.listing(r.doc["artifact_url"]) == []
+
+
+def test_credentials_are_kept_nowhere(postgres, home, notebook, monkeypatch, tmp_path):
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    class Guarded(LocalFileSystem):
+        "A folder that wants a password in its URL, as sftp:// does."
+        protocol = "guarded"
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            assert "@" not in path or "ann:s3cret@" in path
+            return str(tmp_path / "bucket") + "/" + path.rpartition("//")[2].partition("/")[2] if "://" in path else path
+
+        @staticmethod
+        def _get_kwargs_from_urls(url):
+            assert "ann:s3cret@" in url, f"no password in {url}"
+            return {}
+    fsspec.register_implementation("guarded", Guarded, clobber=True)
+    monkeypatch.setenv("OPML_STORE", postgres); monkeypatch.setenv("OPML_ARTIFACTS", "guarded://ann:s3cret@host/opml")
+    r = run(notebook(*BODY))
+    assert r.doc["artifact_url"] == f"guarded://host/opml/{r.doc['id']}"
+    shutil.rmtree(r.dir / "artifacts")
+    assert r.artifacts["deep/x.npy"].exists()
+    password = postgres.split(":")[2].split("@")[0]
+    for path in home.rglob("*"):
+        if path.is_file():
+            for word in (b"s3cret", password.encode()): assert word not in path.read_bytes(), path
+    rows = [str(Store().db.execute(f"select * from {table}").fetchall()) for table in ("run", "param", "artifact", "home")]
+    assert "s3cret" not in str(rows) and password not in str(rows)
+
+
+def test_gc_drops_sources_that_no_run_names(home, opml, notebook, tmp_path):
+    (tmp_path / "helper_of_gc.py").write_text("x = 1\n")
+    nb = notebook("n = 1", "import helper_of_gc")
+    first = run(nb)
+    (tmp_path / "helper_of_gc.py").write_text("x = 2\n")
+    second = run(nb)
+    kept = {r.doc["files"]["helper_of_gc"] for r in (first, second)}
+    assert kept == {p.stem for p in (home / "sources").iterdir()}
+    opml("rm", first.key)
+    assert "would remove 1 kept source" in opml("gc", "--dry-run").stdout and len(list((home / "sources").iterdir())) == 2
+    assert "removed 1 kept source" in opml("gc").stdout
+    assert {p.stem for p in (home / "sources").iterdir()} == {second.doc["files"]["helper_of_gc"]}
