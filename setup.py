@@ -19,10 +19,11 @@ REQUIRES = [
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
 PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13"]
+PG = ["psycopg[binary]>=3.1"]
 DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + DOCS
+DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS
 
 # In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.
 CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}
@@ -36,7 +37,7 @@ setup(
     package_dir={"opml_wb": "opml_wb", **CARRIED},
     package_data={name: ["*", "*/*"] for name in CARRIED},
     install_requires=REQUIRES,
-    extras_require={"vision": VISION, "peers": PEERS, "docs": DOCS, "dev": DEV},
+    extras_require={"vision": VISION, "peers": PEERS, "pg": PG, "docs": DOCS, "dev": DEV},
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
