@@ -9,9 +9,14 @@ const VIEW = "application/vnd.jupyter.widget-view+json", STATE = "application/vn
 const PLOTLY = "application/vnd.plotly.v1+json"
 const saved = mime => [...document.querySelectorAll(`script[type="${mime}"]`)]
 
+/* text of a figure in the colour that the page, light or dark, has for what stands back; followed when the theme changes */
+const soft = () => getComputedStyle(document.documentElement).getPropertyValue("--pst-color-text-muted").trim()
 function draw(box, figure) {
-  return Plotly.newPlot(box, figure.data, figure.layout, {responsive: true, displaylogo: false, ...figure.config})
+  const layout = {...figure.layout, font: {...figure.layout?.font, color: soft()}}
+  return Plotly.newPlot(box, figure.data, layout, {responsive: true, displaylogo: false, ...figure.config})
 }
+new MutationObserver(() => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, {"font.color": soft()})))
+  .observe(document.documentElement, {attributeFilter: ["data-theme"]})
 
 /* modules in AMD form: `define(needs, make)` in a file of widgets/ */
 let defined

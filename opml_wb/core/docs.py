@@ -57,10 +57,10 @@ def results(found, run=True, say=click.echo):
 MARK = ".opml-docs"
 
 def refuse_strangers(out):
-    "Raises DocsError unless `out` (Path) can be replaced: not there, empty, or a site of ours."
+    "Raises click.UsageError unless `out` (Path) can be replaced: not there, empty, or a site of ours."
     if out.is_dir() and (not any(out.iterdir()) or (out/MARK).exists()): return
     if out.exists() or out.is_symlink():
-        raise DocsError(f"{out} holds something that isn't a docs site; name another folder: opml docs --out DIR")
+        raise click.UsageError(f"{out} holds something that isn't a docs site; name another folder: opml docs --out DIR")
 
 def swap(site, out):
     "Put the folder `site` where `out` is; readers see the old or the new, never half of one."
@@ -124,13 +124,13 @@ def server(folder, port=8000):
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path),
               help="Where the site goes (default: _docs in a clone, else docs in the home).")
 @click.option("--serve", is_flag=True, help="Then serve it on 127.0.0.1 until Ctrl-C.")
-@click.option("--port", default=8000, show_default=True, help="For --serve; where it is taken, a free one is used.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="For --serve; where it is taken, a free one is used.")
 @click.option("--no-run", is_flag=True,
               help="Execute nothing: chapters that the store doesn't know are shown without results.")
 def docs(out, serve, port, no_run):
     """Make the docs site: chapters with their results, the figures beside the papers', the API, search.
 
-    Unchanged chapters come from the store. Exit code 0: made, 1: not made."""
+    Unchanged chapters come from the store. Exit code 0: made, 1: not made, 2: bad use."""
     try: out = build(out, run=not no_run)
     except DocsError as e: e.show(); return 1
     if not serve: return click.echo("look at it: opml docs --serve; publish it: see the page 'Publish'")
