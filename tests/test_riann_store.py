@@ -591,8 +591,8 @@ def test_many_open_at_once(tmp_path):
         try:
             os.close(go)
             os.read(gate, 1)
-            Store.open(tmp_path / "store")
-            os.write(told, b"w")
+            log = Store.open(tmp_path / "store")
+            os.write(told, b"w" if not log.closed else b"?")
             time.sleep(60)
         except Locked: os.write(told, b"l")
         except BaseException: traceback.print_exc(); os.write(told, b"?")
@@ -674,6 +674,21 @@ def test_an_interrupt_in_mid_write(tmp_path):
         put(log, 2)
         with pytest.raises(KeyboardInterrupt), at_each_call(hook): keep(log, 2)
         keep(log, 2)
+    assert goes_on(tmp_path / "store") == 2
+
+
+def test_an_undo_that_fails_is_made_up_for(tmp_path):
+    "Neither the write nor the cut succeeds: the next append cuts first."
+    with Store.open(tmp_path / "store") as log:
+        put(log, 1)
+        def hook(name, call, args):
+            if name not in ("writev", "ftruncate"): return call()
+            if name == "writev": call(args[0], half(args[1]))
+            raise OSError(errno.EIO, "broken")
+        with pytest.raises(OSError, match="broken; the operation is not in the log"), at_each_call(hook): put(log, 2)
+        assert (tmp_path / "store" / "wal-0.log").stat().st_size > log.bytes
+        put(log, 2)
+        assert contents(log) == 2
     assert goes_on(tmp_path / "store") == 2
 
 
