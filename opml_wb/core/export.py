@@ -55,8 +55,8 @@ def _quiet():
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     import logging
-    for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.ERROR)
     import mlflow
+    for name in ("mlflow", "mlflow.store", "alembic"): logging.getLogger(name).setLevel(logging.ERROR)  # its import says INFO
     return mlflow
 
 def _send_numbers(client, run_id, doc, rows):
