@@ -57,15 +57,27 @@ def upload(folder, url, names):
     try:
         for path in sorted(p for name in names for p in _files(Path(folder)/name)):
             target = f"{part}/{path.relative_to(folder).as_posix()}"
-            fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if not _flat(fs): fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             fs.put_file(str(path), target)
         _remove(fs, to)
-        fs.mv(part, to, recursive=True)
+        _move(fs, part, to)
     except BaseException:
         _remove(fs, part)
         raise
 
 def _files(path): return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path] if path.is_file() else []
+
+def _flat(fs):
+    "Is this a store of objects, without folders? (S3, GCS, Azure, ...)"
+    from fsspec.asyn import AsyncFileSystem
+    return isinstance(fs, AsyncFileSystem)
+
+def _move(fs, part, to):
+    "Rename a folder; where there are none, its files."
+    if not _flat(fs): return fs.mv(part, to, recursive=True)
+    files = fs.find(part)
+    fs.copy(files, [to + path[len(part):] for path in files])
+    fs.rm(part, recursive=True)
 
 def _remove(fs, path):
     if fs.exists(path): fs.rm(path, recursive=True)
@@ -96,6 +108,7 @@ def listing(url):
     "Paths of the files under `url`, relative to it; [] when nothing is there or it cannot be read."
     try:
         fs, path = _opened(url)
+        fs.invalidate_cache(path)
         return [found[len(path):].lstrip("/") for found in fs.find(path)]
     except Exception: return []
 
@@ -108,6 +121,7 @@ def leftovers(root):
     "{name: run id} of what broken uploads left under the artifact root."
     try:
         fs, path = _opened(root)
+        fs.invalidate_cache(path)
         names = [str(found).rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)]
     except Exception: return {}
     return {name: name.partition(".part-")[0] for name in names if ".part-" in name}

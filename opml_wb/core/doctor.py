@@ -87,10 +87,10 @@ print('fork, prctl, pidfd, setsid')
 def _store(root):
     "Where the index of the runs lies, whether it answers, and where their artifacts go."
     kept = f"; artifacts also at {database.masked(to)}" if (to := artifacts.artifact_root()) else ""
-    asked = os.environ.get(database.STORE, "").strip()
+    asked = os.environ.get(database.STORE, "").strip() or artifacts.artifact_root()
     try: home = store.Store(root)
     except (store.StoreError, OSError) as e:
-        return _check("store", str(e), BAD, "mend OPML_STORE, or unset it for SQLite in OPML_HOME" if asked else "opml reindex rebuilds the index from the run folders")
+        return _check("store", str(e), BAD, "unset OPML_STORE and OPML_ARTIFACTS for SQLite and files in OPML_HOME" if asked else "opml reindex rebuilds the index from the run folders")
     homes = f" of {len(home.homes())} homes" if home.db.shared else ""
     return _check("store", f"{home.db.engine} at {home.db.where}, {home.count():,} runs{homes}{kept}")
 

@@ -126,7 +126,7 @@ def _finish(process, spec, asked, future):
 def start(spec):
     "Start the run that dict `spec` describes; (Future of its end, function that stops it)."
     path = Path(spec["dir"])/"spec.json"
-    store.write_json(path, spec)
+    store.write_json(path, {k: v for k, v in spec.items() if k != "env"})  # the environment may hold passwords
     process = subprocess.Popen([sys.executable, "-m", "opml_wb.core.stock", str(path)], env=spec["env"],
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     future, asked = Future(), threading.Event()
