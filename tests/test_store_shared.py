@@ -89,12 +89,27 @@ def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, 
     assert (answer.artifacts["folder"] / "a" / "b").read_text() == "1" and str(tmp_path / "b") in answer.places["folder"]
     shown = command("show", first.key).stdout.replace("\n", "")
     assert "run in" in shown and str(tmp_path / "b") in shown
-    assert command("compare", first.key, "--json").returncode in (0, 2)     # never a traceback
     for path in (tmp_path / "bucket").rglob("x.npy"): path.unlink()
     assert run(nb, n=3).status == "cached"              # what was fetched is here
     shutil.rmtree(b.root / s.ELSEWHERE)
     again = run(nb, n=3)                                # one of its files is gone: no answer
     assert again.status == "done" and again.doc["id"] != first.doc["id"]
+
+
+def test_what_another_home_did_is_compared_and_exported(homes, notebook, tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="needs mlflow: pip install 'opml_wb[peers]'")
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
+    nb = notebook(*BODY)
+    homes("a")
+    first = run(nb, n=3)
+    homes("b")
+    shutil.move(tmp_path / "a", tmp_path / "unplugged")
+    second = run(nb, n=4)
+    done = command("compare", first.key, second.key)
+    assert done.returncode == 0 and "n" in done.stdout, done.stderr
+    done = command("export", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["exported"] == 2, done.stderr
+    assert len(list((tmp_path / "mlartifacts").rglob("x.npy"))) == 2
 
 
 def test_a_changed_artifact_is_not_taken(homes, notebook, tmp_path, monkeypatch):
@@ -119,6 +134,22 @@ def test_two_machines_share_a_sweep(postgres, notebook, tmp_path):
     assert a["executed"] + b["executed"] == 16 and min(a["executed"], b["executed"]) > 1
     assert a["best"] == b["best"] and [r["key"] for r in a["runs"]] == [r["key"] for r in b["runs"]] and [r["metrics"] for r in a["runs"]] == [r["metrics"] for r in b["runs"]]
     assert sum(len(list((tmp_path / name / "runs").iterdir())) for name in "ab") == 16
+
+
+@pytest.mark.slow
+def test_a_driver_killed_on_one_machine_is_survived_by_the_other(postgres, notebook, tmp_path):
+    trace = tmp_path / "trace"
+    nb = notebook("n: int = 0", f"import os, time\nos.write(os.open({str(trace)!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND), b'.'); time.sleep(.3)\n"
+                                "from opml_wb import log\nlog.metric('loss', n)")
+    env = {**os.environ, "OPML_STORE": postgres, "OPML_ARTIFACTS": f"file://{tmp_path}/bucket"}
+    words = [sys.executable, "-m", "opml_wb.core.cli", "sweep", str(nb), "n=1..16", "--objective", "loss", "--json"]
+    a, b = [subprocess.Popen(words, cwd=ROOT, env={**env, "OPML_HOME": str(tmp_path / name)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for name in "ab"]
+    assert until(lambda: trace.exists() and trace.stat().st_size >= 6, 60)
+    a.kill(); a.communicate()
+    out, err = b.communicate(timeout=120)
+    got = json.loads(out)
+    assert b.returncode == 0 and len(got["runs"]) == 16 and got["best"] == got["runs"][0]["key"], err
+    assert trace.stat().st_size <= 16 + 2               # again at most the two that the kill met
 
 
 def test_the_server_stops_during_a_run(pg_server, postgres, home, notebook, monkeypatch, opml):
@@ -258,6 +289,52 @@ def test_removal_that_fails_at_the_root_is_tried_again(home, notebook, tmp_path,
     for p in Store().runs.iterdir(): os.utime(p, (1, 1))
     Store().rm([i for i, _ in Store().garbage()])
     assert list((tmp_path / "bucket").iterdir()) == [] and list(Store().runs.iterdir()) == []
+
+
+def test_sigkill_in_the_middle_of_a_copy(home, notebook, tmp_path, monkeypatch):
+    code = ("import os, sys; from fsspec.implementations.local import LocalFileSystem as L; from opml_wb.core.run import run\n"
+            "put = L.put_file\ndef die(self, path, *args, **options):\n    if path.endswith('log.jsonl'): os.kill(os.getpid(), 9)\n    return put(self, path, *args, **options)\n"
+            "L.put_file = die; run(sys.argv[1])")
+    nb, root = notebook(*BODY), tmp_path / "bucket"
+    monkeypatch.setenv("OPML_ARTIFACTS", f"file://{root}")
+    assert subprocess.run([sys.executable, "-c", code, str(nb)]).returncode == -9
+    [part] = root.iterdir()
+    assert ".part-" in part.name
+    [doc] = Store().ls()
+    assert doc["status"] == "done" and "artifact_url" not in doc        # all of it is here
+    assert run(nb).status == "cached" and (root / doc["id"] / "notebook.ipynb").exists()
+    Store().rm([name for name, _ in Store().garbage()])
+    assert [p.name for p in root.iterdir()] == [doc["id"]]
+
+
+@pytest.mark.parametrize("server", ["wrapped", "s3"])
+def test_a_store_of_objects_as_root(server, home, notebook, monkeypatch):
+    "Objects have no folders to rename: s3fs against a server of S3's protocol where both are installed, and fsspec's own wrapper."
+    if server == "s3":
+        pytest.importorskip("s3fs", reason="needs s3fs"); moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+        s3 = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0); s3.start()
+        for name, value in dict(AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_DEFAULT_REGION="us-east-1", FSSPEC_S3_ENDPOINT_URL="http://%s:%d" % s3.get_host_and_port()).items(): monkeypatch.setenv(name, value)
+        import fsspec
+        fsspec.config.set_conf_env(fsspec.config.conf)
+        fsspec.filesystem("s3").mkdir("bucket")
+        monkeypatch.setenv("OPML_ARTIFACTS", "s3://bucket/opml")
+    else:
+        wrapper = pytest.importorskip("fsspec.implementations.asyn_wrapper", reason="needs a newer fsspec")
+        opened = artifacts._opened
+
+        def wrapped(url):
+            fs, path = opened(url)
+            return wrapper.AsyncFileSystemWrapper(fs, asynchronous=False), path
+        monkeypatch.setattr(artifacts, "_opened", wrapped)
+        monkeypatch.setenv("OPML_ARTIFACTS", "memory://objects")
+        assert artifacts._flat(wrapped("memory://objects")[0])
+    r = run(notebook(*BODY))
+    assert sorted(artifacts.listing(r.doc["artifact_url"])) == ["artifacts/deep/x.npy", "artifacts/folder/a/b", "log.jsonl", "notebook.ipynb"]
+    shutil.rmtree(r.dir / "artifacts")
+    assert r.artifacts["deep/x.npy"].exists() and (r.artifacts["folder"] / "a" / "b").read_text() == "1" and artifacts.leftovers(artifacts.artifact_root()) == {}
+    Store().rm([r.doc["id"]])
+    assert artifacts.listing(r.doc["artifact_url"]) == []
+    if server == "s3": s3.stop()
 
 
 def test_memory_as_root(home, notebook, monkeypatch):
