@@ -187,7 +187,7 @@ def test_a_resumed_study_goes_on_where_it_stopped(home, notebook, monkeypatch):
     class Stop(board.Silent):
         def __call__(self, state):
             if len(state.results) >= 12 and not state.interrupts: os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(board, "live", lambda order: Stop())
+    monkeypatch.setattr(board, "live", lambda: Stop())
     with pytest.raises(Interrupted) as e: sweep(nb, {"x": (-9., 9.)}, **options)
     assert 12 <= len(e.value.sweep.runs) < 16
     monkeypatch.undo()

@@ -111,7 +111,7 @@ def _probe(dim, every):
     "Values that the parameter's type must accept: all of them, or those that tell."
     if isinstance(dim, Choice): return dim.values
     if every and dim.whole and len(dim) <= 10_000: return dim.grid()
-    return [dim.lo, dim.lo + 1 if dim.whole else dim.at(.5), dim.hi]
+    return [dim.lo, min(dim.lo + 1, dim.hi) if dim.whole else dim.at(.5), dim.hi]
 
 def _checked(nb, name, dim, others, choices, every):
     "`dim` with values as the parameter's type has them; refused when one of them doesn't fit."

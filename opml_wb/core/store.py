@@ -457,13 +457,16 @@ class _Keeper(_Remover):
     @_telling
     def reindex(self):
         "Rebuild this home's rows from its run folders in one transaction; returns (runs, names in `runs/` that are no run of this home)."
+        from opml_wb.core.claims import restore
         with self.db.writing(self.home) as db:  # locked before the first look, so that no run begins or ends unseen
             found = {f.name: _document(f) for f in sorted(self.runs.iterdir()) if not f.name.startswith(".")}
             for i, in db.execute("select id from run where home<>?", (self.home,)).fetchall():
                 if i in found: found[i] = None  # a copy of another home's run
             for table in CHILDREN: db.execute(f"delete from {table} where id in (select id from run where home=?)", (self.home,))
             db.execute("delete from run where home=?", (self.home,))
-            self._write([plain(d) for d in found.values() if d])
+            docs = [plain(d) for d in found.values() if d]
+            self._write(docs)
+            restore(db, self.runs, docs)
         self.settle()
         return sum(d is not None for d in found.values()), [name for name, d in found.items() if d is None]
 

@@ -12,15 +12,18 @@ import click
 
 # %% ../../nbs/core/31_sweep_cli.ipynb #4ad69ab4
 def _print(done):
-    "An ended Sweep on the terminal: counts, the best runs, the failed ones with their reason."
+    "An ended Sweep on the terminal: counts, the best runs (the front of several objectives), the failed ones with their reason."
     from opml_wb.core import board, terminal
-    out = terminal.console()
+    out, text = terminal.console(), lambda v: terminal.plain("" if v is None else board.short(v))
     counts = ", ".join(f"{n} {'[yellow]pruned[/]' if s == 'pruned' else terminal.status(s)}" for s, n in board.tally(done.runs).items())
     out.print(f"\n[bold]{terminal.plain(done.chapter)}[/]  sweep {done.id[:10]}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
-    table = terminal.grid("point", "status", terminal.plain(done.objective or ""), ">seconds", "key")
-    for run, row in zip(board.shown(done), board.rows(done)): table.add_row(*map(terminal.plain, row), run.key[:10])
-    if table.row_count: out.print(table)
-    if done.best: out.print(f"best  {terminal.plain(done.objective)} = {done.best.metrics[done.objective]:.6g}   opml show {done.best.key[:10]}")
+    for found, keys in (board.rows(done), [r.key[:10] for r in board.ranked(done)]), (board.failures(done), None):
+        head, lines, more = found
+        table = terminal.grid(*map(terminal.plain, head), *(["key"] if keys else []))
+        for i, line in enumerate(lines): table.add_row(*map(text, line), *([keys[i]] if keys else []))
+        if lines: out.print(table)
+        if more: out.print(f"{more} more: --json has all")
+    if done.front: out.print(f"{terminal.plain(board.verdict(done).replace('best ', 'best  ', 1))}   opml show {done.front[0].key[:10]}")
 
 # %% ../../nbs/core/31_sweep_cli.ipynb #f7cae1ad
 @click.command()
@@ -28,8 +31,8 @@ def _print(done):
 @click.argument("parameters", nargs=-1, metavar="NAME=VALUES...")
 @click.option("-n", type=int, metavar="N", help="How many points; needed by every sampler but grid.")
 @click.option("--sampler", default="grid", show_default=True, metavar="S", help="grid, random, qmc (Sobol), tpe or nsga2.")
-@click.option("--objective", metavar="M", help="The metric to minimize or maximize.")
-@click.option("--direction", default="minimize", show_default=True, metavar="D", help="minimize or maximize.")
+@click.option("--objective", metavar="M", multiple=True, help="The metric to minimize or maximize; several times for several.")
+@click.option("--direction", metavar="D", multiple=True, default=["minimize"], show_default=True, help="minimize or maximize: once, or once for each objective.")
 @click.option("--jobs", default=2, show_default=True, metavar="J", help="Runs at once; they share the cores.")
 @click.option("--executor", metavar="E", help="local, a Dask scheduler (tcp://host:8786), or papermill (stock kernels).")
 @click.option("--prune", is_flag=True, help="Stop a run whose objective is worse than the others' median at the same step.")
@@ -42,15 +45,16 @@ def sweep(chapter, parameters, n, sampler, objective, direction, jobs, executor,
     """Run CHAPTER at many points: ef=16,32,64 (values), M=4..32 (a range), lr=log:1e-4..1e-1.
 
     The same command again runs only what is missing, also after a crash; typed in two terminals it shares the work.
+    With several objectives it shows the runs that no other beats (the Pareto front).
     Ctrl-C lets the running ones end, twice stops them. Exit code 0: all done, 1: a run failed, 2: bad use, 130: Ctrl-C."""
     from opml_wb.core import board
     from opml_wb.core.cli import _pairs
     from opml_wb.core.order import Order
     from opml_wb.core.sweep import Interrupted, drive
-    order = Order(chapter, text=_pairs(parameters, ()), n=n, sampler=sampler, objective=objective, direction=direction, seed=seed,
+    order = Order(chapter, text=_pairs(parameters, ()), n=n, sampler=sampler, objective=list(objective) or None, direction=list(direction), seed=seed,
                   pruner="median" if prune else None, preset=preset, timeout=timeout, mem_gb=mem_gb)
     try:
-        with board.Silent() if as_json else board.live(order, terminal=True) as show: done, code = drive(order, jobs=jobs, executor=executor, show=show), None
+        with board.Silent() if as_json else board.live(terminal=True) as show: done, code = drive(order, jobs=jobs, executor=executor, show=show), None
     except Interrupted as e: done, code = e.sweep, 130
     click.echo(json.dumps(done.to_dict(), ensure_ascii=False, indent=1)) if as_json else _print(done)
     if code == 130: click.echo(f"stopped: {len(done.runs)} of {done.n} known; the same command runs what is missing", err=True)
