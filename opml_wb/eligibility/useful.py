@@ -34,11 +34,11 @@ def _table(log, fields, codes, start, fitted=None):
     return np.column_stack([p[0] for p in parts] or [np.zeros((codes.shape[1], 0))]), {f: p[1] for f, p in zip(fields, parts)}
 
 # %% ../../nbs/eligibility/12_useful.ipynb #13c8117a
-def _split(log, cases, share, width):
-    "(train, test) case positions: ended before the moment by which `share` of `cases` had begun; begun in the next `width` of them."
+def _split(log, cases, share, width, ended):
+    "(train, test) case positions: ended (or only begun) before the moment by which `share` of `cases` had begun; begun in the next `width` of them."
     begin, end = log.time[log.starts[cases]], log.time[log.last()[cases]]
     cut, stop = np.quantile(begin, [share, min(1, share + width)])
-    return cases[end < cut], cases[(begin >= cut) & (begin <= stop)]
+    return cases[(end if ended else begin) < cut], cases[(begin >= cut) & (begin <= stop)]
 
 def _classes(codes, train, most):
     "Classes int64 of codes: the `most` commonest in training, then one for all others."
@@ -54,7 +54,7 @@ def _fit(x, y, seed, trees, depth):
     from xgboost import XGBClassifier
     kinds, y = np.unique(y, return_inverse=True)
     if len(kinds) == 1 or not x.shape[1]: return lambda x: np.full(len(x), kinds[np.bincount(y).argmax()])
-    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist").fit(x, y)
+    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist", n_jobs=1).fit(x, y)
     return lambda x: kinds[model.predict(x)]
 
 # %% ../../nbs/eligibility/12_useful.ipynb #f40ad5d9
@@ -93,12 +93,13 @@ def _hits(log, use, now, end, y, train, test, seed, trees, depth):
     return out
 
 # %% ../../nbs/eligibility/12_useful.ipynb #4462dd7f
-def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, cases=6000, trees=40, depth=4):
+def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, cases=6000, trees=40, depth=4, ended=True):
     """Train and ask: does a model of `label` hold in production at e?
 
     log: AuditLog with times. seeds: how many, each with its own training sample of at most `cases` ended cases (four in five of them) and its own
     trees. splits: shares of cases begun when the model is trained; it is asked about the next fifth. classes: the commonest ones, others are
-    one class. trees, depth: of XGBoost. Returns a DataFrame: arm (snapshot | production | eligible | eligible+ties | majority | loss),
+    one class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on all that had begun, whose ends a model could not know
+    yet; for logs so short that few have ended, and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible | eligible+ties | majority | loss),
     seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus
     majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm, config.
     Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
@@ -108,7 +109,7 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
     if not len(kept): raise ValueError(f"label {label!r}: no case that comes to {at!r} has it in the end")
     rows, paired, days = [], {}, log.days()
     for share in splits:
-        train, test = _split(log, kept, share, .2)
+        train, test = _split(log, kept, share, .2, ended)
         y = _classes(end[log.at(label)], train, classes) if len(train) else np.zeros(1, int)
         if len(train) < 20 or len(test) < 20 or len(np.unique(y[train])) < 2:
             raise ValueError(f"label {label!r}, split {share}: {len(train)} cases ended before, {len(test)} begin after; expected 20 of each and two classes")
@@ -124,7 +125,7 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
         some = [(np.mean([h for h, _ in paired[arm, share]], 0), paired[arm, share][0][1]) for share in splits]
         out.attrs[arm] = tuple(map(float, by_day(np.concatenate([h for h, _ in some]), np.concatenate([days[t] for _, t in some]))))
     out.attrs |= dict(answer="useful" if out.attrs["gain"][1] > 0 else "no useful label", features=use, label=label,
-                      config=dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth))
+                      config=dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended))
     return out
 
 def summary(found):
