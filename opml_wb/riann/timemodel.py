@@ -12,6 +12,7 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 import numpy as np
 from numba import njit
+from scipy.optimize import nnls
 from ..core.data import path as data_path
 from .graph import DynamicHNSW, _integer, _vectors
 from .kernels import _beam, _descend, _dist, _select, fast
@@ -111,26 +112,28 @@ def _linked(cand, deg, cap, d, n, choose, chosen, p):
 
 # %% ../../nbs/riann/04_timemodel.ipynb #594d5668
 @kernel
-def _units(cand, deg, layers, level, weight, hop, p_h, p_nu, p_g, choose, chosen, p_p, out):
-    """To `out[i]`: `weight[l]` times (distances, hops times `hop` added) summed over layers, for one new node.
+def _units(cand, deg, layers, level, t_dist, t_hop, t_link, p_h, p_nu, p_g, choose, chosen, p_p, out):
+    """To `out[i]`: seconds, distances and hops of one new node, and how many of the distances are for links.
 
-    level: its layer (1: bottom), or 0: expected. Columns of `out`: units; distances and hops unweighted."""
+    level: its layer (1: bottom), or 0: expected. t_dist[l], t_hop[l]: of a distance and a hop in layer l. t_link: of a
+    distance for links, whose vectors the search has just fetched."""
     for i in range(len(cand)):
         c, g = np.float64(cand[i]), np.float64(deg[i])
         for l in range(len(layers)):
             n, p, above = layers[l, 0], g ** -l, layers[l + 1, 0] if l + 1 < len(layers) else 0.
             if level: p = 1. if l < level else 0.
-            d, hops, dists = layers[l, 1] / max(n, 1.), 0., 0.
+            d, hops, dists, links = layers[l, 1] / max(n, 1.), 0., 0., 0.
             if p < 1:
                 h, x = _passed(d, n, p_g)
                 hops, dists = (1 - p) * h, (1 - p) * x
             if p > 2e-3 and n > (l > 0):
                 cap = (n + 8 * g) / (above + 8) * (1 if l else 2)   # a guess of 8 nodes keeps small layers calm
                 h, x = _searched(c, d, n, p_h, p_nu)
-                hops, dists = hops + p * h, dists + p * (x + _linked(c, g, cap, d, n, choose, chosen, p_p))
-            out[i, 0] += weight[l] * (dists + hop * hops)
-            out[i, 1] += dists
+                hops, dists, links = hops + p * h, dists + p * x, p * _linked(c, g, cap, d, n, choose, chosen, p_p)
+            out[i, 0] += t_dist[l] * dists + t_hop[l] * hops + t_link * links
+            out[i, 1] += dists + links
             out[i, 2] += hops
+            out[i, 3] += links
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b1abcd20
 SIZES = np.array([256, 1024, 4096, 16384, 65536])
@@ -175,15 +178,17 @@ class TimeModel:
         "From the facts of a fitted model, as `to_dict` gives them. Errors: ValueError naming what is missing."
         try:
             p = {k: np.array(facts[k], float) for k in (*COEFFICIENTS, "sizes", "touch")}
-            self, hop, n = cls.__new__(cls), float(facts["hop"]), float(facts["n"])
+            self, (extra, hop), n = cls.__new__(cls), map(float, facts["extra"]), float(facts["n"])
         except (KeyError, TypeError, ValueError) as e: raise ValueError(f"not a time model: {e}") from None
         if any(p[k].shape != shape for k, shape in COEFFICIENTS.items()):
             raise ValueError("not a time model: coefficients missing")
-        self.facts, self._p = dict(facts), (hop, *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen", "prune")))
-        self._size, self._touch, self._degree = np.log(p["sizes"]), p["touch"] * float(facts["ratio"]), p["degree"]
-        links = lambda deg: _linked(64., deg / 2, float(deg), deg / 2, n, *self._p[4:])   # at the bottom: f(2 deg)
-        self.paper = Equations(self.T_d, lambda cand, d: _searched(float(cand), float(d), n, *self._p[1:3])[0],
-                               lambda deg: self.T_d(n) * links(deg))
+        self.facts, self._p = dict(facts), [p[k] for k in ("hops", "nu", "greedy", "choose", "chosen", "prune")]
+        base = p["touch"][0]   # of vectors at hand
+        self._size, self._touch, self._degree = np.log(p["sizes"]), p["touch"] + extra * base, p["degree"]
+        self._hop, self._link = (hop - extra) * base, (1 + extra) * base
+        links = lambda deg: _linked(64., deg / 2, float(deg), deg / 2, n, *self._p[3:])   # at the bottom: f(2 deg)
+        self.paper = Equations(self.T_d, lambda cand, d: _searched(float(cand), float(d), n, *self._p[:2])[0],
+                               lambda deg: self._link * links(deg))
         return self
 
     def to_dict(self):
@@ -205,7 +210,7 @@ class TimeModel:
         except (UnicodeDecodeError, json.JSONDecodeError): raise ValueError(f"{file}: not a time model") from None
 
     def T_d(self, n):
-        "Seconds of one distance (and its share of the bookkeeping) in a set of `n`: from the table, by log n."
+        "Seconds of one distance to one of `n` vectors, with its share of the bookkeeping: from the table, by log n."
         return np.interp(np.log(np.maximum(n, 1)), self._size, self._touch)
 
     def calibrate(self, seed=0):
@@ -217,8 +222,8 @@ class TimeModel:
     def _count(self, cand, deg, layers, lp):
         cand, deg = np.array(cand, float, ndmin=1), np.array(deg, float, ndmin=1)
         if cand.shape != deg.shape: cand, deg = (a.copy() for a in np.broadcast_arrays(cand, deg))
-        out = np.zeros((len(cand), 3))
-        _units(cand, deg, layers, lp, self.T_d(layers[:, 0]), *self._p, out)
+        out, t = np.zeros((len(cand), 4)), self.T_d(layers[:, 0])
+        _units(cand, deg, layers, lp, t, t + self._hop, self._link, *self._p, out)
         return out
 
     def index_time(self, cand, deg, layers, lp=1, literal=False):
@@ -252,7 +257,7 @@ class TimeModel:
 
     def query_work(self, cand_q, layers):
         "Distances and hops of one query with a beam of `cand_q`: (float, float); a fitted model only."
-        p_h, p_nu, p_g = self._p[1:4]
+        p_h, p_nu, p_g = self._p[:3]
         a = _checked(layers)
         rows = [_searched(float(cand_q), a[0, 1] / max(a[0, 0], 1), a[0, 0], p_h, p_nu),
                 *(_passed(s / max(n, 1), n, p_g) for n, s in a[1:])]
@@ -266,7 +271,8 @@ class TimeModel:
         a = _checked(layers)
         if literal or self.facts is None: return self.paper.query(cand_q, deg, a.tolist())
         dists, hops = self.query_work(cand_q, a)
-        return float((dists + self._p[0] * hops) * self.T_d(a[0, 0]) * self.facts["query"])
+        t = self.T_d(a[0, 0])
+        return float((dists * t + hops * (t + self._hop)) * self.facts["query"])
 
     def layers(self, cand, deg, n):
         "The layers that `n` points inserted with `cand` and `deg` will have, [(n, sum of degrees), ...]; a fitted model only."
@@ -354,11 +360,11 @@ def _between(a, b):
     return (np.array(a, float) + np.array(b[:len(a)])) / 2
 
 def _expected(deg, cand, layers, p):
-    "Expected distances of an insertion; without pruning where `p` has none."
-    out = np.zeros((1, 3))
-    _units(np.array([cand]), np.array([deg]), layers, 0, np.ones(len(layers)), 0.,
+    "Expected distances of an insertion, all and for links only; without pruning where `p` has none."
+    out, none = np.zeros((1, 4)), np.zeros(len(layers))
+    _units(np.array([cand]), np.array([deg]), layers, 0, none, none, 0.,
            *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")), p.get("prune", np.zeros(10)), out)
-    return out[0, 1]
+    return out[0, [1, 3]]
 
 def _fit_links(inserts, p):
     "Coefficients prune, degree from the insertions and the rest `p` of the model."
@@ -368,7 +374,7 @@ def _fit_links(inserts, p):
     n, s = np.array([m[0] for m in middle]).T
     above = np.array([m[1, 0] if len(m) > 1 else 0 for m in middle])
     cap = 2 * (n + 8 * deg) / (above + 8)
-    rest = dists - [_expected(*r[:2], m, p) for r, m in zip(rows, middle)]
+    rest = dists - [_expected(*r[:2], m, p)[0] for r, m in zip(rows, middle)]
     m = np.array([min(r[0], _at(p["chosen"], np.log2(r[1]), np.log2(r[0]))) for r in rows])
     prune = _fit(_monomials(s / n / cap, np.log(cap), np.log(n)) * m[:, None], rest, 1 / dists, 1e-4)
     pure = np.array([r[6][1] for r in rows])
@@ -376,22 +382,25 @@ def _fit_links(inserts, p):
     terms = _monomials(np.log(np.minimum(cand, n)), np.log(deg), np.log(n))
     return dict(prune=prune, degree=_fit(terms[pure], np.log(s / n)[pure], np.ones(pure.sum())))
 
-# %% ../../nbs/riann/04_timemodel.ipynb #a25d30ac
-def _fit_time(inserts, beams, touch):
-    "(ratio, hop, query): seconds per unit of `touch`, distances that a hop is worth, and a query's cost over an insertion's."
-    n, hops, dists, t = np.array([(_between(r[3], r[4])[0, 0], *r[5]) for r in inserts if r[3] and r[2] >= 20], float).T
-    unit, keep = np.interp(np.log(n), np.log(SIZES), touch), np.ones(len(n), bool)
-    for _ in range(3):
-        a = (np.stack([dists, hops], 1) * (unit / t)[:, None])[keep]
-        x, y = np.linalg.lstsq(a, np.ones(len(a)), rcond=None)[0]
-        if y < 0 or x <= 0: x, y = np.median(t / unit / dists), 0.
-        miss = abs((x * dists + y * hops) * unit / t - 1)
+# %% ../../nbs/riann/04_timemodel.ipynb #4bd8b12f
+def _fit_time(inserts, beams, touch, p):
+    "((extra, hop), query): what bookkeeping adds to a distance and to a hop, in distances at hand; a query's cost over an insertion's."
+    rows = [(r, _between(r[3], r[4])) for r in inserts if r[3] and r[2] >= 20]
+    hops, dists, t = np.array([np.array(r[5]) / (r[2], r[2], r[2]) for r, _ in rows]).T
+    every, links = np.array([_expected(*r[:2], m, p) for r, m in rows]).T
+    links *= dists / every
+    cold, base = np.interp(np.log([m[0, 0] for _, m in rows]), np.log(SIZES), touch), touch[0]
+    rest, keep = t - cold * (dists - links + hops) - base * links, np.ones(len(t), bool)
+    for _ in range(3):   # a disturbed row is left out
+        a = np.stack([dists, hops], 1) * base
+        extra, hop = nnls(a[keep] / t[keep, None], rest[keep] / t[keep])[0]
+        miss = abs(a @ [extra, hop] - rest) / t
         keep = miss <= max(.1, 3 * np.median(miss))
     n, h1, d1, h2, d2, t = np.array([(b[1][0][0], *b[2], b[4]) for b in beams], float).T
-    unit = np.interp(np.log(n), np.log(SIZES), touch)
-    return x, y / x, np.median(t / unit / (x * (d1 + d2) + y * (h1 + h2)))
+    cold = np.interp(np.log(n), np.log(SIZES), touch)
+    return (float(extra), float(hop)), float(np.median(t / ((cold + extra * base) * (d1 + d2) + (cold + hop * base) * (h1 + h2))))
 
-# %% ../../nbs/riann/04_timemodel.ipynb #4bd8b12f
+# %% ../../nbs/riann/04_timemodel.ipynb #b5f9c0ac
 def profile(sample, metric="l2", budget_s=3, seed=0):
     """Measure this machine and these vectors; the TimeModel fitted to them.
 
@@ -408,10 +417,10 @@ def profile(sample, metric="l2", budget_s=3, seed=0):
     inserts, beams = _observe(x[64:], x[:64], metric, budget_s, seed)
     touch, p = measure(x.shape[1], metric, seed=seed), _fit_search(beams)
     p |= _fit_links(inserts, p)
-    ratio, hop, query = _fit_time(inserts, beams, touch)
+    extra, query = _fit_time(inserts, beams, touch, p)
     return TimeModel.from_dict(dict(
         format=1, dim=x.shape[1], metric=metric, n=max(b[1][0][0] for b in beams), **{k: v.tolist() for k, v in p.items()},
-        ratio=float(ratio), hop=float(hop), query=float(query), sizes=SIZES.tolist(), touch=touch.tolist(),
+        extra=extra, query=query, sizes=SIZES.tolist(), touch=touch.tolist(),
         machine=platform.processor() or platform.machine()))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #44b57d4b
