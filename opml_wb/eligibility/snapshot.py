@@ -111,7 +111,7 @@ def expected_new(lam, waits, seed=0):
     """Expected number of untouched records in a snapshot, by Little's law: (n, lo, hi).
 
     lam: cases per unit of time (float >= 0). waits: times to first action, [m], in the same unit. n = lam x mean wait; lo, hi: 95 % interval of what a
-    snapshot will hold: Poisson around a bootstrap of the mean. Warns where the longest 1 % of waits make up half of the mean.
+    snapshot will hold: Poisson around a bootstrap of the mean. Warns of a heavy tail: the mean above five medians, or a fifth of it from the longest 1 %.
     Raises ValueError for no waits, negative ones, or cases without a first action (NaN, infinite)."""
     import warnings
     w = np.asarray(waits, float).ravel()
@@ -119,9 +119,10 @@ def expected_new(lam, waits, seed=0):
     if not len(w): raise ValueError("waits: expected at least one time to first action")
     if not np.isfinite(w).all() or (w < 0).any():
         raise ValueError(f"waits: {int((~np.isfinite(w)).sum())} have no first action and {int((w < 0).sum())} are negative; leave them out, or give what they have waited so far")
-    longest = np.sort(w)[-max(1, len(w) // 100):].sum()
-    if len(w) >= 100 and longest > .5 * w.sum():
-        warnings.warn(f"the longest 1 % of {len(w)} waits make up {longest / w.sum():.0%} of their mean: lambda W hangs on few cases", stacklevel=2)
+    longest, median = np.sort(w)[-max(1, len(w) // 100):].sum() / max(w.sum(), 1e-300), np.median(w)
+    if w.mean() > 5 * median or len(w) >= 100 and longest > .2:
+        warnings.warn(f"heavy tail: the mean wait {w.mean():.3g} is {w.mean() / max(median, 1e-300):.3g} medians, and the longest 1 % of {len(w)} waits make up "
+                      f"{longest:.0%} of it: lambda W hangs on few cases, and young records are mostly the stale ones", stacklevel=2)
     rng = np.random.default_rng(seed)
     means = np.array([w[rng.integers(0, len(w), len(w))].mean() for _ in range(400)])
     lo, hi = np.quantile(rng.poisson(lam * np.repeat(means, 10)), [.025, .975])
