@@ -122,9 +122,11 @@ def test_shape_of_json_and_frame(home, notebook, opml_sweep):
     (["n=1,2", "--objective", "los"], "did you mean 'loss'?"), (["n=1,2", "--executor", "tcp://127.0.0.1:9"], "dask scheduler"),
     (["n=1,2", "--executor", "ray"], "papermill"), (["n=1,2", "--prune"], "--objective"), (["n=1,2", "--direction", "up"], "maximize"),
     (["n=1,2", "--jobs", "0"], "jobs"), (["n=1..9", "-n", "3", "--sampler", "tpe"], "--objective"), (["n"], "name=value"), (["n=1", "n=2"], "twice"),
+    (["n=1,2", "--objective", "loss", "--objective", "loss"], "given twice"), (["n=1,2", "--objective", "loss", "--direction", "minimize", "--direction", "maximize"], "2 for 1"),
+    (["n=1,2", "--objective", "loss", "--objective", "los"], "did you mean 'loss'?"), (["n=1,2", "--objective", "loss", "--objective", "n", "--prune"], "one metric"),
 ])
 def test_refused_with_what_to_write_instead(opml_sweep, home, notebook, words, has):
-    nb = notebook("n: int = 0\nlr: float = .1", "from opml_wb import log\nlog.metric('loss', n * lr)")
+    nb = notebook("n: int = 0\nlr: float = .1", "from opml_wb import log\nlog.metric('loss', n * lr); log.metric('n', n)")
     done = opml_sweep(nb, *words, "--json")
     error = json.loads(done.stdout)
     assert done.returncode == 2 and error["status"] == "refused" and has in error["error"]["evalue"], error
@@ -137,6 +139,7 @@ def test_an_objective_that_no_run_logs_is_refused_when_only_a_run_can_tell(home,
     with pytest.raises(ParamError, match="objective 'los': no run logs it; did you mean 'loss'"): sweep(nb, {"n": (1, 20)}, objective="los")
     store = Store(home)
     assert 3 <= store.count() <= 6 and {d["status"] for d in store.ls()} == {"done"}
+    store.reindex()                                              # nor do the folders tell of it
     assert store.db.execute("select (select count(*) from sweep) + (select count(*) from trial)").fetchone() == (0,)
 
 
@@ -179,32 +182,50 @@ def test_pruning_saves_time_and_keeps_the_best(home, notebook):
     assert finished.executed == less.counts["pruned"] and finished.counts["cached"] == less.counts["done"]
 
 
-def test_a_resumed_study_goes_on_where_it_stopped(home, notebook, monkeypatch):
-    nb = notebook("x: float = 0.", "from opml_wb import log\nlog.metric('loss', (x - 3)**2)")
-    options = dict(n=16, sampler="tpe", objective="loss", jobs=1, seed=4)
+def stopped(monkeypatch, after, *sweep_args, **options):
+    "The Sweep that Ctrl-C ends when `after` runs are known."
     from opml_wb.core import board
 
     class Stop(board.Silent):
         def __call__(self, state):
-            if len(state.results) >= 12 and not state.interrupts: os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(board, "live", lambda: Stop())
-    with pytest.raises(Interrupted) as e: sweep(nb, {"x": (-9., 9.)}, **options)
-    assert 12 <= len(e.value.sweep.runs) < 16
-    monkeypatch.undo()
-    monkeypatch.setenv("OPML_HOME", str(home))
+            if len(state.results) >= after and not state.interrupts: os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(board, "live", lambda: Stop())
+        with pytest.raises(Interrupted) as e: sweep(*sweep_args, **options)
+    return e.value.sweep
+
+
+def test_a_resumed_study_goes_on_where_it_stopped(home, notebook, monkeypatch):
+    nb = notebook("x: float = 0.", "from opml_wb import log\nlog.metric('loss', (x - 3)**2)")
+    options = dict(n=16, sampler="tpe", objective="loss", jobs=1, seed=4)
+    assert 12 <= len(stopped(monkeypatch, 12, nb, {"x": (-9., 9.)}, **options).runs) < 16
     resumed = sweep(nb, {"x": (-9., 9.)}, **options)
     monkeypatch.setenv("OPML_HOME", str(home / "other"))
     straight = sweep(nb, {"x": (-9., 9.)}, **options)
     assert [r.params for r in resumed.runs] == [r.params for r in straight.runs] and resumed.counts["cached"] >= 12
 
 
+THREADS = """import os, threading
+import numba, numpy, torch, threadpoolctl, xgboost
+from opml_wb import log
+def fit(name='xgboost'):
+    x = numpy.random.default_rng(0).normal(size=(20000, 8))
+    xgboost.XGBRegressor(n_estimators=5, n_jobs=n).fit(x, x[:, 0])
+    log.metric(name, len(os.listdir('/proc/self/task')) - threading.active_count() + 1)  # threads that it started, and its own
+fit()
+other = threading.Thread(target=fit, args=['beside']); other.start(); other.join()
+log.metric('torch', torch.get_num_threads()); log.metric('numba', numba.get_num_threads()); log.metric('env', int(os.environ.get('OMP_NUM_THREADS', 0)))
+for p in threadpoolctl.threadpool_info(): log.metric(p['filepath'], p['num_threads'])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_runs_side_by_side_share_the_cores(home, notebook):
-    nb = notebook("n: int = 0", "import os\nimport numba, numpy, torch, threadpoolctl\nfrom opml_wb import log\n"
-                                "log.metric('torch', torch.get_num_threads()); log.metric('numba', numba.get_num_threads()); log.metric('env', int(os.environ['OMP_NUM_THREADS']))\n"
-                                "for p in threadpoolctl.threadpool_info(): log.metric(p['user_api'], p['num_threads'])")
+    nb = notebook("n: int | None = None", THREADS)
     from opml_wb.core.executors import cores
-    wide = cores() * 2
-    for r in sweep(nb, {"n": [1, 2]}, jobs=wide).runs: assert r.ok and set(r.metrics.values()) == {1}, (r.metrics, r.error)
+    for r in sweep(nb, {"n": [None, -1]}, jobs=cores() * 2).runs: assert r.ok and set(r.metrics.values()) == {1}, (r.metrics, r.error)
+    alone = sweep(nb, {"n": [0]}, jobs=1).runs[0]   # the same measure, with all cores
+    assert alone.ok and alone.metrics["torch"] == alone.metrics["xgboost"] == cores(), (alone.metrics, alone.error)
 
 
 def test_changed_code_is_another_sweep(home, notebook):
@@ -213,6 +234,99 @@ def test_changed_code_is_another_sweep(home, notebook):
     nb.write_text(nb.read_text().replace("log.metric('m', n)", "log.metric('m', n + 1)"))
     second = sweep(nb, {"n": [1, 2]})
     assert second.executed == 2 and second.id != first.id and [r.metrics["m"] for r in second.runs] == [2, 3]
+
+
+def test_changed_data_of_one_point_runs_it_again(home, notebook, tmp_path):
+    for name in "ab": (tmp_path / f"{name}.txt").write_text(name)
+    nb = notebook("file: str = ''", "from opml_wb import log\nlog.metric('m', ord(open(file).read()))")
+    space = {"file": ["a.txt", "b.txt"]}
+    assert [r.metrics["m"] for r in sweep(nb, space).runs] == [97, 98]
+    (tmp_path / "b.txt").write_text("c")
+    second = sweep(nb, space)
+    assert second.counts == {"cached": 1, "done": 1} and [r.metrics["m"] for r in second.runs] == [97, 99]
+    assert sweep(nb, space).counts == {"cached": 2}
+
+
+LOST = {"lost": lambda home: [p.unlink() for p in home.glob("opml.db*")],
+        "rebuilt": lambda home: Store(home).reindex(),
+        "emptied": lambda home: [Store(home).db.execute(f"delete from {t}") for t in ("sweep", "trial")] and Store(home).reindex()}
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe", "nsga2"])
+@pytest.mark.parametrize("how", LOST)
+def test_a_lost_index_loses_no_trial(home, notebook, monkeypatch, how, sampler):
+    nb = notebook("x: float = 0.\ny: float = 0.", "from opml_wb import log\nlog.metric('a', (x - 3)**2 + abs(y)); log.metric('b', (x + y)**2)")
+    space = {"x": (-9., 9.), "y": (-1., 1.)} if sampler != "grid" else {"x": [1., 2., 3.], "y": [0., 1., 2., 4.]}
+    options = dict(sampler=sampler, objective=["a", "b"] if sampler == "nsga2" else "a", jobs=1, seed=5, **({} if sampler == "grid" else {"n": 12}))
+    stopped(monkeypatch, 8, nb, space, **options)
+    rows = Store(home).db.execute("select number, status, point, key, run, attrs from trial order by number").fetchall()
+    assert len(rows) >= 8
+    LOST[how](home)
+    assert Store(home).db.execute("select number, status, point, key, run, attrs from trial order by number").fetchall() == rows
+    resumed = sweep(nb, space, **options)
+    assert resumed.counts == {"cached": len(rows), "done": 12 - len(rows)}
+    monkeypatch.setenv("OPML_HOME", str(home / "other"))
+    straight = sweep(nb, space, **options)
+    assert [r.params for r in resumed.runs] == [r.params for r in straight.runs] and resumed.id == straight.id
+
+
+def test_a_run_that_serves_two_sweeps_says_both(home, notebook):
+    nb = notebook("n: int = 0", "from opml_wb import log\nlog.metric('m', n)")
+    first, second = sweep(nb, {"n": [1, 2]}), sweep(nb, {"n": [2, 3]})
+    assert second.executed == 1
+    store = Store(home)
+    for t in ("sweep", "trial"): store.db.execute(f"delete from {t}")
+    store.reindex()
+    assert dict(store.db.execute("select sweep, count(*) from trial group by sweep").fetchall()) == {first.id: 2, second.id: 2}
+    assert sweep(nb, {"n": [1, 2]}).executed == sweep(nb, {"n": [2, 3]}).executed == 0
+
+
+def test_several_objectives(home, notebook, opml_sweep):
+    nb = notebook("x: float = 0.", "from opml_wb import log\nlog.metric('error', (x - 1)**2)\nif x != 5: log.metric('size', abs(x))")
+    s = sweep(nb, {"x": [-1., 0., .5, 1., 2., 5.]}, objective=["error", "size"])
+    assert [r.params["x"] for r in s.front] == [1., .5, 0.] and s.ok
+    with pytest.raises(AttributeError, match=".front"): s.best
+    command = nb, "x=-1,0,0.5,1,2,5", "--objective", "error", "--objective", "size"
+    got = json.loads(opml_sweep(*command, "--json").stdout)
+    assert got["sweep"] == s.id and got["best"] is None and got["front"] == [r.key for r in s.front] and got["executed"] == 0
+    assert (got["objective"], got["direction"]) == (["error", "size"], ["minimize", "minimize"])
+    assert "3 not beaten by any other in error and size" in opml_sweep(*command).stdout
+    other = opml_sweep(*command, "--direction", "minimize", "--direction", "maximize", "--json")
+    got = json.loads(other.stdout)
+    assert got["sweep"] != s.id and [r["params"]["x"] for r in got["runs"] if r["key"] in got["front"]] == [1., 2.]
+    t = sweep(nb, {"x": (-9., 4.)}, n=24, sampler="tpe", objective=["error", "size"], direction=["minimize", "minimize"], seed=2)
+    assert t.executed == 24 and sum(-.5 <= r.params["x"] <= 1.5 for r in t.runs[12:]) >= 4
+
+
+def test_a_metric_in_any_language_can_be_pruned_by(home, notebook):
+    nb = notebook(PRUNABLE[0], PRUNABLE[1].replace("'loss'", "'größe'"))
+    s = sweep(nb, {"bad": list(range(10))}, objective="größe", pruner="median")
+    assert s.ok and s.counts.get("pruned", 0) >= 2 and s.best.params["bad"] == 0
+
+
+def test_many_trials_cost_no_more_each(home, notebook, monkeypatch):
+    "What a driver reads of the index doesn't grow with the sweep: 400 trials, not 400 times 400 rows."
+    from opml_wb.core.claims import Ledger
+    read, rows = [], Ledger.rows
+    monkeypatch.setattr(Ledger, "rows", lambda self, *window: read.append(len(found := rows(self, *window))) or found)
+    nb = notebook("n: int = 0", "n")
+    runs = {}
+    from opml_wb.core import trials
+    monkeypatch.setattr(trials, "execute", lambda plan, **_: runs.setdefault(plan.key, fake_run(plan, home)))
+    sweep(nb, {"n": (1, 400)}, jobs=2)
+    assert sum(read) < 400 * 10
+    read.clear()
+    assert sweep(nb, {"n": (1, 400)}).executed == 0 and sum(read) <= 400
+
+
+def fake_run(plan, home):
+    "A run of `plan` as the store would have it, without a process."
+    from opml_wb.core import run, store as s
+    h = Store(home)
+    folder, _ = h.begin(plan.request())
+    (folder / s.NOTEBOOK).write_text("{}")
+    s.finish(folder, status="done", error=None, seconds=0, cpu=0, rss=0)
+    return run.Run(h._placed(h.index(folder)))
 
 
 def test_a_removed_run_is_missing(home, notebook):

@@ -31,6 +31,12 @@ def _distribution(optuna, dim):
     kind = optuna.distributions.IntDistribution if dim.whole else optuna.distributions.FloatDistribution
     return kind(dim.lo, dim.hi, log=dim.log)
 
+def _nsga2(optuna, seed, size):
+    "NSGA-II whose parents come in the order of their trials, also when a rebuilt study chooses them anew."
+    class NSGAIISampler(optuna.samplers.NSGAIISampler):
+        def get_parent_population(self, study, generation): return sorted(super().get_parent_population(study, generation), key=lambda t: t.number)
+    return NSGAIISampler(seed=seed, population_size=size)
+
 def make_pruner(pruner):
     "An Optuna pruner: None, True or `median` for the median rule after five runs, or one of Optuna's own."
     if pruner in (None, False): return None
@@ -52,7 +58,7 @@ class _Sampling:
         if self.sampler == "tpe":
             first = max(4, min(10, self.n // 4))  # at random, to have something to learn from
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
-        if self.sampler == "nsga2": return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.n // 5)))
+        if self.sampler == "nsga2": return _nsga2(optuna, seed, max(4, min(50, self.n // 5)))
         return optuna.samplers.RandomSampler(seed)
 
     def _code(self, point):

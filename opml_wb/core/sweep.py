@@ -129,8 +129,9 @@ class _Interruptible(Trials):
         wait(self.active)
         if isinstance(error, ParamError):
             self.ledger.forget()
-            for run in self.results.values(): self.ledger.dismiss(run.dir)
-            self.home.rm([job.folder.name for job in self.active.values() if job.folder and store._document(job.folder)["status"] == "killed"])
+            begun = [job.folder for job in self.active.values() if job.folder]
+            for folder in begun + [run.dir for run in self.results.values()]: self.ledger.dismiss(folder)
+            self.home.rm([folder.name for folder in begun if store._document(folder)["status"] == "killed"])
         else: self.ledger.forget([job.number for job in self.active.values()])
 
 # %% ../../nbs/core/30_sweep.ipynb #d1c68ed3
