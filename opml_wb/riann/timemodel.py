@@ -384,7 +384,7 @@ def _fit_links(inserts, p):
 
 # %% ../../nbs/riann/04_timemodel.ipynb #4bd8b12f
 def _fit_time(inserts, beams, touch, p):
-    "((extra, hop), query): what bookkeeping adds to a distance and to a hop, in distances at hand; a query's cost over an insertion's."
+    "([extra, hop], query): what bookkeeping adds to a distance and to a hop, in distances at hand; a query's cost over an insertion's."
     rows = [(r, _between(r[3], r[4])) for r in inserts if r[3] and r[2] >= 20]
     hops, dists, t = np.array([np.array(r[5]) / (r[2], r[2], r[2]) for r, _ in rows]).T
     every, links = np.array([_expected(*r[:2], m, p) for r, m in rows]).T
@@ -398,7 +398,7 @@ def _fit_time(inserts, beams, touch, p):
         keep = miss <= max(.1, 3 * np.median(miss))
     n, h1, d1, h2, d2, t = np.array([(b[1][0][0], *b[2], b[4]) for b in beams], float).T
     cold = np.interp(np.log(n), np.log(SIZES), touch)
-    return (float(extra), float(hop)), float(np.median(t / ((cold + extra * base) * (d1 + d2) + (cold + hop * base) * (h1 + h2))))
+    return [float(extra), float(hop)], float(np.median(t / ((cold + extra * base) * (d1 + d2) + (cold + hop * base) * (h1 + h2))))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b5f9c0ac
 def profile(sample, metric="l2", budget_s=3, seed=0):
