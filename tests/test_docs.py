@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_lab import CHROMIUM, CONTRAST, FLAGS
 
 for needed in ("sphinx", "myst_nb", "pydata_sphinx_theme"): pytest.importorskip(needed, reason="needs the extra [docs]")
-CHROMIUM = next((c for c in ("chromium", "chromium-browser", "google-chrome") if shutil.which(c)), None)
 pytestmark = pytest.mark.slow
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 SHOTS = Path(__file__).parent/"artefacts"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 # a chapter of another package: math, a FigureWidget, an Output widget, linked controls, a link, HTML from outside
 GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/17_run.ipynb).\n\n"
@@ -26,7 +25,7 @@ GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run 
          "> Wait for $5 or so.": "md",
          "n: int = 3  # points": "parameters",
          "import plotly.graph_objects as go\nimport ipywidgets as w\nimport numpy as np\nfrom opml_wb import log\n"
-         "log.metric('points', n)": "",
+         "log.metric('points', n); log.claim('guests', paper=2, measured=n, how='counted')": "",
          "#| echo: false\ngo.FigureWidget(data=[dict(type='scatter', y=np.arange(3.) ** 2, name='</script>')])": "",
          "out = w.Output()\nwith out: print('said inside')\n"
          "a, b = w.IntSlider(description='left'), w.IntText(description='right')\n"
@@ -37,35 +36,40 @@ GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run 
          "HTML('<table class=\"dataframe\"><tr><td>kept</td></tr></table>')": ""}
 
 
+SETUP = """from setuptools import setup
+setup(name="acme_guest", version="1", packages=["acme_guest"], package_data={"acme_guest": ["*.ipynb"]},
+      entry_points={"opml_wb.chapters": ["guest = acme_guest:CHAPTER"]})"""
+
+
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory):
-    "The guest's notebook."
+def packages(tmp_path_factory):
+    "A folder of packages into which pip installed one that brings a chapter."
     import nbformat
-    v4 = nbformat.v4
+    v4, folder = nbformat.v4, tmp_path_factory.mktemp("acme")
     cells = [v4.new_markdown_cell(s) if kind == "md" else
              v4.new_code_cell(s, metadata={"tags": [kind]} if kind else {}) for s, kind in GUEST.items()]
-    path = tmp_path_factory.mktemp("guest")/"guest.ipynb"
+    (folder/"acme_guest").mkdir()
+    (folder/"setup.py").write_text(SETUP)
+    (folder/"acme_guest"/"__init__.py").write_text("from pathlib import Path\nCHAPTER = Path(__file__).with_name('guest.ipynb')")
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
-    return path
-
-
-BUILD = """import sys
-from pathlib import Path
-from opml_wb.core import chapter, docs
-ours, guest = docs.chapters, Path(sys.argv[1])
-docs.chapters = lambda: [*ours(), chapter.Chapter('guest', guest)]
-sys.exit(docs.docs.main(sys.argv[2:], standalone_mode=False) or 0)"""
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder/"acme_guest"/"guest.ipynb")
+    to = tmp_path_factory.mktemp("packages")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", to, folder], check=True)
+    return to
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory, guest):
-    "build(*options) -> CompletedProcess of `opml docs` with the guest among the chapters, in a home of this module."
+def guest(packages): return packages/"acme_guest"/"guest.ipynb"
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, packages):
+    "build(*options) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this module."
     home = tmp_path_factory.mktemp("home")
-    def call(*options):
-        env = {**os.environ, "OPML_HOME": str(home)}
-        return subprocess.run([sys.executable, "-c", BUILD, str(guest), *map(str, options)], env=env, cwd=ROOT,
-                              capture_output=True, text=True, timeout=900)
+    def call(*options, command="docs"):
+        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", command, *map(str, options)], cwd=ROOT,
+                              env={**os.environ, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
     call.home = home
     return call
 
@@ -125,19 +129,10 @@ def shot(page, name):
     page.screenshot(path=SHOTS/f"docs-{name}.png", full_page=True)
 
 
-# texts of tables, widgets and outputs that can hardly be read on what lies behind them: [contrast, text]
-CONTRAST = """() => {
-  const rgba = s => { const n = (s.match(/[\\d.]+/g) ?? []).map(Number)
-    return s.startsWith('color(') ? [...n.slice(0, 3).map(x => x * 255), n[3] ?? 1] : n }
-  const light = c => [.2126, .7152, .0722].reduce((sum, w, i) => { const v = c[i] / 255
-    return sum + w * (v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4) }, 0)
-  const ground = e => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor)
-    if (c.length < 4 ? c.length : c[3] > .5) return c } return [255, 255, 255] }
-  const words = '.opml td, .opml th, .dataframe td, .dataframe th, .widget-label, .widget-readout, pre'
-  return [...document.querySelectorAll(words)]
-    .filter(e => e.innerText.trim() && e.offsetParent).map(e => {
-      const [a, b] = [light(rgba(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x)
-      return [(a + .05) / (b + .05), e.innerText.slice(0, 40)] }).filter(([ratio]) => ratio < 3) }"""
+def soft(page):
+    "The page's colour for text that stands back, as computed styles give it."
+    return page.evaluate("""() => { const e = document.createElement('i'); e.style.color = 'var(--pst-color-text-muted)'
+      document.body.append(e); const said = getComputedStyle(e).color; e.remove(); return said }""")
 
 
 def figures(notebook):
@@ -172,6 +167,10 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
         assert page.locator(".opml-fig").count() >= figures(Path(run["notebook"])) and shown.count() > 0
         for box in page.locator(".opml-fig").all(): assert box.bounding_box()["height"] > 100
         assert page.locator(".opml-widget .widget-slider").count() > 0
+        texts = page.locator(".opml-fig .main-svg text").evaluate_all("all => [...new Set(all.map(t => getComputedStyle(t).fill))]")
+        assert soft(page) in texts                                                     # axes in the page's own colour
+        assert page.locator("table:has(th:has-text('default'))").count() == 1           # the parameters
+        assert page.locator("details:has(summary:has-text('The parameters'))").count() == 1
         assert f"opml run {p.stem}" in page.locator(".opml-bar").inner_text()
         assert f"opml lab {p.stem}" in page.locator(".opml-hint").first.inner_text()
         with page.expect_download() as got: page.locator(".opml-bar a.download").click()
@@ -223,21 +222,35 @@ def test_search_finds(site, web, page, how):
     page.get_by_text("Search finished").wait_for(timeout=15_000)
     found = page.locator("#search-results ul.search li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
     for wanted in ("api/riann/graph.html", "chapters/riann.html"): assert any(wanted in href for href in found), found
-    if how == "served": shot(page, "search")
+    if how == "served":
+        shot(page, "search")
+        page.goto(f"{web}/index.html")
+        page.keyboard.press("Control+k")                                               # as a reader asks
+        page.keyboard.type("DynamicHNSW")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/search.html?q=DynamicHNSW*")
+        page.get_by_text("Search finished").wait_for(timeout=15_000)
     else: page.faults.clear()                # there the browser refuses Sphinx the excerpts below the hits, and says so
     page.goto(f"{base}/chapters/riann.html")
     drawn(page)
-    assert page.locator(".opml-fig .main-svg").count() > 0 and page.locator(".opml-widget .widget-slider").count() == 3
+    assert page.locator(".opml-fig .main-svg").count() > 0 and page.locator(".opml-widget .widget-slider").count() > 0
     assert page.faults == []
 
 
 @browser_only
-def test_home_and_api(web, page):
+def test_home_and_api(site, web, page):
+    from opml_wb.core.papers import PAPERS
+    built = {p.stem for p in (site/"chapters").glob("*.html")} - {"index"}
+    chapters = [p.package for p in PAPERS if p.package in built] + sorted(built - {p.package for p in PAPERS})
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
         page.goto(f"{web}/index.html")
         assert page.get_by_role("link", name="riann", exact=True).first.get_attribute("href") == "chapters/riann.html"
-        assert "indexing speed-up over default HNSW" in page.locator("article").inner_text()
+        text = page.locator("article").inner_text()
+        assert "indexing speed-up over default HNSW" in text and "guests" in text       # claims, the guest's too
+        assert page.locator(".paper h4").all_inner_texts()[:10] == [f"{p.number} {p.name}" for p in PAPERS]
+        assert page.locator(".paper a").evaluate_all("l => l.map(a => a.getAttribute('href'))") == [
+            f"chapters/{name}.html" for name in chapters]
         shot(page, f"home-{theme}")
         assert page.evaluate(CONTRAST) == []
         page.goto(f"{web}/api/riann/graph.html")
@@ -266,7 +279,7 @@ def test_a_second_build_executes_nothing(site, build):
 def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, guest, tmp_path):
     was, source = (site/"index.html").read_text(), guest.read_text()
     try:
-        guest.write_text(source.replace("log.metric('points', n)", "1 / 0"))
+        guest.write_text(source.replace("log.metric('points', n);", "1 / 0;"))
         done = build("--out", site)
         assert done.returncode == 1 and "guest failed (ZeroDivisionError" in done.stderr and "--no-run" in done.stderr
         guest.write_text(source.replace("the run engine](../core/17_run.ipynb)", "nowhere](nowhere.md)"))
@@ -276,14 +289,20 @@ def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, gues
     assert (site/"index.html").read_text() == was
     (tmp_path/"thesis.tex").write_text("do not lose me")
     done = build("--out", tmp_path)
-    assert done.returncode == 1 and "opml docs --out DIR" in done.stderr and (tmp_path/"thesis.tex").exists()
+    assert done.returncode == 2 and "opml docs --out DIR" in done.stderr and (tmp_path/"thesis.tex").exists()
+
+
+def test_a_chapter_of_another_package_is_listed_and_claims(site, build):
+    assert "guest" in [c["name"] for c in json.loads(build("--json", command="list").stdout)]
+    claims = json.loads(build("--json", command="claims").stdout)
+    assert [(c["name"], c["measured"]) for c in claims if c["chapter"] == "guest"] == [("guests", 3)]
 
 
 def test_from_a_wheel(tmp_path):
     "Without a clone the sources come from inside the package, and the site goes into the home."
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     shutil.copytree(ROOT/"opml_wb", tmp_path/"opml_wb", ignore=ignore)
-    for carried, folder in (("_nbs", "nbs"), ("_chapters", "nbs/chapters"), ("_bench", "nbs/bench"), ("_data", "data")):
+    for carried, folder in (("_nbs", "nbs"), ("_data", "data")):
         shutil.copytree(ROOT/folder, tmp_path/"opml_wb"/carried, ignore=ignore)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OPML_HOME": str(tmp_path/"home")}
     code = "from opml_wb.core.docs import docs; raise SystemExit(docs.main(['--no-run'], standalone_mode=False) or 0)"

@@ -1,12 +1,11 @@
 """The form in a real JupyterLab: move a slider, see an error beside its field, press Run, watch it, read the card."""
 import json
 import re
-import time
 
 import nbformat
 import pytest
 from conftest import until
-from test_lab import HERE, errors, lab, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
+from test_lab import CONTRAST, HERE, errors, lab, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
 
 
 def value(page, field): return page.locator(f".opml-field-{field} .widget-readout").inner_text()
@@ -23,7 +22,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     page.goto(lab.format("form.ipynb"))
     run_all(page)
     page.wait_for_selector(".opml-form .opml-field-deg .noUi-handle", timeout=30_000)
-    assert page.locator(".opml-form select").count() == 1 and page.locator(".opml-form .noUi-handle").count() >= 7
+    assert page.locator(".opml-form select").count() >= 1 and page.locator(".opml-form .noUi-handle").count() >= 7
 
     seed = page.locator(".opml-field-seed input")          # an integer without bounds is typed
     seed.fill("many"); seed.press("Enter")
@@ -37,9 +36,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     assert value(page, "n_batches") == "10"
     page.locator(".opml-field-n_batches .noUi-handle").focus()
     for _ in range(8): page.keyboard.press("ArrowLeft")
-    began = time.monotonic()
     page.wait_for_function("() => document.querySelector('.opml-field-n_batches .widget-readout').innerText == '2'", timeout=5_000)
-    assert time.monotonic() - began < 1                    # it answers within a second
     page.locator(".opml-form-run").click()
     page.wait_for_function("() => /cell \\d+ of \\d+|streaming|properties/.test(document.querySelector('.opml-form-note').innerText)", timeout=60_000)
     page.screenshot(path=HERE/"artefacts"/"form-running.png")
@@ -52,6 +49,13 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     [run] = [json.loads(p.read_text()) for p in (tmp_path/"home"/"runs").glob("*/run.json")]
     assert run["given"] == {"seed": 5, "n_batches": 2} and run["status"] == "done"
     assert page.locator(".opml-form-run").is_enabled()
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
+    page.locator(".lm-Menu-itemLabel:text-is('JupyterLab Dark')").click()
+    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached", timeout=10_000)
+    page.wait_for_timeout(500)
+    page.screenshot(path=HERE/"artefacts"/"form-card-dark.png")
+    assert page.evaluate(CONTRAST) == []
     assert errors(page) == [] and faults == [] and strangers == []
 
 
