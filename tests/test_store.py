@@ -74,8 +74,7 @@ def point(name="loss", value=1.0, step=None):
 
 def rows(root):
     "All rows of the index."
-    db = Store(root).db
-    return {table: sorted(map(repr, db.execute(f"select * from {table}").fetchall())) for table in ("run", *CHILDREN)}
+    with closing(Store(root).db) as db: return {table: sorted(map(repr, db.execute(f"select * from {table}").fetchall())) for table in ("run", *CHILDREN)}
 
 
 def whole(root):

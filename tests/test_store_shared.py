@@ -72,6 +72,27 @@ def test_a_run_in_progress_elsewhere_is_left_alone(homes, tmp_path):
     assert b.reindex() == (0, [run_id]) and b.ls()[0]["elsewhere"]
 
 
+def test_a_copied_home_becomes_one_of_its_own(homes, tmp_path):
+    a = homes("a")
+    _, run_id = a.begin({"key": "k", "chapter": "demo", "params": {}})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    b = homes("b")
+    assert b.home != a.home and b.reindex() == (0, [run_id]) and a.count() == 1 and not a.ls()[0].get("elsewhere")
+    shutil.move(tmp_path / "a", tmp_path / "moved")     # while a moved one stays the same
+    assert homes("moved").home == a.home and not homes("moved").ls()[0].get("elsewhere")
+
+
+def test_a_home_that_is_busy_is_said(postgres, home, monkeypatch):
+    monkeypatch.setenv("OPML_STORE", postgres)
+    store, other = Store(), Store()
+    store.db.execute("set lock_timeout to '200ms'")
+    with other.db.writing(other.home):
+        with pytest.raises(StoreError, match="holds this home's rows"): store.begin({"key": "k", "chapter": "demo", "params": {}})
+        assert store.count() == 0 and not list(store.runs.iterdir())        # readers don't wait
+    store.begin({"key": "k", "chapter": "demo", "params": {}})
+    assert other.count() == 1
+
+
 def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
     nb = notebook(*BODY)
