@@ -616,19 +616,22 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
             signal.pause()
         try: put(log, 2)
         except StoreError as e: os.write(told, str(e).encode() + b"\n")
+        else: os.write(told, b"it could write\n")
         signal.pause()
     pid = os.fork()
     if not pid: parent()
     said = b""
     while said.count(b"\n") < 2: said += os.read(out, 1000)
     child = next(int(line) for line in said.split() if line.isdigit())
-    assert b"which forked this one: open it anew" in said
     try:
+        assert b"which forked this one: open it anew" in said
         with pytest.raises(Locked, match=f"process {pid} "): Store.open(tmp_path / "store")   # the child didn't release it
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)   # dead, and its number not yet free
         assert goes_on(tmp_path / "store") == 1
-    finally: os.kill(child, signal.SIGKILL)
+    finally:
+        for p in (child, pid): os.kill(p, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_forgotten_stores_let_go(tmp_path):
