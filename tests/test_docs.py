@@ -169,7 +169,7 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
         assert page.locator(".opml-widget .widget-slider").count() > 0
         texts = page.locator(".opml-fig .main-svg text").evaluate_all("all => [...new Set(all.map(t => getComputedStyle(t).fill))]")
         assert soft(page) in texts                                                     # axes in the page's own colour
-        assert page.locator("table:has(th:has-text('default'))").count() == 1           # the parameters
+        assert page.locator("table:has(th:has-text('meaning'))").count() == 1           # the parameters
         assert page.locator("details:has(summary:has-text('The parameters'))").count() == 1
         assert f"opml run {p.stem}" in page.locator(".opml-bar").inner_text()
         assert f"opml lab {p.stem}" in page.locator(".opml-hint").first.inner_text()

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 CHAPTERS = sorted((ROOT / "nbs" / "chapters").glob("*.ipynb")) + sorted((ROOT / "nbs" / "bench").glob("*.ipynb"))
+SOURCES = [p for p in NOTEBOOKS if p.parent.name not in ("chapters", "bench", "nbs")]
 BIN = Path(sys.executable).parent
 
 
@@ -66,6 +67,30 @@ def test_chapters_define_nothing_big(path):
         for node in ast.walk(ast.parse(source)):
             assert not isinstance(node, ast.ClassDef), f"{path.name}: a chapter defines no class"
             if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 16, f"{path.name}: {node.name} belongs in the package"
+
+
+def exported(path):
+    "The sources of a notebook's exported cells."
+    return [text(c) for c in cells(path) if re.match(r"#\|\s*exports?\b", text(c))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_what_is_public_is_documented(path):
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    public = [n for s in exported(path) for n in ast.parse(s).body if isinstance(n, kinds) and not n.name.startswith("_")]
+    bare = [n.name for n in public if not ast.get_docstring(n)]
+    assert not bare, f"{path.relative_to(ROOT)}: say in a docstring what these are for, with shapes and units: {', '.join(bare)}"
+
+
+def test_the_length_of_cells(record_property, capsys):
+    "Reported, not judged, below the length that nobody can hold: median, 9 in 10, and the longest."
+    sizes = sorted((len(s.splitlines()), p.relative_to(ROOT / "nbs").as_posix()) for p in SOURCES for s in exported(p))
+    lengths = [n for n, _ in sizes]
+    said = (f"{len(sizes)} exported cells: median {lengths[len(sizes) // 2]} lines, 9 in 10 below {lengths[len(sizes) * 9 // 10]}; longest: "
+            + ", ".join(f"{name} {n}" for n, name in reversed(sizes[-5:])))
+    record_property("cells", said)
+    with capsys.disabled(): print(f"\n{said}")
+    assert lengths[len(sizes) // 2] <= 24, f"cells are getting long: {said}"
 
 
 def test_names_do_not_repeat():

@@ -10,6 +10,7 @@ import json, sys, time
 
 # %% ../../nbs/core/20_terminal.ipynb #c7ad8bd6
 def console(stderr=False):
+    "A rich Console on stdout (or stderr) that colours nothing by itself and wraps only for a terminal."
     from rich.console import Console
     return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
 
@@ -79,7 +80,9 @@ class Live:
 # %% ../../nbs/core/20_terminal.ipynb #2c4f9f52
 COLOUR = {"pruned": "yellow", "done": "green", "cached": "green", "running": "cyan"}
 
-def status(status): return f"[{COLOUR.get(status, 'red')}]{status}[/]"
+def status(status):
+    "A run's status in its colour, as rich markup."
+    return f"[{COLOUR.get(status, 'red')}]{status}[/]"
 
 def _said(error):
     "One line that says what went wrong and where."
