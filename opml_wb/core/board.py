@@ -68,7 +68,7 @@ def rows(view, most=10):
     "(head, rows of values, how many more) of the runs worth a line."
     goals = [name for name, _ in view.goals]
     runs = ranked(view)
-    line = [[*(r.params.get(k) for k in view.names), *(r.metrics.get(k) for k in goals), r.seconds] for r in runs[:most]]
+    line = [[*(r.params.get(k) for k in view.names), *(r.metrics.get(k) for k in goals), r.seconds and round(r.seconds, 2)] for r in runs[:most]]
     return [*view.names, *goals, "seconds"], line, max(0, len(runs) - most)
 
 def failures(view, most=5):
@@ -98,32 +98,39 @@ def _top(view):
     at = f" at {words(point(view.front[0], view.names))}" if len(view.goals) == 1 else ""
     return f'<div style="margin:.3em 0"><b>{escape(said)}</b>{escape(at)}</div>'
 
-def _tables(view):
-    "The best runs, and those that failed."
-    from opml_wb.core.ui import _table, _tag, num
-    def cell(v): return "" if v is None else num(v) if isinstance(v, float) else short(v)
+def _cell(v):
+    from opml_wb.core.ui import num
+    return "" if v is None else num(v) if isinstance(v, float) else short(v)
+
+def _done(view):
+    "The best runs."
+    from opml_wb.core.ui import _table
     head, lines, more = rows(view)
     figures = {j for j in range(len(head)) if all(isinstance(r[j], (int, float)) or r[j] is None for r in lines)}
-    html = _table(head, [[cell(v) for v in r] for r in lines], figures) if lines else ""
-    if more: html += f"<div class=m>{more} more: .frame() has all</div>"
-    head, lines, more = failures(view)
-    if lines: html += _table(head, [[*map(cell, r[:-2]), (_tag(r[-2], "baseline"),), r[-1]] for r in lines])
-    return html + (f"<div class=m>{more} more failed</div>" if more else "")
+    html = _table(head, [list(map(_cell, r)) for r in lines], figures) if lines else ""
+    return html + (f"<div class=m>{more} more: .frame() has all</div>" if more else "")
+
+def _failed(view, most=5):
+    "Runs that failed, and why."
+    from opml_wb.core.ui import _table, _tag
+    head, lines, more = failures(view, most)
+    html = _table(head, [[*map(_cell, r[:-2]), (_tag(r[-2], "baseline"),), r[-1]] for r in lines]) if lines else ""
+    return html + (f"<div class=m>{more} more went wrong</div>" if more else "")
 
 # %% ../../nbs/core/28_board.ipynb #e5f4fd59
 def table(sweep):
     "HTML of an ended `Sweep`: what became of its runs, the best of them, those that failed and why."
     from opml_wb.core.ui import CSS
     head = f"<b>{escape(sweep.chapter)}</b> <span class=m>sweep {sweep.id[:10]}, {sweep.n} runs</span>"
-    return f"{CSS}<div class=opml>{head}{_bar(sweep)}{_top(sweep)}{_tables(sweep)}</div>"
+    return f"{CSS}<div class=opml>{head}{_bar(sweep)}{_top(sweep)}{_done(sweep)}{_failed(sweep)}</div>"
 
 def progress_html(state):
-    "HTML of a sweep that works: how far, the best so far, what runs now; at its end only what became of it (the `Sweep` shows the rest)."
+    "HTML of a sweep that works: how far, the best so far, what runs now; at its end what became of it (the `Sweep` shows its runs)."
     from opml_wb.core.ui import CSS
     ended = len(state.runs) == state.n
     head = f"<b>{escape(state.chapter)}</b> {len(state.runs)} of {state.n} <span class=m>{escape(', '.join(ahead(state)))}</span>"
     now = "".join(f"<div class=m>running {escape(words(j.point))}, {span(time.monotonic() - j.began)}</div>" for j in state.jobs[:4])
-    return f"{CSS}<div class=opml>{head}{_bar(state, len(state.jobs))}{_top(state)}{'' if ended else _tables(state) + now}</div>"
+    return f"{CSS}<div class=opml>{head}{_bar(state, len(state.jobs))}{_top(state)}{'' if ended else _done(state)}{_failed(state, 1 if ended else 3)}{now}</div>"
 
 # %% ../../nbs/core/28_board.ipynb #955994eb
 class Silent:
