@@ -695,7 +695,9 @@ def test_an_undo_that_fails_is_made_up_for(tmp_path):
     assert goes_on(tmp_path / "store") == 2
 
 
-def test_threads_append_at_once(tmp_path):
+def test_threads_append_at_once(tmp_path, request):
+    request.addfinalizer(lambda was=sys.getswitchinterval(): sys.setswitchinterval(was))
+    sys.setswitchinterval(1e-6)   # change threads as often as can be
     with Store.open(tmp_path / "store", fsync="none") as log:
         numbers = []
         def work(t):
