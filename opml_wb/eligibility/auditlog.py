@@ -83,20 +83,22 @@ AuditLog.days, AuditLog.take = days, take
 def _order_key(values, fmt, name, issues):
     "A column as sortable numbers; texts that are all numbers are taken as numbers, other texts by the alphabet, and that is noted."
     v = pd.Series(values)
-    if v.dtype.kind in "iufb": key = v.to_numpy()
-    elif fmt is not None or v.dtype.kind == "M":
-        codes, levels = encode(v, name=name)
-        return np.concatenate([[NAT], dates_of(levels, fmt, name)])[codes]
-    elif (key := pd.to_numeric(v, errors="coerce").to_numpy(np.float64, na_value=np.nan)).size and not np.isnan(key).any(): pass
+    number = v if v.dtype.kind in "iufb" else pd.to_numeric(v, errors="coerce") if fmt is None and v.dtype.kind != "M" else pd.Series([np.nan])
+    if v.dtype.kind in "iufb" or not number.isna().any(): key, none = number.to_numpy(), number.isna().to_numpy()
     else:
         codes, levels = encode(v, name=name)
-        try: key = np.concatenate([[NAT], dates_of(levels, None, name)])[codes]
-        except ValueError:
-            issues[f"order {name!r} is text"] = len(v)
-            key = np.concatenate([[-1], np.argsort(np.argsort(np.asarray(levels.astype(str))))])[codes]
-    if key.dtype.kind == "f" and np.isnan(key).any():
-        raise ValueError(f"order {name!r}: row {int(np.isnan(key).argmax())} has none; give every row its place, or another order=")
+        key, none = _dated_or_text(levels, fmt, name, issues)[codes], codes == 0
+    if none.any(): raise ValueError(f"order {name!r}: row {int(none.argmax())} has none; give every row its place, or another order=")
     return key
+
+def _dated_or_text(levels, fmt, name, issues):
+    "Sortable int64 [levels + 1] of levels that are dates or, where no format is given, texts."
+    try: rank = dates_of(levels, fmt, name)
+    except ValueError:
+        if fmt is not None: raise
+        issues[f"order {name!r} is text"] = len(levels)
+        rank = np.argsort(np.argsort(np.asarray(levels.astype(str))))
+    return np.concatenate([[NAT], rank])
 
 def _times(get, time, dates):
     "Microseconds of each row's `time` (int64 [n]), or None."

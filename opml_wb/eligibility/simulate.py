@@ -40,7 +40,8 @@ def _cases(n, days, change, ties, rng):
                 group=group, at_start=rng.random(n) < .35, together=rng.random(n) < ties, person=rng.integers(0, 6, n), drops=drops,
                 passed=rng.random(n) < .15, recoded=rng.random(n) < .06, symptom=rng.random(n) < .62, code=code, caller=rng.zipf(1.6, n) % 400,
                 impact=rng.integers(0, 3, n), contact=rng.choice(3, n, p=[.6, .3, .1]), parent=rng.random(n) < .02, solver=rng.integers(0, 8, n),
-                waits=np.cumsum(rng.lognormal([0, 2.5, 4, 5, 5, 6, 7], 1, (n, 7)), 1).astype(int))
+                habit=rng.random(n) < .7,
+                waits=np.cumsum(rng.lognormal([0, 3, 4, 5, 5, 6, 7], 1.2, (n, 7)), 1).astype(int))
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #211619ae
 def _rows(c):
@@ -78,7 +79,7 @@ def _columns(c, case, stage):
         "assigned_to": where(has_person, _text("person ", group * 6 + v["person"])), "reassignments": ((stage >= 4) & v["passed"]).astype(int) + has_group,
         "workaround": where((stage >= 3) & v["drops"], _text("article ", v["category"])), "parent": where(v["parent"] & (stage >= 2), _text("INC", 10_000 + case // 2)),
         "vendor": "?", "notify": "by mail", "link": _text("https://desk/", case), "resolved_at": _date(end[case]),
-        "resolved_by": _text("person ", v["code"] * 8 + v["solver"]), "close_code": pick(CODES, v["code"]),
+        "resolved_by": _text("person ", np.where(v["habit"], v["code"] * 8, v["person"] * 5) + v["solver"]), "close_code": pick(CODES, v["code"]),
         "duration_h": np.where(stage == 6, (end - c["opened"])[case] // 60, -1), "sla_met": where(stage == 6, pick(("no", "yes"), ((end - c["opened"])[case] < 1440 * 3).astype(int)))}
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #e02d6d13

@@ -44,11 +44,11 @@ def _against(s, th):
     plan = np.isin(s.fields, s.planned)
     empty = s.sums()[:, NULL]
     constant = np.array([o is not MANY and o != MANY for o in s.only]) & ((empty == 0) | (empty == s.n)) & (3 <= th * s.n)   # rule of three
-    out = [("backfill", "later than the row that holds it in {:.1%} of its values", (late > BACKFILL) & ~plan, np.zeros(len(late), bool), late, *future[2:])]
+    out = [("backfill", "later than its own row in {:.1%} of values", (late > BACKFILL) & ~plan, np.zeros(len(late), bool), late, *future[2:])]
     for text, (rate, doubt, lo, hi) in (("null in {:.1%} of cases", null), ("ends otherwise in {:.1%} of cases", change)):
         out.append(("ineligible", text, (rate > th) & ~doubt, doubt, rate, lo, hi))
     out.append(("ineligible", "constant: one value in all cases", constant, np.zeros(len(late), bool), *null[:1], *null[2:]))
-    out.append(("ineligible", "identifier: a value of its own in each case", s.ids, np.zeros(len(late), bool), *null[:1], *null[2:]))
+    out.append(("ineligible", "identifier: a value for each case", s.ids, np.zeros(len(late), bool), *null[:1], *null[2:]))
     return out
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #a8f1d42a
