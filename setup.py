@@ -18,7 +18,7 @@ REQUIRES = [
     "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2",
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
-PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13"]
+PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1"]
 PG = ["psycopg[binary]>=3.1"]
 DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
