@@ -27,7 +27,7 @@ def state(g):
     "Everything that the index knows, as bytes."
     arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta")]
     return (b"".join(a.tobytes() for a in arrays), g._g.U[:g._rows].tobytes(), g._g.meta.tobytes(),
-            dict(g._slot), list(g._free), g._used, g._rows, g._dead)
+            dict(g._slot), list(g._free), g._used, g._rows, g._dead, g._cursor, None if g._doomed is None else g._doomed.tobytes())
 
 
 def sound(g):
@@ -176,6 +176,94 @@ def test_recall_survives_churn(sift):
         g.insert(x[part], part, 16, 60)
     sound(g)
     assert recall(g.search(q, 10, 50)[0], true) > fresh - .01 and g.capacity == capacity
+
+
+def churn(g, base, n, rounds, deg, cand, batch=100, seed=0):
+    "Replace every one of `n` live vectors `rounds` times by others of `base`; the ids and the rows of `base` that are live."
+    rng, ids, row = np.random.default_rng(seed), np.arange(n), np.arange(n)
+    rest = np.arange(n, len(base))
+    for part in np.array_split(np.concatenate([rng.permutation(n) for _ in range(rounds)]), rounds * n // batch):
+        g.remove(ids[part])
+        new = rng.choice(len(rest), len(part), replace=False)
+        row[part], rest[new], ids[part] = rest[new], row[part], ids[part] + n
+        g.insert(base[row[part]], ids[part], deg, cand)
+    return ids, row
+
+
+@pytest.mark.parametrize("deg, cand", [(8, 20), (16, 100), (32, 50)])
+def test_churn_does_not_wear_the_graph_out(sift, deg, cand):
+    "600 %: recall is a new graph's, each vector finds itself, none removed comes back, the memory stays."
+    (x, q), n = sift, 2000
+    g, new = DynamicHNSW(128, capacity=2400), DynamicHNSW(128)
+    g.insert(x[:n], np.arange(n), deg, cand)
+    ids, row = churn(g, x, n, 6, deg, cand)
+    sound(g)
+    new.insert(x[row], ids, deg, cand)
+    true = ids[ground_truth(x[row], q, 10)[0]]
+    found = g.search(q, 10, 50)[0]
+    assert np.isin(found, ids).all() and g.capacity == 2400
+    assert recall(found, true) > recall(new.search(q, 10, 50)[0], true) - (.005 if cand > 20 else .02)
+    self_found = [(h.search(x[row], 1, 50)[1][:, 0] == 0).mean() for h in (g, new)]
+    assert self_found[0] >= min(.998, self_found[1] - .002)
+
+
+def test_k_live_ones_come_when_nine_in_ten_are_removed(sift):
+    "With all nine still in the graph, after removals in pieces, after repair, and after one large removal."
+    x, q = sift[0][:3000], sift[1]
+    order = np.random.default_rng(0).permutation(3000)
+    kept = np.sort(order[2700:])
+    true = kept[ground_truth(x[kept], q, 10)[0]]
+
+    def check(g, least):
+        ids = g.search(q, 10, 50)[0]
+        assert np.isin(ids, kept).all() and all(len(set(r)) == 10 for r in ids.tolist())
+        assert recall(ids, true) > least
+    marked, pieces, whole = (DynamicHNSW(128) for _ in range(3))
+    for g in marked, pieces, whole: g.insert(x, np.arange(3000), 16, 60)
+    marked._mark(order[:2700].tolist())
+    check(marked, .98)
+    for i in range(0, 2700, 50): pieces.remove(order[i:i + 50])
+    check(pieces, .98)
+    while pieces.repair(1e-3): sound(pieces)
+    check(pieces, .98)
+    assert pieces._dead == 0 and len(pieces._free) == 2700
+    whole.remove(order[:2700])
+    sound(whole)
+    check(whole, .98)
+
+
+def test_the_sweep_goes_on_through_insertions_and_repairs(sift):
+    "Removals, insertions and slices of repair in any order; every state is sound, and in the end nothing is left over."
+    x, g, rng = sift[0], DynamicHNSW(128, capacity=10), np.random.default_rng(0)
+    g.insert(x[:800], range(800), 8, 30)
+    have, nxt, swept = list(range(800)), 800, 0
+    for _ in range(150):
+        out = rng.permutation(len(have))[:rng.integers(1, 30)]
+        g.remove([have[i] for i in out])
+        have = [v for i, v in enumerate(have) if i not in set(out.tolist())]
+        swept += g._doomed is not None
+        if rng.random() < .3: g._gate.alone(g._advance, int(rng.integers(1, 400)))
+        n = int(rng.integers(1, 30))
+        g.insert(x[np.arange(nxt, nxt + n) % 6000], range(nxt, nxt + n), 8, 30)
+        have, nxt = have + list(range(nxt, nxt + n)), nxt + n
+        sound(g)
+    assert swept > 20 and g.repair() == 0 and g.repair(0) == 0
+    sound(g)
+    rows = np.array(have) % 6000
+    assert (g.search(x[rows], 1, 60)[1][:, 0] == 0).mean() > .99
+
+
+def test_the_entry_point_may_go_again_and_again(sift):
+    x, g = sift[0][:600], DynamicHNSW(128)
+    g.insert(x, range(600), 4, 30)
+    left = set(range(600))
+    while len(left) > 5:
+        out = int(g._g.ids[g._g.meta[0]])
+        g.remove([out])
+        left.discard(out)
+        assert g._g.level[g._g.meta[0]] >= 0
+    sound(g)
+    assert set(g.search(x[:1], 5, 10)[0][0].tolist()) == left
 
 
 @pytest.mark.parametrize("share", [.3, .7, .995])

@@ -7,10 +7,11 @@ __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 
 # %% ../../nbs/riann/02_graph.ipynb #07cb84fc
 import operator, threading, time
+from itertools import compress
 import numpy as np
 
-from .kernels import (DEBT, GONE, INSERT, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
-                                   _insert, _repair, _search, _slot)
+from .kernels import (DEBT, GONE, INSERT, NEAR, PACE, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
+                                   _bury, _insert, _inward, _search, _slot, _sweep)
 
 # %% ../../nbs/riann/02_graph.ipynb #82e48f07
 def _integer(name, value, low, high=None):
@@ -102,6 +103,7 @@ class _Arrays:
     def _clear(self):
         "Forget all nodes, keep the arrays."
         self._slot, self._free, self._used, self._rows, self._dead = {}, [], 0, 0, 0
+        self._doomed, self._cursor = None, 0           # removed nodes that the sweep will free, and how far it is
         self._wait = np.zeros(0, np.int64)             # slots that are placed and not linked, oldest first
         self._has = np.zeros(self.capacity, np.int8)   # upper rows that each slot owns
         self._g.meta[:], self._g.U[:, 0] = -1, 0
@@ -154,7 +156,7 @@ class _Arrays:
         if s is None or len(s.seen) < len(g.ids) or len(s.pool) < n:
             tag, s = 0, Scratch(z(len(g.ids), np.uint32), z(n, np.uint64), z(m, np.uint32), z(m, np.float32),
                                 z(m, np.uint64), z(m, np.uint64), z((TOP + 1, m), np.uint64),
-                                z(TOP + 1, int), z(2, int))
+                                z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32))
         if tag + steps >= 2**32:
             s.seen[:] = 0
             tag = 0
@@ -194,43 +196,89 @@ class _Linking(_Arrays):
         self._spare.append((tag, s))
         return work
 
-    def _remove(self, ids):
-        g = self._g
-        for id in ids:
-            v = self._slot.pop(id)
-            if g.level[v] == WAIT:
-                g.level[v] = GONE
-                self._free.append(v)
-                continue
-            r = g.L0[v, 1] if g.level[v] == GONE else v
-            u = int(g.twin[r])
-            if u < 0: g.level[v], self._dead = ~g.level[v], self._dead + 1
-            else:   # the node lives on; the id of its next twin moves here
-                if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v
-                g.twin[r] = g.twin[u]
-                self._free.append(u)
+    def _mark(self, ids):
+        "Forget `ids`: no search returns them. The slots of nodes that are removed ones now."
+        g, slots = self._g, np.array([self._slot[i] for i in ids])
+        alone = (g.level[slots] >= 0) & (g.twin[slots] < 0)
+        gone = slots[alone]
+        g.level[gone] = ~g.level[gone]
+        for i in compress(ids, alone): del self._slot[i]
+        more = [v for i in compress(ids, ~alone) if (v := self._forget(i)) >= 0]
         self._wait = self._wait[g.level[self._wait] == WAIT]
-        if not self._slot: self._clear()
-        elif self._dead * DEBT > self._used - len(self._free): self._reclaim()
+        self._dead += len(gone) + len(more)
+        return np.append(gone, more).astype(np.int64)
 
-    def _reclaim(self):
-        "Mend the graph around its removed nodes and free their slots."
+    def _forget(self, id):
+        "Forget an id that waits or has copies; the slot of its node if that is removed with it, else -1."
+        g, v = self._g, self._slot.pop(id)
+        if g.level[v] == WAIT:
+            g.level[v] = GONE
+            self._free.append(v)
+            return -1
+        r = g.L0[v, 1] if g.level[v] == GONE else v
+        u = int(g.twin[r])
+        if u < 0:
+            g.level[v] = ~g.level[v]
+            return v
+        if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v   # the node lives on; the id of its next twin moves here
+        g.twin[r] = g.twin[u]
+        self._free.append(u)
+        return -1
+
+    def _remove(self, ids):
+        gone = self._mark(ids)
+        if not self._slot: return self._clear()
+        tag, s = self._scratch(self._g, 1, (int((~self._g.level[gone]).sum()) + len(gone)) * NEAR)
+        self._spare.append((_bury(self._g, self._ip, gone, tag, s), s))
+        if self._g.level[self._g.meta[0]] < 0 or not self._g.L0[self._g.meta[0], 0]: self._enter()
+        steps = PACE * len(gone)
+        while steps > 0 and (self._doomed is not None or self._dead * DEBT > self._used - len(self._free)):
+            steps -= self._advance(steps)
+
+    def _enter(self):
+        "Let searches begin at a live node of the highest layer, at one with links if there is any."
+        level, linked = self._g.level[:self._used], self._g.L0[:self._used, 0] > 0
+        best = np.where(linked, level, -1).argmax()
+        self._g.meta[0] = best if linked[best] and level[best] >= 0 else level.argmax()
+
+    def _removed(self):
+        level = self._g.level[:self._used]
+        return np.flatnonzero((level < 0) & (level >= ~TOP))
+
+    def _advance(self, steps):
+        "Move the sweep on by at most `steps` slots, from the start if none is on; how many."
         g, n = self._g, self._used
-        level = g.level[:n]
-        live, dead = np.flatnonzero(level >= 0), np.flatnonzero((level < 0) & (level >= ~TOP))
-        if len(dead) <= len(live):
-            inward = np.zeros(n, int)
-            tag, s = self._scratch(g, 1, 2 * n * (TOP + 1))
-            self._spare.append((_repair(g, self._ip, n, tag, inward, s), s))
-            best = live[level[live].argmax()]
-            if level[g.meta[0]] < 0: g.meta[0] = best
-            weak = live[((inward[live] == 0) | (g.L0[live, 0] == 0)) & (live != g.meta[0])]
-            if len(weak): self._link(weak, RELINK)
-        if len(dead) > len(live) or (g.L0[g.meta[0], 0] == 0 and len(live) > 1):
-            g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
-            if len(live): self._link(live, REBUILD)
-        level[dead], self._dead = GONE, 0
+        if self._doomed is None: self._doomed, self._cursor = self._removed(), 0
+        a, b = self._cursor, min(n, self._cursor + steps)
+        tag, s = self._scratch(g, 1, (b - a) * (TOP + 1))
+        self._spare.append((_sweep(g, self._ip, a, b, tag, s), s))
+        self._cursor = b
+        if b == n: self._finish()
+        return b - a
+
+    def _finish(self):
+        "Nothing leads to the doomed any more: free them, and link anew who is out of reach."
+        g, n = self._g, self._used
+        count = np.zeros(n, np.int32)
+        _inward(g, n, count)
+        lost = np.flatnonzero((g.level[:n] >= 0) & ((count == 0) | (g.L0[:n, 0] == 0)))
+        lost = lost[lost != g.meta[0]]
+        if len(lost): self._link(lost, RELINK)
+        self._release(self._doomed)
+
+    def _release(self, dead):
+        self._g.level[dead], self._doomed = GONE, None
+        self._dead -= len(dead)
         self._free += dead.tolist()
+
+    def _rebuild(self, ids):
+        "Remove `ids` where few remain: link those anew."
+        self._mark(ids)
+        if not self._slot: return self._clear()
+        g, live = self._g, np.flatnonzero(self._g.level[:self._used] >= 0)
+        g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
+        if len(live): self._link(live, REBUILD)
+        self._release(self._removed())
 
 # %% ../../nbs/riann/02_graph.ipynb #a30e50fc
 class DynamicHNSW(_Linking):
@@ -369,14 +417,31 @@ class DynamicHNSW(_Linking):
 
     def _known(self, ids):
         ids, bad = _keys(ids)
-        _refuse(ids=bad or next(((i, f"id {v} is not in the index") for i, v in enumerate(ids) if v not in self), None))
+        _refuse(ids=bad or next(((i, f"id {v} is not in the index") for i, v in enumerate(ids) if v not in self._slot), None))
         return ids
 
     def remove(self, ids):
         """Take vectors out: no search that begins afterwards returns them, and their ids may be inserted anew.
 
-        ids: int[n], all in the index. Errors: ValueError naming the first row at fault; then nothing is removed."""
-        with self._writer: self._gate.alone(self._remove, self._known(ids))
+        ids: int[n], all in the index. The time is proportional to n (one vector costs less than an insertion), but where more
+        than three in four are removed, proportional to those that remain. Searches go on in between, every 256 vectors.
+        Errors: ValueError naming the first row at fault; then nothing is removed.
+        Source: IP-DiskANN (Xu et al. 2025) for the links, FreshDiskANN (Singh et al. 2021) for the memory."""
+        with self._writer:
+            ids = self._known(ids)
+            if 4 * len(ids) > 3 * np.count_nonzero(self._g.level[:self._used] >= 0): return self._gate.alone(self._rebuild, ids)
+            for i in range(0, len(ids), 256): self._gate.alone(self._remove, ids[i:i + 256])
+
+    def repair(self, budget_s=None):
+        """Go on freeing the memory of removed vectors, in idle time; `remove` does so by itself, if later.
+
+        budget_s: seconds, >= 0 (None: until nothing is left to do); overrun by about a millisecond.
+        Returns how many removed nodes are left in the graph. Errors: ValueError."""
+        if budget_s is not None and not budget_s >= 0: raise ValueError(f"budget_s: expected seconds >= 0, got {budget_s!r}")
+        end = time.perf_counter() + (np.inf if budget_s is None else budget_s)
+        with self._writer:
+            while self._dead and time.perf_counter() < end: self._gate.alone(self._advance, 512)
+            return self._dead
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
 def is_warm():
@@ -384,7 +449,7 @@ def is_warm():
     def ready(k):
         try: return bool(k.nopython_signatures or k._cache._cache_file._load_index())
         except (AttributeError, OSError): return False
-    return all(map(ready, (_insert, _search, _repair)))
+    return all(map(ready, (_insert, _search, _bury, _sweep)))
 
 def warm():
     "Compile the kernels (or load them from numba's cache) for every metric; the CPU seconds it took."
