@@ -98,12 +98,21 @@ def _names(source):
 def _exported(source, classes):
     "An exported cell as cells: what is public in it, then the source, folded; nothing for imports alone."
     if not (names := _names(source)): return []
-    shown = [symbol(n, classes) for n in public(parse(source))]
-    title = f"Source: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
-    fold = {"code_prompt_show": title, "code_prompt_hide": "Hide the source"}
-    return [prose(s) for s in shown] + [code(source, tags=["hide-input"], mystnb=fold)]
+    return [prose(symbol(n, classes)) for n in public(parse(source))] + [_fold(source, names)]
 
-# %% ../../nbs/core/43_docs_api.ipynb #420a3792
+def _fold(source, names):
+    "Source that is folded under the names of what it defines."
+    title = f"Source: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+    return code(source, tags=["hide-input"], mystnb={"code_prompt_show": title, "code_prompt_hide": "Hide the source"})
+
+def _joined(cells, new):
+    "`cells` and `new`; one fold where only folds of private things follow each other."
+    folds = [c for c in (*cells[-1:], *new) if c["metadata"].get("mystnb")]
+    if len(new) != 1 or len(folds) < 2: return cells + new
+    source = "\n\n".join(c["source"] for c in folds)
+    return [*cells[:-1], _fold(source, _names(source))]
+
+# %% ../../nbs/core/43_docs_api.ipynb #376369f9
 def api(nb, here="", pages={}, where=""):
     """The source notebook `nb` (dict) as a page of the API: a notebook (dict) that needs no execution.
 
@@ -116,7 +125,7 @@ def api(nb, here="", pages={}, where=""):
     for cell, said, source in sources:
         if cell["cell_type"] == "markdown": cells.append(prose(links(text(cell), pages, here)))
         elif cell["cell_type"] != "code" or hidden(said) or not source: continue
-        elif said.keys() & {"export", "exports"}: cells += _exported(source, classes)
+        elif said.keys() & {"export", "exports"}: cells = _joined(cells, _exported(source, classes))
         else: cells.append(code(source, tags=tags(said)))
     written = f", written in `{where}`" if where else ""
     bar = f"```{{py:module}} {name}\n```\n\n{{.opml-bar}}\nModule `{name}`{written}"
