@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -393,6 +394,41 @@ def test_dask_survives_the_kill_of_a_worker(home, slow, cluster, tmp_path):
         from opml_wb.core.sweep import drive
         s = drive(Order(nb, {"n": (1, 12), "pause": .3}), executor=client, show=Kill())
     assert marker.exists() and s.counts == {"done": 12} and len(told()) == 12
+
+
+def test_two_sweeps_on_one_cluster_leave_each_other_alone(home, slow, cluster, opml_sweep):
+    nb, told = slow
+    first = opml_sweep(nb, "n=1..6", "pause=1.5", "--executor", cluster.scheduler_address, "--json", start=True)
+    assert until(lambda: sum(told("begin").values()) >= 2, 60)
+    second = opml_sweep(nb, "n=11..14", "pause=0.5", "--executor", cluster.scheduler_address, "--json", start=True)
+    got = [json.loads(p.communicate(timeout=120)[0]) for p in (second, first)]
+    assert [g["counts"] for g in got] == [{"done": 4}, {"done": 6}] and set(told("begin").values()) == {1}
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_ends_the_sweep_and_the_command_resumes(home, slow, opml_sweep, tmp_path):
+    pytest.importorskip("distributed")
+    nb, told = slow
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    def dask(*words): return subprocess.Popen([sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:], "--no-dashboard"],
+                                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", str(port))
+    worker = dask("worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path / "w"))
+    try:
+        assert until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, 60)
+        command = nb, "n=1..8", "pause=1", "--json"
+        driver = opml_sweep(*command, "--executor", f"tcp://127.0.0.1:{port}", start=True)
+        assert until(lambda: sum(told().values()) >= 2, 90)
+        scheduler.kill()
+        out, err = driver.communicate(timeout=90)
+        got = json.loads(out)
+        assert driver.returncode == 1 and "the Dask scheduler is gone" in err and "the same command runs what is missing" in err and "Traceback" not in err
+        assert 1 <= got["counts"]["done"] < 8 and set(got["counts"]) <= {"done", "killed"}
+        assert {d["status"] for d in Store(home).ls()} <= {"done", "killed"}
+        again = json.loads(opml_sweep(*command).stdout)
+        assert again["counts"] == {"cached": got["counts"]["done"], "done": 8 - got["counts"]["done"]}
+    finally:
+        for p in scheduler, worker: p.kill(); p.wait()
 
 
 def test_dask_runs_are_seen_live_and_can_be_pruned(home, notebook, cluster):

@@ -50,12 +50,13 @@ def sweep(chapter, parameters, n, sampler, objective, direction, jobs, executor,
     from opml_wb.core import board
     from opml_wb.core.cli import _pairs
     from opml_wb.core.order import Order
-    from opml_wb.core.sweep import Interrupted, drive
+    from opml_wb.core.sweep import ExecutorLost, Interrupted, drive
     order = Order(chapter, text=_pairs(parameters, ()), n=n, sampler=sampler, objective=list(objective) or None, direction=list(direction), seed=seed,
                   pruner="median" if prune else None, preset=preset, timeout=timeout, mem_gb=mem_gb)
+    show, end = board.Silent() if as_json else board.live(terminal=True), None
     try:
-        with board.Silent() if as_json else board.live(terminal=True) as show: done, code = drive(order, jobs=jobs, executor=executor, show=show), None
-    except Interrupted as e: done, code = e.sweep, 130
+        with show: done = drive(order, jobs=jobs, executor=executor, show=show)
+    except (Interrupted, ExecutorLost) as e: done, end = e.sweep, e
     click.echo(json.dumps(done.to_dict(), ensure_ascii=False, indent=1)) if as_json else _print(done)
-    if code == 130: click.echo(f"stopped: {len(done.runs)} of {done.n} known; the same command runs what is missing", err=True)
-    return code or (0 if done.ok else 1)
+    if end: click.echo(f"opml: {end}".replace("the same sweep again", "the same command"), err=True)
+    return 130 if isinstance(end, Interrupted) else 0 if done.ok and not end else 1
