@@ -13,7 +13,7 @@ REQUIRES = [
     "numpy>=1.26", "scipy>=1.11", "pandas>=2.1", "pyarrow>=14", "scikit-learn>=1.4", "xgboost>=2.0", "torch>=2.2",
     "numba>=0.60", "simpy>=4.1", "hnswlib>=0.8",
     "jupyterlab>=4.1", "ipywidgets>=8.1", "anywidget>=0.9.9", "ipykernel>=6.29", "nbformat>=5.10", "nbclient>=0.10",
-    "papermill>=2.6", "nbdime>=4", "plotly>=5.20", "matplotlib>=3.8",
+    "papermill>=2.6", "pyyaml>=6", "nbdime>=4", "plotly>=5.20", "matplotlib>=3.8",
     "pydantic>=2.7", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "pooch>=1.8", "psutil>=5.9",
     "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2",
 ]
