@@ -65,6 +65,8 @@ class _Clock:
     def spent(self): return time.thread_time() - self.cpu
     @property
     def left(self): return math.inf if self.limit is None else self.limit - self.wall
+    @property
+    def reserve(self): return (self.limit or 0) / 10   # the most that is held back for a stall
 
 @contextmanager
 def _no_pause():
@@ -95,7 +97,7 @@ class _Linking:
 
     def _chunk(self, costs, clock):
         "(rung, n) to link now, None if nothing more fits. costs: wall seconds per vector of each rung."
-        waiting, left = self._graph.waiting, clock.left - GUARD_S - min(self.pace.stall, .008)
+        waiting, left = self._graph.waiting, clock.left - GUARD_S - min(self.pace.stall, clock.reserve)
         fits = np.flatnonzero(costs * waiting <= left)
         i = int(fits[0]) if len(fits) else int(np.argmin(costs))
         n = int(min(waiting, max(1, max(CHUNK_S[0], min(CHUNK_S[1], left / 6)) / costs[i])))
@@ -135,53 +137,13 @@ class _Linking:
             done += m
         return done
 
-# %% ../../nbs/riann/11_index.ipynb #fdcf6946
-class Riann(_Linking):
-    """Nearest neighbours, indexed batch by batch within deadlines.
-
-    dim: length of a vector. metric: "l2" (squared), "cosine" (1 - cos) or "ip" (1 - inner product).
-    requirement: a Requirement; `add` and `update` take another deadline for one batch.
-    path: folder to be safe in: what `add` acknowledged survives a crash (None: memory only).
-    seed: int, of the nodes' levels and of the search for properties.
-    flat_below: up to so many vectors there is no graph, searches compare with all (None: as long as that is as fast).
-    time_model, recall_model: TimeModel, RecallModel (None: the shipped ones, with this machine's time of a distance).
-    closed_loop: whether predictions follow the machine's speed and load.
-    Errors: ValueError naming the parameter; StoreError for the path.
-    Threads: any number of searches at once, also while one thread writes; writers queue up.
-    Source: RIANN, section 2."""
-    def __init__(self, dim, metric="l2", requirement=Requirement(), path=None, seed=0, flat_below=None,
-                 time_model=None, recall_model=None, closed_loop=True):
+# %% ../../nbs/riann/11_index.ipynb #8baa52ae
+class _Foreseeing(_Linking):
+    "Plans."
+    def require(self, requirement):
+        "Ask something else from now on: a Requirement. The graph stays."
         if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
-        self._graph, self._log = DynamicHNSW(dim, metric, capacity=4096, seed=seed), None
-        self._prepare(requirement, seed, flat_below, time_model, recall_model, closed_loop)
-        if path is not None:
-            self._log = Store.open(path, create=True)
-            if self._log.snapshot is not None or self._log.seq:
-                self._log.close()
-                raise ValueError(f"path: {path} holds an index already; Riann.open({str(path)!r}) opens it")
-            self.save()
-
-    def _prepare(self, requirement, seed, flat_below, time_model, recall_model, closed_loop):
-        from opml_wb.riann.recall import RecallModel
-        warm()
-        self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
-        self._own = time_model, recall_model
-        self.planner = Planner(requirement, time_model or TimeModel.load().calibrate(), recall_model or RecallModel.load(), seed)
-        self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
-        self.tail_limit = max(self.flat_below, 256)
-        self._lock, self._seen, self._entry_s = threading.RLock(), None, 2e-4
-
-    @property
-    def dim(self): return self._graph.dim
-    @property
-    def metric(self): return self._graph.metric
-    def __len__(self): return len(self._graph)
-    def __contains__(self, id): return id in self._graph
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
-    def __repr__(self):
-        return (f"Riann(dim={self.dim}, metric={self.metric!r}): {len(self)} vectors, {self._graph.waiting} of them not in the graph; "
-                f"{self.requirement}")
+        with self._lock: self.requirement, self.planner = requirement, Planner(requirement, self.planner.times, self.planner.recalls, self.planner.seed)
 
     def plan(self, n, deadline_s=None):
         """What would be done with a batch of `n` vectors now, and what would come of it: Plan.
@@ -215,6 +177,9 @@ class Riann(_Linking):
     def _deadline(self, deadline_s):
         return self.requirement.deadline_s if deadline_s is None else _number("deadline_s", deadline_s, 0)
 
+# %% ../../nbs/riann/11_index.ipynb #82b3cb9a
+class _Operating(_Foreseeing):
+    "Adding, changing, removing, searching; idle time."
     def add(self, x, ids, deadline_s=None):
         """Index a batch; every vector of it is found from the moment of return.
 
@@ -251,8 +216,9 @@ class Riann(_Linking):
         return x, np.array(keys)
 
     def _do(self, op, ids, x=None):
-        "Carry out an operation that was written down."
-        if op != "add": self._graph.remove(ids)
+        "Carry out an operation that was written down, also one that a Ctrl-C kept from being carried out when it was asked for again."
+        there = [i for i in ids.tolist() if i in self._graph]
+        if there: self._graph.remove(there)
         if op != "remove": self._graph.place(x, ids)
 
     def search(self, q, k=None, ef=None):
@@ -279,6 +245,55 @@ class Riann(_Linking):
             chunks = self._advance(clock)
             again = 0 if self._graph.waiting else self._relink(clock)
             return Report(clock.wall, clock.left >= 0, self._graph.waiting, chunks, clock.wall, clock.spent, True, f"{again} linked again")
+
+# %% ../../nbs/riann/11_index.ipynb #23b5006f
+class Riann(_Operating):
+    """Nearest neighbours, indexed batch by batch within deadlines.
+
+    dim: length of a vector. metric: "l2" (squared), "cosine" (1 - cos) or "ip" (1 - inner product).
+    requirement: a Requirement; `add` and `update` take another deadline for one batch.
+    path: folder to be safe in: what `add` acknowledged survives a crash (None: memory only).
+    seed: int, of the nodes' levels and of the search for properties.
+    flat_below: up to so many vectors there is no graph, searches compare with all (None: as long as that is as fast).
+    time_model, recall_model: TimeModel, RecallModel (None: the shipped ones, with this machine's time of a distance).
+    closed_loop: whether predictions follow the machine's speed and load.
+    Errors: ValueError naming the parameter; StoreError for the path.
+    Threads: any number of searches at once, also while one thread writes; writers queue up.
+    Source: RIANN, section 2."""
+    def __init__(self, dim, metric="l2", requirement=Requirement(), path=None, seed=0, flat_below=None,
+                 time_model=None, recall_model=None, closed_loop=True):
+        if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
+        self._graph, self._log = DynamicHNSW(dim, metric, capacity=4096, seed=seed), None
+        self._prepare(requirement, seed, flat_below, time_model, recall_model, closed_loop)
+        if path is not None:
+            self._log = Store.open(path, create=True)
+            if self._log.snapshot is not None or self._log.seq:
+                self._log.close()
+                raise ValueError(f"path: {path} holds an index already; Riann.open({str(path)!r}) opens it")
+            self.save()
+
+    def _prepare(self, requirement, seed, flat_below, time_model, recall_model, closed_loop):
+        from opml_wb.riann.recall import RecallModel
+        warm()
+        self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
+        self._own = time_model, recall_model
+        self.planner = Planner(requirement, time_model or TimeModel.load().calibrate(), recall_model or RecallModel.load(), seed)
+        self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
+        self.tail_limit = max(self.flat_below, 256)
+        self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
+        self._lock, self._seen, self._entry_s = threading.RLock(), None, 2e-4
+
+    @property
+    def dim(self): return self._graph.dim
+    @property
+    def metric(self): return self._graph.metric
+    def __len__(self): return len(self._graph)
+    def __contains__(self, id): return id in self._graph
+    def __enter__(self): return self
+    def __exit__(self, *_): self.close()
+    def __repr__(self):
+        return (f"Riann(dim={self.dim}, metric={self.metric!r}): {len(self)} vectors, {self._graph.waiting} of them not in the graph; "
+                f"{self.requirement}")
 
     def profile(self, sample, budget_s=3):
         """Fit the time model to one's own vectors and this machine: f32[n >= 512, dim], takes about `budget_s` seconds."""
