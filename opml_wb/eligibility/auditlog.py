@@ -135,6 +135,7 @@ def build(get, names, case, order=None, time=None, null=NULL, by_time={}, dates=
     issues = {"ties": 0}
     which, cases = encode(get(case), null, case)
     if not len(which): raise ValueError("the log is empty: expected at least one row")
+    if len(which) >= 2**32 - 1: raise ValueError(f"the log has {len(which):,} rows, one scan takes fewer than 2**32 - 1: cut it between cases and use scan_parts")
     if (which == 0).any(): raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; drop such rows or name another case=")
     keys = [_order_key(get(c), dates.get(c), c, issues) for c in order]
     first = np.full(len(cases) + 1, len(which))
@@ -215,10 +216,12 @@ def from_parquet(path, case, order, columns=None, **kwargs):
     """An audit log from a Parquet file of wide rows, read column by column.
 
     path: file. columns: those to read (None: all). case, order and kwargs: as for `from_wide`."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
+    whole = {getattr(pa, t)(): getattr(pd, f"{t.replace('i', 'I').replace('u', 'U')}Dtype")() for t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")}
     texts = [c.name for c in pq.read_schema(path) if str(c.type) in ("string", "large_string")]
     file = pq.ParquetFile(path, read_dictionary=texts, memory_map=True)
-    def get(name): return file.read(columns=[name]).column(0).to_pandas()
+    def get(name): return file.read(columns=[name]).column(0).to_pandas(types_mapper=whole.get)     # integers with gaps stay integers
     return build(get, list(columns or file.schema_arrow.names), case, order, **kwargs)
 
 AuditLog.from_parquet = staticmethod(from_parquet)

@@ -134,7 +134,8 @@ def scan(log, at="start", jobs=None):
     raw = np.zeros((F, len(days), 5), np.int64)
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     blocks = np.array_split(np.arange(F), min(F, 4 * jobs))
-    def count(block): kernels.count_fields(log.codes[block[0]:block[-1] + 1], log.starts, rows, group, raw[block[0]:block[-1] + 1])
+    lean = kernels.narrow(log.starts, rows, group)
+    def count(block): kernels.count_fields(log.codes[block[0]:block[-1] + 1], *lean, raw[block[0]:block[-1] + 1])
     if jobs == 1: count(np.arange(F))
     else:
         with ThreadPoolExecutor(jobs) as pool: list(pool.map(count, blocks))
