@@ -25,7 +25,7 @@ def sift():
 
 def state(g):
     "Everything that the index knows, as bytes."
-    arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta")]
+    arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta", "table")]
     return (b"".join(a.tobytes() for a in arrays), g._g.U[:g._rows].tobytes(), g._g.meta.tobytes(),
             dict(g._slot), list(g._free), g._used, g._rows, g._dead, g._cursor, None if g._doomed is None else g._doomed.tobytes())
 
@@ -360,3 +360,18 @@ def test_the_search_marks_may_wrap(sift):
     g._spare[:] = [(2**32 - 200, s) for _, s in g._spare]
     for _ in range(2): assert (g.search(x[:150], 3, 30)[0] == want[0][:150]).all()
     assert (g.search(x, 3, 30)[0] == want[0]).all() and g._spare[-1][0] < 2000
+
+
+def test_a_stored_vector_is_found_however_hastily_it_was_linked(sift):
+    x, g, rng = sift[0][:3000], DynamicHNSW(128, capacity=64), np.random.default_rng(0)
+    have = np.arange(3000)
+    for i in range(0, 3000, 250): g.insert(x[i:i + 250], have[i:i + 250], 2, 4)
+    assert (g.search(x, 1, 1)[0][:, 0] == have).all()
+    for part in np.array_split(np.concatenate([rng.permutation(3000) for _ in range(5)]), 40):     # the same vectors, other slots
+        g.remove(part)
+        g.insert(-x[part[::2]], part[::2], 2, 4)
+        g.insert(x[part[1::2]], part[1::2], 2, 4)
+        g.remove(part[::2])
+        g.insert(x[part[::2]], part[::2], 2, 4)
+        assert (g.search(x, 1, 1)[0][:, 0] == have).all()
+    sound(g)

@@ -11,7 +11,7 @@ from itertools import compress
 import numpy as np
 
 from .kernels import (DEBT, GONE, INSERT, NEAR, PACE, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
-                                   _bury, _insert, _inward, _search, _slot, _sweep)
+                                   _bury, _insert, _note, _inward, _search, _slot, _sweep)
 
 # %% ../../nbs/riann/02_graph.ipynb #82e48f07
 def _integer(name, value, low, high=None):
@@ -97,7 +97,7 @@ class _Arrays:
         flat = dict(up="i4", level="i1", deg="i4", cand="i4", ids="i8", twin="i4")
         self._g = Graph(**{k: _aligned((capacity, n), t) for k, (n, t) in wide.items()},
                         U=_aligned((max(16, capacity // 8), _ceil(1 + self.max_deg, 16)), "u4"),
-                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, meta=np.array([-1]))
+                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, table=self._table(capacity), meta=np.array([-1]))
         self._clear()
 
     def _clear(self):
@@ -106,7 +106,17 @@ class _Arrays:
         self._doomed, self._cursor = None, 0           # removed nodes that the sweep will free, and how far it is
         self._wait = np.zeros(0, np.int64)             # slots that are placed and not linked, oldest first
         self._has = np.zeros(self.capacity, np.int8)   # upper rows that each slot owns
-        self._g.meta[:], self._g.U[:, 0] = -1, 0
+        self._g.meta[:], self._g.U[:, 0], self._g.table[:], self._noted = -1, 0, 0, 0
+
+    @staticmethod
+    def _table(capacity): return np.zeros(1 << (4 * capacity - 1).bit_length(), np.uint32)
+
+    def _rehash(self, g):
+        "`g` with a table of its own that knows all linked vectors; searches under way keep the old one."
+        g, live = g._replace(table=self._table(len(g.ids))), np.flatnonzero(g.level[:self._used] >= 0)
+        _note(g, live)
+        self._noted = len(live)
+        return g
 
     @property
     def capacity(self): return len(self._g.ids)
@@ -118,11 +128,12 @@ class _Arrays:
         while wide < rows: wide *= 2
         if cap > 2**31: raise ValueError("capacity: more than 2**31 vectors")
         if (cap, wide) == (len(g.ids), len(g.U)): return
-        new = dict(U=_grown(g.U, wide), meta=g.meta.copy())   # no row of an old U may name a slot of a new array
+        new = dict(U=_grown(g.U, wide), meta=g.meta.copy(), table=g.table)   # no row of an old U may name a slot of a new array
         if cap > len(g.ids):
             new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in new}
             self._has = _grown(self._has, cap)
-        self._g = g._replace(**new)
+        g = g._replace(**new)
+        self._g = self._rehash(g) if cap > self.capacity else g
 
     def _place(self, x, ids):
         "Write vectors into free slots, unlinked; the slots."
@@ -137,16 +148,17 @@ class _Arrays:
         return slots
 
     def _settle(self, slots, deg, cand):
-        "Give placed slots their properties, their level and the upper rows that it needs."
+        "Give placed slots their properties and the upper rows that their levels need; the levels."
         level, has = _levels(self.seed, self._g.ids[slots], deg), self._has[slots]
         more = np.where(level > has, level, 0).astype(int)
         first, rows = self._rows + np.cumsum(more) - more, self._rows + int(more.sum())
         self._reserve(self._used, rows)
         g, new = self._g, more > 0
         g.up[slots[new]], self._has[slots[new]] = first[new], level[new]
-        g.deg[slots], g.cand[slots], g.level[slots] = deg, cand, level
-        for v in slots[(level > 0) & ~new]: g.U[g.up[v]:g.up[v] + g.level[v], 0] = 0
+        g.deg[slots], g.cand[slots] = deg, cand
+        for v, l in zip(slots[(level > 0) & ~new], level[(level > 0) & ~new]): g.U[g.up[v]:g.up[v] + l, 0] = 0
         self._rows = rows
+        return level
 
     def _scratch(self, g, n, steps):
         "Working memory for beams of `n` and at most `steps` tags: (last tag, Scratch), for `_spare` afterwards."
@@ -188,10 +200,13 @@ class _Gate:
 # %% ../../nbs/riann/02_graph.ipynb #f13345f3
 class _Linking(_Arrays):
     "Linking of placed slots, removal and repair; the caller holds the writer's lock."
-    def _link(self, slots, mode):
+    def _link(self, slots, mode, levels=None):
+        if mode == INSERT:
+            if self._noted + len(slots) > len(self._g.table) // 2: self._g = self._rehash(self._g)
+            self._noted += len(slots)
         g = self._g
         tag, s = self._scratch(g, int(g.cand[slots].max()), len(slots) * (TOP + 1))
-        tag = _insert(g, self._ip, slots, mode, tag, s)
+        tag = _insert(g, self._ip, slots, g.level[slots] if levels is None else levels, mode, tag, s)
         work = s.work.tolist()
         self._spare.append((tag, s))
         return work
@@ -342,10 +357,9 @@ class DynamicHNSW(_Linking):
     def _properties(self, deg, cand):
         return _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
 
-    def _join(self, slots, deg, cand, mode=INSERT):
+    def _join(self, slots, deg, cand):
         if not len(slots): return 0, 0
-        self._settle(slots, deg, cand)
-        return self._link(slots, mode)
+        return self._link(slots, INSERT, self._settle(slots, deg, cand))
 
     def insert(self, x, ids, deg, cand):
         """Insert vectors with `deg` links (twice that at the bottom, as HNSW's M) chosen among `cand` candidates.

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 # %% ../../nbs/riann/01_kernels.ipynb #b0dfeca7
-Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin meta")   # meta: [entry slot]
+Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin table meta")   # table: see `_find`; meta: [entry slot]
 Scratch = namedtuple("Scratch", "seen pool buf dst keys out picked count work gap mark")   # work: hops, distances
 Work = namedtuple("Work", "hops dists cpu_s")   # what one insertion cost
 GONE, WAIT, TOP = -128, -127, 24   # level of a slot that is no node (free, or a twin), of one not yet linked; highest layer
@@ -171,16 +171,35 @@ def _connect(g, ip, v, d, w, l, s):
 
 # %% ../../nbs/riann/01_kernels.ipynb #cb41b39f
 @kernel
-def _same(g, ip, v, n, s):
-    "The live slot among `s.pool[:n]` that holds the very vector of slot `v`, or -1."
-    d = _dist(g.X, v, g.X, v, ip)
-    for i in range(n):
-        w = _slot(s.pool[i])
-        if abs(_far(s.pool[i]) - d) <= 1e-5 * (1 + abs(d)) and g.level[w] >= 0:
-            k = 0
-            while k < g.X.shape[1] and g.X[v, k] == g.X[w, k]: k += 1
-            if k == g.X.shape[1]: return np.int64(w)
+def _hash(A, j):
+    h, minus = np.uint64(0), np.uint32(0x80000000)
+    for k in range(A.shape[1]):
+        bits = np.float32(A[j, k]).view(np.uint32)
+        h = (h ^ np.uint64(bits if bits != minus else np.uint32(0))) * np.uint64(0x9E3779B97F4A7C15)   # -0 is 0
+        h ^= h >> np.uint64(32)
+    return h
+
+@kernel
+def _find(g, A, j, but):
+    "The linked slot, other than `but`, that holds the very vector `A[j]`, or -1."
+    mask = np.uint64(len(g.table) - 1)
+    i = _hash(A, j) & mask
+    while g.table[i]:
+        v, k = np.int64(g.table[i]) - 1, 0
+        if v != but and g.level[v] >= 0:
+            while k < g.X.shape[1] and g.X[v, k] == A[j, k]: k += 1
+            if k == g.X.shape[1]: return v
+        i = (i + np.uint64(1)) & mask
     return np.int64(-1)
+
+@kernel
+def _note(g, slots):
+    "Enter linked `slots` into the table, which has room."
+    mask = np.uint64(len(g.table) - 1)
+    for v in slots:
+        i = _hash(g.X, v) & mask
+        while g.table[i]: i = (i + np.uint64(1)) & mask
+        g.table[i] = v + 1
 
 @kernel
 def _share(g, v, w):
@@ -199,8 +218,8 @@ def _without(pool, n, v):
     return n
 
 @kernel
-def _seek(g, ip, v, lev, cand, mode, tag, s):
-    "Choose the links of slot `v` in layers `lev` .. 0: `s.picked[l, :s.count[l]]`. The tag; whether it is a new node."
+def _seek(g, ip, v, lev, cand, tag, s):
+    "Choose the links of slot `v` in layers `lev` .. 0: `s.picked[l, :s.count[l]]`. The tag; whether there are any."
     e = _descend(g, ip, g.X, v, g.meta[0], lev, s)
     for l in range(lev, -1, -1):
         tag += 1
@@ -208,30 +227,36 @@ def _seek(g, ip, v, lev, cand, mode, tag, s):
         n = _without(s.pool, _beam(g, ip, g.X, v, e, l, cand, tag, s), v)
         if n == 0: return tag, False   # nobody but `v` itself
         e = _slot(s.pool[0])
-        if mode == INSERT:
-            w = _same(g, ip, v, n, s)
-            if w >= 0:
-                _share(g, v, w)
-                return tag, False
         s.count[l] = _select(g, ip, s.pool, n, g.deg[v], s.picked[l], s)
     return tag, True
 
 @kernel
-def _insert(g, ip, slots, mode, tag, s):
-    "Link `slots`, whose rows are in place, into the graph one by one; the last tag used."
-    for v in slots:
-        level, top = np.int64(g.level[v]), -1
+def _link_up(g, ip, v, lev, mode, s):
+    "Write what `_seek` chose, both ways; from below: who finds `v` in one layer can go on in the next."
+    for l in range(lev + 1):
+        if mode != RELINK: _write(g.L0 if l == 0 else g.U, _row(g.up, v, l), s.picked[l], s.count[l])
+        for i in range(s.count[l]):
+            w, d = _slot(s.picked[l, i]), _far(s.picked[l, i])
+            if mode == RELINK: _connect(g, ip, np.uint32(v), d, w, l, s)
+            _connect(g, ip, w, d, np.uint32(v), l, s)
+
+@kernel
+def _insert(g, ip, slots, levels, mode, tag, s):
+    "Link `slots`, whose rows are in place, into the graph one by one, each in its level; the last tag used."
+    for i in range(len(slots)):
+        v, level, top = slots[i], np.int64(levels[i]), -1
+        if mode == INSERT:
+            w = _find(g, g.X, v, v)
+            if w >= 0:
+                _share(g, v, w)
+                continue
+            g.level[v] = level
         if g.meta[0] >= 0:
             top = _top(g, g.meta[0])
             lev = 0 if mode == RELINK else min(level, top)
-            tag, new = _seek(g, ip, v, lev, g.cand[v], mode, tag, s)
-            if not new: continue
-            for l in range(lev + 1):   # from below: who finds it in one layer can go on in the next
-                if mode != RELINK: _write(g.L0 if l == 0 else g.U, _row(g.up, v, l), s.picked[l], s.count[l])
-                for i in range(s.count[l]):
-                    w, d = _slot(s.picked[l, i]), _far(s.picked[l, i])
-                    if mode == RELINK: _connect(g, ip, np.uint32(v), d, w, l, s)
-                    _connect(g, ip, w, d, np.uint32(v), l, s)
+            tag, some = _seek(g, ip, v, lev, g.cand[v], tag, s)
+            if some: _link_up(g, ip, v, lev, mode, s)
+        if mode == INSERT: _note(g, slots[i:i + 1])
         if level > top: g.meta[0] = v
     return tag
 
@@ -288,6 +313,8 @@ def _search(g, ip, Q, k, ef, used, live, wait, ids, far, tag, s):
         tag, n, twice = tag + 1, 0, len(wait) > 0
         if g.meta[0] >= 0: n = _beam(g, ip, Q, j, _descend(g, ip, Q, j, g.meta[0], 0, s), 0, ef, tag, s)
         n = _join_waiting(g, ip, Q, j, wait, n, ef, tag, s)
+        v = _find(g, Q, j, -1)
+        if v >= 0 and s.seen[v] != tag: n = _offer(s.pool, n, ef, _key(_dist(g.X, v, Q, j, ip), v))
         c = _emit(g, n, k, j, ids, far, twice, s)
         if c < min(k, live): _emit(g, _scan(g, ip, Q, j, used, ef, s), k, j, ids, far, twice, s)
     return tag

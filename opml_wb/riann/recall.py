@@ -69,9 +69,15 @@ def _rung(rng):
     "Random properties: deg 3..64, cand 8..400, logarithmically uniform."
     return int(np.exp2(rng.uniform(1.6, 6))), int(np.exp2(rng.uniform(3, 8.65)))
 
-def _schedule(rng, rows):
+def _near(rng, rungs):
+    "One of `rungs` [(deg, cand), ...], or nearly: each number up to a third more or less."
+    deg, cand = rungs[rng.integers(len(rungs))] * np.exp(rng.uniform(-.3, .3, 2))
+    return int(np.clip(deg, 3, 64)), int(max(8, cand))
+
+def _schedule(rng, rows, around=()):
     "A stream's insertions: (end row, deg, cand, whether to measure after it)."
     kind, pool, out = rng.integers(3), [_rung(rng) for _ in range(4)], []
+    if len(around): kind, pool = 0, [_near(rng, around)]
     turn = np.exp2(rng.uniform(8, np.log2(rows)))
     draw = lambda at: pool[0] if kind == 0 or (kind == 1 and at < turn) else pool[1] if kind == 1 else pool[rng.integers(4)]
     ends, at = np.exp2(np.arange(8 + rng.uniform(), np.log2(rows), 1)).astype(int), 0
@@ -102,11 +108,12 @@ def _run(x, order, query, plan, rng, ks, beams):
                     links=links / max(1, before.n), recall=recall(found[:, :k], truth[:, :k]), hops=hops, dists=above + dists,
                     index_dists=work.dists / batch)
 
-def collect(x, query, streams=50, ks=(1, 10, 50), beams=3, seed=0, progress=None):
+def collect(x, query, streams=50, ks=(1, 10, 50), beams=3, seed=0, around=(), progress=None):
     """Profile runs on a stream of real vectors: a DataFrame, a row per checkpoint, beam and k.
 
     x: f32[n, dim], in the order of the stream. query: f32[m, dim], none of them in x. streams: how many runs, each with
     properties of its own. ks: recall@k for each. beams: how many cand_q at each checkpoint.
+    around: properties [(deg, cand), ...] near which to stay, one for a whole stream (none: anything, also changing).
     progress: called with (runs done, runs in all). Columns: stream; deg, cand, batch, state (before the batch), cand_q, k, n, lid,
     links (mean degree before); recall; hops and dists of a query, index_dists of an insertion."""
     import pandas as pd
@@ -116,7 +123,7 @@ def collect(x, query, streams=50, ks=(1, 10, 50), beams=3, seed=0, progress=None
     for i in range(streams):
         rng = np.random.default_rng((seed, i))
         rows = int(len(x) * np.exp2(-rng.uniform(0, 2)))   # a stream of its own length
-        frames.append(pd.DataFrame(_run(x[:rows], order, query, _schedule(rng, rows), rng, ks, beams)).assign(stream=i))
+        frames.append(pd.DataFrame(_run(x[:rows], order, query, _schedule(rng, rows, around), rng, ks, beams)).assign(stream=i))
         if progress: progress(i + 1, streams)
     return pd.concat(frames, ignore_index=True)
 
@@ -275,7 +282,7 @@ def anneal(recall_model, time_model, require, n, batch, steps=600, seed=0, state
     return _cool(surface, steps, seed, deadline, require.recall, query_s, (16, 64, 50))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
-LOSS, DEPTH = .002, .02   # recall that the first rung may lose on the default; how far under the demanded recall the last may be
+LOSS, DEPTH = 0., .02   # recall that the first rung may lose on the default; how far under the demanded recall the last may be
 
 def _front(rungs):
     "Best and dearest first, each cheaper than the one before; those that are no better than a cheaper one fall out."
@@ -316,10 +323,10 @@ def ladder(recall_model, time_model, n, recall=.97, k=10, seed=0, lid=None):
     return [r for r in front if r.recall >= recall - DEPTH] or front[:1]
 
 # %% ../../nbs/riann/06_recall.ipynb #b185b787
-def training_frame(part, groups=18, streams=7, held_out=False, progress=None):
+def training_frame(part, groups, streams=7, held_out=False, around=(), progress=None):
     """Profile runs on SIFT of random subsets of the training photographs: a DataFrame of `collect`, with columns group and photos.
 
-    part: int, of the seed. held_out: the other photographs instead, for tests. progress: called with (groups done, groups).
+    part: int, of the seed. held_out: the other photographs instead, for tests. around: see `collect`. progress: called with (groups done, groups).
     A group takes about 20 s on a calm machine. Errors: ImportError without the extra `[vision]`."""
     import pandas as pd
     from opml_wb.riann.data import sift_from_photos
@@ -331,14 +338,23 @@ def training_frame(part, groups=18, streams=7, held_out=False, progress=None):
         chosen = photos if g % 3 == 0 else rng.permutation(photos)[:rng.integers(3, 7)]
         at = rng.permutation(np.flatnonzero(np.isin(source, chosen)))[:29000]
         query, at = rows[at[-400:]], np.sort(at[:-400]) if g % 4 == 3 else at[:-400]
-        out.append(collect(rows[at], query, streams, seed=1000 * part + g).assign(group=g, part=part, photos=str(chosen.tolist())))
+        out.append(collect(rows[at], query, streams, seed=1000 * part + g, around=around).assign(group=g, part=part, photos=str(chosen.tolist())))
         if progress: progress(g + 1, groups)
     return pd.concat(out, ignore_index=True)
 
-def make(file, parts=(1, 2)):
-    "The maker named in the data registry: profile runs on the training photographs, training, ladders for k = 10 (20 minutes)."
+def make(file):
+    """The maker named in the data registry: train on profile runs of all kinds, look for the ladders, profile near them, train again.
+
+    Half an hour on a calm machine."""
     import pandas as pd
-    _ship(pd.concat([training_frame(p) for p in parts], ignore_index=True)).save(file)
+    join = lambda frames: pd.concat(frames, ignore_index=True)
+    first = join([training_frame(part, 18) for part in (1, 2)])
+    around = _worth(_ship(first))
+    _ship(join([first, *(training_frame(part, 12, around=around) for part in (3, 4))])).save(file)
+
+def _worth(model):
+    "Properties (deg, cand) that stand in a model's ladders of 2,048 vectors and more: i64[m, 2]."
+    return np.unique(model.rungs[model.rungs[:, 0] >= 11, 2:], axis=0)
 
 def _ship(frame):
     "A RecallModel of `frame` with its ladders, by the shipped time model."

@@ -48,5 +48,6 @@ def thaw(arrays, meta, capacity=0):
     level = g.level[:n]
     known = np.concatenate([np.flatnonzero((level >= 0) | (level == WAIT)), _copies(level, g.twin[:n])])
     graph._slot = dict(zip(g.ids[known].tolist(), known.tolist()))
+    graph._g = graph._rehash(g)
     graph._dead = int(((level < 0) & (level >= ~TOP)).sum())
     return graph
