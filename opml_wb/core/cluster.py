@@ -6,8 +6,8 @@
 __all__ = ['THREADS', 'check_code', 'Dask']
 
 # %% ../../nbs/core/26_cluster.ipynb #48fcc2bf
-import json, logging, os, platform, shutil, socket, tempfile, threading, time
-from concurrent.futures import Future, TimeoutError as NotYet
+import asyncio, json, logging, os, platform, shutil, socket, tempfile, threading, time
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as NotYet
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -122,6 +122,11 @@ def _hushed(lost):
     try: yield
     finally: logging.disable(before)
 
+async def _greet(where):
+    "Raise unless somebody who speaks Dask's protocol answers at the address `where`."
+    from distributed.comm import connect
+    (await asyncio.wait_for(connect(where, timeout=8), 10)).abort()
+
 class _Cluster:
     "A connection to a Dask cluster whose workers have this package."
     def __init__(self, where, jobs):
@@ -139,9 +144,10 @@ class _Cluster:
         try:
             at = urlsplit(where)
             if at.scheme in ("tcp", "tls") and at.port: socket.create_connection((at.hostname, at.port), timeout=8).close()  # Dask itself would try again and again
+            with ThreadPoolExecutor(1) as pool: pool.submit(asyncio.run, _greet(where)).result()  # a Client that fails cannot be closed without noise
             return distributed.Client(where, timeout=8, set_as_default=False)
         except Exception as e:
-            raise ParamError(f"executor: no Dask scheduler answers at {where} ({e}): start one with `dask scheduler` and give its "
+            raise ParamError(f"executor: no Dask scheduler answers at {where} ({str(e) or type(e).__name__}): start one with `dask scheduler` and give its "
                              "address (tcp://host:8786), or leave --executor out to run here") from None
 
     def _meet(self):
