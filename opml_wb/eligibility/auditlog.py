@@ -67,6 +67,7 @@ def days(log):
     first = log.time[log.starts[:-1]]
     return np.where(first == NAT, -1, first // 86_400_000_000)
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #a1b27876
 def take(log, cases):
     "The log of some of its cases (int [m]), in the order given."
     cases = np.asarray(cases)
@@ -91,6 +92,7 @@ def _order_key(values, fmt, name, issues):
     if none.any(): raise ValueError(f"order {name!r}: row {int(none.argmax())} has none; give every row its place, or another order=")
     return key
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #03772b39
 def _dated_or_text(levels, fmt, name, issues):
     "Sortable int64 [levels + 1] of levels that are dates or, where no format is given, texts."
     try: rank = dates_of(levels, fmt, name)
@@ -100,13 +102,14 @@ def _dated_or_text(levels, fmt, name, issues):
         rank = np.argsort(np.argsort(np.asarray(levels.astype(str))))
     return np.concatenate([[NAT], rank])
 
-def _times(get, time, dates):
+# %% ../../nbs/eligibility/03_auditlog.ipynb #f523fce8
+def _times(get, time, dates, null=NULL):
     "Microseconds of each row's `time` (int64 [n]), or None."
     if time is None: return None
-    codes, levels = encode(get(time), name=time)
+    codes, levels = encode(get(time), null, time)
     return np.concatenate([[NAT], dates_of(levels, dates.get(time), time)])[codes]
 
-# %% ../../nbs/eligibility/03_auditlog.ipynb #03772b39
+# %% ../../nbs/eligibility/03_auditlog.ipynb #82f1feb8
 def _by_time(by_time, dates):
     "by_time as {field: date}; {date: [fields]} is taken, too."
     out = {}
@@ -115,6 +118,7 @@ def _by_time(by_time, dates):
         if d not in dates: raise ValueError(f"by_time: {d!r}, which is to tell when {f!r} is known, is no date; add it to dates={{{d!r}: format}}")
     return out
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #d86c92a7
 def _refuse_equal(get, names, codes, tied, case, keys):
     "Raise ValueError if two rows of the same case and order are equal in all fields."
     rows = np.flatnonzero(tied | np.append(tied[1:], False))
@@ -126,36 +130,51 @@ def _refuse_equal(get, names, codes, tied, case, keys):
             raise ValueError(f"two rows of case {pd.Series(get(names[0])).iloc[rows[same[0]]]!r} are equal in every field ({raw.iloc[-1].dropna().to_dict()}); "
                              "drop the copies: df.drop_duplicates()")
 
-# %% ../../nbs/eligibility/03_auditlog.ipynb #f523fce8
-def build(get, names, case, order=None, time=None, null=NULL, by_time={}, dates={}, current=None, planned=()):
-    "An AuditLog from columns: get(name) -> values [n]. The parameters are those of `AuditLog.from_wide`."
-    order = [] if order is None else [order] if isinstance(order, str) else list(order)
-    for c in (case, *order, *([time] if time is not None else []), *dates, *planned): column(c, names)
-    for f in by_time: column(f, names)
-    issues = {"ties": 0}
+# %% ../../nbs/eligibility/03_auditlog.ipynb #62f7cfc2
+def _grouped(get, case, null):
+    "Rank of each row's case (int64 [n]; cases by their first row), and the cases' keys [C]."
     which, cases = encode(get(case), null, case)
     if not len(which): raise ValueError("the log is empty: expected at least one row")
     if len(which) >= 2**32 - 1: raise ValueError(f"the log has {len(which):,} rows, one scan takes fewer than 2**32 - 1: cut it between cases and use scan_parts")
     if (which == 0).any(): raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; drop such rows or name another case=")
-    keys = [_order_key(get(c), dates.get(c), c, issues) for c in order]
     first = np.full(len(cases) + 1, len(which))
     np.minimum.at(first, which, np.arange(len(which)))
-    rank = np.argsort(np.argsort(first[1:]))[which - 1]                 # cases by their first row
-    perm = np.lexsort((*keys[::-1], rank))                              # stable: ties keep row order
-    rank, keys, same = rank[perm], [k[perm] for k in keys], np.array_equal(perm, np.arange(len(perm)))
-    new = np.concatenate([[True], rank[1:] != rank[:-1]])
-    tied = ~new & np.all([np.append(False, k[1:] == k[:-1]) for k in keys] or np.zeros((1, len(new)), bool), 0)
-    issues["ties"] = int(tied.sum())
-    fields = [c for c in names if c != case]
-    codes, levels = np.empty((len(fields), len(which)), np.int32), []
+    order = np.argsort(first[1:])
+    return np.argsort(order)[which - 1], np.asarray(cases[order], object)
+
+# %% ../../nbs/eligibility/03_auditlog.ipynb #3816289a
+def _ordered(rank, keys):
+    "Permutation that puts rows in order (stable: ties keep row order), and per placed row: a case begins here, bool; it ties with the row before, bool."
+    perm = np.lexsort((*keys[::-1], rank))
+    new = np.append(True, rank[perm][1:] != rank[perm][:-1])
+    same = [np.append(False, k[perm][1:] == k[perm][:-1]) for k in keys]
+    return perm, new, ~new & (np.all(same, 0) if same else False)
+
+# %% ../../nbs/eligibility/03_auditlog.ipynb #53638fda
+def _encoded(get, fields, null, perm):
+    "codes int32 [F, n] of the fields' rows in order, and their levels."
+    codes, levels, sorted_ = np.empty((len(fields), len(perm)), np.int32), [], np.array_equal(perm, np.arange(len(perm)))
     for i, f in enumerate(fields):
         code, level = encode(get(f), null, f)
-        codes[i] = code if same else code[perm]
+        codes[i] = code if sorted_ else code[perm]
         levels.append(level)
-    if tied.any(): _refuse_equal(lambda c: pd.Series(get(c)).take(perm), [case, *fields], codes, tied, rank, keys)
-    starts = np.append(np.flatnonzero(new), len(which)).astype(np.int64)
-    times = _times(get, time, dates)
-    log = AuditLog(fields, codes, levels, starts, np.asarray(cases[which[perm[starts[:-1]]] - 1], object), None if times is None else times[perm], issues=issues)
+    return codes, levels
+
+# %% ../../nbs/eligibility/03_auditlog.ipynb #621a56e3
+def build(get, names, case, order=None, time=None, null=NULL, by_time={}, dates={}, current=None, planned=()):
+    "An AuditLog from columns: get(name) -> values [n]. The parameters are those of `AuditLog.from_wide`; order=None: rows are in order."
+    order = [] if order is None else [order] if isinstance(order, str) else list(order)
+    for c in (case, *order, *([time] if time is not None else []), *dates, *planned, *by_time): column(c, names)
+    issues, fields = {"ties": 0}, [c for c in names if c != case]
+    rank, cases = _grouped(get, case, null)
+    keys = [_order_key(get(c), dates.get(c), c, issues) for c in order]
+    perm, new, tied = _ordered(rank, keys)
+    issues["ties"] = int(tied.sum())
+    codes, levels = _encoded(get, fields, null, perm)
+    _refuse_equal(lambda c: pd.Series(get(c)).take(perm), [case, *fields], codes, tied, rank[perm], [k[perm] for k in keys])
+    times = _times(get, time, dates, null)
+    starts = np.append(np.flatnonzero(new), len(perm)).astype(np.int64)
+    log = AuditLog(fields, codes, levels, starts, cases, None if times is None else times[perm], issues=issues)
     return finish(log, case, dates, by_time, current, null, planned)
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #252f73f6
@@ -172,6 +191,7 @@ def finish(log, case, dates={}, by_time={}, current=None, null=NULL, planned=())
     if current is not None: _compare(log, current, case, null)
     return log
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #4e5df005
 def _compare(log, current, case, null):
     "Take fields that only the present table has; count cases and values that it doesn't share with the log's end."
     if current[column(case, list(current))].duplicated().any(): raise ValueError(f"current: {case!r} {current[case][current[case].duplicated()].iloc[0]!r} is there twice")
@@ -184,12 +204,13 @@ def _compare(log, current, case, null):
         if f in log.fields: log.issues["ends differ from current"] = log.issues.get("ends differ from current", 0) + _differ(log, f, codes, levels)
         else: log.unaudited[f] = codes, levels
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #361081c6
 def _differ(log, f, codes, levels):
     i = log.at(f)
     mine = np.concatenate([[0], levels.get_indexer(log.levels[i]) + 1])[log.codes[i, log.last()]]
     return int(((mine != codes) | ((mine == 0) & (log.codes[i, log.last()] != 0))).sum())
 
-# %% ../../nbs/eligibility/03_auditlog.ipynb #4e5df005
+# %% ../../nbs/eligibility/03_auditlog.ipynb #a034e371
 def _pandas(df):
     "`df` as pandas; polars and Arrow tables are turned into it."
     if not isinstance(df, pd.DataFrame) and hasattr(df, "to_pandas"): df = df.to_pandas()
@@ -197,6 +218,7 @@ def _pandas(df):
     if not df.columns.is_unique: raise ValueError(f"column {df.columns[df.columns.duplicated()][0]!r} is there twice")
     return df
 
+# %% ../../nbs/eligibility/03_auditlog.ipynb #118505e6
 def from_wide(df, case, order, time=None, null=NULL, by_time={}, dates={}, current=None, planned=()):
     """An audit log from rows that show all fields after each update.
 

@@ -21,6 +21,7 @@ def _csv(packed):
     with zipfile.ZipFile(packed) as outer, zipfile.ZipFile(io.BytesIO(outer.read("ServiceNow-Kaggle.csv.zip"))) as inner:
         return inner.read("incident_event_log.csv")
 
+# %% ../../nbs/eligibility/14_data.ipynb #b164fb96
 def make(file, url, sha256, bytes):
     "The maker named in the data registry: part 1, the first 66,003 rows, as .csv.gz, from the archive at `url`."
     with tempfile.TemporaryDirectory() as d:
@@ -31,6 +32,7 @@ def _servicenow(source):
     import pandas as pd
     return AuditLog.from_wide(pd.read_csv(source, keep_default_na=False, low_memory=False), **SERVICENOW)
 
+# %% ../../nbs/eligibility/14_data.ipynb #bd01c592
 def load(name):
     """A log by its registry name: "servicenow_part1", "servicenow" (whole) or "bpic2013"; "eligibility/..." is the same.
 

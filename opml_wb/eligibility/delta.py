@@ -25,6 +25,7 @@ def _placed(df, case, time, order, dates, issues):
     tie = (which[perm][1:] == which[perm][:-1]) & (key[perm][1:] == key[perm][:-1])
     return perm, which[perm], np.asarray(cases, object), times[perm], tie
 
+# %% ../../nbs/eligibility/04_delta.ipynb #b80c3709
 def _sparse(df, case, time, order, null, dates, issues):
     "An AuditLog of rows in which blank is unchanged."
     perm, which, cases, times, tie = _placed(df, case, time, order, dates, issues)
@@ -47,6 +48,7 @@ def _updates(which, times):
     new = np.append(True, (which[1:] != which[:-1]) | (times[1:] != times[:-1]))
     return np.cumsum(new) - 1, which[new], times[new]
 
+# %% ../../nbs/eligibility/04_delta.ipynb #08369872
 def _audit(df, case, time, field, old, new, order, null, dates, current, created, issues):
     "An AuditLog of audit rows (case, time, field, old value, new value)."
     perm, which, cases, times, _ = _placed(df, case, time, order, dates, issues)
@@ -66,11 +68,12 @@ def _audit(df, case, time, field, old, new, order, null, dates, current, created
     if current is not None: _never_changed(begin, levels, list(fields), current, cases, case, null)
     return _with_starts(list(fields), codes, levels, begin, of_case, when, cases, created, issues)
 
+# %% ../../nbs/eligibility/04_delta.ipynb #a4ee2c85
 def _gaps(which, new, old):
     "How often an old value isn't the new value before it: something changed unseen."
     return int(((which[1:] == which[:-1]) & (old[1:] != new[:-1])).sum())
 
-# %% ../../nbs/eligibility/04_delta.ipynb #08369872
+# %% ../../nbs/eligibility/04_delta.ipynb #449ce9b6
 def _never_changed(begin, levels, fields, current, cases, case, null):
     "Where a case never changed an audited field, its value has been the present one all along; in place."
     now = current.set_index(column(case, list(current))).reindex(cases)
@@ -81,6 +84,7 @@ def _never_changed(begin, levels, fields, current, cases, case, null):
         code = np.concatenate([[0], levels[i].get_indexer(level) + 1])[codes]
         begin[i] = np.where(begin[i] < 0, code, begin[i])
 
+# %% ../../nbs/eligibility/04_delta.ipynb #f666d0e0
 def _with_starts(fields, codes, levels, begin, of_case, when, cases, created, issues):
     "Put the state before the first update in front of the cases that had one."
     had = (begin > 0).any(0)
@@ -94,7 +98,7 @@ def _with_starts(fields, codes, levels, begin, of_case, when, cases, created, is
     carry(codes, starts)
     return AuditLog(fields, codes, levels, starts, cases, when, issues=issues)
 
-# %% ../../nbs/eligibility/04_delta.ipynb #a4ee2c85
+# %% ../../nbs/eligibility/04_delta.ipynb #f08d0136
 def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=("?",), dates={}, by_time={}, planned=(), current=None, created=None):
     """An audit log from rows that show changes.
 
@@ -117,6 +121,7 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
         if f != time: column(f, log.fields, "field")
     return finish(log, case, {f: d for f, d in dates.items() if f in log.fields}, by_time, current, (*null, ""), planned)
 
+# %% ../../nbs/eligibility/04_delta.ipynb #0e16815a
 def _created(current, case, created, dates, cases):
     "Microseconds at which each of `cases` was created, NAT where the present table doesn't say."
     times = _times(current.__getitem__, column(created, list(current)), dates)

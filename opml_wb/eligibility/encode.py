@@ -23,13 +23,14 @@ def _occurs(v, none, low, there):
     for i in range(len(v)):
         if not (some and none[i]): there[v[i] - low] = True
 
+# %% ../../nbs/eligibility/01_encode.ipynb #34d7fb89
 @compiled
 def _ranked(v, none, low, rank, out):
     "out int32 [n] = rank of v, 0 where none."
     some = len(none) > 0
     for i in range(len(v)): out[i] = 0 if some and none[i] else rank[v[i] - low]
 
-# %% ../../nbs/eligibility/01_encode.ipynb #34d7fb89
+# %% ../../nbs/eligibility/01_encode.ipynb #7dc14e41
 NONE = np.zeros(0, bool)
 
 def _small(column):
@@ -41,6 +42,7 @@ def _small(column):
     low, high = int(v.min()), int(v.max())
     return (v, none, low, high - low + 1) if high - low < min(SPAN, 8 * len(v) + 64) else None
 
+# %% ../../nbs/eligibility/01_encode.ipynb #59fba1e3
 def _hashed(column, name):
     "(v, levels): codes from -1 (missing) and the levels of any Series."
     if isinstance(column.dtype, pd.CategoricalDtype): return column.cat.codes.to_numpy(), column.cat.categories

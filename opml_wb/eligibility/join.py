@@ -27,6 +27,7 @@ def _versions(table, key, time, fmt):
         raise ValueError(f"table: {key!r} {row[key]!r} is there twice" + ("" if time is None else f" at {row[time]!r}") + "; a history needs time=")
     return perm, codes[perm], when[perm], levels
 
+# %% ../../nbs/eligibility/06_join.ipynb #e5557670
 def _latest(codes, when, wanted, at):
     "Position of the last version of each wanted key not later than `at`: int64 [n], -1 if there is none; NAT as `at` finds none that has a time."
     both = np.concatenate([codes, wanted])

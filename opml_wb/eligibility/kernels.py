@@ -30,6 +30,7 @@ def rows_after(starts, time, window):
         if not goes_on: out[c] = -1
     return out
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #3215eba5
 @kernel
 def rows_with(column, starts, code):
     "The first row of each case where `column` (int32 [N]) holds `code`: int64 [C], -1 where it never does."
@@ -41,6 +42,7 @@ def rows_with(column, starts, code):
                 break
     return out
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #0202ca26
 @kernel
 def rows_until(starts, time, when):
     "The last row of each case that is not later than the moment `when`: int64 [C], -1 where its first row is later or has no time."
@@ -99,6 +101,7 @@ def count_fields(codes, ends, at, group, out):
             drifted += other
         _add(o[g], null, filled, changed, later, drifted)
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #5c36fdbe
 @kernel
 def count_future(known, time, starts, at, group, out):
     """Add to out int64 [G, 2]: values whose date and row's time are known, and those of them later than their own row.
@@ -125,6 +128,7 @@ def first_fills(codes, starts, at):
                     break
     return out
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #cb935ff4
 @kernel
 def count_pairs(fill, before, tie):
     "Add to before, tie int64 [F, F] (feature, label): cases whose label is filled where the feature came before it, or with it."
@@ -152,6 +156,7 @@ def carry(codes, starts):
                 if codes[f, i] < 0: codes[f, i] = held
                 held = codes[f, i]
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #3e0e2e3b
 @kernel
 def hide(column, known, time, starts):
     "Blank `column` (int32 [N], in place) until it can be known; a value without a date is known when its case ends."
@@ -169,6 +174,7 @@ def is_warm():
         except (AttributeError, OSError): return False
     return all(map(ready, (count_fields, count_future, first_fills, count_pairs)))
 
+# %% ../../nbs/eligibility/02_kernels.ipynb #839ce722
 def warm():
     "Compile the kernels, or load them from numba's cache."
     codes, starts, zero = np.zeros((1, 1), np.int32), np.array([0, 1]), np.zeros(1, np.int64)

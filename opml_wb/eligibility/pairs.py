@@ -45,6 +45,7 @@ class PairCounts:
         n = np.broadcast_to(self.n, self.before.shape)
         return ratio(self.before, n), ratio(self.tie, n), ratio(n - self.before - self.tie, n)
 
+# %% ../../nbs/eligibility/08_pairs.ipynb #f938db0f
 def count_pairs(log, at="start"):
     "PairCounts of a log's cases that come to the point `at` (see `rows_at`)."
     fill, F = kernels.first_fills(log.codes, log.starts, rows_at(log, at)), len(log.fields)
@@ -64,6 +65,7 @@ def pair_verdicts(counts, th=.2):
     doubt = (n == 0) | (tie > TIES) | unsure(k, n, lo, hi, th)
     return np.where(doubt, "undetermined", np.where(last > th, "inverse", "ok")).astype(object), lo, hi
 
+# %% ../../nbs/eligibility/08_pairs.ipynb #6e67ee67
 def pairs(log, at="start", th=.2):
     """Who comes first, for every ordered pair of fields (paper, section 3, ii).
 

@@ -20,6 +20,7 @@ def _coded(matrix):
     np.fill_diagonal(z, np.nan)
     return z
 
+# %% ../../nbs/eligibility/15_plots.ipynb #6de70bc0
 def heatmap(matrix, height=None):
     "Figure of an eligibility matrix (DataFrame feature x label of verdicts); `redraw` changes it."
     n, names, k = len(matrix), list(map(str, matrix.index)), len(CELLS)
@@ -33,6 +34,7 @@ def heatmap(matrix, height=None):
     fig.update_xaxes(tickangle=-60, tickfont_size=size, dtick=1, ticks="", showgrid=False, range=[-.5, n - .5])
     return fig.update_yaxes(tickfont_size=size, dtick=1, ticks="", showgrid=False, range=[n - .5, -.5]).update_layout(margin_t=84)
 
+# %% ../../nbs/eligibility/15_plots.ipynb #cf25f53b
 def redraw(fig, matrix):
     "Put another matrix over the same fields into the heatmap; returns its counts by verdict, without the diagonal."
     fig.data[0].update(z=_coded(matrix), customdata=matrix.to_numpy())
@@ -62,6 +64,7 @@ def sensitivity(s, counts, ths=np.round(np.arange(.02, .99, .02), 2)):
     return pd.DataFrame([(t, (null > t).sum(), (change > t).sum(), ((null > t) | (change > t)).sum(), (last > t).sum()) for t in ths],
                         columns=["th", "null", "change", "ineligible", "inverse"])
 
+# %% ../../nbs/eligibility/15_plots.ipynb #36bb4598
 def sensitivity_figure(table, th=.2):
     "Counts of fields against the threshold, the paper's 20 % dashed."
     fig = ui.figure("threshold: share of cases called “often”", "fields", "How much hangs on the threshold", yaxis_rangemode="tozero")
@@ -84,6 +87,7 @@ def arms_figure(found, title=""):
                 insidetextanchor="start", textfont_color="white", error_x=dict(type="data", array=table.hi - table.score, arrayminus=table.score - table.lo, color="rgba(128,128,128,.9)"))
     return fig.update_yaxes(autorange="reversed")
 
+# %% ../../nbs/eligibility/15_plots.ipynb #a8679c09
 def bias_figure(curve):
     "Loss in production against the end bias of one field, of `bias_curve`: a point per process, the mean as a line, 20 % dashed."
     loss = (curve.snapshot - curve.production) * 100

@@ -29,6 +29,7 @@ def deal(log, size=5, rng=None):
         for d in days[np.argsort(turn, kind="stable")]:
             yield np.array([left[d].pop() for _ in range(size)])
 
+# %% ../../nbs/eligibility/10_sample.ipynb #42b1456e
 def _checked(log, samples, size, runs=1, budget=None, th=.2):
     for name, v in dict(samples=samples, size=size, runs=runs).items():
         if isinstance(v, bool) or v != int(v) or v < 1: raise ValueError(f"{name}={v!r}: expected an integer >= 1")
@@ -53,6 +54,7 @@ def _decided(s, th, z):
         out.append((lo > th, hi <= th))
     return out[0][0] | out[1][0] | (out[0][1] & out[1][1])
 
+# %% ../../nbs/eligibility/10_sample.ipynb #76dcebbd
 def read_samples(log, samples=10, size=5, seed=0, budget=None, th=.2):
     """Read samples as the paper does, at the start of cases.
 
@@ -88,6 +90,7 @@ def _one(log, samples, size, seed, budget, th):
     return dict(null_start=null.sum(), end_bias=biased.sum(), ineligible=(null | biased).sum(), inv_all=inverse.sum(),
                 inv_eligible=inverse[~(null | biased)].sum(), rows_read=len(read))
 
+# %% ../../nbs/eligibility/10_sample.ipynb #ec114b26
 def sample(log, samples=10, size=5, runs=20, seed=0, budget=None, th=.2):
     """Figure 2's row of a log: fields ineligible at the start, from repeated small samples (paper, section 3).
 

@@ -36,6 +36,7 @@ def rows_at(log, at="start"):
     rows = log.starts[:-1] + k
     return np.where(rows < log.starts[1:], rows, -1)
 
+# %% ../../nbs/eligibility/07_scan.ipynb #0721cd4e
 def _state(log, name, value):
     i = log.at(name)
     code = log.levels[i].get_indexer([value])[0] + 1
@@ -83,11 +84,12 @@ class Scan:
 
     def __add__(self, other): return _merge(self, other)
 
+# %% ../../nbs/eligibility/07_scan.ipynb #e25b5d0e
 def ratio(k, n):
     "k / n, NaN where n is 0; float64, of the shape of k."
     return np.divide(k, n, out=np.full(np.shape(k), np.nan), where=np.asarray(n) > 0)
 
-# %% ../../nbs/eligibility/07_scan.ipynb #e25b5d0e
+# %% ../../nbs/eligibility/07_scan.ipynb #8350a40a
 def _merge(a, b):
     "The scan of the cases of both; they must be of the same fields and point e."
     if a.fields != b.fields or a.at != b.at: raise ValueError(f"two scans add up only at one point e and over the same fields: {a!r}, {b!r}")
@@ -100,6 +102,7 @@ def _merge(a, b):
     return Scan(a.fields, a.at, days, added(a.cases, b.cases), added(a.left_out, b.left_out), added(a.counts, b.counts),
                 np.array(both, object), a.ids & b.ids, a.dated | b.dated, a.planned, a.unaudited)
 
+# %% ../../nbs/eligibility/07_scan.ipynb #2334a9cf
 def _groups(log):
     "(days int64 [D], index of each case's day int64 [C])."
     days, group = np.unique(log.days(), return_inverse=True)
@@ -113,6 +116,7 @@ def known_at(log, name):
     when = log.dates[date][log.codes[log.at(date)]]
     return when if date == name else np.where(log.codes[log.at(name)] > 0, when, NAT)
 
+# %% ../../nbs/eligibility/07_scan.ipynb #47ff3ef7
 def _only(log, i):
     "The one value of field i, None without any, else MANY."
     return MANY if len(log.levels[i]) > 1 else next(iter(log.levels[i]), None)
@@ -124,30 +128,38 @@ def _is_id(log, i, at_least=100):
     first = kernels.first_fills(log.codes[i:i + 1], log.starts, log.starts[:-1])[0]
     return len(levels) >= .95 * (first != kernels.NEVER).sum()
 
-# %% ../../nbs/eligibility/07_scan.ipynb #47ff3ef7
+# %% ../../nbs/eligibility/07_scan.ipynb #fcfaf005
+def _states(log, rows, group, D, jobs):
+    "Counts int64 [F, D, 5] of `kernels.count_fields`, by `jobs` threads."
+    out, lean, F = np.zeros((len(log.fields), D, 5), np.int64), kernels.narrow(log.starts, rows, group), len(log.fields)
+    def count(block): kernels.count_fields(log.codes[block[0]:block[-1] + 1], *lean, out[block[0]:block[-1] + 1])
+    if jobs == 1: count(np.arange(F))
+    else:
+        with ThreadPoolExecutor(jobs) as pool: list(pool.map(count, np.array_split(np.arange(F), min(F, 4 * jobs))))
+    return out
+
+# %% ../../nbs/eligibility/07_scan.ipynb #22e46c4c
+def _futures(log, rows, group, D):
+    "Counts int64 [F, D, 2] of `kernels.count_future`, and which fields have dates, bool [F]."
+    out, dated = np.zeros((len(log.fields), D, 2), np.int64), np.zeros(len(log.fields), bool)
+    for i, f in enumerate(log.fields):
+        if (known := known_at(log, f)) is not None:
+            dated[i] = True
+            kernels.count_future(known, log.time, log.starts, rows, group, out[i])
+    return out, dated
+
+# %% ../../nbs/eligibility/07_scan.ipynb #069a0101
 def scan(log, at="start", jobs=None):
     """Count, for each field, what stands at the point `at` and what becomes of it (paper, section 3).
 
     log: AuditLog. at: see `rows_at`; cases that don't come so far are left out of everything and counted. jobs: threads (None: the
     processors, for large logs). Returns a Scan; `.frame()` has the rates."""
-    rows, (days, group), F = rows_at(log, at), _groups(log), len(log.fields)
-    raw = np.zeros((F, len(days), 5), np.int64)
+    rows, (days, group), F = rows_at(log, at), _groups(log), range(len(log.fields))
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
-    blocks = np.array_split(np.arange(F), min(F, 4 * jobs))
-    lean = kernels.narrow(log.starts, rows, group)
-    def count(block): kernels.count_fields(log.codes[block[0]:block[-1] + 1], *lean, raw[block[0]:block[-1] + 1])
-    if jobs == 1: count(np.arange(F))
-    else:
-        with ThreadPoolExecutor(jobs) as pool: list(pool.map(count, blocks))
-    future, dated = np.zeros((F, len(days), 2), np.int64), np.zeros(F, bool)
-    for i, f in enumerate(log.fields):
-        if (known := known_at(log, f)) is not None:
-            dated[i] = True
-            kernels.count_future(known, log.time, log.starts, rows, group, future[i])
-    kept = rows >= 0
-    cases = [np.bincount(group[k], minlength=len(days)) for k in (kept, ~kept)]
-    return Scan(tuple(log.fields), at, days, *cases, np.concatenate([raw, future], 2).transpose(1, 0, 2), np.array([_only(log, i) for i in range(F)], object),
-                np.array([_is_id(log, i) for i in range(F)]), dated, log.planned, tuple(log.unaudited))
+    states, (future, dated) = _states(log, rows, group, len(days), jobs), _futures(log, rows, group, len(days))
+    cases, left_out = (np.bincount(group[kept], minlength=len(days)) for kept in (rows >= 0, rows < 0))
+    return Scan(tuple(log.fields), at, days, cases, left_out, np.concatenate([states, future], 2).transpose(1, 0, 2), np.array([_only(log, i) for i in F], object),
+                np.array([_is_id(log, i) for i in F]), dated, log.planned, tuple(log.unaudited))
 
 # %% ../../nbs/eligibility/07_scan.ipynb #7c03db56
 def scan_parts(parts, read, at="start", map=map):
@@ -159,6 +171,7 @@ def scan_parts(parts, read, at="start", map=map):
     if not scans: raise ValueError("parts: expected at least one")
     return reduce(operator.add, scans)
 
+# %% ../../nbs/eligibility/07_scan.ipynb #3d1e22ee
 @dataclass
 class _Part:
     "`scan` of one part, as something that can be sent to another process."

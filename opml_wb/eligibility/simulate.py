@@ -27,6 +27,7 @@ def _arrivals(n, days, rng):
     order = np.argsort(minute, kind="stable")
     return minute[order], outage[day[order]]
 
+# %% ../../nbs/eligibility/13_simulate.ipynb #5ad0855d
 def _cases(n, days, change, ties, rng):
     "What happens to each of n cases: dict of arrays [n]."
     opened, outage = _arrivals(n, days, rng)
@@ -52,10 +53,12 @@ def _rows(c):
     there[:, 3], there[:, 4] = c["drops"], c["passed"]
     return np.nonzero(there)
 
+# %% ../../nbs/eligibility/13_simulate.ipynb #e02d6d13
 def _date(minutes): return (np.datetime64("2020-01-06") + minutes.astype("m8[m]")).astype("M8[s]").astype(str)
 
 def _text(prefix, numbers): return np.char.add(prefix, numbers.astype(str))
 
+# %% ../../nbs/eligibility/13_simulate.ipynb #2d07fa60
 def _columns(c, case, stage):
     "The columns of the wide log, in the order of a ticket's form."
     v = {k: x[case] for k, x in c.items() if k != "waits"}
@@ -82,7 +85,7 @@ def _columns(c, case, stage):
         "resolved_by": _text("person ", np.where(v["habit"], v["code"] * 8, v["person"] * 5) + v["solver"]), "close_code": pick(CODES, v["code"]),
         "duration_h": np.where(stage == 6, (end - c["opened"])[case] // 60, -1), "sla_met": where(stage == 6, pick(("no", "yes"), ((end - c["opened"])[case] < 1440 * 3).astype(int)))}
 
-# %% ../../nbs/eligibility/13_simulate.ipynb #e02d6d13
+# %% ../../nbs/eligibility/13_simulate.ipynb #8851ff5b
 TRUTH = {f: "ok" for f in ("opened_at", "opened_by", "caller", "company", "contact_type", "category", "impact", "due_at")} | {
     "mod_count": "change", "updated_at": "change", "symptom": "null", "priority": "change", "state": "change", "assignment_group": "null", "assigned_to": "null",
     "reassignments": "change", "workaround": "null", "parent": "null", "vendor": "null", "notify": "constant", "link": "identifier", "resolved_at": "backfill",
@@ -107,6 +110,7 @@ class Process:
     @property
     def verdicts(self): return self.truth.map(lambda kind: VERDICT.get(kind, "ineligible"))
 
+# %% ../../nbs/eligibility/13_simulate.ipynb #279a04de
 def simulate(cases=2000, days=150, change=.35, ties=.5, seed=0):
     """Draw a process with every kind of illusion in it.
 

@@ -19,6 +19,7 @@ def _moment(when):
     if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment")
     return (t.tz_convert(None) if t.tzinfo else t).to_datetime64().astype("M8[us]").astype(np.int64)
 
+# %% ../../nbs/eligibility/11_snapshot.ipynb #e9723fe1
 def _young(log, rows, delay):
     "Which of the rows int64 [C] (-1: no record yet) a starting or delayed snapshot keeps: bool [C]."
     begin, there = log.starts[:-1], rows >= 0
@@ -36,6 +37,7 @@ def _young(log, rows, delay):
     if window is pd.NaT or isinstance(delay, bool): raise ValueError(f"delay={delay!r}: expected None, a number of updates, a timedelta, or (field, value)")
     return there & ((rows == begin) | (log.time[rows] - log.time[begin] < window / pd.Timedelta(1, "us")))
 
+# %% ../../nbs/eligibility/11_snapshot.ipynb #d17c83a7
 def _rows(log, when, delay):
     "Row of each case that the snapshot holds: int64, and those cases."
     if log.time is None: raise ValueError("snapshot: the log has no times; read it with time=")
@@ -68,12 +70,14 @@ def _counts(filled, th):
     last = ratio(label[None, :] - both @ both.T, np.broadcast_to(label, (len(both), len(both))))      # the label is there, the feature not
     return 1 - both.mean(1) > th, np.nan_to_num(last) > th, last
 
+# %% ../../nbs/eligibility/11_snapshot.ipynb #efdab7e8
 def moments(log, n, rng):
     "n random moments of a log, datetime64[us] [n], on different days."
     days = np.unique(log.days()[log.days() >= 0])
     if len(days) < n: raise ValueError(f"moments: the log has {len(days)} days, {n} are asked for")
     return (rng.permutation(days)[:n] * 86_400_000_000 + rng.integers(0, 86_400_000_000, n)).astype("M8[us]")
 
+# %% ../../nbs/eligibility/11_snapshot.ipynb #dbc585a2
 def sample_snapshots(log, delay=None, samples=10, runs=20, seed=0, th=.2):
     """Figure 2's lower half: what repeated young snapshots of a live system tell.
 
@@ -128,6 +132,7 @@ def expected_new(lam, waits, seed=0):
     lo, hi = np.quantile(rng.poisson(lam * np.repeat(means, 10)), [.025, .975])
     return float(lam * w.mean()), float(lo), float(hi)
 
+# %% ../../nbs/eligibility/11_snapshot.ipynb #1f64270e
 def first_actions(log):
     "(cases per hour, hours from first to second row float64 [m]) of a log: what `expected_new` needs; cases with one row or unknown times are left out."
     two = np.diff(log.starts) > 1

@@ -28,6 +28,7 @@ def _numbers(log, name, codes, start, fitted=None):
         fitted[order] = np.arange(len(order))
     return fitted[codes], fitted
 
+# %% ../../nbs/eligibility/12_useful.ipynb #6cfad857
 def _table(log, fields, codes, start, fitted=None):
     "Features float64 [m, len(fields)] of codes int32 [F, m], and what was fitted to them."
     parts = [_numbers(log, f, codes[log.at(f)], start, None if fitted is None else fitted[f]) for f in fields]
@@ -49,6 +50,7 @@ def _classes(codes, train, most):
     new[top] = np.arange(len(top))
     return new[codes]
 
+# %% ../../nbs/eligibility/12_useful.ipynb #66e7b80a
 def _fit(x, y, seed, trees, depth):
     "An XGBoost classifier of classes y, as x -> class."
     from xgboost import XGBClassifier
@@ -80,6 +82,7 @@ def _arms(log, label, at, th):
            "eligible+ties": [f for f in others if column[f] in ("ok", "undetermined")]}
     return cases, clear.codes[:, rows], log.codes[:, log.last()], use
 
+# %% ../../nbs/eligibility/12_useful.ipynb #4462dd7f
 def _hits(log, use, now, end, y, train, test, seed, trees, depth):
     "Per arm, which test cases it gets right: float64 [m]."
     start, out = log.time[log.starts[:-1]], {}
@@ -92,7 +95,7 @@ def _hits(log, use, now, end, y, train, test, seed, trees, depth):
     out["majority"] = (y[test] == np.bincount(y[train]).argmax()).astype(float)
     return out
 
-# %% ../../nbs/eligibility/12_useful.ipynb #4462dd7f
+# %% ../../nbs/eligibility/12_useful.ipynb #8ec014b1
 def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, cases=6000, trees=40, depth=4, ended=True):
     """Train and ask: does a model of `label` hold in production at e?
 
@@ -128,6 +131,7 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
                       config=dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended))
     return out
 
+# %% ../../nbs/eligibility/12_useful.ipynb #074ae747
 def summary(found):
     "Mean score and mean interval of each arm of `useful`: DataFrame indexed by arm, the loss and the gain with their intervals over all seeds and splits."
     out = found.groupby("arm", sort=False)[["score", "lo", "hi"]].mean()

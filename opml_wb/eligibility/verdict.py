@@ -26,6 +26,7 @@ def effective(k, n):
         size = r * (1 - r) / var
     return np.where((D < DAYS) | ~np.isfinite(size), N, np.clip(size, 1, N))
 
+# %% ../../nbs/eligibility/09_verdict.ipynb #75cee71e
 def _interval(k, n):
     "(k, n, lo, hi) in all, [F], of counts by day [D, F]."
     size = effective(k, n)
@@ -101,6 +102,7 @@ def judge(s, counts, th=.2):
     np.fill_diagonal(out, "ineligible")
     return pd.DataFrame(out, index=pd.Index(s.fields, name="feature"), columns=pd.Index(s.fields, name="label"))
 
+# %% ../../nbs/eligibility/09_verdict.ipynb #1f0dfd37
 def counted(log, at="start"):
     "(Scan, PairCounts) behind the matrix at `at`."
     return scan(log, at), count_pairs(masked(log), at)
@@ -133,6 +135,7 @@ def labels(log, at="start", th=.2):
         out.append((what, float(open_rate), int((seen > 0).sum()), float(top), len(use), int((matrix[f] == "undetermined").sum()), use))
     return pd.DataFrame(out, columns=["label", "open_rate", "values", "majority", "n_features", "n_undetermined", "features"], index=pd.Index(log.fields, name="field"))
 
+# %% ../../nbs/eligibility/09_verdict.ipynb #5c695129
 def models_left(log, ats=("start",), th=.2):
     """How many models the search space has and keeps: Series of log10 counts, `all` = |F| |E| 2^|F|, `left`, and `ruled_out` (a share).
 
