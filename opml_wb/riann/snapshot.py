@@ -20,8 +20,9 @@ def freeze(graph):
     The caller keeps writers away meanwhile."""
     g, n = graph._g, graph._used
     arrays = {k: getattr(g, k)[:n] for k in _NODES}
-    arrays |= dict(U=g.U[:graph._rows], has=graph._has[:n], wait=graph._wait, free=np.array(graph._free, np.int64))
-    return arrays, dict(dim=graph.dim, metric=graph.metric, max_deg=graph.max_deg, seed=graph.seed, entry=int(g.meta[0]))
+    arrays |= dict(U=g.U[:graph._rows], has=graph._has[:n], wait=graph._wait, free=np.array(graph._free, np.int64),
+                   doomed=np.array([] if graph._doomed is None else graph._doomed, np.int64))
+    return arrays, dict(dim=graph.dim, metric=graph.metric, max_deg=graph.max_deg, seed=graph.seed, entry=int(g.meta[0]), sweep=-1 if graph._doomed is None else graph._cursor)
 
 # %% ../../nbs/riann/10_snapshot.ipynb #5c2cfa7b
 def _copies(level, twin):
@@ -45,6 +46,7 @@ def thaw(arrays, meta, capacity=0):
         getattr(g, k)[:n] = a[k]
     g.U[:len(a["U"])], g.meta[0], graph._has[:n] = a["U"], meta["entry"], a["has"]
     graph._used, graph._rows, graph._wait, graph._free = n, len(a["U"]), a["wait"].astype(np.int64), a["free"].tolist()
+    if meta["sweep"] >= 0: graph._doomed, graph._cursor = a["doomed"].astype(np.int64), meta["sweep"]
     level = g.level[:n]
     known = np.concatenate([np.flatnonzero((level >= 0) | (level == WAIT)), _copies(level, g.twin[:n])])
     graph._slot = dict(zip(g.ids[known].tolist(), known.tolist()))
