@@ -127,7 +127,8 @@ def _refuse_equal(get, names, codes, tied, case, keys):
     for _, same in block[block.duplicated(keep=False)].groupby(list(block), sort=False).groups.items():
         raw = pd.DataFrame({c: pd.Series(get(c)).take(rows[same]).array for c in names}).astype(object)
         if raw.duplicated().any():
-            raise ValueError(f"two rows of case {pd.Series(get(names[0])).iloc[rows[same[0]]]!r} are equal in every field ({raw.iloc[-1].dropna().to_dict()}); "
+            of = pd.Series(get(names[0])).iloc[rows[same[0]]]
+            raise ValueError(f"two rows of case {of!r} are equal in every field ({raw.iloc[-1].dropna().to_dict()}); "
                              "drop the copies: df.drop_duplicates()")
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #62f7cfc2
@@ -135,7 +136,7 @@ def _grouped(get, case, null):
     "Rank of each row's case (int64 [n]; cases by their first row), and the cases' keys [C]."
     which, cases = encode(get(case), null, case)
     if not len(which): raise ValueError("the log is empty: expected at least one row")
-    if len(which) >= 2**32 - 1: raise ValueError(f"the log has {len(which):,} rows, one scan takes fewer than 2**32 - 1: cut it between cases and use scan_parts")
+    if len(which) >= 2**32 - 1: raise ValueError(f"the log has {len(which):,} rows, too many for one: cut it between cases, see scan_parts")
     if (which == 0).any(): raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; drop such rows or name another case=")
     first = np.full(len(cases) + 1, len(which))
     np.minimum.at(first, which, np.arange(len(which)))
@@ -144,7 +145,7 @@ def _grouped(get, case, null):
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #3816289a
 def _ordered(rank, keys):
-    "Permutation that puts rows in order (stable: ties keep row order), and per placed row: a case begins here, bool; it ties with the row before, bool."
+    "(permutation that puts rows in order, stable: ties keep row order; per placed row, bool [n]: a case begins; it ties with the row before)."
     perm = np.lexsort((*keys[::-1], rank))
     new = np.append(True, rank[perm][1:] != rank[perm][:-1])
     same = [np.append(False, k[perm][1:] == k[perm][:-1]) for k in keys]
@@ -194,7 +195,8 @@ def finish(log, case, dates={}, by_time={}, current=None, null=NULL, planned=())
 # %% ../../nbs/eligibility/03_auditlog.ipynb #4e5df005
 def _compare(log, current, case, null):
     "Take fields that only the present table has; count cases and values that it doesn't share with the log's end."
-    if current[column(case, list(current))].duplicated().any(): raise ValueError(f"current: {case!r} {current[case][current[case].duplicated()].iloc[0]!r} is there twice")
+    twice = current[case][current[column(case, list(current))].duplicated()]
+    if len(twice): raise ValueError(f"current: {case!r} {twice.iloc[0]!r} is there twice")
     now = current.set_index(case)
     log.issues["cases without audit rows"] = int((~now.index.isin(log.cases)).sum())
     log.issues["cases not in current"] = int((~pd.Index(log.cases).isin(now.index)).sum())
@@ -240,7 +242,7 @@ def from_parquet(path, case, order, columns=None, **kwargs):
     path: file. columns: those to read (None: all). case, order and kwargs: as for `from_wide`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-    whole = {getattr(pa, t)(): getattr(pd, f"{t.replace('i', 'I').replace('u', 'U')}Dtype")() for t in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")}
+    whole = {getattr(pa, f"{u}int{b}")(): getattr(pd, f"{u.upper()}Int{b}Dtype")() for u in ("", "u") for b in (8, 16, 32, 64)}
     texts = [c.name for c in pq.read_schema(path) if str(c.type) in ("string", "large_string")]
     file = pq.ParquetFile(path, read_dictionary=texts, memory_map=True)
     def get(name): return file.read(columns=[name]).column(0).to_pandas(types_mapper=whole.get)     # integers with gaps stay integers

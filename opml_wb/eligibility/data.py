@@ -13,7 +13,8 @@ from .auditlog import AuditLog
 
 # %% ../../nbs/eligibility/14_data.ipynb #62f59643
 DATES = {c: "%d/%m/%Y %H:%M" for c in ("opened_at", "sys_created_at", "sys_updated_at", "resolved_at", "closed_at")}
-SERVICENOW = dict(case="number", order="sys_mod_count", time="sys_updated_at", dates=DATES, by_time={"resolved_by": "resolved_at", "closed_code": "closed_at"})
+SERVICENOW = dict(case="number", order="sys_mod_count", time="sys_updated_at", dates=DATES,
+                  by_time={"resolved_by": "resolved_at", "closed_code": "closed_at"})
 ROWS = 66_003   # of part 1
 
 def _csv(packed):
@@ -26,7 +27,8 @@ def make(file, url, sha256, bytes):
     "The maker named in the data registry: part 1, the first 66,003 rows, as .csv.gz, from the archive at `url`."
     with tempfile.TemporaryDirectory() as d:
         lines = _csv(data.download(url, sha256, bytes, Path(d)/"log.zip")).split(b"\n")
-    with open(file, "wb") as f, gzip.GzipFile("servicenow_incident_log_part1.csv", "wb", 9, f, mtime=0) as g: g.write(b"\n".join(lines[:ROWS + 1]) + b"\n")
+    with open(file, "wb") as f, gzip.GzipFile("servicenow_incident_log_part1.csv", "wb", 9, f, mtime=0) as g:
+        g.write(b"\n".join(lines[:ROWS + 1]) + b"\n")
 
 def _servicenow(source):
     import pandas as pd

@@ -56,7 +56,8 @@ def _audit(df, case, time, field, old, new, order, null, dates, current, created
     update, of_case, when = _updates(which, times)
     named, fields = pd.factorize(df[field])
     if (named < 0).any(): raise ValueError(f"field {field!r}: row {int(perm[(named < 0).argmax()])} names none")
-    both = [encode(pd.concat([df[new][named == i], df[old][named == i]] if old else [df[new][named == i]], ignore_index=True), null, f) for i, f in enumerate(fields)]
+    def values(i): return pd.concat([df[c][named == i] for c in (new, old) if c], ignore_index=True)
+    both = [encode(values(i), null, f) for i, f in enumerate(fields)]
     codes, begin = np.full((len(fields), len(when)), -1, np.int32), np.full((len(fields), len(cases)), -1, np.int32)
     for i, (code, _) in enumerate(both):
         rows = np.flatnonzero(named == i)
@@ -104,8 +105,8 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
 
     df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which blank (empty, NaN) is unchanged and a value
     of `null` clears. With `field`, each row is one change: columns of the field's name, its `old` (may be missing) and its `new` value;
-    there blank is null. order: column that orders rows (None: time, ties keep row order). current: the table now, a row per case: says what fields were
-    that never changed, and names those that are not audited. created: its column of creation times, the time of states before the first update (else
+    there blank is null. order: column that orders rows (None: time, ties keep row order). current: the table now, a row per case: it says
+    what fields were that never changed, and names those that are not audited. created: its column of creation times, the time of states before the first update (else
     unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises ValueError naming column, row or value."""
     df, current = _pandas(df), None if current is None else _pandas(current)
     for c in filter(None, (case, time, field, old, new, order)): column(c, list(df))

@@ -95,4 +95,5 @@ def column(name, known, what="column"):
     "`name`, if it is one of the names `known`; else ValueError with the nearest of them."
     if name in known: return name
     near = difflib.get_close_matches(str(name), list(map(str, known)), 1, .5)
-    raise ValueError(f"there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; there are: " + ", ".join(map(str, list(known)[:12]))))
+    hint = f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(map(str, list(known)[:12]))
+    raise ValueError(f"there is no {what} {name!r}; {hint}")

@@ -6,6 +6,7 @@
 __all__ = ['join']
 
 # %% ../../nbs/eligibility/06_join.ipynb #137ec318
+from dataclasses import replace
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog, _pandas
@@ -61,7 +62,7 @@ def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL):
     new = np.array([np.append(c, np.int32(0))[found] for c, _ in added], np.int32).reshape(len(fields), len(log))
     issues = {**log.issues, f"{on}: no linked row": int(((found < 0) & (log.codes[i] > 0)).sum())}
     if time is None: issues[f"{on}: linked as it is now, not as it was"] = len(fields)
-    return AuditLog(log.fields + [prefix + c for c in fields], np.concatenate([log.codes, new]), log.levels + [l for _, l in added], log.starts, log.cases,
-                    log.time, dict(log.dates), log.by_time, log.planned, log.unaudited, issues)
+    return replace(log, fields=log.fields + [prefix + c for c in fields], codes=np.concatenate([log.codes, new]),
+                   levels=log.levels + [level for _, level in added], dates=dict(log.dates), issues=issues)
 
 AuditLog.join = join

@@ -12,7 +12,8 @@ from ..core import ui
 from .verdict import judge
 
 # %% ../../nbs/eligibility/15_plots.ipynb #cd0ef0f1
-CELLS = {"ok": ui.COLOURS["good"], "undetermined": "#B9B9B9", "inverse": ui.COLOURS["paper"], "ineligible": ui.COLOURS["baseline"], "backfill": "#7A2E00"}
+CELLS = {"ok": ui.COLOURS["good"], "undetermined": "#B9B9B9", "inverse": ui.COLOURS["paper"], "ineligible": ui.COLOURS["baseline"],
+         "backfill": "#7A2E00"}
 
 def _coded(matrix):
     "Positions of verdicts in CELLS, NaN on the diagonal: float64 [F, F]."
@@ -48,8 +49,9 @@ def dumbbells(table, start, verdict, most=14):
     far = (start - table).abs().sort_values(ascending=False).index[:most][::-1]
     fig = ui.figure("records in which the field is null", "", height=130 + 22 * len(far),
                     margin_t=70, xaxis_range=[-.03, 1.03], xaxis_tickformat=".0%")
-    for f in far: fig.add_scatter(x=[table[f], start[f]], y=[f, f], mode="lines", line=dict(color="rgba(128,128,128,.5)", width=2), showlegend=False, hoverinfo="skip")
-    fig.add_scatter(x=table[far], y=list(far), mode="markers", name="in the table", marker=dict(color=ui.COLOURS["muted"], size=9, symbol="circle-open", line_width=2))
+    line, ring = dict(color="rgba(128,128,128,.5)", width=2), dict(color=ui.COLOURS["muted"], size=9, symbol="circle-open", line_width=2)
+    for f in far: fig.add_scatter(x=[table[f], start[f]], y=[f, f], mode="lines", line=line, showlegend=False, hoverinfo="skip")
+    fig.add_scatter(x=table[far], y=list(far), mode="markers", name="in the table", marker=ring)
     for v, colour in CELLS.items():
         those = [f for f in far if verdict[f] == v]
         if those: fig.add_scatter(x=start[those], y=those, mode="markers", name=f"at the start: {v}", marker=dict(color=colour, size=11))
@@ -85,7 +87,7 @@ def shares(fields, *counts):
 
 # %% ../../nbs/eligibility/15_plots.ipynb #aac74060
 def sensitivity(s, counts, ths=np.round(np.arange(.02, .99, .02), 2)):
-    "Fields and pairs by threshold: DataFrame [th, null, change, ineligible, inverse] of a Scan and PairCounts; counts of fields, and of ordered pairs."
+    "Counts by threshold, of a Scan and PairCounts: DataFrame [th, null, change, ineligible (fields), inverse (ordered pairs)]."
     import pandas as pd
     f = s.frame()
     null, change = np.nan_to_num(f.null_rate.to_numpy()), np.nan_to_num(f.change_rate.to_numpy())
@@ -104,8 +106,8 @@ def sensitivity_figure(table, th=.2):
     return ui.paper_line(fig, th, "paper: 20 %", axis="x")
 
 # %% ../../nbs/eligibility/15_plots.ipynb #82c19fa6
-ARMS = {"snapshot": ("as the snapshot reports it", "muted"), "production": ("the same model in production", "baseline"), "eligible": ("eligible features only", "ours"),
-        "eligible+ties": ("and those that tie", "paper"), "majority": ("always the commonest", "good")}
+ARMS = {"snapshot": ("as the snapshot reports it", "muted"), "production": ("the same model in production", "baseline"),
+        "eligible": ("eligible features only", "ours"), "eligible+ties": ("and those that tie", "paper"), "majority": ("always the commonest", "good")}
 
 def arms_figure(found, title=""):
     "Bars of the arms of `useful`, with mean 95 % intervals."
@@ -113,8 +115,9 @@ def arms_figure(found, title=""):
     table = summary(found).loc[list(ARMS)]
     names = [ARMS[a][0] for a in table.index]
     fig = ui.figure("accuracy", "", title, xaxis_range=[0, 1.02], showlegend=False, height=300)
-    fig.add_bar(y=names, x=table.score, orientation="h", marker_color=[ui.COLOURS[ARMS[a][1]] for a in table.index], texttemplate="%{x:.2f}", textposition="inside",
-                insidetextanchor="start", textfont_color="white", error_x=dict(type="data", array=table.hi - table.score, arrayminus=table.score - table.lo, color="rgba(128,128,128,.9)"))
+    whiskers = dict(type="data", array=table.hi - table.score, arrayminus=table.score - table.lo, color="rgba(128,128,128,.9)")
+    fig.add_bar(y=names, x=table.score, orientation="h", marker_color=[ui.COLOURS[ARMS[a][1]] for a in table.index], error_x=whiskers,
+                texttemplate="%{x:.2f}", textposition="inside", insidetextanchor="start", textfont_color="white")
     return fig.update_yaxes(autorange="reversed")
 
 # %% ../../nbs/eligibility/15_plots.ipynb #a8679c09
@@ -122,7 +125,8 @@ def bias_figure(curve):
     "Loss in production against the end bias of one field, of `bias_curve`: a point per process, the mean as a line, 20 % dashed."
     loss = (curve.snapshot - curve.production) * 100
     mean = curve.assign(loss=loss).groupby("share")[["end_bias", "loss"]].mean()
-    fig = ui.figure("end bias of one feature: cases whose last value is another", "accuracy lost in production (points)", "What end bias costs", yaxis_rangemode="tozero")
+    fig = ui.figure("end bias of one feature: cases whose last value is another", "accuracy lost in production (points)",
+                    "What end bias costs", yaxis_rangemode="tozero")
     fig.add_scatter(x=curve.end_bias, y=loss, mode="markers", name="a process", marker=dict(color=ui.COLOURS["muted"], size=7))
     fig.add_scatter(x=mean.end_bias, y=mean.loss, mode="lines+markers", name="mean", line=dict(color=ui.COLOURS["ours"], width=3))
     fig.update_xaxes(tickformat=".0%")

@@ -37,7 +37,8 @@ def _checked(log, samples, size, runs=1, budget=None, th=.2):
     if not 0 <= th <= 1: raise ValueError(f"th={th}: expected a share of cases, 0 .. 1")
     if log.time is None: raise ValueError("the log has no times, so no days to sample from; read it with time=")
     days, n = np.unique(log.days()[log.days() >= 0], return_counts=True)
-    if (n // size).sum() < samples: raise ValueError(f"samples={samples}, size={size}: the log has {(n // size).sum()} such samples on {len(days)} days; ask for fewer or smaller ones")
+    if (most := (n // size).sum()) < samples:
+        raise ValueError(f"samples={samples}, size={size}: the log has {most} such samples on {len(days)} days; ask for fewer or smaller ones")
 
 # %% ../../nbs/eligibility/10_sample.ipynb #3fb8b0e4
 def _looks_z(looks):
@@ -76,8 +77,9 @@ def read_samples(log, samples=10, size=5, seed=0, budget=None, th=.2):
     if not read: raise ValueError(f"budget={budget}: not even one sample of {size} cases; they have {rows.mean() * size:.0f} rows on average")
     out = total.frame()
     worst = np.nan_to_num(out[["null_rate", "change_rate"]].to_numpy())
-    return np.concatenate(read), pd.DataFrame({"verdict": np.where((worst > th).any(1), "ineligible", "ok"), "decided": decided, "null_rate": out.null_rate,
-                                               "change_rate": out.change_rate, "cases": np.where(until > 0, until, total.n)}, index=out.index)
+    found = {"verdict": np.where((worst > th).any(1), "ineligible", "ok"), "decided": decided, "null_rate": out.null_rate,
+             "change_rate": out.change_rate, "cases": np.where(until > 0, until, total.n)}
+    return np.concatenate(read), pd.DataFrame(found, index=out.index)
 
 # %% ../../nbs/eligibility/10_sample.ipynb #8b1e5a13
 def agreement(log, runs=20, seed=0, th=.2, **how):

@@ -72,7 +72,8 @@ class Scan:
     @property
     def n(self): return int(self.cases.sum())
 
-    def __repr__(self): return f"Scan at {self.at!r}: {self.n:,} cases ({self.left_out.sum():,} left out), {len(self.fields)} fields, {len(self.days)} days"
+    def __repr__(self):
+        return f"Scan at {self.at!r}: {self.n:,} cases ({self.left_out.sum():,} left out), {len(self.fields)} fields, {len(self.days)} days"
 
     def frame(self):
         """Rates by field. null_rate: of cases, null at e. n_filled: cases ever filled. change_rate: of these, last value other than the first
@@ -158,8 +159,9 @@ def scan(log, at="start", jobs=None):
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     states, (future, dated) = _states(log, rows, group, len(days), jobs), _futures(log, rows, group, len(days))
     cases, left_out = (np.bincount(group[kept], minlength=len(days)) for kept in (rows >= 0, rows < 0))
-    return Scan(tuple(log.fields), at, days, cases, left_out, np.concatenate([states, future], 2).transpose(1, 0, 2), np.array([_only(log, i) for i in F], object),
-                np.array([_is_id(log, i) for i in F]), dated, log.planned, tuple(log.unaudited))
+    counts = np.concatenate([states, future], 2).transpose(1, 0, 2)
+    only, ids = np.array([_only(log, i) for i in F], object), np.array([_is_id(log, i) for i in F])
+    return Scan(tuple(log.fields), at, days, cases, left_out, counts, only, ids, dated, log.planned, tuple(log.unaudited))
 
 # %% ../../nbs/eligibility/07_scan.ipynb #7c03db56
 def scan_parts(parts, read, at="start", map=map):

@@ -36,7 +36,8 @@ def _cases(n, days, change, ties, rng):
     group = np.where(rng.random(n) < .75, category % len(GROUPS), rng.integers(0, len(GROUPS), n))
     drops = (rng.random(n) < change) & (priority > 0)
     later = rng.random(n)
-    code = np.where(drops & (rng.random(n) < .85), 1, np.select([later < .5, later < .75], [np.array([0, 0, 2, 0, 2, 3])[category], 0], rng.integers(0, 4, n)))
+    usual = np.select([later < .5, later < .75], [np.array([0, 0, 2, 0, 2, 3])[category], 0], rng.integers(0, 4, n))
+    code = np.where(drops & (rng.random(n) < .85), 1, usual)
     return dict(opened=opened, category=category, first=priority, last=np.where(drops, priority - 1 - (rng.random(n) < .3) * (priority > 1), priority),
                 group=group, at_start=rng.random(n) < .35, together=rng.random(n) < ties, person=rng.integers(0, 6, n), drops=drops,
                 passed=rng.random(n) < .15, recoded=rng.random(n) < .06, symptom=rng.random(n) < .62, code=code, caller=rng.zipf(1.6, n) % 400,
@@ -64,6 +65,7 @@ def _columns(c, case, stage):
     v = {k: x[case] for k, x in c.items() if k != "waits"}
     time = c["opened"][case] + np.where(stage > 0, c["waits"][case, stage], 0)
     end = c["opened"] + c["waits"][:, -2]
+    took = (end - c["opened"])[case]
     place = np.arange(len(case)) - np.concatenate([[0], np.cumsum(np.bincount(case))])[case]
     group = np.where((stage >= 4) & v["passed"], (v["group"] + 1) % len(GROUPS), v["group"])
     has_group = (stage >= 1) | v["at_start"]
@@ -76,20 +78,23 @@ def _columns(c, case, stage):
         "opened_by": _text("agent ", v["caller"] % 12), "caller": _text("caller ", v["caller"]), "company": _text("company ", v["caller"] % 25),
         "contact_type": pick(("phone", "mail", "web"), v["contact"]),
         "category": pick(CATEGORIES, np.where(v["recoded"] & (stage >= 2), (v["category"] + 1) % len(CATEGORIES), v["category"])),
-        "impact": pick(("low", "medium", "high"), v["impact"]), "symptom": where(v["symptom"] | (stage >= 2), _text("symptom ", v["category"] * 3 + v["impact"])),
+        "impact": pick(("low", "medium", "high"), v["impact"]),
+        "symptom": where(v["symptom"] | (stage >= 2), _text("symptom ", v["category"] * 3 + v["impact"])),
         "priority": pick(("4 low", "3 moderate", "2 high", "1 critical"), priority), "state": pick(STATES, stage),
         "due_at": _date(v["opened"] + 1440 * (5 - v["first"])), "assignment_group": where(has_group, pick(GROUPS, group)),
-        "assigned_to": where(has_person, _text("person ", group * 6 + v["person"])), "reassignments": ((stage >= 4) & v["passed"]).astype(int) + has_group,
-        "workaround": where((stage >= 3) & v["drops"], _text("article ", v["category"])), "parent": where(v["parent"] & (stage >= 2), _text("INC", 10_000 + case // 2)),
+        "assigned_to": where(has_person, _text("person ", group * 6 + v["person"])),
+        "reassignments": ((stage >= 4) & v["passed"]).astype(int) + has_group,
+        "workaround": where((stage >= 3) & v["drops"], _text("article ", v["category"])),
+        "parent": where(v["parent"] & (stage >= 2), _text("INC", 10_000 + case // 2)),
         "vendor": "?", "notify": "by mail", "link": _text("https://desk/", case), "resolved_at": _date(end[case]),
         "resolved_by": _text("person ", np.where(v["habit"], v["code"] * 8, v["person"] * 5) + v["solver"]), "close_code": pick(CODES, v["code"]),
-        "duration_h": np.where(stage == 6, (end - c["opened"])[case] // 60, -1), "sla_met": where(stage == 6, pick(("no", "yes"), ((end - c["opened"])[case] < 1440 * 3).astype(int)))}
+        "duration_h": np.where(stage == 6, took // 60, -1), "sla_met": where(stage == 6, pick(("no", "yes"), (took < 3 * 1440).astype(int)))}
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #8851ff5b
 TRUTH = {f: "ok" for f in ("opened_at", "opened_by", "caller", "company", "contact_type", "category", "impact", "due_at")} | {
-    "mod_count": "change", "updated_at": "change", "symptom": "null", "priority": "change", "state": "change", "assignment_group": "null", "assigned_to": "null",
-    "reassignments": "change", "workaround": "null", "parent": "null", "vendor": "null", "notify": "constant", "link": "identifier", "resolved_at": "backfill",
-    "resolved_by": "backfill", "close_code": "backfill", "duration_h": "null", "sla_met": "null"}
+    "mod_count": "change", "updated_at": "change", "symptom": "null", "priority": "change", "state": "change", "assignment_group": "null",
+    "assigned_to": "null", "reassignments": "change", "workaround": "null", "parent": "null", "vendor": "null", "notify": "constant",
+    "link": "identifier", "resolved_at": "backfill", "resolved_by": "backfill", "close_code": "backfill", "duration_h": "null", "sla_met": "null"}
 VERDICT = {"ok": "ok", "backfill": "backfill"}   # all other kinds: ineligible
 OPTIONS = dict(case="number", order="mod_count", time="updated_at", dates={d: "ISO8601" for d in ("updated_at", "opened_at", "due_at", "resolved_at")},
                by_time={"resolved_by": "resolved_at", "close_code": "resolved_at"}, planned=("due_at",), null=("?", "", -1))
@@ -126,11 +131,13 @@ def simulate(cases=2000, days=150, change=.35, ties=.5, seed=0):
     truth = pd.Series(TRUTH, name="planted")
     if (c["first"] != c["last"]).mean() <= .2: truth["priority"] = "ok"
     months = pd.date_range("2019-12-01", periods=days // 30 + 2, freq="MS").strftime("%Y-%m-%d")
-    company = pd.DataFrame([(f"company {k}", m, ("silver", "gold")[int(rng.random() < .4)]) for k in range(25) for m in months], columns=["company", "since", "tier"])
-    return Process(pd.DataFrame(_columns(c, case, stage)), truth, {("assigned_to", "assignment_group"): "inverse", ("assignment_group", "assigned_to"): "ok"}, OPTIONS, company)
+    tiers = [(f"company {k}", m, ("silver", "gold")[int(rng.random() < .4)]) for k in range(25) for m in months]
+    order = {("assigned_to", "assignment_group"): "inverse", ("assignment_group", "assigned_to"): "ok"}
+    return Process(pd.DataFrame(_columns(c, case, stage)), truth, order, OPTIONS, pd.DataFrame(tiers, columns=["company", "since", "tier"]))
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #e6197a49
-def bias_curve(shares=(0, .1, .2, .3, .4, .6), seeds=3, cases=1500, fields=("priority", "category", "impact", "opened_by"), label="close_code", progress=lambda x: x):
+def bias_curve(shares=(0, .1, .2, .3, .4, .6), seeds=3, cases=1500, fields=("priority", "category", "impact", "opened_by"),
+               label="close_code", progress=lambda x: x):
     """Loss in production of a snapshot's model, by the end bias of `priority` in simulated processes.
 
     shares: `change` of `simulate`. fields: features of the model; all but priority are stable, so what is lost is lost to end bias. The snapshot's model

@@ -34,7 +34,8 @@ def _young(log, rows, delay):
         return there & (rows - begin <= k)
     try: window = pd.Timedelta(delay)
     except (ValueError, TypeError): window = pd.NaT
-    if window is pd.NaT or isinstance(delay, bool): raise ValueError(f"delay={delay!r}: expected None, a number of updates, a timedelta, or (field, value)")
+    if window is pd.NaT or isinstance(delay, bool):
+        raise ValueError(f"delay={delay!r}: expected None, a number of updates, a timedelta, or (field, value)")
     return there & ((rows == begin) | (log.time[rows] - log.time[begin] < window / pd.Timedelta(1, "us")))
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #d17c83a7
@@ -122,11 +123,12 @@ def expected_new(lam, waits, seed=0):
     if not (np.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam}: expected a rate >= 0")
     if not len(w): raise ValueError("waits: expected at least one time to first action")
     if not np.isfinite(w).all() or (w < 0).any():
-        raise ValueError(f"waits: {int((~np.isfinite(w)).sum())} have no first action and {int((w < 0).sum())} are negative; leave them out, or give what they have waited so far")
+        raise ValueError(f"waits: {int((~np.isfinite(w)).sum())} have no first action and {int((w < 0).sum())} are negative; "
+                         "leave them out, or give what they have waited so far")
     longest, median = np.sort(w)[-max(1, len(w) // 100):].sum() / max(w.sum(), 1e-300), np.median(w)
     if w.mean() > 5 * median or len(w) >= 100 and longest > .2:
-        warnings.warn(f"heavy tail: the mean wait {w.mean():.3g} is {w.mean() / max(median, 1e-300):.3g} medians, and the longest 1 % of {len(w)} waits make up "
-                      f"{longest:.0%} of it: lambda W hangs on few cases, and young records are mostly the stale ones", stacklevel=2)
+        warnings.warn(f"heavy tail: the mean wait {w.mean():.3g} is {w.mean() / max(median, 1e-300):.3g} medians, and the longest 1 % "
+                      f"of {len(w)} waits make up {longest:.0%} of it: lambda W hangs on few cases, and young records are mostly the stale ones", stacklevel=2)
     rng = np.random.default_rng(seed)
     means = np.array([w[rng.integers(0, len(w), len(w))].mean() for _ in range(400)])
     lo, hi = np.quantile(rng.poisson(lam * np.repeat(means, 10)), [.025, .975])
@@ -134,7 +136,7 @@ def expected_new(lam, waits, seed=0):
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #1f64270e
 def first_actions(log):
-    "(cases per hour, hours from first to second row float64 [m]) of a log: what `expected_new` needs; cases with one row or unknown times are left out."
+    "(cases per hour, hours from first to second row float64 [m]): what `expected_new` needs; cases of one row are left out."
     two = np.diff(log.starts) > 1
     first, second = log.time[log.starts[:-1][two]], log.time[log.starts[:-1][two] + 1]
     ok = (first > np.iinfo(np.int64).min) & (second >= first)

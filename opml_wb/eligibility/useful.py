@@ -15,7 +15,7 @@ from .verdict import eligibility_matrix, masked
 
 # %% ../../nbs/eligibility/12_useful.ipynb #2c6ce642
 def _numbers(log, name, codes, start, fitted=None):
-    "A field's codes as float64 [m] for trees, and what was fitted: numbers as they are, dates as hours since the case began, texts by rank of frequency."
+    "Codes as float64 [m] for trees, and what was fitted: numbers as they are, dates in hours since the case began, texts by frequency's rank."
     i = log.at(name)
     levels, out = log.levels[i], np.full(len(codes), np.nan)
     if name in log.dates and log.time is not None: return np.where(codes > 0, (log.dates[name][codes] - start) / 3.6e9, np.nan), True
@@ -56,7 +56,8 @@ def _fit(x, y, seed, trees, depth):
     from xgboost import XGBClassifier
     kinds, y = np.unique(y, return_inverse=True)
     if len(kinds) == 1 or not x.shape[1]: return lambda x: np.full(len(x), kinds[np.bincount(y).argmax()])
-    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist", n_jobs=1).fit(x, y)
+    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist", n_jobs=1)
+    model.fit(x, y)
     return lambda x: kinds[model.predict(x)]
 
 # %% ../../nbs/eligibility/12_useful.ipynb #f40ad5d9
@@ -102,8 +103,8 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
     log: AuditLog with times. seeds: how many, each with its own training sample of at most `cases` ended cases (four in five of them) and its own
     trees. splits: shares of cases begun when the model is trained; it is asked about the next fifth. classes: the commonest ones, others are
     one class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on all that had begun, whose ends a model could not know
-    yet; for logs so short that few have ended, and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible | eligible+ties | majority | loss),
-    seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus
+    yet; for logs so short that few have ended, and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible |
+    eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus
     majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm, config.
     Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
     if log.time is None: raise ValueError("useful: the log has no times; read it with time=")
@@ -115,25 +116,27 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
         train, test = _split(log, kept, share, .2, ended)
         y = _classes(end[log.at(label)], train, classes) if len(train) else np.zeros(1, int)
         if len(train) < 20 or len(test) < 20 or len(np.unique(y[train])) < 2:
-            raise ValueError(f"label {label!r}, split {share}: {len(train)} cases ended before, {len(test)} begin after; expected 20 of each and two classes")
+            raise ValueError(f"label {label!r}, split {share}: {len(train)} cases ended before, {len(test)} begin after; "
+                             "expected 20 of each and two classes")
         for seed in range(int(seeds)):
             rng = np.random.default_rng([seed, int(share * 1000)])
             some = np.sort(rng.permutation(train)[:min(cases, len(train) * 4 // 5)])
             hits = _hits(log, use, now, end, y, some, test, seed, trees, depth)
             hits["loss"] = hits["snapshot"] - hits["production"]
             rows += [(arm, seed, share, *by_day(hit, days[test])) for arm, hit in hits.items()]
-            for arm, hit in (("loss", hits["loss"]), ("gain", hits["eligible"] - hits["majority"])): paired.setdefault((arm, share), []).append((hit, test))
+            for arm, hit in (("loss", hits["loss"]), ("gain", hits["eligible"] - hits["majority"])):
+                paired.setdefault((arm, share), []).append((hit, test))
     out = pd.DataFrame(rows, columns=["arm", "seed", "split", "score", "lo", "hi"])
     for arm in ("loss", "gain"):
         some = [(np.mean([h for h, _ in paired[arm, share]], 0), paired[arm, share][0][1]) for share in splits]
         out.attrs[arm] = tuple(map(float, by_day(np.concatenate([h for h, _ in some]), np.concatenate([days[t] for _, t in some]))))
-    out.attrs |= dict(answer="useful" if out.attrs["gain"][1] > 0 else "no useful label", features=use, label=label,
-                      config=dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended))
+    config = dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended)
+    out.attrs |= dict(answer="useful" if out.attrs["gain"][1] > 0 else "no useful label", features=use, label=label, config=config)
     return out
 
 # %% ../../nbs/eligibility/12_useful.ipynb #074ae747
 def summary(found):
-    "Mean score and mean interval of each arm of `useful`: DataFrame indexed by arm, the loss and the gain with their intervals over all seeds and splits."
+    "Mean score and interval of each arm of `useful`: DataFrame by arm; loss and gain with their intervals over all seeds and splits."
     out = found.groupby("arm", sort=False)[["score", "lo", "hi"]].mean()
     for arm in ("loss", "gain"): out.loc[arm] = found.attrs[arm]
     return out

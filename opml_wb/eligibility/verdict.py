@@ -7,6 +7,7 @@ __all__ = ['DAYS', 'BACKFILL', 'effective', 'verdicts', 'backfilled', 'masked', 
            'labels', 'models_left']
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #583170e5
+from dataclasses import replace
 import numpy as np
 import pandas as pd
 from . import kernels
@@ -92,7 +93,7 @@ def masked(log, fields=None):
     for f in backfilled(log) if fields is None else fields:
         if (known := known_at(log, f)) is None: raise ValueError(f"masked: {f!r} has no date; name one in by_time={{{f!r}: date}}")
         kernels.hide(codes[log.at(f)], known, log.time, log.starts)
-    return AuditLog(log.fields, codes, log.levels, log.starts, log.cases, log.time, log.dates, log.by_time, log.planned, log.unaudited, log.issues)
+    return replace(log, codes=codes)
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #96ad8b07
 def judge(s, counts, th=.2):
@@ -133,7 +134,8 @@ def labels(log, at="start", th=.2):
                 "potential" if open_rate > th else "known")
         use = list(matrix.index[matrix[f] == "ok"])
         out.append((what, float(open_rate), int((seen > 0).sum()), float(top), len(use), int((matrix[f] == "undetermined").sum()), use))
-    return pd.DataFrame(out, columns=["label", "open_rate", "values", "majority", "n_features", "n_undetermined", "features"], index=pd.Index(log.fields, name="field"))
+    columns = ["label", "open_rate", "values", "majority", "n_features", "n_undetermined", "features"]
+    return pd.DataFrame(out, columns=columns, index=pd.Index(log.fields, name="field"))
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #5c695129
 def models_left(log, ats=("start",), th=.2):
