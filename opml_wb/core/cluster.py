@@ -127,6 +127,7 @@ async def _greet(where):
     from distributed.comm import connect
     (await asyncio.wait_for(connect(where, timeout=8), 10)).abort()
 
+# %% ../../nbs/core/26_cluster.ipynb #db117aa8
 class _Cluster:
     "A connection to a Dask cluster whose workers have this package."
     def __init__(self, where, jobs):
@@ -215,26 +216,9 @@ def _unended(folder, future, words):
         "kind": "stopped", "ename": "KeyboardInterrupt", "evalue": words, "cell": None, "line": None, "signal": None, "exitcode": None})
     future.set_result(-15)
 
-class Dask(_Cluster):
-    """The workers of a Dask cluster: `where` is a scheduler's address (`tcp://host:port`) or a `distributed.Client`.
-
-    Takes at least `jobs` runs at once, and as many as the workers have threads. Dask gives the runs of a lost worker to
-    another; when the scheduler goes, `lost` says so. Raises ParamError when nobody answers there, or a worker doesn't have
-    this package."""
-    def start(self, plan, spec):
-        "Send the run to the cluster: (Future of its end, function that stops it)."
-        folder, future = Path(spec["dir"]), Future()
-        job = _job(plan, spec, artifacts.artifact_root())
-        with self.lock: self.live[spec["id"]] = folder
-        try:
-            self.prepare(job["modules"])
-            task = self.client.submit(_work, job, key=f"opml-{spec['id']}-{os.urandom(3).hex()}", pure=False, retries=1)
-        except Exception:
-            if not self._gone(spec["id"], future): raise
-            return future, lambda: None
-        task.add_done_callback(lambda task: self._bring(task, spec["id"], future))
-        return future, lambda: self._stop(task, spec["id"], future)
-
+# %% ../../nbs/core/26_cluster.ipynb #4719ce3e
+class _Endings(_Cluster):
+    "How runs on a cluster end: their files come here, they are stopped, or the cluster goes."
     def _gone(self, run_id, future):
         "Has the cluster gone with this run? Then say so."
         if self.client.status == "running": return False
@@ -266,3 +250,24 @@ class Dask(_Cluster):
         if folder is None: return
         if self.client.status == "running": task.cancel()
         _unended(folder, future, "stopped before a worker began it")
+
+# %% ../../nbs/core/26_cluster.ipynb #6adac2ee
+class Dask(_Endings):
+    """The workers of a Dask cluster: `where` is a scheduler's address (`tcp://host:port`) or a `distributed.Client`.
+
+    Takes at least `jobs` runs at once, and as many as the workers have threads. Dask gives the runs of a lost worker to
+    another; when the scheduler goes, `lost` says so. Raises ParamError when nobody answers there, or a worker doesn't have
+    this package."""
+    def start(self, plan, spec):
+        "Send the run to the cluster: (Future of its end, function that stops it)."
+        folder, future = Path(spec["dir"]), Future()
+        job = _job(plan, spec, artifacts.artifact_root())
+        with self.lock: self.live[spec["id"]] = folder
+        try:
+            self.prepare(job["modules"])
+            task = self.client.submit(_work, job, key=f"opml-{spec['id']}-{os.urandom(3).hex()}", pure=False, retries=1)
+        except Exception:
+            if not self._gone(spec["id"], future): raise
+            return future, lambda: None
+        task.add_done_callback(lambda task: self._bring(task, spec["id"], future))
+        return future, lambda: self._stop(task, spec["id"], future)

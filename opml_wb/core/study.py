@@ -74,15 +74,18 @@ def complete(status, values):
     "Can a trial that ended with `status` and `values` (floats, or None) be learned from?"
     return status in ("done", "cached") and values is not None and not any(map(math.isnan, values))
 
+def _end(optuna, status, values):
+    "How Optuna is told of that end: the values, or a state."
+    if complete(status, values): return {"values": values}
+    return {"state": optuna.trial.TrialState.PRUNED if status == "pruned" else optuna.trial.TrialState.FAIL}
+
 def _steps(points):
     "[(step, value)] with each step once, as the whole number that Optuna wants; without steps they are counted."
     return {int(step) if step is not None and step >= 0 else i: value for i, (step, value) in enumerate(points)}
 
 # %% ../../nbs/core/24_study.ipynb #6b30e702
-class Study(_Sampling):
-    """An Optuna study over `space` (a Space) that proposes points when `sampler` is `tpe` or `nsga2`, and judges running
-    trials when there is a `pruner`. `n`: trials planned; `directions`: `minimize` or `maximize` for each objective;
-    `seed`: int."""
+class _Asking(_Sampling):
+    "A study that proposes points."
     def __init__(self, space, sampler, n, directions, seed, pruner=None):
         super().__init__(space.dims, sampler, n, seed)
         judge = make_pruner(pruner)
@@ -105,6 +108,11 @@ class Study(_Sampling):
             trial = self.trials[number] = self.study.ask(self.distributions)
             for name, value in (attrs or {}).items(): self.study._storage.set_trial_system_attr(trial._trial_id, name, value)
 
+# %% ../../nbs/core/24_study.ipynb #3af9c779
+class Study(_Asking):
+    """An Optuna study over `space` (a Space) that proposes points when `sampler` is `tpe` or `nsga2`, and judges running
+    trials when there is a `pruner`. `n`: trials planned; `directions`: `minimize` or `maximize` for each objective;
+    `seed`: int."""
     def report(self, number, points):
         "Tell the values [(step, value)] that the running trial has logged; should it be stopped?"
         trial, known = self.trials[number], self.reported.setdefault(number, set())
@@ -115,14 +123,10 @@ class Study(_Sampling):
     def tell(self, number, status, values):
         "Trial `number` of mine has ended; `values`: one of each objective, or None."
         with _quiet() as optuna:
-            end = {"values": values} if complete(status, values) else {"state": _ended(optuna, status)}
-            self.study.tell(self.trials.pop(number), **end)
+            self.study.tell(self.trials.pop(number), **_end(optuna, status, values))
 
     def add(self, point, status, values, series=(), attrs=None):
         "A trial that ended before, or elsewhere; `series`: its [(step, value)]."
         with _quiet() as optuna:
-            end = {"values": values} if complete(status, values) else {"state": _ended(optuna, status)}
             self.study.add_trial(optuna.trial.create_trial(params=self._code(point), distributions=self.distributions,
-                                                           intermediate_values=_steps(series), system_attrs=attrs or {}, **end))
-
-def _ended(optuna, status): return optuna.trial.TrialState.PRUNED if status == "pruned" else optuna.trial.TrialState.FAIL
+                                                           intermediate_values=_steps(series), system_attrs=attrs or {}, **_end(optuna, status, values)))

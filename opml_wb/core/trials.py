@@ -83,6 +83,16 @@ class _Known:
         log = run.dir/store.LOG
         return points(log.read_bytes(), self.order.names[0]) if self.study.prunes and log.exists() else []
 
+    def check(self, last):
+        "Refuse an objective that no run logs: after three done runs, or at the end."
+        done = [r for r in self.results.values() if r.ok]
+        if not done or not last and len(done) < 3: return
+        for name in self.order.names:
+            if not any(name in r.metrics for r in done): raise no_objective(name, {m for r in done for m in r.metrics})
+
+# %% ../../nbs/core/29_trials.ipynb #9ab260e5
+class _Adopting(_Known):
+    "Trials that others began: taken in when they ended well."
     def adopt(self, number, row):
         "Take in a trial that ended before or elsewhere; False if it must run again."
         run = self.found(row)
@@ -105,16 +115,9 @@ class _Known:
         chapter = self.order.chapter
         return run.doc.get("data") == deps.declared(chapter.meta, run.params, chapter.path.parent)
 
-    def check(self, last):
-        "Refuse an objective that no run logs: after three done runs, or at the end."
-        done = [r for r in self.results.values() if r.ok]
-        if not done or not last and len(done) < 3: return
-        for name in self.order.names:
-            if not any(name in r.metrics for r in done): raise no_objective(name, {m for r in done for m in r.metrics})
-
 # %% ../../nbs/core/29_trials.ipynb #9f5d6b97
-class Trials(_Known):
-    "The trials of an `Order`, which this driver claims one by one and executes by `executor`."
+class _Claiming(_Adopting):
+    "Trials that this driver claims one by one."
     def __init__(self, order, executor):
         super().__init__(order)
         self.executor, self.active = executor, {}
@@ -147,6 +150,9 @@ class Trials(_Known):
         self.open.pop(number)
         return Job(number, point, attrs, plan, self.executor, lambda folder: self.ledger.enroll(folder, number, point, attrs))
 
+# %% ../../nbs/core/29_trials.ipynb #912a5e67
+class Trials(_Claiming):
+    "The trials of an `Order`: which are open, which are known, and what is learned from them; `next()` is executed by `executor`."
     def ended(self, job, run):
         "A Job of mine has ended."
         if run is None: return self.give_back(job)
