@@ -96,10 +96,10 @@ def _passed(d, n, p):
 
 @kernel
 def _at(table, a, b):
-    "`table` between its grid points: rows at log2 4, 8, ..., columns at log2 2, 4, ...; rows go on beyond the last."
+    "`table` between its grid points: rows at log2 2, 3, ..., columns at 1, 1.5, 2, ...; rows go on beyond the last."
     i = min(max(int(a) - 2, 0), table.shape[0] - 2)
-    j = min(max(int(b) - 1, 0), table.shape[1] - 2)
-    x, y = max(a - 2 - i, 0.), min(max(b - 1 - j, 0.), 1.)
+    j = min(max(int(2 * b) - 2, 0), table.shape[1] - 2)
+    x, y = max(a - 2 - i, 0.), min(max(2 * b - 2 - j, 0.), 1.)
     return ((1 - x) * ((1 - y) * table[i, j] + y * table[i, j + 1]) + x * ((1 - y) * table[i + 1, j] + y * table[i + 1, j + 1]))
 
 @kernel
@@ -162,7 +162,7 @@ def _median_touch(ip, x, rows, q):
     return np.median(times[1:])
 
 # %% ../../nbs/riann/04_timemodel.ipynb #6fc43863
-COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 6), chosen=(7, 6), prune=(10,), degree=(10,))   # of a fitted model
+COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 11), chosen=(7, 11), prune=(10,), degree=(10,))   # of a fitted model
 
 class TimeModel:
     """Predicts seconds of this thread to index or to query one point, before it is done.
@@ -272,18 +272,19 @@ class TimeModel:
         if literal or self.facts is None: return self.paper.query(cand_q, deg, a.tolist())
         dists, hops = self.query_work(cand_q, a)
         t = self.T_d(a[0, 0])
-        return float((dists * t + hops * (t + self._hop)) * self.facts["query"])
+        return float(dists * t + hops * (t + self._hop))
 
     def layers(self, cand, deg, n):
         "The layers that `n` points inserted with `cand` and `deg` will have, [(n, sum of degrees), ...]; a fitted model only."
-        d = np.exp(_monomials(np.log(min(cand, n)), np.log(deg), np.log(n)) @ self._degree)
+        chosen = _at(self._p[4], np.log2(min(cand, n)), np.log2(deg))
+        d = chosen * np.exp(_monomials(np.log(min(cand, n)), np.log(deg), np.log(n)) @ self._degree)
         d = max(0, min(2 * deg, n - 1, float(d)))
         sizes = [n / float(deg) ** l for l in range(1, 25)]
         return [(n, n * d)] + [(m, m * min(deg, d, m - 1)) for m in sizes if m >= 2]
 
 # %% ../../nbs/riann/04_timemodel.ipynb #cc21c01e
-RUNGS = ((16, 48), (4, 12), (32, 128), (8, 24), (64, 64), (16, 200), (4, 64), (24, 64), (64, 200), (8, 100), (32, 32), (16, 16))
-DEGS = (2, 4, 8, 16, 32, 64)
+RUNGS = ((16, 48), (4, 12), (32, 128), (8, 24), (64, 64), (16, 200), (4, 64), (24, 64), (64, 200), (12, 20), (32, 32), (28, 16))
+DEGS = (2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64)
 BEAMS = (4, 8, 16, 32, 64, 128, 256)
 
 @kernel
@@ -304,32 +305,31 @@ def _probe(g, ip, q, ef, degs, tag, s, work):
     return tag
 
 def _beams(index, q, ef):
-    "Means of `_probe` and the seconds of its searches: f64[4], f64[len(DEGS), 2], float."
-    g, work, none = index._g, np.zeros(4 + 2 * len(DEGS), int), np.zeros(0, int)
+    "Means of `_probe`: f64[4], f64[len(DEGS), 2]."
+    g, work = index._g, np.zeros(4 + 2 * len(DEGS), int)
     if q.shape[1] < g.X.shape[1]: q = np.pad(q, ((0, 0), (0, g.X.shape[1] - q.shape[1])))
-    tag, s = index._scratch(g, ef, 2 * len(q))
-    t = time.thread_time()
-    tag = _probe(g, index._ip, q, ef, none, tag, s, work)
-    t = time.thread_time() - t
-    work[:] = 0
+    tag, s = index._scratch(g, ef, len(q))
     index._spare.append((_probe(g, index._ip, q, ef, np.array(DEGS), tag, s, work), s))
     work = work / len(q)
-    return work[:4], work[4:].reshape(-1, 2), t / len(q)
+    return work[:4], work[4:].reshape(-1, 2)
 
 # %% ../../nbs/riann/04_timemodel.ipynb #f4be6713
 def _observe(x, q, metric, budget_s, seed):
-    "Rows (deg, cand, m, layers before, layers after, Work) and (ef, layers, `_beams`) of growing graphs."
-    graphs = [(r, DynamicHNSW(x.shape[1], metric, max(1024, len(x)), seed=seed + i)) for i, r in enumerate(RUNGS)]
+    """Rows (deg, cand, m, layers before, layers after, Work, degree) and (ef, layers, `_beams`) of growing graphs.
+
+    degree: mean links of the nodes that have the graph's own properties; 0 where it was given the next one's."""
+    graphs = [(r, DynamicHNSW(x.shape[1], metric, max(1024, len(x)), seed=seed + i), []) for i, r in enumerate(RUNGS)]
     _warm(x, q, metric)
     end, inserts, beams = time.thread_time() + budget_s, [], []
     for size in (len(x) // 8, len(x) // 4, len(x) // 2, len(x)):
-        for i, (rung, index) in enumerate(graphs):
+        for i, (rung, index, own) in enumerate(graphs):
             if time.thread_time() > end and size > len(x) // 4: return inserts, beams
             old, cut = len(index), size - size // 10
             for a, b, (deg, cand) in ((old, cut, rung), (cut, size, RUNGS[(i + 1) % len(RUNGS)])):
                 before = index.layers()
                 work = index.insert(x[a:b], range(a + 1, b + 1), deg, cand)
-                inserts.append((deg, cand, b - a, before, index.layers(), work, (a, rung == (deg, cand))))
+                if a == old: own += range(a + 1, b + 1)
+                inserts.append((deg, cand, b - a, before, index.layers(), work, index.degrees(own).mean() if a == old else 0.))
             beams += [(ef, index.layers(), *_beams(index, q, ef)) for ef in BEAMS]
     return inserts, beams
 
@@ -377,14 +377,13 @@ def _fit_links(inserts, p):
     rest = dists - [_expected(*r[:2], m, p)[0] for r, m in zip(rows, middle)]
     m = np.array([min(r[0], _at(p["chosen"], np.log2(r[1]), np.log2(r[0]))) for r in rows])
     prune = _fit(_monomials(s / n / cap, np.log(cap), np.log(n)) * m[:, None], rest, 1 / dists, 1e-4)
-    pure = np.array([r[6][1] for r in rows])
-    n, s = np.array([r[4][0] for r in rows], float).T
-    terms = _monomials(np.log(np.minimum(cand, n)), np.log(deg), np.log(n))
-    return dict(prune=prune, degree=_fit(terms[pure], np.log(s / n)[pure], np.ones(pure.sum())))
+    own = np.array([r[6] for r in rows])
+    terms, pure = _monomials(np.log(np.minimum(cand, n)), np.log(deg), np.log(n)), own > 0
+    return dict(prune=prune, degree=_fit(terms[pure], np.log(own[pure] / m[pure]), np.ones(pure.sum())))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #4bd8b12f
-def _fit_time(inserts, beams, touch, p):
-    "([extra, hop], query): what bookkeeping adds to a distance and to a hop, in distances at hand; a query's cost over an insertion's."
+def _fit_time(inserts, touch, p):
+    "[extra, hop]: what bookkeeping adds to a distance and to a hop, in distances at hand."
     rows = [(r, _between(r[3], r[4])) for r in inserts if r[3] and r[2] >= 20]
     hops, dists, t = np.array([np.array(r[5]) / (r[2], r[2], r[2]) for r, _ in rows]).T
     every, links = np.array([_expected(*r[:2], m, p) for r, m in rows]).T
@@ -396,9 +395,7 @@ def _fit_time(inserts, beams, touch, p):
         extra, hop = nnls(a[keep] / t[keep, None], rest[keep] / t[keep])[0]
         miss = abs(a @ [extra, hop] - rest) / t
         keep = miss <= max(.1, 3 * np.median(miss))
-    n, h1, d1, h2, d2, t = np.array([(b[1][0][0], *b[2], b[4]) for b in beams], float).T
-    cold = np.interp(np.log(n), np.log(SIZES), touch)
-    return [float(extra), float(hop)], float(np.median(t / ((cold + extra * base) * (d1 + d2) + (cold + hop * base) * (h1 + h2))))
+    return [float(extra), float(hop)]
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b5f9c0ac
 def profile(sample, metric="l2", budget_s=3, seed=0):
@@ -417,10 +414,9 @@ def profile(sample, metric="l2", budget_s=3, seed=0):
     inserts, beams = _observe(x[64:], x[:64], metric, budget_s, seed)
     touch, p = measure(x.shape[1], metric, seed=seed), _fit_search(beams)
     p |= _fit_links(inserts, p)
-    extra, query = _fit_time(inserts, beams, touch, p)
     return TimeModel.from_dict(dict(
         format=1, dim=x.shape[1], metric=metric, n=max(b[1][0][0] for b in beams), **{k: v.tolist() for k, v in p.items()},
-        extra=extra, query=query, sizes=SIZES.tolist(), touch=touch.tolist(),
+        extra=_fit_time(inserts, touch, p), sizes=SIZES.tolist(), touch=touch.tolist(),
         machine=platform.processor() or platform.machine()))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #44b57d4b

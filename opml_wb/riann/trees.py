@@ -26,11 +26,11 @@ class Nodes(NamedTuple):
 _compiled = dict(nogil=True, error_model="numpy", cache="__file__" in globals())   # not across cells
 
 @njit(**_compiled)
-def _walk(nodes, roots, base, x, out):
-    "`base` plus the leaf of each tree that row `x[i]` falls into, to `out[i]`."
+def _walk(nodes, roots, x, out):
+    "Add to `out[i]` the leaf of each tree that row `x[i]` falls into."
     feature, value, left, right, missing = nodes
     for i in range(len(x)):
-        s = base
+        s = out[i]
         for r in roots:
             while left[r] >= 0:
                 v = x[i, feature[r]]
@@ -122,17 +122,18 @@ class FlatTrees:
 
     def __len__(self): return len(self.roots)
 
-    def predict(self, x):
+    def predict(self, x, margin=None):
         """What `Booster.predict` returns, to the last bit.
 
-        x: [n, width] of any real type (taken as f32; NaN: missing), or one row [width].
+        x: [n, width] of any real type (taken as f32; NaN: missing), or one row [width]. margin: [n] (or one number), what the sum
+        begins with instead of `base_score` (XGBoost's `base_margin`).
         Returns f32[n], or one f32. Errors: ValueError for another shape."""
         x = np.asarray(x, np.float32)
         rows = x[None] if x.ndim == 1 else x
         if rows.ndim != 2 or rows.shape[1] != self.width:
             raise ValueError(f"x: expected [n, {self.width}] or [{self.width}], got {list(x.shape)}")
-        out = np.empty(len(rows), np.float32)
-        _walk(self.nodes, self.roots, self._start, rows, out)
+        out = np.full(len(rows), self._start if margin is None else margin, np.float32)
+        _walk(self.nodes, self.roots, rows, out)
         if self._logistic: _sigmoid(out)
         return out if x.ndim > 1 else out[0]
 
