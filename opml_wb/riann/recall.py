@@ -305,20 +305,21 @@ def _cool(surface, steps, seed, deadline, recall, query_s, start):
         if look(here)[0] < look(best)[0]: best = here
     return look(best)[1]
 
-def anneal(recall_model, time_model, require, n, batch, steps=600, seed=0, state=None, layers=None, lid=None):
+def anneal(recall_model, time_model, require, n, batch, steps=1500, seed=0, state=None, layers=None, lid=None):
     """The best property to index a batch with, by simulated annealing over deg x cand x cand_q (6 million).
 
     require: what is asked: an object with `deadline_s` (CPU seconds for the batch, or None), `recall`, `k`, and `query_s` (None: as
     the default HNSW's) as `plan.Requirement` has. n: vectors in the index after the batch; batch: vectors in it. state, layers: State
     and layers before it (None: an index all of whose vectors have the property). lid: see RecallModel.predict.
-    With a deadline: the highest recall that fits. Without: the cheapest of at least that recall.
+    steps: in all, of three coolings. With a deadline: the highest recall that fits. Without: the cheapest of at least that recall.
     Returns Rung; where nothing meets the requirement, what comes nearest. Errors: ValueError naming the parameter.
     Source: RIANN, section 2; Kirkpatrick, Gelatt & Vecchi, "Optimization by simulated annealing", 1983."""
     n, batch, steps = _integer("n", n, 1), _integer("batch", batch, 1), _integer("steps", steps, 1)
     surface = _Surface(recall_model, time_model, n, require.k, batch, state, layers, lid)
     query_s = require.query_s or surface(*DEFAULT).t_query
     deadline = require.deadline_s and require.deadline_s / batch
-    return _cool(surface, steps, seed, deadline, require.recall, query_s, (16, 64, 50))
+    found = [_cool(surface, -(-steps // 3), (seed, i), deadline, require.recall, query_s, (16, 64, 50)) for i in range(3)]
+    return min(found, key=lambda r: _energy(r, deadline, require.recall, query_s))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
 DEPTH = .02   # how far under the demanded recall the last rung may be

@@ -164,15 +164,8 @@ def _median_touch(ip, x, rows, q):
 # %% ../../nbs/riann/04_timemodel.ipynb #6fc43863
 COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 11), chosen=(7, 11), prune=(10,), degree=(10,))   # of a fitted model
 
-class TimeModel:
-    """Predicts seconds of this thread to index or to query one point, before it is done.
-
-    T_d, h, f: as for `Equations`: numbers or functions. Then predictions are the paper's equations.
-    `TimeModel.load()` (shipped) and `profile(sample)` give a fitted one, which counts distances as the engine does;
-    it answers by the equations only where `literal=True`.
-    Errors: ValueError naming the parameter. Source: RIANN, section 2, "Analytical performance model"."""
-    def __init__(self, T_d, h, f): self.paper, self.facts = Equations(T_d, h, f), None
-
+class _Fitted:
+    "A model of fitted facts: in and out of JSON, and the time of a distance."
     @classmethod
     def from_dict(cls, facts):
         "From the facts of a fitted model, as `to_dict` gives them. Errors: ValueError naming what is missing."
@@ -218,6 +211,16 @@ class TimeModel:
         dim, metric, sizes = (self.facts[k] for k in ("dim", "metric", "sizes"))
         touch = measure(dim, metric, np.array(sizes), seed).tolist()
         return type(self).from_dict(self.facts | dict(touch=touch, machine=platform.processor() or platform.machine()))
+
+# %% ../../nbs/riann/04_timemodel.ipynb #5393bedb
+class TimeModel(_Fitted):
+    """Predicts seconds of this thread to index or to query one point, before it is done.
+
+    T_d, h, f: as for `Equations`: numbers or functions. Then predictions are the paper's equations.
+    `TimeModel.load()` (shipped) and `profile(sample)` give a fitted one, which counts distances as the engine does;
+    it answers by the equations only where `literal=True`.
+    Errors: ValueError naming the parameter. Source: RIANN, section 2, "Analytical performance model"."""
+    def __init__(self, T_d, h, f): self.paper, self.facts = Equations(T_d, h, f), None
 
     def _count(self, cand, deg, layers, lp):
         cand, deg = np.array(cand, float, ndmin=1), np.array(deg, float, ndmin=1)
