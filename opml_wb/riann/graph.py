@@ -67,7 +67,7 @@ def _refuse(**faults):
 # %% ../../nbs/riann/02_graph.ipynb #9861131c
 def _levels(seed, ids, deg):
     "Top layer of each id: geometric with factor 1/deg, from a hash (splitmix64)."
-    z = np.array(ids, np.uint64) ^ np.uint64(seed * 0x9E3779B97F4A7C15 & 2**64 - 1)
+    z = np.array(ids, np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1)
     for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15):
         z = (z ^ z >> np.uint64(shift)) * np.uint64(factor)
     u = ((z >> np.uint64(11)).astype(np.float64) + 1) / 2**53

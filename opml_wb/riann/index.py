@@ -31,7 +31,7 @@ class Planner:
         size = min(max(10, math.ceil(math.log2(max(n, 1)))), 20)
         if size not in self._ladders:
             from opml_wb.riann.recall import ladder
-            self._ladders[size] = ladder(self.recalls, self.times, 2**size, recall=self.need.recall, k=self.need.k, seed=self.seed)
+            self._ladders[size] = ladder(self.recalls, self.times, 2**size, recall=self.need.recall, k=self.need.k, seed=self.seed, query_s=self.need.query_s)
         return self._ladders[size]
 
     def costs(self, n, layers):
