@@ -132,8 +132,12 @@ def _is_id(log, i, at_least=100):
 # %% ../../nbs/eligibility/07_scan.ipynb #fcfaf005
 def _states(log, rows, group, D, jobs):
     "Counts int64 [F, D, 5] of `kernels.count_fields`, by `jobs` threads."
-    out, lean, F = np.zeros((len(log.fields), D, 5), np.int64), kernels.narrow(log.starts, rows, group), len(log.fields)
-    def count(block): kernels.count_fields(log.codes[block[0]:block[-1] + 1], *lean, out[block[0]:block[-1] + 1])
+    out, (ends, at, group), F = np.zeros((len(log.fields), D, 5), np.int64), kernels.narrow(log.starts, rows, group), len(log.fields)
+    start = np.array_equal(rows, log.starts[:-1])
+    def count(block):
+        codes, to = log.codes[block[0]:block[-1] + 1], out[block[0]:block[-1] + 1]
+        if start: kernels.count_start(codes, ends, group, to)
+        else: kernels.count_fields(codes, ends, at, group, to)
     if jobs == 1: count(np.arange(F))
     else:
         with ThreadPoolExecutor(jobs) as pool: list(pool.map(count, np.array_split(np.arange(F), min(F, 4 * jobs))))
