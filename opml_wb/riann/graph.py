@@ -30,16 +30,21 @@ def _vectors(name, x, dim, metric):
     if a.ndim != 2 or a.shape[1] != dim: raise ValueError(f"{name}: expected shape [n, {dim}], got {list(a.shape)}")
     if not len(a): raise ValueError(f"{name}: empty batch")
     if a.dtype.kind not in "fiub": raise ValueError(f"{name}: {a.dtype} cannot be cast to float32")
-    with np.errstate(over="ignore", invalid="ignore"): a = np.require(a, np.float32, "CAW")
-    sq = np.einsum("ij,ij->i", a, a, dtype=np.float64 if metric == "cosine" else np.float32)
-    bad = ~((sq > 0) & (sq < np.inf)) if metric == "cosine" else ~(sq <= 8e37)
-    if bad.any():
-        row = int(bad.argmax())
-        why = "the zero vector has no cosine" if metric == "cosine" else "too large for float32 distances"
-        if not np.isfinite(a[row]).all(): why = "NaN or infinity"
-        return a, (row, why)
-    if metric == "cosine": a = (a / np.sqrt(sq)[:, None]).astype(np.float32)
+    if a.dtype != np.float32:
+        with np.errstate(over="ignore", invalid="ignore"): a = a.astype(np.float32)
+    if not (a.flags.carray and a.flags.aligned): a = np.require(a, np.float32, "CAW")
+    cosine = metric == "cosine"
+    sq = np.einsum("ij,ij->i", a, a, dtype=np.float64 if cosine else np.float32)
+    top = np.inf if cosine else 8e37
+    if not sq.max() <= top or (cosine and not 0 < sq.min() <= sq.max() < np.inf): return a, _fault(a, sq, cosine)
+    if cosine: a = (a / np.sqrt(sq)[:, None]).astype(np.float32)
     return a, None
+
+def _fault(a, sq, cosine):
+    "The first row that has no distance, and why."
+    row = int((~((sq > 0) & (sq < np.inf)) if cosine else ~(sq <= 8e37)).argmax())
+    return row, ("NaN or infinity" if not np.isfinite(a[row]).all() else
+                 "the zero vector has no cosine" if cosine else "too large for float32 distances")
 
 # %% ../../nbs/riann/02_graph.ipynb #215f3cdc
 def _keys(ids, n=None):
@@ -98,6 +103,7 @@ class _Arrays:
         self._g = Graph(**{k: _aligned((capacity, n), t) for k, (n, t) in wide.items()},
                         U=_aligned((max(16, capacity // 8), _ceil(1 + self.max_deg, 16)), "u4"),
                         **{k: _aligned((capacity,), t) for k, t in flat.items()}, table=self._table(capacity), meta=np.array([-1]))
+        for a in self._g: a[:4096] = 0   # the first batches find their memory mapped
         self._clear()
 
     def _clear(self):
@@ -138,13 +144,13 @@ class _Arrays:
     def _place(self, x, ids):
         "Write vectors into free slots, unlinked; the slots."
         n, old = len(ids), self._free[:len(ids)]
-        slots = np.array(old + list(range(self._used, self._used + n - len(old))))
-        self._reserve(self._used + n - len(old), self._rows)
-        g = self._g
-        g.X[slots, :self.dim], g.ids[slots] = x, ids
-        g.twin[slots], g.L0[slots, 0], g.level[slots], g.cand[slots] = -1, 0, WAIT, 0
+        a, b = self._used, self._used + n - len(old)
+        self._reserve(b, self._rows)
+        slots = np.arange(a, b) if not old else np.array(old + list(range(a, b)))
+        at, g = slots if old else slice(a, b), self._g
+        g.X[at, :self.dim], g.ids[at], g.twin[at], g.L0[at, 0], g.level[at], g.cand[at] = x, ids, -1, 0, WAIT, 0
         del self._free[:len(old)]
-        self._used += n - len(old)
+        self._used = b
         return slots
 
     def _settle(self, slots, deg, cand):
@@ -325,19 +331,25 @@ class DynamicHNSW(_Linking):
 
         x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
         Errors: ValueError naming the first row at fault; then nothing is taken in."""
-        slots = self._take(x, ids)
-        with self._writer: self._wait = np.concatenate([self._wait, slots])
+        with self._writer: self._hold(*self._checked(x, ids))
 
-    def _take(self, x, ids):
-        "Checked vectors into slots; the caller makes them findable."
+    def _checked(self, x, ids, new=True):
+        "Vectors f32[n, dim] and ids, a list, that are new (or all here); ValueError for the first row at fault."
         x, bad = _vectors("x", x, self.dim, self.metric)
         ids, worse = _keys(ids, len(x))
-        with self._writer:
-            if not worse and not self._slot.keys().isdisjoint(ids):
-                worse = next((i, f"id {v} is in the index already") for i, v in enumerate(ids) if v in self._slot)
-            _refuse(x=bad, ids=worse)
-            slots = self._place(x, ids)
-            self._slot.update(zip(ids, slots.tolist()))
+        if not worse and not (self._slot.keys().isdisjoint(ids) if new else self._slot.keys() >= set(ids)):
+            worse = next((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
+                         for i, v in enumerate(ids) if (v in self._slot) == new)
+        if bad or worse: _refuse(x=bad, ids=worse)
+        return x, ids
+
+    def _hold(self, x, ids):
+        "Let checked vectors wait."
+        self._wait = np.concatenate([self._wait, self._enroll(x, ids)])
+
+    def _enroll(self, x, ids):
+        slots = self._place(x, ids)
+        self._slot.update(zip(ids, slots.tolist()))
         return slots
 
     @property
@@ -368,7 +380,7 @@ class DynamicHNSW(_Linking):
         Returns Work: hops (nodes expanded), dists (distances computed), cpu_s (seconds of this thread).
         Errors: ValueError naming the parameter or the first row at fault; then nothing is inserted."""
         t, deg, cand = time.thread_time(), *self._properties(deg, cand)
-        with self._writer: work = self._join(self._take(x, ids), deg, cand)
+        with self._writer: work = self._join(self._enroll(*self._checked(x, ids)), deg, cand)
         return Work(*work, time.thread_time() - t)
 
     def relink(self, ids, deg, cand):

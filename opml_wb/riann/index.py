@@ -7,10 +7,10 @@ __all__ = ['SCAN', 'CHUNK_S', 'GUARD_S', 'Planner', 'Riann']
 
 # %% ../../nbs/riann/11_index.ipynb #52d80e69
 import gc, math, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 import numpy as np
 
-from .graph import DynamicHNSW, _integer, _keys, _refuse, _vectors, warm
+from .graph import DynamicHNSW, _integer, warm
 from .plan import Infeasible, Pace, Plan, Report, Requirement, _number
 from .snapshot import freeze, thaw
 from .store import Store
@@ -25,6 +25,7 @@ class Planner:
     need: Requirement. times: TimeModel. recalls: RecallModel. seed: int, of the annealing."""
     def __init__(self, need, times, recalls, seed=0):
         self.need, self.times, self.recalls, self.seed, self._ladders = need, times, recalls, seed, {}
+        self.scan_s = SCAN * float(times.T_d(256))   # CPU seconds to compare with one vector that waits
 
     def rungs(self, n):
         "The ladder for an index of `n` vectors: list of Rung, best first."
@@ -42,7 +43,7 @@ class Planner:
     def query(self, cand_q, layers, waiting=0):
         "CPU seconds per query, with `waiting` vectors to compare with."
         graph = self.times.query_time(cand_q, 0, layers) if layers else 0
-        return graph + waiting * SCAN * self.times.T_d(256)
+        return graph + waiting * self.scan_s
 
     def flat_below(self):
         "Vectors up to which comparing with all costs no more than a search in a graph."
@@ -67,6 +68,8 @@ class _Clock:
     def left(self): return math.inf if self.limit is None else self.limit - self.wall
     @property
     def reserve(self): return (self.limit or 0) / 10   # the most that is held back for a stall
+
+_UNPAUSED = nullcontext()
 
 @contextmanager
 def _no_pause():
@@ -149,16 +152,17 @@ class _Foreseeing(_Linking):
         """What would be done with a batch of `n` vectors now, and what would come of it: Plan.
 
         Errors: ValueError naming the parameter."""
-        n, limit = _integer("n", n, 1), self._deadline(deadline_s)
-        with self._lock:
-            total, copy = len(self) + n, self._entry(n) + GUARD_S
-            if self._is_flat(n): return self._judged(0, 0, 0, copy, self.planner.query(0, None, total), 1., limit)
-            rungs, layers, waiting = self.planner.rungs(total), self._layers() or [(1, 0)], self._graph.waiting + n
-            times = copy + self.pace.wall(self.planner.costs(total, layers)) * waiting
-            fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
-            i = int(fits[0]) if len(fits) else int(np.argmin(times))
-            r = rungs[i]
-            return self._judged(r.deg, r.cand, r.cand_q, times[i], self.planner.query(r.cand_q, layers), r.recall, limit)
+        with self._lock: return self._planned(_integer("n", n, 1), self._deadline(deadline_s))
+
+    def _planned(self, n, limit):
+        total, copy = len(self) + n, self._entry(n) + GUARD_S
+        if self._is_flat(n): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
+        rungs, layers, waiting = self.planner.rungs(total), self._layers() or [(1, 0)], self._graph.waiting + n
+        times = copy + self.pace.wall(self.planner.costs(total, layers)) * waiting
+        fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
+        i = int(fits[0]) if len(fits) else int(np.argmin(times))
+        r = rungs[i]
+        return self._judged(r.deg, r.cand, r.cand_q, times[i], self.planner.query(r.cand_q, layers), r.recall, limit)
 
     def _entry(self, n):
         "Wall seconds to check, write down and place `n` vectors: a part per number copied, and what else a batch has taken lately."
@@ -167,11 +171,11 @@ class _Foreseeing(_Linking):
     def _judged(self, deg, cand, cand_q, t_index, t_query, recall, limit):
         "The plan with a verdict: the first part of the requirement that it breaks."
         need, t_index, t_query, recall = self.requirement, float(t_index), float(t_query), float(recall)
-        what = f"deg {deg}, cand {cand}, cand_q {cand_q}"
-        if limit is not None and t_index > limit: why = f"deadline {limit:.3g} s: even {what}, the cheapest, takes {t_index:.3g} s"
-        elif recall < need.recall - .0005: why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
+        what = f"deg {deg}, cand {cand}, cand_q {cand_q}" if deg else "so few that all are compared"
+        if limit is not None and t_index > limit: why = f"deadline {limit:.3g} s: even {what if deg else 'a copy'}, the cheapest, takes {t_index:.3g} s"
         elif need.query_s is not None and t_query > need.query_s: why = f"query_s {need.query_s:.3g}: {what} takes {t_query:.3g} s"
-        else: return Plan(deg, cand, cand_q, t_index, t_query, recall, True, f"{what}" if deg else "so few that all are compared")
+        elif recall < need.recall - .0005: why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
+        else: return Plan(deg, cand, cand_q, t_index, t_query, recall, True, what)
         return Plan(deg, cand, cand_q, t_index, t_query, recall, False, why)
 
     def _deadline(self, deadline_s):
@@ -194,32 +198,24 @@ class _Operating(_Foreseeing):
 
     def _batch(self, op, x, ids, deadline_s):
         clock = _Clock(self._deadline(deadline_s))
-        with self._lock, _no_pause():
-            x, ids = self._checked(op, x, ids)
-            plan = self.plan(len(ids), clock.limit)
-            self._write(op, x=x, ids=ids)
-            self._do(op, x=x, ids=ids)
+        with self._lock, (_UNPAUSED if clock.limit is None else _no_pause()):
+            self._is_open()
+            x, ids = self._graph._checked(x, ids, op == "add")
+            plan = self._planned(len(ids), clock.limit)
+            if self._log: self._write(op, x=x, ids=np.array(ids))
+            if op == "update": self._graph.remove(ids)
+            self._graph._hold(x, ids)
             self._entry_s += .2 * (clock.wall - self._entry(len(ids)))
             chunks = self._advance(clock)
-            satisfied, spent = clock.left >= 0, clock.spent
-            return Report(clock.wall, satisfied, self._graph.waiting, chunks, plan.t_index, spent, plan.feasible, plan.reason)
-
-    def _checked(self, op, x, ids):
-        "Vectors and ids that `op` can take, or ValueError."
-        self._is_open()
-        x, bad = _vectors("x", x, self.dim, self.metric)
-        keys, worse = _keys(ids, len(x))
-        new = op == "add"
-        worse = worse or next(((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
-                               for i, v in enumerate(keys) if (v in self._graph) == new), None)
-        _refuse(x=bad, ids=worse)
-        return x, np.array(keys)
+            wall = clock.wall
+            return Report(wall, clock.limit is None or wall <= clock.limit, self._graph.waiting, chunks, plan.t_index, clock.spent,
+                          plan.feasible, plan.reason)
 
     def _do(self, op, ids, x=None):
         "Carry out an operation that was written down, also one that a Ctrl-C kept from being carried out when it was asked for again."
         there = [i for i in ids.tolist() if i in self._graph]
         if there: self._graph.remove(there)
-        if op != "remove": self._graph.place(x, ids)
+        if op != "remove": self._graph._hold(x, ids.tolist())
 
     def search(self, q, k=None, ef=None):
         """The nearest neighbours of each query.

@@ -60,8 +60,7 @@ class Plan(NamedTuple):
         if not self.feasible: raise Infeasible(self.reason)
         return self
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """What was done with a batch. elapsed_s: wall seconds from call to return. satisfied: whether the deadline was kept.
 
     deferred: vectors not yet in the graph (searches find them, by comparing). chunks: [(deg, cand, n)], as they were linked.
