@@ -71,14 +71,16 @@ def _ship(folder, url):
 def _work(job):
     "A Dask task: execute a run on this worker; {code, url of its artifacts or None, files {name: bytes}}."
     from distributed import get_worker
-    worker, sizes = get_worker(), {}
-    check_code(job)
+    worker, sizes, asked = get_worker(), {}, threading.Event()
     folder = Path(tempfile.mkdtemp(prefix="opml-", dir=worker.local_directory))
+    _running[job["id"]] = asked.set  # before it begins: it may be stopped at once, and keeps the zygote
     try:
-        future, _running[job["id"]] = _begin(job, folder)
+        check_code(job)
+        future, stop = _begin(job, folder)
         while not future.done():
             try: future.result(timeout=.25)
             except NotYet: pass
+            if asked.is_set(): stop(); asked.clear()
             news = _news(folder, sizes)
             if news: worker.log_event("opml", {"id": job["id"], "news": news})
         url = job["url"] and _ship(folder, f"{job['url']}/{job['id']}")
@@ -133,7 +135,8 @@ class _Cluster:
     def __init__(self, where, jobs):
         try: import distributed
         except ImportError: raise ParamError("executor: Dask is not installed here: pip install distributed") from None
-        self.own, self.live, self.lock, self.plugin, self.lost = isinstance(where, str), {}, threading.RLock(), None, None
+        self.own, self.live, self.plugin, self.lost = isinstance(where, str), {}, None, None
+        self.lock, self.preparing = threading.RLock(), threading.Lock()
         self.client = self._connect(distributed, where) if self.own else where
         try: self._meet()
         except BaseException: self.close(); raise
@@ -172,7 +175,7 @@ class _Cluster:
 
     def prepare(self, modules):
         "Once: a zygote on every worker, under a name of this driver's own, so that drivers don't end each other's."
-        with self.lock:
+        with self.preparing:  # not `lock`: Dask's own thread, which does this, takes that one in `_hear`
             if self.plugin: return
             self.plugin = f"opml_wb-{os.urandom(4).hex()}"
             self.client.register_plugin(_plugin(modules), name=self.plugin)
