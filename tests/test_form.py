@@ -43,7 +43,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     assert page.locator(".opml-form-run").is_disabled() and page.locator(".opml-form-stop").is_enabled()
     page.wait_for_selector(".opml-form-card .card", timeout=150_000)
     card = page.locator(".opml-form-card").inner_text()
-    assert "done" in card and "speedup_ours" in card and "2.42" in card, card
+    assert "done" in card and "speedup_graph_1000" in card and "2.42" in card, card
     page.locator(".opml-form-card").scroll_into_view_if_needed()
     page.screenshot(path=HERE/"artefacts"/"form-card.png")
     [run] = [json.loads(p.read_text()) for p in (tmp_path/"home"/"runs").glob("*/run.json")]

@@ -21,9 +21,13 @@ def short(value):
     "A parameter's value, shortly."
     return f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
-def words(values): return " ".join(f"{k}={short(v)}" for k, v in values.items())
+def words(values):
+    "Parameters in a line: name=value ..."
+    return " ".join(f"{k}={short(v)}" for k, v in values.items())
 
-def point(run, names): return {k: run.params[k] for k in names if k in run.params}
+def point(run, names):
+    "The parameters `names` of a Run, {name: value}."
+    return {k: run.params[k] for k in names if k in run.params}
 
 def tally(runs):
     "{status: how many} of Runs, the good ones first."

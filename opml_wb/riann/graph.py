@@ -301,8 +301,102 @@ class _Linking(_Arrays):
         if len(live): self._link(live, REBUILD)
         self._release(self._removed())
 
+# %% ../../nbs/riann/02_graph.ipynb #f30f7618
+class _Intake(_Linking):
+    "Checks, and the way of checked vectors into the graph; the caller holds the writer's lock."
+    def _checked(self, x, ids, new=True):
+        "Vectors f32[n, dim] and ids, a list, that are new (or all here); ValueError for the first row at fault."
+        x, bad = _vectors("x", x, self.dim, self.metric)
+        ids, worse = _keys(ids, len(x))
+        if not worse and not (self._slot.keys().isdisjoint(ids) if new else self._slot.keys() >= set(ids)):
+            worse = next((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
+                         for i, v in enumerate(ids) if (v in self._slot) == new)
+        if bad or worse: _refuse(x=bad, ids=worse)
+        return x, ids
+
+    def _hold(self, x, ids):
+        "Let checked vectors wait."
+        self._wait = np.concatenate([self._wait, self._enroll(x, ids)])
+
+    def _enroll(self, x, ids):
+        slots = self._place(x, ids)
+        self._slot.update(zip(ids, slots.tolist()))
+        return slots
+
+    def _properties(self, deg, cand):
+        return _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
+
+    def _join(self, slots, deg, cand):
+        if not len(slots): return 0, 0
+        return self._link(slots, INSERT, self._settle(slots, deg, cand))
+
+    def _known(self, ids):
+        ids, bad = _keys(ids)
+        _refuse(ids=bad or next(((i, f"id {v} is not in the index") for i, v in enumerate(ids) if v not in self._slot), None))
+        return ids
+
+# %% ../../nbs/riann/02_graph.ipynb #88c7450d
+class _Changing(_Intake):
+    "Taking in, linking, removing."
+    def place(self, x, ids):
+        """Take vectors in without linking them: searches find them at once, exactly, by comparing them all; `link` does the rest.
+
+        x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
+        Errors: ValueError naming the first row at fault; then nothing is taken in."""
+        with self._writer: self._hold(*self._checked(x, ids))
+
+    @property
+    def waiting(self): return len(self._wait)
+
+    def link(self, deg, cand, n=None):
+        """Link the `n` vectors that have waited longest (None: all that wait) with `deg` links among `cand` candidates.
+
+        Returns Work, see `insert`. Errors: ValueError naming the parameter."""
+        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
+        with self._writer:
+            slots = self._wait[:_integer("n", self.waiting if n is None else n, 0)]
+            work = self._join(slots, deg, cand)
+            self._wait = self._wait[len(slots):]
+        return Work(*work, time.thread_time() - t)
+
+    def relink(self, ids, deg, cand):
+        """Look again for neighbours of vectors that were linked with poorer properties; links that they have stay where room is.
+
+        ids: int[n], in the index (those that wait are passed over). Returns Work. Errors: ValueError naming parameter or row."""
+        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
+        with self._writer:
+            g, slots = self._g, np.array([self._slot[i] for i in self._known(ids)])
+            slots = slots[g.level[slots] >= 0]
+            if not len(slots): return Work(0, 0, time.thread_time() - t)
+            g.deg[slots], g.cand[slots] = np.maximum(g.deg[slots], deg), np.maximum(g.cand[slots], cand)
+            work = self._link(slots, RELINK)
+        return Work(*work, time.thread_time() - t)
+
+    def remove(self, ids):
+        """Take vectors out: no search that begins afterwards returns them, and their ids may be inserted anew.
+
+        ids: int[n], all in the index. The time is proportional to n (one vector costs less than an insertion), but where more
+        than three in four are removed, proportional to those that remain. Searches go on in between, every 256 vectors.
+        Errors: ValueError naming the first row at fault; then nothing is removed.
+        Source: IP-DiskANN (Xu et al. 2025) for the links, FreshDiskANN (Singh et al. 2021) for the memory."""
+        with self._writer:
+            ids = self._known(ids)
+            if 4 * len(ids) > 3 * np.count_nonzero(self._g.level[:self._used] >= 0): return self._gate.alone(self._rebuild, ids)
+            for i in range(0, len(ids), 256): self._gate.alone(self._remove, ids[i:i + 256])
+
+    def repair(self, budget_s=None):
+        """Go on freeing the memory of removed vectors, in idle time; `remove` does so by itself, if later.
+
+        budget_s: seconds, >= 0 (None: until nothing is left to do); overrun by about a millisecond.
+        Returns how many removed nodes are left in the graph. Errors: ValueError."""
+        if budget_s is not None and not budget_s >= 0: raise ValueError(f"budget_s: expected seconds >= 0, got {budget_s!r}")
+        end = time.perf_counter() + (np.inf if budget_s is None else budget_s)
+        with self._writer:
+            while self._dead and time.perf_counter() < end: self._gate.alone(self._advance, 512)
+            return self._dead
+
 # %% ../../nbs/riann/02_graph.ipynb #a30e50fc
-class DynamicHNSW(_Linking):
+class DynamicHNSW(_Changing):
     """Approximate nearest neighbours in one graph whose degree and candidates are chosen at each insertion.
 
     dim: length of a vector. metric: "l2" (squared), "cosine" (1 - cos) or "ip" (1 - inner product).
@@ -326,53 +420,6 @@ class DynamicHNSW(_Linking):
     def __repr__(self):
         return f"DynamicHNSW(dim={self.dim}, metric={self.metric!r}, capacity={self.capacity}): {len(self)} vectors"
 
-    def place(self, x, ids):
-        """Take vectors in without linking them: searches find them at once, exactly, by comparing them all; `link` does the rest.
-
-        x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
-        Errors: ValueError naming the first row at fault; then nothing is taken in."""
-        with self._writer: self._hold(*self._checked(x, ids))
-
-    def _checked(self, x, ids, new=True):
-        "Vectors f32[n, dim] and ids, a list, that are new (or all here); ValueError for the first row at fault."
-        x, bad = _vectors("x", x, self.dim, self.metric)
-        ids, worse = _keys(ids, len(x))
-        if not worse and not (self._slot.keys().isdisjoint(ids) if new else self._slot.keys() >= set(ids)):
-            worse = next((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
-                         for i, v in enumerate(ids) if (v in self._slot) == new)
-        if bad or worse: _refuse(x=bad, ids=worse)
-        return x, ids
-
-    def _hold(self, x, ids):
-        "Let checked vectors wait."
-        self._wait = np.concatenate([self._wait, self._enroll(x, ids)])
-
-    def _enroll(self, x, ids):
-        slots = self._place(x, ids)
-        self._slot.update(zip(ids, slots.tolist()))
-        return slots
-
-    @property
-    def waiting(self): return len(self._wait)
-
-    def link(self, deg, cand, n=None):
-        """Link the `n` vectors that have waited longest (None: all that wait) with `deg` links among `cand` candidates.
-
-        Returns Work, see `insert`. Errors: ValueError naming the parameter."""
-        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
-        with self._writer:
-            slots = self._wait[:_integer("n", self.waiting if n is None else n, 0)]
-            work = self._join(slots, deg, cand)
-            self._wait = self._wait[len(slots):]
-        return Work(*work, time.thread_time() - t)
-
-    def _properties(self, deg, cand):
-        return _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
-
-    def _join(self, slots, deg, cand):
-        if not len(slots): return 0, 0
-        return self._link(slots, INSERT, self._settle(slots, deg, cand))
-
     def insert(self, x, ids, deg, cand):
         """Insert vectors with `deg` links (twice that at the bottom, as HNSW's M) chosen among `cand` candidates.
 
@@ -381,19 +428,6 @@ class DynamicHNSW(_Linking):
         Errors: ValueError naming the parameter or the first row at fault; then nothing is inserted."""
         t, deg, cand = time.thread_time(), *self._properties(deg, cand)
         with self._writer: work = self._join(self._enroll(*self._checked(x, ids)), deg, cand)
-        return Work(*work, time.thread_time() - t)
-
-    def relink(self, ids, deg, cand):
-        """Look again for neighbours of vectors that were linked with poorer properties; links that they have stay where room is.
-
-        ids: int[n], in the index (those that wait are passed over). Returns Work. Errors: ValueError naming parameter or row."""
-        t, deg, cand = time.thread_time(), *self._properties(deg, cand)
-        with self._writer:
-            g, slots = self._g, np.array([self._slot[i] for i in self._known(ids)])
-            slots = slots[g.level[slots] >= 0]
-            if not len(slots): return Work(0, 0, time.thread_time() - t)
-            g.deg[slots], g.cand[slots] = np.maximum(g.deg[slots], deg), np.maximum(g.cand[slots], cand)
-            work = self._link(slots, RELINK)
         return Work(*work, time.thread_time() - t)
 
     def search(self, q, k, ef):
@@ -440,34 +474,6 @@ class DynamicHNSW(_Linking):
                 out.append((len(v), int((g.U[g.up[v] + l - 1, 0] if l else g.L0[v, 0]).sum())))
                 v = v[g.level[v] > l]
             return out
-
-    def _known(self, ids):
-        ids, bad = _keys(ids)
-        _refuse(ids=bad or next(((i, f"id {v} is not in the index") for i, v in enumerate(ids) if v not in self._slot), None))
-        return ids
-
-    def remove(self, ids):
-        """Take vectors out: no search that begins afterwards returns them, and their ids may be inserted anew.
-
-        ids: int[n], all in the index. The time is proportional to n (one vector costs less than an insertion), but where more
-        than three in four are removed, proportional to those that remain. Searches go on in between, every 256 vectors.
-        Errors: ValueError naming the first row at fault; then nothing is removed.
-        Source: IP-DiskANN (Xu et al. 2025) for the links, FreshDiskANN (Singh et al. 2021) for the memory."""
-        with self._writer:
-            ids = self._known(ids)
-            if 4 * len(ids) > 3 * np.count_nonzero(self._g.level[:self._used] >= 0): return self._gate.alone(self._rebuild, ids)
-            for i in range(0, len(ids), 256): self._gate.alone(self._remove, ids[i:i + 256])
-
-    def repair(self, budget_s=None):
-        """Go on freeing the memory of removed vectors, in idle time; `remove` does so by itself, if later.
-
-        budget_s: seconds, >= 0 (None: until nothing is left to do); overrun by about a millisecond.
-        Returns how many removed nodes are left in the graph. Errors: ValueError."""
-        if budget_s is not None and not budget_s >= 0: raise ValueError(f"budget_s: expected seconds >= 0, got {budget_s!r}")
-        end = time.perf_counter() + (np.inf if budget_s is None else budget_s)
-        with self._writer:
-            while self._dead and time.perf_counter() < end: self._gate.alone(self._advance, 512)
-            return self._dead
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
 def is_warm():

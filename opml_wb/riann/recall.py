@@ -327,7 +327,7 @@ def anneal(recall_model, time_model, require, n, batch, steps=1500, seed=0, stat
     return min(found, key=lambda r: _energy(r, deadline, require.recall, query_s))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
-ENGINE = 1.2  # hnswlib takes at least so many times our engine's CPU for the default's queries (1.35 to 1.8 in `opml run bench/hnsw`)
+ENGINE = 1.27  # hnswlib takes at least so many times our engine's CPU for the default's queries (`opml run bench/hnsw`)
 DEPTH = .02   # how far under the demanded recall the last rung may be
 SPARE = .8    # the first rung shall miss this share of what the default misses: the model errs, and the cheapest is where it errs most
 
