@@ -271,8 +271,12 @@ def _offer(pool, n, ef, key):
 @kernel
 def _join_waiting(g, ip, Q, j, wait, n, ef, tag, s):
     "Compare `Q[j]` with the slots `wait` that the beam has not met; n of `s.pool` afterwards."
+    pool, far = s.pool, _far(s.pool[n - 1]) if n >= ef else np.float32(np.inf)
     for v in wait:
-        if s.seen[v] != tag: n = _offer(s.pool, n, ef, _key(_dist(g.X, v, Q, j, ip), v))
+        d = _dist(g.X, v, Q, j, ip)
+        if d > far or s.seen[v] == tag: continue
+        n = _offer(pool, n, ef, _key(d, v))
+        if n >= ef: far = _far(pool[n - 1])
     s.work[1] += len(wait)
     return n
 
@@ -312,7 +316,7 @@ def _search(g, ip, Q, k, ef, used, live, wait, ids, far, tag, s):
     for j in range(Q.shape[0]):
         tag, n, twice = tag + 1, 0, len(wait) > 0
         if g.meta[0] >= 0: n = _beam(g, ip, Q, j, _descend(g, ip, Q, j, g.meta[0], 0, s), 0, ef, tag, s)
-        n = _join_waiting(g, ip, Q, j, wait, n, ef, tag, s)
+        n = _join_waiting(g, ip, Q, j, wait, n, ef if n else k, tag, s)
         v = _find(g, Q, j, -1)
         if v >= 0 and s.seen[v] != tag: n = _offer(s.pool, n, ef, _key(_dist(g.X, v, Q, j, ip), v))
         c = _emit(g, n, k, j, ids, far, twice, s)
