@@ -327,9 +327,9 @@ def anneal(recall_model, time_model, require, n, batch, steps=1500, seed=0, stat
     return min(found, key=lambda r: _energy(r, deadline, require.recall, query_s))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
-ENGINE = 1.27  # hnswlib takes at least so many times our engine's CPU for the default's queries (`opml run bench/hnsw`)
+ENGINE = 1.32  # hnswlib takes at least so many times our engine's CPU for the default's queries (`opml run bench/hnsw`)
 DEPTH = .02   # how far under the demanded recall the last rung may be
-SPARE = .8    # the first rung shall miss this share of what the default misses: the model errs, and the cheapest is where it errs most
+SPARE = .55   # the first rung shall miss this share of what the default misses: the model errs, and the cheapest is where it errs most
 
 def _front(rungs):
     "Best and dearest first, each cheaper than the one before; those that are no better than a cheaper one fall out."
