@@ -290,3 +290,119 @@ def test_the_chapter_under_stock_papermill(tmp_path):
     pm.execute_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"), str(tmp_path/"out.ipynb"), parameters=dict(cases=600, runs=3, label_seeds=1), progress_bar=False, cwd=str(tmp_path))
     kept = record.read(tmp_path/"out.ipynb")
     assert kept["metrics"]["production_loss"] > .1 and len(kept["claims"]) > 20
+
+
+def small(**columns):
+    "Three cases of two, two and one rows, with what is to be tried."
+    return pd.DataFrame({"case": ["a", "a", "b", "b", "c"], "n": [0, 1, 0, 1, 0], "at": pd.date_range("2020-01-01", periods=5), "x": ["p", "q", "p", None, "?"]} | columns)
+
+
+def test_columns_of_every_dtype_are_read_alike():
+    df = small(flag=[True, False, True, True, False], rate=[1.5, 2.5, 1.5, 1.5, 2.5], big=[1, 10**9, 5, 5, 1])
+    want = scan(AuditLog.from_wide(df, "case", "n", "at")).frame()
+    for other in (df.convert_dtypes(), df.convert_dtypes(dtype_backend="pyarrow"), df.astype({"big": pd.SparseDtype(int), "flag": "category"}),
+                  df.set_index(pd.Index([9, 9, 3, 3, 1]))):
+        pd.testing.assert_frame_equal(scan(AuditLog.from_wide(other, "case", "n", "at")).frame(), want)
+
+
+def test_names_need_not_be_texts():
+    df = small().set_axis(range(4), axis=1)
+    log = AuditLog.from_wide(df, 0, 1, 2, by_time={3: 2}, planned=2)
+    assert (log.by_time, log.planned) == ({3: 2}, (2,)) and scan(log, (3, "q")).n == 1
+    assert log.join(pd.DataFrame({0: ["p", "q"], 1: [1, 2]}), on=3, key=0).fields[-1] == "3.1"
+    with pytest.raises(ValueError, match="no column 7"): AuditLog.from_wide(df, 0, 7)
+
+
+def test_ordered_categories_order_rows():
+    stage = pd.Categorical(["open", "done", "done", "open", "open"], ["open", "done"], ordered=True)
+    log = AuditLog.from_wide(small(stage=stage), "case", "stage")
+    assert log.values("stage").tolist() == ["open", "done"] * 2 + ["open"] and "order 'stage' is text" not in log.issues
+
+
+def test_one_null_value_is_no_list_of_letters():
+    log = AuditLog.from_wide(small(x=["NA", "N", "A", "NA", "p"]), "case", "n", null="NA")
+    assert log.values("x").isna().tolist() == [True, False, False, True, False]
+    never = pd.Timestamp("2020-01-05")
+    assert scan(AuditLog.from_wide(small(), "case", "n", null=("?", never))).frame().null_rate["at"] == pytest.approx(1 / 3)
+
+
+def test_a_mistyped_field_of_by_time_is_refused():
+    with pytest.raises(ValueError, match="no field 'y'"): AuditLog.from_wide(small(), "case", "n", by_time={"at": ["y"]})
+
+
+def test_a_row_without_time_does_not_run_backwards():
+    df = small()
+    df.loc[2, "at"] = pd.NaT
+    assert AuditLog.from_wide(df, "case", "n", "at").issues == {"ties": 0, "time runs backwards": 0, "no time": 1}
+    df.loc[1, "at"] = pd.Timestamp("2019-01-01")
+    assert AuditLog.from_wide(df, "case", "n", "at").issues["time runs backwards"] == 1
+
+
+def test_a_date_that_does_not_fit_is_told_its_format():
+    with pytest.raises(ValueError, match="'%m/%d/%Y %I:%M %p'"): AuditLog.from_wide(small(d="02/29/2016 01:23 AM"), "case", "n", dates={"d": "%d/%m/%Y %H:%M"})
+
+
+def test_cases_without_a_key_and_a_present_table_with_copies_are_refused_in_delta_logs():
+    df = pd.DataFrame({"case": ["a", ""], "at": pd.date_range("2020", periods=2), "f": "s", "new": ["1", "2"]})
+    for more in ({}, dict(field="f", new="new")):
+        with pytest.raises(ValueError, match="case 'case': row 1"): AuditLog.from_delta(df, "case", "at", **more)
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        AuditLog.from_delta(df[:1], "case", "at", field="f", new="new", current=pd.DataFrame({"case": ["a", "a"], "s": "1"}))
+    with pytest.raises(ValueError, match="row 1 names none"): AuditLog.from_delta(df.assign(case="a", f=["s", ""]), "case", "at", field="f", new="new")
+    assert AuditLog.from_delta(df.assign(case="a", f=["NA", "s"]), "case", "at", null="NA").values("f").isna().tolist() == [True, False]
+
+
+def test_part_of_a_log_is_judged_as_if_read_alone():
+    n = 300
+    df = pd.DataFrame({"case": np.repeat(np.arange(n), 2), "n": np.tile([0, 1], n), "kind": np.repeat([f"k{i % 150}" if i >= 150 else f"x{i}" for i in range(n)], 2),
+                       "site": np.repeat(np.where(np.arange(n) < 150, "A", [f"s{i % 3}" for i in range(n)]), 2), "text": np.repeat([f"t{i % 120 if i < 240 else i}" for i in range(n)], 2)})
+    whole = AuditLog.from_wide(df, "case", "n")
+    for some in (np.arange(150), np.arange(140, n), np.arange(240)):
+        pd.testing.assert_frame_equal(verdicts(whole.take(some)), verdicts(AuditLog.from_wide(df[df.case.isin(some)], "case", "n")))
+    assert verdicts(whole.take(np.arange(150))).reason["site"].startswith("constant") and verdicts(whole.take(np.arange(240))).verdict["text"] == "ok"
+
+
+def test_one_late_value_proves_no_back_fill():
+    at = pd.date_range("2020-01-01", periods=15)
+    df = pd.DataFrame({"case": range(15), "n": 0, "at": at, "seen": at.where(np.arange(15) > 0, at + pd.Timedelta(days=30))})
+    v = verdicts(AuditLog.from_wide(df, "case", "n", "at"))
+    assert v.verdict["seen"] == "undetermined" and v.lo["seen"] < .05 < v.hi["seen"]
+    assert verdicts(AuditLog.from_wide(df.assign(seen=at + pd.Timedelta(days=30)), "case", "n", "at")).verdict["seen"] == "backfill"
+
+
+def test_dates_of_a_linked_table_are_compared_with_the_rows_time():
+    log = AuditLog.from_wide(small(u=["v", "v", "w", "w", "v"]), "case", "n", "at")
+    table = pd.DataFrame({"u": ["v", "w"], "last_seen": pd.to_datetime(["2021-01-01", "2021-02-01"]), "ends": pd.to_datetime(["2030-01-01", "2030-01-01"])})
+    v = verdicts(log.join(table, "u", planned="ends"))
+    assert v.verdict["u.last_seen"] == "backfill" and v.future_rate["u.ends"] == 1 and v.verdict["u.ends"] != "backfill"
+
+
+def test_a_process_is_asked_at_points_it_never_comes_to():
+    log = AuditLog.from_wide(small(), "case", "n", "at")
+    assert scan(log, 10**30).n == 0 and (verdicts(log, at=10**30).verdict == "undetermined").all()
+    with pytest.raises(ValueError, match="'x' never is"): scan(log, ("x", ["p"]))
+    for bad in (timedelta(minutes=-5), 5.5):
+        with pytest.raises(ValueError, match="delay="): snapshot(log, "2021", delay=bad)
+    with pytest.raises(ValueError, match="when='soon'"): snapshot(log, "soon")
+
+
+@pytest.mark.parametrize("bad", [dict(splits=()), dict(splits=.6), dict(splits=(1.5,)), dict(cases=0), dict(classes=0)], ids=str)
+def test_useful_names_a_bad_parameter(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}="): useful(simulate(60).log, "priority", **bad)
+
+
+def test_xes_keeps_traces_apart_and_lists_whole(tmp_path):
+    event = '<event><date key="time:timestamp" value="2020-01-01T00:00:00Z"/>{}</event>'
+    trace = '<trace><string key="concept:name" value="{}"/>{}</trace>'
+    listed = '<list key="tags"><values><string key="first" value="red"/></values></list>'
+    (tmp_path/"log.xes").write_text("<log>" + trace.format("a", event.format('<string key="case" value="z"/>' + listed) + event.format(""))
+                                    + trace.format("a", event.format("")) + trace.format("a#2", event.format("")) + "</log>")
+    log = AuditLog.from_xes(tmp_path/"log.xes")
+    assert list(log.cases) == ["a", "a#2", "a#2#2"] and np.diff(log.starts).tolist() == [2, 1, 1] and log.issues["repeated names"] == 2
+    assert log.values("event:case")[0] == "z" and log.values("tags.first")[0] == "red"
+
+
+def test_parquet_columns_are_checked(tmp_path):
+    small(**{"a.b": 1}).to_parquet(tmp_path/"log.parquet")
+    assert AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", time="at").values("a.b").tolist() == [1] * 5
+    with pytest.raises(ValueError, match="no column 'xx'"): AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", columns=["case", "n", "xx"])

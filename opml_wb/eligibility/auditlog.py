@@ -84,9 +84,16 @@ AuditLog.days, AuditLog.take = days, take
 MOST = np.iinfo(np.int16).max   # levels that codes of two bytes can count
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #fef7b744
+def _several(of, names):
+    "One name, or several (list, tuple, set, Index), as a list; a tuple may be one of the `names` itself."
+    if of is None: return []
+    return list(of) if isinstance(of, (list, set, np.ndarray, pd.Index)) or isinstance(of, tuple) and of not in names else [of]
+
+# %% ../../nbs/eligibility/03_auditlog.ipynb #794d1cdd
 def _order_key(values, fmt, name, issues):
-    "A column as sortable numbers; texts that are all numbers are taken as numbers, other texts by the alphabet, and that is noted."
+    "A column as sortable numbers; ordered categories keep their order, texts that are all numbers are numbers, others go by the alphabet, which is noted."
     v = pd.Series(values)
+    if isinstance(v.dtype, pd.CategoricalDtype) and v.cat.ordered: v = v.cat.codes.where(v.notna()).astype("Int32")
     number = v if v.dtype.kind in "iufb" else pd.to_numeric(v, errors="coerce") if fmt is None and v.dtype.kind != "M" else pd.Series([np.nan])
     if v.dtype.kind in "iufb" or not number.isna().any(): key, none = number.to_numpy(), number.isna().to_numpy()
     else:
@@ -113,11 +120,12 @@ def _times(get, time, dates, null=NULL):
     return np.concatenate([[NAT], dates_of(levels, dates.get(time), time)])[codes]
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #82f1feb8
-def _by_time(by_time, dates):
+def _by_time(by_time, dates, fields):
     "by_time as {field: date}; {date: [fields]} is taken, too."
     out = {}
-    for a, b in by_time.items(): out.update({a: b} if isinstance(b, str) else dict.fromkeys(b, a))
+    for a, b in by_time.items(): out.update({a: b} if _several(b, list(dates)) == [b] else dict.fromkeys(b, a))
     for f, d in out.items():
+        column(f, fields, "field")
         if d not in dates: raise ValueError(f"by_time: {d!r}, which is to tell when {f!r} is known, is no date; add it to dates={{{d!r}: format}}")
     return out
 
@@ -168,7 +176,7 @@ def _encoded(get, fields, null, perm):
 # %% ../../nbs/eligibility/03_auditlog.ipynb #621a56e3
 def build(get, names, case, order=None, time=None, null=NULL, by_time={}, dates={}, current=None, planned=()):
     "An AuditLog from columns: get(name) -> values [n]. The parameters are those of `AuditLog.from_wide`; order=None: rows are in order."
-    order = [] if order is None else [order] if isinstance(order, str) else list(order)
+    order, planned = _several(order, names), _several(planned, names)
     for c in (case, *order, *([time] if time is not None else []), *dates, *planned, *by_time): column(c, names)
     issues, fields = {"ties": 0}, [c for c in names if c != case]
     rank, cases = _grouped(get, case, null)
@@ -187,21 +195,26 @@ def finish(log, case, dates={}, by_time={}, current=None, null=NULL, planned=())
     "Add dates, by_time and the present table to a log; counts what doesn't fit together in `issues`."
     for i, f in enumerate(log.fields):
         if f in dates or log.levels[i].dtype.kind == "M": log.dates[f] = np.concatenate([[NAT], dates_of(log.levels[i], dates.get(f), f)])
-    log.by_time, log.planned = _by_time(by_time, log.dates), tuple(planned)
+    log.by_time, log.planned = _by_time(by_time, log.dates, log.fields), tuple(planned)
     if log.time is not None:
-        step = np.diff(log.time, prepend=log.time[:1])
-        step[log.starts[:-1]] = 0
-        log.issues["time runs backwards"] = int((step < 0).sum())
+        back = np.append(False, (log.time[1:] < log.time[:-1]) & (log.time[1:] != NAT))
+        back[log.starts[:-1]] = False
+        log.issues["time runs backwards"] = int(back.sum())
         log.issues["no time"] = int((log.time == NAT).sum())
     if current is not None: _compare(log, current, case, null)
     return log
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #4e5df005
+def _present(current, case):
+    "The present table, indexed by case. Raises ValueError if it has no such column or a case twice."
+    twice = current.loc[current[column(case, list(current))].duplicated(), case]
+    if len(twice): raise ValueError(f"current: {case!r} {twice.iloc[0]!r} is there twice; keep a row per case")
+    return current.set_index(case)
+
+# %% ../../nbs/eligibility/03_auditlog.ipynb #40ae4b9b
 def _compare(log, current, case, null):
     "Take fields that only the present table has; count cases and values that it doesn't share with the log's end."
-    twice = current[case][current[column(case, list(current))].duplicated()]
-    if len(twice): raise ValueError(f"current: {case!r} {twice.iloc[0]!r} is there twice")
-    now = current.set_index(case)
+    now = _present(current, case)
     log.issues["cases without audit rows"] = int((~now.index.isin(log.cases)).sum())
     log.issues["cases not in current"] = int((~pd.Index(log.cases).isin(now.index)).sum())
     now = now.reindex(log.cases)
@@ -247,9 +260,12 @@ def from_parquet(path, case, order, columns=None, **kwargs):
     import pyarrow as pa
     import pyarrow.parquet as pq
     whole = {getattr(pa, f"{u}int{b}")(): getattr(pd, f"{u.upper()}Int{b}Dtype")() for u in ("", "u") for b in (8, 16, 32, 64)}
-    texts = [c.name for c in pq.read_schema(path) if str(c.type) in ("string", "large_string")]
+    schema = pq.read_schema(path)
+    texts = [c.name for c in schema if str(c.type) in ("string", "large_string")]
+    columns = _several(columns, schema.names) or schema.names
+    for c in columns: column(c, schema.names)
     file = pq.ParquetFile(path, read_dictionary=texts, memory_map=True)
     def get(name): return file.read(columns=[name]).column(0).to_pandas(types_mapper=whole.get)     # integers with gaps stay integers
-    return build(get, list(columns or file.schema_arrow.names), case, order, **kwargs)
+    return build(get, list(columns), case, order, **kwargs)
 
 AuditLog.from_parquet = staticmethod(from_parquet)

@@ -8,22 +8,20 @@ __all__ = ['from_delta']
 # %% ../../nbs/eligibility/04_delta.ipynb #4df494ce
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, _order_key, _pandas, _times, finish
-from .encode import NAT, column, encode
+from .auditlog import AuditLog, _grouped, _order_key, _pandas, _present, _several, _times, finish
+from .encode import NAT, NULL, column, encode, means_null
 from .kernels import carry
 
 # %% ../../nbs/eligibility/04_delta.ipynb #c41448a1
 def _placed(df, case, time, order, dates, issues):
     "(permutation, case codes int64 [n] in that order, case keys, times) of rows put in order by case, then order or time."
-    which, cases = pd.factorize(df[case])
-    if not len(which): raise ValueError("the log is empty: expected at least one row")
-    if (which < 0).any(): raise ValueError(f"case {case!r}: row {int((which < 0).argmax())} has none")
+    which, cases = _grouped(df.__getitem__, case, NULL)
     times = _times(df.__getitem__, time, dates)
     if (times == NAT).any() and order is None: raise ValueError(f"time {time!r}: row {int((times == NAT).argmax())} has none; name an order=")
     key = times if order is None else _order_key(df[order], dates.get(order), order, issues)
     perm = np.lexsort((key, which))
     tie = (which[perm][1:] == which[perm][:-1]) & (key[perm][1:] == key[perm][:-1])
-    return perm, which[perm], np.asarray(cases, object), times[perm], tie
+    return perm, which[perm], cases, times[perm], tie
 
 # %% ../../nbs/eligibility/04_delta.ipynb #b80c3709
 def _sparse(df, case, time, order, null, dates, issues):
@@ -33,7 +31,7 @@ def _sparse(df, case, time, order, null, dates, issues):
     codes, levels = np.empty((len(fields), len(perm)), np.int32), []
     for i, f in enumerate(fields):
         code, level = encode(df[f], ("",), f)
-        cleared = np.asarray(level.isin(list(null)) if level.dtype.kind not in "mM" else np.zeros(len(level), bool))
+        cleared = means_null(level, null)
         new = np.concatenate([[-1], np.where(cleared, 0, np.cumsum(~cleared))]).astype(np.int32)
         codes[i] = new[code][perm]
         levels.append(level[~cleared])
@@ -54,16 +52,17 @@ def _audit(df, case, time, field, old, new, order, null, dates, current, created
     perm, which, cases, times, _ = _placed(df, case, time, order, dates, issues)
     df = df.iloc[perm]
     update, of_case, when = _updates(which, times)
-    named, fields = pd.factorize(df[field])
+    named, fields = encode(df[field], NULL, field)
+    named -= 1
     if (named < 0).any(): raise ValueError(f"field {field!r}: row {int(perm[(named < 0).argmax()])} names none")
-    def values(i): return pd.concat([df[c][named == i] for c in (new, old) if c], ignore_index=True)
+    def values(i): return pd.concat([df[c][named == i] for c in (new, old) if c is not None], ignore_index=True)
     both = [encode(values(i), null, f) for i, f in enumerate(fields)]
     codes, begin = np.full((len(fields), len(when)), -1, np.int32), np.full((len(fields), len(cases)), -1, np.int32)
     for i, (code, _) in enumerate(both):
         rows = np.flatnonzero(named == i)
         codes[i, update[rows]] = code[:len(rows)]                  # the last of one update stays
-        if old: begin[i, which[rows[::-1]]] = code[len(rows):][::-1]    # the first old value of each case
-        if old: issues["gaps"] = issues.get("gaps", 0) + _gaps(which[rows], code[:len(rows)], code[len(rows):])
+        if old is not None: begin[i, which[rows[::-1]]] = code[len(rows):][::-1]    # the first old value of each case
+        if old is not None: issues["gaps"] = issues.get("gaps", 0) + _gaps(which[rows], code[:len(rows)], code[len(rows):])
     issues["ties"] = int(pd.DataFrame({"u": update, "f": named}).duplicated().sum())
     levels = [level for _, level in both]
     if current is not None: _never_changed(begin, levels, list(fields), current, cases, case, null)
@@ -77,7 +76,7 @@ def _gaps(which, new, old):
 # %% ../../nbs/eligibility/04_delta.ipynb #449ce9b6
 def _never_changed(begin, levels, fields, current, cases, case, null):
     "Where a case never changed an audited field, its value has been the present one all along; in place."
-    now = current.set_index(column(case, list(current))).reindex(cases)
+    now = _present(current, case).reindex(cases)
     for i, f in enumerate(fields):
         if f not in now: continue
         codes, level = encode(now[f], null, f)
@@ -109,7 +108,9 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
     what fields were that never changed, and names those that are not audited. created: its column of creation times, the time of states before the first update (else
     unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises ValueError naming column, row or value."""
     df, current = _pandas(df), None if current is None else _pandas(current)
-    for c in filter(None, (case, time, field, old, new, order)): column(c, list(df))
+    null, planned = [null] if isinstance(null, str) else list(null), _several(planned, list(df))
+    for c in (case, time, field, old, new, order):
+        if c is not None: column(c, list(df))
     if created is not None and current is None: raise ValueError(f"created={created!r} is a column of current=, which is missing")
     if (field is None) != (new is None): raise ValueError("field, new: a row per change has both columns, a row per update neither")
     issues = {"ties": 0}
@@ -126,6 +127,6 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
 def _created(current, case, created, dates, cases):
     "Microseconds at which each of `cases` was created, NAT where the present table doesn't say."
     times = _times(current.__getitem__, column(created, list(current)), dates)
-    return pd.Series(times, index=current[case]).reindex(cases, fill_value=NAT).to_numpy()
+    return pd.Series(times, index=_present(current, case).index).reindex(cases, fill_value=NAT).to_numpy()
 
 AuditLog.from_delta = staticmethod(from_delta)

@@ -9,7 +9,7 @@ __all__ = ['join']
 from dataclasses import replace
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, _pandas
+from .auditlog import AuditLog, _pandas, _several
 from .encode import NAT, NULL, column, dates_of, encode
 
 # %% ../../nbs/eligibility/06_join.ipynb #3796047d
@@ -42,18 +42,18 @@ def _latest(codes, when, wanted, at):
     return out
 
 # %% ../../nbs/eligibility/06_join.ipynb #1b0b0ba0
-def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL):
+def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL, planned=()):
     """The log with the fields of a linked table, as of each row's time.
 
     table: DataFrame with a row per key, or per key and `time` from which it holds (strftime `fmt`, None: ISO 8601). on: the log's foreign key.
-    prefix: of the new fields' names (None: on + "."). key: the table's key column (None: on). Keys that the table lacks, or had not yet, give
+    prefix: of the new fields' names (None: on + "."). planned: the table's dates that may lie ahead by nature. key: the table's key column (None: on). Keys that the table lacks, or had not yet, give
     null and are counted in `issues`. Raises ValueError naming column, key or value."""
-    table, key, prefix = _pandas(table), key or on, f"{on}." if prefix is None else prefix
+    table, key, prefix = _pandas(table), on if key is None else key, f"{on}." if prefix is None else prefix
     i = log.at(on)
-    for c in (key, *([time] if time else [])): column(c, list(table), "column of the table")
+    for c in (key, *([] if time is None else [time]), *(planned := _several(planned, list(table)))): column(c, list(table), "column of the table")
     if time is not None and log.time is None: raise ValueError("time: the log has no times; read it with time=")
     fields = [c for c in table if c not in (key, time)]
-    if clash := {prefix + c for c in fields} & set(log.fields): raise ValueError(f"prefix {prefix!r}: the log has a field {min(clash)!r} already")
+    if clash := {f"{prefix}{c}" for c in fields} & set(log.fields): raise ValueError(f"prefix {prefix!r}: the log has a field {min(clash)!r} already")
     perm, codes, when, levels = _versions(table, key, time, fmt)
     wanted = np.concatenate([[0], levels.get_indexer(log.levels[i]) + 1])[log.codes[i]]
     at = np.full(len(log), NAT) if time is None else log.time
@@ -62,7 +62,10 @@ def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL):
     new = np.array([np.append(c, np.int32(0))[found] for c, _ in added], np.int32).reshape(len(fields), len(log))
     issues = {**log.issues, f"{on}: no linked row": int(((found < 0) & (log.codes[i] > 0)).sum())}
     if time is None: issues[f"{on}: linked as it is now, not as it was"] = len(fields)
-    return replace(log, fields=log.fields + [prefix + c for c in fields], codes=np.concatenate([log.codes, new]),
-                   levels=log.levels + [level for _, level in added], dates=dict(log.dates), issues=issues)
+    names = [f"{prefix}{c}" for c in fields]
+    dates = {f: np.append(NAT, dates_of(levels)) for f, (_, levels) in zip(names, added) if levels.dtype.kind == "M"}
+    return replace(log, fields=log.fields + names, codes=np.concatenate([log.codes, new]),
+                   levels=log.levels + [level for _, level in added], dates=log.dates | dates, issues=issues,
+                   planned=(*log.planned, *(f"{prefix}{c}" for c in planned)))
 
 AuditLog.join = join

@@ -33,13 +33,13 @@ def rows_at(log, at="start"):
     if isinstance(at, tuple) and len(at) == 2: return _state(log, *at)
     if isinstance(at, bool) or not hasattr(at, "__index__") or (k := operator.index(at)) < 0:
         raise ValueError(f"at={at!r}: expected 'start', a number of updates >= 0, a timedelta, or (field, value)")
-    rows = log.starts[:-1] + k
+    rows = log.starts[:-1] + min(k, len(log))
     return np.where(rows < log.starts[1:], rows, -1)
 
 # %% ../../nbs/eligibility/07_scan.ipynb #0721cd4e
 def _state(log, name, value):
     i = log.at(name)
-    code = log.levels[i].get_indexer([value])[0] + 1
+    code = log.levels[i].get_indexer([value])[0] + 1 if pd.api.types.is_scalar(value) else 0
     if not code: raise ValueError(f"at=({name!r}, {value!r}): {name!r} never is {value!r}; it is one of {list(log.levels[i][:8])}")
     return kernels.rows_with(log.codes[i], log.starts, code)
 
@@ -119,15 +119,23 @@ def known_at(log, name):
 
 # %% ../../nbs/eligibility/07_scan.ipynb #47ff3ef7
 def _only(log, i):
-    "The one value of field i, None without any, else MANY."
-    return MANY if len(log.levels[i]) > 1 else next(iter(log.levels[i]), None)
+    "The one value of field i that these cases have, None without any, else MANY. (Part of a log has the levels of all of it.)"
+    levels, col = log.levels[i], log.codes[i]
+    if len(levels) <= 1: return next(iter(levels), None)
+    for some in (col[:1000], col):                           # most fields show two values at once
+        some = some[some > 0]
+        if len(some) and some.min() != some.max(): return MANY
+    return levels[some[0] - 1] if len(some) else None
 
 def _is_id(log, i, at_least=100):
     "Whether a text field has a value of its own in (nearly) each case: no model learns from that."
     levels = log.levels[i]
     if levels.dtype.kind in "iufbmM" or log.fields[i] in log.dates or len(levels) < at_least: return False
     first = kernels.first_fills(log.codes[i:i + 1], log.starts, log.starts[:-1])[0]
-    return len(levels) >= .95 * (first != kernels.NEVER).sum()
+    filled = (first != kernels.NEVER).sum()
+    if len(levels) < .95 * filled: return False
+    there = np.count_nonzero(np.bincount(log.codes[i])[1:])  # part of a log has the levels of all of it
+    return there >= max(at_least, .95 * filled)
 
 # %% ../../nbs/eligibility/07_scan.ipynb #fcfaf005
 def _states(log, rows, group, D, jobs):

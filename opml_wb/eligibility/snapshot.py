@@ -15,8 +15,9 @@ from .scan import ratio
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #8111341f
 def _moment(when):
-    t = pd.Timestamp(when)
-    if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment")
+    try: t = pd.Timestamp(when)
+    except (ValueError, TypeError): t = pd.NaT
+    if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment, like '2020-03-01 12:00'")
     return (t.tz_convert(None) if t.tzinfo else t).to_datetime64().astype("M8[us]").astype(np.int64)
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #e9723fe1
@@ -34,8 +35,8 @@ def _young(log, rows, delay):
         return there & (rows - begin <= k)
     try: window = pd.Timedelta(delay)
     except (ValueError, TypeError): window = pd.NaT
-    if window is pd.NaT or isinstance(delay, bool):
-        raise ValueError(f"delay={delay!r}: expected None, a number of updates, a timedelta, or (field, value)")
+    if window is pd.NaT or isinstance(delay, (bool, float)) or window < pd.Timedelta(0):
+        raise ValueError(f"delay={delay!r}: expected None, a number of updates, a timedelta >= 0, or (field, value)")
     return there & ((rows == begin) | (log.time[rows] - log.time[begin] < window / pd.Timedelta(1, "us")))
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #d17c83a7
@@ -137,6 +138,7 @@ def expected_new(lam, waits, seed=0):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #1f64270e
 def first_actions(log):
     "(cases per hour, hours from first to second row float64 [m]): what `expected_new` needs; cases of one row are left out."
+    if log.time is None: raise ValueError("first_actions: the log has no times; read it with time=")
     two = np.diff(log.starts) > 1
     first, second = log.time[log.starts[:-1][two]], log.time[log.starts[:-1][two] + 1]
     ok = (first > np.iinfo(np.int64).min) & (second >= first)
@@ -147,6 +149,7 @@ def first_actions(log):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #e4b4d2b6
 def count_new(log, times=200, seed=0):
     "Untouched records in the table at `times` random moments of the middle four fifths of a log: int64 [times]."
+    if log.time is None: raise ValueError("count_new: the log has no times; read it with time=")
     begin = np.sort(log.time[log.starts[:-1]])
     when = np.random.default_rng(seed).integers(*begin[[len(begin) // 10, -1 - len(begin) // 10]], times)
     return np.array([len(_rows(log, w.astype("M8[us]"), None)[0]) for w in when])

@@ -108,7 +108,10 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
     majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm, config.
     Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
     if log.time is None: raise ValueError("useful: the log has no times; read it with time=")
-    if isinstance(seeds, bool) or seeds != int(seeds) or seeds < 1: raise ValueError(f"seeds={seeds!r}: expected an integer >= 1")
+    for name, v in dict(seeds=seeds, classes=classes, cases=cases, trees=trees, depth=depth).items():
+        if isinstance(v, bool) or v != int(v) or v < 1: raise ValueError(f"{name}={v!r}: expected an integer >= 1")
+    if not np.iterable(splits) or not len(splits) or not all(0 < s < 1 for s in splits):
+        raise ValueError(f"splits={splits!r}: expected shares of cases between 0 and 1, like (.6, .8)")
     kept, now, end, use = _arms(log, label, at, th)
     if not len(kept): raise ValueError(f"label {label!r}: no case that comes to {at!r} has it in the end")
     rows, paired, days = [], {}, log.days()

@@ -46,7 +46,8 @@ def _against(s, th):
     plan = np.isin(s.fields, s.planned)
     empty = s.sums()[:, NULL]
     constant = np.array([o is not MANY and o != MANY for o in s.only]) & ((empty == 0) | (empty == s.n)) & (3 <= th * s.n)   # rule of three
-    out = [("backfill", "later than its own row in {:.1%} of values", (late > BACKFILL) & ~plan, np.zeros(len(late), bool), late, *future[2:])]
+    ahead, few = (late > BACKFILL) & ~plan, unsure(*future, BACKFILL)
+    out = [("backfill", "later than its own row in {:.1%} of values", ahead & ~few, ahead & few, late, *future[2:])]
     for text, (rate, doubt, lo, hi) in (("null in {:.1%} of cases", null), ("ends otherwise in {:.1%} of cases", change)):
         out.append(("ineligible", text, (rate > th) & ~doubt, doubt, rate, lo, hi))
     out.append(("ineligible", "constant: one value in all cases", constant, np.zeros(len(late), bool), *null[:1], *null[2:]))

@@ -6,7 +6,7 @@
 __all__ = ['CAST', 'read_xes', 'from_xes']
 
 # %% ../../nbs/eligibility/05_xes.ipynb #1f7505f2
-import gzip
+import gzip, zlib
 from pathlib import Path
 from xml.etree.ElementTree import ParseError, iterparse
 import numpy as np
@@ -23,6 +23,7 @@ def _attributes(element, prefix="", out=None):
     out = {} if out is None else out
     for a in element:
         key, value = a.get("key"), a.get("value")
+        if _tag(a) == "values": _attributes(a, prefix, out)       # of a list
         if key is None or _tag(a) in ("event", "trace"): continue
         if value is not None and _tag(a) != "list":
             try: out[prefix + key] = CAST.get(_tag(a), str)(value)
@@ -31,10 +32,21 @@ def _attributes(element, prefix="", out=None):
     return out
 
 # %% ../../nbs/eligibility/05_xes.ipynb #1abff505
+def _named(name, seen):
+    "A name for a trace that no other has; seen: name -> the last number given to it."
+    key = name
+    while key in seen:
+        seen[name] += 1
+        key = f"{name}#{seen[name]}"
+    seen[key] = 1
+    return key
+
+# %% ../../nbs/eligibility/05_xes.ipynb #1d9494e0
 def read_xes(path):
     """Events of a XES file as DataFrame, a row per event in file order: `case`, then `case:` attributes, then the event's own.
 
-    path: .xes or .xes.gz. `case` is the trace's concept:name, its number without one; a name that comes again gets `#2`.
+    path: .xes or .xes.gz. `case` is the trace's concept:name, its number without one; a name that comes again gets `#2`,
+    an event's attribute that is called like one of the trace's columns `event:`.
     Raises ValueError naming the file and what is wrong with it."""
     path, rows, seen = Path(path), [], {}
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
@@ -44,11 +56,11 @@ def read_xes(path):
                 if _tag(e) != "trace": continue
                 about = {f"case:{k}": v for k, v in _attributes(e).items()}
                 name = str(about.pop("case:concept:name", len(seen) + 1))
-                seen[name] = seen.get(name, 0) + 1
-                case = {"case": name if seen[name] == 1 else f"{name}#{seen[name]}", **about}
-                rows += [{**case, **_attributes(event)} for event in e if _tag(event) == "event"]
+                case = {"case": _named(name, seen), **about}
+                events = (_attributes(event) for event in e if _tag(event) == "event")
+                rows += [{**case, **{f"event:{k}" if k in case else k: v for k, v in event.items()}} for event in events]
                 e.clear()
-    except (ParseError, EOFError, gzip.BadGzipFile, ValueError) as ex: raise ValueError(f"{path} is no readable XES: {ex}") from ex
+    except (ParseError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as ex: raise ValueError(f"{path} is no readable XES: {ex}") from ex
     if not rows: raise ValueError(f"{path}: no trace has an event")
     df = pd.DataFrame(rows)
     df.attrs["repeated names"] = sum(n - 1 for n in seen.values())
