@@ -406,3 +406,16 @@ def test_parquet_columns_are_checked(tmp_path):
     small(**{"a.b": 1}).to_parquet(tmp_path/"log.parquet")
     assert AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", time="at").values("a.b").tolist() == [1] * 5
     with pytest.raises(ValueError, match="no column 'xx'"): AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", columns=["case", "n", "xx"])
+
+
+def test_parts_tell_an_identifier_as_the_whole_does():
+    "Values that are unique in each part but come again in another; and parts too small to tell."
+    n = 400
+    df = pd.DataFrame({"case": range(n), "n": 0, "key": [f"i{i}" for i in range(n)], "again": [f"r{i % 200}" for i in range(n)], "late": [None] * 200 + [f"l{i}" for i in range(200)]})
+    def read(part): return AuditLog.from_wide(df[part], "case", "n")
+    for cuts in (2, 8):
+        parts = [slice(i * n // cuts, (i + 1) * n // cuts) for i in range(cuts)]
+        whole, merged = scan(read(slice(None))), scan_parts(parts, read)
+        assert whole.ids.tolist() == merged.ids.tolist() == [False, True, False, True]
+        pd.testing.assert_frame_equal(verdicts(whole), verdicts(merged))
+        assert scan_parts(parts, read, 1).ids.tolist() == scan(read(slice(None)), 1).ids.tolist()
