@@ -419,3 +419,17 @@ def test_parts_tell_an_identifier_as_the_whole_does():
         assert whole.ids.tolist() == merged.ids.tolist() == [False, True, False, True]
         pd.testing.assert_frame_equal(verdicts(whole), verdicts(merged))
         assert scan_parts(parts, read, 1).ids.tolist() == scan(read(slice(None)), 1).ids.tolist()
+
+
+def test_cases_are_taken_by_mask_by_number_or_not_at_all():
+    log = AuditLog.from_wide(small(), "case", "n", "at")
+    assert log.take(np.array([True, False, True])).cases.tolist() == log.take([0, -1]).cases.tolist() == ["a", "c"]
+    none = log.take([])
+    assert (len(none), scan(none).n, len(snapshot(none, "2021"))) == (0, 0, 0) and (verdicts(none).verdict == "undetermined").all()
+    with pytest.raises(IndexError): log.take([3])
+
+
+def test_a_frame_is_no_log_and_one_masked_field_is_one_name():
+    with pytest.raises(TypeError, match="AuditLog.from_wide"): verdicts(small())
+    log = simulate(60).log
+    assert (masked(log, "resolved_at").codes == masked(log, ["resolved_at"]).codes).all()

@@ -69,8 +69,8 @@ def days(log):
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #a1b27876
 def take(log, cases):
-    "The log of some of its cases (int [m]), in the order given."
-    cases = np.asarray(cases)
+    "The log of some of its cases (int [m], in the order given, or bool [C])."
+    cases = np.arange(log.n_cases)[np.asarray(cases) if len(cases) else slice(0)]
     size = np.diff(log.starts)[cases]
     starts = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
     rows = np.arange(starts[-1]) + np.repeat(log.starts[cases] - starts[:-1], size)

@@ -24,6 +24,7 @@ def rows_at(log, at="start"):
 
     at: "start"; k, the case's row k (0 = first); a timedelta from its first time, when the case still goes on; or (field, value), the
     first row that shows it. Raises ValueError for anything else, for a log without times, or for a value that never occurs."""
+    if not isinstance(log, AuditLog): raise TypeError(f"expected an AuditLog, got {type(log).__name__}; read it with AuditLog.from_wide(df, case, order)")
     if isinstance(at, str) and at == "start": at = 0
     if isinstance(at, (timedelta, np.timedelta64)):
         window = pd.Timedelta(at)

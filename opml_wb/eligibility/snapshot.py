@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from . import kernels
 from .auditlog import AuditLog
+from .encode import NAT
 from .scan import ratio
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #8111341f
@@ -60,7 +61,7 @@ def snapshot(log, when, delay=None):
         return pd.concat([snapshot(log, w, delay) for w in when], keys=list(when), names=["when", "case"])
     rows, cases = _rows(log, when, delay)
     out = log.frame(rows)
-    if _moment(when) >= log.time.max():
+    if _moment(when) >= log.time.max(initial=NAT):
         for f, (codes, levels) in log.unaudited.items(): out[f] = levels.take(codes[cases] - 1, allow_fill=True, fill_value=None)
     return out
 

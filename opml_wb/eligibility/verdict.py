@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from . import kernels
-from .auditlog import AuditLog
+from .auditlog import AuditLog, _several
 from .pairs import PairCounts, count_pairs, pair_verdicts, unsure, wilson
 from .scan import CHANGED, DATED, DRIFTED, FILLED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, scan
 
@@ -91,7 +91,7 @@ def masked(log, fields=None):
 
     fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds). Raises ValueError for other fields."""
     codes = log.codes.copy()
-    for f in backfilled(log) if fields is None else fields:
+    for f in backfilled(log) if fields is None else _several(fields, log.fields):
         if (known := known_at(log, f)) is None: raise ValueError(f"masked: {f!r} has no date; name one in by_time={{{f!r}: date}}")
         kernels.hide(codes[log.at(f)], known, log.time, log.starts)
     return replace(log, codes=codes)
