@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from opml_wb.core.data import path
+from opml_wb.riann import bench
 from opml_wb.riann.exact import ground_truth, recall
 from opml_wb.riann.index import Infeasible, Requirement, Riann
+from opml_wb.riann.kernels import WAIT
+from opml_wb.riann.store import Store
+from opml_wb.riann.timemodel import TimeModel
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +282,157 @@ def test_a_flipped_byte_is_reported_with_its_place(sift, tmp_path):
     data[len(data) // 2] ^= 1
     log.write_bytes(data)
     with pytest.raises(RuntimeError, match=rf"{log.name}, byte \d+"): Riann.open(tmp_path / "i")
+
+
+def test_values_of_numpy_and_models_that_are_none(sift, tmp_path):
+    need = Requirement(deadline_s=np.float32(.5), recall=np.float64(.9), k=np.int64(10), query_s=np.float32(1))
+    with Riann(4, requirement=need, seed=np.int64(5), path=tmp_path / "i") as index: index.add(np.eye(4), np.arange(4, dtype=np.uint64))
+    with Riann.open(tmp_path / "i") as again: assert again.requirement == need and len(again) == 4
+    assert again.search(np.eye(4), 1)[0][:, 0].tolist() == [0, 1, 2, 3]            # closed: no writes, but searches
+    for name in "time_model", "recall_model":
+        with pytest.raises(ValueError, match=name): Riann(4, **{name: "x"})
+    with pytest.raises(ValueError, match="fitted"): Riann(4, time_model=TimeModel(1e-7, 10, lambda deg: 1e-6 * deg))
+
+
+def test_a_store_without_an_index(tmp_path):
+    Store.open(tmp_path / "killed at birth").close()
+    with pytest.raises(FileNotFoundError, match="no index"): Riann.open(tmp_path / "killed at birth")
+    Riann(4, path=tmp_path / "killed at birth").close()
+    with Store.open(tmp_path / "other") as store: store.save(dict(a=np.ones(3)), {})
+    with pytest.raises(FileNotFoundError, match="no index"): Riann.open(tmp_path / "other")
+
+
+def test_no_ladder_is_made_after_construction(sift, monkeypatch):
+    x, q = sift
+    index = Riann(128, flat_below=0)
+    monkeypatch.setattr("opml_wb.riann.recall.ladder", None)
+    for i in range(0, 5000, 500):
+        index.add(x[i:i + 500], np.arange(i, i + 500), deadline_s=.01)
+        index.search(q[:3]), index.plan(20_000)
+
+
+def test_a_plan_foresees_the_graph_that_grows(sift):
+    x, _ = sift
+    index = Riann(128, flat_below=0, closed_loop=False)
+    plan = index.plan(6000)
+    index.add(x[:6000], np.arange(6000))
+    costs = index.planner.costs(6000, index._graph.layers())
+    rung = [r.deg for r in index.planner.rungs(6000)].index(plan.deg)
+    assert .4 * costs[rung] * 6000 < plan.t_index < 2 * costs[rung] * 6000
+    assert .5 < plan.t_query / index.plan(1).t_query < 2
+
+
+def test_first_chunks_are_no_larger_than_the_graph_that_they_were_predicted_for(sift):
+    x, _ = sift
+    index = filled(x, 1500, flat_below=1500)
+    report, linked = index.add(x[1500:1600], np.arange(1500, 1600), deadline_s=.05), 0
+    for _, _, n in report.chunks:
+        assert n <= max(64, linked)
+        linked += n
+    assert linked + report.deferred == 1600
+
+
+def test_an_update_is_planned_as_one(sift):
+    x, _ = sift
+    index = filled(x, 100, flat_below=100)
+    report = index.update(x[200:250], np.arange(50))
+    assert report.reason.startswith("so few") and not report.chunks and report.deferred == 100
+    index = filled(x, 3000, flat_below=0)
+    before = index._entry_s, index.plan(10).t_index
+    for _ in range(3): index.update(x[3000:5000], np.arange(2000))                 # removal is no part of an addition
+    assert index._entry_s == before[0] and index._removal_s > 0
+
+
+def test_waiting_for_another_writer_is_no_cost_of_a_batch(sift):
+    x, _ = sift
+    index, held = Riann(128), threading.Event()
+
+    def hold():
+        with index._lock:
+            held.set()
+            time.sleep(1)
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    report = index.add(x[:10], range(10), deadline_s=.01)
+    thread.join()
+    assert not report.satisfied and index._entry_s < .1
+
+
+def test_a_machine_that_slept(sift):
+    x, _ = sift
+    index = filled(x, 2000, flat_below=0)
+    index.pace.see(.001, .001, 3600)
+    for i in range(2000, 2250, 5):
+        if not index.add(x[i:i + 5], np.arange(i, i + 5), deadline_s=.05).deferred: break
+    assert not index._graph.waiting
+
+
+def interrupted(f, at):
+    "Call `f` with a Ctrl-C at its `at`-th line in the package; whether it has so many."
+    seen, before = 0, sys.gettrace()
+
+    def trace(frame, event, arg):
+        nonlocal seen
+        if "riann" not in frame.f_code.co_filename or frame.f_code.co_filename == __file__: return None
+        if event == "line" and (seen := seen + 1) == at:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+    sys.settrace(trace)
+    try: f()
+    except KeyboardInterrupt: pass
+    finally: sys.settrace(before)
+    return seen >= at
+
+
+@pytest.mark.parametrize("flat", [10_000, 0])
+def test_an_interrupt_at_any_line_leaves_all_or_nothing(flat):
+    x, n = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32), 1000
+    index, at, known = filled(x, n, flat_below=flat), 1, {}
+    known.update(zip(range(n), range(n)))                                          # id: row of x
+
+    def settle(ids, rows):
+        "What an operation did: all of it or nothing."
+        now = {i: r for i, r in zip(ids, rows) if r is not None}
+        for state in {**known, **now} if None not in rows else {i: r for i, r in known.items() if i not in ids}, known:
+            if len(index) == len(state) and all(i in index for i in state):
+                every = np.array(list(state))
+                if (index.search(x[list(state.values())], 1, 400)[0][:, 0] == every).all(): return dict(state)
+        raise AssertionError(f"half done, line {at}")
+    more = True
+    while more:
+        new, some = [n, n + 1, n + 2], list(known)[:3]
+        more = interrupted(lambda: index.add(x[new], new), at)
+        known = settle(new, new)
+        rows = [r + 3 for r in new]
+        more |= interrupted(lambda: index.update(x[rows], some), at)
+        known = settle(some, rows)
+        more |= interrupted(lambda: index.remove(some), at)
+        known = settle(some, [None] * 3)
+        n, at = n + 6, at + (1 if at < 60 else 7)
+        assert set(index._graph._g.level[index._graph._wait].tolist()) <= {WAIT}
+    assert at > 60
+
+
+def test_idle_time_frees_what_was_removed(sift):
+    index = filled(sift[0], 3000, flat_below=0)
+    index.remove(range(0, 200))
+    assert index._graph._dead > 0
+    for _ in range(50): report = index.drain(.2)
+    assert index._graph._dead == 0 and report.predicted == .2
+
+
+def test_odd_arguments_of_the_protocols(sift):
+    x, q = sift
+    for call, says in [(lambda: bench.protocol_a((x, q), batches=()), "batches"), (lambda: bench.protocol_a((x, q), n_batches=0), "sizes"),
+                       (lambda: bench.protocol_b((x, q), deadlines=()), "deadlines"), (lambda: bench.protocol_b((x, q), deadlines=[.5, np.nan]), "deadlines"),
+                       (lambda: bench.protocol_b((x, q), default_s=-1.), "default_s"), (lambda: bench.protocol_b((x, q), sizes=[9000]), "sizes"),
+                       (lambda: bench.stream(x, q, [5], [bench.DEFAULT], deadline_s=-1), "deadline_s"), (lambda: bench.stream(x, q[:0], [5], [bench.DEFAULT]), "query"),
+                       (lambda: bench.oracle_grid((x, q), [9000]), "sizes"), (lambda: bench.oracle_grid((x, q), []), "sizes"),
+                       (lambda: bench.oracle_grid((x, q), [100], dict(deg=(), cand=(10,), ef=(30,))), "grid")]:
+        with pytest.raises(ValueError, match=says): call()
+    df = bench.protocol_b((x, q), deadlines=(.5,), sizes=[40])
+    assert len(df) == 2 and len(bench.kept(df)) == 2
+    for option in dict(usual="another"), dict(skip=5):
+        with pytest.raises(ValueError, match=list(option)[0]): bench.kept(df, **option)

@@ -131,6 +131,7 @@ def _stream_checked(base, query, sizes, arms, repeats):
     if sum(sizes) > len(base): raise ValueError(f"sizes: {sum(sizes)} vectors asked for, base has {len(base)}")
     if repeats < 1: raise ValueError(f"repeats: expected at least 1, got {repeats!r}")
     if not arms: raise ValueError("arms: there is none")
+    if not len(query): raise ValueError("query: there is none")
     if len({a.name for a in arms}) < len(arms): raise ValueError("arms: two have the same name")
     return base, query
 
@@ -149,6 +150,8 @@ def stream(base, query, sizes, arms, k=10, seed=0, repeats=1, metric="l2", deadl
     base, query = _stream_checked(base, query, sizes, arms, repeats)
     cuts = np.concatenate([[0], np.cumsum(sizes)])
     x, ids = base[np.random.default_rng(seed).permutation(len(base))[:cuts[-1]]], np.arange(cuts[-1])
+    for s in deadline_s.values() if isinstance(deadline_s, dict) else [deadline_s]:
+        if s is not None and not s > 0: raise ValueError(f"deadline_s: expected seconds above 0, got {s!r}")
     due = {a.name: deadline_s.get(a.name, np.nan) if isinstance(deadline_s, dict) else deadline_s or np.nan for a in arms}
     truth, rows = _truths(x, cuts, query, k, metric), []
     warm()
@@ -177,7 +180,8 @@ def protocol_a(data, batches=(10, 100, 1000), n_batches=10, k=10, seed=0, repeat
     Other parameters as for `stream`.
     Returns `stream`'s DataFrame, rows of all sizes. Source: paper, section 3, Figure 2a."""
     import pandas as pd
-    (base, query), out, done = data, [], 0
+    (base, query), out, done, batches = data, [], 0, list(batches)
+    if not batches: raise ValueError("batches: there is none")
     total = 3 * n_batches * len(batches) * repeats
     for size in batches:
         own = dict(requirement=Requirement(k=k)) | (options or {})
@@ -199,7 +203,8 @@ def protocol_b(data, deadlines=(.75, .55, .35), sizes=range(10, 1001, 10), k=10,
     import pandas as pd
     base, query = data
     sizes, levels, out = list(sizes), list(deadlines), []
-    if not levels or min(levels) <= 0: raise ValueError(f"deadlines: expected shares above 0, got {levels}")
+    if not levels or not all(0 < l < np.inf for l in levels): raise ValueError(f"deadlines: expected shares above 0, got {levels}")
+    if default_s is not None and not 0 < default_s < np.inf: raise ValueError(f"default_s: expected seconds above 0, got {default_s!r}")
     own = dict(requirement=Requirement(k=k)) | (options or {})
     arms = [usual, Planned("RIANN", own), *others]
     calm = 0 if default_s else len(sizes)
@@ -219,6 +224,8 @@ def kept(df, usual=DEFAULT.name, skip=0):
     """One row per level and arm of `protocol_b`: satisfied, wholly (in the graph, too) as shares of all batches; recall_loss (mean over
     steps from `skip` on, of the default's recall at the same step) ; query_ratio (median over the default's); deferred (share of vectors)."""
     import pandas as pd
+    if usual not in set(df.arm): raise ValueError(f"usual: there is no arm {usual!r}, only {sorted(set(df.arm))}")
+    if not 0 <= skip <= df.step.max(): raise ValueError(f"skip: expected 0 .. {df.step.max()}, got {skip!r}")
     rows = []
     for (level, arm), d in df.groupby(["level", "arm"], sort=False):
         peer = df[(df.level == level) & (df.arm == usual)].set_index("step")
@@ -238,8 +245,10 @@ def oracle_grid(data, sizes, grid=GRID, k=10, seed=0, progress=None):
 
     data: (base, query). sizes: of the batches. grid: {"deg", "cand", "ef"}: values. Source: paper, section 3, "optimal HNSW"."""
     import pandas as pd
-    base, query = (np.ascontiguousarray(a, np.float32) for a in data)
-    cuts = np.concatenate([[0], np.cumsum(list(sizes))])
+    sizes = [int(s) for s in sizes]
+    if not all(len(grid[name]) for name in ("deg", "cand", "ef")): raise ValueError(f"grid: expected values of deg, cand and ef, got {grid!r}")
+    base, query = _stream_checked(*data, sizes, [DEFAULT], 1)
+    cuts = np.concatenate([[0], np.cumsum(sizes)])
     x, rows, pairs = base[np.random.default_rng(seed).permutation(len(base))[:cuts[-1]]], [], [(d, c) for d in grid["deg"] for c in grid["cand"]]
     truth = ground_truth(x, query, k)[0]
     for i, (deg, cand) in enumerate(pairs):

@@ -6,7 +6,7 @@
 __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 
 # %% ../../nbs/riann/02_graph.ipynb #07cb84fc
-import operator, threading, time
+import _signal, operator, signal, threading, time
 from itertools import compress
 import numpy as np
 
@@ -182,6 +182,24 @@ class _Arrays:
         return tag, s
 
 # %% ../../nbs/riann/02_graph.ipynb #da22b832
+class _Writer:
+    "The writer's lock. A Ctrl-C that comes while it is held is delivered when it is let go: nothing is left half done."
+    def __init__(self): self.lock, self.before, self.late = threading.RLock(), [], []
+    def _later(self, *signal): self.late.append(signal)
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():   # the one that Ctrl-C interrupts
+            handler = _signal.getsignal(signal.SIGINT)              # as in signal, without its 5 us for an enum
+            if callable(handler): _signal.signal(signal.SIGINT, self._later)
+            self.before.append(handler)
+        self.lock.acquire()
+    def __exit__(self, *_):
+        self.lock.release()
+        if threading.current_thread() is not threading.main_thread() or not callable(handler := self.before.pop()): return
+        _signal.signal(signal.SIGINT, handler)
+        if self.late and handler != self._later:
+            late, self.late = self.late, []
+            handler(*late[-1])
+
 class _Gate:
     "Many may be inside, or one alone."
     def __init__(self): self.free, self.inside, self.waiting = threading.Condition(), 0, 0
@@ -411,7 +429,7 @@ class DynamicHNSW(_Changing):
         self.max_deg, self.seed = _integer("max_deg", max_deg, 2, 1024), _integer("seed", seed, -2**63, 2**64 - 1)
         if metric not in ("l2", "cosine", "ip"): raise ValueError(f"metric: expected l2, cosine or ip, got {metric!r}")
         self.metric, self._ip = metric, metric != "l2"
-        self._gate, self._writer, self._spare = _Gate(), threading.RLock(), []
+        self._gate, self._writer, self._spare = _Gate(), _Writer(), []
         self._allocate(capacity)
 
     def __len__(self): return len(self._slot)

@@ -6,7 +6,7 @@
 __all__ = ['SCAN', 'CHUNK_S', 'GUARD_S', 'Planner', 'Riann']
 
 # %% ../../nbs/riann/11_index.ipynb #52d80e69
-import gc, math, threading, time
+import functools, gc, math, threading, time
 from contextlib import contextmanager, nullcontext
 import numpy as np
 
@@ -22,18 +22,18 @@ SCAN = .6   # cost of a vector in a scan, in distances met at random places
 class Planner:
     """Properties that meet a requirement on an index of a given size, and what they cost by the models.
 
-    need: Requirement. times: TimeModel. recalls: RecallModel. seed: int, of the annealing."""
+    need: Requirement. times: TimeModel, fitted. recalls: RecallModel. seed: int, of the annealing.
+    All ladders are made now, never within a deadline: milliseconds for k = 10, else a second for each size, once."""
     def __init__(self, need, times, recalls, seed=0):
-        self.need, self.times, self.recalls, self.seed, self._ladders = need, times, recalls, seed, {}
+        from opml_wb.riann.recall import ladder
+        self.need, self.times, self.recalls, self.seed = need, times, recalls, seed
         self.scan_s = SCAN * float(times.T_d(256))   # CPU seconds to compare with one vector that waits
+        self._ladders = {size: ladder(recalls, times, 2**size, recall=need.recall, k=need.k, seed=seed % 2**64, query_s=need.query_s)
+                         for size in range(10, 16)}
 
     def rungs(self, n):
         "The ladder for an index of `n` vectors: list of Rung, best first."
-        size = min(max(10, math.ceil(math.log2(max(n, 1)))), 20)
-        if size not in self._ladders:
-            from opml_wb.riann.recall import ladder
-            self._ladders[size] = ladder(self.recalls, self.times, 2**size, recall=self.need.recall, k=self.need.k, seed=self.seed, query_s=self.need.query_s)
-        return self._ladders[size]
+        return self._ladders[min(max(10, math.ceil(math.log2(max(n, 1)))), 15)]
 
     def costs(self, n, layers):
         "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
@@ -103,7 +103,8 @@ class _Linking:
         waiting, left = self._graph.waiting, clock.left - GUARD_S - min(self.pace.stall, clock.reserve)
         fits = np.flatnonzero(costs * waiting <= left)
         i = int(fits[0]) if len(fits) else int(np.argmin(costs))
-        n = int(min(waiting, max(1, max(CHUNK_S[0], min(CHUNK_S[1], left / 6)) / costs[i])))
+        most = min(waiting, max(64, len(self._graph) - waiting))   # the costs hold for a graph of about this size
+        n = int(min(most, max(1, max(CHUNK_S[0], min(CHUNK_S[1], left / 6)) / costs[i])))
         if costs[i] * n <= left: return i, n
         over = waiting - self.tail_limit   # too long a tail is the greater evil than a missed deadline
         return (int(np.argmin(costs)), min(over, n)) if over > 0 else None
@@ -115,7 +116,9 @@ class _Linking:
             n = len(self._graph)
             costs = self.planner.costs(n, self._layers() or [(1, 0)])
             pick = self._chunk(self.pace.wall(costs), clock)
-            if not pick: break
+            if not pick:
+                if not chunks: self.pace.doubt()
+                break
             rung = self.planner.rungs(n)[pick[0]]
             self._timed(costs[pick[0]] * pick[1], self._graph.link, rung.deg, rung.cand, pick[1])
             chunks.append((rung.deg, rung.cand, pick[1]))
@@ -146,7 +149,8 @@ class _Foreseeing(_Linking):
     def require(self, requirement):
         "Ask something else from now on: a Requirement. The graph stays."
         if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
-        with self._lock: self.requirement, self.planner = requirement, Planner(requirement, self.planner.times, self.planner.recalls, self.planner.seed)
+        planner = Planner(requirement, self.planner.times, self.planner.recalls, self.planner.seed)
+        with self._lock: self.requirement, self.planner = requirement, planner
 
     def plan(self, n, deadline_s=None):
         """What would be done with a batch of `n` vectors now, and what would come of it: Plan.
@@ -154,19 +158,31 @@ class _Foreseeing(_Linking):
         Errors: ValueError naming the parameter."""
         with self._lock: return self._planned(_integer("n", n, 1), self._deadline(deadline_s))
 
-    def _planned(self, n, limit):
-        total, copy = len(self) + n, self._entry(n) + GUARD_S
-        if self._is_flat(n): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
-        rungs, layers, waiting = self.planner.rungs(total), self._layers() or [(1, 0)], self._graph.waiting + n
-        times = copy + self.pace.wall(self.planner.costs(total, layers)) * waiting
+    def _planned(self, n, limit, op="add"):
+        more = n if op == "add" else 0
+        total, copy, waiting = len(self) + more, self._entry(n, op) + GUARD_S, self._graph.waiting + n
+        if self._is_flat(more): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
+        rungs = self.planner.rungs(total)
+        times = copy + self.pace.wall(self.planner.costs(total, self._layers_at(total - waiting / 2, rungs[0]))) * waiting
         fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
         i = int(fits[0]) if len(fits) else int(np.argmin(times))
         r = rungs[i]
-        return self._judged(r.deg, r.cand, r.cand_q, times[i], self.planner.query(r.cand_q, layers), r.recall, limit)
+        return self._judged(r.deg, r.cand, r.cand_q, times[i], self.planner.query(r.cand_q, self._layers_at(total, r)), r.recall, limit)
 
-    def _entry(self, n):
-        "Wall seconds to check, write down and place `n` vectors: a part per number copied, and what else a batch has taken lately."
-        return self._entry_s + n * self.dim * 5e-9
+    def _layers_at(self, n, rung):
+        "The graph's layers if it has about `n` vectors already, else those that it will have."
+        layers = self._layers()
+        return layers if layers and n <= 1.25 * layers[0][0] else self.planner.times.layers(rung.cand, rung.deg, max(1, int(n)))
+
+    def _entry(self, n, op="add"):
+        "Wall seconds to check, write down and place `n` vectors: a part per number copied, one per vector removed, and what else a batch has taken lately."
+        return self._entry_s + n * (self.dim * 5e-9 + self._removal_s * (op == "update"))
+
+    def _entered(self, n, op, took):
+        "Learn from `n` vectors that were placed in `took` seconds."
+        more = .2 * (took - self._entry(n, op))
+        if op == "add": self._entry_s += more
+        else: self._removal_s = max(0, self._removal_s + more / n)
 
     def _judged(self, deg, cand, cand_q, t_index, t_query, recall, limit):
         "The plan with a verdict: the first part of the requirement that it breaks."
@@ -193,26 +209,30 @@ class _Operating(_Foreseeing):
         return self._batch("add", x, ids, deadline_s)
 
     def update(self, x, ids, deadline_s=None):
-        "Give vectors that are in the index new values, all or none: as `add`, with ids that are there."
+        """Give vectors that are in the index new values, all or none: as `add`, with ids that are there.
+
+        A search meanwhile may find neither the old values nor the new."""
         return self._batch("update", x, ids, deadline_s)
 
     def _batch(self, op, x, ids, deadline_s):
         clock = _Clock(self._deadline(deadline_s))
         with self._lock, (_UNPAUSED if clock.limit is None else _no_pause()):
             self._is_open()
+            waited = clock.wall   # for another writer
             x, ids = self._graph._checked(x, ids, op == "add")
-            plan = self._planned(len(ids), clock.limit)
-            if self._log: self._write(op, x=x, ids=np.array(ids))
-            if op == "update": self._graph.remove(ids)
-            self._graph._hold(x, ids)
-            self._entry_s += .2 * (clock.wall - self._entry(len(ids)))
+            plan = self._planned(len(ids), clock.limit, op)
+            with self._graph._writer:
+                if self._log: self._write(op, x=x, ids=np.array(ids))
+                if op == "update": self._graph.remove(ids)
+                self._graph._hold(x, ids)
+            self._entered(len(ids), op, clock.wall - waited)
             chunks = self._advance(clock)
             wall = clock.wall
             return Report(wall, clock.limit is None or wall <= clock.limit, self._graph.waiting, chunks, plan.t_index, clock.spent,
                           plan.feasible, plan.reason)
 
     def _do(self, op, ids, x=None):
-        "Carry out an operation that was written down, also one that a Ctrl-C kept from being carried out when it was asked for again."
+        "Carry out an operation that was written down, also one that was written twice as an interrupt kept it from being carried out."
         there = [i for i in ids.tolist() if i in self._graph]
         if there: self._graph.remove(there)
         if op != "remove": self._graph._hold(x, ids.tolist())
@@ -227,22 +247,32 @@ class _Operating(_Foreseeing):
 
     def remove(self, ids):
         "Take vectors out: ids int[n], all in the index. Errors: ValueError naming the first row at fault; then none is removed."
-        with self._lock:
+        with self._lock, self._graph._writer:
             self._is_open()
             ids = np.array(self._graph._known(ids))
             self._write("remove", ids=ids)
             self._do("remove", ids=ids)
 
     def drain(self, budget_s):
-        """Use `budget_s` wall seconds of idle time: link what waits, then link again what was linked in haste. Returns Report."""
+        """Use `budget_s` wall seconds of idle time: link what waits, link again what was linked in haste, free the memory of what was removed.
+
+        Returns Report; `predicted` is the budget. Errors: ValueError."""
         clock = _Clock(_number("budget_s", budget_s, 0))
         with self._lock:
             self._is_open()
             chunks = self._advance(clock)
             again = 0 if self._graph.waiting else self._relink(clock)
-            return Report(clock.wall, clock.left >= 0, self._graph.waiting, chunks, clock.wall, clock.spent, True, f"{again} linked again")
+            if clock.left > .002: self._graph.repair(clock.left - .002)   # it may overrun by one
+            wall = clock.wall
+            return Report(wall, wall <= clock.limit, self._graph.waiting, chunks, clock.limit, clock.spent, True, f"{again} linked again")
 
 # %% ../../nbs/riann/11_index.ipynb #23b5006f
+@functools.cache
+def _shipped(seed):
+    "The shipped recall model; ladders that are found stay with it, so one per seed."
+    from opml_wb.riann.recall import RecallModel
+    return RecallModel.load()
+
 class Riann(_Operating):
     """Nearest neighbours, indexed batch by batch within deadlines.
 
@@ -252,6 +282,7 @@ class Riann(_Operating):
     seed: int, of the nodes' levels and of the search for properties.
     flat_below: up to so many vectors there is no graph, searches compare with all (None: as long as that is as fast).
     time_model, recall_model: TimeModel, RecallModel (None: the shipped ones, with this machine's time of a distance).
+    The shipped ones saw SIFT, 128-dimensional: elsewhere the first predictions are off by some 2x until the pace is known; `profile` mends that.
     closed_loop: whether predictions follow the machine's speed and load.
     Errors: ValueError naming the parameter; StoreError for the path.
     Threads: any number of searches at once, also while one thread writes; writers queue up.
@@ -260,7 +291,7 @@ class Riann(_Operating):
                  time_model=None, recall_model=None, closed_loop=True):
         if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
         self._graph, self._log = DynamicHNSW(dim, metric, capacity=4096, seed=seed), None
-        self._prepare(requirement, seed, flat_below, time_model, recall_model, closed_loop)
+        self._prepare(requirement, self._graph.seed, flat_below, time_model, recall_model, closed_loop)
         if path is not None:
             self._log = Store.open(path, create=True)
             if self._log.snapshot is not None or self._log.seq:
@@ -270,14 +301,17 @@ class Riann(_Operating):
 
     def _prepare(self, requirement, seed, flat_below, time_model, recall_model, closed_loop):
         from opml_wb.riann.recall import RecallModel
+        if time_model is not None and not getattr(time_model, "facts", None):
+            raise ValueError(f"time_model: expected one that is fitted, as profile(sample) gives, got {time_model!r}")
+        if recall_model is not None and not isinstance(recall_model, RecallModel): raise ValueError(f"recall_model: expected a RecallModel, got {recall_model!r}")
         warm()
         self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
         self._own = time_model, recall_model
-        self.planner = Planner(requirement, time_model or TimeModel.load().calibrate(), recall_model or RecallModel.load(), seed)
+        self.planner = Planner(requirement, time_model or TimeModel.load().calibrate(), recall_model or _shipped(seed), seed)
         self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
         self.tail_limit = max(self.flat_below, 256)
         self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
-        self._lock, self._seen, self._entry_s = threading.RLock(), None, 2e-4
+        self._lock, self._seen, self._entry_s, self._removal_s = threading.RLock(), None, 2e-4, 3e-5
 
     @property
     def dim(self): return self._graph.dim
@@ -294,9 +328,8 @@ class Riann(_Operating):
     def profile(self, sample, budget_s=3):
         """Fit the time model to one's own vectors and this machine: f32[n >= 512, dim], takes about `budget_s` seconds."""
         model = profile(sample, self.metric, budget_s, self.planner.seed)
-        with self._lock:
-            self._own = model, self._own[1]
-            self.planner = Planner(self.requirement, model, self.planner.recalls, self.planner.seed)
+        planner = Planner(self.requirement, model, self.planner.recalls, self.planner.seed)
+        with self._lock: self._own, self.planner = (model, self._own[1]), planner
         return model
 
     def _is_open(self):
@@ -316,7 +349,7 @@ class Riann(_Operating):
             self._log.save(arrays, dict(graph=meta, requirement=need, seed=self.planner.seed, flat_below=self.flat_below, time_model=times))
 
     def close(self):
-        "Let go of the folder; nothing is lost. Searches and writes are refused afterwards."
+        "Let go of the folder; nothing is lost. Searches go on, writes are refused afterwards."
         with self._lock:
             if self._log: self._log.close()
             self._log = False
@@ -325,10 +358,12 @@ class Riann(_Operating):
     def open(cls, path, requirement=None, recall_model=None, closed_loop=True):
         """The index kept in folder `path`: the newest snapshot and every batch acknowledged since.
 
+        Batches since the snapshot wait, as far as they fill the tail; `drain` before the first deadline, or `save` now and then.
         requirement: another one (None: as saved). Errors: FileNotFoundError; StoreError naming the file that is damaged."""
         log = Store.open(path, create=False)
         try:
-            arrays, meta = log.snapshot
+            arrays, meta = log.snapshot or ({}, {})
+            if "graph" not in meta: raise FileNotFoundError(f"{path}: no index in this store; Riann(dim, path=...) makes one in an empty folder")
             self = cls.__new__(cls)
             self._graph = thaw(arrays, meta["graph"])
             self._log = None

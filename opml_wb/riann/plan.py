@@ -6,7 +6,7 @@
 __all__ = ['Requirement', 'Infeasible', 'Plan', 'Report', 'Pace']
 
 # %% ../../nbs/riann/08_plan.ipynb #50669bab
-import math
+import math, operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,10 +33,13 @@ class Requirement:
     query_s: float | None = None
 
     def __post_init__(self):
-        for name in "deadline_s", "query_s":
-            if getattr(self, name) is not None: _number(name, getattr(self, name), 0)
-        _number("recall", self.recall, 0, 1)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1: raise ValueError(f"k: expected an integer >= 1, got {self.k!r}")
+        for name, high in dict(deadline_s=math.inf, query_s=math.inf, recall=1).items():
+            value = getattr(self, name)
+            if value is not None or name == "recall": object.__setattr__(self, name, _number(name, value, 0, high))
+        try: k = operator.index(self.k)
+        except TypeError: k = 0
+        if isinstance(self.k, bool) or k < 1: raise ValueError(f"k: expected an integer >= 1, got {self.k!r}")
+        object.__setattr__(self, "k", k)
 
 # %% ../../nbs/riann/08_plan.ipynb #ca0fb1af
 class Infeasible(ValueError): "A requirement that no property meets: the message says which, and by how much."
@@ -96,8 +99,14 @@ class Pace:
 
     def see(self, predicted, cpu, wall):
         "Take in a chunk of work: predicted and real CPU seconds, wall seconds."
+        wall = min(wall, cpu + 2 * self.memory_s)       # a laptop that slept says nothing of the load
         keep = math.exp(-wall / self.memory_s)
         slower = math.exp(-cpu / (5 * self.memory_s))   # the machine's speed changes less than its load
         self._cpu, self._wall = self._cpu * keep + cpu, self._wall * keep + wall
         self._predicted, self._ran = self._predicted * slower + predicted, self._ran * slower + cpu
         self.stall = max(self.stall * keep, wall - cpu)
+
+    def doubt(self):
+        "Believe half of what is bad: nothing seemed to fit, so nothing new was seen."
+        self._wall, self._ran = min(self._wall, (self._wall + self._cpu) / 2), min(self._ran, (self._ran + self._predicted) / 2)
+        self.stall /= 2
