@@ -398,7 +398,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(flat):
         for state in {**known, **now} if None not in rows else {i: r for i, r in known.items() if i not in ids}, known:
             if len(index) == len(state) and all(i in index for i in state):
                 every = np.array(list(state))
-                if (index.search(x[list(state.values())], 1, 400)[0][:, 0] == every).all(): return dict(state)
+                if (index.search(x[list(state.values())], 1, 100)[0][:, 0] == every).all(): return dict(state)
         raise AssertionError(f"half done, line {at}")
     more = True
     while more:
@@ -410,7 +410,7 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(flat):
         known = settle(some, rows)
         more |= interrupted(lambda: index.remove(some), at)
         known = settle(some, [None] * 3)
-        n, at = n + 6, at + (1 if at < 60 else 7)
+        n, at = n + 6, at + (1 if at < 60 else 11)
         assert set(index._graph._g.level[index._graph._wait].tolist()) <= {WAIT}
     assert at > 60
 
