@@ -108,8 +108,10 @@ def test_source_notebooks_pass(room):
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.parent.name == "bench" else []) for p in CHAPTERS])
 def test_chapters_run(path, home):
+    from opml_wb.core.chapter import find
     from opml_wb.core.run import run
-    r = run(path, timeout=300)
+    quick = "quick" if "quick" in find(path).meta.get("presets", {}) else None       # what takes long: the same cells on less
+    r = run(path, preset=quick, timeout=300)
     assert r.ok, r.error
     assert r.metrics, "a chapter logs what it measured"
     for name, where in r.artifacts.items(): assert where.exists(), name
