@@ -17,7 +17,7 @@ from .store import Store
 from .timemodel import TimeModel, profile
 
 # %% ../../nbs/riann/11_index.ipynb #58a84f32
-SCAN = .6   # cost of a vector in a scan, in distances met at random places
+SCAN = .48   # cost of a vector in a scan, in distances met at random places
 
 class Planner:
     """Properties that meet a requirement on an index of a given size, and what they cost by the models.
