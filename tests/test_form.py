@@ -21,8 +21,8 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.goto(lab.format("form.ipynb"))
     run_all(page)
-    page.wait_for_selector(".opml-form .opml-field-deg .noUi-handle", timeout=30_000)
-    assert page.locator(".opml-form select").count() >= 1 and page.locator(".opml-form .noUi-handle").count() >= 7
+    page.wait_for_selector(".opml-form .opml-field-n_batches .noUi-handle", timeout=30_000)
+    assert page.locator(".opml-form select").count() >= 1 and page.locator(".opml-form .noUi-handle").count() >= 4
 
     seed = page.locator(".opml-field-seed input")          # an integer without bounds is typed
     seed.fill("many"); seed.press("Enter")
