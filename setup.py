@@ -16,9 +16,10 @@ REQUIRES = [
     "papermill>=2.6", "pyyaml>=6", "nbdime>=4", "plotly>=5.20", "matplotlib>=3.8",
     "pydantic>=2.7", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "pooch>=1.8", "psutil>=5.9",
     "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2",
+    "pillow>=10", "safetensors>=0.4", "onnxruntime>=1.18", "onnx>=1.16",
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
-PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1"]
+PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "torchvision>=0.17"]
 PG = ["psycopg[binary]>=3.1"]
 DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
