@@ -37,6 +37,14 @@ class Commands(click.Group):
         entry = plugged("commands").get(name)
         return load(entry, _command) if entry else None
 
+    def resolve_command(self, ctx, args):
+        "As click does; a command that nobody has is answered with the nearest one."
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            import difflib
+            near = difflib.get_close_matches(args[0], [*self.commands, *LATER, *plugged("commands")], 1, .5)
+            ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else "; opml --help lists them"))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx, formatter):
         "Ours with a line of help; of the registered ones the name only, so that nothing of theirs is imported."
         super().format_commands(ctx, formatter)
@@ -145,6 +153,14 @@ def params(chapter, as_json):
         out.print(f"--preset {name}: " + ", ".join(f"{k}={json.dumps(v)}" for k, v in values.items()), markup=False)
 
 # %% ../../nbs/core/21_cli.ipynb #d55eb701
+def _row(d, between):
+    "What `ls` shows of a run: key, chapter, status, age, seconds, parameters, metrics."
+    shown = between.join(f"{terminal.plain(k)}={terminal.number(v)}" for k, v in list(d.get("metrics", {}).items())[:3])
+    given = between.join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in d.get("given", {}).items())
+    seconds = terminal.number(round(d["seconds"], 2)) if d.get("seconds") is not None else ""
+    return [d["key"][:10], terminal.plain(d["chapter"]), terminal.status("lost" if d["lost"] else d["status"]), terminal.age(d["started"]),
+            seconds, terminal.plain(given), shown]
+
 @cli.command()
 @click.option("-n", "limit", default=30, show_default=True, help="How many, newest first; 0: all.")
 @click.option("--chapter", help="Only this chapter's.")
@@ -155,18 +171,19 @@ def ls(limit, chapter, as_json):
     home = Store()
     docs = home.ls(-1 if as_json or limit < 1 else limit, chapter)
     if as_json: return _out(docs)
-    away = any("elsewhere" in d for d in docs)
-    table = terminal.grid("key", "chapter", "status", "when", ">seconds", "parameters", "metrics", *(["machine"] if away else []))
+    out, away = terminal.console(), any("elsewhere" in d for d in docs)
+    wide = out.width >= 110
+    names = ("key", "chapter", "status", "when", ">seconds", "parameters", "metrics") if wide else ("key, chapter", "status, when", ">seconds", "parameters, metrics")
+    table = terminal.grid(*names, *(["machine"] if away else []))
     for d in docs:
-        shown = ", ".join(f"{terminal.plain(k)}={terminal.number(v)}" for k, v in list(d.get("metrics", {}).items())[:3])
-        given = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in d.get("given", {}).items())
-        table.add_row(d["key"][:10], terminal.plain(d["chapter"]), terminal.status("lost" if d["lost"] else d["status"]), terminal.age(d["started"]),
-                      terminal.number(round(d["seconds"], 2)) if d.get("seconds") is not None else "",
-                      terminal.plain(given), shown, *([terminal.plain(d.get("elsewhere", "here").partition(":")[0])] if away else []))
-    terminal.console().print(table)
+        cells, more = _row(d, ", " if wide else "\n"), [terminal.plain(d.get("elsewhere", "here").partition(":")[0])] if away else []
+        if not wide: cells = ["\n".join(cells[:2]), "\n".join(cells[2:4]), cells[4], "\n".join(filter(None, cells[5:]))]
+        table.add_row(*cells, *more)
+    out.print(table)
     total = home.count()
     if not chapter and total > len(docs): click.echo(f"{total - len(docs):,} more: opml ls -n 0")
     if not total: click.echo("no runs yet: opml run riann --show")
+    elif not docs: click.echo(f"no runs of {chapter!r}; opml ls shows all, opml list the chapters")
 
 # %% ../../nbs/core/21_cli.ipynb #0ccba194
 @cli.command()
