@@ -17,14 +17,17 @@ REQUIRES = [
     "pydantic>=2.7", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "pooch>=1.8", "psutil>=5.9",
     "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2", "deltalake>=1",
     "pillow>=10", "safetensors>=0.4", "onnxruntime>=1.18", "onnx>=1.16",
+    "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20",
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
-PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "torchvision>=0.17"]
+PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "torchvision>=0.17", "litserve>=0.2.10", "flask>=3", "gunicorn>=22"]
 PG = ["psycopg[binary]>=3.1"]
 DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS
+RAY = ["ray[serve]>=2.30"]
+PROTOCOLS = ["tritonclient[http]>=2.48", "schemathesis>=4"]  # what the tests ask our server with
+DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS + PROTOCOLS
 
 # In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.
 CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}
@@ -38,10 +41,11 @@ setup(
     package_dir={"opml_wb": "opml_wb", **CARRIED},
     package_data={name: ["*", "*/*"] for name in CARRIED},
     install_requires=REQUIRES,
-    extras_require={"vision": VISION, "peers": PEERS, "pg": PG, "docs": DOCS, "dev": DEV},
+    extras_require={"vision": VISION, "peers": PEERS, "pg": PG, "docs": DOCS, "ray": RAY, "dev": DEV},
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
+        "opml_wb.commands": ["flexserve = opml_wb.flexserve.cli:flexserve"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
