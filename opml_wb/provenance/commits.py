@@ -17,7 +17,7 @@ class PinnedError(ValueError): "Vacuum would remove a version that a run has pin
 
 class _Store:
     "The tables in folder `root`."
-    def __init__(self, root): self.root, self._tables = Path(root).expanduser().absolute(), {}
+    def __init__(self, root): self.root, self._tables, self._told = Path(root).expanduser().absolute(), {}, set()
 
     def __repr__(self): return f"FeatureStore({str(self.root)!r}: {', '.join(self.tables()) or 'no tables'})"
 
@@ -37,10 +37,13 @@ class _Store:
         near = get_close_matches(str(name), self.tables(), 1, .4) or self.tables()
         raise KeyError(f"no table {name!r} in {self.root}; " + (f"there is: {', '.join(near)}" if near else "it is empty"))
 
-def _touched(op, table, version):
-    "Tell the run that watches us, if there is one, which version of a table was used."
-    from opml_wb.core.events import record
-    record(op, str(table.path), f"delta:{version}", kind="table")
+    def _touched(self, op, table, version=None):
+        "Tell the run that watches us, if there is one, which version of a table was read (once) or written."
+        from opml_wb.core.events import record
+        version = table.last()["version"] if version is None else version
+        if (op, table.path, version) in self._told: return
+        self._told.add((op, table.path, version))
+        record(op, str(table.path), f"delta:{version}", kind="table", was=f"delta:{version - 1}" if op == "modified" else None)
 
 # %% ../../nbs/provenance/12_commits.ipynb #0fc0181e
 def _agree(table, keys, event_time):
@@ -94,7 +97,7 @@ class _Writes(_Store):
         if mode == "delete" and hasattr(df, "columns"): df = df[[c for c in df.columns if c in table.meta["keys"] or c == event_time]]
         self.root.mkdir(parents=True, exist_ok=True)
         version, new = retried(lambda: _commit(table, df, keys, event_time, mode, known_from), table.version)
-        _touched("created" if new else "modified", table, version)
+        self._touched("created" if new else "modified", table, version)
         return version
 
 # %% ../../nbs/provenance/12_commits.ipynb #a05dbe98

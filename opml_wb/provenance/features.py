@@ -8,7 +8,7 @@ __all__ = ['FeatureStore']
 # %% ../../nbs/provenance/13_features.ipynb #5b349d03
 import numpy as np
 from .asof import latest_known
-from .commits import Commits, PinnedError, _touched
+from .commits import Commits, PinnedError
 from .table import OPS, HistoryError, instant, instants, newest
 
 # %% ../../nbs/provenance/13_features.ipynb #da81bdf5
@@ -52,7 +52,7 @@ class _Reads(Commits):
         where = ds.field(time) <= at.to_pydatetime()
         for column, scalar in cell.items(): where &= ds.field(column) == scalar
         rows = table.scan([feature], known_at, where)
-        _touched("read", table, table.delta.version())
+        self._touched("read", table)
         return _newest_value(rows, time, feature)
 
     def range(self, name, features, start, end, known_at=None):
@@ -67,7 +67,7 @@ class _Reads(Commits):
         time, keys = table.meta["event_time"], table.meta["keys"]
         where = (ds.field(time) >= start.to_pydatetime()) & (ds.field(time) < end.to_pydatetime())
         rows = table.scan(features, None if known_at is None else instant(known_at, "known_at"), where)
-        _touched("read", table, table.delta.version())
+        self._touched("read", table)
         frame = newest(rows, keys, time).select([*keys, time, *features]).to_pandas()
         return frame if frame[time].is_monotonic_increasing else frame.sort_values([time, *keys], kind="stable", ignore_index=True)
 
@@ -131,7 +131,7 @@ class FeatureStore(_Reads):
         top = pc.max(at).as_py() if len(at) else None
         self._readable(table, at, known)
         rows = table.scan(columns, None if isinstance(known, str) else known, None if top is None else ds.field(time) <= top)
-        _touched("read", table, table.delta.version())
+        self._touched("read", table)
         log, codes = _log(rows, time), _codes(rows.select(keys).to_pandas(), labels[keys], keys)
         k = _micros(at) if isinstance(known, str) else np.full(len(at), np.iinfo(np.int64).max)
         place = latest_known({"key": codes[0], **log}, codes[1], _micros(at), k)
