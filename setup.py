@@ -39,7 +39,7 @@ setup(
     license="Apache-2.0", author=cfg["author"], python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["opml_wb", "opml_wb.*"]) + list(CARRIED),
     package_dir={"opml_wb": "opml_wb", **CARRIED},
-    package_data={name: ["*", "*/*"] for name in CARRIED},
+    package_data={name: ["*", "*/*", "*/*/*"] for name in CARRIED},
     install_requires=REQUIRES,
     extras_require={"vision": VISION, "peers": PEERS, "pg": PG, "docs": DOCS, "ray": RAY, "dev": DEV},
     entry_points={
