@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AuditLog', 'Scan', 'rows_at', 'scan', 'scan_parts', 'PairCounts', 'count_pairs', 'pairs', 'backfilled', 'counted',
-           'eligibility_matrix', 'judge', 'labels', 'masked', 'models_left', 'verdicts', 'agreement', 'read_samples',
-           'sample', 'count_new', 'expected_new', 'first_actions', 'sample_snapshots', 'snapshot', 'widen', 'summary',
-           'useful', 'bias_curve', 'simulate', 'load']
+           'eligibility_matrix', 'judge', 'labels', 'masked', 'models_left', 'verdicts', 'agreement', 'attainable',
+           'read_samples', 'sample', 'count_new', 'expected_new', 'first_actions', 'sample_snapshots', 'snapshot',
+           'widen', 'summary', 'useful', 'bias_curve', 'simulate', 'load']
 
 # %% ../../nbs/eligibility/00_package.ipynb #4fce7dcd
 from .auditlog import AuditLog
@@ -14,12 +14,12 @@ from . import delta, join, xes     # they give AuditLog its other readers
 from .scan import Scan, rows_at, scan, scan_parts
 from .pairs import PairCounts, count_pairs, pairs
 from .verdict import backfilled, counted, eligibility_matrix, judge, labels, masked, models_left, verdicts
-from .sample import agreement, read_samples, sample
+from .sample import agreement, attainable, read_samples, sample
 from .snapshot import count_new, expected_new, first_actions, sample_snapshots, snapshot, widen
 from .useful import summary, useful
 from .simulate import bias_curve, simulate
 from .data import load
 
 _all_ = ["AuditLog", "Scan", "rows_at", "scan", "scan_parts", "PairCounts", "count_pairs", "pairs", "backfilled", "counted",
-         "eligibility_matrix", "judge", "labels", "masked", "models_left", "verdicts", "agreement", "read_samples", "sample", "count_new",
+         "eligibility_matrix", "judge", "labels", "masked", "models_left", "verdicts", "agreement", "attainable", "read_samples", "sample", "count_new",
          "expected_new", "first_actions", "sample_snapshots", "snapshot", "widen", "summary", "useful", "bias_curve", "simulate", "load"]

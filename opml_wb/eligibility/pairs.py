@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from . import kernels
 from .auditlog import AuditLog
+from .encode import share
 from .scan import ratio, rows_at
 
 # %% ../../nbs/eligibility/08_pairs.ipynb #425786f9
@@ -73,6 +74,7 @@ def pairs(log, at="start", th=.2):
     shares of the n cases whose label is filled in which the feature was filled before it, in the same row, or later or never;
     n; verdict: ok | inverse | undetermined; lo, hi: 95 % interval of last."""
     import pandas as pd
+    share(th, "th")
     counts = log if isinstance(log, PairCounts) else count_pairs(log, at)
     verdict, lo, hi = pair_verdicts(counts, th)
     f, l = np.nonzero(~np.eye(len(counts.fields), dtype=bool))

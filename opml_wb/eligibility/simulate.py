@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog
+from .encode import share, whole
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #7f49bda7
 CATEGORIES = ("network", "mail", "printer", "laptop", "account", "database")
@@ -121,12 +122,8 @@ def simulate(cases=2000, days=150, change=.35, ties=.5, seed=0):
 
     cases: int >= 1. days: over which they begin. change: share of cases whose priority drops (end bias; below the threshold it is none: then the
     truth says ok). ties: share of cases in which group and person are written in one row. Returns a Process. Raises ValueError naming the parameter."""
-    for name, v, low in (("cases", cases, 1), ("days", days, 1)):
-        if isinstance(v, bool) or v != int(v) or v < low: raise ValueError(f"{name}={v!r}: expected an integer >= {low}")
-    for name, v in (("change", change), ("ties", ties)):
-        if not 0 <= v <= 1: raise ValueError(f"{name}={v!r}: expected a share of cases, 0 .. 1")
-    rng = np.random.default_rng(seed)
-    c = _cases(int(cases), int(days), change, ties, rng)
+    cases, days, rng = whole(cases, "cases"), whole(days, "days"), np.random.default_rng(seed)
+    c = _cases(cases, days, share(change, "change"), share(ties, "ties"), rng)
     case, stage = _rows(c)
     truth = pd.Series(TRUTH, name="planted")
     if (c["first"] != c["last"]).mean() <= .2: truth["priority"] = "ok"

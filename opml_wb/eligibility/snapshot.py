@@ -10,9 +10,9 @@ import operator
 import numpy as np
 import pandas as pd
 from . import kernels
-from .auditlog import AuditLog
-from .encode import NAT
-from .scan import ratio
+from .auditlog import AuditLog, timed
+from .encode import NAT, share, whole
+from .scan import ratio, shows
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #8111341f
 def _moment(when):
@@ -27,10 +27,7 @@ def _young(log, rows, delay):
     begin, there = log.starts[:-1], rows >= 0
     if delay is None: return there & (rows == begin)
     if isinstance(delay, tuple) and len(delay) == 2:
-        from opml_wb.eligibility.scan import rows_at
-        rows_at(log, delay)                                   # refuses what isn't there
-        i = log.at(delay[0])
-        return there & (log.codes[i, rows] == log.levels[i].get_indexer([delay[1]])[0] + 1)
+        return there & shows(log, *delay)[rows]
     if hasattr(delay, "__index__") and not isinstance(delay, bool):
         if (k := operator.index(delay)) < 0: raise ValueError(f"delay={delay}: expected updates >= 0")
         return there & (rows - begin <= k)
@@ -43,7 +40,7 @@ def _young(log, rows, delay):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #d17c83a7
 def _rows(log, when, delay):
     "Row of each case that the snapshot holds: int64, and those cases."
-    if log.time is None: raise ValueError("snapshot: the log has no times; read it with time=")
+    timed(log, "snapshot")
     rows = kernels.rows_until(log.starts, log.time, _moment(when))
     cases = np.flatnonzero(_young(log, rows, delay))
     return rows[cases], cases
@@ -76,7 +73,7 @@ def _counts(filled, th):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #efdab7e8
 def moments(log, n, rng):
     "n random moments of a log, datetime64[us] [n], on different days."
-    days = np.unique(log.days()[log.days() >= 0])
+    days = np.setdiff1d(timed(log, "moments").days(), NAT)
     if len(days) < n: raise ValueError(f"moments: the log has {len(days)} days, {n} are asked for")
     return (rng.permutation(days)[:n] * 86_400_000_000 + rng.integers(0, 86_400_000_000, n)).astype("M8[us]")
 
@@ -87,8 +84,9 @@ def sample_snapshots(log, delay=None, samples=10, runs=20, seed=0, th=.2):
     delay: as for `snapshot`. samples: moments a run, on different days, their records taken together; runs: repetitions. Returns a Series:
     fields, null_start, inv_all, inv_eligible, records (a run): mean, and standard deviation as `_sd`. Runs that met no record are left out;
     `empty_runs` says how many. Raises ValueError if all did."""
-    out = []
-    for s in np.random.SeedSequence(seed).spawn(runs):
+    share(th, "th")
+    samples, out = whole(samples, "samples"), []
+    for s in np.random.SeedSequence(seed).spawn(whole(runs, "runs")):
         rows = np.concatenate([_rows(log, w, delay)[0] for w in moments(log, samples, np.random.default_rng(s))])
         if not len(rows): continue
         null, inverse, _ = _counts(log.codes[:, rows] > 0, th)
@@ -104,7 +102,8 @@ def widen(log, when, delays, pair, th=.2):
 
     when: moments. delays: windows, ascending, as for `snapshot`. pair: (feature, label). Returns a DataFrame, a row per delay: records; null_start:
     fields; label_filled: records; last: share of them without the feature; shown: last > th. It ends with the first that shows."""
-    f, l = map(log.at, pair)
+    f, l = map(timed(log, "widen").at, pair)
+    share(th, "th")
     out = []
     for delay in delays:
         rows = np.concatenate([_rows(log, w, delay)[0] for w in when])
@@ -139,7 +138,7 @@ def expected_new(lam, waits, seed=0):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #1f64270e
 def first_actions(log):
     "(cases per hour, hours from first to second row float64 [m]): what `expected_new` needs; cases of one row are left out."
-    if log.time is None: raise ValueError("first_actions: the log has no times; read it with time=")
+    timed(log, "first_actions")
     two = np.diff(log.starts) > 1
     first, second = log.time[log.starts[:-1][two]], log.time[log.starts[:-1][two] + 1]
     ok = (first > np.iinfo(np.int64).min) & (second >= first)
@@ -150,7 +149,7 @@ def first_actions(log):
 # %% ../../nbs/eligibility/11_snapshot.ipynb #e4b4d2b6
 def count_new(log, times=200, seed=0):
     "Untouched records in the table at `times` random moments of the middle four fifths of a log: int64 [times]."
-    if log.time is None: raise ValueError("count_new: the log has no times; read it with time=")
+    timed(log, "count_new")
     begin = np.sort(log.time[log.starts[:-1]])
     when = np.random.default_rng(seed).integers(*begin[[len(begin) // 10, -1 - len(begin) // 10]], times)
     return np.array([len(_rows(log, w.astype("M8[us]"), None)[0]) for w in when])

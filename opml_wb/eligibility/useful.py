@@ -8,8 +8,8 @@ __all__ = ['by_day', 'useful', 'summary', 'one_field_auc']
 # %% ../../nbs/eligibility/12_useful.ipynb #9860b267
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog
-from .encode import NAT
+from .auditlog import AuditLog, timed
+from .encode import NAT, share, whole
 from .scan import rows_at
 from .verdict import eligibility_matrix, masked
 
@@ -107,33 +107,33 @@ def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, c
     eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus
     majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm, config.
     Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
-    if log.time is None: raise ValueError("useful: the log has no times; read it with time=")
-    for name, v in dict(seeds=seeds, classes=classes, cases=cases, trees=trees, depth=depth).items():
-        if isinstance(v, bool) or v != int(v) or v < 1: raise ValueError(f"{name}={v!r}: expected an integer >= 1")
-    if not np.iterable(splits) or not len(splits) or not all(0 < s < 1 for s in splits):
+    timed(log, "useful").at(label)
+    share(th, "th")
+    seeds, classes, cases, trees, depth = map(whole, (seeds, classes, cases, trees, depth), ("seeds", "classes", "cases", "trees", "depth"))
+    if not np.iterable(splits) or isinstance(splits, str) or not len(splits) or not all(0 < share(s, "splits") < 1 for s in splits):
         raise ValueError(f"splits={splits!r}: expected shares of cases between 0 and 1, like (.6, .8)")
     kept, now, end, use = _arms(log, label, at, th)
     if not len(kept): raise ValueError(f"label {label!r}: no case that comes to {at!r} has it in the end")
     rows, paired, days = [], {}, log.days()
-    for share in splits:
-        train, test = _split(log, kept, share, .2, ended)
+    for split in splits:
+        train, test = _split(log, kept, split, .2, ended)
         y = _classes(end[log.at(label)], train, classes) if len(train) else np.zeros(1, int)
         if len(train) < 20 or len(test) < 20 or len(np.unique(y[train])) < 2:
-            raise ValueError(f"label {label!r}, split {share}: {len(train)} cases ended before, {len(test)} begin after; "
+            raise ValueError(f"label {label!r}, split {split}: {len(train)} cases ended before, {len(test)} begin after; "
                              "expected 20 of each and two classes")
-        for seed in range(int(seeds)):
-            rng = np.random.default_rng([seed, int(share * 1000)])
+        for seed in range(seeds):
+            rng = np.random.default_rng([seed, int(split * 1000)])
             some = np.sort(rng.permutation(train)[:min(cases, len(train) * 4 // 5)])
             hits = _hits(log, use, now, end, y, some, test, seed, trees, depth)
             hits["loss"] = hits["snapshot"] - hits["production"]
-            rows += [(arm, seed, share, *by_day(hit, days[test])) for arm, hit in hits.items()]
+            rows += [(arm, seed, split, *by_day(hit, days[test])) for arm, hit in hits.items()]
             for arm, hit in (("loss", hits["loss"]), ("gain", hits["eligible"] - hits["majority"])):
-                paired.setdefault((arm, share), []).append((hit, test))
+                paired.setdefault((arm, split), []).append((hit, test))
     out = pd.DataFrame(rows, columns=["arm", "seed", "split", "score", "lo", "hi"])
     for arm in ("loss", "gain"):
-        some = [(np.mean([h for h, _ in paired[arm, share]], 0), paired[arm, share][0][1]) for share in splits]
+        some = [(np.mean([h for h, _ in paired[arm, split]], 0), paired[arm, split][0][1]) for split in splits]
         out.attrs[arm] = tuple(map(float, by_day(np.concatenate([h for h, _ in some]), np.concatenate([days[t] for _, t in some]))))
-    config = dict(at=str(at), seeds=int(seeds), splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended)
+    config = dict(at=str(at), seeds=seeds, splits=list(splits), th=th, classes=classes, cases=cases, trees=trees, depth=depth, ended=ended)
     out.attrs |= dict(answer="useful" if out.attrs["gain"][1] > 0 else "no useful label", features=use, label=label, config=config)
     return out
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from . import kernels
-from .auditlog import AuditLog, _several
+from .auditlog import _several
+from .encode import share
 from .pairs import PairCounts, count_pairs, pair_verdicts, unsure, wilson
 from .scan import CHANGED, DATED, DRIFTED, FILLED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, scan
 
@@ -62,7 +63,7 @@ def verdicts(log, th=.2, at="start"):
     (ok | ineligible | backfill | undetermined); reason; null_rate, change_rate, future_rate: as `Scan.frame`; lo, hi: 95 % interval of the
     rate that decided, by the spread over days. Undetermined: mixed evidence whose interval holds th, no case, or a field that isn't audited.
     Raises ValueError for th outside 0 .. 1."""
-    if not 0 <= th <= 1: raise ValueError(f"th={th}: expected a share of cases, 0 .. 1")
+    share(th, "th")
     s = log if isinstance(log, Scan) else scan(log, at)
     F, against = len(s.fields), _against(s, th)
     verdict, reason = np.full(F, "ok", object), np.full(F, "", object)
@@ -89,9 +90,10 @@ def backfilled(log):
 def masked(log, fields=None):
     """The log without values from the future: each is null until its date, or, where it has none, until its case ends.
 
-    fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds). Raises ValueError for other fields."""
-    codes = log.codes.copy()
-    for f in backfilled(log) if fields is None else _several(fields, log.fields):
+    fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises ValueError for others."""
+    codes, found = log.codes.copy(), backfilled(log) if fields is None else _several(fields, log.fields)
+    if fields is None: found += [f for f, date in log.by_time.items() if date in found and f not in found]
+    for f in found:
         if (known := known_at(log, f)) is None: raise ValueError(f"masked: {f!r} has no date; name one in by_time={{{f!r}: date}}")
         kernels.hide(codes[log.at(f)], known, log.time, log.starts)
     return replace(log, codes=codes)
