@@ -6,11 +6,12 @@
 __all__ = ['SURROUNDINGS', 'SOURCES', 'Run', 'Plan', 'cached', 'forks', 'execute', 'run']
 
 # %% ../../nbs/core/17_run.ipynb #4433ed72
-import functools, json, numbers, os, shutil, sys, time
+import json, numbers, os, shutil, sys, time, warnings
 from pathlib import Path
 
 from . import artifacts, deps, params as _params, store
 from .chapter import ChapterError, find
+from .plugin import offered, run_hooks
 
 # %% ../../nbs/core/17_run.ipynb #bd168cec
 class Run:
@@ -130,13 +131,7 @@ def _spec(plan, folder, run_id):
     for name, value in SURROUNDINGS.items(): env.setdefault(name, value)
     return {"id": run_id, "dir": str(folder), "cwd": str(plan.chapter.path.parent), "env": env, "seed": plan.seed,
             "timeout": plan.timeout, "mem": int(plan.mem_gb * 2**30) if plan.mem_gb else None,
-            "injected": injected, "hooks": _hooks()}
-
-@functools.lru_cache(None)
-def _hooks():
-    "What other packages registered around a run, as (name, object reference)."
-    from importlib.metadata import entry_points
-    return [(e.name, e.value) for e in entry_points(group="opml_wb.run_hooks")]
+            "injected": injected, "hooks": run_hooks()}
 
 # %% ../../nbs/core/17_run.ipynb #eef1819d
 def forks():
@@ -226,7 +221,14 @@ def execute(plan, *, force=False, watch=None, start=_start):
             store.ship(folder)
             try: home.index(folder)
             except store.StoreError: home = store.Store(home.root); home.index(folder)  # the run removed the index
+            _tell_indexed(home, folder)
     return Run(home._placed(store.read_json(folder/store.RUN)))
+
+def _tell_indexed(home, folder):
+    "Those who registered around a run may add to the index; their trouble is a warning, because their files are in the run's folder."
+    for indexed in offered(run_hooks(), "indexed"):
+        try: indexed(home, folder)
+        except Exception as e: warnings.warn(f"run {folder.name} is recorded; {getattr(indexed, '__qualname__', indexed)} failed: {type(e).__name__}: {e}")
 
 def _shipped(known, home):
     "A run that is known; copied to the artifact root if it isn't there yet."

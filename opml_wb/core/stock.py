@@ -10,13 +10,15 @@ import os, subprocess, sys, threading, time
 from concurrent.futures import Future
 from pathlib import Path
 
-from . import store
+from . import events, store
+from .plugin import around, offered
 from .verdict import explain, last_cell, source_index, verdict
 
 # %% ../../nbs/core/16_stock.ipynb #b1fcdf34
-def _saver(nb, folder, code):
+def _saver(nb, folder, code, injected):
     "Hooks for nbclient: tell the cell that starts, save after each."
     def starts(cell, cell_index, **_):
+        events.cell(source_index(cell_index, injected))
         store.append(folder/store.PROGRESS, {"cell": cell_index, "nth": code.index(cell_index) + 1, "of": len(code)})
     def ends(**_):
         import nbformat
@@ -26,7 +28,7 @@ def _saver(nb, folder, code):
 def _client(nb, spec, folder):
     from nbclient import NotebookClient
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
-    starts, ends = _saver(nb, folder, code)
+    starts, ends = _saver(nb, folder, code, spec["injected"])
     return NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": spec["cwd"]}}, timeout=None,
                           on_cell_execute=starts, on_cell_executed=ends)
 
@@ -60,7 +62,8 @@ def main():
     folder = Path(spec["dir"])
     nb = nbformat.read(folder/store.NOTEBOOK, as_version=4)
     client, outcome, dead = _client(nb, spec, folder), {"kind": None}, None
-    try: dead = asyncio.run(_execute(client, spec))
+    try:
+        with around(spec.get("hooks") or (), folder): dead = asyncio.run(_execute(client, spec))
     except Exception as e: outcome = {**_outcome(e), "cell": last_cell(folder)}
     nb.metadata["opml_run"] = store.summary(folder)
     store.write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
@@ -117,6 +120,7 @@ def _finish(process, spec, asked, future):
             error = explain(error, spec)
             if outcome is None: error["cell"] = last_cell(folder)
             error["cell"] = source_index(error["cell"], spec["injected"])
+        for ended in offered(spec.get("hooks") or (), "ended"): ended(folder, store.read_json(folder/store.REQUEST))
         (folder/"spec.json").unlink(missing_ok=True)
         store.finish(folder, status=status, error=error, seconds=seconds, cpu=cpu, rss=peak)
         future.set_result(0)

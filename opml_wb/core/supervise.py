@@ -8,10 +8,10 @@ __all__ = ['PR_SET_PDEATHSIG', 'PR_SET_CHILD_SUBREAPER', 'SIGNALS', 'GRACE', 'FL
 
 # %% ../../nbs/core/14_supervise.ipynb #5657d32e
 import asyncio, atexit, ctypes, faulthandler, json, os, resource, signal, sys, time, weakref
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from . import store
+from . import events, store
+from .plugin import around, offered
 from .seed import seed_everything
 from .verdict import NO_MEMORY, crash_line, explain, last_cell, source_index, starved, verdict
 
@@ -100,24 +100,6 @@ def pools(n):
     mine = {name: os.environ.get(name, "") for name in POOLS}
     return {name: was if was.isdigit() and 0 < int(was) < n else str(n) for name, was in mine.items()}
 
-# %% ../../nbs/core/14_supervise.ipynb #52469512
-@contextmanager
-def _hook(name, value, folder):
-    "What another package registered around a run, called with the run's folder and request; its errors carry its name."
-    from importlib.metadata import EntryPoint
-    from opml_wb.core.plugin import load
-    entry = EntryPoint(name, value, "opml_wb.run_hooks")
-    with ExitStack() as stack:
-        load(entry, lambda hook: stack.enter_context(hook(folder, store.read_json(folder/store.REQUEST))))
-        yield
-        load(entry, lambda hook: stack.close())
-
-@contextmanager
-def _hooks(spec):
-    with ExitStack() as stack:
-        for name, value in spec.get("hooks") or (): stack.enter_context(_hook(name, value, Path(spec["dir"])))
-        yield
-
 # %% ../../nbs/core/14_supervise.ipynb #46e8d007
 def _execute(spec, shell):
     "Execute the notebook in the run's folder; the outcome as a dict."
@@ -128,11 +110,15 @@ def _execute(spec, shell):
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
     progress = os.open(folder/store.PROGRESS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     last = next(reversed(sys.modules))
-    def on_cell(i): os.write(progress, json.dumps({"cell": i, "nth": code.index(i) + 1, "of": len(code)}).encode() + b"\n")
+    def on_cell(i):
+        os.write(progress, json.dumps({"cell": i, "nth": code.index(i) + 1, "of": len(code)}).encode() + b"\n")
+        events.cell(source_index(i, spec["injected"]))
     execution = Execution(nb, shell, folder, on_cell)
     faulthandler.enable(file=2)
     if spec["mem"]: limit_data(spec["mem"])
-    with _hooks(spec): error = asyncio.new_event_loop().run_until_complete(execution.run())
+    with around(spec.get("hooks") or (), folder):
+        error = asyncio.new_event_loop().run_until_complete(execution.run())
+        events.cell()
     for fd in spec["spare"]: os.close(fd)  # a notebook that used up all descriptors still has its end told
     execution.tape.pump()
     execution.set_widgets_metadata()
@@ -185,7 +171,14 @@ def child(spec, shell, supervisor):
     os._exit(code)
 
 # %% ../../nbs/core/14_supervise.ipynb #7125cdb8
-def finish(spec, watch, starved_by_kernel):
+def _ended(spec):
+    "Let those who registered around a run do their last of it; a failure there is not the run's."
+    folder = Path(spec["dir"])
+    for ended in offered(spec.get("hooks") or (), "ended"):
+        try: ended(folder, store.read_json(folder/store.REQUEST))
+        except Exception as e: os.write(2, f"{ended}: {type(e).__name__}: {e}\n".encode("utf-8", "backslashreplace"))
+
+def finish(spec, watch, starved_by_kernel, seconds):
     "Write what is known of the ended run: the notebook if it could not, then `run.json`."
     folder = Path(spec["dir"])
     outcome = store.read_json(folder/store.OUTCOME, None)
@@ -197,7 +190,7 @@ def finish(spec, watch, starved_by_kernel):
     if outcome is None or outcome["kind"] == "engine": _save_what_was_shown(folder, error)
     if error: error["cell"] = source_index(error["cell"], spec["injected"])
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    store.finish(folder, status=status, error=error, seconds=time.monotonic() - watch.started,
+    store.finish(folder, status=status, error=error, seconds=seconds,
                  cpu=usage.ru_utime + usage.ru_stime, rss=max(usage.ru_maxrss << 10, watch.peak))
 
 # %% ../../nbs/core/14_supervise.ipynb #c7abfea8
@@ -284,7 +277,9 @@ def supervise(spec, shell):
         elif got is not None and got.si_signo == signal.SIGTERM: watch.stop("stopped")
         watch.look()
     _sweep_up()
-    finish(spec, watch, oom_kills() > killed_before)
+    seconds, starved_by_kernel = time.monotonic() - watch.started, oom_kills() > killed_before
+    _ended(spec)
+    finish(spec, watch, starved_by_kernel, seconds)
 
 # %% ../../nbs/core/14_supervise.ipynb #886bb20d
 def _sweep_up(limit=2.0):

@@ -50,8 +50,8 @@ def _boot(preload):
 # %% ../../nbs/core/15_zygote.ipynb #bf1ad8d9
 class Server:
     "The zygote's loop over its one connection `conn`."
-    def __init__(self, conn, shell):
-        self.conn, self.shell, self.runs, self.text = conn, shell, {}, b""
+    def __init__(self, conn, shell, helpers=()):
+        self.conn, self.shell, self.runs, self.text, self.helpers = conn, shell, {}, b"", set(helpers)
         self.wake, wakeup = socket.socketpair()
         wakeup.setblocking(False); self.wake.setblocking(False)
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
@@ -113,7 +113,7 @@ class Server:
     def _end_orphans(self):
         from opml_wb.core.supervise import descendants, kill_all
         import psutil
-        own = set(self.runs)
+        own = set(self.runs) | self.helpers
         for child in psutil.Process().children():
             if child.pid not in own: kill_all([child.pid] + descendants(child.pid))
 
@@ -130,6 +130,15 @@ class Server:
         kill_all(descendants())
 
 # %% ../../nbs/core/15_zygote.ipynb #e51ff44a
+def _prepare():
+    "Let those who registered around a run make ready, while this process is small; ids of the processes that they start."
+    from opml_wb.core.plugin import offered, run_hooks
+    found = []
+    for prepare in offered(run_hooks(), "prepare"):
+        try: found += prepare() or ()
+        except Exception as e: print(f"{prepare}: {type(e).__name__}: {e}", flush=True)
+    return found
+
 def main():
     "The zygote's process: `python -c … FD`, its first line on socket FD says what to import."
     import gc
@@ -138,10 +147,11 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with conn.makefile("rb") as f: order = json.loads(f.readline())
+    helpers = _prepare()
     gc.disable()  # nothing that is imported is garbage; looking for it takes a sixth of the time
     shell, failed = _boot(order["preload"])
     gc.collect(); gc.freeze(); gc.enable()
-    server = Server(conn, shell)
+    server = Server(conn, shell, helpers)
     try:
         server.say(ready=os.getpid(), failed=failed, threads=threading.active_count())
         server.serve()
