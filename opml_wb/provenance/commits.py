@@ -95,6 +95,7 @@ class _Writes(_Store):
         known_from = None if known_from is None else instant(known_from, "known_from")
         table = self._table(name) if mode == "delete" else self._open(name)
         if mode == "delete" and hasattr(df, "columns"): df = df[[c for c in df.columns if c in table.meta["keys"] or c == event_time]]
+        if table.fixed is not None: raise ValueError(f"table {name!r} is read at version {table.fixed} by a run that is repeated: it cannot be written")
         self.root.mkdir(parents=True, exist_ok=True)
         version, new = retried(lambda: _commit(table, df, keys, event_time, mode, known_from), table.version)
         self._touched("created" if new else "modified", table, version)
