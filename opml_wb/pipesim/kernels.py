@@ -13,7 +13,7 @@ from numba import njit
 from .ageing import first_passage, next_tick
 
 # %% ../../nbs/pipesim/04_kernels.ipynb #ed46521d
-kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals())
+kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False)
 
 Work = namedtuple("Work", """arrival by_arrival first owner pool units key hold lone dur read write child_first child step_t step_pool step_cap
     backfill shared bytes_per_s latency model slot_first rate limit period jump_first jump_t jump_size debounce end""")

@@ -172,7 +172,14 @@ def _edges_of(work, order, first, ids, begin):
     rows = by[np.repeat(at[ids] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())]
     return place[work.edges[rows]] + np.repeat(begin, counts)[:, None]
 
-Workload.take = _take
+def _keep(self, chosen):
+    "The workload of the pipelines where `chosen` (bool [P]); those that stay keep the order of their tasks."
+    tasks = chosen[self.pipeline]
+    place, owner = np.cumsum(tasks) - 1, np.cumsum(chosen) - 1
+    part = {n: v[tasks] for n in TASK if (v := getattr(self, n)) is not None} | {n: v[chosen] for n in PIPE if (v := getattr(self, n)) is not None}
+    return replace(self, **{**part, "pipeline": owner[part["pipeline"]], "edges": place[self.edges[tasks[self.edges[:, 0]]]]})
+
+Workload.take, Workload.keep = _take, _keep
 
 # %% ../../nbs/pipesim/02_workload.ipynb #a144e8e8
 def _merged(parts, codes, names):
