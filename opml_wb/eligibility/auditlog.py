@@ -9,7 +9,7 @@ __all__ = ['MOST', 'AuditLog', 'a_log', 'timed', 'days', 'take', 'build', 'finis
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
-from .encode import NAT, NULL, column, dates_of, encode
+from .encode import NAT, NULL, column, dates_of, encode, linked
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #cdf871f7
 @dataclass(eq=False, repr=False)
@@ -217,16 +217,17 @@ def finish(log, case, dates={}, by_time={}, current=None, null=NULL, planned=())
     return log
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #4e5df005
-def _present(current, case):
-    "The present table, indexed by case. Raises ValueError if it has no such column or a case twice."
+def _present(current, case, cases):
+    "The present table, indexed by case. Raises ValueError if it has no such column, a case twice, or keys of another kind than `cases`."
     twice = current.loc[current[column(case, list(current))].duplicated(), case]
     if len(twice): raise ValueError(f"current: {case!r} {twice.iloc[0]!r} is there twice; keep a row per case")
+    linked(pd.Index(cases), pd.Index(current[case]), f"current: {case!r}")
     return current.set_index(case)
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #40ae4b9b
 def _compare(log, current, case, null):
     "Take fields that only the present table has; count cases and values that it doesn't share with the log's end."
-    now = _present(current, case)
+    now = _present(current, case, log.cases)
     log.issues["cases without audit rows"] = int((~now.index.isin(log.cases)).sum())
     log.issues["cases not in current"] = int((~pd.Index(log.cases).isin(now.index)).sum())
     now = now.reindex(log.cases)
@@ -265,10 +266,10 @@ def from_wide(df, case, order, time=None, null=NULL, by_time={}, dates={}, curre
 AuditLog.from_wide = staticmethod(from_wide)
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #89a8d4ef
-def from_parquet(path, case, order, columns=None, **kwargs):
+def from_parquet(path, case, order, time=None, columns=None, **kwargs):
     """An audit log from a Parquet file of wide rows, read column by column.
 
-    path: file. columns: those to read (None: all). case, order and kwargs: as for `from_wide`."""
+    path: file. columns: those to read (None: all). case, order, time and kwargs: as for `from_wide`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     whole = {getattr(pa, f"{u}int{b}")(): getattr(pd, f"{u.upper()}Int{b}Dtype")() for u in ("", "u") for b in (8, 16, 32, 64)}
@@ -278,6 +279,6 @@ def from_parquet(path, case, order, columns=None, **kwargs):
     for c in columns: column(c, schema.names)
     file = pq.ParquetFile(path, read_dictionary=texts, memory_map=True)
     def get(name): return file.read(columns=[name]).column(0).to_pandas(types_mapper=whole.get)     # integers with gaps stay integers
-    return build(get, list(columns), case, order, **kwargs)
+    return build(get, list(columns), case, order, time, **kwargs)
 
 AuditLog.from_parquet = staticmethod(from_parquet)

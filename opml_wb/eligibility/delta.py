@@ -76,7 +76,7 @@ def _gaps(which, new, old):
 # %% ../../nbs/eligibility/04_delta.ipynb #449ce9b6
 def _never_changed(begin, levels, fields, current, cases, case, null):
     "Where a case never changed an audited field, its value has been the present one all along; in place."
-    now = _present(current, case).reindex(cases)
+    now = _present(current, case, cases).reindex(cases)
     for i, f in enumerate(fields):
         if f not in now: continue
         codes, level = encode(now[f], null, f)
@@ -127,6 +127,6 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
 def _created(current, case, created, dates, cases):
     "Microseconds at which each of `cases` was created, NAT where the present table doesn't say."
     times = _times(current.__getitem__, column(created, list(current)), dates)
-    return pd.Series(times, index=_present(current, case).index).reindex(cases, fill_value=NAT).to_numpy()
+    return pd.Series(times, index=_present(current, case, cases).index).reindex(cases, fill_value=NAT).to_numpy()
 
 AuditLog.from_delta = staticmethod(from_delta)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog, _pandas, _several
-from .encode import NAT, NULL, column, dates_of, encode
+from .encode import NAT, NULL, column, dates_of, encode, linked
 
 # %% ../../nbs/eligibility/06_join.ipynb #3796047d
 def _versions(table, key, time, fmt):
@@ -55,7 +55,7 @@ def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL, 
     fields = [c for c in table if c not in (key, time)]
     if clash := {f"{prefix}{c}" for c in fields} & set(log.fields): raise ValueError(f"prefix {prefix!r}: the log has a field {min(clash)!r} already")
     perm, codes, when, levels = _versions(table, key, time, fmt)
-    wanted = np.concatenate([[0], levels.get_indexer(log.levels[i]) + 1])[log.codes[i]]
+    wanted = np.concatenate([[0], linked(log.levels[i], levels, f"join on {on!r}") + 1])[log.codes[i]]
     at = np.full(len(log), NAT) if time is None else log.time
     found = _latest(codes, when, wanted, at)
     added = [encode(table[c].iloc[perm], null, c) for c in fields]

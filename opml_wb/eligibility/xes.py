@@ -25,7 +25,7 @@ def _attributes(element, prefix="", out=None):
         key, value = a.get("key"), a.get("value")
         if _tag(a) == "values": _attributes(a, prefix, out)       # of a list
         if key is None or _tag(a) in ("event", "trace"): continue
-        if value is not None and _tag(a) != "list":
+        if value is not None and _tag(a) != "list" and (value or _tag(a) in ("string", "id")):      # an empty number is none
             try: out[prefix + key] = CAST.get(_tag(a), str)(value)
             except ValueError: raise ValueError(f"attribute {key!r}: {value!r} is no {_tag(a)}") from None
         if len(a): _attributes(a, f"{prefix}{key}.", out)
