@@ -15,7 +15,7 @@ REQUIRES = [
     "jupyterlab>=4.1", "ipywidgets>=8.1", "anywidget>=0.9.9", "ipykernel>=6.29", "nbformat>=5.10", "nbclient>=0.10",
     "papermill>=2.6", "pyyaml>=6", "nbdime>=4", "plotly>=5.20", "matplotlib>=3.8",
     "pydantic>=2.7", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "pooch>=1.8", "psutil>=5.9",
-    "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2", "deltalake>=1",
+    "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2", "duckdb>=1", "deltalake>=1",
     "pillow>=10", "safetensors>=0.4", "onnxruntime>=1.18", "onnx>=1.16",
     "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20",
 ]

@@ -113,6 +113,47 @@ def postgres(request):
     with psycopg.connect(base, autocommit=True) as db: db.execute(f"drop database {name} with (force)")
 
 
+INFLUX = """reporting-disabled = true
+bind-address = "127.0.0.1:{rpc}"
+[meta]
+  dir = "{folder}/meta"
+[data]
+  dir = "{folder}/data"
+  wal-dir = "{folder}/wal"
+[monitor]
+  store-enabled = false
+[http]
+  bind-address = "127.0.0.1:{http}"
+  log-enabled = false
+"""
+
+def free_ports(n):
+    "Ports on loopback that nobody listens on."
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets: s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets: s.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def influx_server():
+    "URL influx://127.0.0.1:PORT of an InfluxDB 1.x of the tests' own, begun when first needed. Skips where there is none."
+    binary = shutil.which("influxd")
+    if not binary: pytest.skip("no InfluxDB 1.x here: apt-get install influxdb")
+    folder, (http, rpc) = tempfile.mkdtemp(prefix="opml-influx-"), free_ports(2)
+    Path(folder, "conf").write_text(INFLUX.format(folder=folder, http=http, rpc=rpc))
+    with open(Path(folder, "log"), "wb") as log:
+        server = subprocess.Popen([binary, "-config", f"{folder}/conf"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "HOME": folder})
+    def answers():
+        with socket.socket() as s: return s.connect_ex(("127.0.0.1", http)) == 0
+    if not until(answers, 30): server.kill(); pytest.fail(Path(folder, "log").read_text()[-2000:])
+    yield f"influx://127.0.0.1:{http}"
+    server.terminate()
+    server.wait(20)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def processes(marker):
     "Living processes whose environment or command line holds `marker`."
     out = []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DataAsset', 'Link', 'Pipeline', 'Platform', 'Pool', 'Task', 'TrainedModel', 'Workload', 'Allocator', 'Policy',
-           'PoolView', 'Trace', 'simulate']
+           'PoolView', 'Trace', 'simulate', 'ArrivalModel', 'AssetModel', 'DurationModel', 'StoreError', 'TraceStore']
 
 # %% ../../nbs/pipesim/00_package.ipynb #f70caba2
 from .model import DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel
@@ -12,5 +12,9 @@ from .workload import Workload
 from .policy import Allocator, Policy, PoolView
 from .trace import Trace
 from .engine import simulate
+from .arrivals import ArrivalModel
+from .assets import AssetModel
+from .durations import DurationModel
+from .store import StoreError, TraceStore
 
-_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate"]
+_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate", "ArrivalModel", "AssetModel", "DurationModel", "StoreError", "TraceStore"]
