@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DataAsset', 'Link', 'Pipeline', 'Platform', 'Pool', 'Task', 'TrainedModel', 'Workload', 'Allocator', 'Policy',
-           'PoolView', 'Trace', 'simulate', 'ArrivalModel', 'AssetModel', 'DurationModel', 'StoreError', 'TraceStore']
+           'PoolView', 'Trace', 'simulate', 'Detector', 'Drift', 'cost_benefit', 'performance', 'Streamed',
+           'simulate_stream', 'capacity_plan', 'stats']
 
 # %% ../../nbs/pipesim/00_package.ipynb #f70caba2
 from .model import DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel
@@ -12,9 +13,10 @@ from .workload import Workload
 from .policy import Allocator, Policy, PoolView
 from .trace import Trace
 from .engine import simulate
-from .arrivals import ArrivalModel
-from .assets import AssetModel
-from .durations import DurationModel
-from .store import StoreError, TraceStore
+from .runtime import Detector, Drift, cost_benefit, performance
+from .stream import Streamed, simulate_stream
+from .plan import capacity_plan
+from . import stats
 
-_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate", "ArrivalModel", "AssetModel", "DurationModel", "StoreError", "TraceStore"]
+_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate", "Detector", "Drift",
+         "cost_benefit", "performance", "Streamed", "simulate_stream", "capacity_plan", "stats"]
