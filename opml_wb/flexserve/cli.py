@@ -95,14 +95,16 @@ def publish(name, bundle_dir, config, parents, no_promote):
 @click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Images of one request.")
 @click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), default=30_000, show_default=True, help="Of a request that names none.")
 @click.option("--watchdog-s", type=click.FloatRange(0, min_open=True), default=5, show_default=True, help="Silence after which a worker is replaced.")
+@click.option("--body-s", type=click.FloatRange(0, min_open=True), default=10, show_default=True, help="How long headers, and then a body, may take to arrive.")
 @click.option("--lame-s", type=click.FloatRange(0), default=.5, show_default=True, help="After SIGTERM, how long connections are still taken.")
-def serve(name, port, host, workers, engine, device, threads, token_file, allow, max_batch, max_images, deadline_ms, watchdog_s, lame_s):
+def serve(name, port, host, workers, engine, device, threads, token_file, allow, max_batch, max_images, deadline_ms, watchdog_s, body_s, lame_s):
     "Serve NAME from the model store; follow the store within a second; SIGTERM finishes what was taken."
     from opml_wb.flexserve import serve as serving
     from opml_wb.flexserve.auth import Tokens
     from opml_wb.flexserve.pool import Settings
     tokens = _call(Tokens.read, token_file) if token_file else None
-    settings = Settings(workers=workers, engine=engine, threads=threads, device=device, allow=allow, max_batch=max_batch, max_images=max_images, deadline=deadline_ms / 1000, watchdog=watchdog_s)
+    settings = Settings(workers=workers, engine=engine, threads=threads, device=device, allow=allow, max_batch=max_batch, max_images=max_images,
+                        deadline=deadline_ms / 1000, watchdog=watchdog_s, body=body_s)
     code = _call(serving.serve, _store(), name, host=host, port=port, settings=settings, tokens=tokens, lame=lame_s)
     raise SystemExit(code)
 

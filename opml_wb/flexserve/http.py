@@ -184,7 +184,9 @@ class Api(FlexServe):
         return Response(self.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def docs(self, request): return HTMLResponse(openapi.page(self.name))
-    async def spec(self, request): return json_response(openapi.document())
+    async def spec(self, request):
+        group = self.pool.current
+        return json_response(openapi.document([self.name, *(m["name"] for m in group.bundle.models)], group.version) if group else openapi.document())
 
 # %% ../../nbs/flexserve/12_http.ipynb #04337432
 class Operator(Api):
@@ -221,12 +223,13 @@ class Operator(Api):
             try:
                 version = self.store.current(self.name)
                 serving = self.pool.current and self.pool.current.version
-                if version in (None, serving): refused = None
+                if version in (None, serving): refused = self.pool.error = None
                 elif version != refused:
                     refused = version
                     await self.pool.swap(version, self.store.resolve(self.name, version=version))
-                    await asyncio.to_thread(self.store.mark_stable, self.name, version)
-            except (LoadError, ValueError, OSError) as e:
+                    if not self.store.info(self.name, version)["stable"]: await asyncio.to_thread(self.store.mark_stable, self.name, version)
+            except LoadError: log.error("not served: %s", self.pool.error)
+            except (ValueError, OSError) as e:
                 self.pool.error = str(e)
                 log.error("not served: %s", e)
             try: await asyncio.wait_for(self.poke.wait(), every)
@@ -260,4 +263,6 @@ def create_app(store, name, settings=None, tokens=None):
         yield
         task.cancel()
         await service.pool.close()
-    return Starlette(lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
+    app = Starlette(lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
+    app.state.settings = settings = settings or Settings()
+    return app

@@ -44,19 +44,21 @@ WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one", 403: "
          504: "the deadline passed"}
 INFER = (400, 401, 403, 404, 408, 413, 415, 422, 503, 504)
 
-def _operation(text, out, codes=(401, 403), body=None, query=None, path=(), kind="application/json", also=()):
-    "An operation of the document."
+def _operation(text, out, codes=(401, 403), body=None, query=None, path={}, kind="application/json", also=()):
+    "An operation of the document; `path`: schemas of the parameters in its path."
     answers = {"200": {"description": "done", "content": {kind: {"schema": out}}}}
     answers |= {str(c): {"description": WORDS[c], "content": _json(_ref("Error"))} for c in codes}
     answers |= {str(c): {"description": WORDS[c], "content": _json(out)} for c in also}
-    params = [{"name": n, "in": "path", "required": True, "schema": TEXT} for n in path] + [{"name": n, "in": "query", "required": False, "schema": s} for n, s in (query or {}).items()]
+    params = [{"name": n, "in": "path", "required": True, "schema": s} for n, s in path.items()] + [{"name": n, "in": "query", "required": False, "schema": s} for n, s in (query or {}).items()]
     return {"summary": text, "responses": answers, "parameters": params, **({"requestBody": {"required": True, "content": body}} if body else {})}
 
-def _paths():
+def _paths(models=(), version=None):
+    model = {"model": {**TEXT, **({"enum": list(models)} if models else {})}}
+    both = {**model, "version": {**TEXT, **({"enum": [str(version)]} if version else {})}}
     multipart, anything = {"multipart/form-data": {"schema": FILES}}, {"type": "object"}
     raw = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     def infer(path): return _operation("Infer.", anything, INFER, _json(_ref("Infer")), path=path)
-    def about(text, path=(), codes=(401, 403, 404, 503), **how): return _operation(text, anything, codes, path=path, **how)
+    def about(text, path={}, codes=(401, 403, 404, 503), **how): return _operation(text, anything, codes, path=path, **how)
     def change(text, body): return _operation(text, _object({"version": _maybe("integer")}, "version"), (400, 401, 403, 404, 408, 409, 413, 415, 422), _json(body))
     out = {"/classify": {"post": _operation("One image: {model: class}.", {"type": "object", "additionalProperties": TEXT}, INFER, multipart)},
            "/batch": {"post": _operation("Any number of images: {model: [class, ...]}.", LABELS, INFER, multipart)},
@@ -71,16 +73,16 @@ def _paths():
            "/health/live": {"get": _operation("The process answers.", anything, ())}, "/health/ready": {"get": _operation("It can answer requests.", anything, (), also=(503,))},
            "/v2": {"get": _operation("Server metadata.", anything, ())}, "/v2/health/live": {"get": _operation("Live.", anything, ())},
            "/v2/health/ready": {"get": _operation("Ready.", anything, (), also=(503,))}, "/v2/repository/index": {"post": _operation("Models and their state.", _list(anything), (401, 403, 503))},
-           "/v2/repository/models/{model}/load": {"post": about("Look at the store now.", ("model",), (401, 403, 404))},
-           "/v2/repository/models/{model}/unload": {"post": about("Refused.", ("model",), (401, 403, 409))}}
-    for base, path in (("/v2/models/{model}", ("model",)), ("/v2/models/{model}/versions/{version}", ("model", "version"))):
+           "/v2/repository/models/{model}/load": {"post": about("Look at the store now.", model, (401, 403, 404))},
+           "/v2/repository/models/{model}/unload": {"post": about("Refused.", model, (401, 403, 409))}}
+    for base, path in (("/v2/models/{model}", model), ("/v2/models/{model}/versions/{version}", both)):
         out |= {base: {"get": about("Model metadata.", path)}, f"{base}/ready": {"get": about("Is the model ready?", path)}, f"{base}/infer": {"post": infer(path)}}
     return out
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #da29d972
-def document():
-    "The OpenAPI 3.1 document, a dict."
-    return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(),
+def document(models=(), version=None):
+    "The OpenAPI 3.1 document, a dict; `models` (names) and `version` in service go into it."
+    return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(models, version),
             "components": {"schemas": SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}, "security": [{}, {"token": []}]}
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>

@@ -84,6 +84,7 @@ def _number(name, value):
     return number
 
 def _whole(name, value):
+    if type(value) is int: return value
     number = _number(name, value)
     if number != int(number): raise Refused(422, f"{name}: expected a whole number, got {value!r}")
     return int(number)

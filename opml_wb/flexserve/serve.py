@@ -52,9 +52,22 @@ class _Front(uvicorn.Server):
     "uvicorn, whose signals are ours."
     capture_signals = contextlib.nullcontext
 
+async def _leave(server, sock, lame):
+    "Take no connection any more but those that the kernel took; wait for those that still have something to say."
+    config, late = server.config, []
+    sock.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True: late.append(sock.accept()[0])
+    for listener in server.servers: listener.close()
+    def protocol(): return config.http_protocol_class(config=config, server_state=server.server_state, app_state=server.lifespan.state)
+    for conn in late: await asyncio.get_running_loop().connect_accepted_socket(protocol, conn)
+    until = time.monotonic() + lame
+    while server.server_state.connections and time.monotonic() < until: await asyncio.sleep(.02)
+
 async def _front(app, sock, lame, ready):
     "Serve `app` until SIGTERM or SIGINT; the exit code."
-    config = uvicorn.Config(app, http=Patience, ws="none", lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30, server_header=False, date_header=False)
+    patience = type("", (Patience,), {"limit": app.state.settings.body})
+    config = uvicorn.Config(app, http=patience, ws="none", lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30, server_header=False, date_header=False)
     server, asked, loop = _Front(config), asyncio.Event(), asyncio.get_running_loop()
     def stop():
         if asked.is_set(): os._exit(1)
@@ -62,12 +75,15 @@ async def _front(app, sock, lame, ready):
     for sig in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(sig, stop)
     running = asyncio.create_task(server.serve(sockets=[sock]))
     while not server.started and not running.done(): await asyncio.sleep(.01)
+    waits = [asyncio.create_task(asked.wait()), running]
     coming = asyncio.create_task(_tell(app.state.service, ready))
-    await asyncio.wait({asyncio.create_task(asked.wait()), running, coming}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([*waits, coming], return_when=asyncio.FIRST_COMPLETED)
     failed = coming.done() and coming.result()
-    if not failed: await asyncio.wait({asyncio.create_task(asked.wait()), running}, return_when=asyncio.FIRST_COMPLETED)
+    if not failed: await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     app.state.service.draining = True
-    if not failed: await asyncio.sleep(lame)
+    if not failed and not running.done():
+        await asyncio.sleep(lame)
+        await _leave(server, sock, lame)
     server.should_exit = True
     await running
     return 1 if failed else 0
