@@ -45,7 +45,9 @@ setup(
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
-        "opml_wb.commands": ["flexserve = opml_wb.flexserve.cli:flexserve"] + [f"{verb} = opml_wb.provenance.verbs:{verb}" for verb in ("lineage", "impact", "check", "search", "pipeline")],
+        "opml_wb.commands": ["flexserve = opml_wb.flexserve.cli:flexserve",
+                             "trace = opml_wb.provenance.trace:trace"] + [f"{verb} = opml_wb.provenance.verbs:{verb}" for verb in ("lineage", "impact", "check", "search", "pipeline")],
+        "opml_wb.run_hooks": ["provenance = opml_wb.provenance.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",

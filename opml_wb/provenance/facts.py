@@ -60,10 +60,17 @@ def _git(root, *words):
 def commit(folder):
     "{commit_id, dirty}: commit of the repository that `folder` lies in, and the hash of what differs from it (None: nothing)."
     root = repository(folder)
-    head = root and _git(root, "rev-parse", "HEAD")
+    head = root and (_head(root) or (_git(root, "rev-parse", "HEAD") or b"").decode().strip())
     if not head: return {"commit_id": None, "dirty": None}
     diff = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
-    return {"commit_id": head.decode().strip(), "dirty": hashlib.sha256(diff).hexdigest() if diff else None}
+    return {"commit_id": head, "dirty": hashlib.sha256(diff).hexdigest() if diff else None}
+
+def _head(root):
+    "The commit that `.git/HEAD` names, where it and its branch are plain files; else None."
+    try:
+        head = (root/".git/HEAD").read_text().strip()
+        return (root/".git"/head.removeprefix("ref: ")).read_text().strip() if head.startswith("ref: ") else head
+    except OSError: return None
 
 # %% ../../nbs/provenance/06_facts.ipynb #2bb6545f
 def sources(notebook):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACCESS', 'MODIFY', 'WRITTEN', 'OPENED', 'FROM', 'TO', 'CREATED', 'DELETED', 'OVERFLOW', 'FOLDERS', 'PASSED_OVER',
-           'Audit', 'Inotify', 'audit']
+           'Audit', 'Inotify', 'audit', 'join']
 
 # %% ../../nbs/provenance/06_fallback.ipynb #f2f83edf
 import ctypes, json, os, stat, struct, sys, threading
@@ -136,3 +136,8 @@ def audit(folder, first=None, skip=(), began=None):
     "Write what this process opens into the journal in `folder`, from now on; the Session."
     session = Session(str(Path(folder)/JOURNAL), began, skip, {"o": "watch", "how": "audit", **(first or {})})
     return Audit(session).session
+
+# %% ../../nbs/provenance/06_fallback.ipynb #a6d7b975
+def join(journal, began):
+    "Write what this process opens into a `journal` (path) that there is already; what a traced Python does as it starts."
+    return Audit(Session(journal, began, [os.path.dirname(journal) + "/"])).session

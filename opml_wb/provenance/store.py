@@ -42,11 +42,11 @@ def native(text):
 
 # %% ../../nbs/provenance/07_store.ipynb #77efe4cb
 class Ledger:
-    """The provenance of the runs in the home `root` (default: the present one), in the database that its runs are indexed in.
+    """The provenance of the runs in the home `root` (default: the present one; or a core Store), in the database that its runs are indexed in.
 
     Raises StoreError when the database was written by a newer version or doesn't answer."""
     def __init__(self, root=None, sync=True):
-        self.runs = runs.Store(root)
+        self.runs = root if isinstance(root, runs.Store) else runs.Store(root)
         self.db, self.root = self.runs.db, self.runs.root
         self._upgrade()
         if sync: self.sync()
@@ -85,8 +85,13 @@ class Ledger:
 def _marks(names, more): return ",".join("?" * (len(names) + more))
 
 def _document(folder):
-    "What is known of the stage in `folder`; of a run without capture, just that. None when it cannot be read."
-    try: doc = runs.read_json(folder/FILE, None) or {"stage": {"capture": "off", "pipeline": runs.read_json(folder/runs.RUN)["chapter"]}}
+    "What is known of the stage in `folder`: of one whose end nobody lived to see, by its journal; of a run without capture, just that. None when it cannot be read."
+    try:
+        doc = runs.read_json(folder/FILE, None)
+        if doc is None and (folder/"capture.jsonl").exists():
+            from opml_wb.provenance.capture import conclude
+            doc = conclude(folder, runs.read_json(folder/runs.REQUEST))
+        doc = doc or {"stage": {"capture": "off", "pipeline": runs.read_json(folder/runs.RUN)["chapter"]}}
     except (OSError, ValueError, KeyError): return None
     return {"events": [], "packages": {}, **doc}
 

@@ -68,17 +68,22 @@ class Hearing:
         "What the watched process tells itself (`core.events`)."
         kind, _, text = text.partition("/")
         pid = process_of(thread)
-        if kind == "nest": self.nest(watch, pid, json.loads(text)); return
+        if kind == "nest": return self.nest(watch, pid, json.loads(text))
+        if kind == "end": return self.denest(watch, text)
         for session in watch.sessions(pid):
             if kind == "cell" and text: session.cells[pid] = int(text)
             elif kind == "cell": session.cells.pop(pid, None)
             elif kind == "record": session.tell(json.loads(text), pid)
-            elif kind == "end" and session.path == text: session.end()
 
     def nest(self, watch, pid, order):
         "A stage inside a stage begins with process `pid`."
         watch.nested[pid] = Session(**{**order, "first": {**order["first"], "how": "nested"}})
         watch.seen.clear()
+
+    def denest(self, watch, journal):
+        "The stage of `journal`, inside another, has ended."
+        for root, session in list(watch.nested.items()):
+            if session.path == journal: session.end(); del watch.nested[root]
 
 # %% ../../nbs/provenance/05_tracer.ipynb #4e4bfbed
 class Server(Hearing):
@@ -87,21 +92,21 @@ class Server(Hearing):
     `page`: the memory shared with the one that stands by; `deputy`: the socket to it, or None."""
     def __init__(self, intake, page, deputy=None):
         super().__init__()
-        self.intake, self.page, self.deputy, self.watches, self.extra, self.folders = intake, page, deputy, {}, {}, {}
+        self.intake, self.page, self.deputy, self.watches, self.folders, self.last = intake, page, deputy, {}, {}, None
         self.poll = select.poll()
         self.poll.register(intake, select.POLLIN)
 
-    def also(self, fd, action):
-        "Call `action()` when descriptor `fd` has something, once."
-        self.extra[fd] = action
+    def until(self, fd):
+        "Serve until descriptor `fd` has something."
+        self.last = fd
         self.poll.register(fd, select.POLLIN)
 
     def serve(self):
-        while self.intake or self.watches or self.extra:
+        while self.last is not None or self.intake or self.watches:
             for fd, event in self.poll.poll():
+                if fd == self.last: return
                 if fd in self.folders: self.folders[fd].drain()
                 elif fd in self.watches: self.answer(self.watches[fd]) if event & select.POLLIN else self.drop(fd)
-                elif fd in self.extra: self.poll.unregister(fd); self.extra.pop(fd)()
                 elif self.intake and fd == self.intake.fileno(): self.obey()
 
     def answer(self, watch):
@@ -122,6 +127,13 @@ class Server(Hearing):
         os.close(fd)
         self.pass_on({"do": "gone", "journal": watch.order["path"]})
         for session in watch.all(): session.end()
+
+    def leave(self):
+        "Let the deputy serve from now on."
+        for fd in self.watches: os.close(fd)
+        self.watches = {}
+        for s in (self.deputy, self.intake):
+            if s: s.close()
 
     def pass_on(self, message, *fds):
         try: self.deputy and socket.send_fds(self.deputy, [json.dumps(message).encode()], fds)
