@@ -52,9 +52,9 @@ def _operation(text, out, codes=(401, 403), body=None, query=None, path={}, kind
     params = [{"name": n, "in": "path", "required": True, "schema": s} for n, s in path.items()] + [{"name": n, "in": "query", "required": False, "schema": s} for n, s in (query or {}).items()]
     return {"summary": text, "responses": answers, "parameters": params, **({"requestBody": {"required": True, "content": body}} if body else {})}
 
-def _paths(models=(), version=None):
+def _paths(models=(), serving=None):
     model = {"model": {**TEXT, **({"enum": list(models)} if models else {})}}
-    both = {**model, "version": {**TEXT, **({"enum": [str(version)]} if version else {})}}
+    both = {**model, "version": {**TEXT, **({"enum": [str(serving)]} if serving else {})}}
     multipart, anything = {"multipart/form-data": {"schema": FILES}}, {"type": "object"}
     raw = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     def infer(path): return _operation("Infer.", anything, INFER, _json(_ref("Infer")), path=path)
@@ -80,9 +80,9 @@ def _paths(models=(), version=None):
     return out
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #da29d972
-def document(models=(), version=None):
-    "The OpenAPI 3.1 document, a dict; `models` (names) and `version` in service go into it."
-    return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(models, version),
+def document(models=(), serving=None):
+    "The OpenAPI 3.1 document, a dict; `models` (names) and `serving` (version) go into it."
+    return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(models, serving),
             "components": {"schemas": SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}, "security": [{}, {"token": []}]}
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
