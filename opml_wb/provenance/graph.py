@@ -84,7 +84,7 @@ def label(g, node):
     "(short text, long text) of a node."
     if node in g.stages:
         s = g.stages[node]
-        return s["pipeline"].removeprefix("trace:"), f"<b>{s['pipeline']}</b> {s['status']}<br>{node}<br>{s['who']}@{s['host']}, capture {s['capture']}"
+        return s["pipeline"], f"<b>{s['pipeline']}</b> {s['status']}<br>{node}<br>{s['who']}@{s['host']}, capture {s['capture']}"
     path, version = node
     return f"{os.path.basename(path)}<br>{_short(version)}", f"<b>{path}</b><br>{version}"
 
@@ -95,7 +95,7 @@ def _views(g):
     "{name: nodes in the light}: everything, and each stage's footprint and impact."
     views = {"everything": set(g.stages) | set(g.artifacts)}
     for run, stage in sorted(g.stages.items(), key=lambda s: s[1]["started"]):
-        name = stage["pipeline"].removeprefix("trace:")
+        name = stage["pipeline"]
         if f"footprint of {name}" in views: name = f"{name} ({run[:15]})"
         views[f"footprint of {name}"] = {run} | g.footprint(run)
         for words, on in (("impact", False), ("transitive impact", True)):

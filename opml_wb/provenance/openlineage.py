@@ -49,7 +49,7 @@ def _run_facets(ledger, stage, doc):
 
 def _job_facets(stage, doc):
     "Type of the job, and where its code lies: the commit of a repository, else the code's hash."
-    out = {"jobType": _facet("2-0-3/JobTypeJobFacet", processingType="BATCH", integration="OPML", jobType="NOTEBOOK" if doc.get("source") else "COMMAND")}
+    out = {"jobType": _facet("2-0-3/JobTypeJobFacet", processingType="BATCH", integration="OPML", jobType="COMMAND" if "command" in doc else "NOTEBOOK")}
     if source := doc.get("source") or stage["cwd"]:
         out["sourceCodeLocation"] = _facet("1-0-1/SourceCodeLocationJobFacet", type="git" if stage["commit_id"] else "file", url=Path(source).as_uri(), version=stage["commit_id"] or stage["code"] or "unknown")
     return out

@@ -13,7 +13,7 @@ from ..core import deps, store as runs
 from .facts import machine
 from .files import version_of
 from .questions import made, used
-from .reproduce import _copy_of, _difference, _installed, needed, version_now
+from .reproduce import _copy_of, _difference, _installed, needed, traced, version_now
 from .store import Reader
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #fed4992b
@@ -25,7 +25,7 @@ class PipelineError(ValueError): "A pipeline cannot be exported or imported; the
 def _base(ledger, run):
     "The folder that a stage works in."
     doc = ledger.runs.get(run)[0]
-    return str(Path(doc["source"]).parent) if doc.get("source") else ledger.stage(run)["cwd"]
+    return ledger.stage(run)["cwd"] if traced(doc) else str(Path(doc["source"]).parent)
 
 def _code_files(doc):
     "Paths of the source files of one's own that a chapter imports, the package opml_wb left out."
@@ -50,7 +50,7 @@ def _stage(ledger, run):
     "What the manifest says of a stage."
     doc, stage = ledger.runs.get(run)[0], ledger.stage(run)
     return {"run": run, "pipeline": stage["pipeline"], "code": stage["code"] or doc.get("code"), "commit": stage["commit_id"], "params": doc["params"], "given": doc.get("given", {}),
-            "source": doc.get("source"), "command": None if doc.get("source") else stage["command"], "cwd": stage["cwd"], "metrics": doc.get("metrics", {}), "seed": doc.get("seed"),
+            "source": None if traced(doc) else doc["source"], "command": stage["command"], "cwd": stage["cwd"], "metrics": doc.get("metrics", {}), "seed": doc.get("seed"),
             "packages": ledger.packages(run) or {k: v for k, v in doc.get("env", {}).items() if k != "python"}}
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #a62af5f1
@@ -60,8 +60,7 @@ def _carried(ledger, order, base):
     files, inputs = {}, {}
     for run in order:
         doc = ledger.runs.get(run)[0]
-        if doc.get("source"): files[os.path.relpath(doc["source"], base)] = _notebook(doc, base)
-        files.update({os.path.relpath(p, base): p for p in (_code_files(doc) if doc.get("source") else ())})
+        if not traced(doc): files.update({os.path.relpath(doc["source"], base): _notebook(doc, base), **{os.path.relpath(p, base): p for p in _code_files(doc)}})
         kinds = {e["path"]: e["kind"] for e in ledger.events(run)}
         for path, version, _ in used(ledger.events(run)):
             if (path, version) not in own and "/__pycache__/" not in path: inputs[path] = (version, kinds[path])

@@ -94,7 +94,7 @@ def latest_using(data):
 def last_successful(pipeline):
     """Who ran the latest version of `pipeline` successfully: dict `run, who, host, code, started` of the newest such run, or None.
 
-    `pipeline`: a chapter's name, or `trace:NAME` of `opml trace`; its version is the hash of its code. Raises KeyError when it was never run."""
+    `pipeline`: a chapter's name, or the script's of `opml trace`; its version is the hash of its code. Raises KeyError when it was never run."""
     db = Reader().db
     newest = db.execute("select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=? order by r.started desc, s.run desc limit 1", (pipeline,)).fetchone()
     if newest is None: raise KeyError(f"no run of a pipeline {pipeline!r}; there are: {', '.join(_pipelines(db)) or 'none'}")
