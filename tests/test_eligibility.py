@@ -1,14 +1,15 @@
 """Eligibility against slow references on random logs, against real logs where they are, in parts, and against what users do wrong."""
 import os
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from opml_wb.core import data
-from opml_wb.eligibility import (AuditLog, expected_new, eligibility_matrix, load, masked, pairs, read_samples, rows_at, sample, scan, scan_parts, simulate,
-                                 snapshot, useful, verdicts)
+from opml_wb.eligibility import (AuditLog, agreement, attainable, backfilled, counted, eligibility_matrix, expected_new, labels, load, masked, pairs,
+                                 read_samples, rows_at, sample, scan, scan_parts, simulate, snapshot, useful, verdicts)
+from opml_wb.eligibility.sample import deal
 
 FIELDS = ["n", "at", "a", "b", "c", "empty", "closed"]
 
@@ -34,31 +35,33 @@ def read(df): return AuditLog.from_wide(df, case="case", order="n", time="at", d
 
 def cases_of(df):
     "Each case's rows, in order, null where null: the reference's only view of the log."
-    clean = df.astype(object).where(~df.isin(["?", ""]) & df.notna(), None)
-    for _, rows in clean.groupby("case", sort=False): yield rows.sort_values("n", kind="stable").reset_index(drop=True)
+    out = {}
+    for row in df.to_dict("records"): out.setdefault(row["case"], []).append({k: None if v in ("?", "") or pd.isna(v) else v for k, v in row.items()})
+    ordered = (sorted(rows, key=lambda row: row["n"]) for rows in out.values())
+    return [{f: [row[f] for row in rows] for f in df} for rows in ordered]
 
 
-def moment(text): return pd.to_datetime(text, format="%d/%m/%Y %H:%M")
+def moment(text): return datetime.strptime(text, "%d/%m/%Y %H:%M")
 
 
 def point(rows, at):
     "Row of the case at e, or None."
     if at == "start": return 0
-    if isinstance(at, int): return at if at < len(rows) else None
+    if isinstance(at, int): return at if at < len(rows["n"]) else None
     if isinstance(at, tuple): return next((i for i, v in enumerate(rows[at[0]]) if v == at[1]), None)
     times = [moment(t) for t in rows["at"]]
     if max(times) < times[0] + at: return None
     return max(i for i, t in enumerate(times) if t <= times[0] + at)
 
 
-def reference(df, at):
+def reference(cases, at):
     "null_rate, n_filled, change_rate, future_rate by field, one value at a time."
     out = {}
-    kept = [(rows, e) for rows in cases_of(df) if (e := point(rows, at)) is not None]
-    for f in [c for c in df if c != "case"]:
+    kept = [(rows, e) for rows in cases if (e := point(rows, at)) is not None]
+    for f in [c for c in cases[0] if c != "case"]:
         null = filled = changed = dated = future = 0
         for rows, e in kept:
-            values = list(rows[f])
+            values = rows[f]
             null += values[e] is None
             there = [v for v in values if v is not None]
             if there: filled, changed = filled + 1, changed + (values[-1] != there[0])
@@ -74,32 +77,32 @@ def reference(df, at):
 def test_scan_equals_a_slow_reference(block):
     for seed in range(block * 20, block * 20 + 20):
         df = random_log(seed)
-        log = read(df)
+        log, cases = read(df), cases_of(df)
         assert log.issues["ties"] == df.duplicated(["case", "n"]).sum()
         for at in ("start", 1, 3, timedelta(hours=2), ("c", df.c[0])):
-            got, want = scan(log, at).frame(), reference(df, at)
+            got, want = scan(log, at).frame(), reference(cases, at)
             pd.testing.assert_frame_equal(got, want.loc[got.index], check_names=False, check_exact=True, obj=f"seed {seed}, at {at}")
 
 
 def test_pairs_equal_a_slow_reference():
     for seed in range(60):
         df = random_log(seed)
-        got = pairs(read(df)).set_index(["feature", "label"])
-        fill = {f: [next((i for i, v in enumerate(rows[f]) if v is not None), None) for rows in cases_of(df)] for f in FIELDS}
+        got, cases = {(row.feature, row.label): row for row in pairs(read(df)).itertuples()}, cases_of(df)
+        fill = {f: [next((i for i, v in enumerate(rows[f]) if v is not None), None) for rows in cases] for f in FIELDS}
         for f in FIELDS:
             for l in FIELDS:
                 if f == l: continue
                 both = [(a, b) for a, b in zip(fill[f], fill[l]) if b is not None]
-                row = got.loc[(f, l)]
+                row = got[f, l]
                 assert row.n == len(both)
                 if not both: assert row.verdict == "undetermined"; continue
                 first, tie = sum(a is not None and a < b for a, b in both), sum(a == b for a, b in both)
-                assert (row["first"], row.tie) == (first / len(both), tie / len(both)), (seed, f, l)
-                assert row["first"] + row.tie + row["last"] == pytest.approx(1)
+                assert (row.first, row.tie) == (first / len(both), tie / len(both)), (seed, f, l)
+                assert row.first + row.tie + row.last == pytest.approx(1)
 
 
 def test_parts_add_up_exactly():
-    for seed in range(40):
+    for seed in range(20):
         df = random_log(seed)
         names = df.case.unique()
         parts = [df[df.case.isin(p)] for p in np.array_split(np.random.default_rng(seed).permutation(names), min(3, len(names)))]
@@ -133,13 +136,11 @@ def test_a_delta_log_equals_a_hand_forward_fill():
         wide["n"] = np.arange(len(wide))
         filled = wide.copy()
         for f in ("a", "b", "c", "empty"):
-            blank = wide[f].isin([""]) | wide[f].isna()
-            for case, rows in wide.groupby("case"):
-                held = None
-                for i in rows.index:
-                    if not blank[i]: held = wide.at[i, f]
-                    filled[f] = filled[f].astype(object)
-                    filled.at[i, f] = None if held == "?" else held
+            held, out = {}, []
+            for case, v in zip(wide["case"], wide[f]):
+                if not (pd.isna(v) or v == ""): held[case] = v
+                out.append(None if held.get(case) == "?" else held.get(case))
+            filled[f] = pd.Series(out, filled.index, object)
         got, want = AuditLog.from_delta(wide, case="case", time="at"), AuditLog.from_wide(filled, case="case", order="n", time="at")
         pd.testing.assert_frame_equal(scan(got).frame(), scan(want).frame())
         pd.testing.assert_frame_equal(scan(got, 2).frame(), scan(want, 2).frame())
@@ -433,3 +434,174 @@ def test_a_frame_is_no_log_and_one_masked_field_is_one_name():
     with pytest.raises(TypeError, match="AuditLog.from_wide"): verdicts(small())
     log = simulate(60).log
     assert (masked(log, "resolved_at").codes == masked(log, ["resolved_at"]).codes).all()
+
+
+def backfilled_log(seed):
+    "Cases whose state, resolution and code were written into their rows from the future, some with no date, some rows with no time; a plan, and an honest field."
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 6, 25)
+    n, case = sizes.sum(), np.repeat(np.arange(25), sizes)
+    start = pd.Timestamp("2020-01-01") + pd.to_timedelta(np.repeat(rng.integers(0, 400, 25), sizes) + np.arange(n) % 7, unit="h")
+    end = pd.Series(start).groupby(case).transform("max") + pd.to_timedelta(np.repeat(rng.integers(-6, 9, 25), sizes), unit="h")
+    df = pd.DataFrame({"case": case, "n": np.arange(n), "at": pd.Series(start).where(rng.random(n) > .1), "done_at": end.where(rng.random(n) > .2),
+                       "code": np.repeat(rng.choice(["x", "y"], 25), sizes), "state": rng.choice(["Open", "Work"], n), "due": end + pd.Timedelta(days=9)})
+    df.loc[rng.random(n) < .2, "code"] = None
+    return df, AuditLog.from_wide(df, "case", "n", "at", by_time={"code": "done_at"}, planned="due")
+
+
+def reaches(rows, name, value, date):
+    "First row, by hand, that shows the value and can know it: dated values from their date on, undated ones when the case ends; None if none."
+    for i, row in enumerate(rows.itertuples(index=False)):
+        if getattr(row, name) != value: continue
+        when, now = getattr(row, date) if date else pd.NaT, row.at
+        if not date or i == len(rows) - 1 and when is pd.NaT or when is not pd.NaT and (now is pd.NaT or when <= now): return i
+
+
+def test_a_state_is_reached_when_it_can_be_known():
+    "At a back-filled state scan, pairs, matrix and labels ask the same cases in the same rows, those of a reading by hand."
+    for seed in range(10):
+        df, log = backfilled_log(seed)
+        for name, value, date in [("code", "x", "done_at"), ("code", "y", "done_at"), ("state", "Work", None), ("done_at", df.done_at.dropna().iloc[0], "done_at"), ("due", df.due[3], None)]:
+            found = [reaches(rows, name, value, date) for _, rows in df.groupby("case", sort=False)]
+            want = np.array([-1 if i is None else log.starts[c] + i for c, i in enumerate(found)])
+            if name == "done_at" and not (want >= 0).any(): continue
+            at = (name, value)
+            assert (rows_at(log, at) == want).all() and (rows_at(masked(log), at) == want).all(), (seed, at)
+            s, p = counted(log, at)
+            fills = [{f: rows[f].notna().any() for f in ("state", "due")} for (_, rows), r in zip(df.groupby("case", sort=False), want) if r >= 0]
+            assert s.n == len(fills) and [p.n[log.at(f)] for f in ("state", "due")] == [sum(x[f] for x in fills) for f in ("state", "due")]
+            table = labels(log, at)
+            if s.n: assert table.open_rate["state"] == pytest.approx(np.mean([log.codes[log.at("state"), e - 1] != log.codes[log.at("state"), r] for e, r in zip(log.starts[1:], want) if r >= 0]))
+
+
+def test_a_back_filled_state_is_no_start():
+    process = simulate(400)
+    rows = rows_at(process.log, ("close_code", "solved"))
+    assert "close_code" in backfilled(process.log) and (rows[rows >= 0] > process.log.starts[:-1][rows >= 0]).all()
+    young = snapshot(process.log, "2020-03-01", delay=("close_code", "solved"))
+    assert (young.state.isin(["Resolved", "Closed"])).all() and len(young) > 0
+
+
+def test_a_state_that_some_parts_never_have():
+    df = small()
+    def read(cases): return AuditLog.from_wide(df[df.case.isin(list(cases))], "case", "n", "at")
+    whole, merged = scan(read("abc"), ("x", "q")), scan_parts(["a", "bc"], read, ("x", "q"))
+    assert (merged.n, merged.left_out.sum()) == (whole.n, whole.left_out.sum()) == (1, 2)
+    pd.testing.assert_frame_equal(merged.frame(), whole.frame())
+    with pytest.raises(ValueError, match="no part 'x' ever is 'lost'"): scan_parts(["a", "bc"], read, ("x", "lost"))
+
+
+def test_parts_that_share_a_case_are_refused():
+    df = small()
+    with pytest.raises(ValueError, match="parts 0 and 2 .* share 1 case"): scan_parts([[0], [4], [1, 2]], lambda rows: AuditLog.from_wide(df.iloc[rows], "case", "n"))
+
+
+def test_identifiers_whatever_the_parts_hold():
+    "An identifier by all of the log, though one part repeats its value; and none, though each part alone looks like one."
+    rng = np.random.default_rng(0)
+    for seed in range(30):
+        n, same = 600, rng.integers(0, 60)
+        key = np.array([f"k{i}" for i in range(n)], object)
+        key[:same] = "k0"
+        df = pd.DataFrame({"case": range(n), "n": 0, "key": key, "again": [f"r{i % 570}" for i in range(n)]})
+        def read(part): return AuditLog.from_wide(df.iloc[part], "case", "n")
+        parts = np.split(np.arange(n), np.sort(rng.choice(np.arange(1, n), 5, replace=False)))
+        pd.testing.assert_frame_equal(verdicts(read(np.arange(n))), verdicts(scan_parts(parts, read)))
+
+
+def bursts(seed=0):
+    "Three days of 300 cases, a tenth of which change, and sixty of five, most of which do: 30 % of all."
+    rng = np.random.default_rng(seed)
+    day = np.repeat(np.arange(63), [300] * 3 + [5] * 60)
+    changes = rng.random(1200) < np.where(day < 3, .1, .9)
+    at = pd.Timestamp("2020-01-01") + pd.to_timedelta(np.repeat(day, 2) * 24 + np.tile([0, 1], 1200), unit="h")
+    return AuditLog.from_wide(pd.DataFrame({"case": np.repeat(range(1200), 2), "n": np.tile([0, 1], 1200), "at": at,
+                                            "x": np.where(np.tile([0, 1], 1200) & np.repeat(changes, 2), "b", "a")}), "case", "n", "at")
+
+
+def test_samples_weigh_cases_and_not_days():
+    log = bursts()
+    whole = scan(log).frame().change_rate["x"]
+    read = [read_samples(log, seed=s)[1].change_rate["x"] for s in range(100)]
+    assert np.mean(read) == pytest.approx(whole, abs=.03) and abs(np.mean(read) - .85) > .4
+    times = np.zeros(log.n_cases)
+    for seed in range(400):
+        for group, _ in zip(deal(log, rng=seed), range(10)): times[group] += 1
+    day = log.days() - log.days().min()
+    assert times[day < 3].mean() == pytest.approx(times[day >= 3].mean(), rel=.1)          # each case is as likely as any other
+    everything = np.concatenate(list(deal(log, rng=0)))
+    assert len(set(everything)) == len(everything) == log.n_cases
+
+
+def test_ten_samples_are_of_ten_days_in_all_months():
+    log = simulate(1500, seed=8).log
+    for seed in range(20):
+        groups = [g for g, _ in zip(deal(log, rng=seed), range(10))]
+        days = [set(log.days()[g]) for g in groups]
+        assert len(set().union(*days)) >= 10 and all(a.isdisjoint(b) for i, a in enumerate(days) for b in days[:i])
+        assert len({str(np.datetime64(int(min(d)), "D"))[:7] for d in days}) >= 4
+
+
+def test_days_before_1970_and_sparse_days_are_read_too():
+    at = pd.Timestamp("1969-12-20") + pd.to_timedelta(np.arange(60), unit="D")             # a case a day
+    log = AuditLog.from_wide(pd.DataFrame({"case": range(60), "n": 0, "at": at, "x": "a"}), "case", "n", "at")
+    assert sorted(np.concatenate(list(deal(log, 5, 0)))) == list(range(60))
+
+
+def test_a_budget_bounds_rows_and_cases():
+    log = bursts()
+    for budget, most in ((24, 12), (.02, 24), (100, 50), (int(.03 * len(log)), 36)):
+        for seed in range(10):
+            cases, _ = read_samples(log, seed=seed, budget=budget)
+            assert 0 < len(cases) <= most and len(log.take(cases)) <= (budget if budget > 1 else budget * len(log))
+
+
+def test_what_independent_cases_attain_is_their_expected_agreement():
+    log = bursts()
+    f, rng, hit = scan(log).frame(), np.random.default_rng(0), []
+    full = (f.null_rate > .2) | (f.change_rate > .2)
+    for _ in range(400):
+        got = scan(log.take(rng.integers(0, log.n_cases, 50))).frame()
+        hit.append((((got.null_rate > .2) | (got.change_rate > .2)) == full).mean())
+    assert attainable(log, 50) == pytest.approx(np.mean(hit), abs=.01)
+    assert agreement(log, 10, decided=True, samples=20).mean() >= agreement(log, 10, samples=20).mean() - 1e-9
+
+
+def test_keys_of_another_kind_are_told():
+    log = AuditLog.from_wide(small(site=[7, 7, 8, 8, 7]), "case", "n", "at")
+    with pytest.raises(ValueError, match="join on 'site': numbers like 7 on one side, texts like '7'"): log.join(pd.DataFrame({"site": ["7", "8"], "town": ["Rome", "Bari"]}), "site")
+    assert log.join(pd.DataFrame({"site": [7., 9.5], "town": ["Rome", "Bari"]}), "site").issues["site: no linked row"] == 2        # 7 is 7.0; 8 is only missing
+    with pytest.raises(ValueError, match="current: 'case'"): AuditLog.from_wide(small(), "case", "n", current=pd.DataFrame({"case": [1, 2], "owner": "Ann"}))
+    delta = pd.DataFrame({"case": [1, 2], "at": pd.date_range("2020", periods=2), "f": "s", "new": ["1", "2"]})
+    with pytest.raises(ValueError, match="current: 'case'"): AuditLog.from_delta(delta, "case", "at", field="f", new="new", current=pd.DataFrame({"case": ["1", "2"], "s": "1"}))
+
+
+def test_numbers_given_as_texts_are_refused_by_name():
+    log = simulate(60).log
+    for call, bad in [(verdicts, dict(th=".2")), (pairs, dict(th=".2")), (labels, dict(th=None)), (sample, dict(budget="600")), (sample, dict(size="5")), (sample, dict(th="x")), (sample, dict(runs=True)),
+                      (read_samples, dict(samples="10")), (agreement, dict(runs="3")), (scan, dict(jobs="2"))]:
+        with pytest.raises(ValueError, match=f"^{next(iter(bad))}="): call(log, **bad)
+    with pytest.raises(ValueError, match="^seeds='5'"): useful(log, "priority", seeds="5")
+    with pytest.raises(ValueError, match="^change='.3'"): simulate(60, change=".3")
+
+
+def test_a_frame_is_refused_wherever_a_log_is_wanted():
+    df = small()
+    for call in (sample, read_samples, agreement, lambda d: snapshot(d, "2020"), lambda d: useful(d, "x"), pairs, eligibility_matrix, labels, masked):
+        with pytest.raises(TypeError, match="expected an AuditLog, got DataFrame"): call(df)
+
+
+def test_empty_numbers_of_a_xes_log_are_null(tmp_path):
+    event = '<event><date key="time:timestamp" value="2020-01-01T00:00:0{}Z"/><float key="cost" value="{}"/><int key="n" value="{}"/></event>'
+    (tmp_path/"log.xes").write_text("<log><trace>" + event.format(0, "", "") + event.format(1, "2.5", "3") + "</trace></log>")
+    log = AuditLog.from_xes(tmp_path/"log.xes")
+    assert log.values("cost").isna().tolist() == log.values("n").isna().tolist() == [True, False] and log.values("cost")[1] == 2.5
+
+
+def test_periods_are_told_how_to_become_moments():
+    with pytest.raises(ValueError, match="'month'.*to_timestamp"): AuditLog.from_wide(small(month=pd.period_range("2020-01", periods=5, freq="M")), "case", "n", dates={"month": None})
+
+
+def test_parquet_takes_its_arguments_as_its_siblings_do(tmp_path):
+    small().to_parquet(tmp_path/"log.parquet")
+    assert (AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", "at").time == AuditLog.from_wide(small(), "case", "n", "at").time).all()

@@ -49,8 +49,8 @@ class PairCounts:
 # %% ../../nbs/eligibility/08_pairs.ipynb #f938db0f
 def count_pairs(log, at="start"):
     "PairCounts of a log's cases that come to the point `at` (see `rows_at`)."
-    fill, F = kernels.first_fills(log.codes, log.starts, rows_at(log, at)), len(log.fields)
-    before, tie = np.zeros((2, F, F), np.int64)
+    rows, F = rows_at(log, at), len(log.fields)
+    fill, (before, tie) = kernels.first_fills(log.codes, log.starts, rows), np.zeros((2, F, F), np.int64)
     kernels.count_pairs(fill, before, tie)
     return PairCounts(tuple(log.fields), at, (fill != kernels.NEVER).sum(1), before, tie)
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from . import kernels
-from .auditlog import _several
+from .auditlog import _several, a_log
 from .encode import share
 from .pairs import PairCounts, count_pairs, pair_verdicts, unsure, wilson
-from .scan import CHANGED, DATED, DRIFTED, FILLED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, scan
+from .scan import CHANGED, DATED, DRIFTED, FILLED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, rows_at, scan
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #4d104492
 DAYS = 8   # fewer days than this say nothing of their spread
@@ -91,7 +91,7 @@ def masked(log, fields=None):
     """The log without values from the future: each is null until its date, or, where it has none, until its case ends.
 
     fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises ValueError for others."""
-    codes, found = log.codes.copy(), backfilled(log) if fields is None else _several(fields, log.fields)
+    codes, found = a_log(log).codes.copy(), backfilled(log) if fields is None else _several(fields, log.fields)
     if fields is None: found += [f for f, date in log.by_time.items() if date in found and f not in found]
     for f in found:
         if (known := known_at(log, f)) is None: raise ValueError(f"masked: {f!r} has no date; name one in by_time={{{f!r}: date}}")
@@ -124,7 +124,6 @@ def labels(log, at="start", th=.2):
     Returns DataFrame indexed by field: label (potential | known | constant | identifier | never filled); open_rate: of the cases where it is filled
     in the end, those in which it is not yet what it will be; values: levels; majority: share of the commonest end value; n_features, features:
     those that may predict it; n_undetermined: those that come with it in one row. log, at, th: as for `eligibility_matrix`."""
-    from opml_wb.eligibility.scan import rows_at
     s, counts = counted(log, at)
     matrix, clear, rows = judge(s, counts, th), masked(log), rows_at(log, at)
     kept, out = rows >= 0, []
