@@ -102,10 +102,6 @@ class _Writes(_Store):
         return version
 
 # %% ../../nbs/provenance/12_commits.ipynb #a05dbe98
-def _moment(column):
-    import pandas as pd
-    return pd.to_datetime(column, utc=True)
-
 class _History(_Writes):
     "What is remembered."
     def history(self, name):
@@ -113,17 +109,15 @@ class _History(_Writes):
         import pandas as pd
         table = self._table(name)
         out = pd.DataFrame(table.commits(), columns=["version", "known_from", "timestamp", "mode", "rows", "run"])
-        since = table.meta.get("horizon", {}).get("version", 0)
         out["known_from"], out["timestamp"] = pd.to_datetime(out.known_from, utc=True, format="ISO8601"), pd.to_datetime(out.timestamp, unit="ms", utc=True)
-        return out.rename(columns={"timestamp": "written"}).assign(readable=out.version >= since)
+        return out.rename(columns={"timestamp": "written"}).assign(readable=out.version >= table.horizon())
 
     def _version(self, table, version, what):
         "`version` if it can be read. Raises ValueError or HistoryError."
         last = table.last()["version"]
         if isinstance(version, bool) or not hasattr(version, "__index__") or not 0 <= version <= max(last, table.delta.version()):
             raise ValueError(f"{what}={version!r}: expected a version of {table.path.name!r}, 0 to {last}")
-        since = table.meta.get("horizon", {}).get("version", 0)
-        if version < since: raise HistoryError(f"{what}={version}: versions of {table.path.name!r} before {since} were vacuumed")
+        if version < (since := table.horizon()): raise HistoryError(f"{what}={version}: versions of {table.path.name!r} before {since} were vacuumed")
         return int(version)
 
     def changes(self, name, v1, v2):

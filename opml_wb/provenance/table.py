@@ -138,6 +138,10 @@ class _Log:
         import pyarrow as pa
         return {f.name: f.type for f in pa.schema(self.delta.schema().to_arrow()) if f.name not in RESERVED}
 
+    def horizon(self):
+        "The oldest version that can be read."
+        return self.meta.get("horizon", {}).get("version", 0)
+
     def commits(self):
         "What is known of each write, oldest first: dicts with `version, known_from, timestamp (ms), mode, rows, run`."
         found = [{**json.loads(c["opml"]), "version": c["version"], "timestamp": c["timestamp"]} for c in self.delta.history() if "opml" in c]

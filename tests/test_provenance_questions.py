@@ -1,0 +1,272 @@
+"""Questions to runs that were really captured: lineage, impact by version, reproduction, export. What a test expects is written by hand."""
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from opml_wb.core import data, store
+from opml_wb.core.run import run
+from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
+from opml_wb.provenance.store import Reader
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
+PY = [sys.executable, "-S", "-E", "-c"]
+
+
+def traced(home, work, *words):
+    "The JSON object of `opml trace` of `words`, in folder `work`."
+    words = words if len(words) > 1 else (*PY, words[0])
+    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *words], cwd=work, env={**os.environ, "OPML_HOME": str(home)}, capture_output=True, text=True, timeout=120)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def trace(home, tmp_path, monkeypatch):
+    "trace(code or words...) -> the JSON object of `opml trace`, in the working directory, which is the test's own."
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return lambda *words: traced(home, work, *words)
+
+
+def copy(source, to, more=""): return f"a = open({source!r}).read(); open({to!r}, 'w').write(a + {more!r})"
+
+
+def touched(frame): return sorted((op, os.path.basename(path)) for op, path in zip(frame.op, frame.path))
+
+
+STAGES = {"clean": copy("raw.csv", "clean.csv", "c"), "features": copy("clean.csv", "features.csv", "f"), "tree": copy("features.csv", "tree.bin", "t"), "net": copy("features.csv", "net.bin", "n"),
+          "reclean": copy("raw.csv", "clean.csv", "new"), "third": copy("clean.csv", "third.bin")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "(home, folder, {name: run}): raw -> clean -> features -> two models; then `clean` is made anew over its own file, and a third model from that."
+    folder = tmp_path_factory.mktemp("dag")
+    (folder / "raw.csv").write_text("1\n2\n")
+    return folder / "home", folder, {name: traced(folder / "home", folder, code)["run"] for name, code in STAGES.items()}
+
+
+@pytest.fixture
+def dag(made, monkeypatch):
+    "{name: run} of the stages that were made once for all tests."
+    monkeypatch.setenv("OPML_HOME", str(made[0]))
+    monkeypatch.chdir(made[1])
+    return made[2]
+
+
+def test_footprint_and_impact_of_a_forked_dag_with_an_overwritten_intermediate(dag):
+    assert touched(footprint(dag["clean"])) == [("created", "clean.csv"), ("read", "raw.csv")]
+    assert touched(footprint(dag["reclean"])) == [("modified", "clean.csv"), ("read", "raw.csv")]
+    by = {v: k for k, v in dag.items()}
+    one = {name: {by[r] for r in impact(run).run} for name, run in dag.items()}
+    assert one == {"clean": {"features"}, "features": {"tree", "net"}, "reclean": {"third"}, "tree": set(), "net": set(), "third": set()}
+    assert {by[r] for r in impact(dag["clean"], transitive=True).run} == {"features", "tree", "net"}
+    assert touched(impact(dag["features"])) == [("created", "net.bin"), ("created", "tree.bin"), ("read", "features.csv"), ("read", "features.csv")]
+    assert list(impact(dag["clean"]).columns) == ["run", "op", "path", "version"]
+    versions = dict(zip(footprint(dag["features"]).path, footprint(dag["features"]).version))
+    assert versions[os.path.abspath("clean.csv")] != footprint(dag["third"]).version[0]
+
+
+def test_who_used_what(dag):
+    used = most_used().set_index(most_used().path.map(os.path.basename))
+    assert (used.runs["features.csv"], used.runs["raw.csv"], used.versions["clean.csv"]) == (2, 2, 2)
+    assert latest_using("features.csv")["run"] == dag["net"]
+    assert search("features.csv tree").run.tolist() == [dag["tree"]]
+    assert last_successful(Reader().stage(dag["third"])["pipeline"])["run"] == dag["third"]
+    tag(dag["tree"], "shipped")
+    assert search("shipped").run.tolist() == [dag["tree"]]
+
+
+def test_rerun_repeats_only_what_must_be(trace):
+    Path("raw.csv").write_text("1\n2\n")
+    runs = {name: trace(STAGES[name])["run"] for name in ("clean", "features", "tree")}
+    count = lambda: Reader().runs.count()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = rerun(runs["tree"])
+    assert again.ok and count() == 4
+    assert footprint(again.doc["id"]).version.tolist()[0] == footprint(runs["tree"]).version.tolist()[0]
+    Path("features.csv").unlink()
+    with pytest.warns(UserWarning, match="features.csv: then .*, now None"): again = rerun(runs["tree"])
+    assert again.ok and count() == 6                              # `features`, then `tree`
+    assert Path("features.csv").read_text() == "1\n2\ncf"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rerun(runs["tree"], from_failed=False)
+    assert count() == 9                                           # all three
+
+
+def test_a_pipeline_goes_on_from_the_stage_that_failed(trace):
+    Path("raw.csv").write_text("1")
+    first = trace(copy("raw.csv", "clean.csv"))
+    Path("fit.py").write_text("a = open('clean.csv').read(); raise SystemExit(int(a))")
+    failed = trace(*PY[:1], "-S", "fit.py")
+    assert failed["exit"] == 1 and touched(footprint(failed["run"])) == [("read", "clean.csv"), ("read", "fit.py")]
+    Path("fit.py").write_text("a = open('clean.csv').read(); open('model', 'w').write(a)")
+    with pytest.warns(UserWarning, match="code .*fit.py"): again = rerun(failed["run"])
+    assert again.ok and Path("model").read_text() == "1" and len(Reader().runs.ls()) == 3
+    assert first["run"] in {r["id"] for r in Reader().runs.ls()}
+
+
+CELLS = ["n: int = 3\nfile: str = 'x.csv'", "import cloudpickle, helper\nfrom opml_wb import log", "values = [float(v) for v in open(file)]", "log.metric('total', helper.add(values) * n)"]
+
+
+@pytest.fixture
+def chapter(tmp_path, home, notebook):
+    "A chapter with data, a module and Markdown, and its run."
+    (tmp_path / "x.csv").write_text("1\n2\n3\n")
+    (tmp_path / "helper.py").write_text("def add(xs): return sum(xs)  # all\n")
+    path = notebook(*CELLS, name="sums")
+    nb = nbformat.read(path, 4)
+    nb.cells.insert(1, nbformat.v4.new_markdown_cell("# Sums"))
+    nbformat.write(nb, path)
+    first = run(path, n=4)
+    assert first.ok, first.error
+    return path, first
+
+
+def edit(path, cell, source):
+    nb = nbformat.read(path, 4)
+    nb.cells[cell].source = source
+    nbformat.write(nb, path)
+
+
+def found(run): return [(d["class"], os.path.basename(d["name"])) for d in check(run)["differences"]]
+
+
+def test_check_names_each_difference_in_its_class(chapter, tmp_path):
+    path, first = chapter
+    assert check(first) == {"verdict": "same", "differences": []}
+    edit(path, 1, "# Sums, in other words")
+    edit(path, 3, CELLS[2] + "   # a comment")
+    (tmp_path / "helper.py").write_text("# a comment\ndef add(xs): return sum(xs)\n")
+    assert check(first) == {"verdict": "same", "differences": []}
+    edit(path, 3, CELLS[2])
+    (tmp_path / "x.csv").write_text("1\n2\n4\n")
+    assert (check(first)["verdict"], found(first)) == ("differs", [("input", "x.csv")])
+    (tmp_path / "x.csv").write_text("1\n2\n3\n")
+    edit(path, 4, CELLS[3].replace("* n", "+ n"))
+    assert found(first) == [("code", "cell 4")]
+    assert check(first)["differences"][0]["then"] == CELLS[3]
+    edit(path, 4, CELLS[3])
+    (tmp_path / "helper.py").write_text("def add(xs): return sum(xs) + 1\n")
+    assert found(first) == [("code", "helper")]
+    (tmp_path / "helper.py").write_text("def add(xs): return sum(xs)  # all\n")
+    Reader().db.execute("update prov_package set version='0.0.1' where name='cloudpickle'")
+    [d] = check(first)["differences"]
+    assert (d["class"], d["name"], d["then"]) == ("package", "cloudpickle", "0.0.1") and d["now"]
+
+
+def test_rerun_reproduces_the_metrics_and_warns_first(chapter, tmp_path):
+    path, first = chapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = rerun(first)
+    assert again.metrics == first.metrics == {"total": 24.0} and again.doc["id"] != first.doc["id"] and again.params["n"] == 4
+    edit(path, 4, CELLS[3].replace("* n", "+ n"))
+    with pytest.warns(UserWarning, match="code cell 4"): assert rerun(first.key).metrics == {"total": 10.0}
+
+
+def test_an_input_comes_back_for_the_time_of_the_run(chapter, tmp_path):
+    path, first = chapter
+    (tmp_path / "kept.csv").write_text("1\n2\n3\n")
+    other = run(path, file="kept.csv")                            # another run read the same content elsewhere
+    (tmp_path / "x.csv").write_text("9\n")
+    with pytest.warns(UserWarning, match="input .*x.csv"): again = rerun(first)
+    assert again.metrics == first.metrics and (tmp_path / "x.csv").read_text() == "9\n" and other.ok
+    assert not list(tmp_path.glob("*.opml-*"))
+
+
+LOAD = """
+import sys, pandas as pd
+from opml_wb.provenance import FeatureStore
+day = pd.Timestamp("2020-01-01", tz="UTC")
+FeatureStore("lake").write("t", pd.DataFrame({"id": [1], "day": day, "x": [float(sys.argv[1])]}), "id", "day")
+"""
+FIT = """
+import pandas as pd
+from opml_wb.provenance import FeatureStore
+open("model", "w").write(str(FeatureStore("lake").value("t", 1, "x", pd.Timestamp("2020-01-02", tz="UTC"))))
+"""
+
+
+def test_a_model_names_the_table_versions_it_was_trained_on(trace):
+    Path("load.py").write_text(LOAD)
+    Path("fit.py").write_text(FIT)
+    first = trace(sys.executable, "load.py", "1")
+    fit = trace(sys.executable, "fit.py")
+    second = trace(sys.executable, "load.py", "2")
+    tables = [(e["op"], e["version"], os.path.basename(e["path"])) for r in (first, fit, second) for e in Reader().events(r["run"]) if e["kind"] == "table"]
+    assert tables == [("created", "delta:0", "t"), ("read", "delta:0", "t"), ("modified", "delta:1", "t")]
+    assert set(impact(first["run"]).run) == {fit["run"], second["run"]}
+    assert found(fit["run"]) == [("input", "t")]
+    with pytest.warns(UserWarning, match="then delta:0, now delta:1"): assert rerun(fit["run"]).ok
+    assert Path("model").read_text() == "1.0"                     # read at its version
+    assert [r["version"] for r in FeatureStore("lake").history("t").to_dict("records")] == [0, 1]
+
+
+def test_openlineage_events_are_valid(dag):
+    from opml_wb.provenance.openlineage import openlineage
+    ol = pytest.importorskip("openlineage.client.event_v2")
+    for name in dag:
+        for e in openlineage(dag[name]):
+            made = ol.RunEvent(eventTime=e["eventTime"], producer=e["producer"], eventType=ol.RunState[e["eventType"]], run=ol.Run(**e["run"]), job=ol.Job(**e["job"]),
+                               inputs=[ol.InputDataset(**d) for d in e["inputs"]], outputs=[ol.OutputDataset(**d) for d in e["outputs"]])
+            assert made.schemaURL == e["schemaURL"]
+    with pytest.raises(ValueError): ol.Run(runId="no uuid")
+
+
+@pytest.mark.skipif(data.find("provenance/openlineage") is None, reason="needs `opml data fetch provenance/openlineage`")
+def test_openlineage_events_fit_the_standards_schema(dag):
+    import jsonschema
+    from opml_wb.provenance.openlineage import openlineage
+    schema = jsonschema.Draft202012Validator(json.loads(data.path("provenance/openlineage").read_text()), format_checker=jsonschema.FormatChecker())
+    for name in dag:
+        for e in openlineage(dag[name]): schema.validate(e)
+    assert not schema.is_valid({**e, "run": {}})
+
+
+def test_a_chapter_goes_elsewhere_in_one_file(chapter, tmp_path, opml, monkeypatch):
+    path, first = chapter
+    done = opml("pipeline", "export", first.key, tmp_path / "sums.zip")
+    assert done.returncode == 0, done.stderr
+    there = tmp_path / "there"
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "other home"))
+    done = opml("pipeline", "import", tmp_path / "sums.zip", "--to", there, "--json", env={"OPML_HOME": str(tmp_path / "other home")})
+    told = json.loads(done.stdout)
+    assert sorted(p.name for p in there.iterdir()) == ["helper.py", "sums.ipynb", "x.csv"] and told["differences"] == []
+    again = run(told["commands"][0]["words"][2], preset="imported")
+    assert again.metrics == first.metrics
+
+
+def test_the_verbs_print_json(dag, made, opml):
+    def ask(*words): return json.loads(opml(*words, "--json", cwd=made[1], env={"OPML_HOME": str(made[0])}).stdout)
+    assert ask("lineage", dag["features"])["before"] == [dag["clean"]]
+    assert [e["op"] for e in ask("lineage", "clean.csv")["events"]] == ["created", "read", "modified", "read"]
+    assert {r["run"] for r in ask("impact", dag["clean"], "--transitive")} == {dag["features"], dag["tree"], dag["net"]}
+    assert ask("check", dag["tree"]) == {"verdict": "same", "differences": []}
+    assert [r["run"] for r in ask("search", "tree.bin")] == [dag["tree"]]
+    refused = opml("impact", "nothing")
+    assert refused.returncode == 2 and "no run 'nothing'" in refused.stderr
+
+
+def test_postgres_answers_the_same(postgres, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("OPML_STORE", postgres)
+    home, runs = store.Store(), {}
+    for name, events in (("clean", [("created", "/d/clean.csv", "5f")]), ("fit", [("read", "/d/clean.csv", "5f"), ("created", "/d/model", "6a")])):
+        folder, runs[name] = home.begin({"key": name * 5, "chapter": name, "params": {"seed": 1}})
+        store.write_json(folder / "provenance.json", {"stage": {"pipeline": name, "capture": "seccomp", "who": "ann", "code": "c"}, "events": [{"op": o, "path": p, "version": v, "t": .1} for o, p, v in events]})
+        store.finish(folder, status="done", error=None, seconds=1, cpu=1, rss=1)
+        home.index(folder)
+    tag(runs["fit"], "good one")
+    assert set(impact(runs["clean"]).run) == {runs["fit"]}
+    assert [search(t).run.tolist() for t in ("clean.csv mod", "good", "ann")] == [[runs["fit"]], [runs["fit"]], [runs["fit"], runs["clean"]]]
+    assert (last_successful("fit")["who"], latest_using("/d/clean.csv")["run"], most_used().runs.tolist()) == ("ann", runs["fit"], [1])
