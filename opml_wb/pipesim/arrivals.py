@@ -226,6 +226,14 @@ class ArrivalModel(Fit):
         t = _inverse(_renewal(edges[-1], self.gap, rng, hours >= 4 * WEEK), edges, at) - skip
         return t[(t >= 0) & (t < horizon_s)]
 
+    def scaled(self, users):
+        "The same model with `users` (> 0) times as many arrivals: the profile grows, its shape and the bursts stay."
+        if not (np.isfinite(users) and users > 0): raise ValueError(f"users={users!r}: expected a factor > 0")
+        import copy
+        out = copy.copy(self._fitted())
+        out.profile = self.profile * users
+        return out
+
     def gof(self, times_s, weeks=None, seed=0):
         "Compare with a trace (epoch seconds f8 [n], in the model's tz); see `arrival_gof`."
         return arrival_gof(self._fitted(), _times(times_s, self.tz), weeks, seed)

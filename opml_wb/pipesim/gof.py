@@ -58,6 +58,7 @@ def compare(trace, sample, more=None, failed=(), bound=None):
 
 # %% ../../nbs/pipesim/10_gof.ipynb #d645bb23
 def _plain(v):
+    if isinstance(v, Fit): return json.loads(v.to_json())
     if isinstance(v, np.ndarray): return {"array": v.tolist(), "dtype": v.dtype.str} if v.dtype.kind != "O" else v.tolist()
     if isinstance(v, dict): return {str(k): _plain(x) for k, x in v.items()}
     if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
