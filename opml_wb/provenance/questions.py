@@ -146,14 +146,25 @@ def _metric(ledger, run, name):
     if name not in metrics: raise KeyError(f"run {run} has no metric {name!r}; it has: {', '.join(metrics) or 'none'}")
     return float(metrics[name])
 
-def better_than_production(run, metric, better="higher"):
-    """Is `metric` of `run` better than that of the run of its pipeline that is tagged `production`? True when nothing is in production; an equal one is not better.
+def _served(ledger, run, metric):
+    "`metric` of what the model store serves of the models that `run` published, None where it serves none, or the run's own."
+    names = {e["path"][6:]: e["version"] for e in ledger.events(run) if e["path"].startswith("model:") and e["op"] in ("created", "modified")}
+    from opml_wb.core.models import ModelStore
+    models = ModelStore() if names else None
+    served = {n: models.current(n) for n in names if n in models.names()} if names else {}
+    found = [models.info(n, v)["metrics"] for n, v in served.items() if v is not None and str(v) != names[n]]
+    if found and metric not in found[0]: raise KeyError(f"the model that is served has no metric {metric!r}; it has: {', '.join(found[0]) or 'none'}")
+    return float(found[0][metric]) if found else None
 
+def better_than_production(run, metric, better="higher"):
+    """Is `metric` of `run` better than that of what is in production? True when nothing is; what is equal is not better.
+
+    In production is the run of its pipeline that was tagged `production` last, else what the model store serves of a model that `run` published.
     `better`: higher | lower. Raises KeyError when either lacks the metric, StoreError, ValueError."""
     if better not in ("higher", "lower"): raise ValueError(f"better={better!r}: expected 'higher' or 'lower'")
     ledger = Reader()
     run = ledger.name(run)
     new, other = _metric(ledger, run, metric), in_production(ledger, ledger.stage(run)["pipeline"])
-    if other is None or other == run: return other is None
-    old = _metric(ledger, other, metric)
-    return new > old if better == "higher" else new < old
+    if other == run: return False
+    old = _metric(ledger, other, metric) if other else _served(ledger, run, metric)
+    return old is None or (new > old if better == "higher" else new < old)

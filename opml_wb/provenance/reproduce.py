@@ -29,19 +29,26 @@ def traced(doc):
     return "command" in doc
 
 def version_now(path, kind="file"):
-    "The version of the artifact at `path` now; None when there is none."
+    "The version of the artifact at `path` now; None when there is none. Of a model it is the one that the model store serves."
+    if kind == "model": return _model_now(path.partition(":")[2])
     if kind != "table": return version_of(path)
     table = Table(path).fresh()
     if table.delta is None: return None
     last = table.last()
     return f"delta:{last['version'] if last else table.delta.version()}"
 
+def _model_now(name):
+    from opml_wb.core.models import ModelStore
+    models = ModelStore()
+    current = models.current(name) if name in models.names() else None
+    return None if current is None else str(current)
+
 def _inputs(events, code):
     "Differences among what a stage used; `code`: also its source files, as code."
     kinds = {e["path"]: e["kind"] for e in events}
     for path, then in _all_used(events):
         source = path.endswith((".py", ".ipynb", ".sh"))
-        if source and not code or "/__pycache__/" in path or kinds[path] not in ("file", "table"): continue
+        if source and not code or "/__pycache__/" in path or kinds[path] not in ("file", "table", "model"): continue
         now = version_now(path, kinds[path])
         if now != then or then is None: yield _difference("code" if source else "input", path, then, now)
 
@@ -168,7 +175,7 @@ def _readable(path, version):
 
 def at_hand(ledger, path, version, kind):
     "Is this version of an artifact there, or can it be brought back without executing anything?"
-    return version_now(path, kind) == version or (_readable(path, version) if kind == "table" else _copy_of(ledger, version) is not None)
+    return version_now(path, kind) == version or (_readable(path, version) if kind == "table" else kind == "file" and _copy_of(ledger, version) is not None)
 
 def needed(ledger, run, from_failed=True):
     "The runs that must be executed again for `run`, in order, `run` last; with `from_failed` not those whose outputs are at hand."
