@@ -472,6 +472,15 @@ def test_command_line(place, opml, tmp_path):
     done = opml("flexserve", "pack", tmp_path / "tiny.yaml", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     assert opml("flexserve", "publish", "tiny", tmp_path / "bundle").stdout.strip() == "tiny version 1"
+    torch.manual_seed(6)
+    torch.save(zoo.mlp().state_dict(), tmp_path / "mlp.pt")
+    assert opml("flexserve", "pack", tmp_path / "tiny.yaml", tmp_path / "bundle2").returncode == 0
+    assert opml("flexserve", "publish", "tiny", tmp_path / "bundle2", "--no-promote").stdout.strip() == "tiny version 2 (not promoted)"
+    (tmp_path / "some").mkdir()
+    for i in range(20): (tmp_path / "some" / f"{i:02d}.png").write_bytes(FILES[i])
+    done = opml("flexserve", "diff", "tiny", 1, 2, tmp_path / "some", "--json", "--max-flips", "0")
+    was, now = (Engine.load(tmp_path / b, "torch").infer(PICTURES[:20]).labels[0] for b in ("bundle", "bundle2"))
+    assert [f["picture"] for f in json.loads(done.stdout)["flips"]] == [f"{i:02d}.png" for i in range(20) if was[i] != now[i]] and done.returncode == int((was != now).any())
     for command, said in ((("pin", "tiny", 9), "no version 9"), (("rollback", "tiny"), "stable"), (("serve", "nobody"), "nobody"), (("serve", "tiny", "--host", "0.0.0.0"), "token-file"),
                           (("publish", "x", tmp_path), "bundle.json"), (("pack", tmp_path / "mlp.pt", tmp_path / "b2"), "")):
         failed = opml("flexserve", *command)
@@ -503,3 +512,25 @@ def test_follows_the_store(place, opml, home):
         assert client.provenance()["version"] == v and "version 3" in json.loads(ask(server.url, "GET", "/health/ready")[2])["error"]
 
 
+
+
+@pytest.mark.slow
+def test_ray_serve_gives_the_same_answers(place, right):
+    "The deployment on a Ray cluster of this machine: classes of the plain engine, errors as ours."
+    ray = pytest.importorskip("ray", reason="needs Ray Serve: pip install 'opml_wb[ray]'")
+    serve = pytest.importorskip("ray.serve")
+    from opml_wb.flexserve.ray_app import deployment
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(deployment(place / "faces1", "faces", 1, replicas=1, engine="torch"), name="faces", route_prefix="/")
+        url = f"http://127.0.0.1:{port}"
+        answer = Client(url).batch(PICTURES, policy=CAT)
+        assert answer.models == right[1] and answer.policy["result"] == ["yes" in pair for pair in zip(*right[1].values())]
+        status, headers, _ = ask(url, "POST", "/batch", FILES[0], Content_Type="image/png")
+        assert status == 200 and headers["x-digest"] == answer.digest
+        assert ask(url, "POST", "/batch", b"", Content_Type="image/png")[0] == 422
+    finally:
+        serve.shutdown()
+        ray.shutdown()

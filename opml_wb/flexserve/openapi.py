@@ -18,7 +18,7 @@ def _maybe(kind, **how): return {"type": [kind, "null"], **how}
 
 TEXT, WHOLE, FLAG, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "number"}
 KINDS = ["or", "and", "majority", "k_of_n", "weighted", "threshold", "vote", "mean_prob"]
-FILES = _object({"file": _list({"type": "string", "format": "binary"}, minItems=1)}, "file")
+FILES = _object({"file": _list({"type": "string", "format": "binary"}, minItems=1)}, "file", extra=True)
 LABELS = {"type": "object", "additionalProperties": _list(_maybe("string"))}
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #b15f5513
