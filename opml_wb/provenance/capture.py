@@ -6,7 +6,7 @@
 __all__ = ['SOURCE', 'capture', 'wanted', 'engines_own', 'Capture', 'fall_back', 'conclude', 'stage_of', 'code_of']
 
 # %% ../../nbs/provenance/08_capture.ipynb #d97749f2
-import hashlib, json, os, sys, time
+import hashlib, json, os, sys, tempfile, time
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -134,7 +134,7 @@ def _covered(request):
 def _add_inputs(folder, request, events):
     "Add what the run read to its log as inputs."
     had, folders = _covered(request)
-    away = (f"{os.path.realpath(folder.parents[1])}/", f"{Path.home()}/.", *folders)
+    away = (f"{os.path.realpath(folder.parents[1])}/", f"{Path.home()}/.", f"{tempfile.gettempdir()}/.", *folders)
     lines = [{"kind": "input", "path": e["path"], "sha256": e["version"]} for e in events
              if e["op"] == "read" and e["kind"] == "file" and not e["part"] and e["version"] and not {e["version"], e["version"][:20]} & had
              and (not e["path"].startswith(away) or "/artifacts/" in e["path"])]

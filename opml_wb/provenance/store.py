@@ -73,6 +73,7 @@ class Ledger:
 
     def sync(self):
         "Agree with the run store: forget runs that are gone, take in those of this home that ended unindexed."
+        self.runs.settle()
         gone = self.db.execute("select run from prov_stage where run not in (select id from run)").fetchall()
         if gone:
             with self.db.writing("provenance") as db:

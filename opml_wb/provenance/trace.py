@@ -168,7 +168,9 @@ def trace(as_json, kernel, command):
     "Run COMMAND as it is and record every file that it and its children touch. The exit code is the command's."
     if kernel: return click.echo(f"installed in {install_kernel()}")
     if not command: raise click.UsageError("expected a command: opml trace -- python train.py")
-    if not wanted(): return _unwatched(command)
+    try: on = wanted()
+    except ValueError as e: raise click.UsageError(str(e))
+    if not on: return _unwatched(command)
     done = watch(command, to_stderr=as_json)
     if as_json: click.echo(json.dumps(done))
     elif done["run"]: click.echo(summary(done), err=True)
@@ -200,7 +202,8 @@ def install_kernel(prefix=None):
 def load_ipython_extension(shell):
     "Tell the watcher of each cell: what the traced kernel loads."
     from opml_wb.core import events
-    shell.events.register("pre_run_cell", lambda info: events.cell(shell.execution_count) if info.store_history else None)
+    number = lambda: len(shell.history_manager.input_hist_parsed)  # of the cell that begins: `execution_count` has been raised already in newer IPython
+    shell.events.register("pre_run_cell", lambda info: events.cell(number()) if info.store_history else None)
     shell.events.register("post_run_cell", lambda result: events.cell() if result.info.store_history else None)
 
 def kernel(connection):
