@@ -26,7 +26,7 @@ def preprocess(df):
     numbers = df.drop(columns=["group", "y"])
     numbers = numbers.fillna(numbers.median())
     x = (numbers - numbers.mean()) / (numbers.std() + 1e-9)
-    return np.concatenate([x.to_numpy(np.float32), pd.get_dummies(df.group).to_numpy(np.float32)], 1), df.y.to_numpy()
+    return np.concatenate([x.to_numpy(np.float32), pd.get_dummies(df.group).to_numpy(np.float32)], 1), df.y.to_numpy(copy=True)
 
 # %% ../../nbs/pipesim/15_calibrate.ipynb #f4c2a183
 def _network(d, hidden=64):

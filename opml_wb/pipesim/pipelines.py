@@ -85,6 +85,7 @@ class PipelineModel(Fit):
         "The model kept in JSON; see `Fit.from_json`."
         self = super().from_json(source)
         for name, part in cls._parts.items(): setattr(self, name, part.from_json(getattr(self, name)))
+        for name in ("structures", "frameworks", "units"): setattr(self, name, _mix(name, getattr(self, name)))      # written with fewer digits
         return self
 
     @classmethod
