@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Bundle', 'BundleError', 'import_torch', 'Engine', 'EngineError', 'Answer', 'Policy', 'PolicyError', 'Verdict',
-           'sweep', 'confusion', 'per_class', 'decode', 'Transform', 'Client', 'diff', 'presence', 'movement',
-           'FlexCockpit', 'kind', 'target']
+           'sweep', 'confusion', 'per_class', 'decode', 'Transform', 'Client', 'flips', 'presence', 'movement',
+           'FlexCockpit']
 
 # %% ../../nbs/flexserve/00_package.ipynb #64e51e33
 _WHERE = {"Bundle": "bundle", "BundleError": "bundle", "import_torch": "weights", "Engine": "engine", "EngineError": "engine", "Answer": "engine",
           "Policy": "policy", "PolicyError": "policy", "Verdict": "policy", "sweep": "frontier", "confusion": "frontier", "per_class": "frontier",
-          "decode": "images", "Transform": "images", "Client": "client", "diff": "diff", "presence": "track", "movement": "track", "FlexCockpit": "cockpit"}
+          "decode": "images", "Transform": "images", "Client": "client", "flips": "diff", "presence": "track", "movement": "track", "FlexCockpit": "cockpit"}
 _all_ = ["Bundle", "BundleError", "import_torch", "Engine", "EngineError", "Answer", "Policy", "PolicyError", "Verdict", "sweep", "confusion", "per_class", "decode",
-         "Transform", "Client", "diff", "presence", "movement", "FlexCockpit", "kind", "target"]
+         "Transform", "Client", "flips", "presence", "movement", "FlexCockpit"]
 
 def __getattr__(name):
     "Import a public name's module at its first use."
