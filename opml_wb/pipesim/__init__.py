@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DataAsset', 'Link', 'Pipeline', 'Platform', 'Pool', 'Task', 'TrainedModel', 'Workload', 'Allocator', 'Policy',
            'PoolView', 'Trace', 'simulate', 'Detector', 'Drift', 'cost_benefit', 'performance', 'Streamed',
-           'simulate_stream', 'capacity_plan', 'stats']
+           'simulate_stream', 'capacity_plan', 'stats', 'ArrivalModel', 'AssetModel', 'DurationModel', 'MetricModel',
+           'PipelineModel', 'StoreError', 'TraceStore', 'Experiment']
 
 # %% ../../nbs/pipesim/00_package.ipynb #f70caba2
 from .model import DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel
@@ -17,6 +18,14 @@ from .runtime import Detector, Drift, cost_benefit, performance
 from .stream import Streamed, simulate_stream
 from .plan import capacity_plan
 from . import stats
+from .arrivals import ArrivalModel
+from .assets import AssetModel
+from .durations import DurationModel
+from .metrics import MetricModel
+from .pipelines import PipelineModel
+from .store import StoreError, TraceStore
+from .experiment import Experiment
 
 _all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate", "Detector", "Drift",
-         "cost_benefit", "performance", "Streamed", "simulate_stream", "capacity_plan", "stats"]
+         "cost_benefit", "performance", "Streamed", "simulate_stream", "capacity_plan", "stats", "ArrivalModel", "AssetModel", "DurationModel",
+         "MetricModel", "PipelineModel", "StoreError", "TraceStore", "Experiment"]

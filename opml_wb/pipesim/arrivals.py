@@ -177,8 +177,9 @@ def _matched(lam, m, s2):
 # %% ../../nbs/pipesim/10_arrivals.ipynb #aed50b86
 class ArrivalModel(Fit):
     """Trigger times (paper, Figure 3 and section 2): a 168-cell profile, exponentiated-Weibull gaps in operational time, `burst="ar1"` for its
-    error bars. After `fit`: profile f8 [168] (arrivals an hour, Monday 0 h first), gap (a, c), s2, phi, weeks, n, tz."""
-    _kept = ("burst", "tz", "profile", "gap", "s2", "phi", "weeks", "n")
+    error bars. After `fit`: profile f8 [168] (arrivals an hour, Monday 0 h first), sd f8 [168] (of the trace's counts over weeks; NaN from one
+    week), gap (a, c), s2, phi, weeks, n, tz."""
+    _kept = ("burst", "tz", "profile", "sd", "gap", "s2", "phi", "weeks", "n")
 
     def __init__(self, burst=None):
         if burst not in (None, "ar1"): raise ValueError(f"burst={burst!r}: expected None or 'ar1'")
@@ -192,7 +193,7 @@ class ArrivalModel(Fit):
         t0, counts, cells = hourly(times, tz)
         self.profile, free = _profile(counts, cells)
         lam, spread = self.profile[cells], dither(times)
-        self.n, self.weeks = len(times), len(counts) / WEEK
+        self.n, self.weeks, self.sd = len(times), len(counts) / WEEK, profile_stats(counts, cells)[1]
         self.gap = fit_exponweib(np.diff(_operational(spread, t0, lam)))
         if self.burst: self._fit_burst(spread, t0, counts, lam, free)
         self.fitted = True

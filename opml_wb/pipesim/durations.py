@@ -51,7 +51,7 @@ def _named(df, given, role):
 class DurationModel(Fit):
     """Task durations stratified by the columns `by` (str or list; () for none) and the column `size` (None: `size`, `bytes` or `rows` if the frame
     has one; False: none); paper, Figure 2. target: the column of seconds (None: `dur`, `duration`, `duration_s` or `seconds`)."""
-    _kept = ("by", "size", "target", "shift", "centre", "groups", "n")
+    _kept = ("by", "size", "target", "shift", "centre", "seen", "groups", "n")
 
     def __init__(self, by=("kind", "framework"), size=None, target=None):
         self.by, self.size, self.target = [by] if isinstance(by, str) else list(by or ()), size, target
@@ -66,8 +66,8 @@ class DurationModel(Fit):
         return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows], object)[inverse.ravel()]
 
     def _logsize(self, df):
-        "Centred log size f8 [n]; zeros where the model has none."
-        return np.log1p(column(df, self.size)) - self.centre if self.size else np.zeros(len(df))
+        "Centred log size f8 [n], no further out than the sizes fitted on; zeros where the model has none."
+        return np.clip(np.log1p(column(df, self.size)), *self.seen) - self.centre if self.size else np.zeros(len(df))
 
     def fit(self, df):
         "Fit on a DataFrame, a row per task with seconds >= 0. Returns self. Raises ValueError naming column and row."
@@ -77,7 +77,8 @@ class DurationModel(Fit):
         d, keys = column(df, self.target), self._keys(df)
         if len(d) < 2: raise ValueError(f"durations: expected at least 2 rows, got {len(d)}")
         self.n, self.shift = len(d), float(1e-3 * np.median(d[d > 0])) if (d > 0).any() else 1e-3
-        self.centre = float(np.log1p(column(df, self.size)).mean()) if self.size else 0.
+        sizes = np.log1p(column(df, self.size)) if self.size else np.zeros(1)
+        self.centre, self.seen = float(sizes.mean()), [float(sizes.min()), float(sizes.max())]
         x, y = self._logsize(df), np.log(d + self.shift)
         root = _fit_group(x, y, (y.mean(), 0.), None)
         self.groups = {"": root} | {k: _fit_group(x[keys == k], y[keys == k], root["line"], root["table"][0]) for k in np.unique(keys) if k}
