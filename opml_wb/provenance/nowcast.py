@@ -10,7 +10,9 @@ __all__ = ['LOAD', 'FEATURES', 'RIDGE', 'TREE', 'REPORT', 'SCRIPTS', 'STAGES', '
 # %% ../../nbs/provenance/27_nowcast.ipynb #5410cc2d
 import json, subprocess, sys
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 from ..core import data, ui
 
@@ -31,7 +33,7 @@ rows = FeatureStore("lake").range("series", "value", "1985-01-01T00:00Z", "2017-
 wide = rows.pivot(index="date", columns="series", values="value")
 monthly = ["PAYEMS", "INDPRO", "RSAFS", "HOUST", "DSPIC96", "UNRATE"]
 growth = wide[monthly].pct_change(fill_method=None).rolling(3).mean() * 100
-growth["GDP"] = wide["GDPC1"]
+growth["GDP"] = wide["GDPC1"].dropna().pct_change() * 400
 growth.dropna().to_parquet("features.parquet")
 '''
 RIDGE = '''import json
@@ -103,19 +105,21 @@ def show_known(fig, store, series, known_at, months=24, table="series"):
 # %% ../../nbs/provenance/27_nowcast.ipynb #99f69032
 CLASSES = ["input", "package", "code", "hardware"]
 CHANGES = {"nothing": None, "a comment in ridge.py": ("ridge.py", lambda b: b + b"# a thought\n"), "the code of ridge.py": ("ridge.py", lambda b: b.replace(b"Ridge()", b"Ridge(alpha=2.0)")),
-           "one byte of june.csv": ("june.csv", lambda b: b.replace(b"96373", b"96374", 1)), "features.parquet is gone": ("features.parquet", None)}
+           "another pandas is installed": ("pandas", None), "one byte of june.csv": ("june.csv", lambda b: b.replace(b"96373", b"96374", 1)), "features.parquet is gone": ("features.parquet", None)}
 
 @contextmanager
 def changed(folder, what):
-    "The folder with one of `CHANGES`, undone afterwards."
-    if CHANGES[what] is None: yield; return
-    name, edit = CHANGES[what]
-    file = Path(folder)/name
-    before = file.read_bytes()
-    try:
-        file.unlink() if edit is None else file.write_bytes(edit(before))
-        yield
-    finally: file.write_bytes(before)
+    "The folder (or this environment) with one of `CHANGES`, undone afterwards."
+    name, edit = CHANGES[what] or (None, None)
+    if name == "pandas":
+        with mock.patch("opml_wb.provenance.reproduce.installed", lambda p: "0.0" if p == name else version(p)): yield
+    elif name is None: yield
+    else:
+        file, before = Path(folder)/name, (Path(folder)/name).read_bytes()
+        try:
+            file.unlink() if edit is None else file.write_bytes(edit(before))
+            yield
+        finally: file.write_bytes(before)
 
 def check_figure(runs):
     "A Figure of stages x classes of difference, to be filled by `show_check`; `runs` {name: JSON object of `opml trace`}."

@@ -195,6 +195,7 @@ def needed(ledger, run, from_failed=True):
 @contextmanager
 def restored(ledger, run):
     """While this lasts, the inputs of `run` are what they were: files whose content lies elsewhere are put in place, tables are read at their version.
+    What lay there is put back afterwards; a file that was missing stays.
 
     Yields [(path, version)] of those that cannot be brought back."""
     lost, tables, aside, events = [], {}, [], ledger.events(run)
@@ -204,25 +205,24 @@ def restored(ledger, run):
         for path, version, _ in used(events):
             if version_now(path, kinds[path]) == version or path.endswith((".py", ".ipynb")): continue
             if kinds[path] == "table" and path not in changed and _readable(path, version): tables[os.path.realpath(path)] = int(version.partition(":")[2])
-            elif kinds[path] == "file" and path not in changed and (copy := _copy_of(ledger, version)): aside.append(_swap(path, copy))
+            elif kinds[path] == "file" and path not in changed and (copy := _copy_of(ledger, version)): aside += _swap(path, copy)
             else: lost.append((path, version))
         if tables: os.environ[AT] = json.dumps(tables)
         yield lost
     finally:
         if tables: os.environ.pop(AT) if before is None else os.environ.update({AT: before})
-        for path, was in aside: os.replace(was, path) if was else os.unlink(path)
+        for path, was in aside: os.replace(was, path)
 
 def _swap(path, copy):
-    "Put the content of `copy` at `path`; (path, where that lies which was there, or None)."
-    was = f"{path}.opml-aside"
+    "Put the content of `copy` at `path`; [(path, where that lies which was there)], [] when nothing was."
+    was, part = f"{path}.opml-aside", f"{path}.opml-part"
     if os.path.exists(was): os.replace(was, path)      # of a run that was killed
-    part = f"{path}.opml-part"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(copy, part)
-    there = os.path.exists(path)
+    there = [(path, was)] if os.path.exists(path) else []
     if there: os.replace(path, was)
     os.replace(part, path)
-    return path, was if there else None
+    return there
 
 # %% ../../nbs/provenance/22_reproduce.ipynb #5db6924f
 def _again(ledger, run):
