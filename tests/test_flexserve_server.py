@@ -150,6 +150,38 @@ def test_policies_over_http(faces, right, place):
     assert client.batch(PICTURES, policy=spec).policy["result"] == (probs.mean(0)[:, 1] >= .5).tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("OPML_DATA" not in os.environ, reason="needs OPML_DATA: CIFAR-10 networks and pictures of FlexServe")
+def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
+    "Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the FN and FP that counting gives."
+    from opml_wb.flexserve.data import cifar, cifar_models
+    files, truth = cifar()
+    files, truth, models = files[::3], truth[::3], cifar_models()
+    bundle = Bundle.create(tmp_path / "cifar", models, golden=files[:3])
+    normal = lambda f: (torch.from_numpy(np.array(Image.open(io.BytesIO(f)).convert("RGB"))).permute(2, 0, 1).float() / 255 - torch.tensor([.485, .456, .406])[:, None, None]) / torch.tensor([.229, .224, .225])[:, None, None]
+    with torch.inference_mode(): plain = {m["name"]: torch.cat([bundle.module(m["name"])(normal(f)[None]).softmax(1) for f in files]).numpy() for m in models}
+    labels = {name: np.array(bundle.classes)[p.argmax(1)] for name, p in plain.items()}
+    store = ModelStore(tmp_path / "home" / "models")
+    store.promote("cifar", store.publish("cifar", bundle.dir))
+    with Server("cifar", home=tmp_path / "home", engine="torch") as server:
+        cuts = np.unique(np.random.default_rng(1).integers(1, len(files), 60)).tolist()
+        parts = list(zip([0, *cuts], [*cuts, len(files)]))
+        replies = run(server.url, lambda c, n: (parts[16 * n + c], load.predict(files[slice(*parts[16 * n + c])], probs=True)) if 16 * n + c < len(parts) else None, 16, 60)
+        said = [r.json() for r in sorted(replies, key=lambda r: r.key)]
+        assert list(said[0]["models"]) == ["resnet20", "resnet32", "resnet44", "resnet56"]
+        for name, p in plain.items():
+            got = np.array([row for a in said for row in a["probs"][name]])
+            close = np.sort(p, 1)[:, -1] - np.sort(p, 1)[:, -2] < 1e-4
+            mine = np.array([c for a in said for c in a["models"][name]])
+            assert np.abs(got - p).max() <= 1e-4 and (mine == labels[name])[~close].all()
+            assert abs((mine == truth).mean() - (labels[name] == truth).mean()) <= close.mean()
+        votes, cat, client = sum((row == "cat").astype(int) for row in labels.values()), truth == "cat", Client(server.url)
+        mean = np.mean(list(plain.values()), 0)[:, bundle.classes.index("cat")]
+        for spec, seen in [({"kind": "k_of_n", "k": k}, votes >= k) for k in (1, 2, 3, 4)] + [({"kind": "mean_prob", "threshold": t}, mean >= t) for t in (.1, .3, .5)]:
+            result = np.array(client.batch(files, policy={**spec, "target": "cat"}).policy["result"])
+            assert (int((cat & ~result).sum()), int((~cat & result).sum())) == (int((cat & ~seen).sum()), int((~cat & seen).sum())), spec
+
+
 def ask(url, method, path, body=b"", **headers):
     "(status, headers, body) of one exchange on a connection of its own."
     at = url.rpartition(":")[2]
@@ -262,7 +294,7 @@ def test_sizes_and_slow_clients(faces):
         assert time.monotonic() - began < 8
 
 
-def test_two_arrays_of_requests_agree(faces, right):
+def test_concurrent_clients_get_what_each_would_alone(faces, right):
     "Clients that ask at once get what each would get alone."
     settle(faces)
     assert not wrong(run(faces.url, mixed(), 8, 1.5), right)
