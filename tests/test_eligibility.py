@@ -1,6 +1,6 @@
 """Eligibility against slow references on random logs, against real logs where they are, in parts, and against what users do wrong."""
-import os
 from datetime import datetime, timedelta
+from decimal import Decimal
 
 import numpy as np
 import pandas as pd
@@ -605,3 +605,88 @@ def test_periods_are_told_how_to_become_moments():
 def test_parquet_takes_its_arguments_as_its_siblings_do(tmp_path):
     small().to_parquet(tmp_path/"log.parquet")
     assert (AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", "at").time == AuditLog.from_wide(small(), "case", "n", "at").time).all()
+
+
+def odd_columns(n, rng):
+    "Columns of every kind of value and type that a frame can hold, with nulls."
+    def pick(*values): return pd.Series([values[i] for i in rng.integers(0, len(values), n)], dtype=object)
+    return {"Größe 状态 😀": pick("ä", "a\u0308", None), "": pick("x", "?", ""), "category": pick("a", None, "?").astype(pd.CategoricalDtype(["z", "a", "?"], ordered=True)),
+            "Int64": pick(1, 2**53, 2**53 + 1, None).astype("Int64"), "UInt64": pick(2**64 - 1, 2**64 - 2, None).astype("UInt64"), "boolean": pick(True, None).astype("boolean"),
+            "huge": pick(10**30, 10**30 + 1, None), "decimal": pick(Decimal("1.10"), Decimal("1.1"), Decimal("NaN")), "mixed": pick(1, "1", None), "tuple": pick((1, 2), (1, 3), None),
+            "bytes": pick(b"", b"x"), "float16": pick(1.5, np.nan).astype("float16"), "inf": pick(np.inf, -np.inf, 0., -0., np.nan).astype(float), "nothing": pick(None),
+            "NaT": pd.Series(pd.NaT, range(n)), "zoned": pick("2020-01-01", "2020-01-02", None).astype("datetime64[us]").dt.tz_localize("Europe/Rome"),
+            "span": pd.to_timedelta(pick(1, 2), unit="h"), "period": pd.Series(pd.PeriodIndex(pick("2020-01", "2020-02"), freq="M")), "null_rate": pick("a", None)}
+
+
+def test_values_of_every_kind_against_a_reading_by_hand():
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        case = np.repeat(range(12), rng.integers(1, 5, 12))
+        df = pd.DataFrame({"case": case, "n": 2**60 + rng.permutation(len(case)), **odd_columns(len(case), rng)}).sample(frac=1, random_state=seed)
+        got, rows = scan(AuditLog.from_wide(df.set_index(pd.Index([0] * len(df))), "case", "n")).frame(), df.sort_values(["case", "n"])
+        for f in df.columns[1:]:
+            values = [[None if v is None or v is pd.NaT or v is pd.NA or v != v or isinstance(v, str) and v in ("?", "") else v for v in g] for _, g in rows.groupby("case")[f]]
+            filled = [[x for x in v if x is not None] for v in values]
+            ever = sum(map(bool, filled))
+            want = np.mean([v[0] is None for v in values]), ever, sum(bool(t) and (v[-1] is None or v[-1] != t[0]) for v, t in zip(values, filled)) / ever if ever else np.nan
+            np.testing.assert_array_equal(got.loc[f, ["null_rate", "n_filled", "change_rate"]].to_numpy(float), want, err_msg=f"{f!r}, seed {seed}")
+
+
+def test_snapshots_equal_a_reading_by_hand():
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        case = np.repeat(range(15), rng.integers(1, 6, 15))
+        t = pd.Series(pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 90, len(case)), unit="h")).where(rng.random(len(case)) > .15)
+        df = pd.DataFrame({"case": case, "n": range(len(case)), "t": t, "x": rng.choice(["a", "b"], len(case))})
+        log, when = AuditLog.from_wide(df, "case", "n", "t"), pd.Timestamp("2020-01-03")
+        for delay in (None, 1, timedelta(0), timedelta(hours=5), ("x", "a")):
+            want = {}
+            for key, rows in df.groupby("case"):
+                ts, xs = list(rows.t), list(rows.x)
+                if ts[0] is pd.NaT or ts[0] > when: continue
+                i = max(i for i, at in enumerate(ts) if at is not pd.NaT and at <= when)
+                young = i == 0 if delay is None else i <= delay if isinstance(delay, int) else xs[i] == "a" if isinstance(delay, tuple) else i == 0 or ts[i] - ts[0] < delay
+                if young: want[key] = xs[i]
+            assert snapshot(log, when, delay).x.to_dict() == want, (seed, delay)
+
+
+def test_audit_rows_equal_states_written_by_hand():
+    for seed in range(10):
+        rng, state = np.random.default_rng(seed), {}
+        df = pd.DataFrame({"case": rng.integers(0, 8, 50), "t": pd.Timestamp("2020") + pd.to_timedelta(rng.integers(0, 20, 50), unit="h"), "f": rng.choice(["p", "q"], 50)}).sort_values(["case", "t"], kind="stable")
+        df["new"] = rng.choice(["a", "b", ""], 50)
+        old = []
+        for k, v in zip(zip(df.case, df.f), df.new):
+            old.append(state.get(k, rng.choice(["", "0"])))
+            state[k] = v
+        df["old"] = old
+        begin = {(c, f): rows.old.iloc[0] or None for (c, f), rows in df.groupby(["case", "f"])}
+        want = {f: [] for f in "pq"}
+        for c, rows in df.groupby("case"):
+            now = {f: begin.get((c, f)) for f in "pq"}
+            states = [dict(now)] * any(now.values())
+            for _, update in rows.groupby("t"):
+                now |= {f: v or None for f, v in zip(update.f, update.new)}
+                states.append(dict(now))
+            for f in "pq": want[f].append([s[f] for s in states])
+        got = scan(AuditLog.from_delta(df, "case", "t", "f", "old", "new")).frame()
+        for f, values in want.items():
+            filled = [[x for x in v if x is not None] for v in values]
+            assert got.null_rate[f] == np.mean([v[0] is None for v in values]) and got.n_filled[f] == sum(map(bool, filled))
+            assert got.change_rate[f] == pytest.approx(np.mean([v[-1] != t[0] for v, t in zip(values, filled) if t]))
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda d: AuditLog.from_wide(d.assign(at=["2020-01-01T00:00Z"] + ["2020-01-01T00:00"] * 4), "case", "n", "at"), "'at': '2020-01-01T00:00Z' has a zone"),
+    (lambda d: AuditLog.from_wide(d.assign(x=[[1]] * 5), "case", "n"), "field 'x'.*make them texts"), (lambda d: AuditLog.from_wide(d, "case", "n", dates=["at"]), "^dates="),
+    (lambda d: AuditLog.from_wide(d, "case", "n", by_time="at"), "^by_time="), (lambda d: AuditLog.from_wide(d.set_axis(pd.MultiIndex.from_product([["k"], d]), axis=1), ("k", "case"), ("k", "n")), "2 levels"),
+    (lambda d: snapshot(AuditLog.from_wide(d, "case", "n", "at"), 5), "^when=5"), (lambda d: expected_new("1", [1]), "^lam='1'"), (lambda d: expected_new(1, ["a"]), "^waits=")], ids=range(8))
+def test_other_bad_input_is_named(call, says):
+    with pytest.raises(ValueError, match=says): call(small())
+
+
+def test_ten_thousand_fields_and_one():
+    wide = pd.DataFrame({"case": [1, 1, 2], "n": [0, 1, 0]} | {f"f{i}": ["a", "b", None] for i in range(10_000)})
+    v = verdicts(AuditLog.from_wide(wide, "case", "n"))
+    assert len(v) == 10_001 and (v.null_rate[1:] == .5).all() and (v.change_rate[1:] == 1).all()
+    assert eligibility_matrix(AuditLog.from_wide(wide[["case", "n"]], "case", "n")).shape == (1, 1)

@@ -8,7 +8,7 @@ __all__ = ['from_delta']
 # %% ../../nbs/eligibility/04_delta.ipynb #4df494ce
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, _grouped, _order_key, _pandas, _present, _several, _times, finish
+from .auditlog import AuditLog, _grouped, _order_key, _pandas, _present, _several, _times, finish, mapping
 from .encode import NAT, NULL, column, encode, means_null
 from .kernels import carry
 
@@ -108,7 +108,8 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
     what fields were that never changed, and names those that are not audited. created: its column of creation times, the time of states before the first update (else
     unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises ValueError naming column, row or value."""
     df, current = _pandas(df), None if current is None else _pandas(current)
-    null, planned = [null] if isinstance(null, str) else list(null), _several(planned, list(df))
+    null, planned = [null] if pd.api.types.is_scalar(null) else list(null), _several(planned, list(df))
+    dates, by_time = mapping(dates, "dates"), mapping(by_time, "by_time")
     for c in (case, time, field, old, new, order):
         if c is not None: column(c, list(df))
     if created is not None and current is None: raise ValueError(f"created={created!r} is a column of current=, which is missing")

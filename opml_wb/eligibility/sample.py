@@ -6,6 +6,7 @@
 __all__ = ['deal', 'read_samples', 'agreement', 'attainable', 'sample']
 
 # %% ../../nbs/eligibility/10_sample.ipynb #b1567475
+from numbers import Real
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog, timed
@@ -46,7 +47,7 @@ def _checked(log, samples, size, runs=1, budget=None, th=.2):
     if (most := (n // size).sum()) < samples:
         raise ValueError(f"samples={samples}, size={size}: the log has {most} such samples; ask for fewer or smaller ones")
     if budget is None: return samples, size, runs, (len(log), samples * size)
-    part = budget if isinstance(budget, float) and 0 < budget < 1 else whole(budget, "budget") / len(log)
+    part = float(budget) if isinstance(budget, Real) and 0 < budget < 1 else whole(budget, "budget") / len(log)
     return samples, size, runs, (int(part * len(log) + 1e-9), int(part * log.n_cases))
 
 # %% ../../nbs/eligibility/10_sample.ipynb #3fb8b0e4

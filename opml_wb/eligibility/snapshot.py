@@ -7,6 +7,7 @@ __all__ = ['snapshot', 'moments', 'sample_snapshots', 'widen', 'expected_new', '
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #ea54ffe5
 import operator
+from numbers import Real
 import numpy as np
 import pandas as pd
 from . import kernels
@@ -16,7 +17,7 @@ from .scan import ratio, shows
 
 # %% ../../nbs/eligibility/11_snapshot.ipynb #8111341f
 def _moment(when):
-    try: t = pd.Timestamp(when)
+    try: t = pd.NaT if isinstance(when, Real) else pd.Timestamp(when)
     except (ValueError, TypeError): t = pd.NaT
     if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment, like '2020-03-01 12:00'")
     return (t.tz_convert(None) if t.tzinfo else t).to_datetime64().astype("M8[us]").astype(np.int64)
@@ -120,8 +121,9 @@ def expected_new(lam, waits, seed=0):
     snapshot will hold: Poisson around a bootstrap of the mean. Warns of a heavy tail: the mean above five medians, or a fifth of it from the longest 1 %.
     Raises ValueError for no waits, negative ones, or cases without a first action (NaN, infinite)."""
     import warnings
-    w = np.asarray(waits, float).ravel()
-    if not (np.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam}: expected a rate >= 0")
+    try: w = np.asarray(waits, float).ravel()
+    except (TypeError, ValueError): raise ValueError(f"waits={waits!r}: expected numbers") from None
+    if not (isinstance(lam, Real) and np.isfinite(lam) and lam >= 0): raise ValueError(f"lam={lam!r}: expected a rate >= 0")
     if not len(w): raise ValueError("waits: expected at least one time to first action")
     if not np.isfinite(w).all() or (w < 0).any():
         raise ValueError(f"waits: {int((~np.isfinite(w)).sum())} have no first action and {int((w < 0).sum())} are negative; "
