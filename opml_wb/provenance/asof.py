@@ -18,22 +18,27 @@ def _earlier(first, key):
 
     `first` (int64 [c]): when each cell became known; `key` (int64 [c]): its key, sorted."""
     p = np.arange(len(key)) - 1
-    while len(todo := np.flatnonzero((p >= 0) & (key[p] == key) & (first[p] >= first))): p[todo] = p[p[todo]]
-    return np.where((p >= 0) & (key[p] == key), p, -1)
+    p[np.r_[True, key[1:] != key[:-1]][:len(key)]] = -1
+    todo = np.flatnonzero(p >= 0)
+    while len(todo := todo[(p[todo] >= 0) & (first[p[todo]] >= first[todo])]): p[todo] = p[p[todo]]
+    return p
 
 # %% ../../nbs/provenance/11_asof.ipynb #c6e225ef
 class _Cells:
     "The log sorted by key, event time and version (int64 [n] each), and its cells."
     def __init__(self, key, time, known, version, dead):
-        self.order = np.lexsort((version, time, key))
-        key, time, known = key[self.order], time[self.order], known[self.order]
-        self.dead, self.times, self.knowns = dead[self.order], np.unique(time), np.unique(known)
-        starts = np.flatnonzero(np.r_[True, (np.diff(key) != 0) | (np.diff(time) != 0)])
-        cell = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(key)]))
-        self.key = key[starts]
-        self.place = self.key * (len(self.times) + 1) + _ranks(self.times, time[starts])       # sorted: cells by (key, time)
-        self.row_place = cell * (len(self.knowns) + 1) + _ranks(self.knowns, known)            # sorted: rows by (cell, known)
-        self.cell, self.earlier = cell, _earlier(known[starts], self.key)
+        import pandas as pd
+        time, self.times = pd.factorize(time, sort=True)
+        known, self.knowns = pd.factorize(known, sort=True)
+        place = key * (len(self.times) + 1) + time + 1
+        order = np.arange(len(key)) if (version[1:] >= version[:-1]).all() else np.argsort(version, kind="stable")
+        self.order = order[np.argsort(place[order], kind="stable")]
+        place, known, self.dead = place[self.order], known[self.order], dead[self.order]
+        new = np.r_[True, np.diff(place) != 0]
+        self.cell = np.cumsum(new) - 1
+        self.place, self.key = place[new], key[self.order][new]                         # sorted: cells by (key, time)
+        self.row_place = self.cell * (len(self.knowns) + 1) + known + 1                 # sorted: rows by (cell, known)
+        self.earlier = _earlier(self.knowns[known[new]], self.key)
 
     def at(self, key, time):
         "The last cell of each key up to each time, -1: none."
@@ -53,13 +58,14 @@ def latest_known(log, key, at, known):
     It is the row of the latest event time <= `at` whose newest version known at `known` is no delete."""
     out = np.full(len(key), -1)
     if not len(log["key"]) or not len(key): return out
-    cells = _Cells(**log)
+    cells, by = _Cells(**log), np.lexsort((at, key))        # in the log's order, near labels look at near rows
+    key, at, known = key[by], at[by], known[by]
     rank, cell, todo = _ranks(cells.knowns, known), cells.at(key, at), np.arange(len(key))
     while len(todo := todo[cell[todo] >= 0]):
         row = cells.row(cell[todo], rank[todo])
         dead = (row >= 0) & cells.dead[row]
         found = (row >= 0) & ~dead
-        out[todo[found]] = cells.order[row[found]]
+        out[by[todo[found]]] = cells.order[row[found]]
         before = np.where(cells.key[cell[todo] - 1] == cells.key[cell[todo]], cell[todo] - 1, -1)
         cell[todo] = np.where(found, -1, np.where(dead, before, cells.earlier[cell[todo]]))
     return out

@@ -6,7 +6,7 @@
 __all__ = ['PinnedError', 'Commits']
 
 # %% ../../nbs/provenance/12_commits.ipynb #ec45fbfa
-import json, os, re
+import json, os, re, threading
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,7 +17,17 @@ class PinnedError(ValueError): "Vacuum would remove a version that a run has pin
 
 class _Store:
     "The tables in folder `root`."
-    def __init__(self, root): self.root, self._tables, self._told = Path(root).expanduser().absolute(), {}, set()
+    def __init__(self, root): self.root, self._mine, self._told = Path(root).expanduser().absolute(), threading.local(), set()
+
+    @property
+    def _tables(self):
+        "{name: Table} of this thread, which looks at one version at a time, and of this process."
+        if getattr(self._mine, "pid", None) != os.getpid(): self._mine.pid, self._mine.tables = os.getpid(), {}
+        return self._mine.tables
+
+    def __getstate__(self): return {"root": self.root}
+
+    def __setstate__(self, state): self.__init__(state["root"])
 
     def __repr__(self): return f"FeatureStore({str(self.root)!r}: {', '.join(self.tables()) or 'no tables'})"
 

@@ -9,7 +9,7 @@ __all__ = ['FeatureStore']
 import numpy as np
 from .asof import latest_known
 from .commits import Commits, PinnedError
-from .table import OPS, HistoryError, instant, instants, newest
+from .table import OPS, HistoryError, in_order, instant, instants, newest
 
 # %% ../../nbs/provenance/13_features.ipynb #da81bdf5
 def _features(table, names):
@@ -68,8 +68,7 @@ class _Reads(Commits):
         where = (ds.field(time) >= start.to_pydatetime()) & (ds.field(time) < end.to_pydatetime())
         rows = table.scan(features, None if known_at is None else instant(known_at, "known_at"), where)
         self._touched("read", table)
-        frame = newest(rows, keys, time).select([*keys, time, *features]).to_pandas()
-        return frame if frame[time].is_monotonic_increasing else frame.sort_values([time, *keys], kind="stable", ignore_index=True)
+        return in_order(newest(rows, keys, time), time).select([*keys, time, *features]).to_pandas()
 
 # %% ../../nbs/provenance/13_features.ipynb #be851c95
 def _newest_value(rows, time, feature):
@@ -129,7 +128,7 @@ class FeatureStore(_Reads):
             if c not in labels.columns: raise ValueError(f"labels have no column {c!r}, which table {name!r} is joined by")
         at = instants(labels[t], t)
         top = pc.max(at).as_py() if len(at) else None
-        self._readable(table, at, known)
+        if isinstance(known, str): _known_then(table, at)
         rows = table.scan(columns, None if isinstance(known, str) else known, None if top is None else ds.field(time) <= top)
         self._touched("read", table)
         log, codes = _log(rows, time), _codes(rows.select(keys).to_pandas(), labels[keys], keys)
@@ -138,10 +137,13 @@ class FeatureStore(_Reads):
         place = pa.array(place, mask=place < 0)
         return {c: rows[c].take(place).to_pandas().set_axis(labels.index) for c in columns}
 
-    def _readable(self, table, at, known):
-        "Refuse times whose history was vacuumed."
-        if not isinstance(known, str): return
-        for t in sorted(set(at.to_pylist())): table.readable(instant(t, "event_time"), table.meta)
+def _known_then(table, at):
+    "Refuse labels at times whose history was vacuumed; `at`: arrow times [m]."
+    import pyarrow.compute as pc
+    if not (horizon := table.meta.get("horizon")): return
+    first, since = (instant(horizon[k], k) for k in ("first", "known_from"))
+    gone = at.filter(pc.and_(pc.greater_equal(at, first.to_pydatetime()), pc.less(at, since.to_pydatetime())))
+    if len(gone): table.readable(instant(gone[0].as_py(), "event_time"), table.meta)
 
 def _log(rows, time):
     "What `latest_known` needs of rows of the log, but the keys."

@@ -71,11 +71,13 @@ def impact(run, transitive=False):
 USE = "(e.op in ('read', 'renamed') or (e.op in ('modified', 'deleted') and e.was is not null)) and e.part=0"
 
 def most_used(n=10):
-    "The `n` artifacts that most runs used: DataFrame `path, runs, versions, last` (s since 1970), most used first."
+    "The `n` files and tables, source code left out, that most runs used: DataFrame `path, runs, versions, last` (s since 1970), most used first."
     import pandas as pd
+    from itertools import islice
+    from opml_wb.provenance.capture import SOURCE
     rows = Reader().db.execute(f"""select e.path, count(distinct e.run), count(distinct coalesce(e.version, e.was)), max(r.started) from prov_event e
-        join run r on r.id=e.run where {USE} group by e.path order by 2 desc, 4 desc, 1 limit ?""", (n,)).fetchall()
-    return pd.DataFrame([(native(p), *rest) for p, *rest in rows], columns=["path", "runs", "versions", "last"])
+        join run r on r.id=e.run where {USE} group by e.path order by 2 desc, 4 desc, 1""")
+    return pd.DataFrame(islice(((native(p), *rest) for p, *rest in rows if not p.endswith(SOURCE)), n), columns=["path", "runs", "versions", "last"])
 
 def place(data):
     "The path that `data` means: a path, or a name of `opml data ls`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPS', 'RESERVED', 'PATIENCE', 'SMALL', 'AT', 'CONFIGURATION', 'HistoryError', 'instant', 'instants', 'encode',
-           'retried', 'Table', 'newest']
+           'retried', 'Table', 'codes', 'newest', 'in_order']
 
 # %% ../../nbs/provenance/10_table.ipynb #af7ef1e2
 import itertools, json, os, random, time
@@ -111,6 +111,15 @@ def _arrow(column, name):
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e: raise ValueError(f"column {name!r} cannot be kept: {e}") from None
 
 # %% ../../nbs/provenance/10_table.ipynb #a6d9f773
+_user = []   # the process that used Delta first, as a fork of it cannot
+
+def _mine():
+    "Refuse a fork of a process that has used Delta: its runtime would panic."
+    if not _user: _user.append(os.getpid())
+    if _user[0] != os.getpid():
+        raise RuntimeError("a feature store was used before this process was forked, and Delta's runtime does not survive that: "
+                           "start workers with `spawn`, or use the store in them only")
+
 class _Log:
     "The Delta table in folder `path` as it was at the last `fresh()`, and its description `meta`."
     def __init__(self, path): self.path, self.delta, self._kept = Path(path), None, {}
@@ -118,6 +127,7 @@ class _Log:
     def fresh(self):
         "Take in what others have committed; returns the table. Between two calls all of it is of one version."
         from deltalake import DeltaTable
+        _mine()
         if (at := self.fixed) is not None: self.delta = DeltaTable(str(self.path), version=at) if self.delta is None or self.delta.version() != at else self.delta
         elif self.delta is not None: self.delta.update_incremental()
         elif DeltaTable.is_deltatable(str(self.path)): self.delta = DeltaTable(str(self.path))
@@ -236,13 +246,34 @@ class Table(_Written):
             raise HistoryError(f"{self.path.name} as known at {known_at}: history before {since} (version {horizon['version']}) was vacuumed")
 
 # %% ../../nbs/provenance/10_table.ipynb #0860df91
+def codes(columns):
+    "Equal numbers (int64 [n]) for equal rows of arrow `columns` (one or more, no nulls)."
+    import numpy as np, pandas as pd
+    out = 0
+    for column in columns:
+        encoded = column.combine_chunks().dictionary_encode() if hasattr(column, "combine_chunks") else column.dictionary_encode()
+        if hasattr(encoded, "chunks"): encoded = encoded.chunk(0)
+        n = max(1, len(encoded.dictionary))
+        if isinstance(out, np.ndarray) and out.max(initial=0) >= 2**62 // n: out = pd.factorize(out)[0]
+        out = out * n + encoded.indices.to_numpy().astype(np.int64)
+    return out
+
 def newest(rows, keys, event_time):
-    "Of `rows` (arrow table of the log) those that hold: of each cell the row of the highest version, unless it is a delete."
-    import pyarrow as pa, pyarrow.compute as pc
-    if len(rows) == 0 or pc.max(rows["_op"]).as_py() == OPS["append"]: return rows
-    changed = pc.min_max(rows.filter(pc.not_equal(rows["_op"], OPS["append"]))[event_time])
-    near = pc.and_(pc.greater_equal(rows[event_time], changed["min"]), pc.less_equal(rows[event_time], changed["max"]))
-    some = rows.filter(near).sort_by("_version")
-    keep = ~some.select([*keys, event_time]).to_pandas().duplicated(keep="last").to_numpy()
-    some = some.filter(pa.array(keep))
-    return pa.concat_tables([rows.filter(pc.invert(near)), some.filter(pc.not_equal(some["_op"], OPS["delete"]))])
+    "Of `rows` (arrow table of the log) those that hold, in their order: of each cell the row of the highest version, unless it is a delete."
+    import numpy as np, pandas as pd, pyarrow as pa
+    op = rows["_op"].to_numpy()
+    if not (op != OPS["append"]).any(): return rows
+    cell = codes([rows[c] for c in (*keys, event_time)])
+    keep = ~pd.Series(cell).isin(cell[op != OPS["append"]]).to_numpy()
+    some = np.flatnonzero(~keep)
+    some = some[np.argsort(rows["_version"].to_numpy()[some], kind="stable")]
+    last = some[~pd.Series(cell[some]).duplicated(keep="last").to_numpy()]
+    keep[last[op[last] != OPS["delete"]]] = True
+    return rows.filter(pa.array(keep))
+
+def in_order(rows, event_time):
+    "`rows` (arrow table) in order of event time, then of version."
+    import numpy as np, pyarrow as pa
+    time, version = rows[event_time].cast("int64").to_numpy(), rows["_version"].to_numpy()
+    sorted_already = (time[1:] > time[:-1]) | (time[1:] == time[:-1]) & (version[1:] >= version[:-1])
+    return rows if sorted_already.all() else rows.take(pa.array(np.lexsort((version, time))))

@@ -113,13 +113,14 @@ def search(text, limit, as_json):
 def pipeline(): "A pipeline as one file: code, parameters, input versions, environment."
 
 @pipeline.command("export")
-@click.argument("run", required=False)
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("words", nargs=-1, required=True, metavar="[RUN] FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def export_(run, file, as_json):
+def export_(words, as_json):
     "Write RUN (default: the newest that is done) and the stages before it to FILE."
     from opml_wb.provenance.pipeline import PipelineError, export
-    try: manifest = export(run or _newest(), file)
+    if len(words) > 2: raise click.UsageError(f"expected [RUN] FILE, got {' '.join(words)}")
+    *run, file = words
+    try: manifest = export(run[0] if run else _newest(), file)
     except PipelineError as e: raise click.ClickException(str(e)) from None
     if as_json: return _out(manifest)
     click.echo(f"{file}: {len(manifest['stages'])} stage(s), {len(manifest['files'])} file(s)")
