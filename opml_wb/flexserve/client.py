@@ -6,7 +6,7 @@
 __all__ = ['ServerError', 'Prediction', 'encoded', 'Client', 'AsyncClient']
 
 # %% ../../nbs/flexserve/15_client.ipynb #bb578bba
-import asyncio, base64, http.client, io, json, threading, time
+import asyncio, base64, http.client, io, json, select, threading, time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -42,6 +42,8 @@ class Client:
         self.url, self.token, self.timeout, self.retries, self.at, self.local = url.rstrip("/"), token, timeout, retries, at, threading.local()
 
     def _connection(self):
+        kept = getattr(self.local, "conn", None)
+        if kept and kept.sock and select.select([kept.sock], [], [], 0)[0]: self.close()   # nobody has asked anything: the server has closed it meanwhile
         if getattr(self.local, "conn", None) is None:
             kind = http.client.HTTPSConnection if self.at.scheme == "https" else http.client.HTTPConnection
             self.local.conn = kind(self.at.hostname, self.at.port, timeout=self.timeout)
