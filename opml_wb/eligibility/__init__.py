@@ -21,5 +21,6 @@ from .simulate import bias_curve, simulate
 from .data import load
 
 _all_ = ["AuditLog", "Scan", "rows_at", "scan", "scan_parts", "PairCounts", "count_pairs", "pairs", "backfilled", "counted",
-         "eligibility_matrix", "judge", "labels", "masked", "models_left", "verdicts", "agreement", "attainable", "read_samples", "sample", "count_new",
+         "eligibility_matrix", "judge", "labels", "masked", "models_left", "verdicts", "agreement", "attainable", "read_samples",
+         "sample", "count_new",
          "expected_new", "first_actions", "sample_snapshots", "snapshot", "widen", "summary", "useful", "bias_curve", "simulate", "load"]

@@ -16,10 +16,11 @@ from .encode import NAT, NULL, column, dates_of, encode, linked
 class AuditLog:
     """A process's history. Made by `from_wide`, `from_delta`, `from_xes` or `from_parquet`.
 
-    fields: F names. codes: int16 (int32 if a field has more levels) [F, N], 0 = null. levels: F pd.Index, code k is levels[k - 1]. starts: int64 [C + 1], case c owns the
-    rows starts[c] : starts[c + 1]. cases: [C] keys. time: int64 [N], microseconds, NAT = unknown, or None. dates: field -> int64
-    [levels + 1], the time of each code. by_time: field -> the date that tells when it is known. planned: dates that may lie ahead.
-    unaudited: field -> (codes int32 [C], levels), known as they are now only. issues: what was odd in the source -> how often."""
+    fields: F names. codes: int16 (int32 if a field has more levels) [F, N], 0 = null. levels: F pd.Index, code k is levels[k - 1].
+    starts: int64 [C + 1], case c owns the rows starts[c] : starts[c + 1]. cases: [C] keys. time: int64 [N], microseconds, NAT = unknown,
+    or None. dates: field -> int64 [levels + 1], the time of each code. by_time: field -> the date that tells when it is known. planned:
+    dates that may lie ahead. unaudited: field -> (codes int32 [C], levels), known as they are now only. issues: what was odd in the
+    source -> how often."""
     fields: list
     codes: np.ndarray
     levels: list
@@ -105,14 +106,16 @@ def _several(of, names):
 def mapping(v, name):
     "`v`, if it is a dict; else ValueError naming the parameter."
     if isinstance(v, dict): return v
-    raise ValueError(f"{name}={v!r}: expected a dict, " + ("{column: strftime format, or None for ISO 8601}" if name == "dates" else "{field: date that tells when it is known}"))
+    like = {"dates": "{column: strftime format, or None for ISO 8601}", "by_time": "{field: date that tells when it is known}"}
+    raise ValueError(f"{name}={v!r}: expected a dict, {like[name]}")
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #794d1cdd
 def _order_key(values, fmt, name, issues):
-    "A column as sortable numbers; ordered categories keep their order, texts that are all numbers are numbers, others go by the alphabet, which is noted."
+    "A column as sortable numbers; ordered categories keep their order, texts of numbers count as such, others are noted."
     v = pd.Series(values)
     if isinstance(v.dtype, pd.CategoricalDtype) and v.cat.ordered: v = v.cat.codes.where(v.notna()).astype("Int32")
-    number = v if v.dtype.kind in "iufb" else pd.to_numeric(v, errors="coerce") if fmt is None and v.dtype.kind != "M" else pd.Series([np.nan])
+    number = v if v.dtype.kind in "iufb" else pd.Series([np.nan])
+    if v.dtype.kind not in "iufbM" and fmt is None: number = pd.to_numeric(v, errors="coerce")
     if v.dtype.kind in "iufb" or not number.isna().any(): key, none = number.to_numpy(), number.isna().to_numpy()
     else:
         codes, levels = encode(v, name=name)
@@ -144,7 +147,8 @@ def _by_time(by_time, dates, fields):
     for a, b in by_time.items(): out.update({a: b} if _several(b, list(dates)) == [b] else dict.fromkeys(b, a))
     for f, d in out.items():
         column(f, fields, "field")
-        if d not in dates: raise ValueError(f"by_time: {d!r}, which is to tell when {f!r} is known, is no date; add it to dates={{{d!r}: format}}")
+        if d not in dates:
+            raise ValueError(f"by_time: {d!r}, which is to tell when {f!r} is known, is no date; add it to dates={{{d!r}: format}}")
     return out
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #d86c92a7
@@ -166,7 +170,8 @@ def _grouped(get, case, null):
     which, cases = encode(get(case), null, case)
     if not len(which): raise ValueError("the log is empty: expected at least one row")
     if len(which) >= 2**32 - 1: raise ValueError(f"the log has {len(which):,} rows, too many for one: cut it between cases, see scan_parts")
-    if (which == 0).any(): raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; drop such rows or name another case=")
+    if (which == 0).any():
+        raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; drop such rows or name another case=")
     first = np.full(len(cases) + 1, len(which))
     np.minimum.at(first, which, np.arange(len(which)))
     order = np.argsort(first[1:])
@@ -174,7 +179,7 @@ def _grouped(get, case, null):
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #3816289a
 def _ordered(rank, keys):
-    "(permutation that puts rows in order, stable: ties keep row order; per placed row, bool [n]: a case begins; it ties with the row before)."
+    "(stable permutation that puts rows in order; bool [n], of each row placed: a case begins with it; it ties with the row before)."
     perm = np.lexsort((*keys[::-1], rank))
     new = np.append(True, rank[perm][1:] != rank[perm][:-1])
     same = [np.append(False, k[perm][1:] == k[perm][:-1]) for k in keys]
@@ -239,8 +244,8 @@ def _compare(log, current, case, null):
     now = now.reindex(log.cases)
     for f in now:
         codes, levels = encode(now[f], null, f)
-        if f in log.fields: log.issues["ends differ from current"] = log.issues.get("ends differ from current", 0) + _differ(log, f, codes, levels)
-        else: log.unaudited[f] = codes, levels
+        if f not in log.fields: log.unaudited[f] = codes, levels
+        else: log.issues["ends differ from current"] = log.issues.get("ends differ from current", 0) + _differ(log, f, codes, levels)
 
 # %% ../../nbs/eligibility/03_auditlog.ipynb #361081c6
 def _differ(log, f, codes, levels):
@@ -253,7 +258,8 @@ def _pandas(df):
     "`df` as pandas; polars and Arrow tables are turned into it."
     if not isinstance(df, pd.DataFrame) and hasattr(df, "to_pandas"): df = df.to_pandas()
     if not isinstance(df, pd.DataFrame): raise TypeError(f"expected a DataFrame, got {type(df).__name__}")
-    if df.columns.nlevels > 1: raise ValueError(f"column {df.columns[0]!r}: names have {df.columns.nlevels} levels; make them texts: df.columns = df.columns.map('.'.join)")
+    if df.columns.nlevels > 1:
+        raise ValueError(f"column {df.columns[0]!r}: names have {df.columns.nlevels} levels; df.columns = df.columns.map('.'.join)")
     if not df.columns.is_unique: raise ValueError(f"column {df.columns[df.columns.duplicated()][0]!r} is there twice")
     return df
 
@@ -262,11 +268,11 @@ def from_wide(df, case, order, time=None, null=NULL, by_time={}, dates={}, curre
     """An audit log from rows that show all fields after each update.
 
     df: DataFrame [n rows] (pandas, polars, Arrow). case: column of the record's key. order: column or columns that put a case's rows in
-    order (None: they are); ties keep row order and are counted in `log.issues`. time: column of the row's time (in `dates`, or datetime, or ISO 8601).
-    null: values that mean "nothing". dates: column -> strftime format, for what is to be compared with the row's time. by_time: field -> the
-    date column that tells when it is known (`{"closed_code": "closed_at"}`). planned: dates that may lie ahead by nature (a due date).
-    current: DataFrame of the table now, a row per case; fields found only there are not audited.
-    Raises ValueError naming the column, and row or value: empty, no such column, no case, byte-equal rows, unparsable dates."""
+    order (None: they are); ties keep row order and are counted in `log.issues`. time: column of the row's time (in `dates`, or datetime,
+    or ISO 8601). null: values that mean "nothing". dates: column -> strftime format, for what is to be compared with the row's time.
+    by_time: field -> the date column that tells when it is known (`{"closed_code": "closed_at"}`). planned: dates that may lie ahead by
+    nature (a due date). current: DataFrame of the table now, a row per case; fields found only there are not audited. Raises ValueError
+    naming the column, and row or value: empty, no such column, no case, byte-equal rows, unparsable dates."""
     df = _pandas(df)
     return build(df.__getitem__, list(df), case, order, time, null, by_time, dates, None if current is None else _pandas(current), planned)
 

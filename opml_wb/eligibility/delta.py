@@ -17,7 +17,8 @@ def _placed(df, case, time, order, dates, issues):
     "(permutation, case codes int64 [n] in that order, case keys, times) of rows put in order by case, then order or time."
     which, cases = _grouped(df.__getitem__, case, NULL)
     times = _times(df.__getitem__, time, dates)
-    if (times == NAT).any() and order is None: raise ValueError(f"time {time!r}: row {int((times == NAT).argmax())} has none; name an order=")
+    if (times == NAT).any() and order is None:
+        raise ValueError(f"time {time!r}: row {int((times == NAT).argmax())} has none; name an order=")
     key = times if order is None else _order_key(df[order], dates.get(order), order, issues)
     perm = np.lexsort((key, which))
     tie = (which[perm][1:] == which[perm][:-1]) & (key[perm][1:] == key[perm][:-1])
@@ -99,14 +100,16 @@ def _with_starts(fields, codes, levels, begin, of_case, when, cases, created, is
     return AuditLog(fields, codes, levels, starts, cases, when, issues=issues)
 
 # %% ../../nbs/eligibility/04_delta.ipynb #f08d0136
-def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=("?",), dates={}, by_time={}, planned=(), current=None, created=None):
+def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=("?",), dates={}, by_time={}, planned=(),
+               current=None, created=None):
     """An audit log from rows that show changes.
 
-    df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which blank (empty, NaN) is unchanged and a value
-    of `null` clears. With `field`, each row is one change: columns of the field's name, its `old` (may be missing) and its `new` value;
-    there blank is null. order: column that orders rows (None: time, ties keep row order). current: the table now, a row per case: it says
-    what fields were that never changed, and names those that are not audited. created: its column of creation times, the time of states before the first update (else
-    unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises ValueError naming column, row or value."""
+    df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which blank (empty, NaN) is unchanged and a
+    value of `null` clears. With `field`, each row is one change: columns of the field's name, its `old` (may be missing) and its `new`
+    value; there blank is null. order: column that orders rows (None: time, ties keep row order). current: the table now, a row per case:
+    it says what fields were that never changed, and names those that are not audited. created: its column of creation times, the time of
+    states before the first update (else unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises
+    ValueError naming column, row or value."""
     df, current = _pandas(df), None if current is None else _pandas(current)
     null, planned = [null] if pd.api.types.is_scalar(null) else list(null), _several(planned, list(df))
     dates, by_time = mapping(dates, "dates"), mapping(by_time, "by_time")

@@ -51,7 +51,8 @@ def _hashed(column, name):
     if isinstance(column.dtype, pd.CategoricalDtype): return column.cat.codes.to_numpy(), column.cat.categories
     try: return pd.factorize(column)
     except (TypeError, NotImplementedError) as e:
-        raise ValueError(f"field {name!r}: its values cannot be told apart ({e}); make them texts: df[{name!r}] = df[{name!r}].map(str)") from e
+        hint = f"make them texts: df[{name!r}] = df[{name!r}].map(str)"
+        raise ValueError(f"field {name!r}: its values cannot be told apart ({e}); {hint}") from e
 
 # %% ../../nbs/eligibility/01_encode.ipynb #b68ffcaf
 def means_null(levels, null=NULL):
@@ -109,9 +110,10 @@ def dates_of(levels, fmt=None, name="dates"):
     Raises ValueError naming the field and the first value that is no such date."""
     if levels.dtype.kind in "iufb" and len(levels):
         raise ValueError(f"field {name!r}: {levels[0]} is a number, not a date; write pd.to_datetime(df[{name!r}], unit='s') first")
-    if levels.dtype.kind == "m": raise ValueError(f"field {name!r}: {levels[0]} is a span of time, not a date; add it to the date that it counts from")
+    if levels.dtype.kind == "m":
+        raise ValueError(f"field {name!r}: {levels[0]} is a span of time, not a date; add it to the date that it counts from")
     if isinstance(levels.dtype, pd.PeriodDtype):
-        raise ValueError(f"field {name!r}: {levels[0]} is a period, not a moment; write df[{name!r}].dt.to_timestamp() first, or how='end' for its end")
+        raise ValueError(f"field {name!r}: {levels[0]} is a period, not a moment; write df[{name!r}].dt.to_timestamp() first")
     if levels.dtype.kind != "M":
         if fmt is None: _one_zone(levels, name)
         found = pd.to_datetime(levels, format=fmt or "ISO8601", errors="coerce", utc=True)
@@ -135,10 +137,11 @@ def _kind(levels):
     "What an Index holds, in a word or two."
     if levels.dtype.kind == "M": return "dates with a zone" if getattr(levels, "tz", None) else "dates"
     kind = "floating" if levels.dtype.kind in "iufb" else pd.api.types.infer_dtype(levels.astype(object), skipna=True)
-    return {"string": "texts"}.get(kind, "numbers" if kind in ("integer", "floating", "decimal", "boolean", "mixed-integer-float") else kind)
+    if kind in ("integer", "floating", "decimal", "boolean", "mixed-integer-float"): return "numbers"
+    return "texts" if kind == "string" else kind
 
 def linked(mine, theirs, what):
-    "Position of each of `mine` in `theirs` (pd.Index, unique): int [k], -1 if it isn't there. Raises ValueError if none is for they differ in kind."
+    "Position of each of `mine` in `theirs` (pd.Index, unique): int [k], -1 if it isn't there. Raises ValueError if the two differ in kind."
     found = theirs.get_indexer(mine)
     if (found < 0).all() and len(mine) and len(theirs) and _kind(mine) != _kind(theirs):
         a, b = (f"{_kind(x)} like {x[:1].tolist()[0]!r}" for x in (mine, theirs))

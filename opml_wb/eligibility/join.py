@@ -25,12 +25,13 @@ def _versions(table, key, time, fmt):
     twice = (np.diff(codes[perm]) == 0) & (np.diff(when[perm]) == 0)
     if twice.any():
         row = table.iloc[perm[np.flatnonzero(twice)[0] + 1]]
-        raise ValueError(f"table: {key!r} {row[key]!r} is there twice" + ("" if time is None else f" at {row[time]!r}") + "; a history needs time=")
+        at = "" if time is None else f" at {row[time]!r}"
+        raise ValueError(f"table: {key!r} {row[key]!r} is there twice{at}; a history needs time=")
     return perm, codes[perm], when[perm], levels
 
 # %% ../../nbs/eligibility/06_join.ipynb #e5557670
 def _latest(codes, when, wanted, at):
-    "Position of the last version of each wanted key not later than `at`: int64 [n], -1 if there is none; NAT as `at` finds none that has a time."
+    "Position of the last version of each wanted key not later than `at` [n] (NAT: none that has a time): int64 [n], -1 if none."
     both = np.concatenate([codes, wanted])
     order = np.lexsort((np.arange(len(both)) >= len(codes), np.concatenate([when, at]), both))     # a version of the same time comes first
     mine = order >= len(codes)
@@ -45,15 +46,18 @@ def _latest(codes, when, wanted, at):
 def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL, planned=()):
     """The log with the fields of a linked table, as of each row's time.
 
-    table: DataFrame with a row per key, or per key and `time` from which it holds (strftime `fmt`, None: ISO 8601). on: the log's foreign key.
-    prefix: of the new fields' names (None: on + "."). planned: the table's dates that may lie ahead by nature. key: the table's key column (None: on). Keys that the table lacks, or had not yet, give
-    null and are counted in `issues`. Raises ValueError naming column, key or value."""
+    table: DataFrame with a row per key, or per key and `time` from which it holds (strftime `fmt`, None: ISO 8601). on: the log's foreign
+    key. prefix: of the new fields' names (None: on + "."). planned: the table's dates that may lie ahead by nature. key: the table's key
+    column (None: on). Keys that the table lacks, or had not yet, give null and are counted in `issues`. Raises ValueError naming column,
+    key or value."""
     table, key, prefix = _pandas(table), on if key is None else key, f"{on}." if prefix is None else prefix
     i = log.at(on)
-    for c in (key, *([] if time is None else [time]), *(planned := _several(planned, list(table)))): column(c, list(table), "column of the table")
+    planned = _several(planned, list(table))
+    for c in (key, *planned, *([] if time is None else [time])): column(c, list(table), "column of the table")
     if time is not None and log.time is None: raise ValueError("time: the log has no times; read it with time=")
     fields = [c for c in table if c not in (key, time)]
-    if clash := {f"{prefix}{c}" for c in fields} & set(log.fields): raise ValueError(f"prefix {prefix!r}: the log has a field {min(clash)!r} already")
+    if clash := {f"{prefix}{c}" for c in fields} & set(log.fields):
+        raise ValueError(f"prefix {prefix!r}: the log has a field {min(clash)!r} already")
     perm, codes, when, levels = _versions(table, key, time, fmt)
     wanted = np.concatenate([[0], linked(log.levels[i], levels, f"join on {on!r}") + 1])[log.codes[i]]
     at = np.full(len(log), NAT) if time is None else log.time

@@ -38,7 +38,8 @@ class PairCounts:
     tie: np.ndarray
 
     def __add__(self, other):
-        if self.fields != other.fields or self.at != other.at: raise ValueError("pair counts add up only at one point e and over the same fields")
+        if self.fields != other.fields or self.at != other.at:
+            raise ValueError("pair counts add up only at one point e and over the same fields")
         return PairCounts(self.fields, self.at, self.n + other.n, self.before + other.before, self.tie + other.tie)
 
     def rates(self):
@@ -70,9 +71,9 @@ def pair_verdicts(counts, th=.2):
 def pairs(log, at="start", th=.2):
     """Who comes first, for every ordered pair of fields (paper, section 3, ii).
 
-    log: AuditLog or PairCounts. at: see `rows_at`. th: share of cases. Returns DataFrame [F (F - 1) rows]: feature, label; first, tie, last:
-    shares of the n cases whose label is filled in which the feature was filled before it, in the same row, or later or never;
-    n; verdict: ok | inverse | undetermined; lo, hi: 95 % interval of last."""
+    log: AuditLog or PairCounts. at: see `rows_at`. th: share of cases. Returns DataFrame [F (F - 1) rows]: feature, label; first, tie,
+    last: shares of the n cases whose label is filled in which the feature was filled before it, in the same row, or later or never; n;
+    verdict: ok | inverse | undetermined; lo, hi: 95 % interval of last."""
     import pandas as pd
     share(th, "th")
     counts = log if isinstance(log, PairCounts) else count_pairs(log, at)

@@ -45,7 +45,7 @@ def redraw(fig, matrix):
 
 # %% ../../nbs/eligibility/15_plots.ipynb #9ea7aa63
 def dumbbells(table, start, verdict, most=14):
-    "Shares null in the whole table and at the start (Series by field), for the `most` fields that differ most, coloured by verdict (Series)."
+    "Shares null in the table and at the start (Series by field), for the `most` fields that differ most, coloured by verdict (Series)."
     far = (start - table).abs().sort_values(ascending=False).index[:most][::-1]
     fig = ui.figure("records in which the field is null", "", height=130 + 22 * len(far),
                     margin_t=70, xaxis_range=[-.03, 1.03], xaxis_tickformat=".0%")
@@ -107,7 +107,8 @@ def sensitivity_figure(table, th=.2):
 
 # %% ../../nbs/eligibility/15_plots.ipynb #82c19fa6
 ARMS = {"snapshot": ("as the snapshot reports it", "muted"), "production": ("the same model in production", "baseline"),
-        "eligible": ("eligible features only", "ours"), "eligible+ties": ("and those that tie", "paper"), "majority": ("always the commonest", "good")}
+        "eligible": ("eligible features only", "ours"), "eligible+ties": ("and those that tie", "paper"),
+        "majority": ("always the commonest", "good")}
 
 def arms_figure(found, title=""):
     "Bars of the arms of `useful`, with mean 95 % intervals."

@@ -27,8 +27,9 @@ def _blocks(days, size):
     return of[day]
 
 def deal(log, size=5, rng=None, samples=10):
-    """Endless groups of `size` case positions (int [size]), each of one day or of some sparse ones in a row, in passes of `samples`, until no day
-    has so many cases left unread. Each case is as likely to be read as any other (systematic sampling in proportion to size, Madow 1949)."""
+    """Endless groups of `size` case positions (int [size]), each of one day or of some sparse ones in a row, in passes of `samples`,
+    until no day has so many cases left unread. Each case is as likely to be read as any other (systematic sampling in proportion to size,
+    Madow 1949)."""
     rng, block = np.random.default_rng(rng), _blocks(log.days(), size)
     order = rng.permutation(np.flatnonzero(block >= 0))
     left = [list(order[block[order] == b]) for b in range(block.max(initial=-1) + 1)]
@@ -69,10 +70,11 @@ def _decided(s, th, z):
 def read_samples(log, samples=10, size=5, seed=0, budget=None, th=.2):
     """Read samples as the paper does, at the start of cases.
 
-    samples, size: of so many cases each, of different days. budget: rows of the audit log that may be read, or a share of it < 1 (None: `samples`
-    samples; else reading goes on until all fields are decided or the next sample would exceed it, in rows or by the same share in cases). Returns (cases int [m], DataFrame indexed by field:
-    verdict (ok | ineligible: the rates read against th), decided, null_rate, change_rate, cases: those read until it was decided).
-    Raises ValueError naming the parameter, or if the log has too few such samples."""
+    samples, size: of so many cases each, of different days. budget: rows of the audit log that may be read, or a share of it < 1 (None:
+    `samples` samples; else reading goes on until all fields are decided or the next sample would exceed it, in rows or by the same share
+    in cases). Returns (cases int [m], DataFrame indexed by field: verdict (ok | ineligible: the rates read against th), decided,
+    null_rate, change_rate, cases: those read until it was decided). Raises ValueError naming the parameter, or if the log has too few
+    such samples."""
     samples, size, _, (most_rows, most_cases) = _checked(log, samples, size, budget=budget, th=th)
     read, total, until, rows = [], None, np.zeros(len(log.fields), np.int64), np.diff(log.starts)
     z = _looks_z(samples if budget is None else max(1, most_rows // max(1, int(np.median(rows)) * size)))
@@ -84,7 +86,8 @@ def read_samples(log, samples=10, size=5, seed=0, budget=None, th=.2):
         decided = _decided(total, th, z)
         until[(until == 0) & decided] = total.n
         if budget is not None and decided.all(): break
-    if not read: raise ValueError(f"budget={budget}: not even one sample of {size} of {log.n_cases} cases; they have {rows.mean() * size:.0f} rows on average")
+    if not read:
+        raise ValueError(f"budget={budget}: not even one sample of {size} of {log.n_cases} cases; it has {rows.mean() * size:.0f} rows")
     out = total.frame()
     worst = np.nan_to_num(out[["null_rate", "change_rate"]].to_numpy())
     found = {"verdict": np.where((worst > th).any(1), "ineligible", "ok"), "decided": decided, "null_rate": out.null_rate,
@@ -93,7 +96,10 @@ def read_samples(log, samples=10, size=5, seed=0, budget=None, th=.2):
 
 # %% ../../nbs/eligibility/10_sample.ipynb #86c12d17
 def agreement(log, runs=20, seed=0, th=.2, decided=False, **how):
-    "Share of fields whose verdict from `read_samples(**how)` is that of the full scan, in each of `runs` runs: float64 [runs]; decided: of those only that `verdicts` decides."
+    """Share of fields whose verdict from `read_samples(**how)` is that of the full scan, in each of `runs` runs: float64 [runs].
+
+    decided: leave out the fields that `verdicts` calls undetermined even with the whole log. th, how: as for `read_samples`, which see
+    for errors."""
     whole_, rngs = scan(log), map(np.random.default_rng, np.random.SeedSequence(seed).spawn(whole(runs, "runs")))
     full = np.where((np.nan_to_num(whole_.frame()[["null_rate", "change_rate"]].to_numpy()) > share(th, "th")).any(1), "ineligible", "ok")
     kept = (verdicts(whole_, th).verdict[:len(full)] != "undetermined").to_numpy() | (not decided)
@@ -103,11 +109,14 @@ def agreement(log, runs=20, seed=0, th=.2, decided=False, **how):
 def attainable(log, cases=50, th=.2):
     """The agreement to be expected of so many cases drawn one by one at random (binomial; null and change taken as independent): float.
 
-    No way of drawing that knows no more of the log can be expected to do much better, and bursts make it worse. Parameters as for `agreement`."""
+    No way of drawing that knows no more of the log can be expected to do much better, and bursts make it worse. Parameters as for
+    `agreement`."""
     from scipy.stats import binom
     s, cases = scan(log), whole(cases, "cases")
     total = s.sums()
-    def above(k, n, m): return binom.sf(np.floor(share(th, "th") * m + 1e-9), m, np.nan_to_num(ratio(k, n))), np.nan_to_num(ratio(k, n)) > th
+    def above(k, n, m):
+        rate = np.nan_to_num(ratio(k, n))
+        return binom.sf(np.floor(share(th, "th") * m + 1e-9), m, rate), rate > th
     null, is_null = above(total[:, NULL], np.full(len(total), s.n), cases)
     change, changes = above(total[:, CHANGED], total[:, FILLED], np.rint(cases * total[:, FILLED] / max(1, s.n)))
     ineligible = 1 - (1 - null) * (1 - change)
@@ -128,9 +137,10 @@ def _one(log, samples, size, seed, budget, th):
 def sample(log, samples=10, size=5, runs=20, seed=0, budget=None, th=.2):
     """Figure 2's row of a log: fields ineligible at the start, from repeated small samples (paper, section 3).
 
-    runs: repetitions with seeds of their own. samples, size, budget, th: as for `read_samples`. Returns a Series: fields, null_start, end_bias,
-    ineligible (fields, either), inv_all (ordered pairs whose label came first), inv_eligible (of these, those whose feature is eligible), rows_read
-    (a run); the mean over runs, and its standard deviation as `_sd`. Mask back-filled fields before (`masked`). Raises as `read_samples`."""
+    runs: repetitions with seeds of their own. samples, size, budget, th: as for `read_samples`. Returns a Series: fields, null_start,
+    end_bias, ineligible (fields, either), inv_all (ordered pairs whose label came first), inv_eligible (of these, those whose feature is
+    eligible), rows_read (a run); the mean over runs, and its standard deviation as `_sd`. Mask back-filled fields before (`masked`).
+    Raises as `read_samples`."""
     runs = _checked(log, samples, size, runs, budget, th)[2]
     seeds = np.random.SeedSequence(seed).spawn(runs)
     all_ = pd.DataFrame([_one(log, samples, size, np.random.default_rng(s), budget, th) for s in seeds]).astype(float)

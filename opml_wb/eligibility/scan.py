@@ -36,10 +36,11 @@ def code_of(log, name, value):
 def shows(log, name, value):
     """Which rows have `value` in field `name` and can know it: bool [N].
 
-    A value with a date (its own, or by `by_time`) is known from that date on, without one when its case ends; what is planned is known at once.
-    Raises ValueError for an unknown field, or a value that never occurs."""
+    A value with a date (its own, or by `by_time`) is known from that date on, without one when its case ends; what is planned is known at
+    once. Raises ValueError for an unknown field, or a value that never occurs."""
     code = code_of(log, name, value)
-    if not code: raise ValueError(f"at=({name!r}, {value!r}): {name!r} never is {value!r}; it is one of {list(log.levels[log.at(name)][:8])}")
+    if not code:
+        raise ValueError(f"at=({name!r}, {value!r}): {name!r} never is {value!r}; it is one of {list(log.levels[log.at(name)][:8])}")
     column = (log.codes[log.at(name)] == code).astype(np.int16)
     if name not in log.planned and (known := known_at(log, name)) is not None: kernels.hide(column, known, log.time, log.starts)
     return column > 0
@@ -59,7 +60,8 @@ def rows_at(log, at="start"):
     """The row of each case at the point `at`: int64 [C], -1 where a case does not come so far.
 
     at: "start"; k, the case's row k (0 = first); a timedelta from its first time, when the case still goes on; or (field, value), the
-    first row that shows it and can know it (see `shows`). Raises ValueError for anything else, for a log without times, or for a value that never occurs."""
+    first row that shows it and can know it (see `shows`). Raises ValueError for anything else, for a log without times, or for a value
+    that never occurs."""
     a_log(log)
     if isinstance(at, str) and at == "start": at = 0
     if isinstance(at, (timedelta, np.timedelta64)):
@@ -84,7 +86,8 @@ class Scan:
     fields: F names. at: the point e. days: int64 [D], ascending. cases, left_out: int64 [D], those that come to e and those that don't.
     counts: int64 [D, F, 7]: null at e; ever filled; of these changed; filled at e or later; of these drifted; values with a date and
     their own row's time; of these later than that. only: object [F], the one value of a constant field, else MANY. own: F sets, the
-    values of a text field (it may identify cases), else None. filled: int64 [F], cases ever filled, those left out too. dated: bool [F]. planned, unaudited: names."""
+    values of a text field (it may identify cases), else None. filled: int64 [F], cases ever filled, those left out too. dated: bool [F].
+    planned, unaudited: names."""
     fields: tuple
     at: object
     days: np.ndarray
@@ -112,8 +115,8 @@ class Scan:
         return f"Scan at {self.at!r}: {self.n:,} cases ({self.left_out.sum():,} left out), {len(self.fields)} fields, {len(self.days)} days"
 
     def frame(self):
-        """Rates by field. null_rate: of cases, null at e. n_filled: cases ever filled. change_rate: of these, last value other than the first
-        (cleared is changed). future_rate: of its values, later than their own row (NaN: no date). NaN: of none."""
+        """Rates by field. null_rate: of cases, null at e. n_filled: cases ever filled. change_rate: of these, last value other
+        than the first (cleared is changed). future_rate: of its values, later than their own row (NaN: no date). NaN: of none."""
         s = self.sums()
         return pd.DataFrame({"null_rate": ratio(s[:, NULL], np.full(len(s), self.n)), "n_filled": s[:, FILLED],
                              "change_rate": ratio(s[:, CHANGED], s[:, FILLED]), "future_rate": ratio(s[:, FUTURE], s[:, DATED])},
@@ -129,7 +132,8 @@ def ratio(k, n):
 # %% ../../nbs/eligibility/07_scan.ipynb #8350a40a
 def _merge(a, b):
     "The scan of the cases of both; they must be of the same fields and point e."
-    if a.fields != b.fields or a.at != b.at: raise ValueError(f"two scans add up only at one point e and over the same fields: {a!r}, {b!r}")
+    if a.fields != b.fields or a.at != b.at:
+        raise ValueError(f"two scans add up only at one point e and over the same fields: {a!r}, {b!r}")
     days, where = np.unique(np.concatenate([a.days, b.days]), return_inverse=True)
     def added(x, y):
         out = np.zeros((len(days), *x.shape[1:]), np.int64)

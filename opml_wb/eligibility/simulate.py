@@ -39,10 +39,13 @@ def _cases(n, days, change, ties, rng):
     later = rng.random(n)
     usual = np.select([later < .5, later < .75], [np.array([0, 0, 2, 0, 2, 3])[category], 0], rng.integers(0, 4, n))
     code = np.where(drops & (rng.random(n) < .85), 1, usual)
-    return dict(opened=opened, category=category, first=priority, last=np.where(drops, priority - 1 - (rng.random(n) < .3) * (priority > 1), priority),
+    return dict(opened=opened, category=category, first=priority,
+                last=np.where(drops, priority - 1 - (rng.random(n) < .3) * (priority > 1), priority),
                 group=group, at_start=rng.random(n) < .35, together=rng.random(n) < ties, person=rng.integers(0, 6, n), drops=drops,
-                passed=rng.random(n) < .15, recoded=rng.random(n) < .06, symptom=rng.random(n) < .62, code=code, caller=rng.zipf(1.6, n) % 400,
-                impact=rng.integers(0, 3, n), contact=rng.choice(3, n, p=[.6, .3, .1]), parent=rng.random(n) < .02, solver=rng.integers(0, 8, n),
+                passed=rng.random(n) < .15, recoded=rng.random(n) < .06, symptom=rng.random(n) < .62, code=code,
+                caller=rng.zipf(1.6, n) % 400,
+                impact=rng.integers(0, 3, n), contact=rng.choice(3, n, p=[.6, .3, .1]), parent=rng.random(n) < .02,
+                solver=rng.integers(0, 8, n),
                 habit=rng.random(n) < .7,
                 waits=np.cumsum(rng.lognormal([0, 3, 4, 5, 5, 6, 7], 1.2, (n, 7)), 1).astype(int))
 
@@ -76,7 +79,8 @@ def _columns(c, case, stage):
     def where(there, values): return np.where(there, values, "?")
     return {
         "number": _text("INC", 10_000 + case), "mod_count": place, "updated_at": _date(time), "opened_at": _date(v["opened"]),
-        "opened_by": _text("agent ", v["caller"] % 12), "caller": _text("caller ", v["caller"]), "company": _text("company ", v["caller"] % 25),
+        "opened_by": _text("agent ", v["caller"] % 12), "caller": _text("caller ", v["caller"]),
+        "company": _text("company ", v["caller"] % 25),
         "contact_type": pick(("phone", "mail", "web"), v["contact"]),
         "category": pick(CATEGORIES, np.where(v["recoded"] & (stage >= 2), (v["category"] + 1) % len(CATEGORIES), v["category"])),
         "impact": pick(("low", "medium", "high"), v["impact"]),
@@ -88,22 +92,26 @@ def _columns(c, case, stage):
         "workaround": where((stage >= 3) & v["drops"], _text("article ", v["category"])),
         "parent": where(v["parent"] & (stage >= 2), _text("INC", 10_000 + case // 2)),
         "vendor": "?", "notify": "by mail", "link": _text("https://desk/", case), "resolved_at": _date(end[case]),
-        "resolved_by": _text("person ", np.where(v["habit"], v["code"] * 8, v["person"] * 5) + v["solver"]), "close_code": pick(CODES, v["code"]),
-        "duration_h": np.where(stage == 6, took // 60, -1), "sla_met": where(stage == 6, pick(("no", "yes"), (took < 3 * 1440).astype(int)))}
+        "resolved_by": _text("person ", np.where(v["habit"], v["code"] * 8, v["person"] * 5) + v["solver"]),
+        "close_code": pick(CODES, v["code"]), "duration_h": np.where(stage == 6, took // 60, -1),
+        "sla_met": where(stage == 6, pick(("no", "yes"), (took < 3 * 1440).astype(int)))}
 
 # %% ../../nbs/eligibility/13_simulate.ipynb #8851ff5b
 TRUTH = {f: "ok" for f in ("opened_at", "opened_by", "caller", "company", "contact_type", "category", "impact", "due_at")} | {
     "mod_count": "change", "updated_at": "change", "symptom": "null", "priority": "change", "state": "change", "assignment_group": "null",
     "assigned_to": "null", "reassignments": "change", "workaround": "null", "parent": "null", "vendor": "null", "notify": "constant",
-    "link": "identifier", "resolved_at": "backfill", "resolved_by": "backfill", "close_code": "backfill", "duration_h": "null", "sla_met": "null"}
+    "link": "identifier", "resolved_at": "backfill", "resolved_by": "backfill", "close_code": "backfill",
+    "duration_h": "null", "sla_met": "null"}
 VERDICT = {"ok": "ok", "backfill": "backfill"}   # all other kinds: ineligible
-OPTIONS = dict(case="number", order="mod_count", time="updated_at", dates={d: "ISO8601" for d in ("updated_at", "opened_at", "due_at", "resolved_at")},
+OPTIONS = dict(case="number", order="mod_count", time="updated_at",
+               dates={d: "ISO8601" for d in ("updated_at", "opened_at", "due_at", "resolved_at")},
                by_time={"resolved_by": "resolved_at", "close_code": "resolved_at"}, planned=("due_at",), null=("?", "", -1))
 
 @dataclass(repr=False)
 class Process:
-    """A simulated process. df: its wide log. truth: Series, field -> planted illusion (ok | null | change | backfill | constant | identifier). pairs:
-    {(feature, label): verdict} planted. options: what `AuditLog.from_wide` needs to read df. company: linked table, a row per company and month."""
+    """A simulated process. df: its wide log. truth: Series, field -> planted illusion (ok | null | change | backfill | constant |
+    identifier). pairs: {(feature, label): verdict} planted. options: what `AuditLog.from_wide` needs to read df. company: linked table, a
+    row per company and month."""
     df: pd.DataFrame
     truth: pd.Series
     pairs: dict
@@ -120,8 +128,9 @@ class Process:
 def simulate(cases=2000, days=150, change=.35, ties=.5, seed=0):
     """Draw a process with every kind of illusion in it.
 
-    cases: int >= 1. days: over which they begin. change: share of cases whose priority drops (end bias; below the threshold it is none: then the
-    truth says ok). ties: share of cases in which group and person are written in one row. Returns a Process. Raises ValueError naming the parameter."""
+    cases: int >= 1. days: over which they begin. change: share of cases whose priority drops (end bias; below the threshold it is none:
+    then the truth says ok). ties: share of cases in which group and person are written in one row. Returns a Process. Raises ValueError
+    naming the parameter."""
     cases, days, rng = whole(cases, "cases"), whole(days, "days"), np.random.default_rng(seed)
     c = _cases(cases, days, share(change, "change"), share(ties, "ties"), rng)
     case, stage = _rows(c)
@@ -137,8 +146,9 @@ def bias_curve(shares=(0, .1, .2, .3, .4, .6), seeds=3, cases=1500, fields=("pri
                label="close_code", progress=lambda x: x):
     """Loss in production of a snapshot's model, by the end bias of `priority` in simulated processes.
 
-    shares: `change` of `simulate`. fields: features of the model; all but priority are stable, so what is lost is lost to end bias. The snapshot's model
-    is trained on last values and asked with first ones. Returns DataFrame [share, seed, end_bias, snapshot, production, majority]."""
+    shares: `change` of `simulate`. fields: features of the model; all but priority are stable, so what is lost is lost to end bias. The
+    snapshot's model is trained on last values and asked with first ones. Returns DataFrame [share, seed, end_bias, snapshot, production,
+    majority]."""
     from opml_wb.eligibility.scan import scan
     from opml_wb.eligibility.useful import _classes, _hits, _split
     out = []

@@ -101,8 +101,9 @@ def sample_snapshots(log, delay=None, samples=10, runs=20, seed=0, th=.2):
 def widen(log, when, delays, pair, th=.2):
     """Widen the window of a snapshot until the inverse causality of one pair shows.
 
-    when: moments. delays: windows, ascending, as for `snapshot`. pair: (feature, label). Returns a DataFrame, a row per delay: records; null_start:
-    fields; label_filled: records; last: share of them without the feature; shown: last > th. It ends with the first that shows."""
+    when: moments. delays: windows, ascending, as for `snapshot`. pair: (feature, label). Returns a DataFrame, a row per delay: records;
+    null_start: fields; label_filled: records; last: share of them without the feature; shown: last > th. It ends with the first that
+    shows."""
     f, l = map(timed(log, "widen").at, pair)
     share(th, "th")
     out = []
@@ -117,9 +118,9 @@ def widen(log, when, delays, pair, th=.2):
 def expected_new(lam, waits, seed=0):
     """Expected number of untouched records in a snapshot, by Little's law: (n, lo, hi).
 
-    lam: cases per unit of time (float >= 0). waits: times to first action, [m], in the same unit. n = lam x mean wait; lo, hi: 95 % interval of what a
-    snapshot will hold: Poisson around a bootstrap of the mean. Warns of a heavy tail: the mean above five medians, or a fifth of it from the longest 1 %.
-    Raises ValueError for no waits, negative ones, or cases without a first action (NaN, infinite)."""
+    lam: cases per unit of time (float >= 0). waits: times to first action, [m], in the same unit. n = lam x mean wait; lo, hi: 95 %
+    interval of what a snapshot will hold: Poisson around a bootstrap of the mean. Warns of a heavy tail: the mean above five medians, or
+    a fifth of it from the longest 1 %. Raises ValueError for no waits, negative ones, or cases without a first action (NaN, infinite)."""
     import warnings
     try: w = np.asarray(waits, float).ravel()
     except (TypeError, ValueError): raise ValueError(f"waits={waits!r}: expected numbers") from None
@@ -131,7 +132,8 @@ def expected_new(lam, waits, seed=0):
     longest, median = np.sort(w)[-max(1, len(w) // 100):].sum() / max(w.sum(), 1e-300), np.median(w)
     if w.mean() > 5 * median or len(w) >= 100 and longest > .2:
         warnings.warn(f"heavy tail: the mean wait {w.mean():.3g} is {w.mean() / max(median, 1e-300):.3g} medians, and the longest 1 % "
-                      f"of {len(w)} waits make up {longest:.0%} of it: lambda W hangs on few cases, and young records are mostly the stale ones", stacklevel=2)
+                      f"of {len(w)} waits make up {longest:.0%} of it: lambda W hangs on few cases, and most young records are stale",
+                      stacklevel=2)
     rng = np.random.default_rng(seed)
     means = np.array([w[rng.integers(0, len(w), len(w))].mean() for _ in range(400)])
     lo, hi = np.quantile(rng.poisson(lam * np.repeat(means, 10)), [.025, .975])

@@ -15,7 +15,7 @@ from .verdict import eligibility_matrix, masked
 
 # %% ../../nbs/eligibility/12_useful.ipynb #2c6ce642
 def _numbers(log, name, codes, start, fitted=None):
-    "Codes as float64 [m] for trees, and what was fitted: numbers as they are, dates in hours since the case began, texts by frequency's rank."
+    "Codes as float64 [m] for trees, and what was fitted: numbers as they are, dates in hours since the start, texts ranked by frequency."
     i = log.at(name)
     levels, out = log.levels[i], np.full(len(codes), np.nan)
     if name in log.dates and log.time is not None: return np.where(codes > 0, (log.dates[name][codes] - start) / 3.6e9, np.nan), True
@@ -36,7 +36,7 @@ def _table(log, fields, codes, start, fitted=None):
 
 # %% ../../nbs/eligibility/12_useful.ipynb #13c8117a
 def _split(log, cases, share, width, ended):
-    "(train, test) case positions: ended (or only begun) before the moment by which `share` of `cases` had begun; begun in the next `width` of them."
+    "(train, test) case positions: ended (or only begun) before `share` of `cases` had begun; begun in the next `width` of them."
     begin, end = log.time[log.starts[cases]], log.time[log.last()[cases]]
     cut, stop = np.quantile(begin, [share, min(1, share + width)])
     return cases[(end if ended else begin) < cut], cases[(begin >= cut) & (begin <= stop)]
@@ -56,7 +56,8 @@ def _fit(x, y, seed, trees, depth):
     from xgboost import XGBClassifier
     kinds, y = np.unique(y, return_inverse=True)
     if len(kinds) == 1 or not x.shape[1]: return lambda x: np.full(len(x), kinds[np.bincount(y).argmax()])
-    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist", n_jobs=1)
+    model = XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.3, subsample=.8, random_state=seed, tree_method="hist",
+                          n_jobs=1)
     model.fit(x, y)
     return lambda x: kinds[model.predict(x)]
 
@@ -100,13 +101,13 @@ def _hits(log, use, now, end, y, train, test, seed, trees, depth):
 def useful(log, label, at="start", seeds=5, splits=(.6, .8), th=.2, classes=8, cases=6000, trees=40, depth=4, ended=True):
     """Train and ask: does a model of `label` hold in production at e?
 
-    log: AuditLog with times. seeds: how many, each with its own training sample of at most `cases` ended cases (four in five of them) and its own
-    trees. splits: shares of cases begun when the model is trained; it is asked about the next fifth. classes: the commonest ones, others are
-    one class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on all that had begun, whose ends a model could not know
-    yet; for logs so short that few have ended, and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible |
-    eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus
-    majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm, config.
-    Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
+    log: AuditLog with times. seeds: how many, each with its own training sample of at most `cases` ended cases (four in five of them) and
+    its own trees. splits: shares of cases begun when the model is trained; it is asked about the next fifth. classes: the commonest ones,
+    others are one class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on all that had begun, whose ends
+    a model could not know yet; for logs so short that few have ended, and those the quick ones). Returns a DataFrame: arm (snapshot |
+    production | eligible | eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus production), lo, hi (95
+    %, by day). `.attrs`: loss and gain (eligible minus majority) over all seeds and splits as (mean, lo, hi), answer ("useful" | "no
+    useful label"), features by arm, config. Raises ValueError: unknown label, no times, a split without cases, fewer than two classes."""
     timed(log, "useful").at(label)
     share(th, "th")
     seeds, classes, cases, trees, depth = map(whole, (seeds, classes, cases, trees, depth), ("seeds", "classes", "cases", "trees", "depth"))
@@ -146,7 +147,7 @@ def summary(found):
 
 # %% ../../nbs/eligibility/12_useful.ipynb #a2dba435
 def one_field_auc(log, label, classes=8, seed=0):
-    "How well each field alone predicts `label` in finished records: AUC float64, Series by field (one against all, mean over classes), out of fold."
+    "How well each field alone predicts `label` in finished records: AUC, Series by field (one against all, mean of classes), out of fold."
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
@@ -159,6 +160,7 @@ def one_field_auc(log, label, classes=8, seed=0):
     for f in log.fields:
         if f == label: continue
         x = np.nan_to_num(_table(log, [f], end[:, kept], start[kept])[0], nan=-1)
-        p = cross_val_predict(DecisionTreeClassifier(max_depth=6, min_samples_leaf=5, random_state=seed), x, y, method="predict_proba", cv=3)
+        tree = DecisionTreeClassifier(max_depth=6, min_samples_leaf=5, random_state=seed)
+        p = cross_val_predict(tree, x, y, method="predict_proba", cv=3)
         out[f] = roc_auc_score(y, p[:, 1]) if p.shape[1] == 2 else roc_auc_score(y, p, multi_class="ovr")
     return pd.Series(out, name="auc")

@@ -59,10 +59,10 @@ def _against(s, th):
 def verdicts(log, th=.2, at="start"):
     """May each field be used as a feature at e?
 
-    log: AuditLog (scanned at `at`) or Scan. th: share of cases, "often" (paper: > 20 %). Returns DataFrame indexed by field: verdict
-    (ok | ineligible | backfill | undetermined); reason; null_rate, change_rate, future_rate: as `Scan.frame`; lo, hi: 95 % interval of the
-    rate that decided, by the spread over days. Undetermined: mixed evidence whose interval holds th, no case, or a field that isn't audited.
-    Raises ValueError for th outside 0 .. 1."""
+    log: AuditLog (scanned at `at`) or Scan. th: share of cases, "often" (paper: > 20 %). Returns DataFrame indexed by field: verdict (ok
+    | ineligible | backfill | undetermined); reason; null_rate, change_rate, future_rate: as `Scan.frame`; lo, hi: 95 % interval of the
+    rate that decided, by the spread over days. Undetermined: mixed evidence whose interval holds th, no case, or a field that isn't
+    audited. Raises ValueError for th outside 0 .. 1."""
     share(th, "th")
     s = log if isinstance(log, Scan) else scan(log, at)
     F, against = len(s.fields), _against(s, th)
@@ -90,7 +90,8 @@ def backfilled(log):
 def masked(log, fields=None):
     """The log without values from the future: each is null until its date, or, where it has none, until its case ends.
 
-    fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises ValueError for others."""
+    fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises
+    ValueError for others."""
     codes, found = a_log(log).codes.copy(), backfilled(log) if fields is None else _several(fields, log.fields)
     if fields is None: found += [f for f, date in log.by_time.items() if date in found and f not in found]
     for f in found:
@@ -121,9 +122,10 @@ def eligibility_matrix(log, at="start", th=.2):
 def labels(log, at="start", th=.2):
     """Potential labels at e and their features.
 
-    Returns DataFrame indexed by field: label (potential | known | constant | identifier | never filled); open_rate: of the cases where it is filled
-    in the end, those in which it is not yet what it will be; values: levels; majority: share of the commonest end value; n_features, features:
-    those that may predict it; n_undetermined: those that come with it in one row. log, at, th: as for `eligibility_matrix`."""
+    Returns DataFrame indexed by field: label (potential | known | constant | identifier | never filled); open_rate: of the cases where it
+    is filled in the end, those in which it is not yet what it will be; values: levels; majority: share of the commonest end value;
+    n_features, features: those that may predict it; n_undetermined: those that come with it in one row. log, at, th: as for
+    `eligibility_matrix`."""
     s, counts = counted(log, at)
     matrix, clear, rows = judge(s, counts, th), masked(log), rows_at(log, at)
     kept, out = rows >= 0, []

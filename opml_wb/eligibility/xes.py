@@ -60,7 +60,8 @@ def read_xes(path):
                 events = (_attributes(event) for event in e if _tag(event) == "event")
                 rows += [{**case, **{f"event:{k}" if k in case else k: v for k, v in event.items()}} for event in events]
                 e.clear()
-    except (ParseError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as ex: raise ValueError(f"{path} is no readable XES: {ex}") from ex
+    except (ParseError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as ex:
+        raise ValueError(f"{path} is no readable XES: {ex}") from ex
     if not rows: raise ValueError(f"{path}: no trace has an event")
     df = pd.DataFrame(rows)
     df.attrs["repeated names"] = sum(n - 1 for n in seen.values())
