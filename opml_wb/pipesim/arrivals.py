@@ -178,8 +178,8 @@ def _matched(lam, m, s2):
 class ArrivalModel(Fit):
     """Trigger times (paper, Figure 3 and section 2): a 168-cell profile, exponentiated-Weibull gaps in operational time, `burst="ar1"` for its
     error bars. After `fit`: profile f8 [168] (arrivals an hour, Monday 0 h first), sd f8 [168] (of the trace's counts over weeks; NaN from one
-    week), gap (a, c), s2, phi, weeks, n, tz."""
-    _kept = ("burst", "tz", "profile", "sd", "gap", "s2", "phi", "weeks", "n")
+    week), gap (a, c), `plain` (the gap of a model without bursts), s2, phi, weeks, n, tz."""
+    _kept = ("burst", "tz", "profile", "sd", "plain", "gap", "s2", "phi", "weeks", "n")
 
     def __init__(self, burst=None):
         if burst not in (None, "ar1"): raise ValueError(f"burst={burst!r}: expected None or 'ar1'")
@@ -194,7 +194,7 @@ class ArrivalModel(Fit):
         self.profile, free = _profile(counts, cells)
         lam, spread = self.profile[cells], dither(times)
         self.n, self.weeks, self.sd = len(times), len(counts) / WEEK, profile_stats(counts, cells)[1]
-        self.gap = fit_exponweib(np.diff(_operational(spread, t0, lam)))
+        self.plain = self.gap = fit_exponweib(np.diff(_operational(spread, t0, lam)))
         if self.burst: self._fit_burst(spread, t0, counts, lam, free)
         self.fitted = True
         return self
@@ -226,6 +226,13 @@ class ArrivalModel(Fit):
         at, keep = HOUR * np.arange(hours + 1.), np.concatenate([[True], np.diff(edges) > 0])
         t = _inverse(_renewal(edges[-1], self.gap, rng, hours >= 4 * WEEK), edges, at) - skip
         return t[(t >= 0) & (t < horizon_s)]
+
+    def renewal(self):
+        "The same trace's model without bursts: the paper's."
+        import copy
+        out = copy.copy(self._fitted())
+        out.burst, out.gap, out.s2, out.phi = None, self.plain, 0., 0.
+        return out
 
     def scaled(self, users):
         "The same model with `users` (> 0) times as many arrivals: the profile grows, its shape and the bursts stay."

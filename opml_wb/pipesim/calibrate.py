@@ -91,13 +91,13 @@ def _pruned(net):
 FRAMEWORKS = ("scikit-learn", "xgboost", "torch")
 
 def one_pipeline(framework, rows, cols, seed):
-    "Run preprocess, train, validate, compress, validate once; a record per task {kind, framework, rows, cols, size, dur (s), perf, bytes}."
+    "Run preprocess, train, validate, compress, validate once; a record per task {kind, framework, rows, cols, size, dur (CPU s, of which others' load on the machine is no part), perf, bytes}."
     rng, out = np.random.default_rng(seed), []
     df, held = asset(rows, cols, rng), preprocess(asset(2000, cols, rng))
     def timed(kind, f):
-        began = time.perf_counter()
+        began = time.process_time()
         got = f()
-        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols, "size": rows * cols, "dur": time.perf_counter() - began})
+        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols, "size": rows * cols, "dur": time.process_time() - began})
         return got
     X, y = timed("preprocess", lambda: preprocess(df))
     model = timed("train", lambda: train(framework, X, y, seed))
