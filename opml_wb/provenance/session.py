@@ -81,6 +81,12 @@ class Session:
             self.forget(path)
         self.write({**fact, "pid": pid, "cell": self.cell_of(pid), "t": round(time.monotonic() - self.began, 6)})
 
+    def cell(self, pid, number, told):
+        "Cell `number` begins in process `pid` (None: none runs); `told`: how many calls the kernel has told of by now."
+        if number is None: self.cells.pop(pid, None)
+        else: self.cells[pid] = number
+        if not self.ended: self.write({"o": "began", "cell": number, "told": told, "pid": pid})
+
     def tell(self, event, pid):
         "An operation that the program tells itself."
         if not self.ended: self.write({"o": "rec", "e": event, "pid": pid, "cell": self.cell_of(pid), "t": round(time.monotonic() - self.began, 6)})

@@ -19,7 +19,7 @@ OPENS = {"open", "openat", "openat2", "creat"}
 class Watch:
     "One listener: its stage's session, and those of stages inside it, by the process that began them."
     def __init__(self, listener, order, session):
-        self.listener, self.order, self.session, self.nested, self.seen = listener, order, session, {}, set()
+        self.listener, self.order, self.session, self.nested, self.seen, self.told = listener, order, session, {}, set(), 0
 
     def sessions(self, pid):
         "The sessions that hear of process `pid`."
@@ -71,8 +71,7 @@ class Hearing:
         if kind == "nest": return self.nest(watch, pid, json.loads(text))
         if kind == "end": return self.denest(watch, text)
         for session in watch.sessions(pid):
-            if kind == "cell" and text: session.cells[pid] = int(text)
-            elif kind == "cell": session.cells.pop(pid, None)
+            if kind == "cell": session.cell(pid, int(text) if text else None, watch.told)
             elif kind == "record": session.tell(json.loads(text), pid)
 
     def nest(self, watch, pid, order):
@@ -114,6 +113,7 @@ class Server(Hearing):
         told = syscalls.receive(watch.listener, self.page)
         if told is None: return
         ident, thread, call, a = told
+        watch.told += 1
         try:
             if watch.session or watch.nested: self.hear(watch, ident, thread, self.read.names.get(call), a)
         except Exception as e:
