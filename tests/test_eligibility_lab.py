@@ -38,7 +38,8 @@ def test_the_heatmap_answers_threshold_and_point(lab, page, tmp_path):
     def up():
         page.locator(f"{PLAY} .noUi-handle").first.focus()
         for _ in range(4): page.keyboard.press("ArrowRight")
-    assert "at 40 %" in changes(page, up)
+    changes(page, up)
+    page.wait_for_function(f"() => ({SAID})().includes('at 40 %')", timeout=20_000)        # the last of the four steps
     scroll_to(page, f"{PLAY} .js-plotly-plot")
     page.screenshot(path=shots/"eligibility-dark-moved.png")
     for i, plot in enumerate(page.locator(".jp-OutputArea .js-plotly-plot").all()):
