@@ -37,7 +37,8 @@ class _Store:
 
     def _open(self, name):
         "Table `name`, which may not be there yet. Raises ValueError for a name that no table can have."
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w{0,99}", name): raise ValueError(f"table {name!r}: a name has letters, digits and _, a letter first")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w{0,99}", name):
+            raise ValueError(f"table {name!r}: a name has letters, digits and _, a letter first")
         return self._tables.setdefault(name, Table(self.root/name))
 
     def _table(self, name):
@@ -58,14 +59,15 @@ class _Store:
 # %% ../../nbs/provenance/12_commits.ipynb #0fc0181e
 def _agree(table, keys, event_time):
     "Refuse keys or an event time that aren't the table's."
-    meta = table.meta
-    for what, given, has in (("keys", [keys] if isinstance(keys, str) else list(keys), meta["keys"]), ("event_time", event_time, meta["event_time"])):
-        if given != has: raise ValueError(f"{what}={given!r}: table {table.path.name!r} has {what} {has!r}")
+    given_keys = [keys] if isinstance(keys, str) else list(keys)
+    for what, given in (("keys", given_keys), ("event_time", event_time)):
+        if given != (has := table.meta[what]): raise ValueError(f"{what}={given!r}: table {table.path.name!r} has {what} {has!r}")
 
 def _fits(table, rows, mode):
     "Refuse rows that lack a feature, and appends that are there already."
     missing = [n for n in table.types if n not in rows.schema.names]
-    if missing and mode != "delete": raise ValueError(f"df lacks feature {missing[0]!r} of table {table.path.name!r}: a value that is not known is written as null")
+    if missing and mode != "delete":
+        raise ValueError(f"df lacks feature {missing[0]!r} of table {table.path.name!r}: a value that is not known is written as null")
     if mode == "append" and len(rows): _new(table, rows)
 
 def _new(table, rows):
@@ -76,7 +78,9 @@ def _new(table, rows):
     span = pc.min_max(rows[time]).as_py()
     there = newest(table.scan(where=(ds.field(time) >= span["min"]) & (ds.field(time) <= span["max"])), meta["keys"], time)
     both = rows.select(cell).to_pandas().merge(there.select(cell).to_pandas(), on=cell)
-    if len(both): raise ValueError(f"append: {', '.join(f'{c}={both[c].iloc[0]}' for c in cell)} is in table {table.path.name!r} already ({len(both)} rows are): use mode='upsert' to change them")
+    if len(both):
+        first = ", ".join(f"{c}={both[c].iloc[0]}" for c in cell)
+        raise ValueError(f"append: {first} is in table {table.path.name!r} already ({len(both)} rows are): use mode='upsert' to change them")
 
 # %% ../../nbs/provenance/12_commits.ipynb #d8484b29
 def _commit(table, df, keys, event_time, mode, known_from):
@@ -97,15 +101,16 @@ class _Writes(_Store):
     def write(self, name, df, keys, event_time, mode="upsert", known_from=None):
         """Commit the rows of DataFrame `df` to table `name`, made when it isn't there; returns the version (int).
 
-        `keys`: names of the columns that name an entity; `event_time`: of the column with the time (with a time zone) from which a row's features hold;
-        `mode`: upsert | append (rows must be new) | delete (of these keys and event times); `known_from`: when this was known, for history that is loaded later: not
-        before the last write, not in the future (default: now). New features are added. Conflicts with other writers are retried. Raises ValueError, or KeyError (delete
-        from no table), before anything is written."""
+        `keys`: names of the columns that name an entity; `event_time`: of the column with the time, with a time zone, from which a row's
+        features hold; `mode`: upsert | append (rows must be new) | delete (of these keys and event times); `known_from`: when this was
+        known, for history that is loaded later: not before the last write, not in the future (default: now). New features are added.
+        Conflicts with other writers are retried. Raises ValueError, or KeyError (delete from no table), before anything is written."""
         if mode not in OPS: raise ValueError(f"mode={mode!r}: expected {', '.join(OPS)}")
         known_from = None if known_from is None else instant(known_from, "known_from")
         table = self._table(name) if mode == "delete" else self._open(name)
         if mode == "delete" and hasattr(df, "columns"): df = df[[c for c in df.columns if c in table.meta["keys"] or c == event_time]]
-        if table.fixed is not None: raise ValueError(f"table {name!r} is read at version {table.fixed} by a run that is repeated: it cannot be written")
+        if table.fixed is not None:
+            raise ValueError(f"table {name!r} is read at version {table.fixed} by a run that is repeated: it cannot be written")
         self.root.mkdir(parents=True, exist_ok=True)
         version, new = retried(lambda: _commit(table, df, keys, event_time, mode, known_from), table.version)
         self._touched("created" if new else "modified", table, version)
@@ -119,7 +124,8 @@ class _History(_Writes):
         import pandas as pd
         table = self._table(name)
         out = pd.DataFrame(table.commits(), columns=["version", "known_from", "timestamp", "mode", "rows", "run"])
-        out["known_from"], out["timestamp"] = pd.to_datetime(out.known_from, utc=True, format="ISO8601"), pd.to_datetime(out.timestamp, unit="ms", utc=True)
+        out["known_from"] = pd.to_datetime(out.known_from, utc=True, format="ISO8601")
+        out["timestamp"] = pd.to_datetime(out.timestamp, unit="ms", utc=True)
         return out.rename(columns={"timestamp": "written"}).assign(readable=out.version >= table.horizon())
 
     def _version(self, table, version, what):
@@ -127,14 +133,15 @@ class _History(_Writes):
         last = table.last()["version"]
         if isinstance(version, bool) or not hasattr(version, "__index__") or not 0 <= version <= max(last, table.delta.version()):
             raise ValueError(f"{what}={version!r}: expected a version of {table.path.name!r}, 0 to {last}")
-        if version < (since := table.horizon()): raise HistoryError(f"{what}={version}: versions of {table.path.name!r} before {since} were vacuumed")
+        if version < (since := table.horizon()):
+            raise HistoryError(f"{what}={version}: versions of {table.path.name!r} before {since} were vacuumed")
         return int(version)
 
     def changes(self, name, v1, v2):
         """What the commits after version `v1` up to and with `v2` changed in table `name`, one row for each change, in order.
 
-        DataFrame: keys, event time, features, `_change_type` (insert | update_preimage | update_postimage | delete) and `_commit_version`, as in Delta's change feed; a row
-        written anew with equal values is no change. Raises KeyError, ValueError, HistoryError."""
+        DataFrame: keys, event time, features, `_change_type` (insert | update_preimage | update_postimage | delete) and `_commit_version`, as
+        in Delta's change feed; a row written anew with equal values is no change. Raises KeyError, ValueError, HistoryError."""
         table = self._table(name)
         v1, v2 = (self._version(table, v, w) for v, w in ((v1, "v1"), (v2, "v2")))
         if v1 > v2: raise ValueError(f"v1={v1}, v2={v2}: expected v1 <= v2")
@@ -155,9 +162,11 @@ def _changes(log, cell, features, after):
     for f in features: differs |= ~((log[f] == before[f]) | (log[f].isna() & before[f].isna())).fillna(False).astype(bool)
     updated = new & lived & ~dead & differs
     old = log[[*cell, "_version"]].join(before[features])
-    parts = [(log[new & ~lived & ~dead], "insert"), (old[updated], "update_preimage"), (log[updated], "update_postimage"), (old[new & lived & dead], "delete")]
+    parts = [(log[new & ~lived & ~dead], "insert"), (old[updated], "update_preimage"), (log[updated], "update_postimage"),
+             (old[new & lived & dead], "delete")]
     out = pd.concat([rows.assign(_change_type=kind) for rows, kind in parts]).rename(columns={"_version": "_commit_version"})
-    return out.sort_values(["_commit_version", *cell], kind="stable", ignore_index=True)[[*cell, *features, "_change_type", "_commit_version"]]
+    columns = [*cell, *features, "_change_type", "_commit_version"]
+    return out.sort_values(["_commit_version", *cell], kind="stable", ignore_index=True)[columns]
 
 # %% ../../nbs/provenance/12_commits.ipynb #6a6b04e4
 class _Pins(_History):
@@ -211,12 +220,16 @@ class Commits(_Pins):
     def vacuum(self, name, before=None, retention_hours=0, dry_run=False):
         """Remove for good what only versions older than `before` need; returns the number of rows dropped.
 
-        `before`: a version or a time (with a time zone); default: what was replaced more than `retention_hours` ago, so with 0 all history but the present state. `dry_run`: only
-        count. Afterwards a question to a removed version raises HistoryError. Raises PinnedError when a run has pinned one of them, KeyError, ValueError."""
+        `before`: a version or a time (with a time zone); default: what was replaced more than `retention_hours` ago, so with 0 all history
+        but the present state. `dry_run`: only count. Afterwards a question to a removed version raises HistoryError.
+        Raises PinnedError when a run has pinned one of them, KeyError, ValueError."""
         table = self._table(name)
         version = self._version(table, _horizon(table, before, retention_hours), "before")
         pinned = [(v, run) for v, run in self.pins(name) if v < version]
-        if pinned: raise PinnedError(f"version {pinned[0][0]} of {name!r} is pinned by run {pinned[0][1]} ({len(pinned)} pins in the way): nothing was removed. Unpin it, or vacuum with before={pinned[0][0]}")
+        if pinned:
+            first, run = pinned[0]
+            raise PinnedError(f"version {first} of {name!r} is pinned by run {run} ({len(pinned)} pins in the way): nothing was removed. "
+                              f"Unpin it, or vacuum with before={first}")
         if dry_run: return _settled(table, version)[1]
         retried(lambda: self._move(table, version), table.version)
         dropped = retried(lambda: _rewrite(table, version), table.version)

@@ -28,8 +28,10 @@ def _key(table, key):
     import pyarrow as pa
     names, types = table.meta["keys"], table.types
     if isinstance(key, dict): given = key
-    else: given = dict(zip(names, key)) if isinstance(key, (tuple, list)) and len(key) == len(names) else {names[0]: key} if len(names) == 1 else {}
-    if set(given) != set(names): raise ValueError(f"key={key!r}: expected " + ("a value" if len(names) == 1 else "a tuple or a dict") + f" of {', '.join(names)}")
+    elif isinstance(key, (tuple, list)) and len(key) == len(names): given = dict(zip(names, key))
+    else: given = {names[0]: key} if len(names) == 1 else {}
+    if set(given) != set(names):
+        raise ValueError(f"key={key!r}: expected {'a value' if len(names) == 1 else 'a tuple or a dict'} of {', '.join(names)}")
     if any(_null(v) for v in given.values()): return None
     try: return {n: pa.scalar(given[n], types[n]) for n in names}
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError): return None
@@ -38,10 +40,10 @@ def _key(table, key):
 class _Reads(Commits):
     "Values and ranges."
     def value(self, name, key, feature, at, known_at=None):
-        """What `feature` of the entity `key` was at the time `at`, as known at `known_at` (None: now); None when that is null or was unknown.
+        """What `feature` of entity `key` was at the time `at`, as known at `known_at` (None: now); None when it is null or was unknown.
 
-        `key`: a scalar, a tuple in the order of the table's keys, or a dict; times with a time zone. It is the row of the latest event time <= `at` that held.
-        Raises KeyError (no such table or feature), ValueError, HistoryError (vacuumed)."""
+        `key`: a scalar, a tuple in the order of the table's keys, or a dict; times with a time zone. The row is that of the latest event
+        time <= `at` that held. Raises KeyError (no such table or feature), ValueError, HistoryError (vacuumed)."""
         import pyarrow.dataset as ds
         table = self._table(name)
         _features(table, feature)
@@ -58,7 +60,8 @@ class _Reads(Commits):
     def range(self, name, features, start, end, known_at=None):
         """The rows of table `name` with `start` <= event time < `end` as known at `known_at` (None: now), in order of event time.
 
-        `features`: a name, a list of names, or None for all. Returns a DataFrame of keys, event time and features; times with a time zone. Raises KeyError, ValueError, HistoryError."""
+        `features`: a name, a list of names, or None for all; times with a time zone. Returns a DataFrame of keys, event time and features.
+        Raises KeyError, ValueError, HistoryError."""
         import pyarrow.dataset as ds
         table = self._table(name)
         features = _features(table, features)
@@ -107,10 +110,10 @@ class FeatureStore(_Reads):
 
     The methods: `write`, `value`, `range`, `training_set`, `history`, `changes`, `pin`, `unpin`, `pins`, `vacuum`, `tables`."""
     def training_set(self, labels, features, known="label"):
-        """`labels` (DataFrame: the tables' keys, their event time, the rest) with a column for each of `features` ('table.column'), rows and order kept.
+        """`labels` (DataFrame: keys, event time, the rest) with a column for each of `features` ('table.column'), rows and order kept.
 
-        A label of time t gets the value of the latest event time <= t, as it was known at t (`known="label"`), at one time, or now (None); null when there was none, or the
-        label's key is null. Raises KeyError, ValueError, HistoryError before anything is joined."""
+        A label of time t gets the value of the latest event time <= t, as it was known at t (`known="label"`), at one time, or now (None);
+        null when there was none, or the label's key is null. Raises KeyError, ValueError, HistoryError before anything is joined."""
         if not hasattr(labels, "columns"): raise ValueError(f"labels: expected a DataFrame, got {type(labels).__name__}")
         if known is not None and not (isinstance(known, str) and known == "label"): known = instant(known, "known")
         wanted = _columns(features, labels)
@@ -147,4 +150,5 @@ def _known_then(table, at):
 
 def _log(rows, time):
     "What `latest_known` needs of rows of the log, but the keys."
-    return {"time": _micros(rows[time]), "known": _micros(rows["_known_from"]), "version": rows["_version"].to_numpy(), "dead": rows["_op"].to_numpy() == OPS["delete"]}
+    return {"time": _micros(rows[time]), "known": _micros(rows["_known_from"]), "version": rows["_version"].to_numpy(),
+            "dead": rows["_op"].to_numpy() == OPS["delete"]}

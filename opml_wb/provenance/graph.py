@@ -17,7 +17,8 @@ from .store import Reader
 # %% ../../nbs/provenance/26_graph.ipynb #6c1079bf
 @dataclass
 class Graph:
-    "`stages` {run: stage as `Reader.stage` gives it}, `artifacts` {(path, version): kind}, `edges` {(node, node)}: artifact -> stage that used it, stage -> artifact that it made."
+    """`stages` {run: stage as `Reader.stage` gives it}, `artifacts` {(path, version): kind}, `edges` {(node, node)}: from an artifact to the
+    stage that used it, from a stage to the artifact that it made."""
     stages: dict
     artifacts: dict = field(default_factory=dict)
     edges: set = field(default_factory=set)
@@ -68,7 +69,8 @@ def places(g):
     column, nodes = {}, [*g.stages, *g.artifacts]
     def depth(node, path=()):
         if node in path: return 0                       # a stage that read what it wrote
-        if node not in column: column[node] = max((depth(p, (*path, node)) + 1 for p in sorted(g.next({node}, back=True), key=str)), default=0)
+        before = sorted(g.next({node}, back=True), key=str)
+        if node not in column: column[node] = max((depth(p, (*path, node)) + 1 for p in before), default=0)
         return column[node]
     for node in nodes: depth(node)
     for node in g.artifacts:                            # what comes from outside stands just before its first user
@@ -104,8 +106,8 @@ def _views(g):
 
 def _versions(g):
     "{version of a table: nodes in the light}: who made it, who used it, and what came of that."
-    out = {}
-    for path, version in sorted((a for a, kind in g.artifacts.items() if kind == "table"), key=lambda a: (a[0], int(a[1].partition(":")[2]))):
+    out, tables = {}, [a for a, kind in g.artifacts.items() if kind == "table"]
+    for path, version in sorted(tables, key=lambda a: (a[0], int(a[1].partition(":")[2]))):
         light = {(path, version)} | g.next({(path, version)}, back=True)
         todo = {(path, version)}
         while todo := g.next(todo) - light: light |= todo
@@ -120,7 +122,8 @@ def _lines(g, at, light):
     return x, y
 
 # %% ../../nbs/provenance/26_graph.ipynb #7a8cf094
-SHAPES = {"stage": ("square", 26, "ours"), "failed": ("square", 26, "baseline"), "file": ("circle", 13, "muted"), "table": ("diamond", 17, "good"), "model": ("star", 17, "paper")}
+SHAPES = {"stage": ("square", 26, "ours"), "failed": ("square", 26, "baseline"), "file": ("circle", 13, "muted"),
+          "table": ("diamond", 17, "good"), "model": ("star", 17, "paper")}
 
 def _kind(g, node):
     if node not in g.stages: return g.artifacts[node] if g.artifacts[node] in SHAPES else "file"
@@ -128,34 +131,36 @@ def _kind(g, node):
 
 def draw(g, title="Lineage"):
     "A plotly Figure of Graph `g`, with a menu of footprints and impacts and a slider over the versions of its tables."
-    at = places(g)
-    nodes, views, versions = list(at), _views(g), _versions(g)
-    shape = [SHAPES[_kind(g, n)] for n in nodes]
-    texts = [label(g, n) for n in nodes]
-    rows = len({r for _, r in at.values()})
-    fig = ui.figure("", "", title, height=max(320, 46 * rows + 150), showlegend=False, xaxis_visible=False, yaxis_visible=False, hovermode="closest", margin=dict(l=20, r=20, t=70, b=20))
+    at, views, versions = places(g), _views(g), _versions(g)
+    columns, rows = max(c for c, _ in at.values()), len({r for _, r in at.values()})
+    fig = ui.figure("", "", title, height=max(320, 46 * rows + 150), showlegend=False, hovermode="closest", margin=dict(l=20, r=20, t=70, b=20))
+    fig.update_xaxes(visible=False, range=[-.6, columns + .6]).update_yaxes(visible=False, range=[-rows / 2 - .3, rows / 2])
     for colour, width, light in ((ui.COLOURS["muted"], 1, views["everything"]), (ui.COLOURS["ours"], 2.5, set())):
         x, y = _lines(g, at, light)
         fig.add_scatter(x=x, y=y, mode="lines", line=dict(color=colour, width=width), opacity=.5, hoverinfo="skip")
-    fig.add_scatter(x=[at[n][0] for n in nodes], y=[at[n][1] for n in nodes], mode="markers+text", text=[t for t, _ in texts], hovertext=[t for _, t in texts], hoverinfo="text",
-                    textposition="bottom center", textfont_size=11, cliponaxis=False,
-                    marker=dict(symbol=[s for s, _, _ in shape], size=[n for _, n, _ in shape], color=[ui.COLOURS[c] for *_, c in shape], opacity=[1.0] * len(nodes)))
-    steps = [(name, _step(g, at, nodes, light, name == "everything")) for name, light in views.items()]
-    fig.update_layout(updatemenus=[dict(buttons=[dict(label=n, method="restyle", args=a) for n, a in steps], x=1, xanchor="right", y=1.0, yanchor="bottom", font_color="#333", bgcolor="#eee")])
-    if versions: _slider(fig, g, at, nodes, versions)
-    columns = [c for c, _ in at.values()]
-    return fig.update_xaxes(range=[min(columns) - .6, max(columns) + .6]).update_yaxes(range=[-rows / 2 - .3, rows / 2])
+    _nodes(fig, g, at)
+    buttons = [_step(name, g, at, light, name == "everything") for name, light in views.items()]
+    fig.update_layout(updatemenus=[dict(buttons=buttons, x=1, xanchor="right", y=1.0, yanchor="bottom", font_color="#333", bgcolor="#eee")])
+    return _slider(fig, g, at, versions) if versions else fig
 
-def _step(g, at, nodes, light, everything=False):
-    "Arguments of plotly's restyle that put `light` into the light: opacities of the nodes, and the edges between them."
-    x, y = ([], []) if everything else _lines(g, at, light)
-    return [{"marker.opacity": [None, [1.0 if n in light else .12 for n in nodes]], "x": [x, [at[n][0] for n in nodes]], "y": [y, [at[n][1] for n in nodes]]}, [1, 2]]
+def _nodes(fig, g, at):
+    "Draw the nodes with their names."
+    shape, texts = [SHAPES[_kind(g, n)] for n in at], [label(g, n) for n in at]
+    marker = dict(symbol=[s for s, _, _ in shape], size=[n for _, n, _ in shape], color=[ui.COLOURS[c] for *_, c in shape], opacity=[1.0] * len(at))
+    fig.add_scatter(x=[c for c, _ in at.values()], y=[r for _, r in at.values()], mode="markers+text", marker=marker, cliponaxis=False, hoverinfo="text",
+                    text=[t for t, _ in texts], hovertext=[t for _, t in texts], textposition="bottom center", textfont_size=11)
 
-def _slider(fig, g, at, nodes, versions):
-    everything = ("all", _step(g, at, nodes, set(nodes), True))
-    steps = [everything] + [(name, _step(g, at, nodes, light)) for name, light in versions.items()]
-    fig.update_layout(sliders=[dict(active=0, x=.03, len=.9, pad=dict(t=24), currentvalue=dict(prefix="table version: "), steps=[dict(label=n, method="restyle", args=a) for n, a in steps])],
-                      height=fig.layout.height + 90, margin_b=90)
+def _step(name, g, at, light, everything=False):
+    "A button or a slider's step that puts `light` into the light: the nodes' opacities, and the edges between them."
+    (x, y), nodes = ([], []) if everything else _lines(g, at, light), list(at)
+    data = {"marker.opacity": [None, [1.0 if n in light else .12 for n in nodes]],
+            "x": [x, [at[n][0] for n in nodes]], "y": [y, [at[n][1] for n in nodes]]}
+    return dict(label=name, method="restyle", args=[data, [1, 2]])
+
+def _slider(fig, g, at, versions):
+    steps = [_step("all", g, at, set(at), True)] + [_step(name, g, at, light) for name, light in versions.items()]
+    slider = dict(active=0, x=.03, len=.9, pad=dict(t=24), currentvalue=dict(prefix="table version: "), steps=steps)
+    return fig.update_layout(sliders=[slider], height=fig.layout.height + 90, margin_b=90)
 
 def lineage_graph(run, code=False, title=None):
     """The lineage of `run` (Run, id, key) as a plotly Figure: the stages before it and after it, with what they used and made.

@@ -36,22 +36,28 @@ def _time(seconds): return datetime.fromtimestamp(seconds, timezone.utc).isoform
 def _datasets(host, artifacts):
     "Datasets of [(path, version, time)], each path once."
     latest = {path: version for path, version, _ in artifacts}
-    return [{"namespace": f"file://{host}", "name": path, "facets": {"version": _facet("1-0-1/DatasetVersionDatasetFacet", datasetVersion=version)}} for path, version in latest.items()]
+    def facets(version): return {"version": _facet("1-0-1/DatasetVersionDatasetFacet", datasetVersion=version)}
+    return [{"namespace": f"file://{host}", "name": path, "facets": facets(version)} for path, version in latest.items()]
 
 def _run_facets(ledger, stage, doc):
     "Python as the engine; environment, parameters and metrics as a facet of ours; the error of a run that failed."
-    out = {"processing_engine": _facet("1-1-1/ProcessingEngineRunFacet", name="python", version=stage["python"] or "unknown", openlineageAdapterVersion=producer().rpartition(":")[2]),
-           "opml_run": _facet(None, id=stage["run"], capture=stage["capture"], partial=stage["partial"], who=stage["who"], os=stage["os"], hardware=stage["hardware"],
-                              packages=ledger.packages(stage["run"]), params=doc["params"], metrics=doc.get("metrics", {}))}
+    ours = {k: stage[k] for k in ("capture", "partial", "who", "os", "hardware")} | {"params": doc["params"], "metrics": doc.get("metrics", {})}
+    out = {"processing_engine": _facet("1-1-1/ProcessingEngineRunFacet", name="python", version=stage["python"] or "unknown",
+                                       openlineageAdapterVersion=producer().rpartition(":")[2]),
+           "opml_run": _facet(None, id=stage["run"], packages=ledger.packages(stage["run"]), **ours)}
     if error := doc.get("error"):
-        out["errorMessage"] = _facet("1-0-1/ErrorMessageRunFacet", message=f"{error.get('ename')}: {error.get('evalue')}", programmingLanguage="PYTHON")
+        said = f"{error.get('ename')}: {error.get('evalue')}"
+        out["errorMessage"] = _facet("1-0-1/ErrorMessageRunFacet", message=said, programmingLanguage="PYTHON")
     return out
 
 def _job_facets(stage, doc):
     "Type of the job, and where its code lies: the commit of a repository, else the code's hash."
-    out = {"jobType": _facet("2-0-3/JobTypeJobFacet", processingType="BATCH", integration="OPML", jobType="COMMAND" if "command" in doc else "NOTEBOOK")}
+    kind = "COMMAND" if "command" in doc else "NOTEBOOK"
+    out = {"jobType": _facet("2-0-3/JobTypeJobFacet", processingType="BATCH", integration="OPML", jobType=kind)}
     if source := doc.get("source") or stage["cwd"]:
-        out["sourceCodeLocation"] = _facet("1-0-1/SourceCodeLocationJobFacet", type="git" if stage["commit_id"] else "file", url=Path(source).as_uri(), version=stage["commit_id"] or stage["code"] or "unknown")
+        version = stage["commit_id"] or stage["code"] or "unknown"
+        where = {"type": "git" if stage["commit_id"] else "file", "url": Path(source).as_uri(), "version": version}
+        out["sourceCodeLocation"] = _facet("1-0-1/SourceCodeLocationJobFacet", **where)
     return out
 
 # %% ../../nbs/provenance/23_openlineage.ipynb #c6649d84
@@ -61,9 +67,11 @@ def openlineage(run):
     stage = ledger.stage(run)
     if stage["status"] == "running": raise runs.StoreError(f"run {stage['run']} has not ended")
     doc, events, host = ledger.runs.get(stage["run"])[0], ledger.events(stage["run"]), stage["host"] or "localhost"
-    same = {"producer": producer(), "schemaURL": f"{SPEC}#/$defs/RunEvent", "job": {"namespace": f"opml://{host}", "name": stage["pipeline"], "facets": _job_facets(stage, doc)}}
+    job = {"namespace": f"opml://{host}", "name": stage["pipeline"], "facets": _job_facets(stage, doc)}
     def event(kind, seconds, facets, **more):
-        return runs.plain({"eventType": kind, "eventTime": _time(seconds), "run": {"runId": run_uuid(stage["run"]), "facets": facets}, **same, **more})
+        run = {"runId": run_uuid(stage["run"]), "facets": facets}
+        return runs.plain({"eventType": kind, "eventTime": _time(seconds), "run": run, "job": job, "producer": producer(),
+                           "schemaURL": f"{SPEC}#/$defs/RunEvent", **more})
     ends = dict(inputs=_datasets(host, used(events)), outputs=_datasets(host, made(events)))
     return [event("START", stage["started"], {}, inputs=ends["inputs"], outputs=[]),
             event(ENDS.get(stage["status"], "FAIL"), stage["started"] + (stage["seconds"] or 0), _run_facets(ledger, stage, doc), **ends)]

@@ -29,7 +29,8 @@ def _base(ledger, run):
 
 def _code_files(doc):
     "Paths of the source files of one's own that a chapter imports, the package opml_wb left out."
-    found = (deps._spec(m, [str(Path(doc["source"]).parent)]) for m in doc.get("files", {}) if m.partition(".")[0] != "opml_wb" and not m.startswith("%run"))
+    own = (m for m in doc.get("files", {}) if m.partition(".")[0] != "opml_wb" and not m.startswith("%run"))
+    found = (deps._spec(m, [str(Path(doc["source"]).parent)]) for m in own)
     return [s.origin for s in found if s and s.origin and os.path.isfile(s.origin)]
 
 def _moved(value, base, folder):
@@ -40,17 +41,20 @@ def _moved(value, base, folder):
 def _notebook(doc, base):
     "The notebook as it was executed, without outputs and the injected cell, with the run's parameters as the preset `imported`."
     nb = runs.read_json(Path(doc["notebook"]))
-    nb["cells"] = [{**c, "outputs": [], "execution_count": None} if c["cell_type"] == "code" else c for c in nb["cells"] if "injected-parameters" not in (c["metadata"].get("tags") or ())]
+    cells = (c for c in nb["cells"] if "injected-parameters" not in (c["metadata"].get("tags") or ()))
+    nb["cells"] = [{**c, "outputs": [], "execution_count": None} if c["cell_type"] == "code" else c for c in cells]
     nb["metadata"].pop("opml_run", None)
+    given = {k: _moved(v, base, Path(doc["source"]).parent) for k, v in (doc.get("given") or {}).items()}
     opml = nb["metadata"].setdefault("opml", {})
-    opml["presets"] = {**(opml.get("presets") or {}), "imported": {k: _moved(v, base, Path(doc["source"]).parent) for k, v in (doc.get("given") or {}).items()}}
+    opml["presets"] = {**(opml.get("presets") or {}), "imported": given}
     return json.dumps(nb, ensure_ascii=False, indent=1).encode()
 
 def _stage(ledger, run):
     "What the manifest says of a stage."
     doc, stage = ledger.runs.get(run)[0], ledger.stage(run)
-    return {"run": run, "pipeline": stage["pipeline"], "code": stage["code"] or doc.get("code"), "commit": stage["commit_id"], "params": doc["params"], "given": doc.get("given", {}),
-            "source": None if traced(doc) else doc["source"], "command": stage["command"], "cwd": stage["cwd"], "metrics": doc.get("metrics", {}), "seed": doc.get("seed"),
+    return {"run": run, "pipeline": stage["pipeline"], "code": stage["code"] or doc.get("code"), "commit": stage["commit_id"],
+            "params": doc["params"], "given": doc.get("given", {}), "seed": doc.get("seed"), "metrics": doc.get("metrics", {}),
+            "source": None if traced(doc) else doc["source"], "command": stage["command"], "cwd": stage["cwd"],
             "packages": ledger.packages(run) or {k: v for k, v in doc.get("env", {}).items() if k != "python"}}
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #a62af5f1
@@ -60,7 +64,9 @@ def _carried(ledger, order, base):
     files, inputs = {}, {}
     for run in order:
         doc = ledger.runs.get(run)[0]
-        if not traced(doc): files.update({os.path.relpath(doc["source"], base): _notebook(doc, base), **{os.path.relpath(p, base): p for p in _code_files(doc)}})
+        if not traced(doc):
+            files[os.path.relpath(doc["source"], base)] = _notebook(doc, base)
+            files.update({os.path.relpath(p, base): p for p in _code_files(doc)})
         kinds = {e["path"]: e["kind"] for e in ledger.events(run)}
         for path, version, _ in used(ledger.events(run)):
             if (path, version) not in own and "/__pycache__/" not in path: inputs[path] = (version, kinds[path])
@@ -70,7 +76,7 @@ def _input(ledger, path, version, kind, base, files):
     "One input; it travels if it lies below `base` and is there in its version."
     place = os.path.relpath(path, base)
     content = _at(ledger, path, version, kind) if not place.startswith("..") else {}
-    files.update({os.path.join(place, name) if name else place: p for name, p in content.items() if (os.path.join(place, name) if name else place) not in files})
+    for name, p in content.items(): files.setdefault(os.path.join(place, name) if name else place, p)
     return {"path": path, "version": version, "kind": kind, "place": place if content else None}
 
 def _at(ledger, path, version, kind):
@@ -98,16 +104,21 @@ def export(run, file):
     base = os.path.commonpath([_base(ledger, r) for r in order])
     files, inputs = _carried(ledger, order, base)
     size = sum(os.path.getsize(p) for p in files.values() if isinstance(p, str))
-    if size > LIMIT: raise PipelineError(f"run {order[-1]}: its inputs below {base} take {size / 1e6:.0f} MB, at most {LIMIT / 1e6:.0f} MB travel: keep them elsewhere, under a name of the data registry")
+    if size > LIMIT:
+        raise PipelineError(f"run {order[-1]}: its inputs below {base} take {size / 1e6:.0f} MB, at most {LIMIT / 1e6:.0f} MB travel: "
+                            "keep them elsewhere, under a name of the data registry")
     content = {place: p if isinstance(p, bytes) else Path(p).read_bytes() for place, p in files.items()}
-    manifest = runs.plain({"format": FORMAT, "base": base, "machine": machine(), "stages": [_stage(ledger, r) for r in order], "inputs": inputs,
-                           "files": {place: hashlib.sha256(data).hexdigest() for place, data in sorted(content.items())}})
-    part = Path(f"{file}.part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, data in [(MANIFEST, json.dumps(manifest, indent=1).encode())] + [(f"{FILES}/{place}", data) for place, data in sorted(content.items())]:
-            z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
-    os.replace(part, file)
+    manifest = runs.plain({"format": FORMAT, "base": base, "machine": machine(), "stages": [_stage(ledger, r) for r in order],
+                           "inputs": inputs, "files": {place: hashlib.sha256(data).hexdigest() for place, data in sorted(content.items())}})
+    _pack(file, {MANIFEST: json.dumps(manifest, indent=1).encode(), **{f"{FILES}/{place}": data for place, data in sorted(content.items())}})
     return manifest
+
+def _pack(file, content):
+    "Write `content` {name: bytes} as the zip `file`, whole or not at all; the same content gives the same bytes."
+    part = Path(f"{file}.part")
+    with zipfile.ZipFile(part, "w") as z:
+        for name, data in content.items(): z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+    os.replace(part, file)
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #d06c82c6
 def _read(file):
@@ -116,27 +127,29 @@ def _read(file):
         with zipfile.ZipFile(file) as z:
             manifest = json.loads(z.read(MANIFEST))
             content = {place: z.read(f"{FILES}/{place}") for place in manifest["files"]}
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e: raise PipelineError(f"{file} is no pipeline that `opml pipeline export` wrote: {e}") from None
+    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
+        raise PipelineError(f"{file} is no pipeline that `opml pipeline export` wrote: {e}") from None
     if manifest.get("format") != FORMAT: raise PipelineError(f"{file} has format {manifest.get('format')!r}, this opml_wb knows {FORMAT}")
     for place, data in content.items():
         if os.path.isabs(place) or ".." in Path(place).parts: raise PipelineError(f"{file}: {place!r} leads out of the folder")
         if hashlib.sha256(data).hexdigest() != manifest["files"][place]: raise PipelineError(f"{file}: {place} is damaged (sha256 differs)")
     return manifest, content
 
-def _here(manifest, folder):
+def _here(manifest):
     "How this machine differs from what the pipeline had: differences as `check` gives them."
-    found = [_difference("input", i["path"], i["version"], None) for i in manifest["inputs"] if not i["place"] and version_now(i["path"], i["kind"]) != i["version"]]
+    away = [i for i in manifest["inputs"] if not i["place"]]
+    found = [_difference("input", i["path"], i["version"], now) for i in away if (now := version_now(i["path"], i["kind"])) != i["version"]]
     packages = {k: v for s in manifest["stages"] for k, v in s["packages"].items()} | {"python": manifest["machine"]["python"]}
     found += [_difference("package", n, v, now) for n, v in packages.items() if (now := _installed(n)) != v]
     then, now = manifest["machine"]["hardware"], machine()["hardware"]
-    return found + [_difference("hardware", k, then[k], now.get(k)) for k in ("arch", "cpu", "cores", "accelerators") if then.get(k) != now.get(k)]
+    names = [k for k in ("arch", "cpu", "cores", "accelerators") if then.get(k) != now.get(k)]
+    return found + [_difference("hardware", k, then[k], now.get(k)) for k in names]
 
-def _command(stage, manifest, folder):
-    "The words that run a stage in `folder`."
+def _command(stage, base, folder):
+    "{cwd, words} that run a stage in `folder` (Path), which stands for `base`."
     if stage["source"]:
-        place = Path(folder)/os.path.relpath(stage["source"], manifest["base"])
-        return ["opml", "run", str(place), "--preset", "imported"]
-    return ["opml", "trace", "--", *stage["command"]]
+        return {"cwd": str(folder), "words": ["opml", "run", str(folder/os.path.relpath(stage["source"], base)), "--preset", "imported"]}
+    return {"cwd": os.path.normpath(folder/os.path.relpath(stage["cwd"], base)), "words": ["opml", "trace", "--", *stage["command"]]}
 
 def import_(file, folder=None):
     """Unpack the pipeline `file` into `folder` (default: the file's name without its suffix; it must not be there).
@@ -152,6 +165,5 @@ def import_(file, folder=None):
             (part/place).write_bytes(data)
         os.rename(part, folder)
     except BaseException: shutil.rmtree(part, ignore_errors=True); raise
-    places = [os.path.relpath(s["cwd"] or manifest["base"], manifest["base"]) for s in manifest["stages"]]
-    commands = [{"cwd": os.path.normpath(folder/("" if s["source"] else place)), "words": _command(s, manifest, folder)} for s, place in zip(manifest["stages"], places)]
-    return {"folder": str(folder), "commands": commands, "differences": _here(manifest, folder)}
+    commands = [_command(s, manifest["base"], folder) for s in manifest["stages"]]
+    return {"folder": str(folder), "commands": commands, "differences": _here(manifest)}

@@ -18,7 +18,8 @@ COLUMNS = ["run", "op", "path", "version"]
 
 def made(events):
     "[(path, version, time)] of what a stage made."
-    return [(e["target"] if e["op"] == "renamed" else e["path"], e["version"], e["t"]) for e in events if e["op"] in ("created", "modified", "renamed") and e["version"]]
+    found = (e for e in events if e["op"] in ("created", "modified", "renamed") and e["version"])
+    return [(e["target"] if e["op"] == "renamed" else e["path"], e["version"], e["t"]) for e in found]
 
 def used(events):
     "[(path, version, time)] of what a stage used."
@@ -71,13 +72,14 @@ def impact(run, transitive=False):
 USE = "(e.op in ('read', 'renamed') or (e.op in ('modified', 'deleted') and e.was is not null)) and e.part=0"
 
 def most_used(n=10):
-    "The `n` files and tables, source code left out, that most runs used: DataFrame `path, runs, versions, last` (s since 1970), most used first."
+    "The `n` files and tables that most runs used, source code left out: DataFrame `path, runs, versions, last` (s since 1970)."
     import pandas as pd
     from itertools import islice
     from opml_wb.provenance.capture import SOURCE
-    rows = Reader().db.execute(f"""select e.path, count(distinct e.run), count(distinct coalesce(e.version, e.was)), max(r.started) from prov_event e
-        join run r on r.id=e.run where {USE} group by e.path order by 2 desc, 4 desc, 1""")
-    return pd.DataFrame(islice(((native(p), *rest) for p, *rest in rows if not p.endswith(SOURCE)), n), columns=["path", "runs", "versions", "last"])
+    rows = Reader().db.execute(f"""select e.path, count(distinct e.run), count(distinct coalesce(e.version, e.was)), max(r.started)
+        from prov_event e join run r on r.id=e.run where {USE} group by e.path order by 2 desc, 4 desc, 1""")
+    found = islice(((native(p), *rest) for p, *rest in rows if not p.endswith(SOURCE)), n)
+    return pd.DataFrame(found, columns=["path", "runs", "versions", "last"])
 
 def place(data):
     "The path that `data` means: a path, or a name of `opml data ls`."
@@ -86,28 +88,31 @@ def place(data):
     return str(found or Path(data).expanduser().resolve())
 
 def latest_using(data):
-    """The newest run that used the file or table `data` (path or registry name), as dict `run, pipeline, version, status, who, host, started`; None: no run did.
+    """The newest run that used the file or table `data` (path or registry name), None when no run did.
 
-    `version` is the data's, as it was used."""
-    row = Reader().db.execute(f"""select e.run, s.pipeline, coalesce(e.version, e.was), r.status, s.who, s.host, r.started from prov_event e join prov_stage s on s.run=e.run
-        join run r on r.id=e.run where e.path=? and {USE} order by r.started desc, e.run desc limit 1""", (text_of(place(data)),)).fetchone()
+    A dict `run, pipeline, version, status, who, host, started`; `version` is the data's, as it was used."""
+    row = Reader().db.execute(f"""select e.run, s.pipeline, coalesce(e.version, e.was), r.status, s.who, s.host, r.started
+        from prov_event e join prov_stage s on s.run=e.run join run r on r.id=e.run
+        where e.path=? and {USE} order by r.started desc, e.run desc limit 1""", (text_of(place(data)),)).fetchone()
     return row and dict(zip(("run", "pipeline", "version", "status", "who", "host", "started"), row))
 
 def last_successful(pipeline):
     """Who ran the latest version of `pipeline` successfully: dict `run, who, host, code, started` of the newest such run, or None.
 
-    `pipeline`: a chapter's name, or the script's of `opml trace`; its version is the hash of its code. Raises KeyError when it was never run."""
+    `pipeline`: a chapter's name, or the script's of `opml trace`; its version is the hash of its code. Raises KeyError for an unknown one."""
     db = Reader().db
-    newest = db.execute("select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=? order by r.started desc, s.run desc limit 1", (pipeline,)).fetchone()
+    newest = db.execute("""select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=?
+        order by r.started desc, s.run desc limit 1""", (pipeline,)).fetchone()
     if newest is None: raise KeyError(f"no run of a pipeline {pipeline!r}; there are: {', '.join(_pipelines(db)) or 'none'}")
-    row = db.execute("""select s.run, s.who, s.host, s.code, r.started from prov_stage s join run r on r.id=s.run where s.pipeline=? and r.status='done'
-        and coalesce(s.code, '')=? order by r.started desc, s.run desc limit 1""", (pipeline, newest[0] or "")).fetchone()
+    row = db.execute("""select s.run, s.who, s.host, s.code, r.started from prov_stage s join run r on r.id=s.run
+        where s.pipeline=? and r.status='done' and coalesce(s.code, '')=? order by r.started desc, s.run desc limit 1""", (pipeline, newest[0] or "")).fetchone()
     return row and dict(zip(("run", "who", "host", "code", "started"), row))
 
 def _pipelines(db): return [p for p, in db.execute("select distinct pipeline from prov_stage order by 1").fetchall()]
 
 # %% ../../nbs/provenance/20_questions.ipynb #bc249280
-TABLES = """create table if not exists prov_tag(kind text not null, thing text not null, tag text not null, who text, t double precision, primary key(kind, thing, tag)) without rowid;
+TABLES = """create table if not exists prov_tag(kind text not null, thing text not null, tag text not null, who text, t double precision,
+  primary key(kind, thing, tag)) without rowid;
 create index if not exists prov_tag_tag on prov_tag(tag)"""
 
 def _tags(ledger):
@@ -118,12 +123,13 @@ def _tags(ledger):
 def _thing(ledger, thing):
     "(kind, name) of a run or a path. Raises StoreError for what is neither."
     from opml_wb.core.store import StoreError
-    if isinstance(thing, os.PathLike) or os.path.isabs(str(thing)) or (not hasattr(thing, "doc") and os.path.exists(str(thing))): return "path", text_of(place(thing))
+    is_path = isinstance(thing, os.PathLike) or os.path.isabs(str(thing)) or not hasattr(thing, "doc") and os.path.exists(str(thing))
+    if is_path: return "path", text_of(place(thing))
     try: return "run", ledger.name(thing)
     except StoreError as e: raise StoreError(f"{thing!r} is neither a run nor a path that exists: {e}") from None
 
 def tag(thing, *tags, remove=False):
-    """Give `thing` (a run, or the path of a file or table) `tags` (texts), or with `remove` take them away; returns all that it has, sorted.
+    """Give `thing` (a run, or the path of a file or table) `tags` (texts), or with `remove` take them away; returns all that it has.
 
     Raises ValueError for an empty tag, StoreError for what is neither run nor path."""
     for t in tags:
@@ -139,8 +145,8 @@ def tag(thing, *tags, remove=False):
 # %% ../../nbs/provenance/20_questions.ipynb #b52dc9a4
 def in_production(ledger, pipeline):
     "Id of the run of `pipeline` that was tagged `production` last, or None."
-    row = _tags(ledger).execute("""select p.thing from prov_tag p join prov_stage s on s.run=p.thing where p.kind='run' and p.tag='production' and s.pipeline=?
-        order by p.t desc limit 1""", (pipeline,)).fetchone()
+    row = _tags(ledger).execute("""select p.thing from prov_tag p join prov_stage s on s.run=p.thing
+        where p.kind='run' and p.tag='production' and s.pipeline=? order by p.t desc limit 1""", (pipeline,)).fetchone()
     return row and row[0]
 
 def _metric(ledger, run, name):
@@ -150,19 +156,21 @@ def _metric(ledger, run, name):
 
 def _served(ledger, run, metric):
     "`metric` of what the model store serves of the models that `run` published, None where it serves none, or the run's own."
-    names = {e["path"][6:]: e["version"] for e in ledger.events(run) if e["path"].startswith("model:") and e["op"] in ("created", "modified")}
+    published = (e for e in ledger.events(run) if e["path"].startswith("model:") and e["op"] in ("created", "modified"))
+    names = {e["path"].partition(":")[2]: e["version"] for e in published}
     from opml_wb.core.models import ModelStore
     models = ModelStore() if names else None
     served = {n: models.current(n) for n in names if n in models.names()} if names else {}
     found = [models.info(n, v)["metrics"] for n, v in served.items() if v is not None and str(v) != names[n]]
-    if found and metric not in found[0]: raise KeyError(f"the model that is served has no metric {metric!r}; it has: {', '.join(found[0]) or 'none'}")
+    if found and metric not in found[0]:
+        raise KeyError(f"the model that is served has no metric {metric!r}; it has: {', '.join(found[0]) or 'none'}")
     return float(found[0][metric]) if found else None
 
 def better_than_production(run, metric, better="higher"):
     """Is `metric` of `run` better than that of what is in production? True when nothing is; what is equal is not better.
 
-    In production is the run of its pipeline that was tagged `production` last, else what the model store serves of a model that `run` published.
-    `better`: higher | lower. Raises KeyError when either lacks the metric, StoreError, ValueError."""
+    In production is the run of its pipeline that was tagged `production` last, else what the model store serves of a model that `run`
+    published. `better`: higher | lower. Raises KeyError when either lacks the metric, StoreError, ValueError."""
     if better not in ("higher", "lower"): raise ValueError(f"better={better!r}: expected 'higher' or 'lower'")
     ledger = Reader()
     run = ledger.name(run)

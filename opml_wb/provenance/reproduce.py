@@ -82,12 +82,12 @@ def meaning(source):
 
 def _code_cells(nb):
     "[(place in the notebook, source, meaning with the tags that count)] of the cells that do something."
-    cells = ((i, text(c), sorted(deps.RELEVANT & set(c["metadata"].get("tags") or ()))) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code"
-             and "injected-parameters" not in (c["metadata"].get("tags") or ()))
-    return [(i, source, f"{tags}{said}") for i, source, tags in cells if (said := meaning(source))]
+    cells = ((i, text(c), set(c["metadata"].get("tags") or ())) for i, c in enumerate(nb["cells"]) if c["cell_type"] == "code")
+    return [(i, source, f"{sorted(deps.RELEVANT & tags)}{said}") for i, source, tags in cells
+            if "injected-parameters" not in tags and (said := meaning(source))]
 
 def cell_changes(then, now):
-    "Differences between the code cells of two notebooks (dicts): `cell N` counts all cells from 0, as they are now, or `cell N then` of one that is gone."
+    "Differences between the code cells of two notebooks (dicts): `cell N` of all cells from 0, as it is now, or `cell N then` of one that is gone."
     a, b = _code_cells(then), _code_cells(now)
     for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, [m for *_, m in a], [m for *_, m in b], autojunk=False).get_opcodes():
         if tag == "equal": continue
@@ -102,7 +102,8 @@ def _modules(doc, now, root):
         new, kept = now.get(module), root/runs.SOURCES/f"{sha}.py"
         if new == sha: continue
         path = _file_of(module, Path(doc["source"]).parent)
-        if not (path and kept.exists() and meaning(kept.read_text()) == meaning(path.read_text())): yield _difference("code", module, sha, new)
+        same = path and kept.exists() and meaning(kept.read_text()) == meaning(path.read_text())
+        if not same: yield _difference("code", module, sha, new)
 
 def _file_of(module, folder):
     spec = deps._spec(module, [str(folder)])
@@ -120,20 +121,19 @@ def _chapter(doc, root, known):
     "Differences in the code and the declared data of a chapter's run."
     from opml_wb.core.author import again
     try: plan = again(doc)
-    except (ChapterError, ParamError) as e: return [_difference("code", doc.get("source") or doc["chapter"], doc.get("code"), None)] + _said(e)
+    except (ChapterError, ParamError) as e:
+        warnings.warn(str(e), stacklevel=4)
+        return [_difference("code", doc.get("source") or doc["chapter"], doc.get("code"), None)]
     then = runs.read_json(Path(doc["notebook"]), None)
     cells = list(cell_changes(then, plan.chapter.nb)) if then else []
     return [*cells, *_modules(doc, plan.deps["files"], root), *_declared(doc, plan, known)]
 
-def _said(error):
-    warnings.warn(str(error), stacklevel=4)
-    return []
-
 # %% ../../nbs/provenance/22_reproduce.ipynb #9753fb5b
 def check(run):
-    """Would `run` (Run, id, key) come out the same here and now? `{verdict: "same" | "differs" | "unknown", differences: [{class, name, then, now}]}`.
+    """Would `run` (Run, id, key) come out the same here and now?
 
-    `class`: input | package | code | hardware. "unknown": nothing is known to differ, but the run was not watched, or not to its end, or a version was not recorded. Raises StoreError."""
+    `{verdict: "same" | "differs" | "unknown", differences: [{class: input | package | code | hardware, name, then, now}]}`; "unknown":
+    nothing is known to differ, but the run was not watched, or not to its end, or a version was not recorded. Raises StoreError."""
     return _check(Reader(), run)
 
 def _check(ledger, run):
@@ -142,7 +142,7 @@ def _check(ledger, run):
     chapter = not traced(doc)
     found = list(_inputs(ledger.events(stage["run"]), not chapter))
     found += _packages(ledger.packages(stage["run"]) or doc.get("env", {}))
-    if stage["python"] and stage["python"] != machine()["python"]: found.append(_difference("package", "python", stage["python"], machine()["python"]))
+    found += _packages({"python": stage["python"]} if stage["python"] else {})
     if chapter: found += _chapter(doc, ledger.root, found)
     found += _hardware(stage)
     blind = stage["capture"] in ("off", "audit") or stage["partial"] or any(d["then"] is None and d["class"] == "input" for d in found)
@@ -163,9 +163,10 @@ def maker(ledger, path, version, user):
 
 def _copy_of(ledger, version):
     "A file that has the content `version` now, or None."
-    here = [ledger.root/"runs"/run/path for run, path in ledger.db.execute("select id, path from artifact where sha256=?", (version,)).fetchall()]
-    seen = [Path(native(p)) for p, in ledger.db.execute("select distinct coalesce(target, path) from prov_event where version=?", (version,)).fetchall()]
-    return next((p for p in here + seen if version_of(p) == version), None)
+    kept = ledger.db.execute("select id, path from artifact where sha256=?", (version,)).fetchall()
+    seen = ledger.db.execute("select distinct coalesce(target, path) from prov_event where version=?", (version,)).fetchall()
+    places = [ledger.root/"runs"/run/path for run, path in kept] + [Path(native(p)) for p, in seen]
+    return next((p for p in places if version_of(p) == version), None)
 
 def _readable(path, version):
     "Can the table at `path` still be read at `version`?"
@@ -175,7 +176,8 @@ def _readable(path, version):
 
 def at_hand(ledger, path, version, kind):
     "Is this version of an artifact there, or can it be brought back without executing anything?"
-    return version_now(path, kind) == version or (_readable(path, version) if kind == "table" else kind == "file" and _copy_of(ledger, version) is not None)
+    if version_now(path, kind) == version: return True
+    return _readable(path, version) if kind == "table" else kind == "file" and _copy_of(ledger, version) is not None
 
 def needed(ledger, run, from_failed=True):
     "The runs that must be executed again for `run`, in order, `run` last; with `from_failed` not those whose outputs are at hand."
@@ -194,8 +196,8 @@ def needed(ledger, run, from_failed=True):
 # %% ../../nbs/provenance/22_reproduce.ipynb #daf76e42
 @contextmanager
 def restored(ledger, run):
-    """While this lasts, the inputs of `run` are what they were: files whose content lies elsewhere are put in place, tables are read at their version.
-    What lay there is put back afterwards; a file that was missing stays.
+    """While this lasts, the inputs of `run` are what they were: files whose content lies elsewhere are put in place, tables are read at
+    their version. What lay there is put back afterwards; a file that was missing stays.
 
     Yields [(path, version)] of those that cannot be brought back."""
     lost, tables, aside, events = [], {}, [], ledger.events(run)
@@ -204,8 +206,9 @@ def restored(ledger, run):
     try:
         for path, version, _ in used(events):
             if version_now(path, kinds[path]) == version or path.endswith((".py", ".ipynb")): continue
-            if kinds[path] == "table" and path not in changed and _readable(path, version): tables[os.path.realpath(path)] = int(version.partition(":")[2])
-            elif kinds[path] == "file" and path not in changed and (copy := _copy_of(ledger, version)): aside += _swap(path, copy)
+            if path in changed: lost.append((path, version))
+            elif kinds[path] == "table" and _readable(path, version): tables[os.path.realpath(path)] = int(version.partition(":")[2])
+            elif kinds[path] == "file" and (copy := _copy_of(ledger, version)): aside += _swap(path, copy)
             else: lost.append((path, version))
         if tables: os.environ[AT] = json.dumps(tables)
         yield lost
@@ -232,15 +235,18 @@ def _again(ledger, run):
     doc = ledger.runs.get(run)[0]
     if not traced(doc): return execute(again(doc), force=True)
     stage = ledger.stage(run)
-    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *stage["command"]], cwd=stage["cwd"], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *stage["command"]]
+    done = subprocess.run(words, cwd=stage["cwd"], stdout=subprocess.PIPE, text=True)
     try: return Run(Reader().runs.get(json.loads(done.stdout)["run"])[0])
-    except ValueError: raise runs.StoreError(f"run {run}: {' '.join(stage['command'])} could not be traced again (exit code {done.returncode})") from None
+    except ValueError:
+        raise runs.StoreError(f"run {run}: {' '.join(stage['command'])} could not be traced again (exit code {done.returncode})") from None
 
 def rerun(run, from_failed=True):
     """Execute `run` again with its parameters and today's code; returns the new Run.
 
-    Every difference from then is told first, as a `ReproductionWarning`. Stages before it are executed again only where their outputs are not there as they were, with `from_failed=False`
-    all of them; of these one that fails ends it, and is returned. Raises StoreError, ChapterError or ParamError before anything is executed."""
+    Every difference from then is told first, as a `ReproductionWarning`. Stages before it are executed again only where their outputs are
+    not at hand, with `from_failed=False` all of them; one that fails ends it, and is returned. Raises StoreError, ChapterError or ParamError
+    before anything is executed."""
     ledger = Reader()
     order = needed(ledger, ledger.name(run), from_failed)
     for name in order:
@@ -248,7 +254,8 @@ def rerun(run, from_failed=True):
             warnings.warn(f"{d['class']} {d['name']}: then {_short(d['then'])}, now {_short(d['now'])}", ReproductionWarning, stacklevel=2)
     for name in order:
         with restored(ledger, name) as lost:
-            for path, version in lost: warnings.warn(f"{path} cannot be brought back to version {_short(version)}: it is used as it is", ReproductionWarning, stacklevel=2)
+            for path, version in lost:
+                warnings.warn(f"{path} cannot be brought back to version {_short(version)}: it is used as it is", ReproductionWarning, stacklevel=2)
             done = _again(ledger, name)
         if not done.ok: break
     return done

@@ -40,7 +40,7 @@ def instants(column, what):
     arrow = pa.Array.from_pandas(column)
     if isinstance(arrow, pa.ChunkedArray): arrow = arrow.combine_chunks()
     if not pa.types.is_timestamp(arrow.type) or arrow.type.tz is None:
-        raise ValueError(f"{what}: expected times with a time zone, got {column.dtype}: localize them first, as with .dt.tz_localize('UTC')")
+        raise ValueError(f"{what}: expected times with a time zone, got {column.dtype}: localize them, as with .dt.tz_localize('UTC')")
     try: return arrow.cast(pa.timestamp("us", "UTC"))
     except pa.ArrowInvalid: raise ValueError(f"{what}: times finer than a microsecond cannot be kept") from None
 
@@ -85,7 +85,8 @@ def _cast(arrow, to, name):
     try:
         if _is_text(to) != _is_text(arrow.type): raise pa.ArrowInvalid("a text is no number")
         return arrow.cast(to)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e: raise ValueError(f"column {name!r}: {arrow.type} does not fit the table's {to}: {e}") from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        raise ValueError(f"column {name!r}: {arrow.type} does not fit the table's {to}: {e}") from None
 
 def _is_text(kind):
     import pyarrow as pa
@@ -108,7 +109,8 @@ def _arrow(column, name):
     "One column as arrow; mixed types are refused."
     import pyarrow as pa
     try: return _plain(pa.Array.from_pandas(column), name)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e: raise ValueError(f"column {name!r} cannot be kept: {e}") from None
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as e:
+        raise ValueError(f"column {name!r} cannot be kept: {e}") from None
 
 # %% ../../nbs/provenance/10_table.ipynb #a6d9f773
 _user = []   # the process that used Delta first, as a fork of it cannot
@@ -128,7 +130,8 @@ class _Log:
         "Take in what others have committed; returns the table. Between two calls all of it is of one version."
         from deltalake import DeltaTable
         _mine()
-        if (at := self.fixed) is not None: self.delta = DeltaTable(str(self.path), version=at) if self.delta is None or self.delta.version() != at else self.delta
+        if (at := self.fixed) is not None:
+            if self.delta is None or self.delta.version() != at: self.delta = DeltaTable(str(self.path), version=at)
         elif self.delta is not None: self.delta.update_incremental()
         elif DeltaTable.is_deltatable(str(self.path)): self.delta = DeltaTable(str(self.path))
         return self
@@ -154,8 +157,8 @@ class _Log:
 
     def commits(self):
         "What is known of each write, oldest first: dicts with `version, known_from, timestamp (ms), mode, rows, run`."
-        found = [{**json.loads(c["opml"]), "version": c["version"], "timestamp": c["timestamp"]} for c in self.delta.history() if "opml" in c]
-        return found[::-1]
+        written = [c for c in self.delta.history() if "opml" in c]
+        return [{**json.loads(c["opml"]), "version": c["version"], "timestamp": c["timestamp"]} for c in reversed(written)]
 
     def last(self):
         "The newest write."
@@ -178,7 +181,8 @@ def retried(attempt, version):
         time.sleep(random.SystemRandom().uniform(0, min(.005 * 2**n, .5)))
 
 # %% ../../nbs/provenance/10_table.ipynb #de413fe4
-CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}  # else Delta forgets commits after a month
+# else Delta forgets commits after a month
+CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days", "delta.enableExpiredLogCleanup": "false"}
 
 class _Written(_Log):
     "How rows come into the log."
@@ -197,8 +201,8 @@ class _Written(_Log):
         import pyarrow as pa
         version, n = (-1 if self.delta is None else self.delta.version()) + 1, len(rows)
         known = self._known(known_from, instant(self.last()["known_from"], "known_from") if version else None)
-        for name, value, to in (("_version", version, pa.int64()), ("_known_from", known, pa.timestamp("us", "UTC")), ("_op", OPS[mode], pa.int8())):
-            rows = rows.append_column(name, pa.repeat(pa.scalar(value, to), n))
+        values = pa.scalar(version, pa.int64()), pa.scalar(known, pa.timestamp("us", "UTC")), pa.scalar(OPS[mode], pa.int8())
+        for name, value in zip(RESERVED, values): rows = rows.append_column(name, pa.repeat(value, n))
         return rows, version, known
 
     @staticmethod
@@ -207,7 +211,8 @@ class _Written(_Log):
         import pandas as pd
         now = pd.Timestamp.now("UTC").as_unit("us")
         if given is None: return now if last is None else max(now, last + pd.Timedelta(milliseconds=1))
-        if last is not None and given < last: raise ValueError(f"known_from={given}: the last write is known from {last}, and history is not rewritten: give a time that is not before it")
+        if last is not None and given < last:
+            raise ValueError(f"known_from={given}: the last write is known from {last}, and history is not rewritten")
         if given > now: raise ValueError(f"known_from={given}: expected a time that is not in the future")
         return given
 
@@ -236,14 +241,15 @@ class Table(_Written):
             where = then if where is None else where & then
         names = dict.fromkeys([*meta["keys"], meta["event_time"], *columns, *RESERVED])
         try: return self.dataset().to_table(columns=list(names), filter=where)
-        except FileNotFoundError as e: raise HistoryError(f"{self.path.name}: a file of this version was removed while it was read ({e}); read again") from e
+        except FileNotFoundError as e:
+            raise HistoryError(f"{self.path.name}: a file of this version was removed while it was read ({e}); read again") from e
 
     def readable(self, known_at, meta):
         "Refuse a time after the first write and before the horizon: its state is gone."
         if not (horizon := meta.get("horizon")): return
         first, since = (instant(horizon[k], k) for k in ("first", "known_from"))
         if first <= known_at < since:
-            raise HistoryError(f"{self.path.name} as known at {known_at}: history before {since} (version {horizon['version']}) was vacuumed")
+            raise HistoryError(f"{self.path.name} as known at {known_at}: history before {since}, version {horizon['version']}, was vacuumed")
 
 # %% ../../nbs/provenance/10_table.ipynb #0860df91
 def codes(columns):

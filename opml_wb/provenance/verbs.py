@@ -22,13 +22,19 @@ def _records(frame): return frame.astype(object).where(frame.notna(), None).to_d
 def _table(rows, *columns):
     "Print dicts as a table of some of their columns."
     grid = terminal.grid(*columns)
-    for r in rows: grid.add_row(*(terminal.plain("" if r[c] is None else terminal.age(r[c]) if c in ("started", "last") else _short(r[c]) if c == "version" else str(r[c])) for c in columns))
+    for r in rows: grid.add_row(*(terminal.plain(_cell(c, r[c])) for c in columns))
     terminal.console().print(grid)
+
+def _cell(column, value):
+    "What a table says of a value: ages for times, the first digits of a hash."
+    if value is None: return ""
+    return terminal.age(value) if column == "started" else _short(value) if column == "version" else str(value)
 
 def _short(version): return version if version.startswith("delta:") else version[:10]
 
 # %% ../../nbs/provenance/25_verbs.ipynb #4bcd6624
-VERSIONS = """select e.run, e.op, coalesce(e.version, e.was), s.pipeline, r.started from prov_event e join prov_stage s on s.run=e.run join run r on r.id=e.run
+VERSIONS = """select e.run, e.op, coalesce(e.version, e.was), s.pipeline, r.started
+from prov_event e join prov_stage s on s.run=e.run join run r on r.id=e.run
 where (e.path=? and e.op<>'renamed') or e.target=? order by r.started, e.run, e.n"""
 
 def of_path(path):
@@ -48,7 +54,8 @@ def of_run(run):
     stage = ledger.stage(run)
     events = ledger.events(stage["run"])
     before = [m for path, version, _ in used(events) if (m := maker(ledger, path, version, stage["run"]))]
-    return {**stage, "before": list(dict.fromkeys(before)), "after": users(ledger, stage["run"]), "events": events, "packages": ledger.packages(stage["run"])}
+    return {**stage, "before": list(dict.fromkeys(before)), "after": users(ledger, stage["run"]), "events": events,
+            "packages": ledger.packages(stage["run"])}
 
 # %% ../../nbs/provenance/25_verbs.ipynb #7257eb8b
 @click.command()
@@ -64,10 +71,12 @@ def lineage(what, as_json, as_events):
     if os.sep in what or os.path.exists(what):
         rows = of_path(what)
         if as_json: return _out({"path": os.path.realpath(what), "events": rows})
-        return _table(rows, "version", "op", "pipeline", "run", "started") if rows else click.echo(f"no run touched {os.path.realpath(what)}")
+        if not rows: return click.echo(f"no run touched {os.path.realpath(what)}")
+        return _table(rows, "version", "op", "pipeline", "run", "started")
     found = of_run(what)
     if as_json: return _out(found)
-    click.echo(f"{found['run']}  {found['pipeline']}  {found['status']}  by {found['who']}@{found['host']}  capture: {found['capture']}{', partial' if found['partial'] else ''}")
+    how = found["capture"] + ", partial" * found["partial"]
+    click.echo(f"{found['run']}  {found['pipeline']}  {found['status']}  by {found['who']}@{found['host']}  capture: {how}")
     _table(found["events"], "op", "path", "version", "cell")
     for word in ("before", "after"): click.echo(f"{word}: {', '.join(found[word]) or 'none'}")
 

@@ -19,7 +19,8 @@ def _long(frame, dates):
     "A wide table (`Date`, one column a series) as rows `series, date, value`; gaps are no rows."
     import pandas as pd
     out = frame.rename(columns={"Date": "date"}).melt("date", var_name="series").dropna(subset="value")
-    return out.assign(date=pd.to_datetime(out.date, format=dates).dt.tz_localize("UTC"), value=out.value.astype(float))[["series", "date", "value"]].reset_index(drop=True)
+    out = out.assign(date=pd.to_datetime(out.date, format=dates).dt.tz_localize("UTC"), value=out.value.astype(float))
+    return out[["series", "date", "value"]].reset_index(drop=True)
 
 def _frbny():
     import pandas as pd
@@ -32,7 +33,8 @@ def _covid():
     folder = data.path("provenance/covid_vintages").parent
     for file, committed, commit, _, sha256 in data.entry("provenance/covid_vintages")["source"]["args"]["vintages"]:
         raw = gzip.decompress((folder/file if (folder/file).exists() else _download(folder/file, commit, sha256)).read_bytes())
-        yield pd.Timestamp(committed).tz_convert("UTC"), _long(pd.read_csv(io.BytesIO(raw)), "%m/%d/%y" if b"/" in raw.split(b"\n")[1] else "%Y-%m-%d")
+        dates = "%m/%d/%y" if b"/" in raw.split(b"\n")[1] else "%Y-%m-%d"
+        yield pd.Timestamp(committed).tz_convert("UTC"), _long(pd.read_csv(io.BytesIO(raw)), dates)
 
 # %% ../../nbs/provenance/14_vintages.ipynb #9d0ebf6c
 def _download(file, commit, sha256):
@@ -55,11 +57,14 @@ def vintages(name):
     return list(found())
 
 def load(store, name, table="series"):
-    """Commit the vintages `name` to `table` of FeatureStore `store`, each `known_from` its publication; returns their number. Only rows that were added, revised or withdrawn are written."""
+    """Commit the vintages `name` to `table` of FeatureStore `store`, each `known_from` its publication; returns their number.
+
+    Only rows that were added, revised or withdrawn are written."""
     import pandas as pd
     before = pd.DataFrame({"series": [], "date": [], "value": []})
     for n, (known, now) in enumerate(vintages(name)):
-        both = now.merge(before, on=["series", "date"], how="outer", suffixes=("", "_before"), indicator=True) if n else now.assign(_merge="left_only", value_before=None)
+        if n: both = now.merge(before, on=["series", "date"], how="outer", suffixes=("", "_before"), indicator=True)
+        else: both = now.assign(_merge="left_only", value_before=None)
         changed, gone = both[(both._merge != "right_only") & (both.value != both.value_before)], both[both._merge == "right_only"]
         store.write(table, changed[["series", "date", "value"]], "series", "date", known_from=known)
         if len(gone): store.write(table, gone[["series", "date"]], "series", "date", mode="delete", known_from=known)
