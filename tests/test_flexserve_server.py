@@ -493,33 +493,46 @@ def test_tokens(place, tmp_path):
         assert ask(server.url, "GET", "/health/ready")[0] == 200 and ask(server.url, "GET", "/metrics")[0] == 401
 
 
-def test_command_line(place, opml, tmp_path):
-    "pack, publish, rollback, pin, and errors in one line."
-    torch.manual_seed(5)
-    torch.save(zoo.mlp().state_dict(), tmp_path / "mlp.pt")
-    (tmp_path / "golden").mkdir()
-    for i in range(2): (tmp_path / "golden" / f"{i}.png").write_bytes(FILES[i])
-    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.zoo:mlp", "weights": "mlp.pt", "classes": ["no", "yes"]}], "golden": "golden"}
-    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
-    done = opml("flexserve", "pack", tmp_path / "tiny.yaml", tmp_path / "bundle")
-    assert done.returncode == 0, done.stderr
-    assert opml("flexserve", "publish", "tiny", tmp_path / "bundle").stdout.strip() == "tiny version 1"
-    torch.manual_seed(6)
-    torch.save(zoo.mlp().state_dict(), tmp_path / "mlp.pt")
-    assert opml("flexserve", "pack", tmp_path / "tiny.yaml", tmp_path / "bundle2").returncode == 0
-    assert opml("flexserve", "publish", "tiny", tmp_path / "bundle2", "--no-promote").stdout.strip() == "tiny version 2 (not promoted)"
+def test_command_line(place, opml, home, tmp_path):
+    "pack, publish, diff, rollback, pin, and errors in one line."
+    from click.testing import CliRunner
+    from opml_wb.flexserve.cli import flexserve
+    def typed(*words): return CliRunner().invoke(flexserve, list(map(str, words)))
     (tmp_path / "some").mkdir()
     for i in range(20): (tmp_path / "some" / f"{i:02d}.png").write_bytes(FILES[i])
-    done = opml("flexserve", "diff", "tiny", 1, 2, tmp_path / "some", "--json", "--max-flips", "0")
-    was, now = (Engine.load(tmp_path / b, "torch").infer(PICTURES[:20]).labels[0] for b in ("bundle", "bundle2"))
-    assert [f["picture"] for f in json.loads(done.stdout)["flips"]] == [f"{i:02d}.png" for i in range(20) if was[i] != now[i]] and done.returncode == int((was != now).any())
-    for command, said in ((("pin", "tiny", 9), "no version 9"), (("rollback", "tiny"), "stable"), (("serve", "nobody"), "nobody"), (("serve", "tiny", "--host", "0.0.0.0"), "token-file"),
-                          (("publish", "x", tmp_path), "bundle.json"), (("pack", tmp_path / "mlp.pt", tmp_path / "b2"), "")):
-        failed = opml("flexserve", *command)
-        assert failed.returncode not in (0, -9) and said in failed.stderr and "Traceback" not in failed.stderr, (command, failed.stderr)
+    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.zoo:mlp", "weights": "mlp.pt", "classes": ["no", "yes"]}], "golden": "some"}
+    (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
+    for v in (1, 2):
+        torch.manual_seed(v)
+        torch.save(zoo.mlp().state_dict(), tmp_path / "mlp.pt")
+        done = typed("pack", tmp_path / "tiny.yaml", tmp_path / f"bundle{v}")
+        assert done.exit_code == 0 and "1 model(s)" in done.output, done.output
+    assert typed("publish", "tiny", tmp_path / "bundle1").output == "tiny version 1\n"
+    assert typed("publish", "tiny", tmp_path / "bundle2", "--no-promote").output == "tiny version 2 (not promoted)\n"
+    assert ModelStore().current("tiny") == 1
+    done = typed("diff", "tiny", 1, 2, tmp_path / "some", "--json", "--max-flips", "0")
+    was, now = (Engine.load(tmp_path / b, "torch").infer(PICTURES[:20]).labels[0] for b in ("bundle1", "bundle2"))
+    assert (was != now).any() and done.exit_code == 1
+    assert [f["picture"] for f in json.loads(done.output)["flips"]] == [f"{i:02d}.png" for i in range(20) if was[i] != now[i]]
+    assert typed("pin", "tiny", 2).exit_code == 0 and ModelStore().current("tiny") == 2
+    assert typed("unpin", "tiny").output == "tiny: serves version 1\n"
+    for command, said in ((("pin", "tiny", 9), "no version 9"), (("rollback", "tiny"), "stable"), (("pin", "nobody", 1), "nobody"), (("publish", "x", tmp_path), "bundle.json"), (("diff", "tiny", 1, 7, tmp_path / "some"), "7"),
+                          (("pack", tmp_path / "mlp.pt", tmp_path / "b3"), "mlp.pt"), (("bench", "http://127.0.0.1:9", tmp_path / "some", "--mix", "x"), "--mix"), (("serve", "nobody"), "nobody"),
+                          (("serve", "tiny", "--host", "0.0.0.0"), "token-file"), (("serve", "tiny", "--token-file", tmp_path / "tiny.yaml"), "line 1")):
+        failed = typed(*command)
+        assert failed.exit_code not in (0, -9) and said in failed.output and isinstance(failed.exception, SystemExit), (command, failed.output, failed.exception)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         failed = opml("flexserve", "serve", "tiny", "--port", taken.getsockname()[1])
-        assert failed.returncode not in (0, -9) and "cannot listen" in failed.stderr
+        assert failed.returncode not in (0, -9) and "cannot listen" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_a_killed_front_leaves_no_process(place):
+    "kill -9 of the front: nursery and workers go with it."
+    server = Server("odd", engine="torch", allow="odd_arch", workers=1)
+    below = server.tree()[1:]
+    assert len(below) == 2
+    server.process.kill(); server.process.wait()
+    assert not psutil.wait_procs(below, 10)[1]
 
 
 @pytest.mark.slow

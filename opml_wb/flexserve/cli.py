@@ -35,7 +35,9 @@ def pictures(path, most=None):
         found = [(str(p.relative_to(path)), p.read_bytes()) for p in sorted(path.rglob("*")) if p.suffix.lower() in ends]
     else:
         import zipfile
-        with zipfile.ZipFile(path) as z: found = [(n, z.read(n)) for n in sorted(z.namelist()) if n.lower().endswith(ends)]
+        try:
+            with zipfile.ZipFile(path) as z: found = [(n, z.read(n)) for n in sorted(z.namelist()) if n.lower().endswith(ends)]
+        except zipfile.BadZipFile as e: raise ValueError(f"{path}: expected a folder or a zip file: {e}") from e
     if not found: raise ValueError(f"{path}: no image in it ({', '.join(ends)})")
     return found[:most]
 
@@ -43,7 +45,8 @@ def pictures(path, most=None):
 def _spec(path):
     "A recipe file (YAML or JSON): its paths are relative to it."
     import yaml
-    spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try: spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path}: no YAML or JSON: {str(e).splitlines()[0]}") from e
     if not isinstance(spec, dict) or not isinstance(spec.get("models"), list): raise ValueError(f"{path}: expected an object with `models`, a list")
     if odd := set(spec) - {"name", "models", "golden", "allow"}: raise ValueError(f"{path}: unknown field {sorted(odd)[0]!r}; expected name, models, golden, allow")
     base = Path(path).parent

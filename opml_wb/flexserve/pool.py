@@ -16,7 +16,7 @@ from .worker import HEAD, VERDICT, Nursery, pack
 log = logging.getLogger("opml_wb.flexserve")
 PRELOAD = ("numpy", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "opml_wb.flexserve.policy", "opml_wb.flexserve.images", "opml_wb.flexserve.engine")
 DEATHS = 3   # workers that one image may kill by itself
-PLAN = .75   # of a deadline that waiting and work may be expected to take; the rest is for what cannot be foreseen
+PLAN = .6    # of a deadline that waiting and work may be expected to take; the rest is for what cannot be foreseen
 
 # %% ../../nbs/flexserve/10_pool.ipynb #03134a72
 @dataclass
