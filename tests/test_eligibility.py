@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from opml_wb.core import data
-from opml_wb.eligibility import (AuditLog, agreement, attainable, backfilled, counted, eligibility_matrix, expected_new, labels, load, masked, pairs,
+from opml_wb.eligibility import (AuditLog, agreement, attainable, backfilled, counted, eligibility_matrix, expected_new, labels, load,
+                                 masked, pairs,
                                  read_samples, rows_at, sample, scan, scan_parts, simulate, snapshot, useful, verdicts)
 from opml_wb.eligibility.sample import deal
 
@@ -20,12 +21,15 @@ def random_log(seed):
     sizes = rng.integers(1, 6, rng.integers(1, 12))
     n = sizes.sum()
     blank = np.array([None, np.nan, "?", "", "x", "y", "z"], object)
-    df = pd.DataFrame({"case": np.repeat([f"k{i}" for i in range(len(sizes))], sizes), "n": np.concatenate([np.sort(rng.integers(0, 4, s)) for s in sizes]),
-                       "a": rng.choice(blank, n), "b": rng.choice(np.array([1., 2., np.nan]), n), "c": rng.choice(["p", "q"], n), "empty": rng.choice(blank[:4], n)})
+    df = pd.DataFrame({"case": np.repeat([f"k{i}" for i in range(len(sizes))], sizes),
+                       "n": np.concatenate([np.sort(rng.integers(0, 4, s)) for s in sizes]),
+                       "a": rng.choice(blank, n), "b": rng.choice(np.array([1., 2., np.nan]), n), "c": rng.choice(["p", "q"], n),
+                       "empty": rng.choice(blank[:4], n)})
     start = rng.integers(0, 20, len(sizes))
     hours = np.repeat(start, sizes) + np.concatenate([np.cumsum(rng.integers(0, 3, s)) for s in sizes])
     df["at"] = (pd.Timestamp("2020-01-01") + pd.to_timedelta(hours, unit="h")).strftime("%d/%m/%Y %H:%M")
-    df["closed"] = np.where(rng.random(n) < .3, "?", (pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 40, n), unit="h")).strftime("%d/%m/%Y %H:%M"))
+    closed = (pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 40, n), unit="h")).strftime("%d/%m/%Y %H:%M")
+    df["closed"] = np.where(rng.random(n) < .3, "?", closed)
     df["id"] = rng.permutation(n)                                # keeps rows from being equal
     return df.sample(frac=1, random_state=seed).reset_index(drop=True)
 
@@ -36,7 +40,8 @@ def read(df): return AuditLog.from_wide(df, case="case", order="n", time="at", d
 def cases_of(df):
     "Each case's rows, in order, null where null: the reference's only view of the log."
     out = {}
-    for row in df.to_dict("records"): out.setdefault(row["case"], []).append({k: None if v in ("?", "") or pd.isna(v) else v for k, v in row.items()})
+    for row in df.to_dict("records"):
+        out.setdefault(row["case"], []).append({k: None if v in ("?", "") or pd.isna(v) else v for k, v in row.items()})
     ordered = (sorted(rows, key=lambda row: row["n"]) for rows in out.values())
     return [{f: [row[f] for row in rows] for f in df} for rows in ordered]
 
@@ -102,7 +107,7 @@ def test_pairs_equal_a_slow_reference():
 
 
 def test_parts_add_up_exactly():
-    for seed in range(20):
+    for seed in range(12):
         df = random_log(seed)
         names = df.case.unique()
         parts = [df[df.case.isin(p)] for p in np.array_split(np.random.default_rng(seed).permutation(names), min(3, len(names)))]
@@ -121,7 +126,8 @@ def test_duckdb_cuts_and_other_processes_scan(tmp_path):
     distributed = pytest.importorskip("distributed")
     process = simulate(300)
     process.df.to_parquet(tmp_path/"log.parquet")
-    duckdb.sql(f"COPY (SELECT *, hash(number) % 4 AS part FROM '{tmp_path}/log.parquet') TO '{tmp_path}/parts' (FORMAT parquet, PARTITION_BY (part))")
+    query = f"SELECT *, hash(number) % 4 AS part FROM '{tmp_path}/log.parquet'"
+    duckdb.sql(f"COPY ({query}) TO '{tmp_path}/parts' (FORMAT parquet, PARTITION_BY (part))")
     parts = sorted(map(str, (tmp_path/"parts").rglob("*.parquet")))
     assert len(parts) == 4
     with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
@@ -205,15 +211,19 @@ def test_a_heavy_tail_is_warned_of():
 def test_big_and_odd_columns(tmp_path):
     "An identifier of 100,000 levels, a constant, one column of `?`, numbers with gaps."
     n = 100_000
-    df = pd.DataFrame({"case": np.arange(n), "n": 0, "key": [f"id-{i}" for i in range(n)], "same": "x", "nothing": "?", "number": np.arange(n) * 1_000_003, "kind": np.arange(n) % 3})
+    df = pd.DataFrame({"case": np.arange(n), "n": 0, "key": [f"id-{i}" for i in range(n)], "same": "x", "nothing": "?",
+                       "number": np.arange(n) * 1_000_003, "kind": np.arange(n) % 3})
     v = verdicts(AuditLog.from_wide(df, "case", "n"))
-    assert v.verdict.to_dict() == {"n": "ineligible", "key": "ineligible", "same": "ineligible", "nothing": "ineligible", "number": "ok", "kind": "ok"}
+    assert v.verdict.to_dict() == {"n": "ineligible", "key": "ineligible", "same": "ineligible", "nothing": "ineligible", "number": "ok",
+                                   "kind": "ok"}
     assert "identifier" in v.reason["key"] and "constant" in v.reason["same"] and "null" in v.reason["nothing"]
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda d: d.iloc[:0], "empty"), (lambda d: pd.concat([d, d[:1]]), "equal in every field"), (lambda d: d.assign(at="31/31/2020 00:00"), "'at': '31/31/2020 00:00'"),
-    (lambda d: d.drop(columns="case"), "no column 'case'"), (lambda d: d.assign(case=None), "'case': row 0"), (lambda d: d.assign(a=[["list"]] * len(d)), "field 'a'"),
+    (lambda d: d.iloc[:0], "empty"), (lambda d: pd.concat([d, d[:1]]), "equal in every field"),
+    (lambda d: d.assign(at="31/31/2020 00:00"), "'at': '31/31/2020 00:00'"),
+    (lambda d: d.drop(columns="case"), "no column 'case'"), (lambda d: d.assign(case=None), "'case': row 0"),
+    (lambda d: d.assign(a=[["list"]] * len(d)), "field 'a'"),
     (lambda d: d.assign(n=None), "'n'")], ids=["empty", "copies", "dates", "no case", "null case", "lists", "no order"])
 def test_bad_logs_are_refused_by_name(change, says):
     df = random_log(0)
@@ -221,7 +231,8 @@ def test_bad_logs_are_refused_by_name(change, says):
 
 
 def servicenow(name="servicenow_part1"):
-    if data.find(f"eligibility/{name}") is None: pytest.skip(f"eligibility/{name} isn't here: opml data fetch eligibility/{name}, or OPML_DATA")
+    if data.find(f"eligibility/{name}") is None:
+        pytest.skip(f"eligibility/{name} isn't here: opml data fetch eligibility/{name}, or OPML_DATA")
     return load(name)
 
 
@@ -230,7 +241,8 @@ def test_the_real_log_proves_back_fill_in_two_dates_only():
     bare = AuditLog(log.fields, log.codes, log.levels, log.starts, log.cases, log.time, log.dates)          # without by_time
     v = verdicts(bare)
     assert set(v.index[v.verdict == "backfill"]) == {"resolved_at", "closed_at"}
-    assert v.future_rate["resolved_at"] == pytest.approx(43222 / 64266, abs=1e-3) and 0 < v.future_rate["opened_at"] < 1e-3 and v.verdict["opened_at"] == "ok"
+    assert v.future_rate["resolved_at"] == pytest.approx(43222 / 64266, abs=1e-3)
+    assert 0 < v.future_rate["opened_at"] < 1e-3 and v.verdict["opened_at"] == "ok"
     named = verdicts(log).verdict
     assert set(named.index[named == "backfill"]) == {"resolved_at", "closed_at", "resolved_by", "closed_code"}
     assert not (verdicts(masked(log)).verdict == "backfill").any()
@@ -257,7 +269,8 @@ def test_few_records_of_the_real_log_tell_what_all_of_it_does():
         read.append(len(cases) / log.n_cases)
     assert np.mean(agree) >= .95 and np.mean(read) <= .01
     row = sample(log, runs=10)
-    assert 11 < row.null_start < 14 and 8 < row.end_bias < 11 and row.ineligible <= row.null_start + row.end_bias and row.rows_read < .01 * len(log)
+    assert 11 < row.null_start < 14 and 8 < row.end_bias < 11
+    assert row.ineligible <= row.null_start + row.end_bias and row.rows_read < .01 * len(log)
 
 
 def test_the_real_log_in_snapshots():
@@ -276,7 +289,8 @@ def test_the_real_logs_snapshot_model_collapses_in_production():
 
 
 def test_a_real_xes_log():
-    if data.find("eligibility/bpic2013") is None: pytest.skip("eligibility/bpic2013 isn't here: opml data fetch eligibility/bpic2013, or OPML_DATA")
+    if data.find("eligibility/bpic2013") is None:
+        pytest.skip("eligibility/bpic2013 isn't here: opml data fetch eligibility/bpic2013, or OPML_DATA")
     log = load("bpic2013")
     assert (len(log), log.n_cases) == (65_533, 7_554) and log.issues["no time"] == 0
     assert (pairs(log).verdict == "undetermined").all()            # every event writes every field
@@ -288,20 +302,23 @@ def test_the_chapter_under_stock_papermill(tmp_path):
     pm = pytest.importorskip("papermill")
     from conftest import ROOT
     from opml_wb.core import log as record
-    pm.execute_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"), str(tmp_path/"out.ipynb"), parameters=dict(cases=600, runs=3, label_seeds=1), progress_bar=False, cwd=str(tmp_path))
+    pm.execute_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"), str(tmp_path/"out.ipynb"),
+                        parameters=dict(cases=600, runs=3, label_seeds=1), progress_bar=False, cwd=str(tmp_path))
     kept = record.read(tmp_path/"out.ipynb")
     assert kept["metrics"]["production_loss"] > .1 and len(kept["claims"]) > 20
 
 
 def small(**columns):
     "Three cases of two, two and one rows, with what is to be tried."
-    return pd.DataFrame({"case": ["a", "a", "b", "b", "c"], "n": [0, 1, 0, 1, 0], "at": pd.date_range("2020-01-01", periods=5), "x": ["p", "q", "p", None, "?"]} | columns)
+    return pd.DataFrame({"case": ["a", "a", "b", "b", "c"], "n": [0, 1, 0, 1, 0], "at": pd.date_range("2020-01-01", periods=5),
+                         "x": ["p", "q", "p", None, "?"]} | columns)
 
 
 def test_columns_of_every_dtype_are_read_alike():
     df = small(flag=[True, False, True, True, False], rate=[1.5, 2.5, 1.5, 1.5, 2.5], big=[1, 10**9, 5, 5, 1])
     want = scan(AuditLog.from_wide(df, "case", "n", "at")).frame()
-    for other in (df.convert_dtypes(), df.convert_dtypes(dtype_backend="pyarrow"), df.astype({"big": pd.SparseDtype(int), "flag": "category"}),
+    for other in (df.convert_dtypes(), df.convert_dtypes(dtype_backend="pyarrow"),
+                  df.astype({"big": pd.SparseDtype(int), "flag": "category"}),
                   df.set_index(pd.Index([9, 9, 3, 3, 1]))):
         pd.testing.assert_frame_equal(scan(AuditLog.from_wide(other, "case", "n", "at")).frame(), want)
 
@@ -340,7 +357,8 @@ def test_a_row_without_time_does_not_run_backwards():
 
 
 def test_a_date_that_does_not_fit_is_told_its_format():
-    with pytest.raises(ValueError, match="'%m/%d/%Y %I:%M %p'"): AuditLog.from_wide(small(d="02/29/2016 01:23 AM"), "case", "n", dates={"d": "%d/%m/%Y %H:%M"})
+    with pytest.raises(ValueError, match="'%m/%d/%Y %I:%M %p'"):
+        AuditLog.from_wide(small(d="02/29/2016 01:23 AM"), "case", "n", dates={"d": "%d/%m/%Y %H:%M"})
 
 
 def test_cases_without_a_key_and_a_present_table_with_copies_are_refused_in_delta_logs():
@@ -349,18 +367,22 @@ def test_cases_without_a_key_and_a_present_table_with_copies_are_refused_in_delt
         with pytest.raises(ValueError, match="case 'case': row 1"): AuditLog.from_delta(df, "case", "at", **more)
     with pytest.raises(ValueError, match="'a' is there twice"):
         AuditLog.from_delta(df[:1], "case", "at", field="f", new="new", current=pd.DataFrame({"case": ["a", "a"], "s": "1"}))
-    with pytest.raises(ValueError, match="row 1 names none"): AuditLog.from_delta(df.assign(case="a", f=["s", ""]), "case", "at", field="f", new="new")
+    with pytest.raises(ValueError, match="row 1 names none"):
+        AuditLog.from_delta(df.assign(case="a", f=["s", ""]), "case", "at", field="f", new="new")
     assert AuditLog.from_delta(df.assign(case="a", f=["NA", "s"]), "case", "at", null="NA").values("f").isna().tolist() == [True, False]
 
 
 def test_part_of_a_log_is_judged_as_if_read_alone():
     n = 300
-    df = pd.DataFrame({"case": np.repeat(np.arange(n), 2), "n": np.tile([0, 1], n), "kind": np.repeat([f"k{i % 150}" if i >= 150 else f"x{i}" for i in range(n)], 2),
-                       "site": np.repeat(np.where(np.arange(n) < 150, "A", [f"s{i % 3}" for i in range(n)]), 2), "text": np.repeat([f"t{i % 120 if i < 240 else i}" for i in range(n)], 2)})
+    df = pd.DataFrame({"case": np.repeat(np.arange(n), 2), "n": np.tile([0, 1], n),
+                       "kind": np.repeat([f"k{i % 150}" if i >= 150 else f"x{i}" for i in range(n)], 2),
+                       "site": np.repeat(np.where(np.arange(n) < 150, "A", [f"s{i % 3}" for i in range(n)]), 2),
+                       "text": np.repeat([f"t{i % 120 if i < 240 else i}" for i in range(n)], 2)})
     whole = AuditLog.from_wide(df, "case", "n")
     for some in (np.arange(150), np.arange(140, n), np.arange(240)):
         pd.testing.assert_frame_equal(verdicts(whole.take(some)), verdicts(AuditLog.from_wide(df[df.case.isin(some)], "case", "n")))
-    assert verdicts(whole.take(np.arange(150))).reason["site"].startswith("constant") and verdicts(whole.take(np.arange(240))).verdict["text"] == "ok"
+    assert verdicts(whole.take(np.arange(150))).reason["site"].startswith("constant")
+    assert verdicts(whole.take(np.arange(240))).verdict["text"] == "ok"
 
 
 def test_one_late_value_proves_no_back_fill():
@@ -373,7 +395,8 @@ def test_one_late_value_proves_no_back_fill():
 
 def test_dates_of_a_linked_table_are_compared_with_the_rows_time():
     log = AuditLog.from_wide(small(u=["v", "v", "w", "w", "v"]), "case", "n", "at")
-    table = pd.DataFrame({"u": ["v", "w"], "last_seen": pd.to_datetime(["2021-01-01", "2021-02-01"]), "ends": pd.to_datetime(["2030-01-01", "2030-01-01"])})
+    table = pd.DataFrame({"u": ["v", "w"], "last_seen": pd.to_datetime(["2021-01-01", "2021-02-01"]),
+                          "ends": pd.to_datetime(["2030-01-01", "2030-01-01"])})
     v = verdicts(log.join(table, "u", planned="ends"))
     assert v.verdict["u.last_seen"] == "backfill" and v.future_rate["u.ends"] == 1 and v.verdict["u.ends"] != "backfill"
 
@@ -406,13 +429,15 @@ def test_xes_keeps_traces_apart_and_lists_whole(tmp_path):
 def test_parquet_columns_are_checked(tmp_path):
     small(**{"a.b": 1}).to_parquet(tmp_path/"log.parquet")
     assert AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", time="at").values("a.b").tolist() == [1] * 5
-    with pytest.raises(ValueError, match="no column 'xx'"): AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", columns=["case", "n", "xx"])
+    with pytest.raises(ValueError, match="no column 'xx'"):
+        AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", columns=["case", "n", "xx"])
 
 
 def test_parts_tell_an_identifier_as_the_whole_does():
     "Values that are unique in each part but come again in another; and parts too small to tell."
     n = 400
-    df = pd.DataFrame({"case": range(n), "n": 0, "key": [f"i{i}" for i in range(n)], "again": [f"r{i % 200}" for i in range(n)], "late": [None] * 200 + [f"l{i}" for i in range(200)]})
+    df = pd.DataFrame({"case": range(n), "n": 0, "key": [f"i{i}" for i in range(n)], "again": [f"r{i % 200}" for i in range(n)],
+                       "late": [None] * 200 + [f"l{i}" for i in range(200)]})
     def read(part): return AuditLog.from_wide(df[part], "case", "n")
     for cuts in (2, 8):
         parts = [slice(i * n // cuts, (i + 1) * n // cuts) for i in range(cuts)]
@@ -437,20 +462,22 @@ def test_a_frame_is_no_log_and_one_masked_field_is_one_name():
 
 
 def backfilled_log(seed):
-    "Cases whose state, resolution and code were written into their rows from the future, some with no date, some rows with no time; a plan, and an honest field."
+    "Cases whose resolution and code are written into their rows from the future; some without a date, some rows without time; a plan."
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 6, 25)
     n, case = sizes.sum(), np.repeat(np.arange(25), sizes)
     start = pd.Timestamp("2020-01-01") + pd.to_timedelta(np.repeat(rng.integers(0, 400, 25), sizes) + np.arange(n) % 7, unit="h")
     end = pd.Series(start).groupby(case).transform("max") + pd.to_timedelta(np.repeat(rng.integers(-6, 9, 25), sizes), unit="h")
-    df = pd.DataFrame({"case": case, "n": np.arange(n), "at": pd.Series(start).where(rng.random(n) > .1), "done_at": end.where(rng.random(n) > .2),
-                       "code": np.repeat(rng.choice(["x", "y"], 25), sizes), "state": rng.choice(["Open", "Work"], n), "due": end + pd.Timedelta(days=9)})
+    df = pd.DataFrame({"case": case, "n": np.arange(n), "at": pd.Series(start).where(rng.random(n) > .1),
+                       "done_at": end.where(rng.random(n) > .2),
+                       "code": np.repeat(rng.choice(["x", "y"], 25), sizes), "state": rng.choice(["Open", "Work"], n),
+                       "due": end + pd.Timedelta(days=9)})
     df.loc[rng.random(n) < .2, "code"] = None
     return df, AuditLog.from_wide(df, "case", "n", "at", by_time={"code": "done_at"}, planned="due")
 
 
 def reaches(rows, name, value, date):
-    "First row, by hand, that shows the value and can know it: dated values from their date on, undated ones when the case ends; None if none."
+    "First row, by hand, that shows the value and can know it: dated values from their date on, undated ones when the case ends; or None."
     for i, row in enumerate(rows.itertuples(index=False)):
         if getattr(row, name) != value: continue
         when, now = getattr(row, date) if date else pd.NaT, row.at
@@ -461,17 +488,20 @@ def test_a_state_is_reached_when_it_can_be_known():
     "At a back-filled state scan, pairs, matrix and labels ask the same cases in the same rows, those of a reading by hand."
     for seed in range(10):
         df, log = backfilled_log(seed)
-        for name, value, date in [("code", "x", "done_at"), ("code", "y", "done_at"), ("state", "Work", None), ("done_at", df.done_at.dropna().iloc[0], "done_at"), ("due", df.due[3], None)]:
+        for name, value, date in [("code", "x", "done_at"), ("code", "y", "done_at"), ("state", "Work", None),
+                                  ("done_at", df.done_at.dropna().iloc[0], "done_at"), ("due", df.due[3], None)]:
             found = [reaches(rows, name, value, date) for _, rows in df.groupby("case", sort=False)]
             want = np.array([-1 if i is None else log.starts[c] + i for c, i in enumerate(found)])
             if name == "done_at" and not (want >= 0).any(): continue
             at = (name, value)
             assert (rows_at(log, at) == want).all() and (rows_at(masked(log), at) == want).all(), (seed, at)
             s, p = counted(log, at)
-            fills = [{f: rows[f].notna().any() for f in ("state", "due")} for (_, rows), r in zip(df.groupby("case", sort=False), want) if r >= 0]
-            assert s.n == len(fills) and [p.n[log.at(f)] for f in ("state", "due")] == [sum(x[f] for x in fills) for f in ("state", "due")]
-            table = labels(log, at)
-            if s.n: assert table.open_rate["state"] == pytest.approx(np.mean([log.codes[log.at("state"), e - 1] != log.codes[log.at("state"), r] for e, r in zip(log.starts[1:], want) if r >= 0]))
+            reached = [rows for (_, rows), r in zip(df.groupby("case", sort=False), want) if r >= 0]
+            assert s.n == len(reached)
+            for f in ("state", "due"): assert p.n[log.at(f)] == sum(rows[f].notna().any() for rows in reached)
+            if s.n:
+                state, ends = log.codes[log.at("state")], log.last()[want >= 0]
+                assert labels(log, at).open_rate["state"] == pytest.approx((state[ends] != state[want[want >= 0]]).mean())
 
 
 def test_a_back_filled_state_is_no_start():
@@ -493,7 +523,8 @@ def test_a_state_that_some_parts_never_have():
 
 def test_parts_that_share_a_case_are_refused():
     df = small()
-    with pytest.raises(ValueError, match="parts 0 and 2 .* share 1 case"): scan_parts([[0], [4], [1, 2]], lambda rows: AuditLog.from_wide(df.iloc[rows], "case", "n"))
+    with pytest.raises(ValueError, match="parts 0 and 2 .* share 1 case"):
+        scan_parts([[0], [4], [1, 2]], lambda rows: AuditLog.from_wide(df.iloc[rows], "case", "n"))
 
 
 def test_identifiers_whatever_the_parts_hold():
@@ -569,16 +600,21 @@ def test_what_independent_cases_attain_is_their_expected_agreement():
 
 def test_keys_of_another_kind_are_told():
     log = AuditLog.from_wide(small(site=[7, 7, 8, 8, 7]), "case", "n", "at")
-    with pytest.raises(ValueError, match="join on 'site': numbers like 7 on one side, texts like '7'"): log.join(pd.DataFrame({"site": ["7", "8"], "town": ["Rome", "Bari"]}), "site")
-    assert log.join(pd.DataFrame({"site": [7., 9.5], "town": ["Rome", "Bari"]}), "site").issues["site: no linked row"] == 2        # 7 is 7.0; 8 is only missing
-    with pytest.raises(ValueError, match="current: 'case'"): AuditLog.from_wide(small(), "case", "n", current=pd.DataFrame({"case": [1, 2], "owner": "Ann"}))
+    with pytest.raises(ValueError, match="join on 'site': numbers like 7 on one side, texts like '7'"):
+        log.join(pd.DataFrame({"site": ["7", "8"], "town": ["Rome", "Bari"]}), "site")
+    assert log.join(pd.DataFrame({"site": [7., 9.5], "town": ["Rome", "Bari"]}),
+                    "site").issues["site: no linked row"] == 2        # 7 is 7.0; 8 is only missing
+    with pytest.raises(ValueError, match="current: 'case'"):
+        AuditLog.from_wide(small(), "case", "n", current=pd.DataFrame({"case": [1, 2], "owner": "Ann"}))
     delta = pd.DataFrame({"case": [1, 2], "at": pd.date_range("2020", periods=2), "f": "s", "new": ["1", "2"]})
-    with pytest.raises(ValueError, match="current: 'case'"): AuditLog.from_delta(delta, "case", "at", field="f", new="new", current=pd.DataFrame({"case": ["1", "2"], "s": "1"}))
+    with pytest.raises(ValueError, match="current: 'case'"):
+        AuditLog.from_delta(delta, "case", "at", field="f", new="new", current=pd.DataFrame({"case": ["1", "2"], "s": "1"}))
 
 
 def test_numbers_given_as_texts_are_refused_by_name():
     log = simulate(60).log
-    for call, bad in [(verdicts, dict(th=".2")), (pairs, dict(th=".2")), (labels, dict(th=None)), (sample, dict(budget="600")), (sample, dict(size="5")), (sample, dict(th="x")), (sample, dict(runs=True)),
+    for call, bad in [(verdicts, dict(th=".2")), (pairs, dict(th=".2")), (labels, dict(th=None)), (sample, dict(budget="600")),
+                      (sample, dict(size="5")), (sample, dict(th="x")), (sample, dict(runs=True)),
                       (read_samples, dict(samples="10")), (agreement, dict(runs="3")), (scan, dict(jobs="2"))]:
         with pytest.raises(ValueError, match=f"^{next(iter(bad))}="): call(log, **bad)
     with pytest.raises(ValueError, match="^seeds='5'"): useful(log, "priority", seeds="5")
@@ -587,56 +623,74 @@ def test_numbers_given_as_texts_are_refused_by_name():
 
 def test_a_frame_is_refused_wherever_a_log_is_wanted():
     df = small()
-    for call in (sample, read_samples, agreement, lambda d: snapshot(d, "2020"), lambda d: useful(d, "x"), pairs, eligibility_matrix, labels, masked):
+    for call in (sample, read_samples, agreement, lambda d: snapshot(d, "2020"), lambda d: useful(d, "x"), pairs, eligibility_matrix,
+                 labels, masked):
         with pytest.raises(TypeError, match="expected an AuditLog, got DataFrame"): call(df)
 
 
 def test_empty_numbers_of_a_xes_log_are_null(tmp_path):
-    event = '<event><date key="time:timestamp" value="2020-01-01T00:00:0{}Z"/><float key="cost" value="{}"/><int key="n" value="{}"/></event>'
+    event = ('<event><date key="time:timestamp" value="2020-01-01T00:00:0{}Z"/>'
+             '<float key="cost" value="{}"/><int key="n" value="{}"/></event>')
     (tmp_path/"log.xes").write_text("<log><trace>" + event.format(0, "", "") + event.format(1, "2.5", "3") + "</trace></log>")
     log = AuditLog.from_xes(tmp_path/"log.xes")
     assert log.values("cost").isna().tolist() == log.values("n").isna().tolist() == [True, False] and log.values("cost")[1] == 2.5
 
 
 def test_periods_are_told_how_to_become_moments():
-    with pytest.raises(ValueError, match="'month'.*to_timestamp"): AuditLog.from_wide(small(month=pd.period_range("2020-01", periods=5, freq="M")), "case", "n", dates={"month": None})
+    with pytest.raises(ValueError, match="'month'.*to_timestamp"):
+        AuditLog.from_wide(small(month=pd.period_range("2020-01", periods=5, freq="M")), "case", "n", dates={"month": None})
 
 
 def test_parquet_takes_its_arguments_as_its_siblings_do(tmp_path):
     small().to_parquet(tmp_path/"log.parquet")
-    assert (AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", "at").time == AuditLog.from_wide(small(), "case", "n", "at").time).all()
+    assert (AuditLog.from_parquet(tmp_path/"log.parquet", "case", "n", "at").time == AuditLog.from_wide(small(), "case", "n",
+                                                                                                        "at").time).all()
 
 
 def odd_columns(n, rng):
     "Columns of every kind of value and type that a frame can hold, with nulls."
     def pick(*values): return pd.Series([values[i] for i in rng.integers(0, len(values), n)], dtype=object)
-    return {"Größe 状态 😀": pick("ä", "a\u0308", None), "": pick("x", "?", ""), "category": pick("a", None, "?").astype(pd.CategoricalDtype(["z", "a", "?"], ordered=True)),
-            "Int64": pick(1, 2**53, 2**53 + 1, None).astype("Int64"), "UInt64": pick(2**64 - 1, 2**64 - 2, None).astype("UInt64"), "boolean": pick(True, None).astype("boolean"),
-            "huge": pick(10**30, 10**30 + 1, None), "decimal": pick(Decimal("1.10"), Decimal("1.1"), Decimal("NaN")), "mixed": pick(1, "1", None), "tuple": pick((1, 2), (1, 3), None),
-            "bytes": pick(b"", b"x"), "float16": pick(1.5, np.nan).astype("float16"), "inf": pick(np.inf, -np.inf, 0., -0., np.nan).astype(float), "nothing": pick(None),
-            "NaT": pd.Series(pd.NaT, range(n)), "zoned": pick("2020-01-01", "2020-01-02", None).astype("datetime64[us]").dt.tz_localize("Europe/Rome"),
-            "span": pd.to_timedelta(pick(1, 2), unit="h"), "period": pd.Series(pd.PeriodIndex(pick("2020-01", "2020-02"), freq="M")), "null_rate": pick("a", None)}
+    return {"Größe 状态 😀": pick("ä", "a\u0308", None), "": pick("x", "?", ""),
+            "category": pick("a", None, "?").astype(pd.CategoricalDtype(["z", "a", "?"], ordered=True)),
+            "Int64": pick(1, 2**53, 2**53 + 1, None).astype("Int64"), "UInt64": pick(2**64 - 1, 2**64 - 2, None).astype("UInt64"),
+            "boolean": pick(True, None).astype("boolean"),
+            "huge": pick(10**30, 10**30 + 1, None), "decimal": pick(Decimal("1.10"), Decimal("1.1"), Decimal("NaN")),
+            "mixed": pick(1, "1", None), "tuple": pick((1, 2), (1, 3), None),
+            "bytes": pick(b"", b"x"), "float16": pick(1.5, np.nan).astype("float16"),
+            "inf": pick(np.inf, -np.inf, 0., -0., np.nan).astype(float), "nothing": pick(None),
+            "NaT": pd.Series(pd.NaT, range(n)), "zoned": pick("2020-01-01", "2020-01-02",
+                                                              None).astype("datetime64[us]").dt.tz_localize("Europe/Rome"),
+            "span": pd.to_timedelta(pick(1, 2), unit="h"), "period": pd.Series(pd.PeriodIndex(pick("2020-01", "2020-02"), freq="M")),
+            "null_rate": pick("a", None)}
+
+
+def is_null(v): return v is None or v is pd.NaT or v is pd.NA or v != v or isinstance(v, str) and v in ("?", "")
 
 
 def test_values_of_every_kind_against_a_reading_by_hand():
     for seed in range(4):
         rng = np.random.default_rng(seed)
         case = np.repeat(range(12), rng.integers(1, 5, 12))
-        df = pd.DataFrame({"case": case, "n": 2**60 + rng.permutation(len(case)), **odd_columns(len(case), rng)}).sample(frac=1, random_state=seed)
+        df = pd.DataFrame({"case": case, "n": 2**60 + rng.permutation(len(case)), **odd_columns(len(case), rng)}).sample(frac=1,
+                                                                                                                         random_state=seed)
         got, rows = scan(AuditLog.from_wide(df.set_index(pd.Index([0] * len(df))), "case", "n")).frame(), df.sort_values(["case", "n"])
         for f in df.columns[1:]:
-            values = [[None if v is None or v is pd.NaT or v is pd.NA or v != v or isinstance(v, str) and v in ("?", "") else v for v in g] for _, g in rows.groupby("case")[f]]
+            values = [[None if is_null(v) else v for v in g] for _, g in rows.groupby("case")[f]]
             filled = [[x for x in v if x is not None] for v in values]
             ever = sum(map(bool, filled))
-            want = np.mean([v[0] is None for v in values]), ever, sum(bool(t) and (v[-1] is None or v[-1] != t[0]) for v, t in zip(values, filled)) / ever if ever else np.nan
-            np.testing.assert_array_equal(got.loc[f, ["null_rate", "n_filled", "change_rate"]].to_numpy(float), want, err_msg=f"{f!r}, seed {seed}")
+            changed = sum(bool(t) and (v[-1] is None or v[-1] != t[0]) for v, t in zip(values, filled))
+            want = np.mean([v[0] is None for v in values]), ever, changed / ever if ever else np.nan
+            sum(bool(t) and (v[-1] is None or v[-1] != t[0]) for v, t in zip(values, filled)) / ever if ever else np.nan
+            np.testing.assert_array_equal(got.loc[f, ["null_rate", "n_filled", "change_rate"]].to_numpy(float), want,
+                                          err_msg=f"{f!r}, seed {seed}")
 
 
 def test_snapshots_equal_a_reading_by_hand():
     for seed in range(10):
         rng = np.random.default_rng(seed)
         case = np.repeat(range(15), rng.integers(1, 6, 15))
-        t = pd.Series(pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 90, len(case)), unit="h")).where(rng.random(len(case)) > .15)
+        t = pd.Series(pd.Timestamp("2020-01-01") + pd.to_timedelta(rng.integers(0, 90, len(case)),
+                                                                   unit="h")).where(rng.random(len(case)) > .15)
         df = pd.DataFrame({"case": case, "n": range(len(case)), "t": t, "x": rng.choice(["a", "b"], len(case))})
         log, when = AuditLog.from_wide(df, "case", "n", "t"), pd.Timestamp("2020-01-03")
         for delay in (None, 1, timedelta(0), timedelta(hours=5), ("x", "a")):
@@ -645,7 +699,10 @@ def test_snapshots_equal_a_reading_by_hand():
                 ts, xs = list(rows.t), list(rows.x)
                 if ts[0] is pd.NaT or ts[0] > when: continue
                 i = max(i for i, at in enumerate(ts) if at is not pd.NaT and at <= when)
-                young = i == 0 if delay is None else i <= delay if isinstance(delay, int) else xs[i] == "a" if isinstance(delay, tuple) else i == 0 or ts[i] - ts[0] < delay
+                if delay is None: young = i == 0
+                elif isinstance(delay, int): young = i <= delay
+                elif isinstance(delay, tuple): young = xs[i] == "a"
+                else: young = i == 0 or ts[i] - ts[0] < delay
                 if young: want[key] = xs[i]
             assert snapshot(log, when, delay).x.to_dict() == want, (seed, delay)
 
@@ -653,7 +710,8 @@ def test_snapshots_equal_a_reading_by_hand():
 def test_audit_rows_equal_states_written_by_hand():
     for seed in range(10):
         rng, state = np.random.default_rng(seed), {}
-        df = pd.DataFrame({"case": rng.integers(0, 8, 50), "t": pd.Timestamp("2020") + pd.to_timedelta(rng.integers(0, 20, 50), unit="h"), "f": rng.choice(["p", "q"], 50)}).sort_values(["case", "t"], kind="stable")
+        df = pd.DataFrame({"case": rng.integers(0, 8, 50), "t": pd.Timestamp("2020") + pd.to_timedelta(rng.integers(0, 20, 50), unit="h"),
+                           "f": rng.choice(["p", "q"], 50)}).sort_values(["case", "t"], kind="stable")
         df["new"] = rng.choice(["a", "b", ""], 50)
         old = []
         for k, v in zip(zip(df.case, df.f), df.new):
@@ -677,16 +735,21 @@ def test_audit_rows_equal_states_written_by_hand():
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda d: AuditLog.from_wide(d.assign(at=["2020-01-01T00:00Z"] + ["2020-01-01T00:00"] * 4), "case", "n", "at"), "'at': '2020-01-01T00:00Z' has a zone"),
-    (lambda d: AuditLog.from_wide(d.assign(x=[[1]] * 5), "case", "n"), "field 'x'.*make them texts"), (lambda d: AuditLog.from_wide(d, "case", "n", dates=["at"]), "^dates="),
-    (lambda d: AuditLog.from_wide(d, "case", "n", by_time="at"), "^by_time="), (lambda d: AuditLog.from_wide(d.set_axis(pd.MultiIndex.from_product([["k"], d]), axis=1), ("k", "case"), ("k", "n")), "2 levels"),
-    (lambda d: snapshot(AuditLog.from_wide(d, "case", "n", "at"), 5), "^when=5"), (lambda d: expected_new("1", [1]), "^lam='1'"), (lambda d: expected_new(1, ["a"]), "^waits=")], ids=range(8))
+    (lambda d: AuditLog.from_wide(d.assign(at=["2020-01-01T00:00Z"] + ["2020-01-01T00:00"] * 4), "case", "n", "at"),
+     "'at': '2020-01-01T00:00Z' has a zone"),
+    (lambda d: AuditLog.from_wide(d.assign(x=[[1]] * 5), "case", "n"), "field 'x'.*make them texts"),
+    (lambda d: AuditLog.from_wide(d, "case", "n", dates=["at"]), "^dates="),
+    (lambda d: AuditLog.from_wide(d, "case", "n", by_time="at"), "^by_time="),
+    (lambda d: AuditLog.from_wide(d.set_axis(pd.MultiIndex.from_product([["k"], d]), axis=1), ("k", "case"), ("k", "n")), "2 levels"),
+    (lambda d: snapshot(AuditLog.from_wide(d, "case", "n", "at"), 5), "^when=5"), (lambda d: expected_new("1", [1]), "^lam='1'"),
+    (lambda d: expected_new(1, ["a"]), "^waits=")], ids=range(8))
 def test_other_bad_input_is_named(call, says):
     with pytest.raises(ValueError, match=says): call(small())
 
 
 def test_ten_thousand_fields_and_one():
-    wide = pd.DataFrame({"case": [1, 1, 2], "n": [0, 1, 0]} | {f"f{i}": ["a", "b", None] for i in range(10_000)})
+    values = np.repeat([[1.], [2.], [np.nan]], 10_000, 1)
+    wide = pd.concat([pd.DataFrame({"case": [1, 1, 2], "n": [0, 1, 0]}), pd.DataFrame(values).add_prefix("f")], axis=1)
     v = verdicts(AuditLog.from_wide(wide, "case", "n"))
     assert len(v) == 10_001 and (v.null_rate[1:] == .5).all() and (v.change_rate[1:] == 1).all()
     assert eligibility_matrix(AuditLog.from_wide(wide[["case", "n"]], "case", "n")).shape == (1, 1)
