@@ -63,8 +63,8 @@ def fit_exponweib(gaps, most=20_000):
     "Maximum-likelihood shapes (a, c) for gaps f8 [n] > 0, divided by their mean; (1, 1) for fewer than 30. From several starts."
     from scipy.optimize import minimize
     x = np.asarray(gaps, float)
-    x = np.maximum(x / x.mean(), 1e-4) if len(x) else x          # ties that the clock doesn't explain: batches
     if len(x) < 30 or np.ptp(x) == 0: return 1., 1.
+    x = np.maximum(x / x.mean(), 1e-4)                           # ties that the clock doesn't explain: batches
     x = x[:: max(1, len(x) // most)]
     bounds = [(np.log(.05), np.log(60))], [(np.log(.15), np.log(5))]
     found = [minimize(_minus_loglik, np.log(s), (x,), "L-BFGS-B", bounds=bounds[0] + bounds[1]) for s in ((1, 1), (4, .4), (12, .25), (.5, 2))]
@@ -107,7 +107,7 @@ def _moments(counts, lam, free):
 # %% ../../nbs/pipesim/10_arrivals.ipynb #0849d669
 def _gap_share(lam, gap, rng, events=300_000):
     "What gaps alone give: (residual variance, lag-1 covariance) per arrival on the hourly rates `lam`."
-    reps = int(np.clip(events / max(lam.sum(), 1), 1, 200))
+    reps = int(np.clip(min(events / max(lam.sum(), 1), 1e6 / len(lam)), 1, 200))
     edges = np.concatenate([[0], np.cumsum(np.tile(lam, reps))])
     counts = np.histogram(_renewal(edges[-1], gap, rng), np.unique(edges))[0]
     rate = np.diff(np.unique(edges))

@@ -46,7 +46,7 @@ def figure2a(records, fit):
     "Preprocessing times of `calibrate` records (rows x cols against s), with the growth curve `fit` of `fit_growth`."
     from opml_wb.pipesim.calibrate import growth
     pre = records[records.kind == "preprocess"]
-    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330)
+    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330, xaxis_dtick=1, yaxis_dtick="D2")
     fig.add_scatter(x=pre["size"], y=pre.dur, mode="markers", name="measured here", marker=dict(color=ui.COLOURS["ours"], size=6, opacity=.6))
     x = np.geomspace(pre["size"].min(), pre["size"].max(), 100)
     label = f"{fit['a']:.2g} · {fit['b']:.2f}^ln(size) + {fit['c']:.2g}"
@@ -58,7 +58,7 @@ def figure2b(records):
     third = pd.qcut(train["size"], 3, labels=["small assets", "medium", "large"])
     fig = ui.figure("", "training, s", yaxis_type="log", boxmode="group", height=330)
     for f, part in train.groupby("framework"): fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4, pointpos=0, marker_size=3, line_width=1.5)
-    return fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"])
+    return fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"]).update_yaxes(dtick="D2")
 
 def quantiles(gofs, unit="s"):
     "Quantile-quantile plot of {name: GoF} on log axes, the diagonal dashed."
@@ -78,7 +78,7 @@ def growth_figure(plan):
     symbols = np.where(one.stable, "circle", "circle-open")
     for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"), ("wait_p95", "wait, 95 %")):
         fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name, mode="lines+markers", marker=dict(symbol=symbols, size=10))
-    return fig.update_xaxes(tickvals=one.growth)
+    return fig.update_xaxes(tickvals=one.growth).update_yaxes(dtick="D2")
 
 def differences(rows, unit="h"):
     "{label: Paired} as points with 95 % intervals about a dashed zero; values are divided by 3600 where the unit is h."

@@ -1,0 +1,175 @@
+"""Synthesizers against traces: of this file's own making, written from definitions, and real ones where they lie."""
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opml_wb.core import data
+from opml_wb.pipesim import ArrivalModel, AssetModel, DurationModel, Experiment, Link, PipelineModel, Platform, Pool, Workload, simulate
+from opml_wb.pipesim.arrivals import MONDAY, WEEK, exponweib_ppf, profile_stats
+
+HOURS = np.arange(WEEK)
+OFFICE = (1 + .8 * np.sin(2 * np.pi * (HOURS % 24 - 6) / 24)) * np.where(HOURS < 120, 1, .4)
+
+
+def trace(weeks, rate, s2=0., phi=0., seed=0, batch=1, grow=0., night=1., law="lognormal", grain=0):
+    "Doubly stochastic Poisson arrivals in epoch seconds: office hours, an AR(1) (or gamma) rate, batches, growth, silent nights, a coarse clock."
+    rng, n = np.random.default_rng(seed), weeks * WEEK
+    lam = np.tile(rate * OFFICE * np.where((HOURS % 24 >= 7) & (HOURS % 24 < 20), 1, night), weeks) * (1 + grow * np.arange(n) / n)
+    x = np.zeros(n)
+    for i in range(n): x[i] = (phi * x[i - 1] if i else 0) + rng.normal(0, np.sqrt(s2 * (1 - phi ** 2 if i else 1)))
+    m = np.exp(x - s2 / 2) if law == "lognormal" else rng.gamma(1 / s2, s2, n)
+    hour = np.repeat(np.arange(n), rng.poisson(lam * m / batch))
+    t = np.repeat(np.sort(MONDAY + 3600 * (hour + rng.random(len(hour)))), batch)
+    return np.floor(t / grain) * grain if grain else t
+
+
+TRACES = {
+    "mild": dict(weeks=10, rate=30, s2=.3, phi=.5), "wild": dict(weeks=8, rate=60, s2=1.2, phi=.8), "slow": dict(weeks=12, rate=20, s2=.6, phi=.95), "sparse": dict(weeks=12, rate=3, s2=.5, phi=.6),
+    "grows": dict(weeks=10, rate=20, s2=.3, phi=.6, grow=2.), "silent nights": dict(weeks=8, rate=30, s2=.4, phi=.6, night=0.), "batches": dict(weeks=8, rate=40, s2=.3, phi=.5, batch=5),
+    "gamma": dict(weeks=8, rate=30, s2=1., law="gamma"), "minutes": dict(weeks=6, rate=30, s2=.5, phi=.6, grain=60), "few weeks": dict(weeks=3, rate=40, s2=.5, phi=.7)}
+
+
+def figures(model, times, weeks=120, seed=1):
+    "The four ratios, computed here and not by the model's own gof."
+    counts = np.bincount(((times - times[0] // 3600 * 3600) // 3600).astype(int)).astype(float)
+    cell = (int(times[0] // 3600) - MONDAY // 3600 + np.arange(len(counts))) % WEEK
+    made = np.histogram(model.sample(weeks * 7 * 86400, np.random.default_rng(seed)), 3600 * np.arange(weeks * WEEK + 1))[0].reshape(weeks, WEEK)
+    frame = pd.Series(counts).groupby(cell)
+    mean, sd = frame.mean().reindex(HOURS).fillna(0).to_numpy(), frame.std().reindex(HOURS).to_numpy()
+    busy = mean > 0
+    return {"rate": made.mean() / mean.mean(), "mape": np.abs(made.mean(0)[busy] / mean[busy] - 1).mean(), "sd": made.std(0, ddof=1)[busy].mean() / np.nanmean(sd[busy]),
+            "dispersion": (made.var() / made.mean()) / (counts.var() / counts.mean())}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_arrivals_of_traces_that_the_model_does_not_know(name):
+    times = trace(seed=7, **TRACES[name])
+    got = figures(ArrivalModel("ar1").fit(times), times)
+    assert abs(got["rate"] - 1) <= .02 and got["mape"] <= .15, got
+    assert .75 <= got["sd"] <= 1.4 and .75 <= got["dispersion"] <= 1.35, got
+
+
+def test_the_renewal_model_fails_dispersion_and_says_so():
+    times = trace(10, 40, .8, .7)
+    model = ArrivalModel().fit(times)
+    assert figures(model, times)["dispersion"] < .75
+    assert "dispersion" in model.gof(times).failed
+    assert ArrivalModel("ar1").fit(times).gof(times).ok
+
+
+def test_gaps_are_recovered_and_rates_are_unbiased():
+    "A renewal trace of exponentiated Weibull gaps in a flat week: its shapes come back, and sequential bias does not come in."
+    rng = np.random.default_rng(0)
+    t = MONDAY + np.cumsum(90 * exponweib_ppf(rng.random(60_000), 4., .5))
+    model = ArrivalModel().fit(t)
+    assert model.gap == pytest.approx((4., .5), rel=.25)
+    counts = [len(model.sample(86400, np.random.default_rng(i))) for i in range(200)]
+    assert np.mean(counts) == pytest.approx(960, rel=.03)
+
+
+def test_time_zones_and_clock_changes():
+    "The same local rhythm over a change of clocks: cells are local, and the change is put back when sampling over one."
+    local = pd.date_range("2024-02-05", periods=16 * 7, freq="D", tz="Europe/Berlin")
+    times = np.concatenate([[d.replace(hour=9).timestamp() + 30 * k for k in range(60)] for d in local])
+    model = ArrivalModel("ar1").fit(times, tz="Europe/Berlin")
+    assert set(np.flatnonzero(model.profile > 0) % 24) == {9}
+    assert set(np.flatnonzero(ArrivalModel().fit(times).profile > 0) % 24) == {7, 8}
+    start = pd.Timestamp("2024-10-21", tz="Europe/Berlin").timestamp()
+    at = pd.to_datetime(start + model.sample(14 * 86400, 0, start), unit="s", utc=True).tz_convert("Europe/Berlin")
+    assert set(at.hour) == {9}
+
+
+@pytest.mark.parametrize("times", [[0, 1], [5, 5, 5], np.arange(50.), np.arange(0, 9e5, 7200), [0, 1e9], np.repeat(1e9, 400)], ids=["two", "ties", "a minute", "regular", "30 years", "one moment"])
+def test_odd_traces_are_fitted_and_sampled(times):
+    for burst in (None, "ar1"):
+        model = ArrivalModel(burst).fit(times)
+        t = model.sample(3 * 86400, 0)
+        assert np.isfinite(model.profile).all() and (np.diff(t) >= 0).all() and (t < 3 * 86400).all()
+        assert ArrivalModel.from_json(model.to_json()).sample(1e5, 3).tolist() == model.sample(1e5, 3).tolist()
+
+
+def test_duration_intervals_cover_over_twenty_halves():
+    rng = np.random.default_rng(1)
+    n = 1500
+    size, f = np.exp(rng.normal(12, 2, n)), rng.choice(["a", "b", "rare"], n, p=[.6, .38, .02])
+    dur = np.exp(.4 * np.log(size) + np.where(f == "b", rng.standard_t(3, n), .3 * rng.standard_normal(n)) + .02 * (np.log(size) - 12) ** 2)
+    df = pd.DataFrame({"framework": f, "size": size, "dur": np.round(dur)})
+    inside = []
+    for s in range(20):
+        half = np.random.default_rng(s).random(n) < .5
+        model, held = DurationModel(by="framework").fit(df[half]), df[~half]
+        inside.append([np.mean((lo <= held.dur) & (held.dur <= hi)) for p in (.5, .9) for lo, hi in [model.interval(held, p)]])
+    assert .43 <= np.mean(inside, 0)[0] <= .57 and .84 <= np.mean(inside, 0)[1] <= .95
+    assert np.min(inside, 0)[0] > .41 and np.max(inside, 0)[1] < .96
+
+
+def test_assets_keep_margins_atoms_and_dependence():
+    rng = np.random.default_rng(2)
+    rows = np.where(rng.random(2000) < .15, 1000, np.exp(rng.normal(8, 2, 2000)).astype(int) + 1)
+    df = pd.DataFrame({"rows": rows, "cols": np.where(rng.random(2000) < .1, 10, 2 + rng.poisson(np.log(rows)))})
+    made = AssetModel().fit(df).sample(20_000, 0)
+    for c in df:
+        at = np.unique(np.concatenate([df[c], made[c]]))
+        d = np.abs(np.searchsorted(np.sort(df[c]), at, "right") / len(df) - np.searchsorted(np.sort(made[c]), at, "right") / len(made)).max()
+        assert d <= .05, (c, d)
+    assert (made.rows == 1000).mean() == pytest.approx((rows == 1000).mean(), abs=.02)
+    assert abs(made.corr("spearman").iloc[0, 1] - df.corr("spearman").iloc[0, 1]) < .05
+
+
+def real(name):
+    path = data.find(name)
+    if not path: pytest.skip(f"needs {name}: opml data fetch {name}, or OPML_DATA")
+    return path
+
+
+def test_philly_and_pmlb():
+    from opml_wb.pipesim.traces import philly, pmlb
+    real("pipesim/philly"), real("pipesim/pmlb")
+    jobs, assets = philly(), pmlb()
+    got = figures(ArrivalModel("ar1").fit(jobs.time), jobs.time.to_numpy())
+    assert abs(got["rate"] - 1) <= .02 and got["mape"] <= .15 and .75 <= got["sd"] <= 1.4 and .75 <= got["dispersion"] <= 1.35, got
+    assert all(g.ks <= .1 for g in AssetModel().fit(assets).gof(assets).values())
+    for by in ("units", ("units", "cluster")):
+        half = np.random.default_rng(0).random(len(jobs)) < .5
+        assert DurationModel(by=by, size=False).fit(jobs[half]).gof(jobs[~half]).ok
+
+
+def test_a_batch_log_and_its_clock():
+    with gzip.open(real("pipesim/hpc2n"), "rt") as f: rows = [line.split() for line in f if line.strip() and not line.startswith(";")]
+    times = np.array([float(r[1]) for r in rows])
+    got = ArrivalModel("ar1").fit(times).gof(times)
+    assert abs(got.mean_rate - 1) <= .02 and .75 <= got.cell_sd <= 1.4 and .75 <= got.dispersion <= 1.35, got
+
+
+def test_the_shipped_model_makes_a_year_of_the_papers_size():
+    model = PipelineModel.default()
+    users = 210_824 / 8760 / model.arrivals.profile.mean()
+    work = model.sample(365 * 86400, 0, users)
+    assert len(work) == pytest.approx(210_824, rel=.01)
+    assert set(work.kinds) == {"preprocess", "train", "validate", "compress", "deploy"}
+    assert work.digest == model.sample(365 * 86400, np.random.default_rng(0), users).digest
+    assert model.about["gof"]["arrivals"]["failed"] == []
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_digest(home):
+    from opml_wb.pipesim.experiment import swept
+    model = PipelineModel.default()
+    e = Experiment(model, Platform([Pool("gpu", 64), Pool("cpu", 16)], Link(1e9)), "easy", replications=3, days=2., users=.3)
+    here = [e.run(jobs=j).digest for j in (1, 3)]
+    through = swept(e, jobs=2)
+    assert here[0] == here[1] == through.digest
+    assert through.frame.wait_mean.tolist() == e.run().frame.wait_mean.tolist()
+
+
+def test_the_run_ledger_is_a_workload(home, notebook):
+    from opml_wb.core.run import run
+    path = notebook("wait: float = .01", "import time; time.sleep(wait)")
+    for w in (.01, .02, .03): run(path, wait=w)
+    run(notebook("x: int = 1", "1 / 0", name="bad"))
+    work = Workload.from_runs()
+    assert work.counts == {"rows": 4, "used": 4, "failed": 1, "unfinished": 0} and work.arrival[0] == 0 and (work.dur > 0).all()
+    assert simulate(work, Platform(Pool("worker", 1))).unfinished == 0
