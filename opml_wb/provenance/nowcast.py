@@ -132,9 +132,9 @@ def changed(folder, what):
 def check_figure(runs):
     "A Figure of stages x classes of difference, to be filled by `show_check`; `runs` {name: JSON object of `opml trace`}."
     fig = ui.figure("what differs", "", "Will it reproduce?", height=120 + 36 * len(runs), yaxis_autorange="reversed")
-    colours = [[0, "rgba(0,158,115,.28)"], [1, ui.COLOURS["baseline"]]]
+    colours = [[0, ui.COLOURS["good"]], [1, ui.COLOURS["baseline"]]]
     return fig.add_heatmap(x=CLASSES, y=list(runs), z=[[0] * len(CLASSES)] * len(runs), zmin=0, zmax=1, colorscale=colours, showscale=False,
-                           xgap=4, ygap=4, texttemplate="%{text}")
+                           xgap=4, ygap=4, texttemplate="%{text}", textfont_color="white")
 
 def show_check(fig, runs, found):
     "Draw `found` {stage: what `check` says}; returns it in words."

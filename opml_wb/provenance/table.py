@@ -270,7 +270,7 @@ def newest(rows, keys, event_time):
     op = rows["_op"].to_numpy()
     if not (op != OPS["append"]).any(): return rows
     cell = codes([rows[c] for c in (*keys, event_time)])
-    keep = ~pd.Series(cell).isin(cell[op != OPS["append"]]).to_numpy()
+    keep = ~np.isin(cell, cell[op != OPS["append"]])
     some = np.flatnonzero(~keep)
     some = some[np.argsort(rows["_version"].to_numpy()[some], kind="stable")]
     last = some[~pd.Series(cell[some]).duplicated(keep="last").to_numpy()]
