@@ -44,12 +44,12 @@ def loss_between(t0, a, b, rate, jump_t, jump_size):
 
 # %% ../../nbs/pipesim/04_ageing.ipynb #a5b618e1
 @kernel
-def most_triggers(t0, rate, limits, periods, jump_t, jump_size, debounce, end):
-    "How often a model deployed at t0 (s) can be retrained before `end`; limits, periods f8 [D], one a detector; debounce > 0 s between triggers."
+def most_triggers(t0, rate, limits, periods, jump_t, jump_size, debounce, end, most):
+    "How often a model deployed at t0 (s) can be retrained before `end`; limits, periods f8 [D], one a detector; debounce > 0 s between triggers. At `most` it stops counting."
     n, t, last = 0, t0, -np.inf
     while True:
         due = np.inf
         for d in range(len(limits)): due = min(due, next_tick(first_passage(t, rate, limits[d], jump_t, jump_size), periods[d]))
         due = max(due, last + debounce)
-        if due >= end: return n
+        if due >= end or n == most: return n
         n, t, last = n + 1, due, due

@@ -7,22 +7,19 @@ __all__ = ['FIRST', 'TRIGGER', 'LAST', 'at', 'Pool', 'Link', 'SimPyEngine']
 
 # %% ../../nbs/pipesim/06_onsimpy.ipynb #5f5ea872
 import math
+from heapq import heappop, heappush
 import numpy as np
 import simpy
 from .reference import Queue, SharedLink, due_next
-from heapq import heappop
 
 # %% ../../nbs/pipesim/06_onsimpy.ipynb #dd9d3f6f
 FIRST, TRIGGER, LAST = -1, 5, 9
 
 def at(env, t, priority=1):
-    "An event at exactly time t: SimPy adds a delay to now, so the delay is nudged until the sum is t."
-    delay = t - env.now
-    while env.now + delay < t: delay = math.nextafter(delay, math.inf)
-    while env.now + delay > t: delay = math.nextafter(delay, -math.inf)
+    "An event at exactly time t. `env.schedule` takes a delay, and now + delay cannot always be t: so it goes into SimPy's queue as `schedule` would put it."
     event = env.event()
     event._ok, event._value = True, None
-    env.schedule(event, priority, delay)
+    heappush(env._queue, (t, priority, next(env._eid), event))
     return event
 
 # %% ../../nbs/pipesim/06_onsimpy.ipynb #c77dd379
@@ -55,10 +52,11 @@ class Link:
     "The shared link: one pending SimPy event for the transfer that ends next; plans that were overtaken do nothing."
     def __init__(self, sim, rate): self.sim, self.shared, self.done = sim, SharedLink(rate), {}
 
-    def send(self, task, size):
+    def send(self, task, size, at_start):
         self.done[task] = event = self.sim.env.event()
         self.shared.enter(task, size, self.sim.env.now)
-        self.plan()
+        if self.shared.next == self.sim.env.now and not at_start: self.sim.touch(None)      # another ends now: after this instant's rounds
+        else: self.plan()
         return event
 
     def plan(self):
@@ -96,7 +94,8 @@ class SimPyEngine:
 
     def rounds(self, _):
         touched, self.touched = self.touched, set()
-        for k in touched: self.pools[k].round()
+        for k in touched - {None}: self.pools[k].round()
+        while self.link.shared.next == self.env.now: self.link.leave(self.env.now)
 
     def resize(self, k, capacity):
         self.pools[k].q.cap = capacity
@@ -107,9 +106,9 @@ class SimPyEngine:
         for task in range(self.first[p], self.first[p + 1]): ended[task] = self.env.event()
         for task in ended: self.env.process(self.task(task, p, ended))
 
-    def transfer(self, task, size):
+    def transfer(self, task, size, at_start=False):
         if self.w.latency > 0: yield at(self.env, self.env.now + self.w.latency)
-        yield self.link.send(task, size)
+        yield self.link.send(task, size, at_start and self.w.latency == 0)
 
     def task(self, task, p, ended):
         env, w, pool = self.env, self.w, self.pools[self.w.pool[task]]
@@ -117,9 +116,9 @@ class SimPyEngine:
         self.ready[task] = env.now
         yield pool.request(task)
         self.start[task] = start = env.now
-        if w.shared and w.read[task] > 0: yield env.process(self.transfer(task, w.read[task]))
+        if w.shared and w.read[task] > 0: yield from self.transfer(task, w.read[task], True)
         yield at(env, env.now + w.hold[task])
-        if w.shared and w.write[task] > 0: yield env.process(self.transfer(task, w.write[task]))
+        if w.shared and w.write[task] > 0: yield from self.transfer(task, w.write[task])
         self.finish[task] = env.now
         pool.release(task, start)
         ended[task].succeed()

@@ -62,7 +62,7 @@ class Drift:
         if self.horizon is not None: number(self.horizon, "Drift.horizon")
 
 # %% ../../nbs/pipesim/08_runtime.ipynb #8cf33d98
-MOST = 10_000_000     # retraining pipelines that a run may prepare
+MOST = 3_000_000     # retraining pipelines that a run may prepare
 
 def _shifts(drift, end, rng, share, scale=1.0):
     "Times (s, sorted) and sizes of sudden shifts until `end`, a share of all."
@@ -93,7 +93,7 @@ def _expand(self, work, seed):
     np.maximum.at(last, of, pipes)
     rate, limit, jumps, rngs = _lives(self, models, end, seed)
     period = np.array([d.period for d in self.detectors], np.float64)
-    slots = np.array([most_triggers(b, r, lim, period, *j, self.debounce, end) for b, r, lim, j in zip(begun, rate, limit, jumps)], np.int64)
+    slots = np.array([most_triggers(b, r, lim, period, *j, self.debounce, end, MOST + 1) for b, r, lim, j in zip(begun, rate, limit, jumps)], np.int64)
     need(slots.sum() <= MOST, "Drift", int(slots.sum()), f"at most {MOST:,} retrainings; raise the thresholds or the debounce")
     codes = np.full(len(work), -1)
     codes[pipes] = of

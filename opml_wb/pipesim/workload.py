@@ -57,7 +57,7 @@ def _edges(edges, pipeline):
     need_all(((raw >= 0) & (raw < n)).all(1), "edges", raw, f"two task ids in 0 .. {n - 1}")
     need_all(pipeline[raw[:, 0]] == pipeline[raw[:, 1]], "edges", raw, "two tasks of one pipeline")
     depth = levels(n, raw)
-    need_all(depth[raw[:, 1]] >= 0, "edges", raw, "no cycle, but it lies on or behind one")
+    need_all((depth[raw] >= 0).any(1), "edges", raw, "no cycle, but it lies on one, or on the way from one")
     return np.unique(raw.astype(np.int64), axis=0)
 
 # %% ../../nbs/pipesim/02_workload.ipynb #ad747146
