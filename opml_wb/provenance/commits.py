@@ -217,7 +217,7 @@ def _rewrite(table, version):
 # %% ../../nbs/provenance/12_commits.ipynb #d9f8318c
 class Commits(_Pins):
     "The writing half of a feature store."
-    def vacuum(self, name, before=None, retention_hours=0, dry_run=False):
+    def vacuum(self, name, retention_hours=0, before=None, dry_run=False):
         """Remove for good what only versions older than `before` need; returns the number of rows dropped.
 
         `before`: a version or a time (with a time zone); default: what was replaced more than `retention_hours` ago, so with 0 all history

@@ -6,8 +6,9 @@
 __all__ = ['KEPT', 'LITE', 'POSTGRES', 'NEW', 'TAGS', 'RETAGGED', 'KEPT_OF_RUN', 'FIND', 'words', 'search']
 
 # %% ../../nbs/provenance/21_fulltext.ipynb #78d45003
-import json, re
+import json, re, sqlite3
 
+from ..core.database import StoreError
 from .questions import _tags
 from .store import Reader
 
@@ -19,9 +20,11 @@ POSTGRES = "; create index if not exists prov_text_words on prov_text using gin(
 def _ready(ledger):
     "The ledger's database, with the tables of text."
     db = _tags(ledger)
-    with db.writing("provenance"):
-        db.ddl(KEPT.format(", words tsvector") + POSTGRES if db.shared else KEPT.format(""))
-        if not db.shared: db.execute(LITE)
+    try: db.execute("select 1 from prov_text limit 1")
+    except (sqlite3.Error, StoreError):
+        with db.writing("provenance"):
+            db.ddl(KEPT.format(", words tsvector") + POSTGRES if db.shared else KEPT.format(""))
+            if not db.shared: db.execute(LITE)
     return db
 
 def words(text): return re.sub(r"[\W_]+", " ", text.lower()).split()
