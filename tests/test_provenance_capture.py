@@ -274,7 +274,7 @@ def test_a_full_disk(here, opml):
 @told
 def test_two_kernels_at_once(here, home, tmp_path, monkeypatch):
     from jupyter_client.manager import KernelManager
-    from opml_wb.provenance.trace import SPEC
+    from opml_wb.provenance.kernel import SPEC
     monkeypatch.setenv("OPML_HOME", str(home))
     managers = []
     for name in ("one", "two"):

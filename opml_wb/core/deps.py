@@ -126,9 +126,9 @@ def _distributions():
             out[_norm(name)] = version
     return out
 
-def _named(names):
-    "{import name: distribution} for imports that carry another name than their distribution, kept in the home's cache."
-    cache = store.home()/"imports.json"
+def _named(names, root=None):
+    "{import name: distribution} for imports that carry another name than their distribution, kept in the cache of the home `root`."
+    cache = (root or store.home())/"imports.json"
     state = hashlib.sha256(json.dumps(sorted(_distributions().items())).encode()).hexdigest()
     known = store.read_json(cache, {}) if cache.exists() else {}
     if known.get("state") != state or not names <= set(known["names"]):
@@ -140,12 +140,12 @@ def _named(names):
     return known["names"]
 
 # %% ../../nbs/core/05_deps.ipynb #7ab91923
-def environment(libraries):
-    "{distribution: version} of Python and of the distributions behind the imported `libraries` (dotted names)."
+def environment(libraries, root=None):
+    "{distribution: version} of Python and of the distributions behind the imported `libraries` (dotted names); `root`: the home (default: the present one)."
     tops = {name.partition(".")[0] for name in libraries}
     versions = _distributions()
     odd = {t for t in tops if _norm(t) not in versions}
-    names = {t: t for t in tops - odd} | ({k: v for k, v in _named(odd).items() if k in odd} if odd else {})
+    names = {t: t for t in tops - odd} | ({k: v for k, v in _named(odd, root).items() if k in odd} if odd else {})
     found = {_norm(d): versions.get(_norm(d), "?") for d in names.values() if d}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 

@@ -24,12 +24,18 @@ OPERATIONS = [
     ("polars writes Parquet", "polars", "pl.DataFrame({'x': [1]}).write_parquet('polars.parquet')", {"polars.parquet": WRITE}),
     ("duckdb reads Parquet", "duckdb", "duckdb.sql(\"select count(*) from 'in4.parquet'\").fetchall()", {"in4.parquet": READ}),
     ("duckdb COPY", "duckdb", "duckdb.sql(\"copy (select 1 as x) to 'copied.parquet'\")", {"copied.parquet": WRITE}),
-    ("duckdb makes a database", "duckdb", "con = duckdb.connect('new.duckdb'); con.sql('create table t as select 1 as x'); con.close()", {"new.duckdb": WRITE}),
-    ("duckdb changes a database", "duckdb", "con = duckdb.connect('old.duckdb'); con.sql('insert into t values (2)'); con.close()", {"old.duckdb": "modified"}),
-    ("duckdb reads a database", "duckdb", "con = duckdb.connect('read.duckdb', read_only=True); con.sql('select * from t').fetchall(); con.close()", {"read.duckdb": READ}),
-    ("sqlite makes a database", "sqlite3", "con = sqlite3.connect('new.sqlite'); con.execute('create table t(x)'); con.commit(); con.close()", {"new.sqlite": WRITE}),
-    ("sqlite changes a database", "sqlite3", "con = sqlite3.connect('old.sqlite'); con.execute('insert into t values (2)'); con.commit(); con.close()", {"old.sqlite": "modified"}),
-    ("sqlite reads a database", "sqlite3", "con = sqlite3.connect('read.sqlite'); con.execute('select * from t').fetchall(); con.close()", {"read.sqlite": READ}),
+    ("duckdb makes a database", "duckdb", "con = duckdb.connect('new.duckdb'); con.sql('create table t as select 1 as x'); con.close()",
+     {"new.duckdb": WRITE}),
+    ("duckdb changes a database", "duckdb", "con = duckdb.connect('old.duckdb'); con.sql('insert into t values (2)'); con.close()",
+     {"old.duckdb": "modified"}),
+    ("duckdb reads a database", "duckdb", "con = duckdb.connect('read.duckdb', read_only=True); con.sql('from t').fetchall(); con.close()",
+     {"read.duckdb": READ}),
+    ("sqlite makes a database", "sqlite3", "con = sqlite3.connect('new.sqlite'); con.execute('create table t(x)'); con.close()",
+     {"new.sqlite": WRITE}),
+    ("sqlite changes a database", "sqlite3", "con = sqlite3.connect('old.sqlite')\nwith con: con.execute('insert into t values (2)')\ncon.close()",
+     {"old.sqlite": "modified"}),
+    ("sqlite reads a database", "sqlite3", "con = sqlite3.connect('read.sqlite'); con.execute('select * from t').fetchall(); con.close()",
+     {"read.sqlite": READ}),
     ("torch saves", "torch", "torch.save({'w': torch.zeros(3)}, 'torch.pt')", {"torch.pt": WRITE}),
     ("torch loads", "torch", "torch.load('in.pt')", {"in.pt": READ}),
     ("torch maps", "torch", "torch.load('in2.pt', mmap=True)", {"in2.pt": READ}),
@@ -62,10 +68,13 @@ OPERATIONS = [
 ]
 
 # %% ../../nbs/provenance/09_coverage.ipynb #b3147067
-IMPORTS = {"pandas": "import pandas as pd\ndf = pd.DataFrame({'a': [1]})", "pyarrow": "import pyarrow as pa, pyarrow.parquet as pq", "polars": "import polars as pl", "duckdb": "import duckdb",
-           "sqlite3": "import sqlite3", "torch": "import torch", "numpy": "import numpy as np", "joblib": "import joblib", "hnswlib": "import hnswlib, numpy as np\nindex = hnswlib.Index('l2', 4); index.init_index(9); index.add_items(np.zeros((2, 4)))",
-           "xgboost": "import xgboost as xgb, numpy as np\nbooster = xgb.train({}, xgb.DMatrix(np.zeros((4, 2)), np.zeros(4)), 1)", "faiss": "import faiss\nflat = faiss.IndexFlatL2(4)",
-           "onnxruntime": "import onnxruntime as ort", "deltalake": "import deltalake, pyarrow as pa"}
+IMPORTS = {
+    "pandas": "import pandas as pd\ndf = pd.DataFrame({'a': [1]})", "pyarrow": "import pyarrow as pa, pyarrow.parquet as pq",
+    "polars": "import polars as pl", "duckdb": "import duckdb", "sqlite3": "import sqlite3", "torch": "import torch",
+    "numpy": "import numpy as np", "joblib": "import joblib", "onnxruntime": "import onnxruntime as ort",
+    "deltalake": "import deltalake, pyarrow as pa", "faiss": "import faiss\nflat = faiss.IndexFlatL2(4)",
+    "hnswlib": "import hnswlib, numpy as np\nindex = hnswlib.Index('l2', 4); index.init_index(9); index.add_items(np.zeros((2, 4)))",
+    "xgboost": "import xgboost as xgb, numpy as np\nbooster = xgb.train({}, xgb.DMatrix(np.zeros((4, 2)), np.zeros(4)), 1)"}
 
 def available(operations=None):
     "The operations whose modules are installed."
@@ -75,7 +84,9 @@ def preamble(rows):
     "The imports that `rows` of operations need."
     return "\n".join(["import os, subprocess", *dict.fromkeys(IMPORTS[row[1]] for row in rows if row[1])])
 
-def script(rows): return "\n".join([preamble(rows), *(row[2] for row in rows)]) + "\n"
+def script(rows):
+    "The operations `rows` as one script."
+    return "\n".join([preamble(rows), *(row[2] for row in rows)]) + "\n"
 
 def expected(rows, folder):
     "{path: operation} that `rows` must give in `folder`."
@@ -86,26 +97,30 @@ pd.DataFrame({'a': [1, 2]}).to_csv('in.csv', index=False)
 for n in (2, 3, 4, 5): shutil.copy('in.csv', f'in{n}.csv')
 for name in ('over.txt', 'log.txt', 'name.txt', 'gone.txt'): open(name, 'w').write('before')
 """
-MAKERS = {"pyarrow": "pq.write_table(pa.table({'x': [1, 2, 3]}), 'in.parquet'); [shutil.copy('in.parquet', f'in{n}.parquet') for n in (2, 3, 4)]",
-          "duckdb": "for n in ('old', 'read'): con = duckdb.connect(f'{n}.duckdb'); con.sql('create table t as select 1 as x'); con.close()",
-          "sqlite3": "for n in ('old', 'read'): con = sqlite3.connect(f'{n}.sqlite'); con.execute('create table t(x)'); con.commit(); con.close()",
-          "torch": "[torch.save({'w': torch.zeros(3)}, n) for n in ('in.pt', 'in2.pt')]", "numpy": "[np.save(n, np.zeros(3)) for n in ('in.npy', 'in2.npy', 'in3.npy')]",
-          "joblib": "joblib.dump([1], 'in.pkl')", "xgboost": "booster.save_model('in.json')", "hnswlib": "index.save_index('in.hnsw')", "faiss": "faiss.write_index(flat, 'in.faiss')",
-          "onnxruntime": "shutil.copy(next(Path(ort.__file__).parent.rglob('sigmoid.onnx')), 'in.onnx')",
-          "deltalake": "[deltalake.write_deltalake(n, pa.table({'x': [1]})) for n in ('table2', 'table3')]"}
+MAKERS = {
+    "pyarrow": "pq.write_table(pa.table({'x': [1, 2, 3]}), 'in.parquet')\nfor n in (2, 3, 4): shutil.copy('in.parquet', f'in{n}.parquet')",
+    "duckdb": "for n in ('old', 'read'): con = duckdb.connect(f'{n}.duckdb'); con.sql('create table t as select 1 as x'); con.close()",
+    "sqlite3": "for n in ('old', 'read'): con = sqlite3.connect(f'{n}.sqlite'); con.execute('create table t(x)'); con.close()",
+    "torch": "for n in ('in.pt', 'in2.pt'): torch.save({'w': torch.zeros(3)}, n)",
+    "numpy": "for n in ('in.npy', 'in2.npy', 'in3.npy'): np.save(n, np.zeros(3))",
+    "joblib": "joblib.dump([1], 'in.pkl')", "xgboost": "booster.save_model('in.json')", "hnswlib": "index.save_index('in.hnsw')",
+    "faiss": "faiss.write_index(flat, 'in.faiss')",
+    "onnxruntime": "shutil.copy(next(Path(ort.__file__).parent.rglob('sigmoid.onnx')), 'in.onnx')",
+    "deltalake": "for n in ('table2', 'table3'): deltalake.write_deltalake(n, pa.table({'x': [1]}))"}
 
 def prepare(folder, rows):
     "Put into `folder` what the operations `rows` read and change, by a process of its own."
     import subprocess, sys
     modules = dict.fromkeys(["pandas", *(row[1] for row in rows if row[1])])
-    code = "\n".join([preamble([("", m) for m in modules]), "import shutil", "from pathlib import Path", MADE, *(MAKERS.get(m, "") for m in modules)])
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    code = [preamble([("", m) for m in modules]), "import shutil\nfrom pathlib import Path", MADE, *(MAKERS.get(m, "") for m in modules)]
+    subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, check=True)
 
 # %% ../../nbs/provenance/09_coverage.ipynb #8f6afa31
 def compare(found, wanted, folder):
     "(how many of `wanted` ({path: operation}) are in `found` rightly, [what is missing or wrong], [what is too much])."
     told = {e["path"]: e["op"] for e in found if e["path"].startswith(f"{folder}/")}
-    wrong = [f"{os.path.basename(path)}: {told.get(path, 'not told')} instead of {op}" for path, op in wanted.items() if told.get(path) != op]
+    missed = {path: op for path, op in wanted.items() if told.get(path) != op}
+    wrong = [f"{os.path.basename(path)}: {told.get(path, 'not told')} instead of {op}" for path, op in missed.items()]
     tables = tuple(f"{p}/" for p in wanted if "." not in os.path.basename(p))
     extra = [f"{os.path.basename(p)}: {op}" for p, op in told.items() if p not in wanted and not p.startswith(tables or "\0")]
     return len(wanted) - len(wrong), wrong, extra

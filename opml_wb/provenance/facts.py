@@ -77,12 +77,13 @@ def sources(notebook):
     "Hash of the sources of all cells of `notebook` (path or dict), the injected one left out; None if it cannot be read."
     try: nb = notebook if isinstance(notebook, dict) else json.loads(Path(notebook).read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
-    cells = [[c["cell_type"], "".join(c["source"])] for c in nb["cells"] if "injected-parameters" not in (c.get("metadata", {}).get("tags") or ())]
+    own = lambda c: "injected-parameters" not in (c.get("metadata", {}).get("tags") or ())
+    cells = [[c["cell_type"], "".join(c["source"])] for c in nb["cells"] if own(c)]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
-def packages(names):
-    "{distribution: version} behind the imported `names` (dotted or not), and opml_wb itself."
+def packages(names, root=None):
+    "{distribution: version} behind the imported `names` (dotted or not), and opml_wb itself; `root`: the home (default: the present one)."
     from opml_wb.core import deps
-    found = deps.environment({n for n in names if n.partition(".")[0] not in sys.stdlib_module_names} | {"opml_wb"})
+    found = deps.environment({n for n in names if n.partition(".")[0] not in sys.stdlib_module_names} | {"opml_wb"}, root)
     found.pop("python", None)
     return found

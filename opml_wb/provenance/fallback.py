@@ -57,7 +57,9 @@ class Audit:
 
     def truncate(self, path, length): return opened(*_seen(path), os.O_WRONLY, os.getpid()) if not isinstance(path, int) else None
 
-    def connect(self, database): return self.open(database, None, os.O_RDWR | os.O_CREAT) if os.fsdecode(database)[:1] not in (":", "") else None
+    def connect(self, database):
+        kept = os.fsdecode(database)[:1] not in (":", "")
+        return self.open(database, None, os.O_RDWR | os.O_CREAT) if kept else None
 
 _AUDITED = {"open": Audit.open, "os.remove": Audit.remove, "os.rename": Audit.rename, "os.link": Audit.link, "os.symlink": Audit.link,
             "os.truncate": Audit.truncate, "sqlite3.connect": Audit.connect}
@@ -72,7 +74,8 @@ def _seen(path, folder=-1, follow=True):
     "(absolute path, stat or None) of what `path` means in this process."
     path = os.fsdecode(path)
     if folder not in (-1, None) and not os.path.isabs(path): path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
-    whole = os.path.realpath(path) if follow else os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+    parent = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    whole = os.path.realpath(path) if follow else os.path.join(parent, os.path.basename(path))
     try: return whole, os.stat(whole) if follow else os.lstat(whole)
     except OSError: return whole, None
 
@@ -119,7 +122,13 @@ class Inotify:
                 name = os.fsdecode(data[at + 16:at + 16 + size].rstrip(b"\0"))
                 at += 16 + size
                 if mask & OVERFLOW: self.session.lost += 1
-                elif number in self.folders: self._happened(f"{self.folders[number]}/{name}" if name else self.folders[number], mask, cookie)
+                elif number in self.folders and name: self._happened(f"{self.folders[number]}/{name}", mask, cookie)
+
+    def close(self):
+        "Take what has happened; the journal is whole."
+        self.drain()
+        self.session.end()
+        os.close(self.fd)
 
     def _happened(self, path, mask, cookie):
         if mask & 0x40000000:  # a folder

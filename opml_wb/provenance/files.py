@@ -51,9 +51,9 @@ def _named(path, flags=0):
     finally: os.close(fd)
 
 def look(path, follow=True):
-    """What `path` (bytes) means: (absolute path as str, os.stat_result), of a file that isn't there with None; None when its folder isn't there.
+    """What `path` (bytes) means: (absolute path as str, os.stat_result), of a file that isn't there with None.
 
-    `follow`: whether a link at its end is followed."""
+    `follow`: whether a link at its end is followed. None when its folder isn't there, or it cannot be looked at."""
     try: return _named(path, 0 if follow else os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError): pass
     except OSError: return None
@@ -64,6 +64,7 @@ def look(path, follow=True):
 # %% ../../nbs/provenance/02_files.ipynb #fd0c0888
 def may(path, mode, thread):
     "May the user of `thread` open `path` (bytes) for `mode` (os.R_OK, os.W_OK or both)?"
+    if thread == os.getpid(): return os.access(path, mode)
     owner = os.stat(f"/proc/{thread}").st_uid
     if owner == os.geteuid(): return os.access(path, mode)
     try: found = os.stat(path)
@@ -104,7 +105,8 @@ class Hashes:
         return self._known(now) or self._hash(path, now)
 
     def _known(self, mark):
-        try: row = self.db and self.db.execute("select sha256 from hash where dev=? and ino=? and size=? and mtime=? and ctime=?", mark).fetchone()
+        find = "select sha256 from hash where dev=? and ino=? and size=? and mtime=? and ctime=?"
+        try: row = self.db and self.db.execute(find, mark).fetchone()
         except sqlite3.Error: return None
         return row[0] if row else None
 
@@ -127,4 +129,6 @@ def hashes(root=None):
     try: return Hashes(Path(root or home())/"hashes.db")
     except OSError: return Hashes()
 
-def version_of(path, root=None): return hashes(root).version(str(path))
+def version_of(path, root=None):
+    "The version (SHA-256, hex) of file `path` now, None when it isn't readable or no file; `root`: the home that remembers it."
+    return hashes(root).version(str(path))

@@ -32,9 +32,13 @@ class Files:
         "Follow one record; of an unknown kind nothing is taken."
         step = getattr(self, f"_{record.get('o')}", None)
         if record.get("late"):  # told afterwards, without process and cell, and perhaps a second time
-            if record["o"] in ("mv", "rm") and record["p"] not in self.named and (record["o"] == "rm" or record["q"] in self.named): return
+            if record["o"] == "mv" and record["q"] in self.named: return self._forget(record["p"])
+            if record["o"] == "rm" and record["p"] not in self.named: return
             record = {**record, "cell": self.cell}
         if step: step(record)
+
+    def _forget(self, path):
+        if path in self.named: self.named.pop(path).now = None
 
     def _cell(self, record): self.cell = record["cell"]
 
@@ -170,8 +174,9 @@ def _table_event(path, rows):
     wrote = made or any(op != "read" for op, _, _ in rows)
     op = "created" if 0 in made else "modified" if wrote else "read"
     version = max(made or read, default=None)
-    return {"op": op, "path": path, "target": None, "version": None if version is None else f"delta:{version}", "kind": "table", "part": False,
-            "was": f"delta:{max(read)}" if made and read else None, **{k: first[k] for k in ("pid", "cell", "t")}}
+    return {"op": op, "path": path, "target": None, "version": None if version is None else f"delta:{version}",
+            "was": f"delta:{max(read)}" if made and read else None, "kind": "table", "part": False,
+            **{k: first[k] for k in ("pid", "cell", "t")}}
 
 # %% ../../nbs/provenance/03_net.ipynb #6d05ab4d
 def events(records, hashes=None):

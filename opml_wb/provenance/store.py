@@ -16,18 +16,21 @@ from ..core.database import StoreError
 SCHEMA, FILE = 1, "provenance.json"
 TABLES = """
 create table if not exists prov_schema(version integer not null);
-create table if not exists prov_stage(run text primary key, pipeline text not null, code text, notebook text, commit_id text, dirty text, capture text not null,
-  partial integer not null, who text, host text, cwd text, command text, python text, os text, hardware text, exit_code integer);
+create table if not exists prov_stage(run text primary key, pipeline text not null, code text, notebook text, commit_id text, dirty text,
+  capture text not null, partial integer not null, who text, host text, cwd text, command text,
+  python text, os text, hardware text, exit_code integer);
 create index if not exists prov_stage_pipeline on prov_stage(pipeline);
-create table if not exists prov_event(run text not null, n integer not null, op text not null, path text not null, target text, version text, was text,
-  kind text not null, part integer not null, pid bigint, cell integer, t double precision, primary key(run, n)) without rowid;
+create table if not exists prov_event(run text not null, n integer not null, op text not null, path text not null, target text,
+  version text, was text, kind text not null, part integer not null, pid bigint, cell integer,
+  t double precision, primary key(run, n)) without rowid;
 create index if not exists prov_event_path on prov_event(path);
 create index if not exists prov_event_version on prov_event(version);
 create index if not exists prov_event_was on prov_event(was);
 create table if not exists prov_package(run text not null, name text not null, version text, primary key(run, name)) without rowid;
 """
 CHILDREN = "prov_event", "prov_package", "prov_stage"
-STAGE = ("pipeline", "code", "notebook", "commit_id", "dirty", "capture", "partial", "who", "host", "cwd", "command", "python", "os", "hardware", "exit_code")
+STAGE = ("pipeline", "code", "notebook", "commit_id", "dirty", "capture", "partial", "who", "host", "cwd", "command", "python", "os",
+         "hardware", "exit_code")
 EVENT = ("op", "path", "target", "version", "was", "kind", "part", "pid", "cell", "t")
 
 # %% ../../nbs/provenance/07_store.ipynb #00fe362c
@@ -42,7 +45,7 @@ def native(text):
 
 # %% ../../nbs/provenance/07_store.ipynb #77efe4cb
 class Ledger:
-    """The provenance of the runs in the home `root` (default: the present one; or a core Store), in the database that its runs are indexed in.
+    """The provenance of the runs in the home `root` (default: the present one; or a core Store), in its database.
 
     Raises StoreError when the database was written by a newer version or doesn't answer."""
     def __init__(self, root=None, sync=True):
@@ -56,7 +59,8 @@ class Ledger:
         try: found = self.db.execute("select version from prov_schema").fetchone()
         except Exception: found = None
         if found and found[0] > SCHEMA:
-            raise StoreError(f"{self.db.where} has provenance of schema {found[0]}, this opml_wb knows {SCHEMA}: upgrade opml_wb. Nothing was changed.")
+            raise StoreError(f"{self.db.where} has provenance of schema {found[0]}, this opml_wb knows {SCHEMA}: upgrade opml_wb. "
+                             "Nothing was changed.")
         if found: return
         with self.db.writing("provenance") as db:
             db.ddl(TABLES)
@@ -68,8 +72,9 @@ class Ledger:
         with self.db.writing("provenance") as db:
             for table in CHILDREN: db.executemany(f"delete from {table} where run=?", [(run,) for run in docs])
             db.executemany(f"insert into prov_stage values({_marks(STAGE, 1)})", [_stage_row(run, d) for run, d in docs.items()])
-            db.executemany(f"insert into prov_event values({_marks(EVENT, 2)})", [row for run, d in docs.items() for row in _event_rows(run, d)])
-            db.executemany("insert into prov_package values(?,?,?)", [(run, n, v) for run, d in docs.items() for n, v in d["packages"].items()])
+            for run, doc in docs.items():
+                db.executemany(f"insert into prov_event values({_marks(EVENT, 2)})", list(_event_rows(run, doc)))
+                db.executemany("insert into prov_package values(?,?,?)", [(run, n, v) for n, v in doc["packages"].items()])
 
     def sync(self):
         "Agree with the run store: forget runs that are gone, take in those of this home that ended unindexed."
@@ -78,7 +83,8 @@ class Ledger:
         if gone:
             with self.db.writing("provenance") as db:
                 for table in CHILDREN: db.executemany(f"delete from {table} where run=?", gone)
-        missing = self.db.execute("select id from run where home=? and status<>'running' and id not in (select run from prov_stage)", (self.runs.home,)).fetchall()
+        find = "select id from run where home=? and status<>'running' and id not in (select run from prov_stage)"
+        missing = self.db.execute(find, (self.runs.home,)).fetchall()
         folders = [f for run, in missing if (f := self.root/"runs"/run).is_dir()]
         if folders: self.put(folders)
 
@@ -86,7 +92,7 @@ class Ledger:
 def _marks(names, more): return ",".join("?" * (len(names) + more))
 
 def _document(folder):
-    "What is known of the stage in `folder`: of one whose end nobody lived to see, by its journal; of a run without capture, just that. None when it cannot be read."
+    "What is known of the stage in `folder`; by its journal, if nobody lived to see its end. None when it cannot be read."
     try:
         doc = runs.read_json(folder/FILE, None)
         if doc is None and (folder/"capture.jsonl").exists():
@@ -110,6 +116,11 @@ def _native(value):
     return int(value) if isinstance(value, bool) else json.dumps(value) if isinstance(value, (dict, list)) else value
 
 # %% ../../nbs/provenance/07_store.ipynb #40198492
+def _event(row):
+    "A row of `prov_event` as a dict."
+    e = dict(zip(EVENT, row))
+    return {**e, "path": native(e["path"]), "target": e["target"] and native(e["target"]), "part": bool(e["part"])}
+
 class Reader(Ledger):
     "What the questions stand on: stages, events and packages as dicts; `run`: a run's id or key, or the first characters."
     def name(self, run): return self.runs.get(str(getattr(run, "doc", {}).get("id", run)))[0]["id"]
@@ -125,8 +136,8 @@ class Reader(Ledger):
 
     def events(self, run, parts=False):
         "The events of `run` in order; `parts`: also those of files inside tables."
-        rows = self.db.execute(f"select {', '.join(EVENT)} from prov_event where run=? and part<=? order by n", (self.name(run), int(parts))).fetchall()
-        return [{**(e := dict(zip(EVENT, row))), "path": native(e["path"]), "target": e["target"] and native(e["target"]), "part": bool(e["part"])} for row in rows]
+        find = f"select {', '.join(EVENT)} from prov_event where run=? and part<=? order by n"
+        return [_event(row) for row in self.db.execute(find, (self.name(run), int(parts))).fetchall()]
 
     def packages(self, run):
         "{distribution: version} that `run` used."

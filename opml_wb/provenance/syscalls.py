@@ -9,9 +9,11 @@ __all__ = ['LIBC', 'X86', 'ARM', 'ARCH', 'FLAGGED', 'UNTOLD', 'LOAD', 'JEQ', 'JS
            'Memory']
 
 # %% ../../nbs/provenance/01_syscalls.ipynb #0e751017
-import ctypes, fcntl, mmap, os, platform, struct
+import ctypes, mmap, os, platform, struct
 
-LIBC = ctypes.CDLL(None, use_errno=True)
+try: import fcntl
+except ImportError: fcntl = None  # Windows
+LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 # %% ../../nbs/provenance/01_syscalls.ipynb #bcb6f023
 X86 = dict(open=2, rename=82, creat=85, link=86, unlink=87, symlink=88, truncate=76, execve=59, openat=257, unlinkat=263, renameat=264,
@@ -54,7 +56,8 @@ class Watched(OSError): "Another watcher has this process already."
 
 class _Program(ctypes.Structure): _fields_ = [("len", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
-NEW_LISTENER, SPEC_ALLOW, KILLABLE = 8, 4, 32  # the second: no slowing against Spectre; the third: no signal interrupts a told call (since 5.19)
+NEW_LISTENER, SPEC_ALLOW = 8, 4  # the second: no slowing against Spectre
+KILLABLE = 32                    # no signal interrupts a call that is told (since 5.19)
 
 def _seccomp(operation, flags, arg):
     result = LIBC.syscall(table()[1], operation, flags, arg)
@@ -129,13 +132,15 @@ class Memory:
         self.pointers = ctypes.byref(self.here), ctypes.byref(self.there)
         self.call = LIBC.process_vm_readv
 
+    def _unreadable(self, thread): return PermissionError(ctypes.get_errno(), f"the memory of process {thread} cannot be read")
+
     def text(self, thread, address):
         "The bytes at `address` of process `thread` up to the first zero, at most `PAGE`. Raises PermissionError."
         self.there.base = address
         for size in (256, PAGE):
             self.there.size = self.here.size = size
             got = self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0)
-            if got < 0: raise PermissionError(ctypes.get_errno(), f"the memory of process {thread} cannot be read")
+            if got < 0: raise self._unreadable(thread)
             text, end, _ = self.buffer[:got].partition(b"\0")
             if end: return text
         return text
@@ -143,5 +148,5 @@ class Memory:
     def number(self, thread, address):
         "The 64 bits at `address` of process `thread`. Raises PermissionError."
         self.there.base, self.there.size, self.here.size = address, 8, 8
-        if self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0) != 8: raise PermissionError(f"the memory of process {thread} cannot be read")
+        if self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0) != 8: raise self._unreadable(thread)
         return int.from_bytes(self.buffer[:8], "little")
