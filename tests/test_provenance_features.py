@@ -1,5 +1,4 @@
 """The feature store on real, revised data and under several writers: against the vintages themselves, brute force and a serial oracle."""
-import gzip
 import json
 import subprocess
 import sys
@@ -101,6 +100,24 @@ def test_four_writers_on_the_same_keys_equal_a_serial_oracle(tmp_path):
     half = {}
     for _, keys, x in commits[:50]: half.update(dict.fromkeys(keys, x))
     assert dict(fs.range("t", "x", *span, known_at=history.known_from[49])[["id", "x"]].itertuples(index=False)) == half
+
+
+def test_threads_share_a_store_and_a_fork_is_refused(tmp_path):
+    import os, threading
+    fs, t = FeatureStore(tmp_path), pd.Timestamp("2020-01-01", tz="UTC")
+    def write(i): return [fs.write("t", pd.DataFrame({"id": [i], "t": t, "x": [float(n)]}), "id", "t") for n in range(5)]
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for job in threads: job.start()
+    for job in threads: job.join()
+    assert fs.history("t").version.tolist() == list(range(20))
+    assert fs.range("t", "x", t, t + pd.Timedelta(days=1)).x.tolist() == [4.0] * 4
+    pid = os.fork()
+    if pid == 0:
+        try: fs.value("t", 1, "x", t)
+        except RuntimeError as e: os._exit(0 if "before this process was forked" in str(e) else 2)
+        except BaseException: os._exit(3)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_writer_and_vacuum_at_once_lose_nothing(tmp_path):

@@ -17,7 +17,10 @@ class PinnedError(ValueError): "Vacuum would remove a version that a run has pin
 
 class _Store:
     "The tables in folder `root`."
-    def __init__(self, root): self.root, self._mine, self._told = Path(root).expanduser().absolute(), threading.local(), set()
+    def __init__(self, root):
+        self.root, self._mine, self._told = Path(root).expanduser().absolute(), threading.local(), set()
+        if odd := sorted(set(str(self.root)) & set("%?#")):
+            raise ValueError(f"root={str(root)!r}: Delta Lake reads paths as URLs: expected one without {' '.join(odd)}")
 
     @property
     def _tables(self):

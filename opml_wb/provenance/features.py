@@ -33,8 +33,9 @@ def _key(table, key):
     if set(given) != set(names):
         raise ValueError(f"key={key!r}: expected {'a value' if len(names) == 1 else 'a tuple or a dict'} of {', '.join(names)}")
     if any(_null(v) for v in given.values()): return None
-    try: return {n: pa.scalar(given[n], types[n]) for n in names}
+    try: out = {n: pa.scalar(given[n], types[n]) for n in names}
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, TypeError): return None
+    return out if all(out[n].as_py() == given[n] for n in names) else None      # 2.5 is no integer
 
 # %% ../../nbs/provenance/13_features.ipynb #c6015d35
 class _Reads(Commits):
