@@ -53,6 +53,7 @@ def names(events): return [(e["op"], Path(e["path"]).name) for e in events]
 # every operation
 
 @told
+@pytest.mark.slow
 def test_every_operation_in_an_unmodified_script(trace, here):
     rows = coverage.available()
     coverage.prepare(here, rows)
@@ -69,6 +70,7 @@ def test_every_operation_in_an_unmodified_script(trace, here):
 
 
 @told
+@pytest.mark.slow
 def test_every_operation_on_its_cell(here, notebook):
     rows = coverage.available()
     coverage.prepare(here, rows)

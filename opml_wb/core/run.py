@@ -212,6 +212,7 @@ def execute(plan, *, force=False, watch=None, start=_start):
     home = store.Store()
     known = None if force else cached(plan, home)
     if known: return _shipped(known, home)
+    for check in offered(run_hooks(), "check"): check()
     folder, run_id = home.begin(plan.request())
     try:
         _keep_sources(plan, home.root)

@@ -12,6 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from ..core import log, store
+from ..core.params import ParamError
 from . import facts, fallback, net, syscalls, tracer
 from .files import Hashes, hashes
 from .session import JOURNAL
@@ -21,9 +22,9 @@ from .store import FILE, Ledger
 SOURCE = ".py", ".ipynb", ".sh", ".bash", ".r", ".R", ".jl", ".sql", ".pl", ".js", ".c", ".cc", ".cpp", ".rs", ".go", ".mk"
 
 def wanted():
-    "Is capture wanted? By OPML_CAPTURE: `auto` (default) or `off`; raises ValueError for anything else."
+    "Is capture wanted? By OPML_CAPTURE: `auto` (default) or `off`; raises ParamError for anything else."
     value = os.environ.get("OPML_CAPTURE") or "auto"
-    if value not in ("auto", "off"): raise ValueError(f"OPML_CAPTURE: expected auto or off, got {value!r}")
+    if value not in ("auto", "off"): raise ParamError(f"OPML_CAPTURE: expected auto or off, got {value!r}", param="OPML_CAPTURE")
     return value == "auto"
 
 def home_of(folder):
@@ -41,6 +42,10 @@ def engines_own(folder):
 class Capture:
     "The run hook: `capture(folder, request)` is a context manager around the cells of a run, in the run's own process."
     intake, told = None, None  # the socket to the watcher; can the kernel tell?
+
+    def check(self):
+        "Refuse a setting that means nothing, before a run begins."
+        wanted()
 
     def prepare(self):
         "Start watcher and deputy; their pids."

@@ -179,9 +179,7 @@ def trace(as_json, kernel, command):
         from opml_wb.provenance.kernel import install
         return click.echo(f"installed in {install()}")
     if not command: raise click.UsageError("expected a command: opml trace -- python train.py")
-    try: on = wanted()
-    except ValueError as e: raise click.UsageError(str(e))
-    if not on: return _unwatched(command)
+    if not wanted(): return _unwatched(command)
     done = watch(command, to_stderr=as_json)
     if as_json: click.echo(json.dumps(done))
     elif done["run"]: click.echo(summary(done), err=True)
