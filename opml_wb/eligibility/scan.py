@@ -165,7 +165,7 @@ def _states(log, rows, group, D, jobs):
     "Counts int64 [F, D, 6] of `kernels.count_fields`, by `jobs` threads."
     (ends, at, group), F = kernels.narrow(log.starts, rows, group), len(log.fields)
     start = np.array_equal(rows, log.starts[:-1])
-    out = np.zeros((F, D, 3 if start else 6), np.int64)
+    out = np.zeros((F, D, 2), np.uint64) if start else np.zeros((F, D, 6), np.int64)
     def count(block):
         codes, to = log.codes[block[0]:block[-1] + 1], out[block[0]:block[-1] + 1]
         if start: kernels.count_start(codes, ends, group, to)
@@ -174,7 +174,7 @@ def _states(log, rows, group, D, jobs):
     else:
         with ThreadPoolExecutor(jobs) as pool: list(pool.map(count, np.array_split(np.arange(F), min(F, 4 * jobs))))
     if not start: return out
-    null, filled, changed = np.moveaxis(out, 2, 0)
+    null, filled, changed = kernels.unpacked(out, np.bincount(group, minlength=D))
     return np.stack([null, filled, changed, filled, changed, np.zeros_like(null)], 2)       # what is later than the start is all
 
 # %% ../../nbs/eligibility/07_scan.ipynb #22e46c4c
@@ -194,10 +194,12 @@ def _counted(log, at, rows, jobs=None):
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     states, (future, dated) = _states(log, rows, group, len(days), jobs), _futures(log, rows, group, len(days))
     counts, filled = np.concatenate([states[..., :5], future], 2).transpose(1, 0, 2), states[..., [FILLED, 5]].sum((1, 2))
-    cases, left_out = (np.bincount(group[kept], minlength=len(days)) for kept in (rows >= 0, rows < 0))
+    of_day = np.bincount(group, minlength=len(days))
+    left_out = np.bincount(group[rows < 0], minlength=len(days))
     only, own, values = np.empty(len(F), object), [None] * len(F), (_values(log, i) for i in F)
     for i, found in enumerate(values): only[i], own[i] = found
-    return Scan(tuple(log.fields), at, days, cases, left_out, counts, only, tuple(own), filled, dated, log.planned, tuple(log.unaudited))
+    return Scan(tuple(log.fields), at, days, of_day - left_out, left_out, counts, only, tuple(own), filled, dated, log.planned,
+                tuple(log.unaudited))
 
 # %% ../../nbs/eligibility/07_scan.ipynb #7c03db56
 def scan(log, at="start", jobs=None):
