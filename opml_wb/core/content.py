@@ -19,7 +19,8 @@ def _walk(path):
     "[(relative name, Path)] of the plain files under `path`, sorted; ModelError for links, devices and names that are no text."
     found = [path] if path.is_file() else sorted(path.rglob("*"))
     for f in found:
-        if f.is_symlink() or not (f.is_file() or f.is_dir()): raise ModelError(f"path: {f} is a link or no plain file: expected files and folders")
+        if f.is_symlink() or not (f.is_file() or f.is_dir()):
+            raise ModelError(f"path: {f} is a link or no plain file: expected files and folders")
     files = [(f.name if f == path else f.relative_to(path).as_posix(), f) for f in found if f.is_file()]
     if not files: raise ModelError(f"path: {path} holds no files")
     return files

@@ -21,15 +21,16 @@ class UnknownModel(ModelError, KeyError):
 
 OPS = "publish", "promote", "pin", "unpin", "mark_stable", "rollback", "remove"
 SCHEMA, TABLES = 1, """
-create table event(seq integer primary key autoincrement, time real not null, op text not null, name text not null, version integer, config text, digest text, file text,
-  metrics text, parents text, provenance text, signature text, by text not null);
+create table event(seq integer primary key autoincrement, time real not null, op text not null, name text not null,
+  version integer, config text, digest text, file text, metrics text, parents text, provenance text, signature text, by text not null);
 create index event_name on event(name, seq);
 create trigger event_kept before update on event begin select raise(abort, 'the history is append-only'); end;
 create trigger event_stays before delete on event begin select raise(abort, 'the history is append-only'); end"""
 
 # %% ../../nbs/core/48_models.ipynb #5d4c541c
 def _text(field, value):
-    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable(): raise ModelError(f"{field}: expected printable text of 1 to 200 characters, got {value!r:.80}")
+    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
+        raise ModelError(f"{field}: expected printable text of 1 to 200 characters, got {value!r:.80}")
     return value
 
 def _json(field, value, kind):
@@ -43,7 +44,8 @@ def _who():
     except (KeyError, OSError): return f"{os.getuid()}@{socket.gethostname()}"   # a container's user without a name
 
 def _number(version):
-    if isinstance(version, bool) or not hasattr(version, "__index__") or version.__index__() < 1: raise ModelError(f"version: expected a whole number from 1, got {version!r:.80}")
+    if isinstance(version, bool) or not hasattr(version, "__index__") or version.__index__() < 1:
+        raise ModelError(f"version: expected a whole number from 1, got {version!r:.80}")
     return version.__index__()
 
 # %% ../../nbs/core/48_models.ipynb #cd545ff8
@@ -72,14 +74,16 @@ class _State:
 
     def before(self, v):
         "The newest stable version below `v`, for the same configuration; None without any."
-        return max((x for x in self.stable & self.versions.keys() if x < v and self.versions[x]["config"] == self.versions[v]["config"]), default=None)
+        return max((x for x in self.stable & self.versions.keys() if x < v and self.versions[x]["config"] == self.versions[v]["config"]),
+                   default=None)
 
 # %% ../../nbs/core/48_models.ipynb #d69ddd82
 class ModelStore:
     """Named models in versions 1, 2, ...; safe under many writers and kill -9.
 
-    `root`: its folder (default: `models` in the workbench's home). `key`: file of an Ed25519 private key (PEM) with which `publish` signs; `trusted`: files of
-    public keys (PEM): if any, only versions signed by one of them are served. Raises ModelError; UnknownModel (a KeyError) for what isn't there."""
+    `root`: its folder (default: `models` in the workbench's home). `key`: file of an Ed25519 private key (PEM) with which `publish` signs;
+    `trusted`: files of public keys (PEM): if any, only versions signed by one of them are served. Raises ModelError; UnknownModel (a
+    KeyError) for what isn't there."""
     def __init__(self, root=None, *, key=None, trusted=()):
         self.root = Path(root).expanduser().absolute() if root is not None else home()/"models"
         self.objects, self.key, self.trusted = self.root/"objects", key, tuple(trusted)
@@ -96,7 +100,8 @@ class ModelStore:
             if db.version() == SCHEMA: return db
             db.ready()
             with db.writing():
-                if db.version() > SCHEMA: raise ModelError(f"{self.root}/models.db was written by a newer release (schema {db.version()}, this one knows {SCHEMA})")
+                if db.version() > SCHEMA:
+                    raise ModelError(f"{self.root}/models.db is of a newer release (schema {db.version()}, this one knows {SCHEMA})")
                 if db.version() < SCHEMA:
                     for statement in TABLES.split(";\n"): db.execute(statement)
                     db.set_version(SCHEMA)
@@ -128,7 +133,8 @@ class ModelStore:
 # %% ../../nbs/core/48_models.ipynb #bbe6edf4
 def _known(state, name, version):
     version = _number(version)
-    if version not in state.versions: raise UnknownModel(f"{name!r} has no version {version}: expected one of {sorted(state.versions) or 'none'}")
+    if version not in state.versions:
+        raise UnknownModel(f"{name!r} has no version {version}: expected one of {sorted(state.versions) or 'none'}")
     return version
 
 def _lineage(parents, state):
@@ -141,15 +147,19 @@ def _lineage(parents, state):
 
 def _message(name, version, about):
     "What a signature signs."
-    return json.dumps([name, version, *(about[k] for k in ("config", "digest", "file", "metrics", "parents", "provenance"))], separators=(",", ":")).encode()
+    return json.dumps([name, version, *(about[k] for k in ("config", "digest", "file", "metrics", "parents", "provenance"))],
+                      separators=(",", ":")).encode()
 
 def _publish(self, name, path, *, config=None, metrics=None, parents=(), provenance=None):
-    """Keep the file or folder at `path` as a new version of `name` and return its number (int, from 1). It isn't served before `promote` or `pin`.
+    """Keep the file or folder at `path` as a new version of `name` and return its number (int, from 1). It isn't served before `promote` or
+    `pin`.
 
-    `config`: label (str) of the hardware configuration that it is for; `metrics`: dict of numbers; `parents`: versions (int) of this model or names (str) that it
-    comes from; `provenance`: dict of JSON values (run, data, code, licence). When it returns, the version is on disk. Raises FileNotFoundError, ModelError."""
+    `config`: label (str) of the hardware configuration that it is for; `metrics`: dict of numbers; `parents`: versions (int) of this model
+    or names (str) that it comes from; `provenance`: dict of JSON values (run, data, code, licence). When it returns, the version is on
+    disk. Raises FileNotFoundError, ModelError."""
     name, path = _text("name", name), Path(path)
-    about = {"config": None if config is None else _text("config", config), "metrics": _json("metrics", metrics or {}, dict), "provenance": _json("provenance", provenance or {}, dict)}
+    about = {"config": None if config is None else _text("config", config), "metrics": _json("metrics", metrics or {}, dict),
+             "provenance": _json("provenance", provenance or {}, dict)}
     if not path.exists(): raise FileNotFoundError(f"path: there is no file or folder {str(path)!r}")
     self.objects.mkdir(parents=True, exist_ok=True)
     part, found = take_in(self.objects, path)
@@ -173,7 +183,8 @@ ModelStore.publish = _publish
 # %% ../../nbs/core/48_models.ipynb #76dd5607
 def _trust(self, name, version, record):
     "ModelError unless the version is signed by a trusted key (if there are any)."
-    if self.trusted and not signed(_message(name, version, record), record["signature"], self.trusted): raise ModelError(f"{name!r} version {version} isn't signed by a trusted key")
+    if self.trusted and not signed(_message(name, version, record), record["signature"], self.trusted):
+        raise ModelError(f"{name!r} version {version} isn't signed by a trusted key")
 
 def _place(self, record): return self.objects/record["digest"]/(record["file"] or "")
 
@@ -181,7 +192,8 @@ def _whole(self, name, version, record):
     "The digest of a version's content, hashed again; ModelError where it isn't what was published."
     self._trust(name, version, record)
     folder = self.objects/record["digest"]
-    if not folder.is_dir() or digest(folder) != record["digest"]: raise ModelError(f"{name!r} version {version}: its files in {folder} have changed since they were published")
+    if not folder.is_dir() or digest(folder) != record["digest"]:
+        raise ModelError(f"{name!r} version {version}: its files in {folder} have changed since they were published")
     return record["digest"]
 
 def _decide(self, op, name, version):
@@ -224,11 +236,13 @@ def _rollback(self, name):
     with closing(self._open()) as db:
         state = self._state(db, name)
         if (v := state.current()) is None: raise ModelError(f"{name!r}: nothing is served: promote or pin a version first")
-        if (back := state.before(v)) is None: raise ModelError(f"{name!r}: no version before {v} is marked stable: stable are {sorted(state.stable) or 'none'}")
+        if (back := state.before(v)) is None:
+            raise ModelError(f"{name!r}: no version before {v} is marked stable: stable are {sorted(state.stable) or 'none'}")
         self._whole(name, back, state.versions[back])
         with db.writing():
             now = self._state(db, name)
-            if (now.current(), now.before(v) if v in now.versions else None) != (v, back): raise ModelError(f"{name!r}: another operator has just changed what is served: look again")
+            if (now.current(), now.before(v) if v in now.versions else None) != (v, back):
+                raise ModelError(f"{name!r}: another operator has just changed what is served: look again")
             self._add(db, "rollback", name, back)
     events.record("modified", f"model:{name}", str(back), kind="model", action="rollback")
     return back
@@ -241,17 +255,21 @@ def _remove(self, name, v):
             v = _known(state, name, v)
             record = state.versions[v]
             if v in (state.current(), state.current(record["config"]), *state.pinned.values()):
-                raise ModelError(f"{name!r} version {v} is {'pinned' if v in state.pinned.values() else 'current'}: serve another one first")
+                how = "pinned" if v in state.pinned.values() else "current"
+                raise ModelError(f"{name!r} version {v} is {how}: serve another one first")
             self._add(db, "remove", name, v)
-        with db.writing():                                          # after the decision is on disk: a kill leaves content too much, never too little
-            if not any(r["digest"] == record["digest"] for n in self._names(db) for r in self._state(db, n).versions.values()): drop(self.objects/record["digest"])
+        with db.writing():                        # after the decision is on disk: a kill leaves content too much, never too little
+            kept = {r["digest"] for n in self._names(db) for r in self._state(db, n).versions.values()}
+            if record["digest"] not in kept: drop(self.objects/record["digest"])
     events.record("deleted", f"model:{name}", str(v), kind="model")
 
 ModelStore.unpin, ModelStore.rollback, ModelStore.remove = _unpin, _rollback, _remove
 
 # %% ../../nbs/core/48_models.ipynb #f86eab7e
 def _current(self, name, config=None):
-    "The version that is served: the pinned one, else the one promoted last, else None; with `config`, among those published for it. Raises UnknownModel."
+    """The version that is served: the pinned one, else the one promoted last, else None; with `config`, among those published for it.
+
+    Raises UnknownModel."""
     return self._read(name).current(config)
 
 def _resolve(self, name, config=None, version=None):
@@ -262,7 +280,8 @@ def _resolve(self, name, config=None, version=None):
     v = state.current(config) if version is None else _known(state, name, version)
     if v is None: raise ModelError(f"{name!r}: nothing is served{f' for {config!r}' if config else ''}: promote or pin a version first")
     record = state.versions[v]
-    if config not in (None, record["config"]): raise ModelError(f"{name!r} version {v} is for configuration {record['config']!r}, not {config!r}")
+    if config not in (None, record["config"]):
+        raise ModelError(f"{name!r} version {v} is for configuration {record['config']!r}, not {config!r}")
     self._trust(name, v, record)
     path = self._place(record)
     if not path.exists(): raise ModelError(f"{name!r} version {v}: its files are gone from {path}")
@@ -280,14 +299,15 @@ def _info(self, name, v):
     state = self._read(name)
     r = state.versions[v := _known(state, name, v)]
     loaded = {k: json.loads(r[k]) for k in ("metrics", "parents", "provenance")}
-    return {"version": v, **{k: r[k] for k in ("time", "config", "digest", "by")}, **loaded, "signed": r["signature"] is not None, "stable": v in state.stable,
+    return {"version": v, **{k: r[k] for k in ("time", "config", "digest", "by")}, **loaded, "signed": r["signature"] is not None,
+            "stable": v in state.stable,
             "current": v == state.current(), "path": self._place(r)}
 
 ModelStore.current, ModelStore.resolve, ModelStore.verify, ModelStore.info = _current, _resolve, _verify, _info
 
 # %% ../../nbs/core/48_models.ipynb #5a791151
 def _history(self, name):
-    "Every event of `name` as a DataFrame [seq, time, op, version, config, digest, metrics, parents, provenance, by], the first first; it only grows."
+    "Every event of `name`: a DataFrame [seq, time, op, version, config, digest, metrics, parents, provenance, by] that only grows."
     import pandas as pd
     columns = ["seq", "time", "op", "version", "config", "digest", "metrics", "parents", "provenance", "by"]
     with closing(self._open()) as db:
@@ -301,7 +321,8 @@ def _versions(self, name):
     "The versions that can be resolved, as a DataFrame indexed by version [time, config, digest, stable, pinned, current]."
     import pandas as pd
     s = self._read(name)
-    rows = [(v, pd.Timestamp(r["time"], unit="s", tz="UTC"), r["config"], r["digest"], v in s.stable, v in s.pinned.values(), v == s.current()) for v, r in s.versions.items()]
+    rows = [(v, pd.Timestamp(r["time"], unit="s", tz="UTC"), r["config"], r["digest"], v in s.stable, v in s.pinned.values(),
+             v == s.current()) for v, r in s.versions.items()]
     return pd.DataFrame(rows, columns=["version", "time", "config", "digest", "stable", "pinned", "current"]).set_index("version")
 
 ModelStore.history, ModelStore.versions = _history, _versions

@@ -8,11 +8,12 @@ __all__ = ['Bundle', 'BundleError', 'import_torch', 'Engine', 'EngineError', 'An
            'FlexCockpit']
 
 # %% ../../nbs/flexserve/00_package.ipynb #64e51e33
-_WHERE = {"Bundle": "bundle", "BundleError": "bundle", "import_torch": "weights", "Engine": "engine", "EngineError": "engine", "Answer": "engine",
-          "Policy": "policy", "PolicyError": "policy", "Verdict": "policy", "sweep": "frontier", "confusion": "frontier", "per_class": "frontier",
-          "decode": "images", "Transform": "images", "Client": "client", "flips": "diff", "presence": "track", "movement": "track", "FlexCockpit": "cockpit"}
-_all_ = ["Bundle", "BundleError", "import_torch", "Engine", "EngineError", "Answer", "Policy", "PolicyError", "Verdict", "sweep", "confusion", "per_class", "decode",
-         "Transform", "Client", "flips", "presence", "movement", "FlexCockpit"]
+_WHERE = {"Bundle": "bundle", "BundleError": "weights", "import_torch": "weights", "Engine": "engine", "EngineError": "engine",
+          "Answer": "engine", "Policy": "policy", "PolicyError": "policy", "Verdict": "policy", "sweep": "frontier",
+          "confusion": "frontier", "per_class": "frontier", "decode": "images", "Transform": "images", "Client": "client",
+          "flips": "diff", "presence": "track", "movement": "track", "FlexCockpit": "cockpit"}
+_all_ = ["Bundle", "BundleError", "import_torch", "Engine", "EngineError", "Answer", "Policy", "PolicyError", "Verdict", "sweep",
+         "confusion", "per_class", "decode", "Transform", "Client", "flips", "presence", "movement", "FlexCockpit"]
 
 def __getattr__(name):
     "Import a public name's module at its first use."

@@ -26,7 +26,8 @@ def _plain(field, value):
     except (TypeError, ValueError) as e: raise BundleError(f"{field}: expected JSON values: {e}") from None
 
 def _name(field, value):
-    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable(): raise BundleError(f"{field}: expected printable text, got {value!r:.80}")
+    if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
+        raise BundleError(f"{field}: expected printable text, got {value!r:.80}")
     return value
 
 def _classes(field, value):
@@ -47,8 +48,9 @@ def _entry(i, model):
     where = f"models[{i}]"
     try: transform = Transform.parse(model.get("transform")).spec
     except ValueError as e: raise BundleError(f"{where}: {e}") from None
-    return {"name": _name(f"{where}.name", model["name"]), "arch": model["arch"], "kwargs": _plain(f"{where}.kwargs", model.get("kwargs") or {}),
-            "classes": _classes(f"{where}.classes", model["classes"]), "transform": transform, "provenance": _plain(f"{where}.provenance", model.get("provenance") or {})}
+    free = {k: _plain(f"{where}.{k}", model.get(k) or {}) for k in ("kwargs", "provenance")}
+    return {"name": _name(f"{where}.name", model["name"]), "arch": model["arch"],
+            "classes": _classes(f"{where}.classes", model["classes"]), "transform": transform, **free}
 
 def _entries(models):
     if not isinstance(models, (list, tuple)) or not models: raise BundleError(f"models: expected a list of dicts, got {models!r:.80}")
@@ -79,7 +81,8 @@ def _pictures(golden):
         if isinstance(image, (bytes, bytearray)): image = decode(image)
         if isinstance(image, Reject): raise BundleError(f"golden[{i}]: {image.reason}")
         if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise BundleError(f"golden[{i}]: expected bytes, a path, or (H, W, 3) uint8, got {type(image).__name__} {getattr(image, 'shape', '')}")
+            got = f"{type(image).__name__} {getattr(image, 'shape', '')}"
+            raise BundleError(f"golden[{i}]: expected bytes, a path, or (H, W, 3) uint8, got {got}")
         out.append(np.ascontiguousarray(image))
     if labels is not None and len(labels) != len(out): raise BundleError(f"golden: {len(labels)} labels for {len(out)} pictures")
     return out, None if labels is None else [str(label) for label in labels]
@@ -107,7 +110,8 @@ def probabilities(module, inputs, classes):
     with torch.inference_mode(), one_thread():
         for index, batch in by_shape(inputs):
             logits = module(torch.from_numpy(batch))
-            if tuple(logits.shape) != (len(index), len(classes)): raise BundleError(f"classes: {len(classes)} names, but the network gives {tuple(logits.shape)}")
+            if tuple(logits.shape) != (len(index), len(classes)):
+                raise BundleError(f"classes: {len(classes)} names, but the network gives {tuple(logits.shape)}")
             out[index] = torch.softmax(logits.float(), 1).numpy()
     return out
 
@@ -123,7 +127,8 @@ def _answers(module, entry, images):
     transform = Transform.parse(entry["transform"])
     inputs = [transform(image) for image in images or [np.zeros((32, 32, 3), np.uint8)]]
     try: p = probabilities(module, inputs, entry["classes"])
-    except RuntimeError as e: raise BundleError(f"model {entry['name']!r} fails on pictures of {inputs[0].shape}: {str(e).splitlines()[0]}") from e
+    except RuntimeError as e:
+        raise BundleError(f"model {entry['name']!r} fails on pictures of {inputs[0].shape}: {str(e).splitlines()[0]}") from e
     if not np.isfinite(p).all(): raise BundleError(f"model {entry['name']!r} gives probabilities that are no numbers")
     top = np.sort(p, axis=1)
     margin = top[:, -1] - (top[:, -2] if p.shape[1] > 1 else 0)
@@ -162,8 +167,9 @@ def _pack(folder, entries, weights, images, allow):
 
 # %% ../../nbs/flexserve/03_bundle.ipynb #f927249b
 class Bundle:
-    """An ensemble in a folder: `name`, `models` (list of dicts: name, arch, kwargs, classes, transform, provenance, weights, flops, parameters),
-    `classes` (all names, in the order of first appearance), `digest` (hex sha256 of the manifest, which holds the hash of every file)."""
+    """An ensemble in a folder: `name`, `models` (list of dicts: name, arch, kwargs, classes, transform, provenance, weights, flops,
+    parameters), `classes` (all names, in the order of first appearance), `digest` (hex sha256 of the manifest, which holds the hash of
+    every file)."""
     def __init__(self, folder, manifest, allow=()):
         self.dir, self.manifest, self.allow = Path(folder), manifest, tuple(allow)
         self.name, self.models = manifest["name"], manifest["models"]
@@ -176,10 +182,10 @@ class Bundle:
     def create(cls, dir, models, golden=None, allow=(), name=None):
         """Make a bundle in the new folder `dir`.
 
-        `models`: `[{"name", "arch": "package.module:function", "kwargs": {}, "weights": path or state dict, "classes": [str], "transform": {"resize", "crop",
-        "mean", "std"}, "provenance": {}}]`; `golden`: pictures (bytes, paths, (H, W, 3) uint8) whose answers are recorded, or `{"images", "labels"}`;
-        `allow`: modules that `arch` may name besides the zoo, trusted in this home from now on; `name`: of the ensemble (default: the folder's).
-        All or nothing. Raises BundleError."""
+        `models`: `[{"name", "arch": "package.module:function", "kwargs": {}, "weights": path or state dict, "classes": [str], "transform":
+        {"resize", "crop", "mean", "std"}, "provenance": {}}]`; `golden`: pictures (bytes, paths, (H, W, 3) uint8) whose answers are
+        recorded, or `{"images", "labels"}`; `allow`: modules that `arch` may name besides the zoo, trusted in this home from now on;
+        `name`: of the ensemble (default: the folder's). All or nothing. Raises BundleError."""
         folder, entries = Path(dir), _entries(models)
         images, labels = _pictures(golden)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise BundleError(f"dir: {folder} is there already")
@@ -188,7 +194,8 @@ class Bundle:
         part.mkdir()
         try:
             answers = _pack(part, entries, [m["weights"] for m in models], images, allow)
-            manifest = {"format": FORMAT, "name": _name("name", name or folder.name), "models": entries, "golden": _golden(part, images, labels, answers)}
+            manifest = {"format": FORMAT, "name": _name("name", name or folder.name), "models": entries, "golden": _golden(part, images,
+                                                                                                                           labels, answers)}
             write_text(part/MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False))
             _flushed(part)
             os.replace(part, folder)
@@ -215,8 +222,10 @@ class Bundle:
         for f in self.files():
             path = self.dir/f["file"]
             if not path.is_file(): raise BundleError(f"{path} is missing")
-            if path.stat().st_size != f["bytes"] or _hash(path) != f["sha256"]: raise BundleError(f"{path} has changed: its sha256 isn't the manifest's")
-        if Bundle.load(self.dir, self.allow).digest != self.digest: raise BundleError(f"{self.dir/MANIFEST} has changed since it was loaded")
+            if path.stat().st_size != f["bytes"] or _hash(path) != f["sha256"]:
+                raise BundleError(f"{path} has changed: its sha256 isn't the manifest's")
+        if Bundle.load(self.dir, self.allow).digest != self.digest:
+            raise BundleError(f"{self.dir/MANIFEST} has changed since it was loaded")
         return self.digest
 
     def golden(self):
@@ -248,9 +257,13 @@ def _judge(path, manifest, allow):
         files = [m["weights"] for m in manifest["models"]] + ([manifest["golden"]] if manifest["golden"] else [])
         _entries([{k: m[k] for k in FIELDS} for m in manifest["models"]])
         for f in files:
-            if Path(f["file"]).name != f["file"] or f["file"].startswith("."): raise BundleError(f"{path}: {f['file']!r}: expected a file beside the manifest")
-            if not (isinstance(f["bytes"], int) and re.fullmatch("[0-9a-f]{64}", f["sha256"])): raise BundleError(f"{path}: {f['file']}: expected bytes and sha256")
-    except (KeyError, TypeError, AttributeError) as e: raise BundleError(f"{path} isn't a bundle's manifest: {type(e).__name__}: {e}") from e
+            if Path(f["file"]).name != f["file"] or f["file"].startswith("."):
+                raise BundleError(f"{path}: {f['file']!r}: expected a file beside the manifest")
+            if not (isinstance(f["bytes"], int) and re.fullmatch("[0-9a-f]{64}", f["sha256"])):
+                raise BundleError(f"{path}: {f['file']}: expected bytes and sha256")
+    except (KeyError, TypeError, AttributeError) as e:
+        raise BundleError(f"{path} isn't a bundle's manifest: {type(e).__name__}: {e}") from e
     for m in manifest["models"]:
         module = str(m["arch"]).partition(":")[0]
-        if module not in allowed(allow): raise BundleError(f"{path}: module {module!r} isn't allowed: pass allow=[{module!r}] if you trust it")
+        if module not in allowed(allow):
+            raise BundleError(f"{path}: module {module!r} isn't allowed: pass allow=[{module!r}] if you trust it")

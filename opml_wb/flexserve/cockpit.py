@@ -21,8 +21,8 @@ from .policy import Policy
 # %% ../../nbs/flexserve/21_cockpit.ipynb #08906bdd
 @dataclass(frozen=True)
 class Kept:
-    """A server's answer about B pictures: `models` (M names), `classes` (C), `labels` (M, B), `probs` (M, B, C), `version`, `digest`, `engine`, `ms` (wall), `truth` (B,) class
-    names or None, `images` (what was sent)."""
+    """A server's answer about B pictures: `models` (M names), `classes` (C), `labels` (M, B), `probs` (M, B, C), `version`, `digest`,
+    `engine`, `ms` (wall), `truth` (B,) class names or None, `images` (what was sent)."""
     models: list
     classes: list
     labels: np.ndarray
@@ -34,7 +34,9 @@ class Kept:
     images: list
 
 def ask(client, images, truth=None):
-    "Ask `client` (a Client, or an Engine in this process) once about `images`; a `Kept`. Raises what it raises, ValueError for a truth of another length."
+    """Ask `client` (a Client, or an Engine in this process) once about `images`; a `Kept`.
+
+    Raises what the client raises, ValueError for a `truth` of another length."""
     if truth is not None and len(truth) != len(images): raise ValueError(f"truth: {len(truth)} class names for {len(images)} pictures")
     began, truth = time.perf_counter(), None if truth is None else np.asarray(truth, object)
     if hasattr(client, "infer"):
@@ -43,7 +45,8 @@ def ask(client, images, truth=None):
     a = client.batch(images, probs=True)
     ms, names = (time.perf_counter() - began) * 1e3, list(a["models"])
     labels = np.array([a["models"][n] for n in names], object)
-    return Kept(names, a["classes"], labels, np.array([a["probs"][n] for n in names], float), a["version"], a["digest"], ms, truth, list(images))
+    return Kept(names, a["classes"], labels, np.array([a["probs"][n] for n in names], float), a["version"], a["digest"], ms, truth,
+                list(images))
 
 MODES = {"votes": "k_of_n", "mean probability": "mean", "highest probability": "max", "lowest probability": "min"}
 
@@ -62,11 +65,13 @@ def decide(kept, mode, level, target):
 def thumbnail(image, size=40):
     "An HTML image of bytes, a path or an (H, W, 3) uint8 array, enlarged without blur."
     from PIL import Image
-    im = Image.fromarray(image) if hasattr(image, "dtype") else Image.open(io.BytesIO(image if isinstance(image, bytes) else Path(image).read_bytes()))
+    im = Image.fromarray(image) if hasattr(image, "dtype") else Image.open(io.BytesIO(image if isinstance(image, bytes)
+                                                                                      else Path(image).read_bytes()))
     im = im.convert("RGB")
     im.thumbnail((96, 96))
     im.save(out := io.BytesIO(), "PNG")
-    return f'<img alt="" style="height:{size}px;image-rendering:pixelated" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="" style="height:{size}px;image-rendering:pixelated" src="data:image/png;base64,{data}">'
 
 def _mark(text, colour): return f'<span style="border-bottom:3px solid {ui.COLOURS[colour]}">{escape(str(text))}</span>'
 
@@ -80,10 +85,12 @@ def rows_html(kept, verdict, target, shown):
     head = "".join(f"<th>{escape(n)}</th>" for n in ("picture", *kept.models, "verdict", *(["truth"] if kept.truth is not None else [])))
     lines = []
     for b in shown:
-        said = "".join(f"<td>{_mark(c, 'good') if c == target else escape(str(c))} <span class=m>{kept.probs[m, b].max():.2f}</span></td>" for m, c in enumerate(kept.labels[:, b]))
+        said = "".join(f"<td>{_mark(c, 'good') if c == target else escape(str(c))} <span class=m>{kept.probs[m, b].max():.2f}</span></td>"
+                       for m, c in enumerate(kept.labels[:, b]))
         word = "present" if verdict.result[b] else "absent"
         wrong = kept.truth is not None and verdict.result[b] != (kept.truth[b] == target)
-        seen = f"<td>{_mark(word, 'baseline') if wrong else word}</td>" + (f"<td>{escape(str(kept.truth[b]))}</td>" if kept.truth is not None else "")
+        seen = f"<td>{_mark(word, 'baseline') if wrong else word}</td>" + (f"<td>{escape(str(kept.truth[b]))}</td>"
+                                                                           if kept.truth is not None else "")
         lines.append(f"<tr><td>{thumbnail(kept.images[b])}</td>{said}{seen}</tr>")
     more = f"<span class=m>{len(kept.images)} pictures, {len(shown)} shown</span>"
     return f"{ui.CSS}<div class=opml><table><tr>{head}</tr>{''.join(lines)}</table>{more}</div>"
@@ -91,15 +98,16 @@ def rows_html(kept, verdict, target, shown):
 def models_html(kept, target):
     "For each model alone: what it misses and raises, and its confusion of target and rest."
     if kept.truth is None: return ""
-    head = "<tr><th>model</th><th class=n>seen</th><th class=n>missed</th><th class=n>false alarms</th><th class=n>rightly absent</th><th class=n>sensitivity</th><th class=n>precision</th></tr>"
-    lines = ""
+    words = "seen", "missed", "false alarms", "rightly absent", "sensitivity", "precision"
+    head, lines = f"<tr><th>model</th>{''.join(f'<th class=n>{w}</th>' for w in words)}</tr>", ""
     for name, labels in zip(kept.models, kept.labels):
         c = counts(labels == target, kept.truth, target)
         figures = [c["TP"], c["FN"], c["FP"], c["TN"], *(f"{c[k]:.3f}" for k in ("sensitivity", "precision"))]
         lines += f"<tr><td>{escape(name)}</td>{''.join(f'<td class=n>{v}</td>' for v in figures)}</tr>"
     return f"{ui.CSS}<div class=opml><table>{head}{lines}</table></div>"
 
-LINES = {"votes": ("k_of_n", "good"), "mean probability": ("mean_prob", "ours"), "highest probability": ("max_prob", "baseline"), "lowest probability": ("min_prob", "paper")}
+LINES = {"votes": ("k_of_n", "good"), "mean probability": ("mean_prob", "ours"), "highest probability": ("max_prob", "baseline"),
+         "lowest probability": ("min_prob", "paper")}
 
 def frontier_figure(kept, target):
     "The plot of missed targets against false alarms, a line for each mode; its last trace is the present point."
@@ -107,8 +115,10 @@ def frontier_figure(kept, target):
     table = None if kept is None or kept.truth is None else sweep(kept.labels, kept.probs, kept.truth, target, kept.classes)
     for mode, (name, colour) in LINES.items():
         points = table[table.policy == name] if table is not None else {"FP": [], "FN": []}
-        fig.add_scatter(x=points["FP"], y=points["FN"], name=mode, mode="lines+markers", line_color=ui.COLOURS[colour], marker_size=5, cliponaxis=False)
-    fig.add_scatter(x=[], y=[], name="now", mode="markers", cliponaxis=False, marker=dict(size=15, symbol="circle-open", line_width=3, color=ui.COLOURS["muted"]))
+        fig.add_scatter(x=points["FP"], y=points["FN"], name=mode, mode="lines+markers", line_color=ui.COLOURS[colour], marker_size=5,
+                        cliponaxis=False)
+    fig.add_scatter(x=[], y=[], name="now", mode="markers", cliponaxis=False, marker=dict(size=15, symbol="circle-open", line_width=3,
+                                                                                          color=ui.COLOURS["muted"]))
     fig.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
     return fig
 
@@ -150,11 +160,13 @@ def camera(took):
 class FlexCockpit:
     """Ask `client` (a Client, or an Engine) about pictures and walk along its answers' frontier.
 
-    `truth`: class names of `images`; `images`: what to begin with (bytes, paths, (H, W, 3) uint8); `folder`: frames to step through, in the order of their names; `target`: the class
-    sought (default: the first). `requests` counts how often the client was asked; moving the controls doesn't. Errors of a request are shown, not raised."""
+    `truth`: class names of `images`; `images`: what to begin with (bytes, paths, (H, W, 3) uint8); `folder`: frames to step through, in the
+    order of their names; `target`: the class sought (default: the first). `requests` counts how often the client was asked; moving the
+    controls doesn't. Errors of a request are shown, not raised."""
     def __init__(self, client, truth=None, images=None, folder=None, target=None):
         self.client, self.kept, self.requests, self.drawn, self.counts, self.verdict = client, None, 0, target, None, None
-        if folder is not None: images = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
+        if folder is not None:
+            images = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"))
         self._widgets(bool(folder))
         if images is not None: self.ask(images, truth)
 
@@ -164,13 +176,15 @@ class FlexCockpit:
         self.upload = w.FileUpload(accept="image/*", multiple=True, description="pictures")
         self.upload.observe(lambda change: change["new"] and self.ask([bytes(f["content"]) for f in change["new"]]), "value")
         self.camera = camera(lambda shot: self.ask([shot]))
-        self.frame = w.IntSlider(description="frame", min=0, max=0, continuous_update=False, layout=w.Layout(display=None if frames else "none"))
+        self.frame = w.IntSlider(description="frame", min=0, max=0, continuous_update=False,
+                                 layout=w.Layout(display=None if frames else "none"))
         self.frame.observe(lambda change: self._show_rows(), "value")
         buttons = [w.Button(description=text) for text in ("rollback", "unpin")] if getattr(self.client, "token", None) else []
         for b in buttons: b.on_click(lambda b: self._operate(b.description))
         self.box = w.VBox([w.HBox([self.upload, self.camera, self.frame, *buttons]), self.badge])
         known = [self.drawn] if self.drawn else []
-        self.play = ui.play(frontier_figure(None, None), self._move, target=w.Dropdown(options=known, description="target"), mode=w.Dropdown(options=list(MODES), description="by"),
+        self.play = ui.play(frontier_figure(None, None), self._move, target=w.Dropdown(options=known, description="target"),
+                            mode=w.Dropdown(options=list(MODES), description="by"),
                             level=w.IntSlider(value=50, min=1, max=100, description="level (%)", continuous_update=False))
 
     def ask(self, images, truth=None):
@@ -182,7 +196,8 @@ class FlexCockpit:
             return False
         k = self.kept
         version = "in this process" if k.version is None else f"version {k.version}"
-        self.badge.value = f"{ui.CSS}<div class=opml><b>{escape(version)}</b> <code>{k.digest[:12]}</code> <span class=m>{len(k.images)} pictures, {k.ms:.0f} ms</span></div>"
+        took = f"<span class=m>{len(k.images)} pictures, {k.ms:.0f} ms</span>"
+        self.badge.value = f"{ui.CSS}<div class=opml><b>{escape(version)}</b> <code>{k.digest[:12]}</code> {took}</div>"
         self.frame.max, self.frame.value = max(len(k.images) - 1, 0), 0
         chosen = self.play.sliders["target"]
         target = chosen.value if chosen.value in k.classes else k.classes[0]
@@ -203,7 +218,8 @@ class FlexCockpit:
             for trace, new in zip(fig.data, frontier_figure(self.kept, target).data): trace.update(x=new.x, y=new.y)
             self.drawn = target
         self.policy, self.verdict, c = decide(self.kept, mode, level, target)
-        self.counts, rule = c, f"{self.policy.k} of {len(self.kept.models)} models" if mode == "votes" else f"{mode} of {target} from {level / 100:.2f}"
+        votes = f"{self.policy.k} of {len(self.kept.models)} models"
+        self.counts, rule = c, votes if mode == "votes" else f"{mode} of {target} from {level / 100:.2f}"
         self._show_rows()
         self.models.value = models_html(self.kept, target)
         fig.data[-1].update(x=[c["FP"]] if c else [], y=[c["FN"]] if c else [])

@@ -22,7 +22,8 @@ def _grey(values, top): return np.repeat((values / top * 255).clip(0, 255).round
 def pictures(name):
     """(pictures (N, H, W, 3) uint8, their class names (N,) object) of a set that a pip package ships.
 
-    `name`: `digits` (1,797 of 8 x 8, classes 0 to 9) or `faces` (200 of 25 x 25 from Labeled Faces in the Wild, face and other). Raises ValueError."""
+    `name`: `digits` (1,797 of 8 x 8, classes 0 to 9) or `faces` (200 of 25 x 25 from Labeled Faces in the Wild, face and other). Raises
+    ValueError."""
     if name == "digits":
         from sklearn.datasets import load_digits
         found = load_digits()
@@ -35,7 +36,7 @@ def pictures(name):
 
 # %% ../../nbs/flexserve/19_data.ipynb #3235f5d2
 def make(file, part, url, **source):
-    "The maker named in the data registry: `part` is a network's name (its checkpoint at `url` becomes safetensors) or `pictures` (a zip of JPEGs)."
+    "The data registry's maker: `part` is a network (its checkpoint at `url` becomes safetensors) or `pictures` (a zip of JPEGs)."
     _jpegs(file, url, **source) if part == "pictures" else _weights(file, part, url, **source)
 
 def _weights(file, arch, url, sha256, bytes):
@@ -62,6 +63,8 @@ def cifar():
 
 def cifar_models(sizes=(20, 32, 44, 56)):
     "Entries for `Bundle.create` of the published CIFAR-10 residual nets, fetched if they aren't here."
-    about = {"trained_by": "Yerlan Idelbayev", "code": {"repo": "akamaster/pytorch_resnet_cifar10", "commit": "d5489e8"}, "license": "BSD-2-Clause", "data": {"uri": "CIFAR-10"}}
-    return [{"name": f"resnet{n}", "arch": f"opml_wb.flexserve.zoo:cifar_resnet{n}", "weights": data.path(f"flexserve/resnet{n}"), "classes": list(CIFAR), "transform": NORMAL,
+    about = {"trained_by": "Yerlan Idelbayev", "code": {"repo": "akamaster/pytorch_resnet_cifar10", "commit": "d5489e8"},
+             "license": "BSD-2-Clause", "data": {"uri": "CIFAR-10"}}
+    return [{"name": f"resnet{n}", "arch": f"opml_wb.flexserve.zoo:cifar_resnet{n}", "weights": data.path(f"flexserve/resnet{n}"),
+             "classes": list(CIFAR), "transform": NORMAL,
              "provenance": about} for n in sizes]

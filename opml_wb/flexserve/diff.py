@@ -17,8 +17,9 @@ VERDICT = "(verdict)"
 class Flips:
     """What changes between two versions of an ensemble on `images` pictures.
 
-    `table`: DataFrame [picture, model, old, new, p_old, p_new], a row for each answer that changes (`p`: each version's probability of its own answer; model
-    `(verdict)`: the policy's); `rates`: {model: share of pictures}; `added`, `removed`: models that only one version has."""
+    `table`: DataFrame [picture, model, old, new, p_old, p_new], a row for each answer that changes (`p`: each version's probability of its
+    own answer; model `(verdict)`: the policy's); `rates`: {model: share of pictures}; `added`, `removed`: models that only one version
+    has."""
     images: int
     table: object
     rates: dict
@@ -41,14 +42,15 @@ class Flips:
 # %% ../../nbs/flexserve/06_diff.ipynb #58c598cd
 def _changes(model, was, now, p_was=None, p_now=None):
     "The rows of pictures whose answer differs; `was`, `now`: (B,) answers, `p_...`: their probabilities or None."
-    return [{"picture": i, "model": model, "old": a, "new": b, "p_old": None if p_was is None else float(p_was[i]), "p_new": None if p_now is None else float(p_now[i])}
+    return [{"picture": i, "model": model, "old": a, "new": b, "p_old": None if p_was is None else float(p_was[i]),
+             "p_new": None if p_now is None else float(p_now[i])}
             for i, (a, b) in enumerate(zip(was, now)) if a != b]
 
 def flips(old, new, images, policy=None):
     """What would change for `images` (list of (H, W, 3) uint8), were version `new` served instead of `old`: a `Flips`.
 
-    `old`, `new`: engines, bundles or folders of bundles; models are paired by name. `policy`: dict; its verdicts are compared, too. Raises PolicyError where it
-    fits only one of them."""
+    `old`, `new`: engines, bundles or folders of bundles; models are paired by name. `policy`: dict; its verdicts are compared, too. Raises
+    PolicyError where it fits only one of them."""
     import pandas as pd
     images = list(images)
     a, b = (e if isinstance(e, Engine) else Engine.load(e, "torch") for e in (old, new))

@@ -26,8 +26,8 @@ class EngineError(RuntimeError): "An engine that can't run here, or gives other 
 class Answer:
     """What M models say of B pictures.
 
-    `models`: M names; `classes`: C names; `labels`: (M, B) object, class names or None; `probs`: (M, B, C) float32, 0 for a class that a model doesn't
-    know, NaN where it wasn't asked; `verdict`: the policy's, or None; `flops`: operations spent, int."""
+    `models`: M names; `classes`: C names; `labels`: (M, B) object, class names or None; `probs`: (M, B, C) float32, 0 for a class that a
+    model doesn't know, NaN where it wasn't asked; `verdict`: the policy's, or None; `flops`: operations spent, int."""
     models: list
     classes: list
     labels: np.ndarray
@@ -60,7 +60,8 @@ def _backend(bundle, kind, inputs, threads, device):
 
 # %% ../../nbs/flexserve/06_engine.ipynb #e2d146de
 class Engine:
-    """An ensemble that is ready to answer: `names` and `classes` (lists of str), `digest` of its bundle, `kind` (torch, onnx, onnx-int8), `why`, `parity`.
+    """An ensemble that is ready to answer: `names` and `classes` (lists of str), `digest` of its bundle, `kind` (torch, onnx, onnx-int8),
+    `why`, `parity`.
 
     Made by `Engine.load`."""
     def __init__(self, bundle, backend, kind, why, parity, device="cpu"):
@@ -74,11 +75,12 @@ class Engine:
     def load(cls, bundle, engine="auto", threads=1, device="cpu", allow=(), verify=True):
         """The engine of `bundle` (a Bundle or its folder).
 
-        `engine`: torch; onnx or onnx-int8 (ONNX Runtime, whose conversion is made and measured if it hasn't been); auto: onnx if that is proven to give the same answers
-        faster, else torch. `threads`: of one forward; `device`: of all models, 'cpu' or 'cuda:0'; `allow`: modules that the bundle may name; `verify`: hash
-        its files first. Raises BundleError, EngineError."""
+        `engine`: torch; onnx or onnx-int8 (ONNX Runtime, whose conversion is made and measured if it hasn't been); auto: onnx if that is
+        proven to give the same answers faster, else torch. `threads`: of one forward; `device`: of all models, 'cpu' or 'cuda:0'; `allow`:
+        modules that the bundle may name; `verify`: hash its files first. Raises BundleError, EngineError."""
         if engine not in ENGINES: raise EngineError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1: raise EngineError(f"threads: expected a whole number from 1, got {threads!r}")
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise EngineError(f"threads: expected a whole number from 1, got {threads!r}")
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, allow)
         if verify: bundle.verify()
         kind, why, proof = _choose(bundle, engine, device)
@@ -87,10 +89,13 @@ class Engine:
     def __repr__(self): return f"Engine({self.bundle.name!r}, {self.names}, {self.kind}: {self.why})"
 
     def describe(self):
-        "What answers, as JSON values: {ensemble, digest, engine, why, parity, device, classes, models: [{name, classes, transform, provenance, ...}]}."
+        """What answers, as JSON values: {ensemble, digest, engine, why, parity, device, classes, models}.
+
+        Of each model {name, arch, classes, transform, provenance, parameters, flops, weights_sha256}."""
         keys = "name", "arch", "classes", "transform", "provenance", "parameters", "flops"
         models = [{**{k: m[k] for k in keys}, "weights_sha256": m["weights"]["sha256"]} for m in self.bundle.models]
-        return {"ensemble": self.bundle.name, "digest": self.digest, "engine": self.kind, "why": self.why, "parity": self.parity, "device": self.device, "classes": self.classes, "models": models}
+        return {"ensemble": self.bundle.name, "digest": self.digest, "engine": self.kind, "why": self.why, "parity": self.parity,
+                "device": self.device, "classes": self.classes, "models": models}
 
 # %% ../../nbs/flexserve/06_engine.ipynb #6849a6cc
 def _batches(self, images, rows):
@@ -129,7 +134,8 @@ def _lazily(self, policy, parts, rows, labels, probs):
     for n, row in enumerate(order):
         open_ = np.ones(labels.shape[1], bool) if n == 0 else ~only.decided(labels[asked], probs[asked], models=names, classes=self.classes)
         for index, batches in parts:
-            if (keep := open_[index]).any(): self._run((index[keep], [b if b is None or keep.all() else b[keep] for b in batches]), [row], labels, probs)
+            if (keep := open_[index]).any():
+                self._run((index[keep], [b if b is None or keep.all() else b[keep] for b in batches]), [row], labels, probs)
     return order
 
 Engine._hits, Engine._lazily = _hits, _lazily
@@ -150,8 +156,8 @@ def _pictures(images):
 def _infer(self, images, want=None, policy=None, lazy=False):
     """The `Answer` to B pictures, each (H, W, 3) uint8 of any size.
 
-    `want`: names of the models to ask (default: all); `policy`: a Policy or its dict; `lazy`: ask only until the policy's verdict is settled. Raises
-    PolicyError for a policy or name that doesn't fit, ValueError for what isn't a picture; before any work is done."""
+    `want`: names of the models to ask (default: all); `policy`: a Policy or its dict; `lazy`: ask only until the policy's verdict is
+    settled. Raises PolicyError for a policy or name that doesn't fit, ValueError for what isn't a picture; before any work is done."""
     images, rows = _pictures(images), self._rows(want)
     names = [self.names[i] for i in rows]
     policy = None if policy is None else Policy.parse(policy)
@@ -184,7 +190,8 @@ def _check(self):
         agreement[name] = float(same.mean())
         off = np.flatnonzero(~same & (np.array(then["margin"]) > NEAR))
         if len(off) and self.kind != "onnx-int8":
-            raise EngineError(f"model {name!r} calls golden picture {off[0]} {row[off[0]]!r}: it was {then['labels'][off[0]]!r} when the bundle was made")
+            i = off[0]
+            raise EngineError(f"model {name!r} calls golden picture {i} {row[i]!r}: it was {then['labels'][i]!r} when the bundle was made")
     return {"images": len(said[0]), "agreement": agreement}
 
 Engine.check = _check

@@ -18,7 +18,9 @@ class EnsembleModule(nn.Module):
         self.inputs = list(inputs)
 
     def forward(self, batches, rows=None):
-        "[(b, classes) logits] of the models `rows` (default: all); `batches`: one (b, 3, h, w) for each distinct transform, None where no row takes it."
+        """[(b, classes) logits] of the models `rows` (default: all).
+
+        `batches`: one (b, 3, h, w) for each distinct transform, None where no row takes it."""
         rows = range(len(self.nets)) if rows is None else rows
         return [self.nets[str(i)](batches[self.inputs[i]]) for i in rows]
 
@@ -28,7 +30,8 @@ class TorchBackend:
     def __init__(self, bundle, inputs, threads=1, device="cpu"):
         torch.set_num_threads(threads)
         self.device = torch.device(device)
-        if self.device.type == "cuda" and not torch.cuda.is_available(): raise ValueError(f"device: {device!r}: this machine has no CUDA device that torch can use")
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: {device!r}: this machine has no CUDA device that torch can use")
         self.module = EnsembleModule([bundle.module(m["name"]) for m in bundle.models], inputs).eval().to(self.device)
 
     def forward(self, batches, rows):

@@ -12,22 +12,26 @@ from .policy import Policy
 
 # %% ../../nbs/flexserve/01_frontier.ipynb #cbc0cba4
 def counts(present, truth, target):
-    "TP, FP, FN, TN, sensitivity, specificity, precision of verdicts `present` (B,) bool against class names `truth` (B,); NaN where undefined."
+    """TP, FP, FN, TN, sensitivity, specificity, precision of verdicts `present` (B,) bool against class names `truth` (B,).
+
+    Shares are NaN where undefined."""
     present, real = np.asarray(present, bool), np.asarray(truth, object) == target
     tp, fp, fn, tn = ((a & b).sum() for a, b in ((present, real), (present, ~real), (~present, real), (~present, ~real)))
     share = lambda a, b: a / b if b else float("nan")
-    return dict(TP=int(tp), FP=int(fp), FN=int(fn), TN=int(tn), sensitivity=share(tp, tp + fn), specificity=share(tn, tn + fp), precision=share(tp, tp + fp))
+    return dict(TP=int(tp), FP=int(fp), FN=int(fn), TN=int(tn), sensitivity=share(tp, tp + fn), specificity=share(tn, tn + fp),
+                precision=share(tp, tp + fp))
 
 def sweep(labels, probs, truth, target, classes=None, thresholds=np.arange(1, 20) / 20):
     """Every policy of the family against the truth: a DataFrame [policy, param, TP, FP, FN, TN, sensitivity, specificity, precision].
 
-    `labels`: (M, B) class names; `probs`: (M, B, C) or None; `truth`: (B,) class names; `target`: the class sought. Rows: `k_of_n` for each k,
-    and, with `probs`, `mean_prob` and the highest and the lowest probability (`max_prob`, `min_prob`) at each of `thresholds`."""
+    `labels`: (M, B) class names; `probs`: (M, B, C) or None; `truth`: (B,) class names; `target`: the class sought. Rows: `k_of_n` for each
+    k, and, with `probs`, `mean_prob` and the highest and the lowest probability (`max_prob`, `min_prob`) at each of `thresholds`."""
     import pandas as pd
     points = [("k_of_n", k, {"kind": "k_of_n", "k": k}) for k in range(1, len(labels) + 1)]
     for name, reduce in (("mean_prob", "mean"), ("max_prob", "max"), ("min_prob", "min")) if probs is not None else ():
         points += [(name, float(t), {"kind": "threshold", "reduce": reduce, "threshold": float(t)}) for t in thresholds]
-    rows = [dict(policy=name, param=param, **counts(Policy.parse({**spec, "target": target}).apply(labels, probs, classes=classes).result, truth, target))
+    rows = [dict(policy=name, param=param, **counts(Policy.parse({**spec, "target": target}).apply(labels, probs, classes=classes).result,
+                                                    truth, target))
             for name, param, spec in points]
     return pd.DataFrame(rows)
 
@@ -39,12 +43,15 @@ def confusion(labels, truth, classes):
     return table.rename_axis(index="predicted", columns="true")
 
 def per_class(labels, truth, models, classes):
-    "DataFrame [model, class, accuracy, sensitivity, precision, false_neg, false_pos], a row for each model and class; `labels`: (M, B) class names."
+    """DataFrame [model, class, accuracy, sensitivity, precision, false_neg, false_pos], a row for each model and class.
+
+    `labels`: (M, B) class names; `truth`: (B,)."""
     import pandas as pd
     rows = []
     for name, said in zip(models, labels):
         cm = confusion(said, truth, classes).to_numpy()
         right, said_so, real = np.diag(cm), cm.sum(axis=1), cm.sum(axis=0)
         rows += [{"model": name, "class": c, "accuracy": right.sum() / max(cm.sum(), 1), "sensitivity": r / n if n else np.nan,
-                  "precision": r / s if s else np.nan, "false_neg": n - r, "false_pos": s - r} for c, r, s, n in zip(classes, right, said_so, real)]
+                  "precision": r / s if s else np.nan, "false_neg": n - r, "false_pos": s - r} for c, r, s, n in zip(classes, right,
+                                                                                                                     said_so, real)]
     return pd.DataFrame(rows)

@@ -19,8 +19,8 @@ FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF"        # no EPS, PS, PDF: these ru
 class Limits:
     """What a client's picture may cost: `max_bytes` encoded, `max_pixels` decoded.
 
-    `draft`: the largest dimension (pixels) down to which a JPEG may be decoded at reduced size, about 5 x faster for camera pictures at a small
-    difference of the pixels; 0 decodes in full."""
+    `draft`: the largest dimension (pixels) down to which a JPEG may be decoded at reduced size, about 5 x faster for camera pictures at a
+    small difference of the pixels; 0 decodes in full."""
     max_bytes: int = 16 << 20
     max_pixels: int = 40_000_000
     draft: int = 0
@@ -47,7 +47,8 @@ def _grey16(im):
 
 def _opened(data, limits):
     im = Image.open(io.BytesIO(data), formats=FORMATS)
-    if im.width * im.height > limits.max_pixels: return Reject("pixels", f"{im.width} x {im.height} pixels: at most {limits.max_pixels:,} are taken")
+    if im.width * im.height > limits.max_pixels:
+        return Reject("pixels", f"{im.width} x {im.height} pixels: at most {limits.max_pixels:,} are taken")
     if limits.draft: im.draft("RGB", (limits.draft, limits.draft))
     im.load()
     return np.ascontiguousarray(_rgb(ImageOps.exif_transpose(im)))
@@ -75,10 +76,12 @@ def from_tensor(array):
     a = np.asarray(array)
     if a.ndim == 3: a = a[None]
     if a.ndim == 4 and a.shape[3] != 3 and a.shape[1] == 3: a = a.transpose(0, 2, 3, 1)
-    if a.ndim != 4 or a.shape[3] != 3 or 0 in a.shape[1:3]: raise ValueError(f"pictures: expected (B, H, W, 3), (B, 3, H, W) or (H, W, 3), got {np.shape(array)}")
+    if a.ndim != 4 or a.shape[3] != 3 or 0 in a.shape[1:3]:
+        raise ValueError(f"pictures: expected (B, H, W, 3), (B, 3, H, W) or (H, W, 3), got {np.shape(array)}")
     if a.dtype == np.uint8: return list(np.ascontiguousarray(a))
     if a.dtype.kind != "f": raise ValueError(f"pictures: expected uint8, or floats from 0 to 1, got {a.dtype}")
-    if not (np.isfinite(a).all() and a.min(initial=0) >= 0 and a.max(initial=0) <= 1): raise ValueError("pictures: floats must be finite and from 0 to 1")
+    if not (np.isfinite(a).all() and a.min(initial=0) >= 0 and a.max(initial=0) <= 1):
+        raise ValueError("pictures: floats must be finite and from 0 to 1")
     return list(np.ascontiguousarray((a * 255).round().astype(np.uint8)))
 
 # %% ../../nbs/flexserve/02_images.ipynb #1c2960bd
@@ -91,12 +94,14 @@ def _size(name, value):
 
 def _triple(name, value):
     v = tuple(float(x) for x in value) if isinstance(value, (list, tuple, np.ndarray)) else ()
-    if len(v) != 3 or not all(map(math.isfinite, v)) or name == "std" and min(v) <= 0: raise ValueError(f"transform: {name}: expected three numbers, got {value!r:.80}")
+    if len(v) != 3 or not all(map(math.isfinite, v)) or name == "std" and min(v) <= 0:
+        raise ValueError(f"transform: {name}: expected three numbers, got {value!r:.80}")
     return v
 
 @dataclass(frozen=True)
 class Transform:
-    """A picture to a tensor: `resize` (the shorter edge, or (height, width)), centre `crop`, scale to [0, 1], normalise by `mean` and `std` of 3 channels.
+    """A picture to a tensor: `resize` (the shorter edge, or (height, width)), centre `crop`, scale to [0, 1], normalise by `mean` and `std`
+    of 3 channels.
 
     Equal specifications are equal objects: an ensemble transforms once for each."""
     resize: int | tuple | None = None
@@ -105,7 +110,8 @@ class Transform:
     std: tuple = (1., 1., 1.)
 
     def __post_init__(self):
-        for name, judge in (("resize", _size), ("crop", _size), ("mean", _triple), ("std", _triple)): object.__setattr__(self, name, judge(name, getattr(self, name)))
+        for name, judge in (("resize", _size), ("crop", _size), ("mean", _triple), ("std", _triple)):
+            object.__setattr__(self, name, judge(name, getattr(self, name)))
 
     @classmethod
     def parse(cls, spec):

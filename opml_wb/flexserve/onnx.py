@@ -38,7 +38,8 @@ class OnnxBackend:
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.inputs = list(inputs)
-        self.sessions = [ort.InferenceSession(str(Path(folder)/f"{i}.onnx"), options, providers=["CPUExecutionProvider"]) for i in range(len(self.inputs))]
+        self.sessions = [ort.InferenceSession(str(Path(folder)/f"{i}.onnx"), options, providers=["CPUExecutionProvider"])
+                         for i in range(len(self.inputs))]
 
     def forward(self, batches, rows):
         "As `TorchBackend.forward`."
@@ -66,7 +67,8 @@ def _quantize(path, tensors):
 
     ready = path.with_suffix(".ready")
     quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
-    quantize_static(str(ready), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    quantize_static(str(ready), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
+                    weight_type=QuantType.QInt8)
     ready.unlink()
 
 # %% ../../nbs/flexserve/05_onnx.ipynb #7ec5e44f
@@ -88,7 +90,8 @@ def _compare(i, tensors, inputs, plain, fast):
     "How model `i`'s answers and CPU time differ: {agreement, max_diff, speedup}."
     p, q = (_said(b, i, tensors, inputs) for b in (plain, fast))
     times = np.array([[_cpu(b, i, tensors[0], inputs) for b in (plain, fast)] for _ in range(15)])
-    return {"agreement": float((p.argmax(1) == q.argmax(1)).mean()), "max_diff": float(abs(p - q).max()), "speedup": round(float(np.median(times[:, 0]) / max(np.median(times[:, 1]), 1e-9)), 3)}
+    return {"agreement": float((p.argmax(1) == q.argmax(1)).mean()), "max_diff": float(abs(p - q).max()),
+            "speedup": round(float(np.median(times[:, 0]) / max(np.median(times[:, 1]), 1e-9)), 3)}
 
 def groups(bundle):
     "(distinct transforms, for each model the index of its own): an ensemble transforms once for each."
@@ -102,7 +105,8 @@ def _judged(kind, images, models):
     slow = [name for name, m in models.items() if m["speedup"] <= 1]
     wrong = [name for name, m in models.items() if m["agreement"] < 1 or m["max_diff"] > MOST]
     gain = float(np.mean([m["speedup"] for m in models.values()]))
-    if kind == "onnx-int8": ok, why = True, "asked for: 8 bits, with the agreement that was measured on golden pictures not used for calibration"
+    if kind == "onnx-int8":
+        ok, why = True, "asked for: 8 bits, with the agreement that was measured on golden pictures not used for calibration"
     elif wrong: ok, why = False, f"ONNX Runtime gives other answers for {', '.join(wrong)}"
     elif gain <= 1: ok, why = False, f"ONNX Runtime isn't faster here ({', '.join(slow)})"
     else: ok, why = True, f"ONNX Runtime gives the same answers to {images} golden pictures at {gain:.2f} x the speed"
@@ -126,7 +130,8 @@ def convert(bundle, kind, folder):
 def _child(folder, kind, allow, part):
     code = "import sys; from opml_wb.flexserve.onnx import _main; _main(*sys.argv[1:])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-c", code, str(folder), kind, json.dumps(list(allow)), str(part)], env=env, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-c", code, str(folder), kind, json.dumps(list(allow)), str(part)], env=env, capture_output=True,
+                         text=True)
     if ran.returncode: raise BundleError(f"{kind}: the conversion failed: {(ran.stderr.strip().splitlines() or ['no message'])[-1]:.300}")
 
 def _main(folder, kind, allow, part):
@@ -134,13 +139,15 @@ def _main(folder, kind, allow, part):
     write_json(part/PROOF, convert(Bundle.load(folder, json.loads(allow)), kind, part))
 
 def prepare(bundle, kind="onnx"):
-    """The proof that `bundle` may run on ONNX Runtime, `{kind, ok, why, images, models: {name: {agreement, max_diff, speedup}}}`; made if it isn't there.
+    """The proof that `bundle` may run on ONNX Runtime, `{kind, ok, why, images, models: {name: {agreement, max_diff, speedup}}}`; made if
+    it isn't there.
 
     `kind`: onnx or onnx-int8. Takes seconds at the first call, in a child process. Raises BundleError when the conversion fails."""
     goal = place(bundle, kind)
     if (found := read_json(goal/PROOF, None)) is not None: return found
     n = len(bundle.golden()[0])
-    if n < (4 if kind == "onnx-int8" else 1): raise BundleError(f"{kind}: needs a golden set to prove itself on, and the bundle has {n} pictures")
+    if n < (4 if kind == "onnx-int8" else 1):
+        raise BundleError(f"{kind}: needs a golden set to prove itself on, and the bundle has {n} pictures")
     goal.parent.mkdir(parents=True, exist_ok=True)
     part = goal.with_name(f".{secrets.token_hex(6)}")
     part.mkdir()

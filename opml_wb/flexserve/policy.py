@@ -40,7 +40,8 @@ def _near(word, known):
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 def _text(field, value):
-    if not isinstance(value, str) or not value or not value.isprintable(): raise PolicyError(f"{field}: expected printable text, got {value!r:.80}")
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise PolicyError(f"{field}: expected printable text, got {value!r:.80}")
     return value
 
 def _share(field, value):
@@ -49,7 +50,8 @@ def _share(field, value):
     return float(value)
 
 def _count(field, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1: raise PolicyError(f"{field}: expected a whole number from 1, got {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PolicyError(f"{field}: expected a whole number from 1, got {value!r:.80}")
     return value
 
 def _weights(field, value):
@@ -77,7 +79,8 @@ JUDGE = {"target": _text, "k": _count, "weights": _weights, "threshold": _share,
 # %% ../../nbs/flexserve/01_policy.ipynb #89e50729
 def _parsed(spec):
     "The checked fields of a policy given as a dict."
-    if not isinstance(spec, dict): raise PolicyError(f"policy: expected an object such as {{'kind': 'or', 'target': 'cat'}}, got {spec!r:.80}")
+    if not isinstance(spec, dict):
+        raise PolicyError(f"policy: expected an object such as {{'kind': 'or', 'target': 'cat'}}, got {spec!r:.80}")
     given = {key: value for key, value in spec.items() if value is not None}
     kind = given.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS: raise PolicyError(f"kind: {kind!r:.80}: {_near(kind, list(KINDS))}")
@@ -103,7 +106,8 @@ class Policy:
 
     @classmethod
     def parse(cls, spec):
-        """The policy that dict `spec` describes: `{"kind", "target", "k", "weights": {model: float}, "threshold", "reduce", "models": [name]}`.
+        """The policy that dict `spec` describes: `{"kind", "target", "k", "weights": {model: float}, "threshold", "reduce", "models":
+        [name]}`.
 
         `threshold` is 0.5 and `reduce` mean where they aren't given; `models`: only these are asked. Raises PolicyError."""
         return spec if isinstance(spec, cls) else cls(**_parsed(spec))
@@ -112,7 +116,8 @@ class Policy:
     def spec(self):
         "The dict that `parse` takes, with the fields that this kind has."
         known = {"kind", "models", *KINDS[self.kind]}
-        return {f.name: list(v) if f.name == "models" else v for f in fields(self) if f.name in known and (v := getattr(self, f.name)) is not None}
+        return {f.name: list(v) if f.name == "models" else v for f in fields(self) if f.name in known
+                and (v := getattr(self, f.name)) is not None}
 
     @property
     def elects(self):
@@ -216,7 +221,8 @@ def _elected(labels):
     names, votes = _counts(labels)
     given = np.maximum(votes.sum(axis=0), 1)
     best = votes.max(axis=0, initial=0)
-    won = [next((name for name in labels[:, b] if name is not None and votes[names.index(name), b] == best[b]), None) for b in range(labels.shape[1])]
+    won = [next((name for name in labels[:, b] if name is not None and votes[names.index(name), b] == best[b]), None)
+           for b in range(labels.shape[1])]
     return np.array(won, object), best / given
 
 # %% ../../nbs/flexserve/01_policy.ipynb #b85f80c5
@@ -264,9 +270,10 @@ def _deciders(policy, labels, probs, classes, names, order):
 def _apply(self, labels, probs=None, *, models=None, classes=None, order=None):
     """The verdict on B samples that M models have answered.
 
-    `labels`: (M, B) class names; `probs`: (M, B, C) probabilities or None; `models`: M names, which `models` and `weights` of the policy speak of
-    (without: the rows are in the order of these); `classes`: C names of the columns (without: learned from the labels); `order`: rows in the order
-    in which they were asked. Answers that are missing (None, NaN) must have been skipped because `decided` said so. Raises PolicyError."""
+    `labels`: (M, B) class names; `probs`: (M, B, C) probabilities or None; `models`: M names, which `models` and `weights` of the policy
+    speak of (without: the rows are in the order of these); `classes`: C names of the columns (without: learned from the labels); `order`:
+    rows in the order in which they were asked. Answers that are missing (None, NaN) must have been skipped because `decided` said so.
+    Raises PolicyError."""
     all_rows = self.rows(models, len(labels))
     labels, probs, names = _given(self, labels, probs, models, classes)
     if not labels.shape[1]: return Verdict(np.zeros(0, object if self.elects else bool), np.zeros(0, np.float32), np.zeros(0, int))
@@ -285,7 +292,8 @@ def _plan(self, costs, hit_rates):
     `costs`: (M,) > 0, any unit; `hit_rates`: (M,) in [0, 1], the share of samples on which each model sees the target. OR: cost / hit rate;
     AND: cost / (1 - hit rate), both optimal for independent models; all others: the cheapest first."""
     costs, hits = np.asarray(costs, float), np.asarray(hit_rates, float)
-    if costs.shape != hits.shape or costs.ndim != 1: raise PolicyError(f"costs and hit_rates: expected two (models,), got {costs.shape}, {hits.shape}")
+    if costs.shape != hits.shape or costs.ndim != 1:
+        raise PolicyError(f"costs and hit_rates: expected two (models,), got {costs.shape}, {hits.shape}")
     n = len(costs)
     need = self.needed(n) if self.kind in VOTES else 0
     chance = hits if need == 1 else 1 - hits if need == n else np.ones(n)

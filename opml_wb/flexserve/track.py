@@ -21,18 +21,20 @@ def _seen(labels, target, ndim, shape):
 
 def _times(t, n):
     t = np.arange(n, dtype=float) if t is None else np.asarray(t, float)
-    if t.shape != (n,) or not np.isfinite(t).all() or (np.diff(t) <= 0).any(): raise ValueError(f"t: expected {n} finite times in s, each later than the one before")
+    if t.shape != (n,) or not np.isfinite(t).all() or (np.diff(t) <= 0).any():
+        raise ValueError(f"t: expected {n} finite times in s, each later than the one before")
     return t
 
 def presence(labels, t=None, min_run=2, target=None, max_gap=0):
     """When the target was in view: a DataFrame [start, end, frames], times in s.
 
-    `labels`: (T,) verdicts (bool), or class names with `target`; `t`: (T,) times in s (default 0, 1, 2, ...); `min_run`: frames that it must be seen in; `max_gap`: frames in
-    a row that may miss it in between. Raises ValueError."""
+    `labels`: (T,) verdicts (bool), or class names with `target`; `t`: (T,) times in s (default 0, 1, 2, ...); `min_run`: frames that it
+    must be seen in; `max_gap`: frames in a row that may miss it in between. Raises ValueError."""
     import pandas as pd
     seen = _seen(labels, target, 1, "(frames,)")
     for name, value, least in (("min_run", min_run, 1), ("max_gap", max_gap, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least: raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected a whole number from {least}, got {value!r}")
     t, at = _times(t, len(seen)), np.flatnonzero(seen)
     runs = np.split(at, np.flatnonzero(np.diff(at) > max_gap + 1) + 1)
     rows = [(t[r[0]], t[r[-1]], len(r)) for r in runs if len(r) >= min_run]
@@ -45,8 +47,9 @@ def tiles(image, rows, cols):
 
 @dataclass(frozen=True)
 class Movement:
-    """How something moved through a grid: `path` a DataFrame [t, row, col] (s, cells) of the frames that saw it; `speed` cells/s; `heading` degrees, 0 = right,
-    90 = up, NaN when it stands; `direction` in words; `enters`, `leaves`: the side (left, right, top, bottom) or None for inside the view."""
+    """How something moved through a grid: `path` a DataFrame [t, row, col] (s, cells) of the frames that saw it; `speed` cells/s; `heading`
+    degrees, 0 = right, 90 = up, NaN when it stands; `direction` in words; `enters`, `leaves`: the side (left, right, top, bottom) or None
+    for inside the view."""
     path: object
     speed: float
     heading: float
@@ -67,8 +70,8 @@ def _slope(t, x): return float(np.polyfit(t - t.mean(), x, 1)[0]) if len(t) > 1 
 def movement(grid, t=None, target=None):
     """How the target moved through the tiles: a `Movement`; None when it was never seen.
 
-    `grid`: (T, R, C) verdicts (bool), or class names with `target`; `t`: (T,) times in s. Speed and heading are those of the straight line that fits the path best (least
-    squares). Raises ValueError."""
+    `grid`: (T, R, C) verdicts (bool), or class names with `target`; `t`: (T,) times in s. Speed and heading are those of the straight line
+    that fits the path best (least squares). Raises ValueError."""
     import pandas as pd
     seen = _seen(grid, target, 3, "(frames, rows, columns)")
     t, at = _times(t, len(seen)), np.flatnonzero(seen.any(axis=(1, 2)))

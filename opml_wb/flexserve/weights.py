@@ -25,14 +25,16 @@ def allowed(extra=()):
 def permit(modules):
     "Remember that bundles of this home may name `modules`."
     for name in modules:
-        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")): raise BundleError(f"allow: expected a module's name, got {name!r}")
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise BundleError(f"allow: expected a module's name, got {name!r}")
     if not set(modules) <= allowed():
         home().mkdir(parents=True, exist_ok=True)
         write_text(home()/"flexserve_allow", "\n".join(sorted(allowed(modules) - {ZOO})) + "\n")
 
 def _factory(arch, allow):
     "The function that `arch` ('package.module:function') names, if its module is allowed."
-    if not isinstance(arch, str) or not re.fullmatch(r"[\w.]+:\w+", arch): raise BundleError(f"arch: expected 'package.module:function', got {arch!r:.100}")
+    if not isinstance(arch, str) or not re.fullmatch(r"[\w.]+:\w+", arch):
+        raise BundleError(f"arch: expected 'package.module:function', got {arch!r:.100}")
     module, _, name = arch.partition(":")
     if module not in allowed(allow): raise BundleError(f"arch: module {module!r} isn't allowed: pass allow=[{module!r}] if you trust it")
     try: return getattr(import_module(module), name)
@@ -52,7 +54,8 @@ def _unpickled(path):
     try: found = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise
     except Exception as e:
-        raise BundleError(f"weights: {path} isn't a checkpoint of tensors alone, and nothing of it was run: {str(e).splitlines()[0]:.200}") from e
+        said = str(e).splitlines()[0][:200]
+        raise BundleError(f"weights: {path} isn't a checkpoint of tensors alone, and nothing of it was run: {said}") from e
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict): return found[key]
     return found
@@ -62,14 +65,16 @@ def tensors(state):
     import torch
     if not isinstance(state, dict) or not state: raise BundleError(f"weights: expected a state dict, got {type(state).__name__}")
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor): raise BundleError(f"weights: {name!r}: expected a tensor, got {type(value).__name__}")
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise BundleError(f"weights: {name!r}: expected a tensor, got {type(value).__name__}")
     return {name: value.detach().cpu().contiguous() for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 def fill(module, state):
     "Give `module` the tensors of `state` themselves, not copies; names and shapes must be the module's."
     own = {name: tuple(t.shape) for name, t in module.state_dict().items() if not name.endswith("num_batches_tracked")}
     new = {name: tuple(t.shape) for name, t in state.items()}
-    for name in sorted(own.keys() ^ new.keys()): raise BundleError(f"weights: {name!r} is {'missing' if name in own else 'not of this network'}")
+    for name in sorted(own.keys() ^ new.keys()):
+        raise BundleError(f"weights: {name!r} is {'missing' if name in own else 'not of this network'}")
     for name in own:
         if own[name] != new[name]: raise BundleError(f"weights: {name!r}: expected shape {own[name]}, got {new[name]}")
     module.load_state_dict(state, strict=False, assign=True)
@@ -78,8 +83,9 @@ def fill(module, state):
 def import_torch(path, arch, strip="module.", *, kwargs=None, allow=()):
     """The state dict {name: float tensor} of a PyTorch checkpoint, read without running anything of it.
 
-    `path`: `.pt`, `.pth`, `.th`, a state dict or a dict that has one; `arch`: 'package.module:function' (or a callable) whose names and shapes it must
-    have; `strip`: prefix that DataParallel left on the names. Raises BundleError for a pickle with code in it, or weights of another network."""
+    `path`: `.pt`, `.pth`, `.th`, a state dict or a dict that has one; `arch`: 'package.module:function' (or a callable) whose names and
+    shapes it must have; `strip`: prefix that DataParallel left on the names. Raises BundleError for a pickle with code in it, or weights of
+    another network."""
     state = tensors(_unpickled(path))
     state = {name.removeprefix(strip or ""): tensor for name, tensor in state.items()}
     fill(build(arch, kwargs, allow), state)
