@@ -27,7 +27,7 @@ def trace(weeks, rate, s2=0., phi=0., seed=0, batch=1, grow=0., night=1., law="l
 
 
 TRACES = {
-    "mild": dict(weeks=10, rate=30, s2=.3, phi=.5), "wild": dict(weeks=8, rate=60, s2=1.2, phi=.8), "slow": dict(weeks=12, rate=20, s2=.6, phi=.95), "sparse": dict(weeks=12, rate=3, s2=.5, phi=.6),
+    "mild": dict(weeks=10, rate=30, s2=.3, phi=.5), "wild": dict(weeks=8, rate=60, s2=1.2, phi=.8), "long memory": dict(weeks=12, rate=20, s2=.6, phi=.95), "sparse": dict(weeks=12, rate=3, s2=.5, phi=.6),
     "grows": dict(weeks=10, rate=20, s2=.3, phi=.6, grow=2.), "silent nights": dict(weeks=8, rate=30, s2=.4, phi=.6, night=0.), "batches": dict(weeks=8, rate=40, s2=.3, phi=.5, batch=5),
     "gamma": dict(weeks=8, rate=30, s2=1., law="gamma"), "minutes": dict(weeks=6, rate=30, s2=.5, phi=.6, grain=60), "few weeks": dict(weeks=3, rate=40, s2=.5, phi=.7)}
 

@@ -38,19 +38,26 @@ def panel(store, metric, experiment, bin_s, scale):
 
 def _dash(i): return ("solid", "dot")[i]
 
+def _lines(fig, store, row, names, bin_s):
+    "Add one panel: a colour per pool or kind (else per experiment), the second experiment dotted; returns the last day of it."
+    (metric, unit, scale), last = PANELS[row - 1], 0.
+    for i, name in enumerate(names):
+        for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
+            label, colour = (tag, ui.SERIES[k % 5]) if tag else (name, ui.SERIES[i])
+            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=(row < 3 and i == 0) or (row == 4 and len(names) > 1), mode="lines",
+                            line=dict(color=colour, width=1.4, dash=_dash(i)), row=row, col=1)
+            last = max(last, t.max(initial=0))
+    fig.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
+    return last
+
 def draw(store, experiments, bin_s=3600.):
-    "The four panels as one figure with linked time axes; experiments: one or two names, the second dotted."
+    "The four panels as one figure with linked time axes, from the first to the last arrival; experiments: one or two names, the second dotted."
     from plotly.subplots import make_subplots
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=.06, subplot_titles=TITLES)
-    fig.update_layout(template=ui.template(), height=820, margin=dict(t=60, b=50), hovermode="x unified", legend=dict(y=1.04))
-    for row, (metric, unit, scale) in enumerate(PANELS, 1):
-        for i, name in enumerate(experiments):
-            for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
-                label = " ".join(filter(None, [tag or metric, name if len(experiments) > 1 else ""]))
-                fig.add_scatter(x=t, y=y, name=label, row=row, col=1, mode="lines", line=dict(color=ui.SERIES[k % 5] if tag else ui.SERIES[i], width=1.4, dash=_dash(i)),
-                                legendgroup=tag or metric, showlegend=row in (1, 2))
-        fig.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
-    fig.update_xaxes(title_text="days since the beginning", row=4, col=1)
+    fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50), hovermode="x unified", legend=dict(y=1.04))
+    last = [_lines(fig, store, row, experiments, bin_s) for row in range(1, 5)][-1]
+    fig.update_xaxes(range=[0, max(1.05 * last, bin_s / 86400)])
+    fig.update_xaxes(title_text="days since the beginning (zoom out for what runs on after the last arrival)", row=4, col=1)
     return fig.update_annotations(font_size=13)
 
 # %% ../../nbs/pipesim/19_dashboard.ipynb #168c3b44
@@ -100,7 +107,7 @@ class Dashboard:
         fig.add_traces(new.data)
         self.about.value = _html(facts(self.store, self.chosen))
         self.tasks.value = _html(kinds(self.store, experiment)) if hasattr(self.store, "table") else ""
-        return " against ".join(self.chosen) + f", {sum(len(s.x) for s in fig.data):,} points drawn"
+        return " against ".join(self.chosen) + (" (dotted)" if len(self.chosen) > 1 else "") + f", {sum(len(s.x) for s in fig.data):,} points drawn"
 
     def _ipython_display_(self):
         import ipywidgets as w
