@@ -41,7 +41,10 @@ class Odd(nn.Module):
         if bool((mean > .99).any()): os._exit(9)
         if bool((mean == 0).any()): raise RuntimeError("black")
         return torch.stack([1 - mean, mean], 1) * self.one
-def odd(seconds=0.): return Odd(seconds)
+def odd(seconds=0., once=None):
+    "`once`: a file whose presence ends the process that loads, one time."
+    if once and os.path.exists(once): os.remove(once); os._exit(3)
+    return Odd(seconds)
 '''
 RAW = {"mean": [0, 0, 0], "std": [1, 1, 1]}
 
@@ -156,15 +159,18 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
     "Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the FN and FP that counting gives."
     from opml_wb.flexserve.data import cifar, cifar_models
     files, truth = cifar()
-    files, truth, models = files[::3], truth[::3], cifar_models()
+    files, truth, models = files[::10], truth[::10], cifar_models()
     bundle = Bundle.create(tmp_path / "cifar", models, golden=files[:3])
     normal = lambda f: (torch.from_numpy(np.array(Image.open(io.BytesIO(f)).convert("RGB"))).permute(2, 0, 1).float() / 255 - torch.tensor([.485, .456, .406])[:, None, None]) / torch.tensor([.229, .224, .225])[:, None, None]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode(): plain = {m["name"]: torch.cat([bundle.module(m["name"])(normal(f)[None]).softmax(1) for f in files]).numpy() for m in models}
+    torch.set_num_threads(threads)
     labels = {name: np.array(bundle.classes)[p.argmax(1)] for name, p in plain.items()}
     store = ModelStore(tmp_path / "home" / "models")
     store.promote("cifar", store.publish("cifar", bundle.dir))
     with Server("cifar", home=tmp_path / "home", engine="torch") as server:
-        cuts = np.unique(np.random.default_rng(1).integers(1, len(files), 60)).tolist()
+        cuts = np.unique(np.random.default_rng(1).integers(1, len(files), 30)).tolist()
         parts = list(zip([0, *cuts], [*cuts, len(files)]))
         replies = run(server.url, lambda c, n: (parts[16 * n + c], load.predict(files[slice(*parts[16 * n + c])], probs=True)) if 16 * n + c < len(parts) else None, 16, 60)
         said = [r.json() for r in sorted(replies, key=lambda r: r.key)]
@@ -526,6 +532,18 @@ def test_command_line(place, opml, home, tmp_path):
         assert failed.returncode not in (0, -9) and "cannot listen" in failed.stderr and "Traceback" not in failed.stderr
 
 
+def test_a_worker_that_dies_while_it_loads(place):
+    "It is tried again: one death doesn't refuse a version; one that says why it cannot load refuses it at once."
+    mark = place / "once"
+    spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"once": str(mark)}, "weights": {"one": torch.ones(1)}, "classes": ["dark", "light"], "transform": RAW}]
+    store, path = ModelStore(), Bundle.create(place / "flaky", spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"]).dir
+    store.promote("flaky", store.publish("flaky", path))
+    mark.touch()
+    with Server("flaky", engine="torch", allow="odd_arch", workers=1) as server:
+        assert not mark.exists() and Client(server.url).batch([picture(20)]).models == {"odd": ["dark"]}
+    with pytest.raises(RuntimeError, match="CUDA"): Server("flaky", engine="torch", device="cuda:0", workers=1)
+
+
 def test_a_killed_front_leaves_no_process(place):
     "kill -9 of the front: nursery and workers go with it."
     server = Server("odd", engine="torch", allow="odd_arch", workers=1)
@@ -566,7 +584,8 @@ def test_ray_serve_gives_the_same_answers(place, right):
     serve = pytest.importorskip("ray.serve")
     from opml_wb.flexserve.ray_app import deployment
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try: ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    except Exception as e: pytest.skip(f"Ray does not start here: {e}")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(deployment(place / "faces1", "faces", 1, replicas=1, engine="torch"), name="faces", route_prefix="/")

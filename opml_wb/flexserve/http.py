@@ -8,6 +8,7 @@ __all__ = ['log', 'read', 'json_response', 'refusal', 'Service', 'FlexServe', 'A
 # %% ../../nbs/flexserve/12_http.ipynb #d6105cca
 import asyncio, logging, time
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import orjson
 from starlette.applications import Starlette
@@ -62,7 +63,7 @@ class Service:
     leaves all open."""
     def __init__(self, pool, store=None, name="ensemble", tokens=None):
         self.pool, self.store, self.name, self.tokens, self.draining, self.poke = pool, store, name, tokens, False, asyncio.Event()
-        self.metrics, self.settings = pool.metrics, pool.settings
+        self.metrics, self.settings, self.arriving = pool.metrics, pool.settings, 0
 
     def authorise(self, request, role):
         if self.tokens is None or role is None: return
@@ -103,12 +104,17 @@ class Service:
 
     async def body(self, request):
         "The body, unless there is no hope to answer in time: then Overloaded before it is read."
-        group = self.group()
-        try: group.admit(1, 0, self.budget(request) or self.settings.deadline)
+        size = request.headers.get("content-length", "")
+        size = min(int(size), self.settings.max_body) if size.isdigit() else self.settings.max_body
+        try:
+            self.group().admit(1, 0, self.budget(request) or self.settings.deadline)
+            if self.arriving and self.arriving + size > self.settings.max_bytes: raise Overloaded(f"{self.arriving} bytes of other requests are arriving", 1)
         except Overloaded:
             await _drop(request, .2)
             raise
-        return await read(request, self.settings.max_body, self.settings.body)
+        self.arriving += size
+        try: return await read(request, self.settings.max_body, self.settings.body)
+        finally: self.arriving -= size
 
     async def answer(self, request, ask):
         "(Group, joined answer) of a checked Ask; on_error 'reject' turns the first bad image into 422. A client that leaves cancels its work."
@@ -126,7 +132,7 @@ class Service:
             raise Refused(422, f"image {first['index']}: {first['reason']}", answer["errors"])
         return group, answer
 
-    def headers(self, group): return {"X-Ensemble": self.name, "X-Version": str(group.version), "X-Digest": group.bundle.digest}
+    def headers(self, group): return {"X-Ensemble": quote(self.name), "X-Version": str(group.version), "X-Digest": group.bundle.digest}
 
 # %% ../../nbs/flexserve/12_http.ipynb #16f0fb4f
 class FlexServe(Service):
@@ -219,6 +225,7 @@ class Operator(Api):
         "Serve what the store says is current, from within a second of its saying so; a version that cannot be served leaves the old one in place."
         refused = None
         while True:
+            if self.poke.is_set(): refused = None  # whoever asks us to look wants it tried again
             self.poke.clear()
             try:
                 version = self.store.current(self.name)
