@@ -107,7 +107,9 @@ def one_pipeline(framework, rows, cols, seed):
     out[3].update(perf=validate(small, *held), bytes=len(pickle.dumps(small)))
     return out
 
-def grid(smallest=300, largest=30_000, n=6): return np.unique(np.geomspace(smallest, largest, n).astype(int))
+def grid(smallest=300, largest=30_000, n=6):
+    "n row counts (i8), equally far apart on a log scale."
+    return np.unique(np.geomspace(smallest, largest, n).astype(int))
 
 def calibrate(rows=None, cols=(8, 24), frameworks=FRAMEWORKS, repeats=2, seed=0, progress=iter):
     """Run every framework over a grid of sizes; DataFrame of task records, the order of runs at random, one thread, after a warm-up.
