@@ -753,3 +753,10 @@ def test_ten_thousand_fields_and_one():
     v = verdicts(AuditLog.from_wide(wide, "case", "n"))
     assert len(v) == 10_001 and (v.null_rate[1:] == .5).all() and (v.change_rate[1:] == 1).all()
     assert eligibility_matrix(AuditLog.from_wide(wide[["case", "n"]], "case", "n")).shape == (1, 1)
+
+
+def test_stock_papermill_reads_the_chapters_parameters(caplog):
+    pm = pytest.importorskip("papermill")
+    from conftest import ROOT
+    found = pm.inspect_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"))
+    assert found["state"]["default"] == '"state,Active"' and "Unable to parse" not in caplog.text
