@@ -216,6 +216,15 @@ def test_odd_paths_and_links(trace, here):
 
 
 @told
+def test_folders_move(trace, here):
+    "Written into a folder aside, which is then renamed: the files are made; a folder that was there is renamed."
+    (here / "old").mkdir(); (here / "old" / "x").write_text("1")
+    code = "import os\nos.mkdir('aside'); open('aside/model', 'w').write('1'); os.rename('aside', 'final'); os.rename('old', 'new')"
+    _, found = trace(*python(code))
+    assert [(e["op"], e["path"], e["to"]) for e in found["events"]] == [("created", f"{here}/final/model", None), ("renamed", f"{here}/old", f"{here}/new")]
+
+
+@told
 def test_failed_calls_leave_no_event(trace, here):
     (here / "there").write_text("1")
     (here / "kept").write_text("1")
@@ -346,8 +355,9 @@ def test_without_the_filter(trace, here, notebook):
 
 @told
 def test_off_and_no_nonsense(here, opml, notebook, monkeypatch):
-    done = opml("trace", "--", "true", cwd=here, env={"OPML_CAPTURE": "off"})
-    assert done.returncode == 0 and not Reader().runs.ls()
+    done = opml("trace", "--json", "--", "sh", "-c", "echo x; exit 2", cwd=here, env={"OPML_CAPTURE": "off"})
+    found = json.loads(done.stdout)
+    assert done.returncode == found["exit"] == 2 and found["capture"] == "off" and found["run"] is None and done.stderr == "x\n" and not Reader().runs.ls()
     done = opml("trace", "--json", "--", "true", cwd=here, env={"OPML_CAPTURE": "perhaps"})
     assert done.returncode == 2 and "expected auto or off" in done.stdout + done.stderr
 

@@ -53,7 +53,7 @@ def repository(folder):
 def _git(root, *words):
     "Output (bytes) of git in `root`; None when it fails."
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
-    try: done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, stdin=subprocess.DEVNULL, env=env, timeout=10)
+    try: done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, stdin=subprocess.DEVNULL, env=env, timeout=3)
     except (OSError, subprocess.SubprocessError): return None
     return done.stdout if done.returncode == 0 else None
 

@@ -16,9 +16,10 @@ except ImportError: fcntl = None  # Windows
 LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 # %% ../../nbs/provenance/01_syscalls.ipynb #bcb6f023
-X86 = dict(open=2, rename=82, creat=85, link=86, unlink=87, symlink=88, truncate=76, execve=59, openat=257, unlinkat=263, renameat=264,
-           linkat=265, symlinkat=266, renameat2=316, execveat=322, openat2=437)
-ARM = dict(unlinkat=35, symlinkat=36, linkat=37, renameat=38, truncate=45, openat=56, execve=221, renameat2=276, execveat=281, openat2=437)
+X86 = dict(open=2, rename=82, mkdir=83, creat=85, link=86, unlink=87, symlink=88, truncate=76, execve=59, openat=257, mkdirat=258,
+           unlinkat=263, renameat=264, linkat=265, symlinkat=266, renameat2=316, execveat=322, openat2=437)
+ARM = dict(mkdirat=34, unlinkat=35, symlinkat=36, linkat=37, renameat=38, truncate=45, openat=56, execve=221, renameat2=276,
+           execveat=281, openat2=437)
 ARCH = {"x86_64": (0xc000003e, 317, X86), "aarch64": (0xc00000b7, 277, ARM)}  # audit number, seccomp's own number, what is told
 FLAGGED = {"open": 1, "openat": 2}   # which argument has the flags
 UNTOLD = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", 0)

@@ -6,7 +6,8 @@
 __all__ = ['AUDITOR', 'script_of', 'request_of', 'watch', 'shown', 'trace', 'summary']
 
 # %% ../../nbs/provenance/09_trace.ipynb #c4e904a2
-import json, os, secrets, shutil, signal, sys, time
+import json, os, secrets, shutil, signal, subprocess, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -51,16 +52,22 @@ def _become(command, intake, folder, env, to_stderr):
     try:
         for sig in ("INT", "QUIT", "TERM", "HUP", "PIPE", "XFSZ"): signal.signal(signal.Signals[f"SIG{sig}"], signal.SIG_DFL)
         if to_stderr: os.dup2(2, 1)
-        first = {"facts": {**facts.machine(), **facts.person(), **facts.commit(os.getcwd()), "cwd": os.getcwd()}}
         order = {"began": float(env[log.RUN_T0]), "skip": engines_own(folder)}
-        try: tracer.enter(intake, folder, first, **order)
-        except syscalls.Unsupported: env.update(_fall_back(intake, folder, first, order))
+        first = {"facts": {**facts.machine(), **facts.person(), **facts.commit(os.getcwd()), "cwd": os.getcwd()}}
+        try: env.update(_be_watched(intake, folder, first, order))
+        except Exception: pass  # the command runs all the same; its stage says that it was not captured
         os.execvpe(command[0], command, env)
     except BaseException as e:
         missing = isinstance(e, FileNotFoundError)
         why = "command not found" if missing else getattr(e, "strerror", e)
         os.write(2, f"opml trace: {command[0]}: {why}\n".encode("utf-8", "backslashreplace"))
         os._exit(127 if missing else 126)
+
+def _be_watched(intake, folder, first, order):
+    "Enter the stage as well as can be; what the command's environment needs for it."
+    try: told = tracer.enter(intake, folder, first, **order)
+    except syscalls.Unsupported: told = False
+    return {} if told else _fall_back(intake, folder, first, order)
 
 def _fall_back(intake, folder, first, order):
     "inotify in the working directory, and the audit hook in each Python that starts; what its environment needs."
@@ -73,10 +80,16 @@ def _fall_back(intake, folder, first, order):
     return {"OPML_AUDIT": str(folder/JOURNAL), "PYTHONPATH": path}
 
 # %% ../../nbs/provenance/09_trace.ipynb #3f4ead12
-def _pass_signals(pid):
+@contextmanager
+def _passing_signals(pid):
     "Ctrl-C reaches the command by itself; what is sent to this process only, it passes on."
-    for sig in (signal.SIGINT, signal.SIGQUIT): signal.signal(sig, signal.SIG_IGN)
-    for sig in (signal.SIGTERM, signal.SIGHUP): signal.signal(sig, lambda number, frame: os.kill(pid, number))
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    given_on = lambda number, frame: os.kill(pid, number)
+    plan = {signal.SIGINT: signal.SIG_IGN, signal.SIGQUIT: signal.SIG_IGN, signal.SIGTERM: given_on, signal.SIGHUP: given_on}
+    before = {sig: signal.signal(sig, handler) for sig, handler in plan.items()}
+    try: yield
+    finally:
+        for sig, handler in before.items(): signal.signal(sig, handler)
 
 def _last_word(folder, request, code, seconds, usage):
     "Events, then `run.json`, of a command that ended with `code` (None: nobody saw it end); the provenance document."
@@ -110,14 +123,13 @@ def watch(command, to_stderr=False, log_here=True):
     used, the command still runs, `run` is None, and standard error says why."""
     command, began = [os.fspath(c) for c in command], time.monotonic()
     try: home, (folder, run_id), request = _begin(command)
-    except (StoreError, OSError) as e: return _unrecorded(command, e, to_stderr, began)
+    except (StoreError, OSError) as e: return {"error": _complain(e), **_plainly(command, to_stderr, began)}
     env = {**os.environ, log.RUN_T0: repr(began), **({log.RUN_DIR: str(folder)} if log_here else {})}
     intake, server, deputy = tracer.deputised(lambda: _orphaned(folder, request, began))
     pid = os.fork()
     if pid == 0: _become(command, intake, folder, env, to_stderr)
     intake.close()
-    _pass_signals(pid)
-    code, usage = _serve(server, pid, folder)
+    with _passing_signals(pid): code, usage = _serve(server, pid, folder)
     seconds = time.monotonic() - began
     try: doc = _last_word(folder, request, code, seconds, usage)
     except OSError as e: return {**_nothing(code, seconds), "error": _complain(e)}
@@ -153,13 +165,11 @@ def _complain(error):
     click.echo(f"opml trace: nothing is recorded: {words}", err=True)
     return words
 
-def _unrecorded(command, error, to_stderr, began):
-    "The home cannot be used: the command runs all the same."
-    import subprocess
-    words = _complain(error)
+def _plainly(command, to_stderr, began):
+    "Just run the command, unwatched."
     try: code = subprocess.call(command, stdout=2 if to_stderr else None)
     except OSError as e: click.echo(f"opml trace: {command[0]}: {e.strerror}", err=True); code = 127
-    return {**_nothing(128 - code if code < 0 else code, time.monotonic() - began), "error": words}
+    return _nothing(128 - code if code < 0 else code, time.monotonic() - began)
 
 def _index(home, folder):
     "Into the index; when that fails, the folder has all, and the next question takes it in."
@@ -179,16 +189,10 @@ def trace(as_json, kernel, command):
         from opml_wb.provenance.kernel import install
         return click.echo(f"installed in {install()}")
     if not command: raise click.UsageError("expected a command: opml trace -- python train.py")
-    if not wanted(): return _unwatched(command)
-    done = watch(command, to_stderr=as_json)
+    done = watch(command, to_stderr=as_json) if wanted() else _plainly(command, as_json, time.monotonic())
     if as_json: click.echo(json.dumps(done))
     elif done["run"]: click.echo(summary(done), err=True)
     return done["exit"]
-
-def _unwatched(command):
-    "OPML_CAPTURE=off: just the command."
-    import subprocess
-    return subprocess.call(command)
 
 def summary(done):
     "A line about a trace."
