@@ -20,7 +20,8 @@ REQUIRES = [
     "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20",
 ]
 VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
-PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "ciw>=3.2", "torchvision>=0.17", "litserve>=0.2.10", "flask>=3", "gunicorn>=22", "openlineage-python>=1"]
+PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "ciw>=3.2", "torchvision>=0.17", "litserve>=0.2.10", "flask>=3", "gunicorn>=22", "openlineage-python>=1",
+         "faiss-cpu>=1.8"]
 PG = ["psycopg[binary]>=3.1"]
 DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
 # nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
