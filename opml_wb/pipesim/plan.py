@@ -16,10 +16,11 @@ from .stats import load, rng_of
 from .workload import Workload
 
 # %% ../../nbs/pipesim/09_plan.ipynb #688e09db
-def _works(source, growth, replications, seed):
+def _works(source, growth, replications, horizon, seed):
     "{growth: a Workload for each replication}; nested, so that a larger growth has all the work of a smaller one."
     if isinstance(source, Workload): return {g: [source] if g == 1 else [source.scale(users=g, seed=seed + r) for r in range(replications)] for g in growth}
-    need(callable(source), "workload_or_model", source, "a Workload, or a function (users, rng) -> Workload")
+    if hasattr(source, "over"): source = source.over(horizon)
+    need(callable(source), "workload_or_model", source, "a Workload, a PipelineModel, or a function (users, rng) -> Workload")
     most = max(growth)
     drawn = [source(most, rng_of(seed, r)) for r in range(replications)]
     for w in drawn: need(isinstance(w, Workload), "workload_or_model(users, rng)", type(w).__name__, "a Workload")
@@ -56,17 +57,17 @@ def _rows(growth, works, platform, policy, slo):
     worst = max(gain, key=gain.get)
     return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, math.nan if slo is None else least_capacity(works, platform, n, slo, policy), bool(asked.stable[n])) for n in gain]
 
-def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replications=5, slo=None, *, policy="fifo", seed=0, jobs=1):
+def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replications=5, slo=None, *, policy="fifo", horizon=28 * 86400.0, seed=0, jobs=1):
     """What growth does to a platform: DataFrame, a row for each growth and pool.
 
-    workload_or_model: a Workload (scaled by `Workload.scale`) or a function (users, rng) -> Workload; growth: numbers of users, 1 = today; slo: s, p95 of waits to keep; jobs: threads. Columns: growth, pool, rho (mean
+    workload_or_model: a Workload (scaled by `Workload.scale`), a function (users, rng) -> Workload, or a PipelineModel, sampled for `horizon` s; growth: numbers of users, 1 = today; slo: s, p95 of waits to keep; jobs: threads. Columns: growth, pool, rho (mean
     load of the pool), wait_p50/p95 and exec_p50/p95 (pipelines' waits, and times from arrival to end, s, mean over replications), gain (s of mean wait saved by a tenth more of this pool, the same work), bottleneck (the pool
     with the largest gain, where there is one), min_capacity (units of this pool that keep the slo, others as they are; NaN: none does, or no slo), stable (rho < 1: else waits only say how long the trace was). Raises ValueError."""
     growth = [number(g, "growth") for g in growth]
     need(growth and min(growth) > 0, "growth", growth, "numbers > 0")
     need(int(replications) == replications and replications >= 1, "replications", replications, "a whole number >= 1")
     if slo is not None: number(slo, "slo")
-    works = _works(workload_or_model, growth, int(replications), seed)
+    works = _works(workload_or_model, growth, int(replications), number(horizon, "horizon"), seed)
     with ThreadPoolExecutor(jobs) as pool:
         rows = pool.map(lambda g: _rows(g, works[g], platform, policy, slo), growth)
         return pd.DataFrame([r for part in rows for r in part], columns=COLUMNS)

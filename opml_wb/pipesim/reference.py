@@ -100,11 +100,12 @@ class PythonEngine:
     """Simulates `w` (kernels.Work). `order`: i8 [T], the workload's task ids in the engine's order; `policy`: with a `round`, or None; `tasks`: the frame it sees."""
     def __init__(self, w, names, order, policy=None, tasks=None):
         self.w, self.policy, self.order, self.tasks, self.names = w, policy, order, tasks, names
-        for f in ("owner", "pool", "units", "key", "hold", "lone", "read", "write", "arrival", "first"): setattr(self, f, getattr(w, f).tolist())
-        n, self.csr = len(self.units), (w.child.tolist(), w.child_first.tolist())
         self.plain = policy is None and not (w.shared or w.backfill or len(w.model))
-        self.missing, self.left = np.bincount(w.child, minlength=n).tolist(), np.diff(w.first).tolist()
-        self.start, self.finish, self.ready, self.phase = [math.nan] * n, [math.nan] * n, [math.nan] * n, [0] * n
+        for f in ("pool", "units", "key", "hold", "arrival", "first"): setattr(self, f, getattr(w, f).tolist())
+        for f in ("owner", "lone", "read", "write"): setattr(self, f, [] if self.plain else getattr(w, f).tolist())
+        n, self.csr = len(self.units), (w.child.tolist(), w.child_first.tolist())
+        self.missing, self.left = np.bincount(w.child, minlength=n).tolist(), [] if self.plain else np.diff(w.first).tolist()
+        self.start, self.finish, self.ready, self.phase = [math.nan] * n, [math.nan] * n, [math.nan] * n, [] if self.plain else [0] * n
         self.arrivals, self.arrived = w.by_arrival.tolist(), 0
         self.steps, self.stepped = list(zip(w.step_t.tolist(), w.step_pool.tolist(), w.step_cap.tolist())), 0
         self.events, self.stash, self.touched, self.done, self.now = [], [], set(), 0, 0.0

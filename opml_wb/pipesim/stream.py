@@ -120,7 +120,7 @@ def _write_part(out, carry, chunk):
     import pyarrow as pa, pyarrow.parquet as pq
     _, work, (ready, start, finish), _ = chunk
     wait, end = np.bincount(work.pipeline, start - ready, len(work)), np.full(len(work), -np.inf)
-    np.maximum.at(end, work.pipeline, finish)
+    with np.errstate(invalid="ignore"): np.maximum.at(end, work.pipeline, finish)
     for name, columns in dict(tasks=dict(ready=ready, start=start, finish=finish), pipelines=dict(arrival=work.arrival, wait=wait, response=end - work.arrival)).items():
         _put(out/f"{name}-{carry.parts:06d}.parquet", lambda part: pq.write_table(pa.table(columns), part, compression="zstd"))
     carry.parts, carry.waits = carry.parts + 1, carry.waits + float(np.nansum(wait))

@@ -52,7 +52,7 @@ class Trace:
     def finished(self):
         "f8 [P]: when a pipeline's last task ended, s."
         out = np.full(len(self.workload), -np.inf)
-        np.maximum.at(out, self.workload.pipeline, self.finish)
+        with np.errstate(invalid="ignore"): np.maximum.at(out, self.workload.pipeline, self.finish)
         return out
 
     @property
