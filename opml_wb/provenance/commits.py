@@ -206,7 +206,7 @@ def _horizon(table, before, retention_hours):
 def _settled(table, version):
     "(rows of the log that versions from `version` on need, how many others there are)."
     import pyarrow as pa, pyarrow.dataset as ds
-    meta, features = table.meta, list(table.types)
+    meta, features = table.meta, [*table.types, "_known_from"]
     old = table.scan(features, where=ds.field("_version") <= version)
     kept = pa.concat_tables([newest(old, meta["keys"], meta["event_time"]), table.scan(features, where=ds.field("_version") > version)])
     return kept.sort_by([(meta["event_time"], "ascending"), ("_version", "ascending")]), table.dataset().count_rows() - len(kept)

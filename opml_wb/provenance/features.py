@@ -133,7 +133,7 @@ class FeatureStore(_Reads):
         at = instants(labels[t], t)
         top = pc.max(at).as_py() if len(at) else None
         if isinstance(known, str): _known_then(table, at)
-        rows = table.scan(columns, None if isinstance(known, str) else known, None if top is None else ds.field(time) <= top)
+        rows = table.scan([*columns, "_known_from"], None if isinstance(known, str) else known, None if top is None else ds.field(time) <= top)
         self._touched("read", table)
         log, codes = _log(rows, time), _codes(rows.select(keys).to_pandas(), labels[keys], keys)
         k = _micros(at) if isinstance(known, str) else np.full(len(at), np.iinfo(np.int64).max)

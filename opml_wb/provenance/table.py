@@ -232,14 +232,14 @@ class Table(_Written):
     def scan(self, columns=(), known_at=None, where=None):
         """The rows of the log that were known at `known_at` (Timestamp; None: all), as an arrow table.
 
-        `columns`: beside keys, event time and the reserved ones; `where`: a dataset expression. Raises HistoryError."""
+        `columns`: beside keys, event time, `_version` and `_op`; `where`: a dataset expression. Raises HistoryError."""
         import pyarrow.dataset as ds
         meta = self.meta
         if known_at is not None:
             self.readable(known_at, meta)
             then = ds.field("_known_from") <= known_at.to_pydatetime()
             where = then if where is None else where & then
-        names = dict.fromkeys([*meta["keys"], meta["event_time"], *columns, *RESERVED])
+        names = dict.fromkeys([*meta["keys"], meta["event_time"], *columns, "_version", "_op"])
         try: return self.dataset().to_table(columns=list(names), filter=where)
         except FileNotFoundError as e:
             raise HistoryError(f"{self.path.name}: a file of this version was removed while it was read ({e}); read again") from e
