@@ -159,7 +159,8 @@ class Interpreter:
 
     def _rename(self, thread, a):
         source, to = self.place(thread, a[0], a[1]), self.place(thread, a[2], a[3])
-        if source and to and source[1] and to[1] and a[4] & 2: return {"o": "w", "p": to[0], "s": mark_of(to[1])}  # they change places
+        swap = source and to and source[1] and to[1] and a[4] & 2
+        if swap: return {"o": "w", "p": to[0], "s": mark_of(to[1])}
         return renamed(source, to, bool(a[4] & 1), thread)
 
     def _link(self, thread, a):
@@ -186,7 +187,7 @@ class Interpreter:
 # %% ../../nbs/provenance/04_session.ipynb #ea25522c
 CWD, NONE = "the working directory", "no flags"
 NEWER = {"unlink": (CWD, 0, NONE), "rename": (CWD, 0, CWD, 1, NONE), "link": (CWD, 0, CWD, 1, NONE), "symlink": (0, CWD, 1),
-         "truncate": (CWD, 0), "execve": (CWD, 0), "mkdir": (CWD, 0)}  # where the newer form `...at` of a call has the older one's arguments
+         "truncate": (CWD, 0), "execve": (CWD, 0), "mkdir": (CWD, 0)}  # where a call's newer form `...at` has the older one's arguments
 
 def _with_folders(call, a):
     "The arguments of an older `call` as its newer form has them."
