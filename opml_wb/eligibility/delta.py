@@ -8,18 +8,19 @@ __all__ = ['from_delta']
 # %% ../../nbs/eligibility/04_delta.ipynb #4df494ce
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, _grouped, _order_key, _pandas, _present, _several, _times, finish, mapping
+from .auditlog import AuditLog, _pandas, _present, finish
+from .order import grouped, mapping, order_key, several, times_of
 from .encode import NAT, NULL, column, encode, means_null
 from .kernels import carry
 
 # %% ../../nbs/eligibility/04_delta.ipynb #c41448a1
 def _placed(df, case, time, order, dates, issues):
     "(permutation, case codes int64 [n] in that order, case keys, times) of rows put in order by case, then order or time."
-    which, cases = _grouped(df.__getitem__, case, NULL)
-    times = _times(df.__getitem__, time, dates)
+    which, cases = grouped(df.__getitem__, case, NULL)
+    times = times_of(df.__getitem__, time, dates)
     if (times == NAT).any() and order is None:
         raise ValueError(f"time {time!r}: row {int((times == NAT).argmax())} has none; name an order=")
-    key = times if order is None else _order_key(df[order], dates.get(order), order, issues)
+    key = times if order is None else order_key(df[order], dates.get(order), order, issues)
     perm = np.lexsort((key, which))
     tie = (which[perm][1:] == which[perm][:-1]) & (key[perm][1:] == key[perm][:-1])
     return perm, which[perm], cases, times[perm], tie
@@ -111,7 +112,7 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
     states before the first update (else unknown, and windows leave those cases out). dates, by_time, planned: as for `from_wide`. Raises
     ValueError naming column, row or value."""
     df, current = _pandas(df), None if current is None else _pandas(current)
-    null, planned = [null] if pd.api.types.is_scalar(null) else list(null), _several(planned, list(df))
+    null, planned = [null] if pd.api.types.is_scalar(null) else list(null), several(planned, list(df))
     dates, by_time = mapping(dates, "dates"), mapping(by_time, "by_time")
     for c in (case, time, field, old, new, order):
         if c is not None: column(c, list(df))
@@ -130,7 +131,7 @@ def from_delta(df, case, time, field=None, old=None, new=None, order=None, null=
 # %% ../../nbs/eligibility/04_delta.ipynb #0e16815a
 def _created(current, case, created, dates, cases):
     "Microseconds at which each of `cases` was created, NAT where the present table doesn't say."
-    times = _times(current.__getitem__, column(created, list(current)), dates)
+    times = times_of(current.__getitem__, column(created, list(current)), dates)
     return pd.Series(times, index=_present(current, case, cases).index).reindex(cases, fill_value=NAT).to_numpy()
 
 AuditLog.from_delta = staticmethod(from_delta)

@@ -9,7 +9,8 @@ __all__ = ['join']
 from dataclasses import replace
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, _pandas, _several
+from .auditlog import AuditLog, _pandas
+from .order import several
 from .encode import NAT, NULL, column, dates_of, encode, linked
 
 # %% ../../nbs/eligibility/06_join.ipynb #3796047d
@@ -52,7 +53,7 @@ def join(log, table, on, prefix=None, key=None, time=None, fmt=None, null=NULL, 
     key or value."""
     table, key, prefix = _pandas(table), on if key is None else key, f"{on}." if prefix is None else prefix
     i = log.at(on)
-    planned = _several(planned, list(table))
+    planned = several(planned, list(table))
     for c in (key, *planned, *([] if time is None else [time])): column(c, list(table), "column of the table")
     if time is not None and log.time is None: raise ValueError("time: the log has no times; read it with time=")
     fields = [c for c in table if c not in (key, time)]

@@ -9,7 +9,7 @@ __all__ = ['deal', 'read_samples', 'agreement', 'attainable', 'sample']
 from numbers import Real
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, timed
+from .auditlog import timed
 from .encode import NAT, share, whole
 from .pairs import count_pairs, wilson
 from .scan import CHANGED, FILLED, NULL, ratio, scan

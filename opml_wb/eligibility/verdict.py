@@ -11,10 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 from . import kernels
-from .auditlog import _several, a_log
+from .auditlog import a_log
+from .order import several
 from .encode import share
 from .pairs import PairCounts, count_pairs, pair_verdicts, unsure, wilson
-from .scan import CHANGED, DATED, DRIFTED, FILLED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, rows_at, scan
+from .scan import DATED, DRIFTED, FUTURE, LATER, MANY, NULL, Scan, known_at, ratio, rows_at, scan
 
 # %% ../../nbs/eligibility/09_verdict.ipynb #4d104492
 DAYS = 8   # fewer days than this say nothing of their spread
@@ -92,7 +93,7 @@ def masked(log, fields=None):
 
     fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises
     ValueError for others."""
-    codes, found = a_log(log).codes.copy(), backfilled(log) if fields is None else _several(fields, log.fields)
+    codes, found = a_log(log).codes.copy(), backfilled(log) if fields is None else several(fields, log.fields)
     if fields is None: found += [f for f, date in log.by_time.items() if date in found and f not in found]
     for f in found:
         if (known := known_at(log, f)) is None: raise ValueError(f"masked: {f!r} has no date; name one in by_time={{{f!r}: date}}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree.ElementTree import ParseError, iterparse
 import numpy as np
 import pandas as pd
-from .auditlog import AuditLog, build, finish
+from .auditlog import AuditLog, build
 
 # %% ../../nbs/eligibility/05_xes.ipynb #470447b3
 CAST = {"string": str, "id": str, "int": int, "float": float, "boolean": lambda v: v.lower() == "true"}
