@@ -35,6 +35,8 @@ class Answer:
     verdict: Verdict | None
     flops: int
 
+    def __iter__(self): return iter((self.labels, self.probs))      # labels, probs = engine.infer(images)
+
 # %% ../../nbs/flexserve/06_engine.ipynb #b35d2e8c
 def _choose(bundle, engine, device):
     "(kind: torch, onnx or onnx-int8, why, proof or None)"

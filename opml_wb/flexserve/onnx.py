@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.data import sha256
 from ..core.folder import home, read_json, write_json
 from .bundle import Bundle, BundleError, by_shape
 from .images import Transform
@@ -136,7 +137,14 @@ def _child(folder, kind, allow, part):
 
 def _main(folder, kind, allow, part):
     part = Path(part)
-    write_json(part/PROOF, convert(Bundle.load(folder, json.loads(allow)), kind, part))
+    proof = convert(Bundle.load(folder, json.loads(allow)), kind, part)
+    write_json(part/PROOF, {**proof, "files": {f.name: sha256(f) for f in part.glob("*.onnx")}})
+
+def _kept(goal):
+    "The proof in folder `goal`, if there is one and its graphs are those that it was made of."
+    proof = read_json(goal/PROOF, None)
+    if proof and all((goal/f).is_file() and sha256(goal/f) == h for f, h in proof["files"].items()): return proof
+    shutil.rmtree(goal, ignore_errors=True)
 
 def prepare(bundle, kind="onnx"):
     """The proof that `bundle` may run on ONNX Runtime, `{kind, ok, why, images, models: {name: {agreement, max_diff, speedup}}}`; made if
@@ -144,7 +152,7 @@ def prepare(bundle, kind="onnx"):
 
     `kind`: onnx or onnx-int8. Takes seconds at the first call, in a child process. Raises BundleError when the conversion fails."""
     goal = place(bundle, kind)
-    if (found := read_json(goal/PROOF, None)) is not None: return found
+    if found := _kept(goal): return found
     n = len(bundle.golden()[0])
     if n < (4 if kind == "onnx-int8" else 1):
         raise BundleError(f"{kind}: needs a golden set to prove itself on, and the bundle has {n} pictures")
