@@ -71,10 +71,12 @@ def place(tmp_path_factory):
     for seed in (1, 2):
         torch.manual_seed(seed)
         names = ("mlp", "convnet") if seed == 1 else ("mlp", "patch_mixer")
-        spec = [{"name": n, "arch": f"opml_wb.flexserve.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["no", "yes"], "provenance": {"seed": seed}} for n in names]
+        spec = [{"name": n, "arch": f"opml_wb.flexserve.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["no", "yes"],
+                 "provenance": {"seed": seed}} for n in names]
         store.publish("faces", Bundle.create(folder / f"faces{seed}", spec, golden=PICTURES[:4], name="faces").dir)
     for name, seconds in (("odd", 0.), ("slow", .02)):
-        spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"seconds": seconds}, "weights": {"one": torch.ones(1)}, "classes": ["dark", "light"], "transform": RAW}]
+        spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"seconds": seconds}, "weights": {"one": torch.ones(1)},
+                 "classes": ["dark", "light"], "transform": RAW}]
         store.publish(name, Bundle.create(folder / name, spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"]).dir)
         store.promote(name, 1)
     store.promote("faces", 1)
@@ -142,7 +144,8 @@ def test_policies_over_http(faces, right, place):
     "Verdicts over HTTP are those of the policy applied to the raw answers; lazy ones too, and leave cells unasked."
     client = settle(faces)
     rows = np.array([right[1]["mlp"], right[1]["convnet"]], object)
-    for spec in ({"kind": "or", "target": "yes"}, {"kind": "and", "target": "yes"}, {"kind": "k_of_n", "k": 2, "target": "yes"}, {"kind": "weighted", "target": "yes", "weights": {"mlp": 3, "convnet": 1}, "threshold": .5}):
+    for spec in ({"kind": "or", "target": "yes"}, {"kind": "and", "target": "yes"}, {"kind": "k_of_n", "k": 2, "target": "yes"},
+                 {"kind": "weighted", "target": "yes", "weights": {"mlp": 3, "convnet": 1}, "threshold": .5}):
         want = Policy.parse(spec).apply(rows, None, models=["mlp", "convnet"], classes=["no", "yes"]).result.tolist()
         for lazy in (False, True):
             answer = client.batch(PICTURES, policy=spec, lazy=lazy)
@@ -156,15 +159,18 @@ def test_policies_over_http(faces, right, place):
 @pytest.mark.slow
 @pytest.mark.skipif("OPML_DATA" not in os.environ, reason="needs OPML_DATA: CIFAR-10 networks and pictures of FlexServe")
 def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
-    "Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the FN and FP that counting gives."
+    """Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the
+    FN and FP that counting gives."""
     from opml_wb.flexserve.data import cifar, cifar_models
     files, truth = cifar()
     files, truth, models = files[::10], truth[::10], cifar_models()
     bundle = Bundle.create(tmp_path / "cifar", models, golden=files[:3])
-    normal = lambda f: (torch.from_numpy(np.array(Image.open(io.BytesIO(f)).convert("RGB"))).permute(2, 0, 1).float() / 255 - torch.tensor([.485, .456, .406])[:, None, None]) / torch.tensor([.229, .224, .225])[:, None, None]
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([.485, .456, .406], [.229, .224, .225]))
+    normal = lambda f: (torch.from_numpy(np.array(Image.open(io.BytesIO(f)).convert("RGB"))).permute(2, 0, 1).float() / 255 - mean) / std
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.inference_mode(): plain = {m["name"]: torch.cat([bundle.module(m["name"])(normal(f)[None]).softmax(1) for f in files]).numpy() for m in models}
+    with torch.inference_mode():
+        plain = {m["name"]: torch.cat([bundle.module(m["name"])(normal(f)[None]).softmax(1) for f in files]).numpy() for m in models}
     torch.set_num_threads(threads)
     labels = {name: np.array(bundle.classes)[p.argmax(1)] for name, p in plain.items()}
     store = ModelStore(tmp_path / "home" / "models")
@@ -172,7 +178,8 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
     with Server("cifar", home=tmp_path / "home", engine="torch") as server:
         cuts = np.unique(np.random.default_rng(1).integers(1, len(files), 30)).tolist()
         parts = list(zip([0, *cuts], [*cuts, len(files)]))
-        replies = run(server.url, lambda c, n: (parts[16 * n + c], load.predict(files[slice(*parts[16 * n + c])], probs=True)) if 16 * n + c < len(parts) else None, 16, 60)
+        replies = run(server.url, lambda c, n: (parts[16 * n + c], load.predict(files[slice(*parts[16 * n + c])], probs=True))
+                      if 16 * n + c < len(parts) else None, 16, 60)
         said = [r.json() for r in sorted(replies, key=lambda r: r.key)]
         assert list(said[0]["models"]) == ["resnet20", "resnet32", "resnet44", "resnet56"]
         for name, p in plain.items():
@@ -183,7 +190,8 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
             assert abs((mine == truth).mean() - (labels[name] == truth).mean()) <= close.mean()
         votes, cat, client = sum((row == "cat").astype(int) for row in labels.values()), truth == "cat", Client(server.url)
         mean = np.mean(list(plain.values()), 0)[:, bundle.classes.index("cat")]
-        for spec, seen in [({"kind": "k_of_n", "k": k}, votes >= k) for k in (1, 2, 3, 4)] + [({"kind": "mean_prob", "threshold": t}, mean >= t) for t in (.1, .3, .5)]:
+        for spec, seen in [({"kind": "k_of_n", "k": k}, votes >= k)
+                           for k in (1, 2, 3, 4)] + [({"kind": "mean_prob", "threshold": t}, mean >= t) for t in (.1, .3, .5)]:
             result = np.array(client.batch(files, policy={**spec, "target": "cat"}).policy["result"])
             assert (int((cat & ~result).sum()), int((~cat & result).sum())) == (int((cat & ~seen).sum()), int((~cat & seen).sum())), spec
 
@@ -191,7 +199,8 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
 def ask(url, method, path, body=b"", **headers):
     "(status, headers, body) of one exchange on a connection of its own."
     at = url.rpartition(":")[2]
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + "".join(f"{k.replace('_', '-')}: {v}\r\n" for k,
+                                                                                     v in headers.items())
     if "Transfer_Encoding" not in headers and "Content_Length" not in headers: head += f"Content-Length: {len(body)}\r\n"
     with socket.create_connection(("127.0.0.1", int(at)), 20) as s:
         try: s.sendall(head.encode("latin1") + b"\r\n" + body)
@@ -218,7 +227,8 @@ def bomb():
     "A PNG that says it has 60,000 x 60,000 pixels."
     import struct, zlib
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0,
+                                                             0)) + chunk(b"IDAT", zlib.compress(b"0" * 1000)) + chunk(b"IEND", b"")
 
 
 def js(**fields): return json.dumps({"images": [{"b64": base64.b64encode(FILES[0]).decode()}], **fields}).encode()
@@ -227,17 +237,25 @@ def js(**fields): return json.dumps({"images": [{"b64": base64.b64encode(FILES[0
 B64 = base64.b64encode(FILES[0]).decode()
 CAT = {"kind": "or", "target": "yes"}
 PREDICT = [  # JSON bodies of /v1/predict and the answer's code
-    (js(), 200), (js(policy=CAT), 200), (js(policy=CAT, lazy=True, probs=True), 200), (js(models=["mlp"]), 200), (js(version=1), 200), (js(provenance="full"), 200),
+    (js(), 200), (js(policy=CAT), 200), (js(policy=CAT, lazy=True, probs=True), 200), (js(models=["mlp"]), 200), (js(version=1), 200),
+           (js(provenance="full"), 200),
     (json.dumps({"images": [{"b64": B64, "id": "a"}, {"b64": B64, "id": "a"}]}).encode(), 200),
-    (b"{", 400), (b"\xff\xfe", 400), (b"[" * 9999, 400), (b"[]", 422), (b"{}", 422), (b'{"images": []}', 422), (b'{"images": [{"b64": "*"}]}', 400), (b'{"images": [{"b64": ""}]}', 422),
-    (b'{"images": ["x"]}', 422), (js(colour=1), 422), (js(policy={"kind": "best", "target": "yes"}), 422), (js(policy={"kind": "or", "target": "cow"}), 422), (js(policy={"kind": "or"}), 422),
-    (js(policy={"kind": "k_of_n", "k": -1, "target": "yes"}), 422), (js(policy={"kind": "k_of_n", "k": 3, "target": "yes"}), 422), (js(policy={"kind": "k_of_n", "k": 10**30, "target": "yes"}), 422),
-    (js(policy={"kind": "threshold", "threshold": 7, "target": "yes"}), 422), (js(policy={"kind": "weighted", "weights": {"mlp": 0, "convnet": 0}, "threshold": .5, "target": "yes"}), 422),
-    (js(policy={"kind": "threshold", "threshold": "much", "target": "yes"}), 422), (js(policy=CAT | {"models": ["tree"]}), 422), (js(models=["tree"]), 422), (js(models="mlp\0"), 422), (js(version=99), 404), (js(version=10**40), 404),
-    (js(deadline_ms=0), 422), (js(lazy=True), 422), (js(policy=7), 422), (js(on_error="maybe"), 422), (b'{"images": [], "deadline_ms": NaN}', 400)]
+    (b"{", 400), (b"\xff\xfe", 400), (b"[" * 9999, 400), (b"[]", 422), (b"{}", 422), (b'{"images": []}', 422),
+           (b'{"images": [{"b64": "*"}]}', 400), (b'{"images": [{"b64": ""}]}', 422),
+    (b'{"images": ["x"]}', 422), (js(colour=1), 422), (js(policy={"kind": "best", "target": "yes"}), 422),
+           (js(policy={"kind": "or", "target": "cow"}), 422), (js(policy={"kind": "or"}), 422),
+    (js(policy={"kind": "k_of_n", "k": -1, "target": "yes"}), 422), (js(policy={"kind": "k_of_n", "k": 3, "target": "yes"}), 422),
+           (js(policy={"kind": "k_of_n", "k": 10**30, "target": "yes"}), 422),
+    (js(policy={"kind": "threshold", "threshold": 7, "target": "yes"}), 422),
+           (js(policy={"kind": "weighted", "weights": {"mlp": 0, "convnet": 0}, "threshold": .5, "target": "yes"}), 422),
+    (js(policy={"kind": "threshold", "threshold": "much", "target": "yes"}), 422), (js(policy=CAT | {"models": ["tree"]}), 422),
+           (js(models=["tree"]), 422), (js(models="mlp\0"), 422), (js(version=99), 404), (js(version=10**40), 404),
+    (js(deadline_ms=0), 422), (js(lazy=True), 422), (js(policy=7), 422), (js(on_error="maybe"), 422),
+           (b'{"images": [], "deadline_ms": NaN}', 400)]
 PARTS = [  # one part of a multipart /batch and the answer's code
     (b"", 422), (b"garbage" * 99, 422), (FILES[0][:-40], 422), (bomb(), 422), (b"\x80\x04.", 422), (b"%!PS-Adobe-3.0 EPSF-3.0\n", 422),
-    (image("L"), 200), (image("RGBA"), 200), (image("LA"), 200), (image("P"), 200), (image("I;16"), 200), (image("CMYK", kind="JPEG"), 200), (image("1"), 200), (animated(), 200),
+    (image("L"), 200), (image("RGBA"), 200), (image("LA"), 200), (image("P"), 200), (image("I;16"), 200), (image("CMYK", kind="JPEG"), 200),
+         (image("1"), 200), (animated(), 200),
     (image("RGB", kind="BMP"), 200), (image("RGB", kind="WEBP"), 200)]
 
 
@@ -256,7 +274,8 @@ def test_pictures(faces):
     for data, code in PARTS:
         began = time.perf_counter()
         request = load.form([FILES[0], data])
-        status, _, answer = ask(faces.url, "POST", "/batch", request.partition(b"\r\n\r\n")[2], Content_Type="multipart/form-data; boundary=load")
+        status, _, answer = ask(faces.url, "POST", "/batch", request.partition(b"\r\n\r\n")[2],
+                                Content_Type="multipart/form-data; boundary=load")
         assert status == code, (data[:30], status, answer)
         if code == 422: assert [e["index"] for e in json.loads(answer)["errors"]] == [1] and time.perf_counter() - began < 3
 
@@ -267,15 +286,24 @@ def test_odd_requests(faces):
     multi = {"Content_Type": "multipart/form-data; boundary=load"}
     body = load.form([FILES[0]]).partition(b"\r\n\r\n")[2]
     other = body.replace(b'name="file"', b'name="image"')
-    cases = [("POST", "/batch", b"", {}, 415), ("POST", "/batch", b"{}", {"Content_Type": "application/json"}, 415), ("POST", "/batch", b"", multi, 400), ("POST", "/batch", body[:-9], multi, 400),
-             ("POST", "/batch", other, multi, 422), ("POST", "/batch", body, {"Content_Type": "multipart/form-data"}, 400), ("POST", "/classify", load.form(FILES[:2]).partition(b"\r\n\r\n")[2], multi, 422),
-             ("POST", "/batch", load.form(FILES[:1] * 300).partition(b"\r\n\r\n")[2], multi, 413), ("POST", "/v1/predict", FILES[0], {"Content_Type": "application/octet-stream"}, 200),
-             ("POST", "/v1/predict?policy=or&target=yes&lazy=1", FILES[0], {"Content_Type": "image/png"}, 200), ("POST", "/v1/predict?policy=threshold&target=yes&threshold=nan", FILES[0], {"Content_Type": "image/png"}, 422),
-             ("POST", "/v1/predict?policy=k_of_n&target=yes&k=99999999999999999999", FILES[0], {"Content_Type": "image/png"}, 422), ("POST", "/v1/predict?k=1&k=2", FILES[0], {"Content_Type": "image/png"}, 422),
-             ("POST", "/v1/predict?models=mlp%00", FILES[0], {"Content_Type": "image/png"}, 422), ("POST", "/v1/predict?models=%ff", FILES[0], {"Content_Type": "image/png"}, 422),
-             ("POST", "/v1/predict", FILES[0], {"Content_Type": "text/html"}, 415), ("POST", "/v1/predict", FILES[0], {"Content_Type": "image/png", "X_Deadline_Ms": "soon"}, 422),
-             ("GET", "/batch", b"", {}, 405), ("PUT", "/batch", b"", {}, 405), ("HEAD", "/models", b"", {}, 405), ("OPTIONS", "/v1/predict", b"", {}, 405), ("GET", "/nowhere", b"", {}, 404),
-             ("POST", "/v1/pin", b'{"version": 99}', {"Content_Type": "application/json"}, 404), ("POST", "/v1/pin", b'{"version": "x"}', {"Content_Type": "application/json"}, 422), ("POST", "/v1/pin", b"{}", {}, 415)]
+    cases = [("POST", "/batch", b"", {}, 415), ("POST", "/batch", b"{}", {"Content_Type": "application/json"}, 415),
+             ("POST", "/batch", b"", multi, 400), ("POST", "/batch", body[:-9], multi, 400),
+             ("POST", "/batch", other, multi, 422), ("POST", "/batch", body, {"Content_Type": "multipart/form-data"}, 400),
+             ("POST", "/classify", load.form(FILES[:2]).partition(b"\r\n\r\n")[2], multi, 422),
+             ("POST", "/batch", load.form(FILES[:1] * 300).partition(b"\r\n\r\n")[2], multi, 413),
+             ("POST", "/v1/predict", FILES[0], {"Content_Type": "application/octet-stream"}, 200),
+             ("POST", "/v1/predict?policy=or&target=yes&lazy=1", FILES[0], {"Content_Type": "image/png"}, 200),
+             ("POST", "/v1/predict?policy=threshold&target=yes&threshold=nan", FILES[0], {"Content_Type": "image/png"}, 422),
+             ("POST", "/v1/predict?policy=k_of_n&target=yes&k=99999999999999999999", FILES[0], {"Content_Type": "image/png"}, 422),
+             ("POST", "/v1/predict?k=1&k=2", FILES[0], {"Content_Type": "image/png"}, 422),
+             ("POST", "/v1/predict?models=mlp%00", FILES[0], {"Content_Type": "image/png"}, 422),
+             ("POST", "/v1/predict?models=%ff", FILES[0], {"Content_Type": "image/png"}, 422),
+             ("POST", "/v1/predict", FILES[0], {"Content_Type": "text/html"}, 415),
+             ("POST", "/v1/predict", FILES[0], {"Content_Type": "image/png", "X_Deadline_Ms": "soon"}, 422),
+             ("GET", "/batch", b"", {}, 405), ("PUT", "/batch", b"", {}, 405), ("HEAD", "/models", b"", {}, 405),
+             ("OPTIONS", "/v1/predict", b"", {}, 405), ("GET", "/nowhere", b"", {}, 404),
+             ("POST", "/v1/pin", b'{"version": 99}', {"Content_Type": "application/json"}, 404),
+             ("POST", "/v1/pin", b'{"version": "x"}', {"Content_Type": "application/json"}, 422), ("POST", "/v1/pin", b"{}", {}, 415)]
     for method, path, data, headers, code in cases:
         status, _, answer = ask(faces.url, method, path, data, **headers)
         assert status == code, (method, path, headers, status, answer[:300])
@@ -291,7 +319,8 @@ def test_sizes_and_slow_clients(faces):
     chunks = b"".join(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" for _ in range(66)) + b"0\r\n\r\n"
     assert ask(faces.url, "POST", "/v1/predict", chunks, Content_Type="image/png", Transfer_Encoding="chunked")[0] == 413
     began = time.monotonic()
-    assert ask(faces.url, "POST", "/v1/predict", b"half", Content_Type="image/png", Content_Length="9000")[0] == 408 and time.monotonic() - began < 10
+    assert ask(faces.url, "POST", "/v1/predict", b"half", Content_Type="image/png",
+               Content_Length="9000")[0] == 408 and time.monotonic() - began < 10
     with socket.create_connection(("127.0.0.1", int(faces.url.rpartition(":")[2])), 20) as s:
         began = time.monotonic()
         try:
@@ -330,12 +359,14 @@ def test_open_inference_protocol_by_tritonclient(faces, right):
             given.set_data_from_numpy(np.array(data, object), binary_data=binary)
             asked = [triton.InferRequestedOutput(n, binary_data=binary) for n in ("mlp", "convnet", "mlp:probs")]
             answer = client.infer("faces", [given], outputs=asked, request_id="7")
-            for name in ("mlp", "convnet"): assert [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy(name)] == right[1][name][:20]
+            for name in ("mlp", "convnet"):
+                assert [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy(name)] == right[1][name][:20]
             assert answer.as_numpy("mlp:probs").shape == (20, 2) and answer.get_response()["id"] == "7"
         tensor = triton.InferInput("images", [20, 24, 24, 3], "UINT8")
         tensor.set_data_from_numpy(np.stack(PICTURES[:20]))
         said = client.infer("mlp", [tensor], parameters={"policy": "or", "target": "yes"})
-        assert [v.decode() for v in said.as_numpy("label")] == right[1]["mlp"][:20] and said.as_numpy("policy_result").tolist() == [v == "yes" for v in right[1]["mlp"][:20]]
+        assert [v.decode() for v in said.as_numpy("label")] == right[1]["mlp"][:20]
+        assert said.as_numpy("policy_result").tolist() == [v == "yes" for v in right[1]["mlp"][:20]]
         with pytest.raises(triton.InferenceServerException, match="no model"): client.infer("tree", [tensor])
 
 
@@ -343,12 +374,17 @@ def test_bad_tensors(faces):
     "Shapes that don't fit, other types, huge dimensions: 400."
     settle(faces)
     def tensor(**how): return {"inputs": [{"name": "images", "shape": [1, 2, 2, 3], "datatype": "UINT8", "data": [0] * 12} | how]}
-    for change, code in (({}, 200), ({"shape": [1, 2, 2, 4]}, 400), ({"shape": [-1, 2, 2, 3]}, 400), ({"shape": [2**40, 2**40, 2**40, 3]}, 400), ({"shape": "x"}, 400), ({"datatype": "FP64"}, 400), ({"data": [256] * 12}, 400),
-                         ({"data": ["x"] * 12}, 400), ({"datatype": "FP32", "data": [2.] * 12}, 400), ({"datatype": "BYTES"}, 400), ({"name": "input"}, 400), ({"parameters": {"binary_data_size": 12}}, 400), ({"data": None}, 400)):
-        status, _, answer = ask(faces.url, "POST", "/v2/models/faces/infer", json.dumps(tensor(**change)).encode(), Content_Type="application/json")
+    for change, code in (({}, 200), ({"shape": [1, 2, 2, 4]}, 400), ({"shape": [-1, 2, 2, 3]}, 400),
+                         ({"shape": [2**40, 2**40, 2**40, 3]}, 400), ({"shape": "x"}, 400), ({"datatype": "FP64"}, 400),
+                         ({"data": [256] * 12}, 400),
+                         ({"data": ["x"] * 12}, 400), ({"datatype": "FP32", "data": [2.] * 12}, 400), ({"datatype": "BYTES"}, 400),
+                         ({"name": "input"}, 400), ({"parameters": {"binary_data_size": 12}}, 400), ({"data": None}, 400)):
+        status, _, answer = ask(faces.url, "POST", "/v2/models/faces/infer", json.dumps(tensor(**change)).encode(),
+                                Content_Type="application/json")
         # mlp takes 24 x 24 pictures only: a tensor of another size is that image's fault
         assert status == (422 if code == 200 else code), (change, status, answer)
-    for path, code in (("/v2/models/tree", 404), ("/v2/models/faces/versions/9", 404), ("/v2/models/faces/versions/1", 200), ("/v2", 200)): assert ask(faces.url, "GET", path)[0] == code
+    for path, code in (("/v2/models/tree", 404), ("/v2/models/faces/versions/9", 404), ("/v2/models/faces/versions/1", 200), ("/v2", 200)):
+        assert ask(faces.url, "GET", path)[0] == code
 
 
 @pytest.mark.slow
@@ -362,11 +398,13 @@ def test_schemathesis(faces):
         operation = operation.ok()
         if operation.path in ("/v1/pin", "/v1/unpin", "/v1/rollback"): continue  # they change what the others see
         @given(case=operation.as_strategy())
-        @settings(max_examples=5, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        @settings(max_examples=5, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck),
+                  phases=[Phase.generate])
         def fuzz(case):
             response = case.call()
             seen.append((operation.path, response.status_code))
-            assert response.status_code < 500 and str(response.status_code) in operation.definition.raw["responses"] or response.status_code in (400, 404, 405), (operation.path, response.status_code, response.text[:300])
+            code, documented = response.status_code, operation.definition.raw["responses"]
+            assert code < 500 and (str(code) in documented or code in (400, 404, 405)), (operation.path, code, response.text[:300])
         fuzz()
     assert len(seen) > 50
 
@@ -382,7 +420,8 @@ def test_swap_under_load(faces, right, place):
     assert client.rollback()["version"] == 1
     loader.join()
     assert not wrong(replies, right)
-    assert {r.headers["x-version"] for r in replies} == {"1", "2"} and all(r.headers["x-digest"] == digests[r.headers["x-version"]] for r in replies)
+    assert {r.headers["x-version"] for r in replies} == {"1", "2"} and all(r.headers["x-digest"] == digests[r.headers["x-version"]]
+                                                                           for r in replies)
     history = client.versions()["history"]
     assert [h["op"] for h in history].count("pin") >= 4 and history[-1]["op"] in ("rollback", "mark_stable")
 
@@ -443,7 +482,8 @@ def test_overload(place):
         replies = asyncio.run(load.paced(server.url, lambda n: (1, request), 3 * capacity, 5))
     ok, no = [r for r in replies if r.status == 200], [r for r in replies if r.status != 200]
     late = [r for r in no if r.status == 504]  # taken, but other processes had the machine
-    assert {r.status for r in no} <= {503, 504} and len(late) <= .02 * len(replies) and all(int(r.headers["retry-after"]) >= 1 for r in no if r.status == 503)
+    assert {r.status for r in no} <= {503, 504} and len(late) <= .02 * len(replies) and all(int(r.headers["retry-after"]) >= 1 for r in no
+                                                                                            if r.status == 503)
     assert np.percentile([r.seconds for r in ok], 99) <= .4 and np.median([r.seconds for r in no]) < .1
     assert len(ok) >= .6 * capacity * 5  # the bench measures it on a quiet machine; here others may run
 
@@ -455,9 +495,11 @@ def test_deadline_and_client_that_leaves(place):
         at = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         sockets = [socket.create_connection(at) for _ in range(20)]
         for s in sockets: s.sendall(long)
-        time.sleep(.5)
-        waiting = lambda: float(next(line for line in Client(server.url).metrics().splitlines() if line.startswith("flexserve_waiting_images ")).split()[1])
-        assert waiting() > 500
+        waiting = lambda: float(next(line for line in Client(server.url).metrics().splitlines()
+                                     if line.startswith("flexserve_waiting_images ")).split()[1])
+        until = time.time() + 10
+        while waiting() < 200 and time.time() < until: time.sleep(.1)
+        assert waiting() >= 200
         with pytest.raises(ServerError) as e: Client(server.url).batch([picture(20)], deadline_ms=300)
         assert e.value.status in (503, 504)
         for s in sockets: s.close()
@@ -481,7 +523,8 @@ def test_sigterm_drains(place, right):
     lost = [r for r in replies if r.status == 0]
     assert all("ConnectionRefusedError" in r.why for r in lost), {r.why for r in lost}  # after the end nobody was taken
     assert len(replies) - len(lost) > 20 and not wrong([r for r in replies if r.status], right)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and "opml_wb.flexserve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]
+                and "opml_wb.flexserve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
 
 
 def test_tokens(place, tmp_path):
@@ -506,7 +549,8 @@ def test_command_line(place, opml, home, tmp_path):
     def typed(*words): return CliRunner().invoke(flexserve, list(map(str, words)))
     (tmp_path / "some").mkdir()
     for i in range(20): (tmp_path / "some" / f"{i:02d}.png").write_bytes(FILES[i])
-    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.zoo:mlp", "weights": "mlp.pt", "classes": ["no", "yes"]}], "golden": "some"}
+    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.zoo:mlp", "weights": "mlp.pt",
+                                          "classes": ["no", "yes"]}], "golden": "some"}
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     for v in (1, 2):
         torch.manual_seed(v)
@@ -522,11 +566,14 @@ def test_command_line(place, opml, home, tmp_path):
     assert [f["picture"] for f in json.loads(done.output)["flips"]] == [f"{i:02d}.png" for i in range(20) if was[i] != now[i]]
     assert typed("pin", "tiny", 2).exit_code == 0 and ModelStore().current("tiny") == 2
     assert typed("unpin", "tiny").output == "tiny: serves version 1\n"
-    for command, said in ((("pin", "tiny", 9), "no version 9"), (("rollback", "tiny"), "stable"), (("pin", "nobody", 1), "nobody"), (("publish", "x", tmp_path), "bundle.json"), (("diff", "tiny", 1, 7, tmp_path / "some"), "7"),
-                          (("pack", tmp_path / "mlp.pt", tmp_path / "b3"), "mlp.pt"), (("bench", "http://127.0.0.1:9", tmp_path / "some", "--mix", "x"), "--mix"), (("serve", "nobody"), "nobody"),
-                          (("serve", "tiny", "--host", "0.0.0.0"), "token-file"), (("serve", "tiny", "--token-file", tmp_path / "tiny.yaml"), "line 1")):
+    for command, said in ((("pin", "tiny", 9), "no version 9"), (("rollback", "tiny"), "stable"), (("pin", "nobody", 1), "nobody"),
+                          (("publish", "x", tmp_path), "bundle.json"), (("diff", "tiny", 1, 7, tmp_path / "some"), "7"),
+                          (("pack", tmp_path / "mlp.pt", tmp_path / "b3"), "mlp.pt"),
+                          (("bench", "http://127.0.0.1:9", tmp_path / "some", "--mix", "x"), "--mix"), (("serve", "nobody"), "nobody"),
+                          (("serve", "tiny", "--host", "0.0.0.0"), "token-file"),
+                          (("serve", "tiny", "--token-file", tmp_path / "tiny.yaml"), "line 1")):
         failed = typed(*command)
-        assert failed.exit_code not in (0, -9) and said in failed.output and isinstance(failed.exception, SystemExit), (command, failed.output, failed.exception)
+        assert failed.exit_code > 0 and isinstance(failed.exception, SystemExit) and said in failed.output, (command, failed.output)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         failed = opml("flexserve", "serve", "tiny", "--port", taken.getsockname()[1])
         assert failed.returncode not in (0, -9) and "cannot listen" in failed.stderr and "Traceback" not in failed.stderr
@@ -535,7 +582,8 @@ def test_command_line(place, opml, home, tmp_path):
 def test_a_worker_that_dies_while_it_loads(place):
     "It is tried again: one death doesn't refuse a version; one that says why it cannot load refuses it at once."
     mark = place / "once"
-    spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"once": str(mark)}, "weights": {"one": torch.ones(1)}, "classes": ["dark", "light"], "transform": RAW}]
+    spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"once": str(mark)}, "weights": {"one": torch.ones(1)},
+             "classes": ["dark", "light"], "transform": RAW}]
     store, path = ModelStore(), Bundle.create(place / "flaky", spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"]).dir
     store.promote("flaky", store.publish("flaky", path))
     mark.touch()
@@ -566,7 +614,8 @@ def test_follows_the_store(place, opml, home):
         until = time.time() + 15
         while client.provenance()["version"] != v and time.time() < until: time.sleep(.05)
         said = client.provenance()
-        assert said["version"] == v and [m["name"] for m in said["models"]] == ["mlp", "patch_mixer"] and said["models"][0]["provenance"] == {"seed": 2}
+        assert said["version"] == v and [m["name"] for m in said["models"]] == ["mlp", "patch_mixer"]
+        assert said["models"][0]["provenance"] == {"seed": 2}
         (home / "junk").mkdir()
         (home / "junk" / "bundle.json").write_text("{}")
         store.promote("faces", store.publish("faces", home / "junk"))

@@ -30,7 +30,7 @@ class Tokens:
         except (OSError, ValueError) as e: raise ValueError(f"token file {path}: {e}") from e
 
     def roles(self, header):
-        "What the bearer of an Authorization `header` may do: a set, empty for a wrong one, None when no token came. Always compares with all."
+        "What the bearer of an Authorization `header` may do: a set, empty for a wrong token, None without one. Compares with all, always."
         kind, _, token = (header or "").partition(" ")
         if kind.lower() != "bearer" or not token: return None
         digest, found = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).hexdigest(), set()

@@ -16,7 +16,7 @@ class TimeFit:
     def __init__(self, a=.001, b=.008, keep=.98): self.a, self.b, self.keep, self.sums = a, b, keep, None
 
     def add(self, n, seconds):
-        "Learn that a batch of `n` images took `seconds`; a batch ten times the expected counts as ten times, so that one stall doesn't close the door."
+        "Learn that a batch of `n` images took `seconds`; more than ten times the expected counts as ten times: one stall closes no door."
         if self.sums: seconds = min(seconds, 10 * self(n))
         new = (1., n, n * n, seconds, n * seconds)
         self.sums = new if self.sums is None else tuple(self.keep * s + x for s, x in zip(self.sums, new))
@@ -103,7 +103,7 @@ class Queue:
         return parts
 
     def retry(self, parts):
-        "Put the parts of a worker that died back, before all others, each image by itself: whichever it was that killed it, the others pass."
+        "Put the parts of a worker that died back, before all others, each image by itself: whichever killed it, the others pass."
         for part in reversed(parts):
             if part.request.over: part.request.open -= 1; continue
             singles = [part] if len(part) == 1 else [Part(part.request, i, i + 1) for i in range(part.start, part.stop)]
@@ -116,5 +116,6 @@ def join(request):
     "The answers of a request's parts as one: {labels: {model: [class]}, probs, verdict, errors}, in the order of its images."
     parts = [request.answers[i] for i in sorted(request.answers)]
     if len(parts) == 1: return parts[0]
-    whole = {key: parts[0][key] and {name: [x for p in parts for x in p[key][name]] for name in parts[0][key]} for key in ("labels", "probs", "verdict")}
+    whole = {key: parts[0][key] and {name: [x for p in parts for x in p[key][name]] for name in parts[0][key]}
+             for key in ("labels", "probs", "verdict")}
     return {**whole, "errors": [e for p in parts for e in p["errors"]]}

@@ -47,8 +47,10 @@ def _spec(path):
     import yaml
     try: spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as e: raise ValueError(f"{path}: no YAML or JSON: {str(e).splitlines()[0]}") from e
-    if not isinstance(spec, dict) or not isinstance(spec.get("models"), list): raise ValueError(f"{path}: expected an object with `models`, a list")
-    if odd := set(spec) - {"name", "models", "golden", "allow"}: raise ValueError(f"{path}: unknown field {sorted(odd)[0]!r}; expected name, models, golden, allow")
+    if not isinstance(spec, dict) or not isinstance(spec.get("models"), list):
+        raise ValueError(f"{path}: expected an object with `models`, a list")
+    if odd := set(spec) - {"name", "models", "golden", "allow"}:
+        raise ValueError(f"{path}: unknown field {sorted(odd)[0]!r}; expected name, models, golden, allow")
     base = Path(path).parent
     for model in spec["models"]:
         if isinstance(model, dict) and isinstance(model.get("weights"), str): model["weights"] = base/model["weights"]
@@ -60,11 +62,12 @@ def _spec(path):
 @click.argument("bundle_dir", type=click.Path())
 @click.option("--allow", multiple=True, metavar="MODULE", help="A module that architectures may come from.")
 def pack(recipe, bundle_dir, allow):
-    """Make a bundle from RECIPE (YAML or JSON: `models`, each with name, arch, kwargs, weights, classes, transform, provenance; `golden`: a folder or zip
-    of images)."""
+    """Make a bundle from RECIPE (YAML or JSON: `models`, each with name, arch, kwargs, weights, classes, transform, provenance; `golden`:
+    a folder or zip of images)."""
     from opml_wb.flexserve.bundle import Bundle
     spec = _call(_spec, recipe)
-    bundle = _call(Bundle.create, bundle_dir, models=spec["models"], golden=spec.get("golden"), allow=[*spec.get("allow", ()), *allow], name=spec.get("name"))
+    bundle = _call(Bundle.create, bundle_dir, models=spec["models"], golden=spec.get("golden"), allow=[*spec.get("allow", ()), *allow],
+                   name=spec.get("name"))
     click.echo(f"{bundle_dir}: {len(bundle.models)} model(s), digest {bundle.digest[:16]}")
 
 @flexserve.command()
@@ -96,17 +99,23 @@ def publish(name, bundle_dir, config, parents, no_promote):
 @click.option("--allow", multiple=True, metavar="MODULE", help="A module that architectures may come from.")
 @click.option("--max-batch", type=click.IntRange(1), default=32, show_default=True, help="Images a worker runs together.")
 @click.option("--max-images", type=click.IntRange(1), default=256, show_default=True, help="Images of one request.")
-@click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), default=30_000, show_default=True, help="Of a request that names none.")
-@click.option("--watchdog-s", type=click.FloatRange(0, min_open=True), default=5, show_default=True, help="Silence after which a worker is replaced.")
-@click.option("--body-s", type=click.FloatRange(0, min_open=True), default=10, show_default=True, help="How long headers, and then a body, may take to arrive.")
-@click.option("--lame-s", type=click.FloatRange(0), default=.5, show_default=True, help="After SIGTERM, how long connections are still taken.")
-def serve(name, port, host, workers, engine, device, threads, token_file, allow, max_batch, max_images, deadline_ms, watchdog_s, body_s, lame_s):
+@click.option("--deadline-ms", type=click.FloatRange(0, min_open=True), default=30_000, show_default=True,
+              help="Of a request that names none.")
+@click.option("--watchdog-s", type=click.FloatRange(0, min_open=True), default=5, show_default=True,
+              help="Silence after which a worker is replaced.")
+@click.option("--body-s", type=click.FloatRange(0, min_open=True), default=10, show_default=True,
+              help="How long headers, and then a body, may take to arrive.")
+@click.option("--lame-s", type=click.FloatRange(0), default=.5, show_default=True,
+              help="After SIGTERM, how long connections are still taken.")
+def serve(name, port, host, workers, engine, device, threads, token_file, allow, max_batch, max_images, deadline_ms, watchdog_s, body_s,
+          lame_s):
     "Serve NAME from the model store; follow the store within a second; SIGTERM finishes what was taken."
     from opml_wb.flexserve import serve as serving
     from opml_wb.flexserve.auth import Tokens
     from opml_wb.flexserve.pool import Settings
     tokens = _call(Tokens.read, token_file) if token_file else None
-    settings = Settings(workers=workers, engine=engine, threads=threads, device=device, allow=allow, max_batch=max_batch, max_images=max_images,
+    settings = Settings(workers=workers, engine=engine, threads=threads, device=device, allow=allow, max_batch=max_batch,
+                        max_images=max_images,
                         deadline=deadline_ms / 1000, watchdog=watchdog_s, body=body_s)
     code = _call(serving.serve, _store(), name, host=host, port=port, settings=settings, tokens=tokens, lame=lame_s)
     raise SystemExit(code)
@@ -140,7 +149,8 @@ def rollback(name):
 @click.argument("new", type=int)
 @click.argument("images", type=click.Path(exists=True))
 @click.option("--policy", help="A policy in JSON, whose verdicts are compared too.")
-@click.option("--max-flips", type=click.FloatRange(0, 1), help="Exit with 1 when more than this share of the pictures changes for any model.")
+@click.option("--max-flips", type=click.FloatRange(0, 1),
+              help="Exit with 1 when more than this share of the pictures changes for any model.")
 @click.option("--json", "as_json", is_flag=True)
 def difference(name, old, new, images, policy, max_flips, as_json):
     "Which of IMAGES (folder or zip) version NEW of NAME answers otherwise than version OLD."
@@ -148,15 +158,19 @@ def difference(name, old, new, images, policy, max_flips, as_json):
     from opml_wb.flexserve.images import Reject, decode
     store, found = _store(), _call(pictures, images)
     decoded = [decode(data) for _, data in found]
-    if bad := [(n, d.reason) for (n, _), d in zip(found, decoded) if isinstance(d, Reject)]: raise click.ClickException(f"{bad[0][0]}: {bad[0][1]}")
+    if bad := [(n, d.reason) for (n, _), d in zip(found, decoded) if isinstance(d, Reject)]:
+        raise click.ClickException(f"{bad[0][0]}: {bad[0][1]}")
     try: spec = json.loads(policy) if policy else None
     except ValueError as e: raise click.UsageError(f"--policy: no JSON: {e}") from None
     report = _call(flips, *(_call(store.resolve, name, version=v) for v in (old, new)), decoded, spec)
     rows = [{**row, "picture": found[row["picture"]][0]} for row in report.table.to_dict("records")]
-    if as_json: click.echo(json.dumps({"images": report.images, "rates": report.rates, "added": report.added, "removed": report.removed, "flips": rows}))
+    if as_json:
+        click.echo(json.dumps({"images": report.images, "rates": report.rates, "added": report.added, "removed": report.removed,
+                               "flips": rows}))
     else:
         for row in rows: click.echo(f"{row['picture']}: {row['model']} {row['old']} -> {row['new']}")
-        click.echo(f"{len(report.pictures)} of {report.images} pictures change; " + ", ".join(f"{m} {r:.1%}" for m, r in report.rates.items()))
+        click.echo(f"{len(report.pictures)} of {report.images} pictures change; " + ", ".join(f"{m} {r:.1%}" for m,
+                                                                                              r in report.rates.items()))
     raise SystemExit(int(max_flips is not None and max(report.rates.values(), default=0) > max_flips))
 
 @flexserve.command("bench")
@@ -178,4 +192,5 @@ def bench(url, images, clients, seconds, mix, as_json):
     def ask(client, n): size = sizes[(client + n) % len(sizes)]; return size, requests[size][(7 * client + n) % len(requests[size])]
     result = load.summary(asyncio.run(load.closed(url, ask, clients, seconds)), lambda r: r.key)
     if as_json: return click.echo(json.dumps(result))
-    click.echo(f"{result['requests']} requests: {result['codes']}, {result['lost']} lost; {result['images_per_s']:.0f} images/s; p50 {result['p50_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms")
+    click.echo(f"{result['requests']} requests: {result['codes']}, {result['lost']} lost; {result['images_per_s']:.0f} images/s; "
+               f"p50 {result['p50_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms")

@@ -39,11 +39,13 @@ class Client:
     def __init__(self, url, token=None, timeout=60., retries=0):
         at = urlsplit(url)
         if at.scheme not in ("http", "https") or not at.hostname: raise ValueError(f"url: expected http://HOST:PORT, got {url!r}")
-        self.url, self.token, self.timeout, self.retries, self.at, self.local = url.rstrip("/"), token, timeout, retries, at, threading.local()
+        self.url, self.token, self.timeout, self.retries = url.rstrip("/"), token, timeout, retries
+        self.at, self.local = at, threading.local()
 
     def _connection(self):
         kept = getattr(self.local, "conn", None)
-        if kept and kept.sock and select.select([kept.sock], [], [], 0)[0]: self.close()   # nobody has asked anything: the server has closed it meanwhile
+        if kept and kept.sock and select.select([kept.sock], [], [], 0)[0]:
+            self.close()   # nobody has asked anything: the server has closed it meanwhile
         if getattr(self.local, "conn", None) is None:
             kind = http.client.HTTPSConnection if self.at.scheme == "https" else http.client.HTTPConnection
             self.local.conn = kind(self.at.hostname, self.at.port, timeout=self.timeout)
@@ -80,11 +82,14 @@ class Client:
                 if e.status != 503 or not left: raise
                 time.sleep(e.retry_after or .2)
 
-    def batch(self, images, policy=None, lazy=False, *, probs=False, models=None, on_error="reject", version=None, provenance="ref", deadline_ms=None, ids=None):
-        """Prediction for `images` (each bytes, a path, a uint8 array or a Pillow image; any sizes). `policy` as `Policy.parse` takes it; `lazy`: skip
-        models once the verdict is decided; `on_error="skip"`: None in the place of an image that cannot be read."""
-        given = dict(policy=getattr(policy, "spec", policy), lazy=lazy, probs=probs, models=models and list(models), on_error=on_error, version=version, provenance=provenance, deadline_ms=deadline_ms)
-        items = [{"b64": base64.b64encode(encoded(i)).decode(), **({"id": ids[n]} if ids is not None else {})} for n, i in enumerate(images)]
+    def batch(self, images, policy=None, lazy=False, *, probs=False, models=None, on_error="reject", version=None, provenance="ref",
+              deadline_ms=None, ids=None):
+        """Prediction for `images` (each bytes, a path, a uint8 array or a Pillow image; any sizes). `policy` as `Policy.parse` takes it;
+        `lazy`: skip models once the verdict is decided; `on_error="skip"`: None in the place of an image that cannot be read."""
+        given = dict(policy=getattr(policy, "spec", policy), lazy=lazy, probs=probs, models=models and list(models), on_error=on_error,
+                     version=version, provenance=provenance, deadline_ms=deadline_ms)
+        items = [{"b64": base64.b64encode(encoded(i)).decode(), **({"id": ids[n]} if ids is not None else {})} for n,
+                 i in enumerate(images)]
         body = {"images": items, **{k: v for k, v in given.items() if v is not None}}
         return Prediction(self.call("POST", "/v1/predict", json.dumps(body), "application/json"))
 

@@ -108,7 +108,8 @@ class Service:
         size = min(int(size), self.settings.max_body) if size.isdigit() else self.settings.max_body
         try:
             self.group().admit(1, 0, self.budget(request) or self.settings.deadline)
-            if self.arriving and self.arriving + size > self.settings.max_bytes: raise Overloaded(f"{self.arriving} bytes of other requests are arriving", 1)
+            if self.arriving and self.arriving + size > self.settings.max_bytes:
+                raise Overloaded(f"{self.arriving} bytes of other requests are arriving", 1)
         except Overloaded:
             await _drop(request, .2)
             raise
@@ -117,10 +118,12 @@ class Service:
         finally: self.arriving -= size
 
     async def answer(self, request, ask):
-        "(Group, joined answer) of a checked Ask; on_error 'reject' turns the first bad image into 422. A client that leaves cancels its work."
+        """(Group, joined answer) of a checked Ask; on_error 'reject' turns the first bad image into 422. A client that leaves cancels
+        its work."""
         group = self.group(ask.version)
         check(ask, [m["name"] for m in group.bundle.models], group.bundle.classes, self.settings.max_images)
-        done = group.submit(Work(ask.images, models=ask.models, policy=ask.policy, lazy=ask.lazy, probs=ask.probs), ask.deadline or self.budget(request))
+        done = group.submit(Work(ask.images, models=ask.models, policy=ask.policy, lazy=ask.lazy, probs=ask.probs),
+                            ask.deadline or self.budget(request))
         gone = asyncio.ensure_future(request.receive())
         try: await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
         finally: gone.cancel()
@@ -139,7 +142,8 @@ class FlexServe(Service):
     "Requests and answers of the published FlexServe."
     async def _files(self, request):
         kind = request.headers.get("content-type", "")
-        if kind.partition(";")[0].strip().lower() != "multipart/form-data": raise Refused(415, f"Content-Type {kind or 'missing'!r}: expected multipart/form-data")
+        if kind.partition(";")[0].strip().lower() != "multipart/form-data":
+            raise Refused(415, f"Content-Type {kind or 'missing'!r}: expected multipart/form-data")
         return files(multipart(await self.body(request), kind))[0]
 
     async def classify(self, request):
@@ -160,11 +164,13 @@ class FlexServe(Service):
 class Api(FlexServe):
     "Policies, provenance, versions."
     def provenance(self, group):
-        return {"name": self.name, "version": group.version, "digest": group.bundle.digest, "models": group.bundle.models, "engine": group.about}
+        return {"name": self.name, "version": group.version, "digest": group.bundle.digest, "models": group.bundle.models,
+                "engine": group.about}
 
     async def predict(self, request):
         query = list(request.query_params.multi_items())
-        if twice := [k for i, (k, _) in enumerate(query) if k in dict(query[:i])]: raise Refused(422, f"{twice[0]!r} in the URL: given twice")
+        if twice := [k for i, (k, _) in enumerate(query) if k in dict(query[:i])]:
+            raise Refused(422, f"{twice[0]!r} in the URL: given twice")
         ask = parse(await self.body(request), request.headers.get("content-type", ""), dict(query))
         group, answer = await self.answer(request, ask)
         out = {"name": self.name, "version": group.version, "digest": group.bundle.digest, "n": len(ask.images), "models": answer["labels"]}
@@ -192,14 +198,16 @@ class Api(FlexServe):
     async def docs(self, request): return HTMLResponse(openapi.page(self.name))
     async def spec(self, request):
         group = self.pool.current
-        return json_response(openapi.document([self.name, *(m["name"] for m in group.bundle.models)], group.version) if group else openapi.document())
+        return json_response(openapi.document([self.name, *(m["name"] for m in group.bundle.models)], group.version)
+                             if group else openapi.document())
 
 # %% ../../nbs/flexserve/12_http.ipynb #04337432
 class Operator(Api):
     "What changes what is served: the store decides, the server follows it."
     async def _change(self, request, call, *names):
         if self.store is None: raise Refused(404, "this server follows no store")
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json": raise Refused(415, "expected Content-Type application/json")
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Refused(415, "expected Content-Type application/json")
         try: given = orjson.loads(await read(request, 10_000, self.settings.body) or b"{}")
         except orjson.JSONDecodeError as e: raise Refused(400, f"body: no JSON: {e}") from None
         if not isinstance(given, dict) or set(given) != set(names) or not all(type(v) is int for v in given.values()):
@@ -219,10 +227,12 @@ class Operator(Api):
         if self.store is None: raise Refused(404, "this server follows no store")
         history = await asyncio.to_thread(self.store.history, self.name)
         rows = orjson.loads(history.to_json(orient="records", date_format="iso"))
-        return json_response({"name": self.name, "current": self.store.current(self.name), "serving": self.pool.current and self.pool.current.version, "history": rows})
+        return json_response({"name": self.name, "current": self.store.current(self.name),
+                              "serving": self.pool.current and self.pool.current.version, "history": rows})
 
     async def follow(self, every=.25):
-        "Serve what the store says is current, from within a second of its saying so; a version that cannot be served leaves the old one in place."
+        """Serve what the store says is current, from within a second of its saying so; a version that cannot be served leaves the old
+        one in place."""
         refused = None
         while True:
             if self.poke.is_set(): refused = None  # whoever asks us to look wants it tried again
@@ -234,7 +244,8 @@ class Operator(Api):
                 elif version != refused:
                     refused = version
                     await self.pool.swap(version, self.store.resolve(self.name, version=version))
-                    if not self.store.info(self.name, version)["stable"]: await asyncio.to_thread(self.store.mark_stable, self.name, version)
+                    if not self.store.info(self.name, version)["stable"]:
+                        await asyncio.to_thread(self.store.mark_stable, self.name, version)
             except LoadError: log.error("not served: %s", self.pool.error)
             except (ValueError, OSError) as e:
                 self.pool.error = str(e)
@@ -251,17 +262,20 @@ def routes(service):
         return r
     from opml_wb.flexserve import oip
     s = service
-    return [route("/batch", "POST", s.batch), route("/classify", "POST", s.classify), route("/v1/predict", "POST", s.predict), route("/models", "GET", s.models),
+    return [route("/batch", "POST", s.batch), route("/classify", "POST", s.classify), route("/v1/predict", "POST", s.predict),
+            route("/models", "GET", s.models),
             route("/v1/provenance", "GET", s.get_provenance), route("/v1/versions", "GET", s.versions),
             *(route(f"/v1/{name}", "POST", getattr(s, name), "admin") for name in ("pin", "unpin", "rollback")),
-            route("/metrics", "GET", s.get_metrics), route("/health/live", "GET", s.live, None), route("/health/ready", "GET", s.ready, None),
+            route("/metrics", "GET", s.get_metrics), route("/health/live", "GET", s.live, None),
+            route("/health/ready", "GET", s.ready, None),
             route("/docs", "GET", s.docs, None), route("/openapi.json", "GET", s.spec, None), *oip.routes(service, route)]
 
-async def _not_found(request, e): return json_response({"error": f"{request.method} {request.url.path}: {e.detail}"}, e.status_code, e.headers)
+async def _not_found(request, e): return json_response({"error": f"{request.method} {request.url.path}: {e.detail}"}, e.status_code,
+                                                       e.headers)
 
 def create_app(store, name, settings=None, tokens=None):
-    """A Starlette application that serves what ModelStore `store` says is current under `name`, with `settings` (Settings) and `tokens` (Tokens);
-    `app.state.service` is its service."""
+    """A Starlette application that serves what ModelStore `store` says is current under `name`, with `settings` (Settings) and `tokens`
+    (Tokens); `app.state.service` is its service."""
     @asynccontextmanager
     async def lifespan(app):
         app.state.service = service = Operator(Pool(settings, name=name), store, name, tokens)

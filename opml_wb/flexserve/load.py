@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 # %% ../../nbs/flexserve/15_load.ipynb #67644a8c
 def post(path, body, content_type, **headers):
     "The bytes of a POST of `body` to `path`."
-    lines = {"Host": "localhost", "Content-Type": content_type, "Content-Length": len(body), **{k.replace("_", "-"): v for k, v in headers.items()}}
+    lines = {"Host": "localhost", "Content-Type": content_type, "Content-Length": len(body),
+             **{k.replace("_", "-"): v for k, v in headers.items()}}
     return b"".join([f"POST {path} HTTP/1.1\r\n".encode(), *(f"{k}: {v}\r\n".encode() for k, v in lines.items()), b"\r\n", body])
 
 def form(images, path="/batch", **headers):
@@ -23,7 +24,8 @@ def form(images, path="/batch", **headers):
 
 def predict(images, path="/v1/predict", headers=None, **fields):
     "The bytes of a JSON POST to `/v1/predict` of `images` (bytes of files) with `fields` (policy, lazy, ...)."
-    return post(path, json.dumps({"images": [{"b64": base64.b64encode(i).decode()} for i in images], **fields}).encode(), "application/json", **(headers or {}))
+    return post(path, json.dumps({"images": [{"b64": base64.b64encode(i).decode()} for i in images], **fields}).encode(),
+                "application/json", **(headers or {}))
 
 # %% ../../nbs/flexserve/15_load.ipynb #bdbc2850
 @dataclass(slots=True)
@@ -60,7 +62,8 @@ class Connection:
 
     async def _chunks(self):
         parts = []
-        while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16): parts.append(await self.reader.readexactly(size)); await self.reader.readexactly(2)
+        while size := int((await self.reader.readuntil(b"\r\n")).split(b";")[0], 16):
+            parts.append(await self.reader.readexactly(size)); await self.reader.readexactly(2)
         await self.reader.readexactly(2)
         return b"".join(parts)
 
@@ -71,13 +74,14 @@ class Connection:
 async def _timed(connection, key, request, start, limit):
     began, why = time.perf_counter() - start, ""
     try: status, headers, body = await asyncio.wait_for(connection.ask(request), limit)
-    except (OSError, asyncio.IncompleteReadError, TimeoutError) as e: status, headers, body, why = 0, {}, b"", f"{type(e).__name__}: {e}"; connection.close()
+    except (OSError, asyncio.IncompleteReadError, TimeoutError) as e:
+        status, headers, body, why = 0, {}, b"", f"{type(e).__name__}: {e}"; connection.close()
     return Reply(key, began, time.perf_counter() - start, status, headers, body, why)
 
 # %% ../../nbs/flexserve/15_load.ipynb #afa56924
 async def closed(url, requests, clients=8, seconds=5., limit=60., start=None):
-    """Replies to `clients` that each ask as soon as they have their answer, for `seconds`. `requests`: function client number, count -> (key, bytes), or None to
-    stop that client."""
+    """Replies to `clients` that each ask as soon as they have their answer, for `seconds`. `requests`: function client number, count ->
+    (key, bytes), or None to stop that client."""
     at, start, replies = urlsplit(url), start or time.perf_counter(), []
     async def client(n):
         connection, count = Connection(at.hostname, at.port), 0
@@ -111,4 +115,5 @@ def summary(replies, images=None):
     times = np.array([r.seconds for r in ok]) * 1000 if ok else np.array([np.nan])
     codes = {c: sum(r.status == c for r in replies) for c in sorted({r.status for r in replies})}
     return {"requests": len(replies), "ok": len(ok), "lost": codes.get(0, 0), "codes": codes, "per_s": len(ok) / span,
-            "images_per_s": sum(map(images, ok)) / span if images else None, "p50_ms": float(np.median(times)), "p99_ms": float(np.percentile(times, 99))}
+            "images_per_s": sum(map(images, ok)) / span if images else None, "p50_ms": float(np.median(times)),
+            "p99_ms": float(np.percentile(times, 99))}

@@ -21,7 +21,8 @@ def texts(raw):
     "The elements of a binary BYTES tensor: each its length (4 bytes, little endian), then itself. Raises Refused(400)."
     out, at = [], 0
     while at < len(raw):
-        if at + 4 > len(raw) or at + 4 + (n := struct.unpack_from("<I", raw, at)[0]) > len(raw): raise Refused(400, f"images: BYTES element {len(out)} ends after the data")
+        if at + 4 > len(raw) or at + 4 + (n := struct.unpack_from("<I", raw, at)[0]) > len(raw):
+            raise Refused(400, f"images: BYTES element {len(out)} ends after the data")
         out.append(bytes(raw[at + 4:at + 4 + n])); at += 4 + n
     return out
 
@@ -41,7 +42,8 @@ def _flat(values, dtype, n):
     try: array = np.asarray(values, dtype=np.float64).ravel()
     except (TypeError, ValueError, OverflowError): raise Refused(400, "images: data are no numbers") from None
     if array.size != n: raise Refused(400, f"images: the shape asks for {n} values, data has {array.size}")
-    if dtype == "u1" and not (np.isfinite(array).all() and (array == np.clip(np.floor(array), 0, 255)).all()): raise Refused(400, "images: UINT8 values are whole numbers from 0 to 255")
+    if dtype == "u1" and not (np.isfinite(array).all() and (array == np.clip(np.floor(array), 0, 255)).all()):
+        raise Refused(400, "images: UINT8 values are whole numbers from 0 to 255")
     return array.astype(dtype)
 
 def images(tensor, raw):
@@ -55,7 +57,8 @@ def images(tensor, raw):
         if len(found) != n: raise Refused(400, f"images: shape {shape} asks for {n} elements, data has {len(found)}")
         return found
     if kind not in DTYPES: raise Refused(400, f"images: expected datatype BYTES, UINT8 or FP32, got {str(kind)[:40]!r}")
-    if raw is not None and len(raw) != n * DTYPES[kind].itemsize: raise Refused(400, f"images: shape {shape} of {kind} takes {n * DTYPES[kind].itemsize} bytes, got {len(raw)}")
+    if raw is not None and len(raw) != n * DTYPES[kind].itemsize:
+        raise Refused(400, f"images: shape {shape} of {kind} takes {n * DTYPES[kind].itemsize} bytes, got {len(raw)}")
     array = np.frombuffer(raw, DTYPES[kind]) if raw is not None else _flat(data, DTYPES[kind], n)
     try: return from_tensor(array.reshape(shape))
     except ValueError as e: raise Refused(400, f"images: {e}") from None
@@ -65,7 +68,8 @@ def split(body, length):
     "(JSON object, binary data) of a body; `length`: the header's text or None."
     cut = len(body)
     if length is not None:
-        if not length.isascii() or not length.isdigit() or not 0 < int(length[:20]) <= len(body): raise Refused(400, f"Inference-Header-Content-Length: expected 1 to {len(body)}, got {length[:20]!r}")
+        if not length.isascii() or not length.isdigit() or not 0 < int(length[:20]) <= len(body):
+            raise Refused(400, f"Inference-Header-Content-Length: expected 1 to {len(body)}, got {length[:20]!r}")
         cut = int(length)
     try: head = orjson.loads(memoryview(body)[:cut])
     except orjson.JSONDecodeError as e: raise Refused(400, f"body: no JSON: {e}") from None
@@ -86,7 +90,8 @@ def _the_input(head, raw):
     if size is None:
         if len(raw): raise Refused(400, f"{len(raw)} bytes of binary data that no input names")
         return inputs[0], None
-    if size != len(raw) or isinstance(size, bool): raise Refused(400, f"images: binary_data_size {size!r}, the body has {len(raw)} bytes after its header")
+    if size != len(raw) or isinstance(size, bool):
+        raise Refused(400, f"images: binary_data_size {size!r}, the body has {len(raw)} bytes after its header")
     return inputs[0], raw
 
 def _wanted(head):
@@ -94,7 +99,8 @@ def _wanted(head):
     default = _parameters(head, "body").get("binary_data_output", False)
     outputs = head.get("outputs")
     if outputs is None: return None, default
-    if not isinstance(outputs, list) or not all(isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs): raise Refused(400, "outputs: expected a list of objects with a name")
+    if not isinstance(outputs, list) or not all(isinstance(o, dict) and isinstance(o.get("name"), str) for o in outputs):
+        raise Refused(400, "outputs: expected a list of objects with a name")
     return {o["name"]: _parameters(o, "outputs").get("binary_data", default) is True for o in outputs}, default is True
 
 # %% ../../nbs/flexserve/13_oip.ipynb #d610ba9f
@@ -116,7 +122,8 @@ def outputs(answer, member, wanted, binary):
     usual = dict.fromkeys(named)
     if answer["verdict"]:
         flag = all(isinstance(v, bool) for v in answer["verdict"]["result"])
-        named |= {"policy_result": (answer["verdict"]["result"], "BOOL" if flag else "BYTES"), "policy_score": (answer["verdict"]["score"], "FP32")}
+        named |= {"policy_result": (answer["verdict"]["result"], "BOOL" if flag else "BYTES"),
+                  "policy_score": (answer["verdict"]["score"], "FP32")}
         usual = dict.fromkeys(named)
     if answer["probs"]: named |= {"probs" if member else f"{name}:probs": (row, "FP32") for name, row in answer["probs"].items()}
     for name in wanted or ():
@@ -132,7 +139,8 @@ class Protocol:
         "(Group, the member's name or None for the ensemble). Raises Refused 404."
         model, version = request.path_params.get("model"), request.path_params.get("version")
         group = self.service.group()
-        if version is not None and version != str(group.version): raise Refused(404, f"version {version!r} is not in service; {group.version} is")
+        if version is not None and version != str(group.version):
+            raise Refused(404, f"version {version!r} is not in service; {group.version} is")
         if model == self.service.name: return group, None
         if model not in [m["name"] for m in group.bundle.models]: raise Refused(404, f"no model {model!r}")
         return group, model
@@ -154,7 +162,8 @@ class Protocol:
         group, member = self.group(request)
         names = ["label"] if member else [m["name"] for m in group.bundle.models]
         probs = ["probs"] if member else [f"{n}:probs" for n in names]
-        outs = [{"name": n, "datatype": "BYTES", "shape": [-1]} for n in names] + [{"name": n, "datatype": "FP32", "shape": [-1, len(group.bundle.classes)]} for n in probs]
+        outs = [{"name": n, "datatype": "BYTES", "shape": [-1]}
+                for n in names] + [{"name": n, "datatype": "FP32", "shape": [-1, len(group.bundle.classes)]} for n in probs]
         return self.reply({"name": request.path_params["model"], "versions": [str(group.version)], "platform": PLATFORM,
                            "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}], "outputs": outs,
                            "parameters": {"digest": group.bundle.digest, "classes": group.about["classes"], "engine": group.about}})
@@ -164,13 +173,15 @@ class Protocol:
         head, raw = split(await self.service.body(request), request.headers.get("inference-header-content-length"))
         tensor, raw = _the_input(head, raw)
         wanted, binary = _wanted(head)
-        given = {k: v for k, v in _parameters(head, "body").items() if k in ("policy", "target", "k", "threshold", "reduce", "lazy", "deadline_ms")}
+        given = {k: v for k, v in _parameters(head, "body").items()
+                 if k in ("policy", "target", "k", "threshold", "reduce", "lazy", "deadline_ms")}
         try: how = fields(given)
         except Refused as e: raise Refused(400, f"parameters: {e.reason}") from None
         how |= {"models": (member,) if member else None, "probs": any(n.endswith("probs") for n in wanted or ()), "version": group.version}
         group, answer = await self.service.answer(request, Ask(images(tensor, raw), **how))
         parts = outputs(self.complete(answer), member, wanted, binary)
-        out = {"model_name": request.path_params["model"], "model_version": str(group.version), "parameters": {"digest": group.bundle.digest}, "outputs": [t for t, _ in parts]}
+        out = {"model_name": request.path_params["model"], "model_version": str(group.version),
+               "parameters": {"digest": group.bundle.digest}, "outputs": [t for t, _ in parts]}
         if isinstance(head.get("id"), str): out["id"] = head["id"]
         return self.reply(out, headers=self.service.headers(group), blobs=[b for _, b in parts if b])
 
@@ -187,7 +198,8 @@ class Protocol:
 
     async def index(self, request):
         group = self.service.group()
-        state = {"version": str(group.version), "state": "READY" if self.service.pool.ready else "UNAVAILABLE", "reason": self.service.pool.error or ""}
+        state = {"version": str(group.version), "state": "READY" if self.service.pool.ready else "UNAVAILABLE",
+                 "reason": self.service.pool.error or ""}
         return self.reply([{"name": n, **state} for n in [self.service.name, *(m["name"] for m in group.bundle.models)]])
 
     async def load(self, request):
@@ -203,5 +215,7 @@ def routes(service, route):
     p, model = Protocol(service), "/v2/models/{model}"
     both = [(f"{model}{version}{tail}", method, handler) for version in ("", "/versions/{version}")
             for tail, method, handler in (("/infer", "POST", p.infer), ("/ready", "GET", p.model_ready), ("", "GET", p.metadata))]
-    return [*(route(*r) for r in both), route("/v2", "GET", p.server, None), route("/v2/health/live", "GET", p.live, None), route("/v2/health/ready", "GET", p.ready, None),
-            route("/v2/repository/index", "POST", p.index), *(route(f"/v2/repository/models/{{model}}/{verb}", "POST", getattr(p, verb), "admin") for verb in ("load", "unload"))]
+    return [*(route(*r) for r in both), route("/v2", "GET", p.server, None), route("/v2/health/live", "GET", p.live, None),
+            route("/v2/health/ready", "GET", p.ready, None),
+            route("/v2/repository/index", "POST", p.index),
+            *(route(f"/v2/repository/models/{{model}}/{verb}", "POST", getattr(p, verb), "admin") for verb in ("load", "unload"))]

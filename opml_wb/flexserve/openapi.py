@@ -12,7 +12,8 @@ from importlib.metadata import version
 
 def _ref(name): return {"$ref": f"#/components/schemas/{name}"}
 def _json(schema): return {"application/json": {"schema": schema}}
-def _object(properties, *required, extra=False): return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": extra}
+def _object(properties, *required, extra=False): return {"type": "object", "properties": properties, "required": list(required),
+                                                         "additionalProperties": extra}
 def _list(of, **how): return {"type": "array", "items": of, **how}
 def _maybe(kind, **how): return {"type": [kind, "null"], **how}
 
@@ -22,25 +23,38 @@ FILES = _object({"file": _list({"type": "string", "format": "binary"}, minItems=
 LABELS = {"type": "object", "additionalProperties": _list(_maybe("string"))}
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #b15f5513
-POLICY = _object({"kind": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1}, "weights": {"type": "object", "additionalProperties": NUMBER},
-                  "threshold": NUMBER, "reduce": {"type": "string", "enum": ["mean", "max", "min", "median"]}, "models": _list(TEXT)}, "kind")
+POLICY = _object({"kind": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1},
+                  "weights": {"type": "object", "additionalProperties": NUMBER},
+                  "threshold": NUMBER, "reduce": {"type": "string", "enum": ["mean", "max", "min", "median"]}, "models": _list(TEXT)},
+                 "kind")
 PREDICT = _object({"images": _list(_object({"b64": {"type": "string", "format": "byte"}, "id": {}}, "b64"), minItems=1),
-                   "policy": _ref("Policy"), "lazy": FLAG, "probs": FLAG, "models": _list(TEXT, minItems=1), "on_error": {"type": "string", "enum": ["reject", "skip"]},
-                   "version": WHOLE, "provenance": {"type": "string", "enum": ["ref", "full"]}, "deadline_ms": {"type": "number", "exclusiveMinimum": 0, "maximum": 600000}}, "images")
-ANSWER = _object({"name": TEXT, "version": WHOLE, "digest": TEXT, "n": WHOLE, "models": LABELS, "ids": {"type": "array"}, "classes": _list(TEXT),
-                  "probs": {"type": "object", "additionalProperties": _list({"type": ["array", "null"], "items": _maybe("number")})}, "policy": {"type": "object"},
-                  "errors": _list(_ref("ImageError")), "provenance": {"type": "object"}}, "name", "version", "digest", "n", "models", "errors", "provenance")
-TENSOR = _object({"name": TEXT, "shape": _list(WHOLE), "datatype": TEXT, "data": {"type": "array"}, "parameters": {"type": "object"}}, "name", "shape", "datatype", extra=True)
+                   "policy": _ref("Policy"), "lazy": FLAG, "probs": FLAG, "models": _list(TEXT, minItems=1),
+                   "on_error": {"type": "string", "enum": ["reject", "skip"]},
+                   "version": WHOLE, "provenance": {"type": "string", "enum": ["ref", "full"]},
+                   "deadline_ms": {"type": "number", "exclusiveMinimum": 0, "maximum": 600000}}, "images")
+ANSWER = _object({"name": TEXT, "version": WHOLE, "digest": TEXT, "n": WHOLE, "models": LABELS, "ids": {"type": "array"},
+                  "classes": _list(TEXT),
+                  "probs": {"type": "object", "additionalProperties": _list({"type": ["array", "null"], "items": _maybe("number")})},
+                  "policy": {"type": "object"},
+                  "errors": _list(_ref("ImageError")), "provenance": {"type": "object"}}, "name", "version", "digest", "n", "models",
+                 "errors", "provenance")
+TENSOR = _object({"name": TEXT, "shape": _list(WHOLE), "datatype": TEXT, "data": {"type": "array"}, "parameters": {"type": "object"}},
+                 "name", "shape", "datatype", extra=True)
 SCHEMAS = {"Policy": POLICY, "Predict": PREDICT, "Answer": ANSWER, "Tensor": TENSOR,
            "ImageError": _object({"index": WHOLE, "code": TEXT, "reason": TEXT}, "index", "code", "reason"),
            "Error": _object({"error": TEXT, "errors": _list(_ref("ImageError"))}, "error"),
-           "Infer": _object({"id": TEXT, "parameters": {"type": "object"}, "inputs": _list(_ref("Tensor"), minItems=1, maxItems=1), "outputs": _list({"type": "object"})}, "inputs", extra=True)}
-QUERY = {"policy": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1}, "threshold": NUMBER, "reduce": POLICY["properties"]["reduce"], "lazy": FLAG, "probs": FLAG,
-         "on_error": PREDICT["properties"]["on_error"], "version": WHOLE, "provenance": PREDICT["properties"]["provenance"], "deadline_ms": PREDICT["properties"]["deadline_ms"]}
+           "Infer": _object({"id": TEXT, "parameters": {"type": "object"}, "inputs": _list(_ref("Tensor"), minItems=1, maxItems=1),
+                             "outputs": _list({"type": "object"})}, "inputs", extra=True)}
+QUERY = {"policy": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1}, "threshold": NUMBER,
+         "reduce": POLICY["properties"]["reduce"], "lazy": FLAG, "probs": FLAG,
+         "on_error": PREDICT["properties"]["on_error"], "version": WHOLE, "provenance": PREDICT["properties"]["provenance"],
+         "deadline_ms": PREDICT["properties"]["deadline_ms"]}
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #ccd3051c
-WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one", 403: "the token has not the role", 404: "no such model or version", 408: "the body came too slowly",
-         409: "the store refuses", 413: "too large", 415: "another Content-Type is expected", 422: "a field or an image is refused", 503: "not ready, or no answer in time is to be expected: Retry-After",
+WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one", 403: "the token has not the role",
+         404: "no such model or version", 408: "the body came too slowly",
+         409: "the store refuses", 413: "too large", 415: "another Content-Type is expected", 422: "a field or an image is refused",
+         503: "not ready, or no answer in time is to be expected: Retry-After",
          504: "the deadline passed"}
 INFER = (400, 401, 403, 404, 408, 413, 415, 422, 503, 504)
 
@@ -49,8 +63,10 @@ def _operation(text, out, codes=(401, 403), body=None, query=None, path={}, kind
     answers = {"200": {"description": "done", "content": {kind: {"schema": out}}}}
     answers |= {str(c): {"description": WORDS[c], "content": _json(_ref("Error"))} for c in codes}
     answers |= {str(c): {"description": WORDS[c], "content": _json(out)} for c in also}
-    params = [{"name": n, "in": "path", "required": True, "schema": s} for n, s in path.items()] + [{"name": n, "in": "query", "required": False, "schema": s} for n, s in (query or {}).items()]
-    return {"summary": text, "responses": answers, "parameters": params, **({"requestBody": {"required": True, "content": body}} if body else {})}
+    params = [{"name": n, "in": "path", "required": True, "schema": s} for n,
+              s in path.items()] + [{"name": n, "in": "query", "required": False, "schema": s} for n, s in (query or {}).items()]
+    return {"summary": text, "responses": answers, "parameters": params,
+            **({"requestBody": {"required": True, "content": body}} if body else {})}
 
 def _paths(models=(), serving=None):
     model = {"model": {**TEXT, **({"enum": list(models)} if models else {})}}
@@ -59,42 +75,52 @@ def _paths(models=(), serving=None):
     raw = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     def infer(path): return _operation("Infer.", anything, INFER, _json(_ref("Infer")), path=path)
     def about(text, path={}, codes=(401, 403, 404, 503), **how): return _operation(text, anything, codes, path=path, **how)
-    def change(text, body): return _operation(text, _object({"version": _maybe("integer")}, "version"), (400, 401, 403, 404, 408, 409, 413, 415, 422), _json(body))
-    out = {"/classify": {"post": _operation("One image: {model: class}.", {"type": "object", "additionalProperties": TEXT}, INFER, multipart)},
+    def change(text, body): return _operation(text, _object({"version": _maybe("integer")}, "version"),
+                                              (400, 401, 403, 404, 408, 409, 413, 415, 422), _json(body))
+    out = {"/classify": {"post": _operation("One image: {model: class}.", {"type": "object", "additionalProperties": TEXT}, INFER,
+                                            multipart)},
            "/batch": {"post": _operation("Any number of images: {model: [class, ...]}.", LABELS, INFER, multipart)},
            "/models": {"get": _operation("Names of the models.", {"type": "object", "additionalProperties": TEXT}, (401, 403, 503))},
-           "/v1/predict": {"post": _operation("Images with policy, probabilities, provenance. With a JSON body the query is empty.", _ref("Answer"), INFER, {**multipart, **_json(_ref("Predict")), **raw}, QUERY)},
+           "/v1/predict": {"post": _operation("Images with policy, probabilities, provenance. With a JSON body the query is empty.",
+                                              _ref("Answer"), INFER, {**multipart, **_json(_ref("Predict")), **raw}, QUERY)},
            "/v1/provenance": {"get": about("What answers now: models, their data, the engine.", codes=(401, 403, 503))},
            "/v1/versions": {"get": about("The history of this name in the store.", codes=(401, 403, 404))},
            "/v1/pin": {"post": change("Serve this version until it is unpinned.", _object({"version": WHOLE}, "version"))},
            "/v1/unpin": {"post": change("Serve the newest promoted version again.", _object({}))},
            "/v1/rollback": {"post": change("Back to the last stable version before the current.", _object({}))},
            "/metrics": {"get": _operation("For Prometheus.", TEXT, (401, 403), kind="text/plain")},
-           "/health/live": {"get": _operation("The process answers.", anything, ())}, "/health/ready": {"get": _operation("It can answer requests.", anything, (), also=(503,))},
+           "/health/live": {"get": _operation("The process answers.", anything, ())},
+           "/health/ready": {"get": _operation("It can answer requests.", anything, (), also=(503,))},
            "/v2": {"get": _operation("Server metadata.", anything, ())}, "/v2/health/live": {"get": _operation("Live.", anything, ())},
-           "/v2/health/ready": {"get": _operation("Ready.", anything, (), also=(503,))}, "/v2/repository/index": {"post": _operation("Models and their state.", _list(anything), (401, 403, 503))},
+           "/v2/health/ready": {"get": _operation("Ready.", anything, (), also=(503,))},
+           "/v2/repository/index": {"post": _operation("Models and their state.", _list(anything), (401, 403, 503))},
            "/v2/repository/models/{model}/load": {"post": about("Look at the store now.", model, (401, 403, 404))},
            "/v2/repository/models/{model}/unload": {"post": about("Refused.", model, (401, 403, 409))}}
     for base, path in (("/v2/models/{model}", model), ("/v2/models/{model}/versions/{version}", both)):
-        out |= {base: {"get": about("Model metadata.", path)}, f"{base}/ready": {"get": about("Is the model ready?", path)}, f"{base}/infer": {"post": infer(path)}}
+        out |= {base: {"get": about("Model metadata.", path)}, f"{base}/ready": {"get": about("Is the model ready?", path)},
+                f"{base}/infer": {"post": infer(path)}}
     return out
 
 # %% ../../nbs/flexserve/12_openapi.ipynb #da29d972
 def document(models=(), serving=None):
     "The OpenAPI 3.1 document, a dict; `models` (names) and `serving` (version) go into it."
     return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(models, serving),
-            "components": {"schemas": SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}}, "security": [{}, {"token": []}]}
+            "components": {"schemas": SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+            "security": [{}, {"token": []}]}
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-summary {{ cursor: pointer; padding: .35rem 0 }} b {{ display: inline-block; width: 3.5rem }} code, pre {{ font: 13px/1.45 ui-monospace, monospace; overflow-x: auto }}
+summary {{ cursor: pointer; padding: .35rem 0 }} b {{ display: inline-block; width: 3.5rem }}
+code, pre {{ font: 13px/1.45 ui-monospace, monospace; overflow-x: auto }}
 details {{ border-bottom: 1px solid #8884 }} form {{ display: flex; gap: .6rem; flex-wrap: wrap; margin: 1rem 0 }}</style>
 <h1>{name}</h1><p>The document: <a href="openapi.json">openapi.json</a>. Try it:</p>
-<form id="try"><input type="file" name="file" multiple accept="image/*" required><input name="policy" placeholder="policy: or, and, majority"><input name="target" placeholder="target class"><button>predict</button></form>
+<form id="try"><input type="file" name="file" multiple accept="image/*" required>
+<input name="policy" placeholder="policy: or, and, majority"><input name="target" placeholder="target class"><button>predict</button></form>
 <pre id="answer"></pre>{operations}
 <script>document.getElementById("try").onsubmit = async e => {{ e.preventDefault(); const form = new FormData(e.target);
 for (const k of ["policy", "target"]) if (!form.get(k)) form.delete(k);
-const r = await fetch("v1/predict", {{method: "POST", body: form}}); document.getElementById("answer").textContent = r.status + " " + JSON.stringify(await r.json(), null, 1) }}</script>"""
+const r = await fetch("v1/predict", {{method: "POST", body: form}});
+document.getElementById("answer").textContent = r.status + " " + JSON.stringify(await r.json(), null, 1) }}</script>"""
 
 def page(name):
     "The document as one HTML page, with a form that sends images."
@@ -104,6 +130,9 @@ def page(name):
             codes = "".join(f"<li><code>{c}</code> {html.escape(r['description'])}" for c, r in op["responses"].items())
             query = ", ".join(p["name"] for p in op["parameters"] if p["in"] == "query")
             body = ", ".join(op.get("requestBody", {}).get("content", ()))
-            rows.append(f"<details><summary><b>{method.upper()}</b> <code>{path}</code> {html.escape(op['summary'])}</summary><p>{'Query: ' + query if query else ''} {'Body: ' + body if body else ''}</p><ul>{codes}</ul></details>")
+            told = " ".join(f"{what}: {names}" for what, names in (("Query", query), ("Body", body)) if names)
+            top = f"<summary><b>{method.upper()}</b> <code>{path}</code> {html.escape(op['summary'])}</summary>"
+            rows.append(f"<details>{top}<p>{told}</p><ul>{codes}</ul></details>")
     schemas = html.escape(json.dumps(SCHEMAS, indent=1))
-    return PAGE.format(name=html.escape(name), operations="".join(rows) + f"<details><summary>Schemas</summary><pre>{schemas}</pre></details>")
+    rows.append(f"<details><summary>Schemas</summary><pre>{schemas}</pre></details>")
+    return PAGE.format(name=html.escape(name), operations="".join(rows))

@@ -15,7 +15,8 @@ from .metrics import Metrics
 from .worker import HEAD, VERDICT, Nursery, pack
 
 log = logging.getLogger("opml_wb.flexserve")
-PRELOAD = ("numpy", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "opml_wb.flexserve.policy", "opml_wb.flexserve.images", "opml_wb.flexserve.engine")
+PRELOAD = ("numpy", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "opml_wb.flexserve.policy", "opml_wb.flexserve.images",
+           "opml_wb.flexserve.engine")
 LEAST = 4    # images that a batch may always hold: below, PyTorch's fixed cost of a call is most of it
 TRIES = 3    # of a worker that dies while it loads and doesn't say why
 DEATHS = 3   # workers that one image may kill by itself
@@ -43,10 +44,13 @@ class Settings:
     limits: dict = field(default_factory=dict)  # of one image: see `images.Limits`
 
     def __post_init__(self):
-        for name in ("workers", "threads", "max_batch", "max_images", "max_body", "max_waiting", "max_bytes", "deadline", "slo", "watchdog", "start", "body"):
+        for name in ("workers", "threads", "max_batch", "max_images", "max_body", "max_waiting", "max_bytes", "deadline", "slo", "watchdog",
+                     "start", "body"):
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0): raise ValueError(f"{name}: expected a number above 0, got {value!r}")
-        if self.engine not in ("auto", "torch", "onnx", "onnx-int8"): raise ValueError(f"engine: expected auto, torch, onnx or onnx-int8, got {self.engine!r}")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+        if self.engine not in ("auto", "torch", "onnx", "onnx-int8"):
+            raise ValueError(f"engine: expected auto, torch, onnx or onnx-int8, got {self.engine!r}")
 
 # %% ../../nbs/flexserve/10_pool.ipynb #79e3eda2
 class Overloaded(Exception):
@@ -114,7 +118,8 @@ class _Workers:
         return worker
 
     def _stillborn(self, why, check, final=False):
-        "A worker could not come up: it is tried again, more and more rarely; a version of which none ever did is refused, at once if the reason is `final`."
+        """A worker could not come up: it is tried again, more and more rarely; a version of which none ever did is refused, at once if
+        the reason is `final`."""
         self.failures += 1
         log.warning("worker did not start: %s", why)
         if not self.up.done() and (final or self.failures >= TRIES): self.up.set_exception(LoadError(why))
@@ -179,7 +184,8 @@ class Group(_Workers):
 
     @property
     def batch(self):
-        "The most images in a batch: as many as half of the objective's time allows, and no less than LEAST: a machine that is slow for a while would else get smaller, dearer batches."
+        """The most images in a batch: as many as half of the objective's time allows, and no less than LEAST: a machine that is slow
+        for a while would else get smaller, dearer batches."""
         return min(max(self.fit.largest(self.settings.slo / 2, self.settings.max_batch), LEAST), self.settings.max_batch)
 
     def admit(self, images, size, budget):
@@ -269,7 +275,8 @@ class Pool:
         bundle.verify()
         kind, _, _ = _choose(bundle, s.engine, s.device)
         preload = [*PRELOAD, "torch" if kind == "torch" else "onnxruntime"]
-        return bundle, {"bundle": str(path), "engine": s.engine, "threads": s.threads, "device": s.device, "allow": list(s.allow), "limits": s.limits, "preload": preload}
+        return bundle, {"bundle": str(path), "engine": s.engine, "threads": s.threads, "device": s.device, "allow": list(s.allow),
+                        "limits": s.limits, "preload": preload}
 
     async def swap(self, version, path):
         "Serve `version` (int) from the bundle in folder `path`. Raises LoadError: what served before then goes on serving."

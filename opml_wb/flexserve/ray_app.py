@@ -12,7 +12,8 @@ class Replica:
     "What a replica does: `bundle` (a folder that every node sees), `engine`, `threads`, `device` as `Engine.load` takes them."
     def __init__(self, bundle, name, version, engine="auto", threads=1, device="cpu", allow=()):
         from opml_wb.flexserve.engine import Engine
-        self.engine, self.name, self.version = Engine.load(bundle, engine=engine, threads=threads, device=device, allow=allow), name, version
+        self.engine, self.name, self.version = Engine.load(bundle, engine=engine, threads=threads, device=device,
+                                                           allow=allow), name, version
         self.engine.check()
 
     def ask(self, path, body, content_type, query):
@@ -22,16 +23,18 @@ class Replica:
         from opml_wb.flexserve.worker import run
         [answer], _ = run(self.engine, [(ask.images, {"models": ask.models, "policy": ask.policy, "lazy": ask.lazy, "probs": ask.probs})])
         errors = [{"index": i, "code": code, "reason": why} for i, code, why in answer["errors"]]
-        if errors and ask.on_error == "reject": return 422, {"error": f"image {errors[0]['index']}: {errors[0]['reason']}", "errors": errors}
+        if errors and ask.on_error == "reject":
+            return 422, {"error": f"image {errors[0]['index']}: {errors[0]['reason']}", "errors": errors}
         if path == "/batch": return 200, answer["labels"]
-        out = {"name": self.name, "version": self.version, "digest": self.engine.digest, "n": len(ask.images), "models": answer["labels"], "errors": errors}
+        out = {"name": self.name, "version": self.version, "digest": self.engine.digest, "n": len(ask.images), "models": answer["labels"],
+               "errors": errors}
         if ask.probs: out |= {"probs": answer["probs"], "classes": self.engine.classes}
         return 200, out | ({"policy": {**ask.policy, **answer["verdict"]}} if ask.policy else {})
 
 # %% ../../nbs/flexserve/17_ray_app.ipynb #50d435a5
 def deployment(bundle, name="ensemble", version=1, replicas=2, **how):
-    """A Ray Serve application of `replicas` replicas, to be given to `ray.serve.run` or named in a Serve config; `how` as for Replica. Raises ImportError that says what to
-    install."""
+    """A Ray Serve application of `replicas` replicas, to be given to `ray.serve.run` or named in a Serve config; `how` as for Replica.
+    Raises ImportError that says what to install."""
     try: from ray import serve
     except ImportError as e: raise ImportError("Ray Serve is not here: pip install 'opml_wb[ray]'") from e
     from starlette.responses import JSONResponse
@@ -40,8 +43,10 @@ def deployment(bundle, name="ensemble", version=1, replicas=2, **how):
         def __init__(self): self.replica = Replica(str(bundle), name, version, **how)
 
         async def __call__(self, request):
-            if request.method != "POST" or request.url.path not in ("/batch", "/v1/predict"): return JSONResponse({"error": "POST /batch or /v1/predict"}, 404)
-            status, value = self.replica.ask(request.url.path, await request.body(), request.headers.get("content-type", ""), dict(request.query_params))
+            if request.method != "POST" or request.url.path not in ("/batch", "/v1/predict"):
+                return JSONResponse({"error": "POST /batch or /v1/predict"}, 404)
+            status, value = self.replica.ask(request.url.path, await request.body(), request.headers.get("content-type", ""),
+                                             dict(request.query_params))
             return JSONResponse(value, status, {"X-Ensemble": name, "X-Version": str(version), "X-Digest": self.replica.engine.digest})
     options = {"num_cpus": how.get("threads", 1), "num_gpus": int(how.get("device", "cpu") != "cpu")}
     return serve.deployment(num_replicas=replicas, ray_actor_options=options)(Ensemble).bind()

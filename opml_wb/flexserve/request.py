@@ -40,7 +40,8 @@ def _part(head):
 def multipart(body, content_type):
     "[(name, bytes)] of a multipart/form-data body, in order. Raises Refused(400)."
     boundary = _parameters(content_type).get("boundary", "")
-    if not 0 < len(boundary) <= 70 or not boundary.isascii(): raise Refused(400, "multipart: expected a boundary of 1 to 70 ASCII characters in Content-Type")
+    if not 0 < len(boundary) <= 70 or not boundary.isascii():
+        raise Refused(400, "multipart: expected a boundary of 1 to 70 ASCII characters in Content-Type")
     first, *parts = (b"\r\n" + body).split(b"\r\n--" + boundary.encode())
     if not parts or not parts[-1].startswith(b"--"): raise Refused(400, f"multipart: the closing boundary --{boundary}-- is missing")
     out = []
@@ -91,7 +92,8 @@ def _whole(name, value):
 
 def _names(name, value):
     if isinstance(value, str): value = value.split(",")
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value): raise Refused(422, f"{name}: expected a list of model names, got {value!r}")
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
+        raise Refused(422, f"{name}: expected a list of model names, got {value!r}")
     return tuple(dict.fromkeys(value))
 
 # %% ../../nbs/flexserve/11_request.ipynb #5107cb28
@@ -128,7 +130,8 @@ def fields(given):
 
 # %% ../../nbs/flexserve/11_request.ipynb #cd6312ab
 def _b64(i, item):
-    if not isinstance(item, dict) or not isinstance(item.get("b64"), str): raise Refused(422, f"images[{i}]: expected an object with b64, got {str(item)[:60]!r}")
+    if not isinstance(item, dict) or not isinstance(item.get("b64"), str):
+        raise Refused(422, f"images[{i}]: expected an object with b64, got {str(item)[:60]!r}")
     if odd := set(item) - {"b64", "id"}: raise Refused(422, f"images[{i}]: unknown field {sorted(odd)[0]!r}")
     try: return base64.b64decode(item["b64"], validate=True)
     except (binascii.Error, ValueError): raise Refused(400, f"images[{i}].b64: no base64") from None
@@ -168,7 +171,8 @@ def parse(body, content_type, query):
         return from_json(body)
     if kind == "application/x-npy": return Ask(_array(body), **fields(query))
     if kind == "application/octet-stream" or kind.startswith("image/"): return Ask([body], **fields(query))
-    raise Refused(415, f"Content-Type {kind or 'missing'!r}: expected multipart/form-data, application/json, application/octet-stream, image/* or application/x-npy")
+    raise Refused(415, f"Content-Type {kind or 'missing'!r}: expected multipart/form-data, application/json, application/octet-stream, "
+                       "image/* or application/x-npy")
 
 def check(ask, names, classes, most):
     "Refuse what the models in service cannot answer; `most`: images."

@@ -67,7 +67,8 @@ async def _leave(server, sock, lame):
 async def _front(app, sock, lame, ready):
     "Serve `app` until SIGTERM or SIGINT; the exit code."
     patience = type("", (Patience,), {"limit": app.state.settings.body})
-    config = uvicorn.Config(app, http=patience, ws="none", lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30, server_header=False, date_header=False)
+    config = uvicorn.Config(app, http=patience, ws="none", lifespan="on", log_level="warning", access_log=False, timeout_keep_alive=30,
+                            server_header=False, date_header=False)
     server, asked, loop = _Front(config), asyncio.Event(), asyncio.get_running_loop()
     def stop():
         if asked.is_set(): os._exit(1)
@@ -98,26 +99,30 @@ async def _tell(service, ready):
     ready(service)
 
 def serve(store, name, *, host="127.0.0.1", port=0, settings=None, tokens=None, lame=.5):
-    """Serve `name` of ModelStore `store` until SIGTERM or Ctrl-C; the exit code. Prints one line of JSON {url, name, version, digest, engine} when
-    ready. Raises ValueError when `host` can be reached from elsewhere and there are no tokens, OSError when the port is taken."""
-    if tokens is None and not loopback(host): raise ValueError(f"{host} can be reached from other machines: give --token-file, or listen on 127.0.0.1")
+    """Serve `name` of ModelStore `store` until SIGTERM or Ctrl-C; the exit code. Prints one line of JSON {url, name, version, digest,
+    engine} when ready. Raises ValueError when `host` can be reached from elsewhere and there are no tokens, OSError when the port is
+    taken."""
+    if tokens is None and not loopback(host):
+        raise ValueError(f"{host} can be reached from other machines: give --token-file, or listen on 127.0.0.1")
     if store.current(name) is None: raise ValueError(f"nothing of {name!r} is served: publish or pin a version first")
     sock = bound(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
     def ready(service):
         group = service.pool.current
-        print(json.dumps({"url": url, "name": name, "version": group.version, "digest": group.bundle.digest, "engine": group.about["engine"]}), flush=True)
+        print(json.dumps({"url": url, "name": name, "version": group.version, "digest": group.bundle.digest,
+                          "engine": group.about["engine"]}), flush=True)
     app = create_app(store, name, settings, tokens)
     with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner: return runner.run(_front(app, sock, lame, ready))
 
 # %% ../../nbs/flexserve/16_serve.ipynb #ad2d5205
 class Server:
-    """`with Server("NAME", workers=2, home=...) as s`: `opml flexserve serve` in a process of its own; `s.url`. Options are those of the command
-    (`engine`, `token_file`, ...). Raises RuntimeError with what it said when it doesn't come up within `start` seconds."""
+    """`with Server("NAME", workers=2, home=...) as s`: `opml flexserve serve` in a process of its own; `s.url`. Options are those
+    of the command (`engine`, `token_file`, ...). Raises RuntimeError with what it said when it doesn't come up within `start` seconds."""
     def __init__(self, name, *, home=None, start=120., **options):
         words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         env = {**os.environ, **({"OPML_HOME": str(home)} if home else {})}
-        self.process = subprocess.Popen([sys.executable, "-m", "opml_wb.core.cli", "flexserve", "serve", name, "--port", "0", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen([sys.executable, "-m", "opml_wb.core.cli", "flexserve", "serve", name, "--port", "0", *words],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         import select
         import threading
         self.said = []

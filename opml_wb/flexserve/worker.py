@@ -67,7 +67,8 @@ def _infer(engine, images, **how):
 
 def _lists(verdict):
     "A Verdict as lists of JSON values."
-    return verdict and {"result": verdict.result.tolist(), "score": [round(float(s), 6) for s in verdict.score], "decided_by": verdict.decided_by.tolist()}
+    return verdict and {"result": verdict.result.tolist(), "score": [round(float(s), 6) for s in verdict.score],
+                        "decided_by": verdict.decided_by.tolist()}
 
 # %% ../../nbs/flexserve/08_worker.ipynb #020f3e85
 def _answer(n, names, classes, labels, probs, verdict, places, errors, options):
@@ -81,7 +82,8 @@ def _answer(n, names, classes, labels, probs, verdict, places, errors, options):
     if options["probs"]: out["probs"] = {names[i]: spread(probs[i].tolist()) for i in chosen}
     if options["policy"] and places and verdict is None:
         from opml_wb.flexserve.policy import Policy
-        verdict = _lists(Policy.parse(options["policy"]).apply(labels[chosen], probs[chosen], models=[names[i] for i in chosen], classes=classes))
+        verdict = _lists(Policy.parse(options["policy"]).apply(labels[chosen], probs[chosen], models=[names[i] for i in chosen],
+                                                               classes=classes))
     if options["policy"]: out["verdict"] = {k: spread(verdict[k] if places else ()) for k in VERDICT}
     return out
 
@@ -109,7 +111,8 @@ def _group(engine, parts, limits):
         errors = sorted(errors + [(places[k], "model", why) for k, why in bad.items()])
         take = [row[first + k] for k in kept]
         mine = verdict and {k: [verdict[k][i] for i in take] for k in VERDICT}
-        answers.append(_answer(len(images), names, engine.classes, labels[:, take], probs[:, take], mine, [places[k] for k in kept], errors, o))
+        kept = [places[k] for k in kept]
+        answers.append(_answer(len(images), names, engine.classes, labels[:, take], probs[:, take], mine, kept, errors, o))
     return answers, {"images": len(flat), "decode": decoded - began, "infer": time.perf_counter() - decoded, **_counts(names, labels)}
 
 # %% ../../nbs/flexserve/08_worker.ipynb #372474d1
@@ -127,7 +130,8 @@ def run(engine, parts, limits=None):
     run with the like of theirs only, all others in one batch."""
     from opml_wb.flexserve.images import Limits
     groups, answers = {}, [None] * len(parts)
-    for i, (_, o) in enumerate(parts): groups.setdefault(json.dumps([o["policy"], o["models"]], sort_keys=True) if o["lazy"] else "", []).append(i)
+    for i, (_, o) in enumerate(parts):
+        groups.setdefault(json.dumps([o["policy"], o["models"]], sort_keys=True) if o["lazy"] else "", []).append(i)
     took = []
     for places in groups.values():
         got, t = _group(engine, [parts[i] for i in places], limits or Limits())
@@ -140,14 +144,15 @@ def _load(order):
     "(Engine, Limits) of an order. One worker of a version answers the golden set as at packing, the others one picture of it."
     from opml_wb.flexserve.engine import Engine
     from opml_wb.flexserve.images import Limits
-    engine = Engine.load(order["bundle"], engine=order["engine"], threads=order["threads"], device=order["device"], allow=tuple(order["allow"]), verify=False)
+    engine = Engine.load(order["bundle"], engine=order["engine"], threads=order["threads"], device=order["device"],
+                         allow=tuple(order["allow"]), verify=False)
     if order["check"]: engine.check()
     else: engine.infer(engine.bundle.golden()[0][:1])
     return engine, Limits(**order["limits"])
 
 def work(conn, order):
-    """Serve batches from socket `conn` until it closes. `order`: {bundle (folder whose files are verified), engine, threads, device, allow, limits, check}.
-    The first message out is {ready: description}, or {failed: reason}."""
+    """Serve batches from socket `conn` until it closes. `order`: {bundle, engine, threads, device, allow, limits, check}; the bundle's
+    files are verified. The first message out is {ready: description}, or {failed: reason}."""
     try:
         engine, limits = _load(order)
         conn.sendall(pack({"ready": {**engine.describe(), "names": engine.names}}))
@@ -203,8 +208,10 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = os.pathsep.join([str(Path(opml_wb.__path__[0]).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         pools = {k: str(self.threads) for k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-        self.process = subprocess.Popen([sys.executable, "-c", "from opml_wb.flexserve.worker import nursery; nursery()", str(theirs.fileno())],
-                                        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**os.environ, **pools, "PYTHONPATH": path})
+        self.process = subprocess.Popen([sys.executable, "-c", "from opml_wb.flexserve.worker import nursery; nursery()",
+                                         str(theirs.fileno())],
+                                        pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
+                                        env={**os.environ, **pools, "PYTHONPATH": path})
         theirs.close()
         self.conn = ours
 
