@@ -26,6 +26,8 @@ from .pipelines import PipelineModel
 from .store import StoreError, TraceStore
 from .experiment import Experiment
 
-_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView", "Trace", "simulate", "Detector", "Drift",
-         "cost_benefit", "performance", "Streamed", "simulate_stream", "capacity_plan", "stats", "ArrivalModel", "AssetModel", "DurationModel",
+_all_ = ["DataAsset", "Link", "Pipeline", "Platform", "Pool", "Task", "TrainedModel", "Workload", "Allocator", "Policy", "PoolView",
+         "Trace", "simulate", "Detector", "Drift",
+         "cost_benefit", "performance", "Streamed", "simulate_stream", "capacity_plan", "stats", "ArrivalModel", "AssetModel",
+         "DurationModel",
          "MetricModel", "PipelineModel", "StoreError", "TraceStore", "Experiment"]
