@@ -27,7 +27,9 @@ def _ready(ledger):
             if not db.shared: db.execute(LITE)
     return db
 
-def words(text): return re.sub(r"[\W_]+", " ", text.lower()).split()
+def words(text):
+    "The words of `text` (str), in lower case: runs of letters and digits."
+    return re.sub(r"[\W_]+", " ", text.lower()).split()
 
 # %% ../../nbs/provenance/21_fulltext.ipynb #e2862b3b
 NEW = "select id, '' from run where status<>'running' and id not in (select run from prov_text)"

@@ -28,7 +28,9 @@ def _facet(schema, **values):
     "A facet of a schema of the standard (`1-0-1/DatasetVersionDatasetFacet`), or one of our own."
     return {"_producer": producer(), "_schemaURL": f"{FACETS}{schema}.json" if schema else f"{SPEC}#/$defs/RunFacet", **values}
 
-def run_uuid(run): return str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:opml_wb:run:{run}"))
+def run_uuid(run):
+    "The UUID (str) of the run with id `run`, the same each time."
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:opml_wb:run:{run}"))
 
 def _time(seconds): return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
