@@ -149,7 +149,9 @@ def _command(stage, base, folder):
     "{cwd, words} that run a stage in `folder` (Path), which stands for `base`."
     if stage["source"]:
         return {"cwd": str(folder), "words": ["opml", "run", str(folder/os.path.relpath(stage["source"], base)), "--preset", "imported"]}
-    return {"cwd": os.path.normpath(folder/os.path.relpath(stage["cwd"], base)), "words": ["opml", "trace", "--", *stage["command"]]}
+    program, *rest = stage["command"]
+    program = program if shutil.which(program) else os.path.basename(program)      # another machine's interpreter
+    return {"cwd": os.path.normpath(folder/os.path.relpath(stage["cwd"], base)), "words": ["opml", "trace", "--", program, *rest]}
 
 def import_(file, folder=None):
     """Unpack the pipeline `file` into `folder` (default: the file's name without its suffix; it must not be there).
