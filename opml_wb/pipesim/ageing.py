@@ -15,7 +15,8 @@ kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _n
 # %% ../../nbs/pipesim/04_ageing.ipynb #03d049b2
 @kernel
 def first_passage(t0, rate, limit, jump_t, jump_size):
-    "When a loss that begins at `t0` (s), grows at `rate` (1/s) and by the jumps after t0 (f8 [J], times rising) reaches `limit` > 0: s, inf for never."
+    """When a loss that begins at `t0` (s), grows at `rate` (1/s) and by the jumps after t0 (f8 [J], times rising) reaches `limit` > 0: s,
+    inf for never."""
     lost, since = 0.0, t0
     for j in range(len(jump_t)):
         if jump_t[j] <= t0: continue
@@ -45,7 +46,8 @@ def loss_between(t0, a, b, rate, jump_t, jump_size):
 # %% ../../nbs/pipesim/04_ageing.ipynb #a5b618e1
 @kernel
 def most_triggers(t0, rate, limits, periods, jump_t, jump_size, debounce, end, most):
-    "How often a model deployed at t0 (s) can be retrained before `end`; limits, periods f8 [D], one a detector; debounce > 0 s between triggers. At `most` it stops counting."
+    """How often a model deployed at t0 (s) can be retrained before `end`; limits, periods f8 [D], one a detector; debounce > 0 s between
+    triggers. At `most` it stops counting."""
     n, t, last = 0, t0, -np.inf
     while True:
         due = np.inf

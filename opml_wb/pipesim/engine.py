@@ -25,7 +25,8 @@ def _transfer(size, link):
     "Seconds that `size` bytes (f8 [T]) take alone on the link."
     return np.where(size > 0, link.latency + size / link.bytes_per_s, 0.0)
 
-NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), rate=np.zeros(0), limit=np.zeros((0, 0)), period=np.zeros(0), jump_first=np.zeros(1, np.int64),
+NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), rate=np.zeros(0), limit=np.zeros((0, 0)),
+                 period=np.zeros(0), jump_first=np.zeros(1, np.int64),
                  jump_t=np.zeros(0), jump_size=np.zeros(0), debounce=0.0, end=0.0)
 
 def _children(edges, place, n):
@@ -35,7 +36,8 @@ def _children(edges, place, n):
     return np.searchsorted(a[by], np.arange(n + 1)), b[by]
 
 def prepare(work, platform, policy, models=None, exogenous=None):
-    "(kernels.Work, order i8 [T]: the workload's ids of the engine's tasks). Raises ValueError naming the task that the platform cannot hold."
+    """(kernels.Work, order i8 [T]: the workload's ids of the engine's tasks). Raises ValueError naming the task that the platform cannot
+    hold."""
     at, key, n = check(platform, work), keys(policy, work), work.n_tasks
     order = np.argsort(work.pipeline, kind="stable")
     place = np.empty(n, np.int64)
@@ -48,8 +50,10 @@ def prepare(work, platform, policy, models=None, exogenous=None):
     child_first, child = _children(work.edges, place, n)
     step_t, step_pool, step_cap = _steps(platform)
     w = Work(work.arrival.copy(), arrivals, np.searchsorted(owner, np.arange(len(work) + 1)), owner, own(at), own(work.units), own(key),
-             own(work.dur if shared or link is None else before + work.dur + after), own(work.est if link is None else before + work.est + after), own(work.dur), own(work.read), own(work.write),
-             child_first, child, step_t, step_pool, step_cap, policy.backfill == "easy", shared, float(link.bytes_per_s if link else 1.0), float(link.latency if link else 0.0), **(models or NO_MODELS))
+             own(work.dur if shared or link is None else before + work.dur + after),
+             own(work.est if link is None else before + work.est + after), own(work.dur), own(work.read), own(work.write),
+             child_first, child, step_t, step_pool, step_cap, policy.backfill == "easy", shared, float(link.bytes_per_s if link else 1.0),
+             float(link.latency if link else 0.0), **(models or NO_MODELS))
     return w, order
 
 # %% ../../nbs/pipesim/07_engine.ipynb #60a22117
@@ -62,8 +66,10 @@ def fresh(w, n_pools):
     ring = ints(listed)
     ring[n:] = np.arange(n, listed) if listed else 0
     running, sending = (n if w.backfill else 0), (n if w.shared else 1)
-    return State(nan(n), nan(n), nan(n), np.zeros(n, np.int8), np.bincount(w.child, minlength=n), np.diff(w.first), np.zeros(n + M + 1), ints(n + M + 1), ints(n),
-                 np.concatenate([[0], np.cumsum(per_pool)]), ints(n_pools), ring, ring.copy(), np.zeros(running), ints(running), ints(n_pools), ints(n_pools), ints(n_pools), ints(n_pools),
+    return State(nan(n), nan(n), nan(n), np.zeros(n, np.int8), np.bincount(w.child, minlength=n), np.diff(w.first), np.zeros(n + M + 1),
+                 ints(n + M + 1), ints(n),
+                 np.concatenate([[0], np.cumsum(per_pool)]), ints(n_pools), ring, ring.copy(), np.zeros(running), ints(running),
+                 ints(n_pools), ints(n_pools), ints(n_pools), ints(n_pools),
                  np.zeros(sending), ints(sending), np.zeros(n_pools, np.bool_), ints(n_pools), ints(7), np.array([0., 0., 0., np.inf]),
                  nan(P), np.full(M, np.inf), np.full(M, -np.inf), w.slot_first[:-1].copy(), ints(M) - 1, ints(P) - 1, ints(M))
 
@@ -83,7 +89,8 @@ class NumbaEngine:
         "Capacities [(pool, units)] from t on, before the steps to come."
         n, (ks, cs) = int(self.s.n[kernels.STEPPED]), np.array(answer, np.int64).reshape(-1, 2).T
         join = lambda new, old: np.concatenate([new, old[n:]])
-        self.w = self.w._replace(step_t=join(np.full(len(ks), float(t)), self.w.step_t), step_pool=join(ks, self.w.step_pool), step_cap=join(cs, self.w.step_cap))
+        self.w = self.w._replace(step_t=join(np.full(len(ks), float(t)), self.w.step_t), step_pool=join(ks, self.w.step_pool),
+                                 step_cap=join(cs, self.w.step_cap))
         self.s.n[kernels.STEPPED] = 0
 
     def views(self):
@@ -150,8 +157,10 @@ def chosen(engine, policy):
 def simulate(workload, platform, policy="fifo", engine="auto", seed=0, *, drift=None, allocator=None, until=None):
     """When each task of `workload` starts and ends on `platform`: a Trace.
 
-    policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill on est), or a Policy; engine: `numba`, `python`, `simpy`: the same bits, `auto` the quickest that can; drift: a Drift, models age
-    and are retrained (random, from `seed`); allocator: resizes pools; until: s, what starts later is NaN. Raises ValueError before simulating, naming the task whose pool is unknown or never large enough."""
+    policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill on est), or a Policy; engine: `numba`,
+    `python`, `simpy`: the same bits, `auto` the quickest that can; drift: a Drift, models age
+    and are retrained (random, from `seed`); allocator: resizes pools; until: s, what starts later is NaN. Raises ValueError before
+    simulating, naming the task whose pool is unknown or never large enough."""
     need(isinstance(workload, Workload), "workload", type(workload).__name__, "a Workload")
     policy, until = policy_of(policy), math.inf if until is None else until
     need(isinstance(until, (int, float)) and until > 0, "until", until, "a time > 0, s")

@@ -40,20 +40,24 @@ def _left_out(file, n, why):
 
 # %% ../../nbs/pipesim/02_imports.ipynb #99bef462
 def philly(path):
-    """Microsoft Philly jobs (CSV: timestamp, duration s, num_gpus): pool `gpu`, units = num_gpus; t = 0 is midnight of the first day. Raises ValueError naming the row.
+    """Microsoft Philly jobs (CSV: timestamp, duration s, num_gpus): pool `gpu`, units = num_gpus; t = 0 is midnight of the first day.
+    Raises ValueError naming the row.
 
     Source: Jeon et al., ATC 2019 (as cut by the authors of Sia, SOSP 2023). No status in it: nothing is known of failures."""
     df, file = _table(path, ("timestamp", "duration", "num_gpus")), Path(path).name
     when = pd.to_datetime(df.timestamp, errors="coerce")
     need_all(when.notna().to_numpy(), f"{file}: timestamp", df.timestamp.to_numpy(), "a time")
     arrival = (when - when.min().normalize()).dt.total_seconds().to_numpy() if len(df) else np.zeros(0)
-    return Workload.from_arrays(arrival, _numbers(df, "duration", file), "gpu", units=_numbers(df, "num_gpus", file, 1), kind="train", counts=dict(rows=len(df), used=len(df), failed=0, censored=0))
+    return Workload.from_arrays(arrival, _numbers(df, "duration", file), "gpu", units=_numbers(df, "num_gpus", file, 1), kind="train",
+                                counts=dict(rows=len(df), used=len(df), failed=0, censored=0))
 
 # %% ../../nbs/pipesim/02_imports.ipynb #f5814f09
 def swf(path):
-    """Jobs in the Standard Workload Format: pool `cpu`, units = processors (allocated, else requested), est = requested time where given; arrival as in the file, s; `observed`: waits. Raises ValueError naming the line.
+    """Jobs in the Standard Workload Format: pool `cpu`, units = processors (allocated, else requested), est = requested time where given;
+    arrival as in the file, s; `observed`: waits. Raises ValueError naming the line.
 
-    Failed and cancelled jobs that ran are kept; those that never ran (no run time, no CPU time) are left out and counted. Source: Feitelson, Parallel Workloads Archive."""
+    Failed and cancelled jobs that ran are kept; those that never ran (no run time, no CPU time) are left out and counted. Source:
+    Feitelson, Parallel Workloads Archive."""
     file, lines = Path(path).name, _text(path).splitlines()
     rows = [(i + 1, line.split()) for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith(";")]
     for i, r in rows: need(len(r) == 18, f"{file}, line {i}", f"{len(r)} fields", "18 numbers (SWF)")
@@ -64,9 +68,11 @@ def swf(path):
     procs = np.where(x[:, 4] > 0, x[:, 4], x[:, 7])
     dur = np.where(run >= 0, run, cpu)
     ok = (dur >= 0) & (procs >= 1)
-    counts = dict(rows=len(x), used=int(ok.sum()), failed=int((status == 0).sum()), cancelled=int((status == 5).sum()), censored=int((ok & (run < 0)).sum()), unscheduled=int((~ok).sum()))
+    counts = dict(rows=len(x), used=int(ok.sum()), failed=int((status == 0).sum()), cancelled=int((status == 5).sum()),
+                  censored=int((ok & (run < 0)).sum()), unscheduled=int((~ok).sum()))
     _left_out(file, counts["unscheduled"], "neither a run time nor CPU time, or no processors")
-    return Workload.from_arrays(submit[ok], dur[ok], "cpu", units=procs[ok], est=np.where(x[:, 8] > 0, x[:, 8], dur)[ok], kind="job", observed=np.where(wait >= 0, wait, np.nan)[ok], counts=counts)
+    return Workload.from_arrays(submit[ok], dur[ok], "cpu", units=procs[ok], est=np.where(x[:, 8] > 0, x[:, 8], dur)[ok], kind="job",
+                                observed=np.where(wait >= 0, wait, np.nan)[ok], counts=counts)
 
 def _is_number(text):
     try: return bool(float(text) == float(text))
@@ -78,7 +84,8 @@ def _field(record, name, what):
     return record[name]
 
 def wfformat(path):
-    """A WfFormat (WfCommons, schema 1.5) instance as one pipeline at t = 0: pool `cpu`, units = coreCount (1 where not said), read and write = bytes of its files. Raises ValueError naming the task."""
+    """A WfFormat (WfCommons, schema 1.5) instance as one pipeline at t = 0: pool `cpu`, units = coreCount (1 where not said), read and
+    write = bytes of its files. Raises ValueError naming the task."""
     file = Path(path).name
     try: flow = _field(json.loads(_text(path)), "workflow", file)
     except json.JSONDecodeError as ex: raise ValueError(f"{file}: expected JSON, {ex}") from None
@@ -91,24 +98,33 @@ def wfformat(path):
     pairs = [(t["id"], c) for t in tasks for c in t.get("children", ())] + [(p, t["id"]) for t in tasks for p in t.get("parents", ())]
     for a, b in pairs: need(a in at and b in at, f"{file}: edge", (a, b), "two ids of tasks")
     total = lambda t, side: sum(size.get(f, 0.0) for f in t.get(side, ()))
-    return Workload.from_arrays([0.0], [_field(ran[i], "runtimeInSeconds", f"{file}, task {i!r}") for i in at], "cpu", units=[ran[i].get("coreCount") or 1 for i in at], pipeline=np.zeros(len(at), int),
-                                edges=[(at[a], at[b]) for a, b in pairs], read=[total(t, "inputFiles") for t in tasks], write=[total(t, "outputFiles") for t in tasks],
-                                kind=[ran[i].get("command", {}).get("program") or "task" for i in at], counts=dict(rows=len(at), used=len(at), failed=0, censored=0))
+    return Workload.from_arrays([0.0], [_field(ran[i], "runtimeInSeconds", f"{file}, task {i!r}") for i in at], "cpu",
+                                units=[ran[i].get("coreCount") or 1 for i in at], pipeline=np.zeros(len(at), int),
+                                edges=[(at[a], at[b]) for a, b in pairs], read=[total(t, "inputFiles") for t in tasks],
+                                write=[total(t, "outputFiles") for t in tasks],
+                                kind=[ran[i].get("command", {}).get("program") or "task" for i in at], counts=dict(rows=len(at),
+                                    used=len(at), failed=0, censored=0))
 
 # %% ../../nbs/pipesim/02_imports.ipynb #e0dc76ab
 def openb(path, milli=False):
-    """Alibaba cluster-trace-gpu-v2023 pods (CSV): pool `gpu`, units = GPUs (a share counts as one; `milli`: in thousandths), or pool `cpu`, units = ceil(cpu cores) for pods without GPU. t = creation_time, s; dur = deletion - scheduled.
+    """Alibaba cluster-trace-gpu-v2023 pods (CSV): pool `gpu`, units = GPUs (a share counts as one; `milli`: in thousandths), or pool
+    `cpu`, units = ceil(cpu cores) for pods without GPU. t = creation_time, s; dur = deletion - scheduled.
 
-    `observed`: waits. Pods that were never scheduled are left out and counted; failed and still running ones are kept and counted. Raises ValueError naming the row."""
-    df, file = _table(path, ("cpu_milli", "num_gpu", "gpu_milli", "pod_phase", "creation_time", "deletion_time", "scheduled_time")), Path(path).name
+    `observed`: waits. Pods that were never scheduled are left out and counted; failed and still running ones are kept and counted.
+    Raises ValueError naming the row."""
+    df, file = _table(path, ("cpu_milli", "num_gpu", "gpu_milli", "pod_phase", "creation_time", "deletion_time",
+                             "scheduled_time")), Path(path).name
     created, deleted, scheduled = (_numbers(df, c + "_time", file, blank=c != "creation") for c in ("creation", "deletion", "scheduled"))
     ran, phase = ~np.isnan(scheduled) & ~np.isnan(deleted), df.pod_phase.astype(str)
-    need_all(~ran | ((deleted >= scheduled) & (scheduled >= created)), f"{file}: scheduled_time", df.scheduled_time.to_numpy(), "creation <= scheduled <= deletion")
+    need_all(~ran | ((deleted >= scheduled) & (scheduled >= created)), f"{file}: scheduled_time", df.scheduled_time.to_numpy(),
+             "creation <= scheduled <= deletion")
     gpus, share = _numbers(df, "num_gpu", file), _numbers(df, "gpu_milli", file)
     units = np.where(gpus > 0, gpus * share if milli else gpus, np.ceil(np.maximum(_numbers(df, "cpu_milli", file), 1) / 1000))
-    counts = dict(rows=len(df), used=int(ran.sum()), failed=int((phase[ran] == "Failed").sum()), censored=int((phase[ran] == "Running").sum()), unscheduled=int((~ran).sum()))
+    counts = dict(rows=len(df), used=int(ran.sum()), failed=int((phase[ran] == "Failed").sum()),
+                  censored=int((phase[ran] == "Running").sum()), unscheduled=int((~ran).sum()))
     _left_out(file, counts["unscheduled"], "never scheduled (Pending)")
-    return Workload.from_arrays(created[ran], (deleted - scheduled)[ran], np.where(gpus > 0, "gpu", "cpu")[ran], units=units[ran], kind="pod", observed=(scheduled - created)[ran], counts=counts)
+    return Workload.from_arrays(created[ran], (deleted - scheduled)[ran], np.where(gpus > 0, "gpu", "cpu")[ran], units=units[ran],
+                                kind="pod", observed=(scheduled - created)[ran], counts=counts)
 
 # %% ../../nbs/pipesim/02_imports.ipynb #34e0e181
 STAGES = dict(load_base="basemodel_update_latency", load_lora="lora_update_latency", load_controlnet="controlnet_latency_data")
@@ -118,12 +134,15 @@ def _latency(folder, name):
     found = sorted(Path(folder).glob(f"*{name}*.csv*"))
     need(len(found) == 1, f"{folder}: files *{name}*.csv", [f.name for f in found], "exactly one")
     df = _table(found[0], ("timestamp_anon", "value", "container_ip"))
-    return (df.assign(value=_numbers(df, "value", found[0].name) / 1000, t=_numbers(df, "timestamp_anon", found[0].name)).groupby(["t", "container_ip"]).value.sum())
+    return (df.assign(value=_numbers(df, "value", found[0].name) / 1000, t=_numbers(df, "timestamp_anon", found[0].name)).groupby(["t",
+        "container_ip"]).value.sum())
 
 def gentd26(folder, pool="gpu"):
-    """Alibaba GenTD26 requests (a folder with its latency files) as chains load_base -> load_lora -> load_controlnet -> infer of what each had: pool `pool`, one unit, t = 0 at midnight (UTC) of the first day.
+    """Alibaba GenTD26 requests (a folder with its latency files) as chains load_base -> load_lora -> load_controlnet -> infer of what
+    each had: pool `pool`, one unit, t = 0 at midnight (UTC) of the first day.
 
-    counts: rows, used, requests, unsplit (loads that exceed the whole), unmatched (loads of no request, left out). Raises ValueError for a file that is missing, naming the row of a bad one."""
+    counts: rows, used, requests, unsplit (loads that exceed the whole), unmatched (loads of no request, left out). Raises ValueError
+    for a file that is missing, naming the row of a bad one."""
     whole = _latency(folder, "pipeline_inference_data")
     loads = {kind: _latency(folder, name) for kind, name in STAGES.items()}
     df = pd.DataFrame({k: v.reindex(whole.index) for k, v in loads.items()}).assign(infer=0.0)
@@ -135,6 +154,8 @@ def gentd26(folder, pool="gpu"):
     t = whole.index.get_level_values(0).to_numpy(np.float64)
     edges = np.flatnonzero(rows[:-1] == rows[1:])
     unmatched = sum(len(v.index.difference(whole.index)) for v in loads.values())
-    counts = dict(rows=len(whole) + sum(map(len, loads.values())), used=len(rows), requests=len(whole), unsplit=int((~split).sum()), unmatched=unmatched, failed=0, censored=0)
+    counts = dict(rows=len(whole) + sum(map(len, loads.values())), used=len(rows), requests=len(whole), unsplit=int((~split).sum()),
+                  unmatched=unmatched, failed=0, censored=0)
     _left_out(Path(folder).name, unmatched, "loads of no request")
-    return Workload.from_arrays(t - (t.min() // 86400) * 86400 if len(t) else t, df.to_numpy()[rows, cols], pool, pipeline=rows, edges=np.stack([edges, edges + 1], 1), kind=np.array(df.columns)[cols], counts=counts)
+    return Workload.from_arrays(t - (t.min() // 86400) * 86400 if len(t) else t, df.to_numpy()[rows, cols], pool, pipeline=rows,
+                                edges=np.stack([edges, edges + 1], 1), kind=np.array(df.columns)[cols], counts=counts)

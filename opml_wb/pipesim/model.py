@@ -41,7 +41,8 @@ class DataAsset:
     bytes: float = 0.0
 
     def __post_init__(self):
-        for name, low in dict(rows=1, cols=1, bytes=0).items(): number(getattr(self, name), f"DataAsset.{name}", low, f"a finite number >= {low}")
+        for name, low in dict(rows=1, cols=1, bytes=0).items(): number(getattr(self, name), f"DataAsset.{name}", low,
+            f"a finite number >= {low}")
 
     @property
     def size(self):
@@ -55,8 +56,8 @@ DIRECT, EVALUATED = ("confidence",), ("drift", "bias", "robustness")     # the p
 class TrainedModel:
     """A model: static properties from build time, dynamic ones that change at run time.
 
-    `performance`, `robustness`, `confidence`: 0 .. 1, higher is better; `drift`, `bias`: >= 0, lower is better; `staleness`: seconds since its data were taken; `size_bytes` >= 0.
-    """
+    `performance`, `robustness`, `confidence`: 0 .. 1, higher is better; `drift`, `bias`: >= 0, lower is better; `staleness`: seconds
+    since its data were taken; `size_bytes` >= 0."""
     prediction_type: str = "classification"
     model_type: str = "random forest"
     framework: str = "scikit-learn"
@@ -88,7 +89,8 @@ class TrainedModel:
 # %% ../../nbs/pipesim/01_model.ipynb #e6ed7fe8
 @dataclass(frozen=True)
 class Task:
-    "A step: `dur` seconds on `units` (whole, >= 1) of `pool`; `read`, `write` bytes over the link; `est` the duration that a scheduler believes (default: `dur`)."
+    """A step: `dur` seconds on `units` (whole, >= 1) of `pool`; `read`, `write` bytes over the link; `est` the duration that a scheduler
+    believes (default: `dur`)."""
     kind: str
     pool: str
     dur: float
@@ -103,7 +105,8 @@ class Task:
 
 # %% ../../nbs/pipesim/01_model.ipynb #5e8d05b0
 def levels(n, edges):
-    """The depth of each of `n` tasks in a graph with `edges` int [E, 2] (from, to): int64 [n]; -1 on or behind a cycle. Kahn (1962), a level at a time."""
+    """The depth of each of `n` tasks in a graph with `edges` int [E, 2] (from, to): int64 [n]; -1 on or behind a cycle. Kahn (1962), a
+    level at a time."""
     edges = np.asarray(edges, np.int64).reshape(-1, 2)
     order = np.argsort(edges[:, 0], kind="stable")
     child, first = edges[order, 1], np.searchsorted(edges[order, 0], np.arange(n + 1))
@@ -169,7 +172,8 @@ class Pool:
         if np.ndim(self.capacity) == 0: return [(0.0, _units(self.capacity, f"pool {self.name!r}: capacity"))]
         rows = list(self.capacity)
         for i, r in enumerate(rows): need(np.ndim(r) == 1 and len(r) == 2, f"pool {self.name!r}: capacity, step {i}", r, "(t, capacity)")
-        return [(number(t, f"pool {self.name!r}: capacity, step {i}"), _units(c, f"pool {self.name!r}: capacity, step {i}")) for i, (t, c) in enumerate(rows)]
+        return [(number(t, f"pool {self.name!r}: capacity, step {i}"), _units(c, f"pool {self.name!r}: capacity, step {i}")) for i,
+                (t, c) in enumerate(rows)]
 
     @property
     def most(self):

@@ -10,13 +10,15 @@ import math
 from heapq import heappop, heappush
 import numpy as np
 import simpy
-from .reference import Queue, SharedLink, due_next
+from .queues import Queue, SharedLink
+from .reference import due_next
 
 # %% ../../nbs/pipesim/06_onsimpy.ipynb #dd9d3f6f
 FIRST, TRIGGER, LAST = -1, 5, 9
 
 def at(env, t, priority=1):
-    "An event at exactly time t. `env.schedule` takes a delay, and now + delay cannot always be t: so it goes into SimPy's queue as `schedule` would put it."
+    """An event at exactly time t. `env.schedule` takes a delay, and now + delay cannot always be t: so it goes into SimPy's queue as
+    `schedule` would put it."""
     event = env.event()
     event._ok, event._value = True, None
     heappush(env._queue, (t, priority, next(env._eid), event))
@@ -24,7 +26,7 @@ def at(env, t, priority=1):
 
 # %% ../../nbs/pipesim/06_onsimpy.ipynb #c77dd379
 class Pool:
-    "A pool of `q` (a reference.Queue): whoever wants units waits for an event, which a round at the end of the instant gives."
+    "A pool of `q` (a queues.Queue): whoever wants units waits for an event, which a round at the end of the instant gives."
     def __init__(self, sim, q): self.sim, self.q, self.granted = sim, q, {}
 
     def request(self, task):
@@ -155,4 +157,4 @@ def _views(self):
     "{name: PoolView} for an allocator."
     return {name: pool.q.view(name) for name, pool in zip(self.names, self.pools)}
 
-SimPyEngine.deploy, SimPyEngine.trigger, SimPyEngine.allocate, SimPyEngine.run, SimPyEngine.views = _deploy, _trigger, _allocate, _run, _views
+for _f in (_deploy, _trigger, _allocate, _run, _views): setattr(SimPyEngine, _f.__name__[1:], _f)

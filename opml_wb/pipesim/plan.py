@@ -18,7 +18,8 @@ from .workload import Workload
 # %% ../../nbs/pipesim/09_plan.ipynb #688e09db
 def _works(source, growth, replications, horizon, seed):
     "{growth: a Workload for each replication}; nested, so that a larger growth has all the work of a smaller one."
-    if isinstance(source, Workload): return {g: [source] if g == 1 else [source.scale(users=g, seed=seed + r) for r in range(replications)] for g in growth}
+    if isinstance(source, Workload): return {g: [source] if g == 1 else [source.scale(users=g, seed=seed + r)
+        for r in range(replications)] for g in growth}
     if hasattr(source, "over"): source = source.over(horizon)
     need(callable(source), "workload_or_model", source, "a Workload, a PipelineModel, or a function (users, rng) -> Workload")
     most = max(growth)
@@ -33,11 +34,13 @@ def _more(pool, share=.1):
 
 def _measure(works, platform, policy):
     "Mean over replications of wait_p50, wait_p95, exec_p50, exec_p95, wait_mean of pipelines, s."
-    rows = [(*np.quantile(t.wait, [.5, .95]), *np.quantile(t.response, [.5, .95]), t.wait.mean()) for w in works for t in [simulate(w, platform, policy)]]
+    rows = [(*np.quantile(t.wait, [.5, .95]), *np.quantile(t.response, [.5, .95]), t.wait.mean()) for w in works
+            for t in [simulate(w, platform, policy)]]
     return np.mean(rows, axis=0)
 
 def least_capacity(works, platform, name, slo, policy="fifo"):
-    "The smallest constant capacity of pool `name` with which p95 of the pipelines' waits (mean over `works`) is at most `slo` s, the other pools as they are; NaN if none is enough. By bisection."
+    """The smallest constant capacity of pool `name` with which p95 of the pipelines' waits (mean over `works`) is at most `slo` s, the
+    other pools as they are; NaN if none is enough. By bisection."""
     need_units = max(int(w.units[np.array(w.pools)[w.pool] == name].max(initial=1)) if w.n_tasks else 1 for w in works)
     meets = lambda c: _measure(works, platform.resized(**{name: c}), policy)[1] <= slo
     low, high = need_units - 1, max(need_units, platform[name].steps[0][1] if platform[name].most < UNLIMITED else need_units)
@@ -55,14 +58,19 @@ def _rows(growth, works, platform, policy, slo):
     asked = pd.concat([load(w, platform) for w in works]).groupby("pool", sort=False).agg(rho=("rho", "mean"), stable=("stable", "all"))
     gain = {p.name: base[4] - _measure(works, platform.resized(**{p.name: _more(p)}), policy)[4] for p in platform.pools}
     worst = max(gain, key=gain.get)
-    return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, math.nan if slo is None else least_capacity(works, platform, n, slo, policy), bool(asked.stable[n])) for n in gain]
+    return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, math.nan if slo is None else least_capacity(works,
+        platform, n, slo, policy), bool(asked.stable[n])) for n in gain]
 
-def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replications=5, slo=None, *, policy="fifo", horizon=28 * 86400.0, seed=0, jobs=1):
+def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replications=5, slo=None, *, policy="fifo", horizon=28 * 86400.0,
+                  seed=0, jobs=1):
     """What growth does to a platform: DataFrame, a row for each growth and pool.
 
-    workload_or_model: a Workload (scaled by `Workload.scale`), a function (users, rng) -> Workload, or a PipelineModel, sampled for `horizon` s; growth: numbers of users, 1 = today; slo: s, p95 of waits to keep; jobs: threads. Columns: growth, pool, rho (mean
-    load of the pool), wait_p50/p95 and exec_p50/p95 (pipelines' waits, and times from arrival to end, s, mean over replications), gain (s of mean wait saved by a tenth more of this pool, the same work), bottleneck (the pool
-    with the largest gain, where there is one), min_capacity (units of this pool that keep the slo, others as they are; NaN: none does, or no slo), stable (rho < 1: else waits only say how long the trace was). Raises ValueError."""
+    workload_or_model: a Workload (scaled by `Workload.scale`), a function (users, rng) -> Workload, or a PipelineModel, sampled for
+    `horizon` s; growth: numbers of users, 1 = today; slo: s, p95 of waits to keep; jobs: threads. Columns: growth, pool, rho (mean
+    load of the pool), wait_p50/p95 and exec_p50/p95 (pipelines' waits, and times from arrival to end, s, mean over replications), gain
+    (s of mean wait saved by a tenth more of this pool, the same work), bottleneck (the pool
+    with the largest gain, where there is one), min_capacity (units of this pool that keep the slo, others as they are; NaN: none does,
+    or no slo), stable (rho < 1: else waits only say how long the trace was). Raises ValueError."""
     growth = [number(g, "growth") for g in growth]
     need(growth and min(growth) > 0, "growth", growth, "numbers > 0")
     need(int(replications) == replications and replications >= 1, "replications", replications, "a whole number >= 1")

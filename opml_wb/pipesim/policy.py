@@ -15,7 +15,8 @@ from .model import UNLIMITED, need, need_all, number
 class Policy:
     """The order of a queue: `key(tasks) -> f8 [T]` (or scalar), smaller first; ties by time when ready, pipeline, task.
 
-    `tasks`: DataFrame of `Workload.tasks`. `backfill="easy"`: tasks behind the head may start if, by their `est`, they do not delay it (EASY: Lifka 1995). Give `key` here or override it; override `round` for a policy with a memory."""
+    `tasks`: DataFrame of `Workload.tasks`. `backfill="easy"`: tasks behind the head may start if, by their `est`, they do not delay it
+    (EASY: Lifka 1995). Give `key` here or override it; override `round` for a policy with a memory."""
     def __init__(self, key=None, name=None, backfill=None):
         need(key is None or callable(key), "Policy.key", key, "a function of the tasks")
         need(backfill in (None, "easy"), "Policy.backfill", backfill, "None or 'easy'")
@@ -30,7 +31,8 @@ class Policy:
 
     def __repr__(self): return f"Policy({self.name!r})"
 
-POLICIES = {"fifo": Policy(name="fifo"), "sjf": Policy(lambda tasks: tasks.est, "sjf"), "priority": Policy(lambda tasks: tasks.priority, "priority"), "easy": Policy(name="easy", backfill="easy")}
+POLICIES = {"fifo": Policy(name="fifo"), "sjf": Policy(lambda tasks: tasks.est, "sjf"), "priority": Policy(lambda tasks: tasks.priority,
+    "priority"), "easy": Policy(name="easy", backfill="easy")}
 
 # %% ../../nbs/pipesim/03_policy.ipynb #8cd152e1
 @dataclass
@@ -61,14 +63,16 @@ def keys(policy, workload):
     "The policy's keys f8 [T]; ValueError naming the task whose key is NaN."
     own = "key" in vars(policy) or type(policy).key is not Policy.key
     out = np.asarray(policy.key(workload.tasks) if own else 0.0, np.float64)
-    need(out.ndim == 0 or out.shape == (workload.n_tasks,), f"keys of policy {policy.name!r}", out.shape, f"a scalar or shape ({workload.n_tasks},)")
+    need(out.ndim == 0 or out.shape == (workload.n_tasks,), f"keys of policy {policy.name!r}", out.shape,
+         f"a scalar or shape ({workload.n_tasks},)")
     out = np.broadcast_to(out, workload.n_tasks).copy()
     need_all(~np.isnan(out), f"keys of policy {policy.name!r}", out, "no NaN", "task")
     return out
 
 # %% ../../nbs/pipesim/03_policy.ipynb #14775f59
 class Allocator:
-    """Capacity as demand has it: every `period` s each pool (those in `pools`; None: all) gets what is used and waited for, `spare` units more, within `least` .. `most`.
+    """Capacity as demand has it: every `period` s each pool (those in `pools`; None: all) gets what is used and waited for, `spare` units
+    more, within `least` .. `most`.
 
     Override `resize(now, pools) -> {name: capacity}`, `pools`: {name: PoolView}."""
     def __init__(self, period=300.0, least=1, most=math.inf, spare=0, pools=None):

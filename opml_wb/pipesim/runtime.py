@@ -17,7 +17,8 @@ from .workload import Workload
 # %% ../../nbs/pipesim/08_runtime.ipynb #bea5510c
 @dataclass(frozen=True)
 class Detector:
-    """Triggers retraining when `indicator` has moved by `threshold` > 0 since deployment; it moves by `gain` for each unit of performance lost, which varies between models (`spread`: sd of its log).
+    """Triggers retraining when `indicator` has moved by `threshold` > 0 since deployment; it moves by `gain` for each unit of performance
+    lost, which varies between models (`spread`: sd of its log).
 
     `period`: s between evaluations, > 0 for drift, bias and robustness; 0 for confidence, which is read off directly."""
     indicator: str
@@ -30,7 +31,8 @@ class Detector:
         need(self.indicator in DIRECT + EVALUATED, "Detector.indicator", self.indicator, f"one of {DIRECT + EVALUATED}")
         for name in ("threshold", "period", "gain", "spread"): number(getattr(self, name), f"Detector.{name}")
         for name in ("threshold", "gain"): need(getattr(self, name) > 0, f"Detector.{name}", getattr(self, name), "a finite number > 0")
-        need((self.period == 0) == (self.indicator in DIRECT), f"Detector.period of {self.indicator!r}", self.period, "0, it is read off directly" if self.indicator in DIRECT else "> 0 s, it is evaluated")
+        need((self.period == 0) == (self.indicator in DIRECT), f"Detector.period of {self.indicator!r}", self.period,
+             "0, it is read off directly" if self.indicator in DIRECT else "> 0 s, it is evaluated")
 
 STANDARD = (Detector("confidence", .10), Detector("drift", .05, 86400.0, spread=.3))
 
@@ -38,9 +40,12 @@ STANDARD = (Detector("confidence", .10), Detector("drift", .05, 86400.0, spread=
 class Drift:
     """How deployed models age and what watches them; `simulate(..., drift=Drift())` adds the retraining pipelines that this triggers.
 
-    decay_per_day: performance lost a day (median over models), `decay_spread` the sd of its log; jumps_per_day: sudden shifts, exponential with mean `jump`, a share `shared` of which hits all models at once; detectors;
-    debounce: s > 0 between two triggers of a model; performance: of a new model where the workload has no `perf`, `perf_spread` its sd at retraining; horizon: s, no trigger after it (None: the last arrival);
-    priority: of retraining pipelines (None: their model's); retrain: function (workload, models i8 [R], rng) -> Workload of R pipelines, None: the model's last pipeline again."""
+    decay_per_day: performance lost a day (median over models), `decay_spread` the sd of its log; jumps_per_day: sudden shifts,
+    exponential with mean `jump`, a share `shared` of which hits all models at once; detectors;
+    debounce: s > 0 between two triggers of a model; performance: of a new model where the workload has no `perf`, `perf_spread` its sd
+    at retraining; horizon: s, no trigger after it (None: the last arrival);
+    priority: of retraining pipelines (None: their model's); retrain: function (workload, models i8 [R], rng) -> Workload of R
+    pipelines, None: the model's last pipeline again."""
     decay_per_day: float = .003
     decay_spread: float = .5
     jumps_per_day: float = .01
@@ -55,7 +60,8 @@ class Drift:
     retrain: object = None
 
     def __post_init__(self):
-        for name in ("decay_per_day", "decay_spread", "jumps_per_day", "jump", "shared", "debounce", "performance", "perf_spread"): number(getattr(self, name), f"Drift.{name}")
+        for name in ("decay_per_day", "decay_spread", "jumps_per_day", "jump", "shared", "debounce", "performance",
+                     "perf_spread"): number(getattr(self, name), f"Drift.{name}")
         need(self.debounce > 0, "Drift.debounce", self.debounce, "s > 0, or one shift would trigger without end")
         for name in ("shared", "performance"): need(getattr(self, name) <= 1, f"Drift.{name}", getattr(self, name), "a share of 0 .. 1")
         for d in self.detectors: need(isinstance(d, Detector), "Drift.detectors", d, "Detectors")
@@ -84,7 +90,8 @@ def _lives(drift, models, end, seed):
     return rate, limit, jumps, rngs
 
 def _expand(self, work, seed):
-    "(workload with the retraining pipelines that may be triggered, at its end and with arrival inf; what the engines need to know of models). ValueError for more than MOST of them."
+    """(workload with the retraining pipelines that may be triggered, at its end and with arrival inf; what the engines need to know of
+    models). ValueError for more than MOST of them."""
     made = np.arange(len(work)) if work.model is None else work.model
     models, of = np.unique(made[made >= 0], return_inverse=True)
     pipes, end = np.flatnonzero(made >= 0), work.horizon if self.horizon is None else float(self.horizon)
@@ -93,16 +100,19 @@ def _expand(self, work, seed):
     np.maximum.at(last, of, pipes)
     rate, limit, jumps, rngs = _lives(self, models, end, seed)
     period = np.array([d.period for d in self.detectors], np.float64)
-    slots = np.array([most_triggers(b, r, lim, period, *j, self.debounce, end, MOST + 1) for b, r, lim, j in zip(begun, rate, limit, jumps)], np.int64)
+    slots = np.array([most_triggers(b, r, lim, period, *j, self.debounce, end, MOST + 1) for b, r, lim, j in zip(begun, rate, limit,
+        jumps)], np.int64)
     need(slots.sum() <= MOST, "Drift", int(slots.sum()), f"at most {MOST:,} retrainings; raise the thresholds or the debounce")
     codes = np.full(len(work), -1)
     codes[pipes] = of
     perf = np.full(len(work), self.performance) if work.perf is None else work.perf
     grown = replace(work, model=codes, perf=perf)
-    if slots.sum(): grown = Workload.concat([grown, _retrainings(self, grown, np.repeat(np.arange(len(models)), slots), last, perf, rngs, slots, seed)])
+    if slots.sum(): grown = Workload.concat([grown, _retrainings(self, grown, np.repeat(np.arange(len(models)), slots), last, perf, rngs,
+        slots, seed)])
     first = np.concatenate([[0], np.cumsum([len(t) for t, _ in jumps])]).astype(np.int64)
     flat = lambda i: np.concatenate([j[i] for j in jumps]) if jumps else np.zeros(0)
-    return grown, dict(model=grown.model, slot_first=len(work) + np.concatenate([[0], np.cumsum(slots)]).astype(np.int64), rate=rate, limit=limit, period=period, jump_first=first, jump_t=flat(0),
+    return grown, dict(model=grown.model, slot_first=len(work) + np.concatenate([[0], np.cumsum(slots)]).astype(np.int64), rate=rate,
+                       limit=limit, period=period, jump_first=first, jump_t=flat(0),
                        jump_size=flat(1), debounce=float(self.debounce), end=end)
 
 def _retrainings(drift, work, of, last, perf, rngs, slots, seed):
@@ -131,7 +141,8 @@ def _settle(self, trace, ran, asked):
     tasks, number_ = kept[work.pipeline], np.cumsum(kept) - 1
     at = np.flatnonzero(deployed <= w.end)
     at = at[np.lexsort((at, deployed[at], work.model[at]))]
-    models = pd.DataFrame(dict(model=work.model[at], pipeline=number_[at], triggered=np.where(triggered[at] >= 0, arrival[at], np.nan), deployed=deployed[at], perf=work.perf[at]))
+    models = pd.DataFrame(dict(model=work.model[at], pipeline=number_[at], triggered=np.where(triggered[at] >= 0, arrival[at], np.nan),
+                               deployed=deployed[at], perf=work.perf[at]))
     models["cause"] = [self.detectors[c].indicator if c >= 0 else "" for c in triggered[at]]
     group = models.groupby("model")
     models["generation"], models["retired"] = group.cumcount(), group.deployed.shift(-1).fillna(w.end)
@@ -145,22 +156,28 @@ Drift.settle = _settle
 
 # %% ../../nbs/pipesim/08_runtime.ipynb #ec35b09c
 def performance(models):
-    "Of `Trace.models`: mean performance over time and models, mean loss, mean age of the model that serves (s), retrainings, hours from trigger to deployment."
+    """Of `Trace.models`: mean performance over time and models, mean loss, mean age of the model that serves (s), retrainings, hours from
+    trigger to deployment."""
     served = models.retired - models.deployed
     again = models[models.triggered.notna()]
     total = served.sum() or np.nan
-    return dict(performance=float((models.perf * served - models.area).sum() / total), loss=float(models.area.sum() / total), staleness=float((served ** 2 / 2).sum() / total), retrainings=len(again),
+    return dict(performance=float((models.perf * served - models.area).sum() / total), loss=float(models.area.sum() / total),
+                staleness=float((served ** 2 / 2).sum() / total), retrainings=len(again),
                 delay_h=float((again.deployed - again.triggered).mean() / 3600) if len(again) else np.nan)
 
 def cost_benefit(trace):
-    "A row for each retraining that was deployed: model, pipeline, cause, cost (of the units it held), gain (performance now minus that of the model it replaces, then), worth (gain x days that it served), gain_per_cost."
+    """A row for each retraining that was deployed: model, pipeline, cause, cost (of the units it held), gain (performance now minus that
+    of the model it replaces, then), worth (gain x days that it served), gain_per_cost."""
     m = trace.models
     before = m.groupby("model")[["perf", "lost"]].shift(1)
-    out = m.assign(cost=trace.cost[m.pipeline], gain=m.perf - (before.perf - before.lost), days=(m.retired - m.deployed) / 86400)[m.triggered.notna() & before.perf.notna()]
-    return out.assign(worth=out.gain * out.days, gain_per_cost=out.gain / out.cost.where(out.cost > 0))[["model", "pipeline", "cause", "cost", "gain", "worth", "gain_per_cost"]].reset_index(drop=True)
+    out = m.assign(cost=trace.cost[m.pipeline], gain=m.perf - (before.perf - before.lost),
+                   days=(m.retired - m.deployed) / 86400)[m.triggered.notna() & before.perf.notna()]
+    return out.assign(worth=out.gain * out.days, gain_per_cost=out.gain / out.cost.where(out.cost > 0))[["model", "pipeline", "cause",
+        "cost", "gain", "worth", "gain_per_cost"]].reset_index(drop=True)
 
 def performance_at(models, times):
-    "Mean performance of the models in service at `times` (f8 [N], s), a straight line between deployment and retirement: f8 [N], NaN before the first."
+    """Mean performance of the models in service at `times` (f8 [N], s), a straight line between deployment and retirement: f8 [N], NaN
+    before the first."""
     total, count = np.zeros(len(times)), np.zeros(len(times))
     for r in models.itertuples():
         i, j = np.searchsorted(times, [r.deployed, r.retired])

@@ -47,7 +47,8 @@ def replicate(run, replications, seed=0):
     return np.array([run(rng_of(seed, r)) for r in range(replications)], np.float64)
 
 def run_until(run, rel=.02, conf=.95, least=10, most=1000, seed=0):
-    "Replicate `run(rng)` until the half width is within `rel` of the mean, between `least` and `most` times: (Interval, values f8 [N]). Sequential procedure: Law (2015), section 9.4."
+    """Replicate `run(rng)` until the half width is within `rel` of the mean, between `least` and `most` times: (Interval, values f8 [N]).
+    Sequential procedure: Law (2015), section 9.4."""
     need(2 <= least <= most, "least", least, f"2 .. most ({most})")
     values = list(replicate(run, least, seed))
     while (got := ci(values, conf)).rel > rel and len(values) < most: values.append(run(rng_of(seed, len(values))))
@@ -68,7 +69,8 @@ def paired_diff(a, b, conf=.95):
 
 # %% ../../nbs/pipesim/09_stats.ipynb #a293cb6d
 def mser5(x):
-    """How many of the observations `x` (f8 [N], in order) to drop as warm-up: a multiple of 5, at most half; MSER-5 (White 1997): batch means of five, the cut with the smallest squared error of the rest."""
+    """How many of the observations `x` (f8 [N], in order) to drop as warm-up: a multiple of 5, at most half; MSER-5 (White 1997): batch
+    means of five, the cut with the smallest squared error of the rest."""
     y = np.asarray(x, np.float64)[:len(x) // 5 * 5].reshape(-1, 5).mean(1)
     n = len(y)
     if n < 4: return 0
@@ -79,12 +81,14 @@ def mser5(x):
 
 # %% ../../nbs/pipesim/09_stats.ipynb #93bf896f
 def load(workload, platform):
-    """How much of each pool the work asks for, before any simulation: DataFrame pool, rho (unit-seconds asked over unit-seconds there until the last arrival), peak (rho of the busiest hour), over_h (hours whose new work exceeds
+    """How much of each pool the work asks for, before any simulation: DataFrame pool, rho (unit-seconds asked over unit-seconds there
+    until the last arrival), peak (rho of the busiest hour), over_h (hours whose new work exceeds
     the capacity), stable (rho < 1). A shared link is a row `link`."""
     at, end = check(platform, workload), max(workload.horizon, 1e-9)
     hour, hours = np.minimum(workload.arrival // 3600, end // 3600).astype(int)[workload.pipeline], np.arange(int(end // 3600) + 2) * 3600.0
     asks = [(p.name, p.steps, np.where(at == k, workload.units * workload.dur, 0.0)) for k, p in enumerate(platform.pools)]
-    if platform.link is not None and platform.link.shared == "ps": asks.append(("link", [(0.0, platform.link.bytes_per_s)], workload.read + workload.write))
+    if platform.link is not None and platform.link.shared == "ps": asks.append(("link", [(0.0, platform.link.bytes_per_s)],
+        workload.read + workload.write))
     rows = []
     for name, steps, work in asks:
         there = np.diff(_capacity_until(steps, np.minimum(hours, max(end, 3600.0))))
@@ -101,12 +105,15 @@ def _capacity_until(steps, t):
 
 # %% ../../nbs/pipesim/09_stats.ipynb #1a02bd8d
 def steady(traces, metric="wait", conf=.95, warmup=True):
-    """A steady-state figure over replications: dict stable, note, interval (None where unstable), values f8 [N], cut (observations dropped by MSER-5, one a replication).
+    """A steady-state figure over replications: dict stable, note, interval (None where unstable), values f8 [N], cut (observations
+    dropped by MSER-5, one a replication).
 
-    `traces`: Traces of independent replications; metric: `wait`, `response` or `slowdown` of pipelines. Unstable: a pool with rho >= 1 in any of them, or tasks that have not ended."""
+    `traces`: Traces of independent replications; metric: `wait`, `response` or `slowdown` of pipelines. Unstable: a pool with rho >= 1
+    in any of them, or tasks that have not ended."""
     need(metric in ("wait", "response", "slowdown"), "metric", metric, "'wait', 'response' or 'slowdown'")
     traces = list(traces)
-    over = [(i, r.pool, r.rho) for i, t in enumerate(traces) for r in load(t.workload, t.platform).itertuples() if not r.stable and len(t.workload) > 1]
+    over = [(i, r.pool, r.rho) for i, t in enumerate(traces) for r in load(t.workload, t.platform).itertuples() if not r.stable
+            and len(t.workload) > 1]
     left = [(i, t.unfinished) for i, t in enumerate(traces) if t.unfinished]
     note = f"no steady state: pool {over[0][1]!r} has rho {over[0][2]:.3g} (replication {over[0][0]})" if over else f"no steady state: {left[0][1]} tasks have not ended (replication {left[0][0]})" if left else ""
     series = [getattr(t, metric)[np.argsort(t.workload.arrival, kind="stable")] for t in traces]

@@ -38,7 +38,9 @@ def _merged_work(w, new, rows, pipes, at, pipe_at, arrived):
     counts, child = _csr(w.child_first, w.child, at, rows)
     first = np.concatenate([[0], np.cumsum(np.concatenate([counts, np.diff(new.child_first)]))])
     waiting = pipe_at[w.by_arrival[arrived:]]
-    return new._replace(**task, arrival=np.concatenate([w.arrival[pipes], new.arrival]), by_arrival=np.concatenate([waiting, new.by_arrival + P]), child_first=first, child=np.concatenate([child, new.child + n]),
+    return new._replace(**task, arrival=np.concatenate([w.arrival[pipes], new.arrival]),
+                        by_arrival=np.concatenate([waiting, new.by_arrival + P]), child_first=first,
+                        child=np.concatenate([child, new.child + n]),
                         first=np.searchsorted(task["owner"], np.arange(P + len(new.arrival) + 1)))
 
 def _moved_state(w, s, merged, rows, pipes, at):
@@ -69,7 +71,8 @@ def _relink(w, s, t, k, at):
 
 # %% ../../nbs/pipesim/08_stream.ipynb #ce9ebfa1
 class Carry:
-    "A simulation under way: work and state of what is open, and for each chunk that is not written yet [first task, workload, times f8 [3, T], open tasks]."
+    """A simulation under way: work and state of what is open, and for each chunk that is not written yet [first task, workload, times f8
+    [3, T], open tasks]."""
     def __init__(self):
         self.w = self.s = None
         self.ids, self.open, self.latest, self.waits = np.zeros(0, np.int64), [], 0.0, 0.0
@@ -121,7 +124,8 @@ def _write_part(out, carry, chunk):
     _, work, (ready, start, finish), _ = chunk
     wait, end = np.bincount(work.pipeline, start - ready, len(work)), np.full(len(work), -np.inf)
     with np.errstate(invalid="ignore"): np.maximum.at(end, work.pipeline, finish)
-    for name, columns in dict(tasks=dict(ready=ready, start=start, finish=finish), pipelines=dict(arrival=work.arrival, wait=wait, response=end - work.arrival)).items():
+    for name, columns in dict(tasks=dict(ready=ready, start=start, finish=finish), pipelines=dict(arrival=work.arrival, wait=wait,
+        response=end - work.arrival)).items():
         _put(out/f"{name}-{carry.parts:06d}.parquet", lambda part: pq.write_table(pa.table(columns), part, compression="zstd"))
     carry.parts, carry.waits = carry.parts + 1, carry.waits + float(np.nansum(wait))
 
@@ -133,7 +137,8 @@ def _digest(out, parts):
     import pyarrow.parquet as pq
     h = hashlib.sha256()
     for column in ("start", "finish"):
-        for i in range(parts): h.update(pq.read_table(out/f"tasks-{i:06d}.parquet", columns=[column])[column].to_numpy().astype("<f8").tobytes())
+        for i in range(parts): h.update(pq.read_table(out/f"tasks-{i:06d}.parquet",
+                                                      columns=[column])[column].to_numpy().astype("<f8").tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/pipesim/08_stream.ipynb #8013ded7
@@ -163,13 +168,16 @@ def _begin(out, resume):
     "The Carry to go on with in folder `out`."
     out.mkdir(parents=True, exist_ok=True)
     if resume and (out/"carry.pickle").is_file(): return pickle.loads((out/"carry.pickle").read_bytes())
-    need(not any(out.glob("*.parquet")) and not (out/"stream.json").exists(), "out", str(out), "a folder without a simulation in it (resume=True goes on with one that was broken off)")
+    need(not any(out.glob("*.parquet")) and not (out/"stream.json").exists(), "out", str(out),
+         "a folder without a simulation in it (resume=True goes on with one that was broken off)")
     return Carry()
 
 def simulate_stream(chunks, platform, out, policy="fifo", *, resume=False):
-    """Simulate an iterable of Workloads, each later than the one before, as one; results in Parquet files in the new folder `out`. Returns Streamed; its digest is that of `simulate` on the whole, whatever the chunks.
+    """Simulate an iterable of Workloads, each later than the one before, as one; results in Parquet files in the new folder `out`.
+    Returns Streamed; its digest is that of `simulate` on the whole, whatever the chunks.
 
-    policy: a static one whose key looks at one task at a time; resume: go on after the last chunk that a broken-off call took in (give the same chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
+    policy: a static one whose key looks at one task at a time; resume: go on after the last chunk that a broken-off call took in (give
+    the same chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
     out, policy, n = Path(out), policy_of(policy), -1
     need(is_static(policy), "policy", policy, "a static one: the compiled engine streams")
     need(isinstance(platform, Platform), "platform", platform, "a Platform")
@@ -178,7 +186,8 @@ def simulate_stream(chunks, platform, out, policy="fifo", *, resume=False):
     for n, work in enumerate(chunks):
         need(isinstance(work, Workload), f"chunk {n}", type(work).__name__, "a Workload")
         if n < skip or not len(work): continue
-        need(n == 0 or work.arrival.min() >= carry.latest, f"chunk {n}: arrival", float(work.arrival.min()), f"none before {carry.latest:g}, the last of the chunks before")
+        need(n == 0 or work.arrival.min() >= carry.latest, f"chunk {n}: arrival", float(work.arrival.min()),
+             f"none before {carry.latest:g}, the last of the chunks before")
         carry.run(work.arrival.min())
         _flush(out, carry)
         try: carry.add(work, platform, policy)
@@ -188,7 +197,8 @@ def simulate_stream(chunks, platform, out, policy="fifo", *, resume=False):
     carry.run(math.inf)
     unfinished = sum(c[3] for c in carry.open)
     _flush(out, carry, everything=True)
-    done = dict(digest=_digest(out, carry.parts), pipelines=carry.pipelines, tasks=carry.tasks, wait_mean=carry.waits / max(carry.pipelines, 1), unfinished=unfinished)
+    done = dict(digest=_digest(out, carry.parts), pipelines=carry.pipelines, tasks=carry.tasks,
+                wait_mean=carry.waits / max(carry.pipelines, 1), unfinished=unfinished)
     _put(out/"stream.json", lambda part: part.write_text(json.dumps(done)))
     (out/"carry.pickle").unlink(missing_ok=True)
     return Streamed(out, **done)

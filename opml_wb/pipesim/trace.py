@@ -15,7 +15,8 @@ from .model import UNLIMITED
 # %% ../../nbs/pipesim/06_trace.ipynb #4f5c5690
 @dataclass(frozen=True, eq=False)
 class Trace:
-    "`ready`, `start`, `finish`: f8 [T], s, in the workload's task order, NaN for what never came to it; `capacity`: DataFrame t, pool, capacity as it was; `models`: see `runtime`."
+    """`ready`, `start`, `finish`: f8 [T], s, in the workload's task order, NaN for what never came to it; `capacity`: DataFrame t, pool,
+    capacity as it was; `models`: see `runtime`."""
     start: np.ndarray
     finish: np.ndarray
     ready: np.ndarray
@@ -32,11 +33,14 @@ class Trace:
         "The trace of an engine that has run; `order`: as of `prepare`; `log`: what an allocator changed."
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
-        rows = sorted([(t, 0, k, c) for t, k, c in log] + [(t, 1, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps], key=lambda r: r[:3])
+        rows = sorted([(t, 0, k, c) for t, k, c in log] + [(t, 1, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps],
+                      key=lambda r: r[:3])
         capacity = pd.DataFrame([(float(t), platform.names[k], c) for t, _, k, c in rows], columns=["t", "pool", "capacity"])
-        return cls(*(np.asarray(getattr(ran, f), np.float64)[back] for f in ("start", "finish", "ready")), workload, platform, policy, engine, seed, capacity)
+        return cls(*(np.asarray(getattr(ran, f), np.float64)[back] for f in ("start", "finish", "ready")), workload, platform, policy,
+                   engine, seed, capacity)
 
-    def __repr__(self): return f"Trace({len(self.workload):,} pipelines, {self.policy}, mean wait {np.nanmean(self.wait) if len(self.wait) else 0:.4g} s)"
+    def __repr__(self):
+        return f"Trace({len(self.workload):,} pipelines, {self.policy}, mean wait {np.nanmean(self.wait) if len(self.wait) else 0:.4g} s)"
 
     @property
     def digest(self):
@@ -73,7 +77,8 @@ class Trace:
         return np.bincount(w.pipeline, w.units * (self.finish - self.start) * rate / 3600, len(w))
 
     unfinished = property(lambda self: int(np.isnan(self.finish).sum()), doc="Tasks that have not ended.")
-    end = property(lambda self: float(np.nanmax(self.finish)) if np.isfinite(self.finish).any() else 0.0, doc="When the last task ended, s.")
+    end = property(lambda self: float(np.nanmax(self.finish)) if np.isfinite(self.finish).any() else 0.0,
+                   doc="When the last task ended, s.")
 
 # %% ../../nbs/pipesim/06_trace.ipynb #bc793c37
 def _area(t, level, edges):
@@ -93,9 +98,11 @@ def _utilisation(self, bin_s=3600.0):
     for k, name in enumerate(self.platform.names):
         of = (at == k) & ~np.isnan(self.start)
         steps = self.capacity[self.capacity.pool == name]
-        busy = np.diff(_area(np.concatenate([[0.0], self.start[of], stop[of]]), np.concatenate([[0], w.units[of], -w.units[of]]), edges)) / bin_s
+        busy = np.diff(_area(np.concatenate([[0.0], self.start[of], stop[of]]), np.concatenate([[0], w.units[of], -w.units[of]]),
+                             edges)) / bin_s
         cap = np.diff(_area(steps.t.to_numpy(), np.diff(steps.capacity.to_numpy(), prepend=0), edges)) / bin_s
-        out.append(pd.DataFrame(dict(t=edges[:-1], pool=name, busy=busy, capacity=cap, share=np.where((cap > 0) & (cap < UNLIMITED / 2), busy / np.maximum(cap, 1e-300), np.nan))))
+        out.append(pd.DataFrame(dict(t=edges[:-1], pool=name, busy=busy, capacity=cap, share=np.where((cap > 0) & (cap < UNLIMITED / 2),
+            busy / np.maximum(cap, 1e-300), np.nan))))
     return pd.concat(out, ignore_index=True)
 
 Trace.utilisation = _utilisation
@@ -107,16 +114,19 @@ def _task_frame(self):
 
 def _pipeline_frame(self):
     "One row a pipeline: arrival, finish, wait, response (s), slowdown, cost, model where there is one."
-    out = dict(arrival=self.workload.arrival, finish=self.finished, wait=self.wait, response=self.response, slowdown=self.slowdown, cost=self.cost)
+    out = dict(arrival=self.workload.arrival, finish=self.finished, wait=self.wait, response=self.response, slowdown=self.slowdown,
+               cost=self.cost)
     return pd.DataFrame(out if self.workload.model is None else {**out, "model": self.workload.model})
 
 def _summary(self):
-    "Figures of the whole run: waits and responses (mean, p50, p95, max; s), `util_<pool>`, cost of what was used, unfinished tasks. Pipelines that have not ended are left out and counted."
+    """Figures of the whole run: waits and responses (mean, p50, p95, max; s), `util_<pool>`, cost of what was used, unfinished tasks.
+    Pipelines that have not ended are left out and counted."""
     out = {}
     for name, x in (("wait", self.wait), ("response", self.response)):
         x = x[~np.isnan(x)]
         q = np.quantile(x, [.5, .95]) if len(x) else (np.nan, np.nan)
-        out |= {f"{name}_mean": x.mean() if len(x) else np.nan, f"{name}_p50": q[0], f"{name}_p95": q[1], f"{name}_max": x.max() if len(x) else np.nan}
+        out |= {f"{name}_mean": x.mean() if len(x) else np.nan, f"{name}_p50": q[0], f"{name}_p95": q[1], f"{name}_max": x.max()
+                if len(x) else np.nan}
     whole = self.utilisation(max(self.end, 1e-9)).groupby("pool", sort=False).first()
     out |= {f"util_{n}": whole.share[n] for n in whole.index}
     return {k: float(v) for k, v in out.items()} | dict(cost=float(np.nansum(self.cost)), unfinished=self.unfinished)

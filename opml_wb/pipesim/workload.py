@@ -53,7 +53,8 @@ def _edges(edges, pipeline):
     n = len(pipeline)
     if edges is None or np.size(edges) == 0: return np.zeros((0, 2), np.int64)
     raw = np.asarray(edges)
-    need(raw.ndim == 2 and raw.shape[1] == 2 and raw.dtype.kind in "iu", "edges", (raw.shape, str(raw.dtype)), "whole numbers of shape (E, 2)")
+    need(raw.ndim == 2 and raw.shape[1] == 2 and raw.dtype.kind in "iu", "edges", (raw.shape, str(raw.dtype)),
+         "whole numbers of shape (E, 2)")
     need_all(((raw >= 0) & (raw < n)).all(1), "edges", raw, f"two task ids in 0 .. {n - 1}")
     need_all(pipeline[raw[:, 0]] == pipeline[raw[:, 1]], "edges", raw, "two tasks of one pipeline")
     depth = levels(n, raw)
@@ -68,9 +69,10 @@ PIPE = ("arrival", "model", "perf")
 class Workload:
     """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader. Times are seconds, f8.
 
-    arrival f8 [P]; dur, est, read, write (bytes), priority f8 [T]; pool i4 [T] into `pools` (names in use); units, pipeline i8 [T]; edges i8 [E, 2]; kind i4 [T] into `kinds`;
-    model i8 [P] (-1: none) and perf f8 [P], or None: the model that a pipeline makes and its performance; observed f8 [T] or None: waits in the trace; counts: what a reader found.
-    """
+    arrival f8 [P]; dur, est, read, write (bytes), priority f8 [T]; pool i4 [T] into `pools` (names in use); units, pipeline i8 [T];
+    edges i8 [E, 2]; kind i4 [T] into `kinds`;
+    model i8 [P] (-1: none) and perf f8 [P], or None: the model that a pipeline makes and its performance; observed f8 [T] or None:
+    waits in the trace; counts: what a reader found."""
     arrival: np.ndarray
     dur: np.ndarray
     est: np.ndarray
@@ -95,7 +97,8 @@ class Workload:
 
     def __len__(self): return len(self.arrival)
 
-    def __repr__(self): return f"Workload({len(self):,} pipelines, {self.n_tasks:,} tasks, pools {', '.join(self.pools)}, {self.horizon / 86400:.1f} days)"
+    def __repr__(self):
+        return f"Workload({len(self):,} pipelines, {self.n_tasks:,} tasks, pools {', '.join(self.pools)}, {self.horizon / 86400:.1f} days)"
 
 # %% ../../nbs/pipesim/02_workload.ipynb #eca3afc5
 def _per_task(value, name, pipeline, n_pipelines):
@@ -119,8 +122,10 @@ def _from_arrays(cls, arrival, dur, pool, *, units=1, pipeline=None, edges=None,
                  kind="task", model=None, perf=None, observed=None, counts=None):
     """A workload of P pipelines and T tasks.
 
-    arrival: f8 [P] s >= 0, in any order; dur: f8 [T] s >= 0; pool: name, or index into a platform's pools, scalar or [T]; units: whole >= 1; pipeline: i8 [T] in 0 .. P - 1, None: one task
-    each; edges: i8 [E, 2] global task ids; priority: smaller first, scalar, [T] or [P]; est: f8 [T], the duration that a scheduler believes, default dur; read, write: bytes over the link;
+    arrival: f8 [P] s >= 0, in any order; dur: f8 [T] s >= 0; pool: name, or index into a platform's pools, scalar or [T]; units: whole
+    >= 1; pipeline: i8 [T] in 0 .. P - 1, None: one task
+    each; edges: i8 [E, 2] global task ids; priority: smaller first, scalar, [T] or [P]; est: f8 [T], the duration that a scheduler
+    believes, default dur; read, write: bytes over the link;
     kind: name, scalar or [T]; model i8 [P], perf f8 [P]: what pipelines make. Raises ValueError naming the field and the row."""
     need(np.ndim(arrival) == 1, "arrival", np.shape(arrival), "one value a pipeline, shape (P,)")
     need(np.ndim(dur) == 1, "dur", np.shape(dur), "one value a task, shape (T,)")
@@ -131,8 +136,10 @@ def _from_arrays(cls, arrival, dur, pool, *, units=1, pipeline=None, edges=None,
     kind, kinds = codes(kind, "kind", n)
     model = None if model is None else whole(model, "model", P, -1, row="pipeline")
     perf = None if perf is None else column(perf, "perf", P, "pipeline")
-    return cls(arrival, dur, dur.copy() if est is None else column(est, "est", n), column(0 if read is None else read, "read", n), column(0 if write is None else write, "write", n),
-               _per_task(0 if priority is None else priority, "priority", pipeline, P), pool, whole(units, "units", n, 1), pipeline, _edges(edges, pipeline), pools, kind, kinds,
+    return cls(arrival, dur, dur.copy() if est is None else column(est, "est", n), column(0 if read is None else read, "read", n),
+               column(0 if write is None else write, "write", n),
+               _per_task(0 if priority is None else priority, "priority", pipeline, P), pool, whole(units, "units", n, 1), pipeline,
+               _edges(edges, pipeline), pools, kind, kinds,
                model, perf, None if observed is None else np.asarray(observed, np.float64), dict(counts or {}))
 
 Workload.from_arrays = classmethod(_from_arrays)
@@ -143,9 +150,11 @@ def _from_pipelines(cls, pipelines):
     pipelines = list(pipelines)
     tasks, sizes = [t for p in pipelines for t in p.tasks], np.array([len(p.tasks) for p in pipelines], np.int64)
     begin, part = np.cumsum(sizes) - sizes, lambda name: [getattr(t, name) for t in tasks]
-    return cls.from_arrays([p.arrival for p in pipelines], part("dur"), part("pool"), units=part("units"), read=part("read"), write=part("write"), kind=part("kind"),
+    return cls.from_arrays([p.arrival for p in pipelines], part("dur"), part("pool"), units=part("units"), read=part("read"),
+                           write=part("write"), kind=part("kind"),
                            est=[t.dur if t.est is None else t.est for t in tasks], pipeline=np.repeat(np.arange(len(pipelines)), sizes),
-                           priority=np.repeat([p.priority for p in pipelines], sizes), edges=[(b + i, b + j) for b, p in zip(begin, pipelines) for i, j in p.edges])
+                           priority=np.repeat([p.priority for p in pipelines], sizes), edges=[(b + i, b + j) for b,
+                               p in zip(begin, pipelines) for i, j in p.edges])
 
 Workload.from_pipelines = classmethod(_from_pipelines)
 
@@ -158,7 +167,8 @@ def _take(self, pipelines):
     counts = first[ids + 1] - first[ids]
     begin = np.cumsum(counts) - counts
     tasks = order[np.repeat(first[ids] - begin, counts) + np.arange(counts.sum())]
-    part = {n: v[tasks] for n in TASK if (v := getattr(self, n)) is not None} | {n: v[ids] for n in PIPE if (v := getattr(self, n)) is not None}
+    part = {n: v[tasks] for n in TASK if (v := getattr(self, n)) is not None} | {n: v[ids] for n in PIPE
+        if (v := getattr(self, n)) is not None}
     return replace(self, **{**part, "pipeline": np.repeat(np.arange(len(ids)), counts), "edges": _edges_of(self, order, first, ids, begin)})
 
 def _edges_of(work, order, first, ids, begin):
@@ -176,7 +186,8 @@ def _keep(self, chosen):
     "The workload of the pipelines where `chosen` (bool [P]); those that stay keep the order of their tasks."
     tasks = chosen[self.pipeline]
     place, owner = np.cumsum(tasks) - 1, np.cumsum(chosen) - 1
-    part = {n: v[tasks] for n in TASK if (v := getattr(self, n)) is not None} | {n: v[chosen] for n in PIPE if (v := getattr(self, n)) is not None}
+    part = {n: v[tasks] for n in TASK if (v := getattr(self, n)) is not None} | {n: v[chosen] for n in PIPE
+        if (v := getattr(self, n)) is not None}
     return replace(self, **{**part, "pipeline": owner[part["pipeline"]], "edges": place[self.edges[tasks[self.edges[:, 0]]]]})
 
 Workload.take, Workload.keep = _take, _keep
@@ -184,7 +195,8 @@ Workload.take, Workload.keep = _take, _keep
 # %% ../../nbs/pipesim/02_workload.ipynb #a144e8e8
 def _merged(parts, codes, names):
     "Codes of several workloads in one list of names."
-    every = tuple(sorted({n for p in parts for n in getattr(p, names)}, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n)))
+    every = tuple(sorted({n for p in parts for n in getattr(p, names)}, key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0,
+        n)))
     at = {n: i for i, n in enumerate(every)}
     return np.concatenate([np.array([at[n] for n in getattr(p, names)], np.int32)[getattr(p, codes)] for p in parts]), every
 
@@ -210,7 +222,8 @@ def _moved(work, turn, rng):
     return np.maximum(work.arrival + rng.uniform(-1800, 1800, len(work)), 0)
 
 def _scale(self, users, seed=0):
-    """The workload of `users` (> 0) times as many users, arrivals in order. Below 1 it is thinned; above, copies are laid over it. Nested: a smaller `users` with the same `seed` gives a subset."""
+    """The workload of `users` (> 0) times as many users, arrivals in order. Below 1 it is thinned; above, copies are laid over it.
+    Nested: a smaller `users` with the same `seed` gives a subset."""
     need(np.ndim(users) == 0 and np.isfinite(users) and users > 0, "users", users, "a finite number > 0")
     rng = np.random.default_rng([seed, 0x5CA1E])
     kept, arrivals = [], []
@@ -236,7 +249,8 @@ def _digest(self):
 def _tasks(self):
     "One row a task: pipeline, kind, pool, units, dur, est, read, write, priority, arrival of its pipeline."
     part = {n: getattr(self, n) for n in ("pipeline", "units", "dur", "est", "read", "write", "priority")}
-    return pd.DataFrame({**part, "kind": pd.Categorical.from_codes(self.kind, self.kinds), "pool": pd.Categorical.from_codes(self.pool, self.pools), "arrival": self.arrival[self.pipeline]})
+    return pd.DataFrame({**part, "kind": pd.Categorical.from_codes(self.kind, self.kinds), "pool": pd.Categorical.from_codes(self.pool,
+        self.pools), "arrival": self.arrival[self.pipeline]})
 
 Workload.digest, Workload.tasks = property(_digest), property(_tasks)
 
@@ -247,7 +261,8 @@ def _to_parquet(self, file):
     import pyarrow as pa, pyarrow.parquet as pq
     from pathlib import Path
     arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(self, n)) is not None} | {"edges": self.edges.ravel()}
-    table = pa.table({n: pa.array([v], pa.list_(pa.from_numpy_dtype(v.dtype))) if v.size else pa.array([[]], pa.list_(pa.from_numpy_dtype(v.dtype))) for n, v in arrays.items()})
+    table = pa.table({n: pa.array([v], pa.list_(pa.from_numpy_dtype(v.dtype))) if v.size else pa.array([[]],
+        pa.list_(pa.from_numpy_dtype(v.dtype))) for n, v in arrays.items()})
     table = table.replace_schema_metadata({"pipesim": json.dumps(dict(pools=self.pools, kinds=self.kinds, counts=self.counts))})
     with tempfile.TemporaryDirectory(prefix=".part-", dir=(file := Path(file)).parent) as d:
         pq.write_table(table, Path(d)/file.name, compression="zstd")
@@ -262,7 +277,8 @@ def _read_parquet(cls, file):
     need(b"pipesim" in (table.schema.metadata or {}), "file", str(file), "a Parquet file written by Workload.to_parquet")
     said = json.loads(table.schema.metadata[b"pipesim"])
     part = {n: np.array(table[n].combine_chunks().values) for n in table.column_names}
-    return cls(**{**part, "edges": part["edges"].reshape(-1, 2)}, pools=tuple(said["pools"]), kinds=tuple(said["kinds"]), counts=said["counts"])
+    return cls(**{**part, "edges": part["edges"].reshape(-1, 2)}, pools=tuple(said["pools"]), kinds=tuple(said["kinds"]),
+               counts=said["counts"])
 
 Workload.to_parquet, Workload.read_parquet = _to_parquet, classmethod(_read_parquet)
 
