@@ -47,7 +47,9 @@ class _Store:
     def _table(self, name):
         "Table `name`. Raises KeyError naming the nearest."
         table = self._open(name) if isinstance(name, str) and re.fullmatch(r"\w+", name) and not name[0] in "_0123456789" else None
-        if table is not None and table.fresh().delta is not None: return table
+        if table is not None and table.fresh().delta is not None:
+            table.ours()
+            return table
         near = get_close_matches(str(name), self.tables(), 1, .4) or self.tables()
         raise KeyError(f"no table {name!r} in {self.root}; " + (f"there is: {', '.join(near)}" if near else "it is empty"))
 
@@ -89,7 +91,7 @@ def _new(table, rows):
 def _commit(table, df, keys, event_time, mode, known_from):
     "One attempt to write; (its version, whether the table is new)."
     there = table.delta is not None
-    if there: _agree(table, keys, event_time)
+    if there: table.ours(); _agree(table, keys, event_time)
     rows = encode(df, keys, event_time, table.types if there else None)
     if there: _fits(table, rows, mode)
     rows, version, known = table.stamped(rows, mode, known_from)

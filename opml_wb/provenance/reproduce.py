@@ -181,15 +181,16 @@ def at_hand(ledger, path, version, kind):
 
 def needed(ledger, run, from_failed=True):
     "The runs that must be executed again for `run`, in order, `run` last; with `from_failed` not those whose outputs are at hand."
-    order = []
+    order, seen = [], set()
     def visit(user):
+        seen.add(user)
         events = ledger.events(user)
         kinds = {e["path"]: e["kind"] for e in events}
         for path, version, _ in used(events):
             if from_failed and at_hand(ledger, path, version, kinds[path]): continue
             source = maker(ledger, path, version, user)
-            if source and source not in order: visit(source)
-        if user not in order: order.append(user)
+            if source and source not in seen: visit(source)
+        order.append(user)
     visit(run)
     return order
 

@@ -142,6 +142,11 @@ class _Log:
         said = os.environ.get(AT)
         return json.loads(said).get(os.path.realpath(self.path)) if said else None
 
+    def ours(self):
+        "Refuse a Delta table that is no feature table."
+        if not (self.delta.metadata().description or "").startswith("{"):
+            raise ValueError(f"{self.path} is a Delta table, but no feature table: another tool wrote it")
+
     @property
     def meta(self): return json.loads(self.delta.metadata().description)
 
