@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ROLES', 'Tokens', 'loopback']
 
-# %% ../../nbs/flexserve/14_auth.ipynb #bb30403f
+# %% ../../nbs/flexserve/14_auth.ipynb #cc43471a
 import hashlib, hmac, ipaddress, re
 from pathlib import Path
-
 ROLES = {"infer": {"infer"}, "admin": {"infer", "admin"}}
 
+# %% ../../nbs/flexserve/14_auth.ipynb #bb30403f
 class Tokens:
     "The tokens in text `text`: lines `role sha256hex`, # comments. Raises ValueError that names the line."
     def __init__(self, text):
@@ -38,6 +38,7 @@ class Tokens:
             if hmac.compare_digest(digest, known): found |= ROLES[role]
         return found
 
+# %% ../../nbs/flexserve/14_auth.ipynb #f0cc4e03
 def loopback(host):
     "Is `host` reachable from this machine only?"
     if host == "localhost": return True

@@ -58,6 +58,7 @@ class Request:
 
     def options(self): return {"models": self.models, "policy": self.policy, "lazy": self.lazy, "probs": self.probs}
 
+# %% ../../nbs/flexserve/07_batching.ipynb #8488eeb3
 @dataclass(slots=True, eq=False)
 class Part:
     "Images `start` to `stop` of a request, which go to one worker together."

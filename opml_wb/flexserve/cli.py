@@ -8,9 +8,7 @@ __all__ = ['ERRORS', 'flexserve', 'pictures', 'pack', 'publish', 'serve', 'pin',
 # %% ../../nbs/flexserve/16_cli.ipynb #ffdb2048
 import json
 from pathlib import Path
-
 import click
-
 ERRORS = (ValueError, OSError, RuntimeError)  # what a user can put right: said in one line
 
 def _store():
@@ -24,10 +22,12 @@ def _call(function, *args, **how):
     try: return function(*args, **how)
     except ERRORS as e: raise _Said(e) from e
 
+# %% ../../nbs/flexserve/16_cli.ipynb #7cc6cec7
 @click.group("flexserve", context_settings={"help_option_names": ["-h", "--help"]})
 def flexserve():
     "Many PyTorch models behind one endpoint (paper 8)."
 
+# %% ../../nbs/flexserve/16_cli.ipynb #ed5ef716
 def pictures(path, most=None):
     "[(name, bytes)] of the images in folder or zip file `path`, in the order of their names."
     path, ends = Path(path), (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
@@ -41,7 +41,7 @@ def pictures(path, most=None):
     if not found: raise ValueError(f"{path}: no image in it ({', '.join(ends)})")
     return found[:most]
 
-# %% ../../nbs/flexserve/16_cli.ipynb #7cc6cec7
+# %% ../../nbs/flexserve/16_cli.ipynb #2a41ddbe
 def _spec(path):
     "A recipe file (YAML or JSON): its paths are relative to it."
     import yaml
@@ -57,6 +57,7 @@ def _spec(path):
     if isinstance(spec.get("golden"), str): spec["golden"] = [data for _, data in pictures(base/spec["golden"])]
     return spec
 
+# %% ../../nbs/flexserve/16_cli.ipynb #3330c428
 @flexserve.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
 @click.argument("bundle_dir", type=click.Path())
@@ -70,6 +71,7 @@ def pack(recipe, bundle_dir, allow):
                    name=spec.get("name"))
     click.echo(f"{bundle_dir}: {len(bundle.models)} model(s), digest {bundle.digest[:16]}")
 
+# %% ../../nbs/flexserve/16_cli.ipynb #215517bc
 @flexserve.command()
 @click.argument("name")
 @click.argument("bundle_dir", type=click.Path(exists=True, file_okay=False))
@@ -86,7 +88,7 @@ def publish(name, bundle_dir, config, parents, no_promote):
     if not no_promote: _call(store.promote, name, version)
     click.echo(f"{name} version {version}{' (not promoted)' if no_promote else ''}")
 
-# %% ../../nbs/flexserve/16_cli.ipynb #2a41ddbe
+# %% ../../nbs/flexserve/16_cli.ipynb #dd1749ec
 @flexserve.command()
 @click.argument("name")
 @click.option("--port", type=click.IntRange(0, 65535), default=5050, show_default=True, help="0: any free one, told on the first line.")
@@ -120,6 +122,7 @@ def serve(name, port, host, workers, engine, device, threads, token_file, allow,
     code = _call(serving.serve, _store(), name, host=host, port=port, settings=settings, tokens=tokens, lame=lame_s)
     raise SystemExit(code)
 
+# %% ../../nbs/flexserve/16_cli.ipynb #41fcae5a
 @flexserve.command()
 @click.argument("name")
 @click.argument("version", type=int)
@@ -136,13 +139,14 @@ def unpin(name):
     _call(store.unpin, name)
     click.echo(f"{name}: serves version {store.current(name)}")
 
+# %% ../../nbs/flexserve/16_cli.ipynb #2bc343ba
 @flexserve.command()
 @click.argument("name")
 def rollback(name):
     "Back to the last stable version of NAME before the current one."
     click.echo(f"{name}: serves version {_call(_store().rollback, name)}")
 
-# %% ../../nbs/flexserve/16_cli.ipynb #ed5ef716
+# %% ../../nbs/flexserve/16_cli.ipynb #e51cb562
 @flexserve.command("diff")
 @click.argument("name")
 @click.argument("old", type=int)
@@ -173,6 +177,7 @@ def difference(name, old, new, images, policy, max_flips, as_json):
                                                                                               r in report.rates.items()))
     raise SystemExit(int(max_flips is not None and max(report.rates.values(), default=0) > max_flips))
 
+# %% ../../nbs/flexserve/16_cli.ipynb #d1abbe9e
 @flexserve.command("bench")
 @click.argument("url")
 @click.argument("images", type=click.Path(exists=True))

@@ -23,6 +23,7 @@ class Prediction(dict):
         if name.startswith("_"): raise AttributeError(name)
         return self.get(name)
 
+# %% ../../nbs/flexserve/15_client.ipynb #19fc363d
 def encoded(image):
     "Bytes of an image file: bytes as they are, a path read, an (H, W, 3) or (H, W) uint8 array as PNG."
     if isinstance(image, (bytes, bytearray, memoryview)): return bytes(image)
@@ -32,10 +33,9 @@ def encoded(image):
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
-# %% ../../nbs/flexserve/15_client.ipynb #19fc363d
-class Client:
-    """A server at `url`, asked with `token` (text or None). `timeout` (s) of one exchange; `retries` after 503 or a connection that was
-    refused (0: never). Methods raise ServerError for an answer other than 200, OSError when the server cannot be reached."""
+# %% ../../nbs/flexserve/15_client.ipynb #22716966
+class _Exchange:
+    "A connection for each thread, and what goes over it."
     def __init__(self, url, token=None, timeout=60., retries=0):
         at = urlsplit(url)
         if at.scheme not in ("http", "https") or not at.hostname: raise ValueError(f"url: expected http://HOST:PORT, got {url!r}")
@@ -82,6 +82,10 @@ class Client:
                 if e.status != 503 or not left: raise
                 time.sleep(e.retry_after or .2)
 
+# %% ../../nbs/flexserve/15_client.ipynb #4517f8d7
+class Client(_Exchange):
+    """A server at `url`, asked with `token` (text or None). `timeout` (s) of one exchange; `retries` after 503 or a connection that was
+    refused (0: never). Methods raise ServerError for an answer other than 200, OSError when the server cannot be reached."""
     def batch(self, images, policy=None, lazy=False, *, probs=False, models=None, on_error="reject", version=None, provenance="ref",
               deadline_ms=None, ids=None):
         """Prediction for `images` (each bytes, a path, a uint8 array or a Pillow image; any sizes). `policy` as `Policy.parse` takes it;

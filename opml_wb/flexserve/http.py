@@ -9,18 +9,15 @@ __all__ = ['log', 'read', 'json_response', 'refusal', 'Service', 'FlexServe', 'A
 import asyncio, logging, time
 from contextlib import asynccontextmanager
 from urllib.parse import quote
-
 import orjson
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-
 from . import metrics, openapi
 from .batching import Request as Work
 from .pool import Expired, LoadError, Overloaded, Pool, Settings
 from .request import Ask, Refused, check, fields, files, multipart, parse, seconds
-
 log = logging.getLogger("opml_wb.flexserve")
 
 # %% ../../nbs/flexserve/12_http.ipynb #a9fb34da
@@ -31,6 +28,7 @@ async def _drop(request, seconds=2.):
             async for _ in request.stream(): pass
     except (TimeoutError, ClientDisconnect, RuntimeError): pass
 
+# %% ../../nbs/flexserve/12_http.ipynb #04337432
 async def read(request, most, limit):
     "The body of a starlette request, at most `most` bytes within `limit` seconds. Raises Refused 413 or 408."
     chunks, size = [], 0
@@ -47,6 +45,7 @@ async def read(request, most, limit):
         raise Refused(413, f"body: more than {most} bytes", connection="close")
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+# %% ../../nbs/flexserve/12_http.ipynb #8c496b3e
 def json_response(value, status=200, headers=None):
     return Response(orjson.dumps(value), status, headers, "application/json")
 
@@ -57,8 +56,8 @@ def refusal(e):
     if isinstance(e, Expired): return json_response({"error": str(e)}, 504)
     if isinstance(e, ClientDisconnect): return Response(status_code=400)  # nobody is there to read it
 
-# %% ../../nbs/flexserve/12_http.ipynb #8c496b3e
-class Service:
+# %% ../../nbs/flexserve/12_http.ipynb #12517540
+class _Service:
     """What the routes call: a Pool, and the store `store` (ModelStore or None) it follows under `name`. `tokens`: Tokens or None, which
     leaves all open."""
     def __init__(self, pool, store=None, name="ensemble", tokens=None):
@@ -97,6 +96,9 @@ class Service:
             return response
         return call
 
+# %% ../../nbs/flexserve/12_http.ipynb #d8d282f1
+class Service(_Service):
+    "From a request's body to its answer."
     def budget(self, request):
         "Seconds that a request has: of its header X-Deadline-Ms, else of the server."
         given = request.headers.get("x-deadline-ms")
@@ -201,9 +203,9 @@ class Api(FlexServe):
         return json_response(openapi.document([self.name, *(m["name"] for m in group.bundle.models)], group.version)
                              if group else openapi.document())
 
-# %% ../../nbs/flexserve/12_http.ipynb #04337432
-class Operator(Api):
-    "What changes what is served: the store decides, the server follows it."
+# %% ../../nbs/flexserve/12_http.ipynb #05b9a11d
+class _Operator(Api):
+    "What changes what is served."
     async def _change(self, request, call, *names):
         if self.store is None: raise Refused(404, "this server follows no store")
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -230,6 +232,9 @@ class Operator(Api):
         return json_response({"name": self.name, "current": self.store.current(self.name),
                               "serving": self.pool.current and self.pool.current.version, "history": rows})
 
+# %% ../../nbs/flexserve/12_http.ipynb #f3f84fb0
+class Operator(_Operator):
+    "The store decides, the server follows it."
     async def follow(self, every=.25):
         """Serve what the store says is current, from within a second of its saying so; a version that cannot be served leaves the old
         one in place."""
@@ -253,7 +258,7 @@ class Operator(Api):
             try: await asyncio.wait_for(self.poke.wait(), every)
             except TimeoutError: pass
 
-# %% ../../nbs/flexserve/12_http.ipynb #12517540
+# %% ../../nbs/flexserve/12_http.ipynb #958e63f3
 def routes(service):
     "The Routes of a service; the Open Inference Protocol's are added by `oip`."
     def route(path, method, handler, role="infer"):
@@ -270,9 +275,11 @@ def routes(service):
             route("/health/ready", "GET", s.ready, None),
             route("/docs", "GET", s.docs, None), route("/openapi.json", "GET", s.spec, None), *oip.routes(service, route)]
 
+# %% ../../nbs/flexserve/12_http.ipynb #5abbe056
 async def _not_found(request, e): return json_response({"error": f"{request.method} {request.url.path}: {e.detail}"}, e.status_code,
                                                        e.headers)
 
+# %% ../../nbs/flexserve/12_http.ipynb #8752c8ad
 def create_app(store, name, settings=None, tokens=None):
     """A Starlette application that serves what ModelStore `store` says is current under `name`, with `settings` (Settings) and `tokens`
     (Tokens); `app.state.service` is its service."""

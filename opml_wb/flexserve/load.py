@@ -43,6 +43,7 @@ class Reply:
     def seconds(self): return self.ended - self.began
     def json(self): return json.loads(self.body)
 
+# %% ../../nbs/flexserve/15_load.ipynb #afa56924
 class Connection:
     "One keep-alive connection to `host`:`port`."
     def __init__(self, host, port): self.at, self.reader, self.writer = (host, port), None, None
@@ -71,6 +72,7 @@ class Connection:
         if self.writer: self.writer.close()
         self.reader = self.writer = None
 
+# %% ../../nbs/flexserve/15_load.ipynb #2c32a1fa
 async def _timed(connection, key, request, start, limit):
     began, why = time.perf_counter() - start, ""
     try: status, headers, body = await asyncio.wait_for(connection.ask(request), limit)
@@ -78,7 +80,7 @@ async def _timed(connection, key, request, start, limit):
         status, headers, body, why = 0, {}, b"", f"{type(e).__name__}: {e}"; connection.close()
     return Reply(key, began, time.perf_counter() - start, status, headers, body, why)
 
-# %% ../../nbs/flexserve/15_load.ipynb #afa56924
+# %% ../../nbs/flexserve/15_load.ipynb #c961d5cd
 async def closed(url, requests, clients=8, seconds=5., limit=60., start=None):
     """Replies to `clients` that each ask as soon as they have their answer, for `seconds`. `requests`: function client number, count ->
     (key, bytes), or None to stop that client."""
@@ -93,6 +95,7 @@ async def closed(url, requests, clients=8, seconds=5., limit=60., start=None):
     await asyncio.gather(*map(client, range(clients)))
     return replies
 
+# %% ../../nbs/flexserve/15_load.ipynb #b7a8cf22
 async def paced(url, requests, rate, seconds=5., limit=60.):
     "Replies to `rate` requests a second that come whether or not earlier ones are answered; `requests`: function count -> (key, bytes)."
     at, start, free, replies, open_ = urlsplit(url), time.perf_counter(), [], [], set()
@@ -107,6 +110,7 @@ async def paced(url, requests, rate, seconds=5., limit=60.):
     for connection in free: connection.close()
     return replies
 
+# %% ../../nbs/flexserve/15_load.ipynb #d6d4085b
 def summary(replies, images=None):
     "{requests, ok, lost, codes, per_s, images_per_s, p50_ms, p99_ms}; `images`: function reply -> images in it. Times are of the 200s."
     import numpy as np

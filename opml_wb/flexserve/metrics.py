@@ -8,7 +8,6 @@ __all__ = ['SECONDS', 'SIZES', 'Metrics']
 # %% ../../nbs/flexserve/09_metrics.ipynb #97732d24
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
-
 SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 

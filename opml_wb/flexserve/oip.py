@@ -7,12 +7,9 @@ __all__ = ['DTYPES', 'PLATFORM', 'texts', 'images', 'split', 'outputs', 'Protoco
 
 # %% ../../nbs/flexserve/13_oip.ipynb #447d2a48
 import base64, binascii, math, struct
-
 import numpy as np
 import orjson
-
 from .request import Ask, Refused, check, fields
-
 DTYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
 PLATFORM = "opml_flexserve"
 
@@ -32,6 +29,7 @@ def _shape(tensor):
         raise Refused(400, f"images: expected a shape of 1 to 4 whole numbers from 0 to 2^31, got {str(shape)[:80]}")
     return shape, math.prod(shape)
 
+# %% ../../nbs/flexserve/13_oip.ipynb #281536a9
 def _pictures(values):
     "Bytes of the pictures in the `data` of a JSON tensor: base64 texts."
     try: return [base64.b64decode(v, validate=True) for v in values]
@@ -46,6 +44,7 @@ def _flat(values, dtype, n):
         raise Refused(400, "images: UINT8 values are whole numbers from 0 to 255")
     return array.astype(dtype)
 
+# %% ../../nbs/flexserve/13_oip.ipynb #d610ba9f
 def images(tensor, raw):
     "Pictures (bytes or HWC uint8 arrays) of an input tensor; `raw`: its binary data or None. Raises Refused(400) for what doesn't fit."
     from opml_wb.flexserve.images import from_tensor
@@ -76,11 +75,13 @@ def split(body, length):
     if not isinstance(head, dict): raise Refused(400, "body: expected an object")
     return head, memoryview(body)[cut:]
 
+# %% ../../nbs/flexserve/13_oip.ipynb #31fe9d6a
 def _parameters(of, where):
     found = of.get("parameters", {})
     if not isinstance(found, dict): raise Refused(400, f"{where}: parameters: expected an object")
     return found
 
+# %% ../../nbs/flexserve/13_oip.ipynb #328adef3
 def _the_input(head, raw):
     "(tensor, its binary data or None) of the one input `images`."
     inputs = head.get("inputs")
@@ -94,6 +95,7 @@ def _the_input(head, raw):
         raise Refused(400, f"images: binary_data_size {size!r}, the body has {len(raw)} bytes after its header")
     return inputs[0], raw
 
+# %% ../../nbs/flexserve/13_oip.ipynb #fa871b5e
 def _wanted(head):
     "{output: wants binary} that the request asks for; None: all that is usual."
     default = _parameters(head, "body").get("binary_data_output", False)
@@ -103,7 +105,7 @@ def _wanted(head):
         raise Refused(400, "outputs: expected a list of objects with a name")
     return {o["name"]: _parameters(o, "outputs").get("binary_data", default) is True for o in outputs}, default is True
 
-# %% ../../nbs/flexserve/13_oip.ipynb #d610ba9f
+# %% ../../nbs/flexserve/13_oip.ipynb #a1a9b2df
 def _tensor(name, values, datatype, binary):
     "(tensor object, its binary data) of an output; `values`: a list, or a list of lists for FP32 (n, C)."
     if datatype == "FP32":
@@ -116,6 +118,7 @@ def _tensor(name, values, datatype, binary):
     base = {"name": name, "datatype": datatype, "shape": shape}
     return ({**base, "parameters": {"binary_data_size": len(blob)}}, blob) if binary else ({**base, "data": plain}, b"")
 
+# %% ../../nbs/flexserve/13_oip.ipynb #6945f22a
 def outputs(answer, member, wanted, binary):
     "The output tensors of a joined answer: [(tensor, blob)]. Raises Refused(400) for an output that there is not."
     named = {("label" if member else name): (row, "BYTES") for name, row in answer["labels"].items()}
@@ -130,9 +133,9 @@ def outputs(answer, member, wanted, binary):
         if name not in named: raise Refused(400, f"outputs: no output {name!r}; there are {', '.join(named)}")
     return [_tensor(n, *named[n], wanted[n] if wanted else binary) for n in (wanted or usual)]
 
-# %% ../../nbs/flexserve/13_oip.ipynb #281536a9
-class Protocol:
-    "The handlers around a service."
+# %% ../../nbs/flexserve/13_oip.ipynb #94311ba5
+class _About:
+    "What the server and its models are."
     def __init__(self, service): self.service = service
 
     def group(self, request):
@@ -144,6 +147,13 @@ class Protocol:
         if model == self.service.name: return group, None
         if model not in [m["name"] for m in group.bundle.models]: raise Refused(404, f"no model {model!r}")
         return group, model
+
+    def reply(self, value, status=200, headers=None, blobs=()):
+        from starlette.responses import Response
+        text, headers = orjson.dumps(value), dict(headers or {})
+        if not blobs: return Response(text, status, headers, "application/json")
+        headers["Inference-Header-Content-Length"] = str(len(text))
+        return Response(b"".join([text, *blobs]), status, headers, "application/octet-stream")
 
     async def server(self, request):
         from importlib.metadata import version
@@ -168,6 +178,9 @@ class Protocol:
                            "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}], "outputs": outs,
                            "parameters": {"digest": group.bundle.digest, "classes": group.about["classes"], "engine": group.about}})
 
+# %% ../../nbs/flexserve/13_oip.ipynb #24118d8d
+class Protocol(_About):
+    "The handlers around a service."
     async def infer(self, request):
         group, member = self.group(request)
         head, raw = split(await self.service.body(request), request.headers.get("inference-header-content-length"))
@@ -189,13 +202,6 @@ class Protocol:
         "A lazy answer has models that were not asked: the protocol has no null, so they say ''."
         return {**answer, "labels": {n: ["" if v is None else v for v in row] for n, row in answer["labels"].items()}}
 
-    def reply(self, value, status=200, headers=None, blobs=()):
-        from starlette.responses import Response
-        text, headers = orjson.dumps(value), dict(headers or {})
-        if not blobs: return Response(text, status, headers, "application/json")
-        headers["Inference-Header-Content-Length"] = str(len(text))
-        return Response(b"".join([text, *blobs]), status, headers, "application/octet-stream")
-
     async def index(self, request):
         group = self.service.group()
         state = {"version": str(group.version), "state": "READY" if self.service.pool.ready else "UNAVAILABLE",
@@ -210,6 +216,7 @@ class Protocol:
 
     async def unload(self, request): raise Refused(409, "the ensemble is unloaded by ending the server; pin another version to replace it")
 
+# %% ../../nbs/flexserve/13_oip.ipynb #18a89e1c
 def routes(service, route):
     "The protocol's routes; `route(path, method, handler, role)` makes one."
     p, model = Protocol(service), "/v2/models/{model}"

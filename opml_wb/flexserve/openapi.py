@@ -11,18 +11,23 @@ import html, json
 from importlib.metadata import version
 
 def _ref(name): return {"$ref": f"#/components/schemas/{name}"}
+
 def _json(schema): return {"application/json": {"schema": schema}}
+
 def _object(properties, *required, extra=False): return {"type": "object", "properties": properties, "required": list(required),
                                                          "additionalProperties": extra}
-def _list(of, **how): return {"type": "array", "items": of, **how}
-def _maybe(kind, **how): return {"type": [kind, "null"], **how}
 
+def _list(of, **how): return {"type": "array", "items": of, **how}
+
+def _maybe(kind, **how): return {"type": [kind, "null"], **how}
 TEXT, WHOLE, FLAG, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}, {"type": "number"}
+
+# %% ../../nbs/flexserve/12_openapi.ipynb #b15f5513
 KINDS = ["or", "and", "majority", "k_of_n", "weighted", "threshold", "vote", "mean_prob"]
 FILES = _object({"file": _list({"type": "string", "format": "binary"}, minItems=1)}, "file", extra=True)
 LABELS = {"type": "object", "additionalProperties": _list(_maybe("string"))}
 
-# %% ../../nbs/flexserve/12_openapi.ipynb #b15f5513
+# %% ../../nbs/flexserve/12_openapi.ipynb #da29d972
 POLICY = _object({"kind": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1},
                   "weights": {"type": "object", "additionalProperties": NUMBER},
                   "threshold": NUMBER, "reduce": {"type": "string", "enum": ["mean", "max", "min", "median"]}, "models": _list(TEXT)},
@@ -32,6 +37,8 @@ PREDICT = _object({"images": _list(_object({"b64": {"type": "string", "format": 
                    "on_error": {"type": "string", "enum": ["reject", "skip"]},
                    "version": WHOLE, "provenance": {"type": "string", "enum": ["ref", "full"]},
                    "deadline_ms": {"type": "number", "exclusiveMinimum": 0, "maximum": 600000}}, "images")
+
+# %% ../../nbs/flexserve/12_openapi.ipynb #ccd3051c
 ANSWER = _object({"name": TEXT, "version": WHOLE, "digest": TEXT, "n": WHOLE, "models": LABELS, "ids": {"type": "array"},
                   "classes": _list(TEXT),
                   "probs": {"type": "object", "additionalProperties": _list({"type": ["array", "null"], "items": _maybe("number")})},
@@ -45,12 +52,14 @@ SCHEMAS = {"Policy": POLICY, "Predict": PREDICT, "Answer": ANSWER, "Tensor": TEN
            "Error": _object({"error": TEXT, "errors": _list(_ref("ImageError"))}, "error"),
            "Infer": _object({"id": TEXT, "parameters": {"type": "object"}, "inputs": _list(_ref("Tensor"), minItems=1, maxItems=1),
                              "outputs": _list({"type": "object"})}, "inputs", extra=True)}
+
+# %% ../../nbs/flexserve/12_openapi.ipynb #20b036de
 QUERY = {"policy": {"type": "string", "enum": KINDS}, "target": TEXT, "k": {"type": "integer", "minimum": 1}, "threshold": NUMBER,
          "reduce": POLICY["properties"]["reduce"], "lazy": FLAG, "probs": FLAG,
          "on_error": PREDICT["properties"]["on_error"], "version": WHOLE, "provenance": PREDICT["properties"]["provenance"],
          "deadline_ms": PREDICT["properties"]["deadline_ms"]}
 
-# %% ../../nbs/flexserve/12_openapi.ipynb #ccd3051c
+# %% ../../nbs/flexserve/12_openapi.ipynb #d3913969
 WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one", 403: "the token has not the role",
          404: "no such model or version", 408: "the body came too slowly",
          409: "the store refuses", 413: "too large", 415: "another Content-Type is expected", 422: "a field or an image is refused",
@@ -58,6 +67,7 @@ WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one", 403: "
          504: "the deadline passed"}
 INFER = (400, 401, 403, 404, 408, 413, 415, 422, 503, 504)
 
+# %% ../../nbs/flexserve/12_openapi.ipynb #acff91ee
 def _operation(text, out, codes=(401, 403), body=None, query=None, path={}, kind="application/json", also=()):
     "An operation of the document; `path`: schemas of the parameters in its path."
     answers = {"200": {"description": "done", "content": {kind: {"schema": out}}}}
@@ -68,6 +78,7 @@ def _operation(text, out, codes=(401, 403), body=None, query=None, path={}, kind
     return {"summary": text, "responses": answers, "parameters": params,
             **({"requestBody": {"required": True, "content": body}} if body else {})}
 
+# %% ../../nbs/flexserve/12_openapi.ipynb #00166319
 def _paths(models=(), serving=None):
     model = {"model": {**TEXT, **({"enum": list(models)} if models else {})}}
     both = {**model, "version": {**TEXT, **({"enum": [str(serving)]} if serving else {})}}
@@ -101,13 +112,14 @@ def _paths(models=(), serving=None):
                 f"{base}/infer": {"post": infer(path)}}
     return out
 
-# %% ../../nbs/flexserve/12_openapi.ipynb #da29d972
+# %% ../../nbs/flexserve/12_openapi.ipynb #b6528d97
 def document(models=(), serving=None):
     "The OpenAPI 3.1 document, a dict; `models` (names) and `serving` (version) go into it."
     return {"openapi": "3.1.0", "info": {"title": "opml flexserve", "version": version("opml_wb")}, "paths": _paths(models, serving),
             "components": {"schemas": SCHEMAS, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
             "security": [{}, {"token": []}]}
 
+# %% ../../nbs/flexserve/12_openapi.ipynb #3d77e44f
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
 :root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 summary {{ cursor: pointer; padding: .35rem 0 }} b {{ display: inline-block; width: 3.5rem }}
@@ -122,6 +134,7 @@ for (const k of ["policy", "target"]) if (!form.get(k)) form.delete(k);
 const r = await fetch("v1/predict", {{method: "POST", body: form}});
 document.getElementById("answer").textContent = r.status + " " + JSON.stringify(await r.json(), null, 1) }}</script>"""
 
+# %% ../../nbs/flexserve/12_openapi.ipynb #d81c7db5
 def page(name):
     "The document as one HTML page, with a form that sends images."
     rows = []

@@ -9,11 +9,9 @@ __all__ = ['log', 'PRELOAD', 'LEAST', 'TRIES', 'DEATHS', 'PLAN', 'Settings', 'Ov
 # %% ../../nbs/flexserve/10_pool.ipynb #d522bbef
 import asyncio, logging, math, os, pickle, signal, time
 from dataclasses import dataclass, field
-
 from .batching import Queue, TimeFit, join
 from .metrics import Metrics
 from .worker import HEAD, VERDICT, Nursery, pack
-
 log = logging.getLogger("opml_wb.flexserve")
 PRELOAD = ("numpy", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "opml_wb.flexserve.policy", "opml_wb.flexserve.images",
            "opml_wb.flexserve.engine")
@@ -58,6 +56,7 @@ class Overloaded(Exception):
     def __init__(self, why, retry): super().__init__(why); self.why, self.retry = why, max(1, math.ceil(retry))
 
 class Expired(Exception): "The deadline passed before the answer was there."
+
 class LoadError(Exception): "A version cannot be served; the message says why."
 
 # %% ../../nbs/flexserve/10_pool.ipynb #3891944b
@@ -93,8 +92,8 @@ class Worker(asyncio.Protocol):
         except ProcessLookupError: pass
 
 # %% ../../nbs/flexserve/10_pool.ipynb #3a71cf28
-class _Workers:
-    "Births, deaths and batches of the workers of one version. `order`: what `worker.work` gets."
+class _Births:
+    "How workers of one version come into being. `order`: what `worker.work` gets."
     def __init__(self, order, nursery, settings, metrics):
         self.order, self.nursery, self.settings, self.metrics = order, nursery, settings, metrics
         self.queue, self.fit, self.workers, self.about = Queue(), TimeFit(), [], None
@@ -125,6 +124,9 @@ class _Workers:
         if not self.up.done() and (final or self.failures >= TRIES): self.up.set_exception(LoadError(why))
         elif not self.closed: self._later(self.bear(check, min(.1 * 2 ** self.failures, 10)))
 
+# %% ../../nbs/flexserve/10_pool.ipynb #1831c01e
+class _Workers(_Births):
+    "What workers say, and their deaths."
     def said(self, worker, message):
         "A message from a worker."
         if "answers" in message: return self._answered(worker, message)
@@ -158,9 +160,9 @@ class _Workers:
         return {"labels": {n: [None] for n in names}, "probs": {n: [None] for n in names} if request.probs else None, "verdict": verdict,
                 "errors": [(0, "poison", f"{DEATHS} workers died while they had this image only")]}
 
-# %% ../../nbs/flexserve/10_pool.ipynb #1831c01e
-class Group(_Workers):
-    "One version in service. `version` (int), `bundle` (Bundle): what it serves; start it with `await start()`."
+# %% ../../nbs/flexserve/10_pool.ipynb #995beba4
+class _Life(_Workers):
+    "From the first worker to the last."
     def __init__(self, version, bundle, *args):
         super().__init__(*args)
         self.version, self.bundle = version, bundle
@@ -173,6 +175,29 @@ class Group(_Workers):
         except TimeoutError: self.close(); raise LoadError(f"no answer within {self.settings.start:g} s") from None
         except LoadError: self.close(); raise
 
+    async def _watch(self):
+        while not self.closed:
+            await asyncio.sleep(.2)
+            now = time.monotonic()
+            for w in self.workers:
+                limit = max(self.settings.watchdog, 10 * self.fit(w.images)) if w.parts else math.inf if w.ready else self.settings.start
+                if now - w.began > limit: log.warning("worker %d does not answer: killed", w.pid); w.kill()
+
+    async def retire(self, limit=60.):
+        "Finish what was taken, then end the workers."
+        until = time.monotonic() + limit
+        while (self.queue.images or any(w.parts for w in self.workers)) and time.monotonic() < until: await asyncio.sleep(.02)
+        self.close()
+
+    def close(self):
+        "End the workers now."
+        self.closed = True
+        for task in self.tasks: task.cancel()
+        for w in self.workers: w.transport.close() if w.ready and not w.parts else w.kill()
+
+# %% ../../nbs/flexserve/10_pool.ipynb #2330443d
+class _Admission(_Life):
+    "What is taken and until when."
     def wait(self):
         "Predicted seconds until an image that comes now is begun."
         ready = [w for w in self.workers if w.ready]
@@ -216,6 +241,9 @@ class Group(_Workers):
             request.done.add_done_callback(lambda _: timer.cancel())
         else: request.done.set_exception(Expired(f"no answer within the deadline of {budget:g} s"))
 
+# %% ../../nbs/flexserve/10_pool.ipynb #cda836d3
+class Group(_Admission):
+    "One version in service. `version` (int), `bundle` (Bundle): what it serves; start it with `await start()`."
     def dispatch(self):
         "Give what waits to the workers that are free, each its share but no less than LEAST images."
         idle = [w for w in self.workers if w.ready and w.parts is None]
@@ -238,26 +266,6 @@ class Group(_Workers):
         request.answers[part.start] = answer
         request.open -= 1
         if request.complete and not request.over: request.done.set_result(join(request))
-
-    async def _watch(self):
-        while not self.closed:
-            await asyncio.sleep(.2)
-            now = time.monotonic()
-            for w in self.workers:
-                limit = max(self.settings.watchdog, 10 * self.fit(w.images)) if w.parts else math.inf if w.ready else self.settings.start
-                if now - w.began > limit: log.warning("worker %d does not answer: killed", w.pid); w.kill()
-
-    async def retire(self, limit=60.):
-        "Finish what was taken, then end the workers."
-        until = time.monotonic() + limit
-        while (self.queue.images or any(w.parts for w in self.workers)) and time.monotonic() < until: await asyncio.sleep(.02)
-        self.close()
-
-    def close(self):
-        "End the workers now."
-        self.closed = True
-        for task in self.tasks: task.cancel()
-        for w in self.workers: w.transport.close() if w.ready and not w.parts else w.kill()
 
 # %% ../../nbs/flexserve/10_pool.ipynb #2c77dd00
 class Pool:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Replica', 'deployment']
 
-# %% ../../nbs/flexserve/17_ray_app.ipynb #71b06ffe
+# %% ../../nbs/flexserve/17_ray_app.ipynb #e4b17639
 from .request import Refused, check, parse
 
+# %% ../../nbs/flexserve/17_ray_app.ipynb #71b06ffe
 class Replica:
     "What a replica does: `bundle` (a folder that every node sees), `engine`, `threads`, `device` as `Engine.load` takes them."
     def __init__(self, bundle, name, version, engine="auto", threads=1, device="cpu", allow=()):

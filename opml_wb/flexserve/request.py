@@ -9,9 +9,7 @@ __all__ = ['PARAMETER', 'BOOLS', 'FIELDS', 'POLICY', 'Refused', 'multipart', 'As
 # %% ../../nbs/flexserve/11_request.ipynb #c8c9feaf
 import base64, binascii, io, json, math, re
 from dataclasses import dataclass, field
-
 import orjson
-
 from .policy import Policy, PolicyError
 
 # %% ../../nbs/flexserve/11_request.ipynb #77af9b0f
@@ -37,6 +35,7 @@ def _part(head):
         raise Refused(422, "multipart: a part without a name" if name is None else f"multipart: NUL in the name of field {name!r}")
     raise Refused(400, "multipart: a part without Content-Disposition")
 
+# %% ../../nbs/flexserve/11_request.ipynb #cd6312ab
 def multipart(body, content_type):
     "[(name, bytes)] of a multipart/form-data body, in order. Raises Refused(400)."
     boundary = _parameters(content_type).get("boundary", "")
@@ -65,9 +64,9 @@ class Ask:
     version: int = None        # refused unless this is the one in service
     provenance: str = "ref"    # ref | full
     deadline: float = None     # s
-
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
+# %% ../../nbs/flexserve/11_request.ipynb #5107cb28
 def _bool(name, value):
     value = BOOLS.get(value.lower(), value) if isinstance(value, str) else value
     if not isinstance(value, bool): raise Refused(422, f"{name}: expected true or false, got {value!r}")
@@ -84,6 +83,7 @@ def _number(name, value):
     if not math.isfinite(number): raise Refused(422, f"{name}: expected a number, got {value!r}")
     return number
 
+# %% ../../nbs/flexserve/11_request.ipynb #5f302550
 def _whole(name, value):
     if type(value) is int: return value
     number = _number(name, value)
@@ -96,7 +96,7 @@ def _names(name, value):
         raise Refused(422, f"{name}: expected a list of model names, got {value!r}")
     return tuple(dict.fromkeys(value))
 
-# %% ../../nbs/flexserve/11_request.ipynb #5107cb28
+# %% ../../nbs/flexserve/11_request.ipynb #1071a46a
 FIELDS = {"lazy": _bool, "probs": _bool, "version": _whole, "models": _names,
           "on_error": lambda n, v: _among(n, v, "reject", "skip"), "provenance": lambda n, v: _among(n, v, "ref", "full"),
           "deadline_ms": lambda n, v: seconds(v)}
@@ -113,6 +113,7 @@ def _json(text, what):
     try: return orjson.loads(text)
     except orjson.JSONDecodeError as e: raise Refused(400, f"{what}: no JSON: {e}") from None
 
+# %% ../../nbs/flexserve/11_request.ipynb #08a854ea
 def fields(given):
     "Arguments of an Ask from a dict of texts (query, form) or JSON values. Raises Refused(422) that names the field."
     given, out = dict(given), {}
@@ -128,7 +129,7 @@ def fields(given):
     if out.get("lazy") and policy is None: raise Refused(422, "lazy: only with a policy, which says when a verdict is decided")
     return out
 
-# %% ../../nbs/flexserve/11_request.ipynb #cd6312ab
+# %% ../../nbs/flexserve/11_request.ipynb #37490b7b
 def _b64(i, item):
     if not isinstance(item, dict) or not isinstance(item.get("b64"), str):
         raise Refused(422, f"images[{i}]: expected an object with b64, got {str(item)[:60]!r}")
@@ -145,6 +146,7 @@ def from_json(body):
     ids = [i.get("id") if isinstance(i, dict) else None for i in items]
     return Ask([_b64(i, item) for i, item in enumerate(items)], ids if any(i is not None for i in ids) else None, **fields(given))
 
+# %% ../../nbs/flexserve/11_request.ipynb #eddf8f54
 def _array(body):
     "HWC uint8 images of a .npy body."
     import numpy as np
@@ -160,6 +162,7 @@ def files(parts):
     try: return images, {name: data.decode() for name, data in rest}
     except UnicodeDecodeError: raise Refused(422, "a form field is no UTF-8") from None
 
+# %% ../../nbs/flexserve/11_request.ipynb #1927d0ee
 def parse(body, content_type, query):
     "The Ask in a body with this Content-Type; `query`: fields of the URL, which go before those of a form. Raises Refused."
     kind = content_type.partition(";")[0].strip().lower()
@@ -174,6 +177,7 @@ def parse(body, content_type, query):
     raise Refused(415, f"Content-Type {kind or 'missing'!r}: expected multipart/form-data, application/json, application/octet-stream, "
                        "image/* or application/x-npy")
 
+# %% ../../nbs/flexserve/11_request.ipynb #6f4b07a1
 def check(ask, names, classes, most):
     "Refuse what the models in service cannot answer; `most`: images."
     if not ask.images: raise Refused(422, "images: none; expected one or more")

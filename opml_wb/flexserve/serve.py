@@ -7,10 +7,8 @@ __all__ = ['Patience', 'bound', 'serve', 'Server']
 
 # %% ../../nbs/flexserve/16_serve.ipynb #396f079b
 import asyncio, contextlib, json, os, signal, socket, subprocess, sys, time
-
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
 from .auth import loopback
 from .http import create_app
 
@@ -52,6 +50,7 @@ class _Front(uvicorn.Server):
     "uvicorn, whose signals are ours."
     capture_signals = contextlib.nullcontext
 
+# %% ../../nbs/flexserve/16_serve.ipynb #bb577280
 async def _leave(server, sock, lame):
     "Take no connection any more but those that the kernel took; wait for those that still have something to say."
     config, late = server.config, []
@@ -64,6 +63,7 @@ async def _leave(server, sock, lame):
     until = time.monotonic() + lame
     while server.server_state.connections and time.monotonic() < until: await asyncio.sleep(.02)
 
+# %% ../../nbs/flexserve/16_serve.ipynb #4ade3a39
 async def _front(app, sock, lame, ready):
     "Serve `app` until SIGTERM or SIGINT; the exit code."
     patience = type("", (Patience,), {"limit": app.state.settings.body})
@@ -89,6 +89,7 @@ async def _front(app, sock, lame, ready):
     await running
     return 1 if failed else 0
 
+# %% ../../nbs/flexserve/16_serve.ipynb #df9f418f
 async def _tell(service, ready):
     "Call `ready(service)` once a version is in service; True when the first one cannot be."
     while not service.pool.ready:
@@ -98,6 +99,7 @@ async def _tell(service, ready):
         await asyncio.sleep(.02)
     ready(service)
 
+# %% ../../nbs/flexserve/16_serve.ipynb #61f85b77
 def serve(store, name, *, host="127.0.0.1", port=0, settings=None, tokens=None, lame=.5):
     """Serve `name` of ModelStore `store` until SIGTERM or Ctrl-C; the exit code. Prints one line of JSON {url, name, version, digest,
     engine} when ready. Raises ValueError when `host` can be reached from elsewhere and there are no tokens, OSError when the port is

@@ -10,7 +10,6 @@ import importlib, json, os, pickle, select, signal, socket, struct, subprocess, 
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
-
 import opml_wb
 
 # %% ../../nbs/flexserve/08_worker.ipynb #1dd72e99
@@ -30,6 +29,7 @@ def _exactly(conn, n):
         got += more
     return data
 
+# %% ../../nbs/flexserve/08_worker.ipynb #e1dbfde1
 def receive(conn):
     "The next message on socket `conn`; None when the other end is closed."
     head = _exactly(conn, HEAD.size)
@@ -49,6 +49,7 @@ def _decoded(images, limits):
         else: good.append(image); places.append(i)
     return good, places, errors
 
+# %% ../../nbs/flexserve/08_worker.ipynb #372474d1
 def _infer(engine, images, **how):
     "(labels (M, B), probs (M, B, C), verdict or None, images on which a model failed {place: reason}); the first two without those."
     import numpy as np
@@ -65,6 +66,7 @@ def _infer(engine, images, **how):
     verdict = verdicts[0] and {k: [v[k][0] for v in verdicts] for k in VERDICT}
     return np.concatenate(labels, 1), np.concatenate(probs, 1), verdict, failed
 
+# %% ../../nbs/flexserve/08_worker.ipynb #e70c1814
 def _lists(verdict):
     "A Verdict as lists of JSON values."
     return verdict and {"result": verdict.result.tolist(), "score": [round(float(s), 6) for s in verdict.score],
@@ -115,7 +117,7 @@ def _group(engine, parts, limits):
         answers.append(_answer(len(images), names, engine.classes, labels[:, take], probs[:, take], mine, kept, errors, o))
     return answers, {"images": len(flat), "decode": decoded - began, "infer": time.perf_counter() - decoded, **_counts(names, labels)}
 
-# %% ../../nbs/flexserve/08_worker.ipynb #372474d1
+# %% ../../nbs/flexserve/08_worker.ipynb #f6f2c775
 def _counts(names, labels):
     "What monitoring wants of a batch: classes per model, and how often two models differ {(a, b): (images, differing)}."
     classes = {(name, c): k for name, row in zip(names, labels) for c, k in Counter(row).items() if c is not None}
@@ -125,6 +127,7 @@ def _counts(names, labels):
         pairs[a, b] = len(both), sum(p != q for p, q in both)
     return {"classes": classes, "pairs": pairs}
 
+# %% ../../nbs/flexserve/08_worker.ipynb #e53050c6
 def run(engine, parts, limits=None):
     """Answer `parts` [(images, options)] -> (answers in the same order, what each group took). Those with a lazy policy are
     run with the like of theirs only, all others in one batch."""
@@ -139,7 +142,7 @@ def run(engine, parts, limits=None):
         for i, a in zip(places, got): answers[i] = a
     return answers, took
 
-# %% ../../nbs/flexserve/08_worker.ipynb #e70c1814
+# %% ../../nbs/flexserve/08_worker.ipynb #0931183d
 def _load(order):
     "(Engine, Limits) of an order. One worker of a version answers the golden set as at packing, the others one picture of it."
     from opml_wb.flexserve.engine import Engine
@@ -150,6 +153,7 @@ def _load(order):
     else: engine.infer(engine.bundle.golden()[0][:1])
     return engine, Limits(**order["limits"])
 
+# %% ../../nbs/flexserve/08_worker.ipynb #12e9566d
 def work(conn, order):
     """Serve batches from socket `conn` until it closes. `order`: {bundle, engine, threads, device, allow, limits, check}; the bundle's
     files are verified. The first message out is {ready: description}, or {failed: reason}."""
@@ -164,7 +168,7 @@ def work(conn, order):
         answers, took = run(engine, parts, limits)
         conn.sendall(pack({"answers": answers, "took": took, "seconds": time.perf_counter() - began}))
 
-# %% ../../nbs/flexserve/08_worker.ipynb #e1dbfde1
+# %% ../../nbs/flexserve/08_worker.ipynb #c2fd4e32
 def _child(conn, order):
     "Become the worker in a process just forked."
     code = 1
@@ -180,6 +184,7 @@ def _child(conn, order):
         traceback.print_exc()
     os._exit(code)
 
+# %% ../../nbs/flexserve/08_worker.ipynb #e0a3eaa8
 def nursery():
     "The nursery's process: orders arrive with the worker's socket on the socket with number argv[1]; each is answered by the pid."
     conn = socket.socket(fileno=int(sys.argv[1]))
