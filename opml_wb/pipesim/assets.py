@@ -18,7 +18,8 @@ class _Column:
         if values.dtype.kind not in "biuf":
             levels = sorted(values.dropna().astype(str).unique())
             if len(levels) > max(2, min(50, len(values) / 5)): return None
-            if values.isna().any(): raise ValueError(f"{name}: row {int(np.flatnonzero(values.isna())[0])} is missing: expected one of {levels[:5]}")
+            if values.isna().any():
+                raise ValueError(f"{name}: row {int(np.flatnonzero(values.isna())[0])} is missing: expected one of {levels[:5]}")
             return np.searchsorted(levels, values.astype(str)).astype(float), levels, True
         x = finite(values, name)
         return x, None, bool((x == np.round(x)).all())
@@ -34,7 +35,8 @@ def _read(df, columns):
     for c in columns or ():
         if c not in df: raise ValueError(f"column {c!r}: missing; the frame has {', '.join(map(str, df.columns))}")
     found = {str(c): _Column.read(df[c], str(c)) for c in (columns or df.columns)}
-    if not (found := {c: f for c, f in found.items() if f}): raise ValueError("assets: the frame has no column of numbers or of repeating texts")
+    if not (found := {c: f for c, f in found.items()
+                      if f}): raise ValueError("assets: the frame has no column of numbers or of repeating texts")
     return found
 
 def has_atoms(x, share=.02):
@@ -77,7 +79,8 @@ def sample_copula(c, n, rng):
 
 # %% ../../nbs/pipesim/11_assets.ipynb #08fe8adf
 class AssetModel(Fit):
-    """Metadata of data assets (paper, section 2): `method` "gmm", "copula", or "auto" (copula where a margin has atoms, texts, or values below 0).
+    """Metadata of data assets (paper, section 2): `method` "gmm", "copula", or "auto" (copula where a margin has atoms, texts, or values
+    below 0).
 
     After `fit`: columns {name: [levels or None, whole]}, kind ("gmm" | "copula"), n."""
     _kept = ("method", "kind", "columns", "parts", "low", "high", "n")
@@ -87,7 +90,8 @@ class AssetModel(Fit):
         self.method = method
 
     def fit(self, df, columns=None, seed=0):
-        "Fit on a DataFrame, a row per asset; columns: which (None: all numbers and repeating texts). Returns self. Raises ValueError naming column and row."
+        """Fit on a DataFrame, a row per asset; columns: which (None: all numbers and repeating texts). Returns self. Raises ValueError
+        naming column and row."""
         found = _read(df, columns)
         x = np.stack([f[0] for f in found.values()], 1)
         self.columns, self.n = {c: [f[1], f[2]] for c, f in found.items()}, len(x)
@@ -111,4 +115,5 @@ class AssetModel(Fit):
     def gof(self, df, n=20_000, seed=0, bound=.1):
         "{column: GoF} of each margin of numbers against a DataFrame; ks above `bound` is named in `failed`."
         made = self.sample(n, np.random.default_rng(seed))
-        return {c: compare(finite(df[c], c), made[c].to_numpy(float), bound=bound) for c, (levels, _) in self.columns.items() if levels is None}
+        return {c: compare(finite(df[c], c), made[c].to_numpy(float), bound=bound) for c,
+                (levels, _) in self.columns.items() if levels is None}

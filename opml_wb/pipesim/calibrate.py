@@ -19,7 +19,8 @@ def asset(rows, cols, rng):
     group = rng.integers(0, 8, rows)
     score = x[:, 0] * x[:, 1 % (cols - 1)] + np.sin(2 * x[:, 2 % (cols - 1)]) + .5 * (group % 2) - .25 + .3 * rng.standard_normal(rows)
     x[rng.random(x.shape) < .05] = np.nan
-    return pd.DataFrame(x, columns=[f"x{i}" for i in range(cols - 1)]).assign(group=np.array(list("abcdefgh"))[group], y=(score > 0).astype(np.int64))
+    return pd.DataFrame(x, columns=[f"x{i}" for i in range(cols - 1)]).assign(group=np.array(list("abcdefgh"))[group],
+                                                                              y=(score > 0).astype(np.int64))
 
 def preprocess(df):
     "Fill, scale, one-hot: (X f4 [n, d], y i8 [n])."
@@ -46,7 +47,8 @@ def _train_torch(X, y, seed, epochs=4, batch=128):
     return net.eval()
 
 def train(framework, X, y, seed=0):
-    "A classifier: random forest of 24 trees (scikit-learn), 48 boosted trees (xgboost), a network with 64 hidden units (torch); one thread."
+    """A classifier: random forest of 24 trees (scikit-learn), 48 boosted trees (xgboost), a network with 64 hidden units (torch); one
+    thread."""
     if framework == "torch": return _train_torch(X, y, seed)
     if framework == "xgboost":
         from xgboost import XGBClassifier
@@ -84,20 +86,23 @@ def _pruned(net):
     keep = weight.topk(len(weight) // 2).indices
     small = _network(into.in_features, len(keep))
     with torch.no_grad():
-        for layer, w, b in ((small[0], into.weight[keep], into.bias[keep]), (small[2], out.weight[:, keep], out.bias)): layer.weight.copy_(w), layer.bias.copy_(b)
+        for layer, w, b in ((small[0], into.weight[keep], into.bias[keep]),
+                            (small[2], out.weight[:, keep], out.bias)): layer.weight.copy_(w), layer.bias.copy_(b)
     return small.to(torch.bfloat16).eval()
 
 # %% ../../nbs/pipesim/15_calibrate.ipynb #12564f92
 FRAMEWORKS = ("scikit-learn", "xgboost", "torch")
 
 def one_pipeline(framework, rows, cols, seed):
-    "Run preprocess, train, validate, compress, validate once; a record per task {kind, framework, rows, cols, size, dur (CPU s, of which others' load on the machine is no part), perf, bytes}."
+    """Run preprocess, train, validate, compress, validate once; a record per task {kind, framework, rows, cols, size, dur (CPU s, of
+    which others' load on the machine is no part), perf, bytes}."""
     rng, out = np.random.default_rng(seed), []
     df, held = asset(rows, cols, rng), preprocess(asset(2000, cols, rng))
     def timed(kind, f):
         began = time.process_time()
         got = f()
-        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols, "size": rows * cols, "dur": time.process_time() - began})
+        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols, "size": rows * cols,
+                    "dur": time.process_time() - began})
         return got
     X, y = timed("preprocess", lambda: preprocess(df))
     model = timed("train", lambda: train(framework, X, y, seed))
@@ -120,7 +125,8 @@ def calibrate(rows=None, cols=(8, 24), frameworks=FRAMEWORKS, repeats=2, seed=0,
     rows = list(grid() if rows is None else rows)
     for name, values, least in (("rows", rows, 50), ("cols", cols, 4), ("repeats", [repeats], 1)):
         if bad := [v for v in values if v != int(v) or v < least]: raise ValueError(f"{name}: expected integers >= {least}, got {bad[0]!r}")
-    if unknown := [f for f in frameworks if f not in FRAMEWORKS]: raise ValueError(f"frameworks: expected of {', '.join(FRAMEWORKS)}, got {unknown[0]!r}")
+    if unknown := [f for f in frameworks
+                   if f not in FRAMEWORKS]: raise ValueError(f"frameworks: expected of {', '.join(FRAMEWORKS)}, got {unknown[0]!r}")
     jobs = [(f, int(r), int(c), int(seed + k)) for f in frameworks for r in rows for c in cols for k in range(repeats)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -142,7 +148,8 @@ def fit_growth(size, dur):
     starts = [[t.min() - s * x.mean(), np.log(s), t.min() - 1] for s in (.3, 1, 1.5)]
     best = min((least_squares(lambda p: curve(p) - t, s) for s in starts), key=lambda r: r.cost)
     rest = t - curve(best.x)
-    return {"a": float(np.exp(best.x[0])), "b": float(np.exp(np.exp(best.x[1]))), "c": float(np.exp(best.x[2])), "r2": float(1 - rest.var() / t.var()), "sd": float(rest.std())}
+    return {"a": float(np.exp(best.x[0])), "b": float(np.exp(np.exp(best.x[1]))), "c": float(np.exp(best.x[2])),
+            "r2": float(1 - rest.var() / t.var()), "sd": float(rest.std())}
 
 def growth(fit, size):
     "Seconds f8 [n] that the curve `fit` gives for sizes f8 [n]."

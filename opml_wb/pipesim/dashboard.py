@@ -27,7 +27,8 @@ def thin(t, y, most=MOST):
 
 # %% ../../nbs/pipesim/19_dashboard.ipynb #eaa0c2f9
 PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None), ("read", "MB / s", None), ("wait", "wait, h", 1 / 3600))
-TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind", "Network traffic: read from the data store", "Mean wait of pipelines, by arrival")
+TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind", "Network traffic: read from the data store",
+          "Mean wait of pipelines, by arrival")
 
 def panel(store, metric, experiment, bin_s, scale):
     "[(label, days f8 [<= 2000], values f8)] of one panel."
@@ -44,14 +45,16 @@ def _lines(fig, store, row, names, bin_s):
     for i, name in enumerate(names):
         for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
             label, colour = (tag, ui.SERIES[k % 5]) if tag else (name, ui.SERIES[i])
-            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=(row < 3 and i == 0) or (row == 4 and len(names) > 1), mode="lines",
+            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=(row < 3 and i == 0) or (row == 4 and len(names) > 1),
+                            mode="lines",
                             line=dict(color=colour, width=1.4, dash=_dash(i)), row=row, col=1)
             last = max(last, t.max(initial=0))
     fig.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
     return last
 
 def draw(store, experiments, bin_s=3600.):
-    "The four panels as one figure with linked time axes, from the first to the last arrival; experiments: one or two names, the second dotted."
+    """The four panels as one figure with linked time axes, from the first to the last arrival; experiments: one or two names, the second
+    dotted."""
     from plotly.subplots import make_subplots
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=.06, subplot_titles=TITLES)
     fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50), hovermode="x unified", legend=dict(y=1.04))
@@ -61,7 +64,8 @@ def draw(store, experiments, bin_s=3600.):
     return fig.update_annotations(font_size=13)
 
 # %% ../../nbs/pipesim/19_dashboard.ipynb #168c3b44
-SHOWN = {"wait_mean": "mean wait, s", "wait_p50": "median wait, s", "wait_p95": "95 % wait, s", "response_mean": "mean response, s", "response_p95": "95 % response, s", "cost": "cost", "unfinished": "unfinished tasks"}
+SHOWN = {"wait_mean": "mean wait, s", "wait_p50": "median wait, s", "wait_p95": "95 % wait, s", "response_mean": "mean response, s",
+         "response_p95": "95 % response, s", "cost": "cost", "unfinished": "unfinished tasks"}
 
 def facts(store, experiments):
     "DataFrame of parameters and statistics, a column per experiment."
@@ -70,27 +74,35 @@ def facts(store, experiments):
         a = known[name]
         rows = {"policy": a["policy"], "engine": a["engine"], **{k: v for k, v in a["params"].items() if k not in ("policy", "engine")}}
         rows |= {label: a["summary"][k] for k, label in SHOWN.items()}
-        out[name] = rows | {f"utilisation of {k[5:]}": v for k, v in a["summary"].items() if k.startswith("util_")} | {"digest": a["digest"][:12]}
+        out[name] = rows | {f"utilisation of {k[5:]}": v for k, v in a["summary"].items()
+                            if k.startswith("util_")} | {"digest": a["digest"][:12]}
     return pd.DataFrame(out)
 
 def kinds(store, experiment):
     "General statistics of task executions: DataFrame by kind: n, mean and 95 % of run time and wait, s."
     t = store.table("tasks", experiment)
     t["run"] = t.finish - t.start
-    return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", lambda x: x.quantile(.95)), wait_mean=("wait", "mean"), wait_p95=("wait", lambda x: x.quantile(.95))).round(1)
+    return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", lambda x: x.quantile(.95)),
+                                 wait_mean=("wait", "mean"), wait_p95=("wait", lambda x: x.quantile(.95))).round(1)
 
-def _html(table): return ui.CSS + "<div class=opml>" + ui._table(["", *map(str, table.columns)], [[str(i), *(ui.num(v) for v in row)] for i, row in zip(table.index, table.to_numpy(object).tolist())], set(range(1, 1 + len(table.columns)))) + "</div>"
+def _html(table): return ui.CSS + "<div class=opml>" + ui._table(["", *map(str, table.columns)],
+                                                                 [[str(i), *(ui.num(v) for v in row)] for i,
+                                                                  row in zip(table.index,
+                                                                             table.to_numpy(object).tolist())], set(range(1,
+                                                                                     1 + len(table.columns)))) + "</div>"
 
 # %% ../../nbs/pipesim/19_dashboard.ipynb #fae60088
 class Dashboard:
-    """Experiments of a TraceStore to look at and compare; shows itself in a notebook. `fig` is the plotly figure, `first`, `second`, `bin` the
+    """Experiments of a TraceStore to look at and compare; shows itself in a notebook. `fig` is the plotly figure, `first`, `second`,
+    `bin` the
     controls; a choice queries the store again. Raises ValueError when the store has none, or not those."""
     def __init__(self, store, first=None, second=None, bin_h=None):
         import ipywidgets as w
         names = list(store.experiments())
         if not names: raise ValueError("dashboard: the store has no experiments")
         for n in (first, second):
-            if n is not None and n not in names: raise ValueError(f"dashboard: experiment {n!r} is not in the store; there are: {', '.join(names)}")
+            if n is not None and n not in names:
+                raise ValueError(f"dashboard: experiment {n!r} is not in the store; there are: {', '.join(names)}")
         self.store, self.names, self.about, self.tasks = store, names, w.HTML(), w.HTML()
         self.first = w.Dropdown(options=names, value=first or names[0], description="experiment")
         self.second = w.Dropdown(options=["(none)", *names], value=second or "(none)", description="compare")
@@ -107,7 +119,8 @@ class Dashboard:
         fig.add_traces(new.data)
         self.about.value = _html(facts(self.store, self.chosen))
         self.tasks.value = _html(kinds(self.store, experiment)) if hasattr(self.store, "table") else ""
-        return " against ".join(self.chosen) + (" (dotted)" if len(self.chosen) > 1 else "") + f", {sum(len(s.x) for s in fig.data):,} points drawn"
+        return " against ".join(self.chosen) + (" (dotted)"
+                                                if len(self.chosen) > 1 else "") + f", {sum(len(s.x) for s in fig.data):,} points drawn"
 
     def _ipython_display_(self):
         import ipywidgets as w

@@ -39,7 +39,9 @@ def _fit_group(x, y, above, above_q):
     r, edges = y - line[0] - line[1] * x, _bins(x)
     whole = _quantiles(r, above_q)
     where = np.searchsorted(edges, x, "right")
-    return {"n": len(x), "line": line, "edges": edges, "table": np.stack([whole, *(_quantiles(r[where == b], whole) for b in range(len(edges) + 1))])}
+    return {"n": len(x), "line": line, "edges": edges, "table": np.stack([whole,
+                                                                          *(_quantiles(r[where == b], whole)
+                                                                            for b in range(len(edges) + 1))])}
 
 NAMES = {"target": ("dur", "duration", "duration_s", "seconds"), "size": ("size", "bytes", "rows")}
 
@@ -49,7 +51,8 @@ def _named(df, given, role):
 
 # %% ../../nbs/pipesim/12_durations.ipynb #56f35065
 class DurationModel(Fit):
-    """Task durations stratified by the columns `by` (str or list; () for none) and the column `size` (None: `size`, `bytes` or `rows` if the frame
+    """Task durations stratified by the columns `by` (str or list; () for none) and the column `size` (None: `size`, `bytes` or `rows` if
+    the frame
     has one; False: none); paper, Figure 2. target: the column of seconds (None: `dur`, `duration`, `duration_s` or `seconds`)."""
     _kept = ("by", "size", "target", "shift", "centre", "seen", "groups", "n")
 
@@ -72,7 +75,8 @@ class DurationModel(Fit):
     def fit(self, df):
         "Fit on a DataFrame, a row per task with seconds >= 0. Returns self. Raises ValueError naming column and row."
         self.target = _named(df, self.target, "target")
-        if self.target is None: raise ValueError(f"durations: expected a column {', '.join(NAMES['target'])}; the frame has {', '.join(map(str, df.columns))}")
+        if self.target is None:
+            raise ValueError(f"durations: expected a column {', '.join(NAMES['target'])}; the frame has {', '.join(map(str, df.columns))}")
         self.size = None if self.size is False else _named(df.drop(columns=self.by, errors="ignore"), self.size, "size")
         d, keys = column(df, self.target), self._keys(df)
         if len(d) < 2: raise ValueError(f"durations: expected at least 2 rows, got {len(d)}")
@@ -108,7 +112,8 @@ class DurationModel(Fit):
         return self.quantile(df, (1 - p) / 2), self.quantile(df, (1 + p) / 2)
 
     def gof(self, df, seed=0):
-        "GoF against held-back rows: ks, ad, qq of seconds pooled, and cover50, cover90 (shares inside the 50 % and 90 % intervals; 43-57 %, 84-95 %)."
+        """GoF against held-back rows: ks, ad, qq of seconds pooled, and cover50, cover90 (shares inside the 50 % and 90 % intervals;
+        43-57 %, 84-95 %)."""
         d = column(df, self._fitted().target)
         inside = {f"cover{p:.0f}": float(np.mean((lo <= d) & (d <= hi))) for p in (50, 90) for lo, hi in [self.interval(df, p / 100)]}
         failed = [k for k, (lo, hi) in {"cover50": (.43, .57), "cover90": (.84, .95)}.items() if not lo <= inside[k] <= hi]

@@ -19,15 +19,18 @@ from .workload import Workload
 
 # %% ../../nbs/pipesim/18_experiment.ipynb #d353bf43
 def measure(trace):
-    "Figures of one replication: Trace.summary, pipelines, wait after warm-up (MSER-5) as `wait_steady`, the largest rho, stable (1. or 0.), digest (hex), digest48 (its first 48 bits, a number)."
+    """Figures of one replication: Trace.summary, pipelines, wait after warm-up (MSER-5) as `wait_steady`, the largest rho, stable (1. or
+    0.), digest (hex), digest48 (its first 48 bits, a number)."""
     wait = trace.wait[np.argsort(trace.workload.arrival, kind="stable")]
     rho = stats.load(trace.workload, trace.platform).rho.max() if len(wait) > 1 else 0.
     steady = wait[stats.mser5(wait):].mean() if len(wait) else math.nan
-    return {"pipelines": len(wait), **trace.summary(), "wait_steady": steady, "rho": rho, "stable": float(rho < 1 and not trace.unfinished), "digest": trace.digest, "digest48": int(trace.digest[:12], 16)}
+    return {"pipelines": len(wait), **trace.summary(), "wait_steady": steady, "rho": rho,
+            "stable": float(rho < 1 and not trace.unfinished), "digest": trace.digest, "digest48": int(trace.digest[:12], 16)}
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    "What an Experiment gave: `frame` (a row per replication), `trace` (the first replication's; None through the sweep engine), `experiment`."
+    """What an Experiment gave: `frame` (a row per replication), `trace` (the first replication's; None through the sweep engine),
+    `experiment`."""
     frame: pd.DataFrame
     trace: object
     experiment: object
@@ -45,7 +48,8 @@ class Result:
     def minus(self, other, metric="wait_mean", conf=.95):
         "Paired interval of this result's metric less that of `other` on the same workloads; `.reduction`: what pairing saved in variance."
         mine, theirs = self.experiment, other.experiment
-        same = (mine.seed, mine.days, mine.users, len(self.frame)) == (theirs.seed, theirs.days, theirs.users, len(other.frame)) and mine.source is theirs.source
+        same = (mine.seed, mine.days, mine.users, len(self.frame)) == (theirs.seed, theirs.days, theirs.users,
+                                                                       len(other.frame)) and mine.source is theirs.source
         need(same, "other", theirs, "an experiment on the same source, seed, days, users and replications")
         return stats.paired_diff(self._column(metric), other._column(metric), conf)
 
@@ -60,7 +64,8 @@ class Result:
 # %% ../../nbs/pipesim/18_experiment.ipynb #ea870980
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """Independent replications of a simulation. source: PipelineModel, function (users, rng) -> Workload, or a Workload (the same in each replication);
+    """Independent replications of a simulation. source: PipelineModel, function (users, rng) -> Workload, or a Workload (the same in
+    each replication);
     platform; policy: name or Policy; days, users: of a PipelineModel's workload; engine, drift: as for `simulate`."""
     source: object
     platform: Platform
@@ -74,11 +79,13 @@ class Experiment:
     name: str = "experiment"
 
     def __post_init__(self):
-        need(isinstance(self.replications, (int, np.integer)) and self.replications >= 1, "replications", self.replications, "a whole number >= 1")
+        need(isinstance(self.replications, (int, np.integer)) and self.replications >= 1, "replications", self.replications,
+             "a whole number >= 1")
         need(isinstance(self.seed, (int, np.integer)) and self.seed >= 0, "seed", self.seed, "a whole number >= 0")
         for n in ("days", "users"): need(np.isfinite(getattr(self, n)) and getattr(self, n) > 0, n, getattr(self, n), "a number > 0")
         need(isinstance(self.platform, Platform), "platform", self.platform, "a Platform")
-        need(isinstance(self.source, (PipelineModel, Workload)) or callable(self.source), "source", type(self.source).__name__, "a PipelineModel, a Workload or a function (users, rng) -> Workload")
+        need(isinstance(self.source, (PipelineModel, Workload)) or callable(self.source), "source", type(self.source).__name__,
+             "a PipelineModel, a Workload or a function (users, rng) -> Workload")
 
     def varied(self, **changes):
         "The same experiment with other fields."
@@ -96,21 +103,24 @@ class Experiment:
         return simulate(self.workload(replication), self.platform, self.policy, engine=self.engine, seed=self.seed + replication, **more)
 
     def run(self, jobs=1, store=None, progress=iter):
-        """All replications in `jobs` threads: a Result, the same for any number of them. store: a TraceStore that keeps the first replication's trace
+        """All replications in `jobs` threads: a Result, the same for any number of them. store: a TraceStore that keeps the first
+        replication's trace
         under `name`. progress: wraps the iteration."""
         need(isinstance(jobs, (int, np.integer)) and jobs >= 1, "jobs", jobs, "a whole number >= 1")
         first = self.trace(0)
         with ThreadPoolExecutor(jobs) as pool:
             rest = pool.map(lambda r: measure(self.trace(r)), range(1, self.replications))
             rows = [measure(first), *progress(rest)]
-        if store is not None: store.write(first, self.name, {"policy": str(self.policy), "days": self.days, "users": self.users, "seed": self.seed}, replace=True)
+        if store is not None: store.write(first, self.name, {"policy": str(self.policy), "days": self.days, "users": self.users,
+                                                             "seed": self.seed}, replace=True)
         return Result(pd.DataFrame(rows), first, self)
 
 # %% ../../nbs/pipesim/18_experiment.ipynb #bbeb0473
 def swept(experiment, jobs=2, executor=None):
     """The Result of an Experiment whose replications are runs of the sweep engine; jobs, executor: as for `core.sweep.sweep`.
 
-    The source must be a PipelineModel and the policy a name, for a run has to be told them in words. Raises ValueError, and RuntimeError for runs that failed."""
+    The source must be a PipelineModel and the policy a name, for a run has to be told them in words. Raises ValueError, and RuntimeError
+    for runs that failed."""
     from opml_wb.core.folder import home
     from opml_wb.core.sweep import sweep
     e = experiment
@@ -120,19 +130,24 @@ def swept(experiment, jobs=2, executor=None):
     file = home() / "pipesim" / f"model-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists(): file.write_text(text, encoding="utf-8")
-    fixed = {"model": str(file), "platform": platform_json(e.platform), "policy": e.policy, "seed": int(e.seed), "days": float(e.days), "users": float(e.users), "engine": e.engine}
-    got = sweep("bench/pipesim_replication", {"replication": list(range(e.replications)), **{k: [v] for k, v in fixed.items()}}, jobs=jobs, executor=executor)
-    if bad := [r for r in got.runs if not r.ok]: raise RuntimeError(f"replication {bad[0].params['replication']}: {bad[0].status}: {bad[0].error}")
+    fixed = {"model": str(file), "platform": platform_json(e.platform), "policy": e.policy, "seed": int(e.seed), "days": float(e.days),
+             "users": float(e.users), "engine": e.engine}
+    got = sweep("bench/pipesim_replication", {"replication": list(range(e.replications)), **{k: [v] for k, v in fixed.items()}}, jobs=jobs,
+                executor=executor)
+    if bad := [r for r in got.runs
+               if not r.ok]: raise RuntimeError(f"replication {bad[0].params['replication']}: {bad[0].status}: {bad[0].error}")
     rows = sorted(got.runs, key=lambda r: r.params["replication"])
     return Result(pd.DataFrame([r.metrics for r in rows]), None, e)
 
 def platform_json(platform):
     "A Platform's pools and link as JSON text, which `platform_of` reads."
     link = platform.link and {"bytes_per_s": platform.link.bytes_per_s, "shared": platform.link.shared, "latency": platform.link.latency}
-    return json.dumps({"pools": [[p.name, "inf" if p.capacity == math.inf else p.capacity, p.cost_per_h] for p in platform.pools], "link": link})
+    return json.dumps({"pools": [[p.name, "inf" if p.capacity == math.inf else p.capacity, p.cost_per_h] for p in platform.pools],
+                       "link": link})
 
 def platform_of(text):
     "The Platform of `platform_json`."
     from opml_wb.pipesim.model import Link, Pool
     doc = json.loads(text)
-    return Platform([Pool(n, math.inf if c == "inf" else [tuple(s) for s in c] if isinstance(c, list) else c, cost) for n, c, cost in doc["pools"]], Link(**doc["link"]) if doc["link"] else None)
+    return Platform([Pool(n, math.inf if c == "inf" else [tuple(s) for s in c] if isinstance(c, list) else c, cost) for n, c,
+                     cost in doc["pools"]], Link(**doc["link"]) if doc["link"] else None)

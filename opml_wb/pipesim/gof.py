@@ -109,6 +109,7 @@ def finite(values, name, least=-np.inf):
     except (TypeError, ValueError): raise ValueError(f"{name}: expected numbers, got {np.asarray(values).dtype}") from None
     if x.ndim != 1: raise ValueError(f"{name}: expected one dimension, got shape {x.shape}")
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= least)))
-    if len(bad): raise ValueError(f"{name}: row {bad[0]} is {x[bad[0]]}: expected a finite number" + (f" >= {least:g}" if np.isfinite(least) else "")
+    if len(bad): raise ValueError(f"{name}: row {bad[0]} is {x[bad[0]]}: expected a finite number" + (f" >= {least:g}"
+            if np.isfinite(least) else "")
                                   + (f" ({len(bad)} such rows)" if len(bad) > 1 else ""))
     return x

@@ -34,7 +34,8 @@ def stamps(t):
     out[order] = s + np.arange(len(s)) - start
     return out
 
-def _escaped(text): return str(text).replace("\\", "\\\\").replace(",", "\\,").replace(" ", "\\ ").replace("=", "\\=").replace("\n", " ") or "-"
+def _escaped(text): return str(text).replace("\\", "\\\\").replace(",", "\\,").replace(" ", "\\ ").replace("=", "\\=").replace("\n",
+        " ") or "-"
 
 def lines(measurement, frame, t, values, tags, experiment):
     "Lines of the line protocol, one a row; a value that is NaN is left out, and so is a row without any, or without a time."
@@ -47,7 +48,8 @@ def lines(measurement, frame, t, values, tags, experiment):
 
 # %% ../../nbs/pipesim/14_influx.ipynb #554d2207
 class Server:
-    "An InfluxDB 1.x at `influx://[user:password@]host:port/db`: `ask(query)`, `send(lines)`. Three attempts, then StoreError saying which server."
+    """An InfluxDB 1.x at `influx://[user:password@]host:port/db`: `ask(query)`, `send(lines)`. Three attempts, then StoreError saying
+    which server."""
     def __init__(self, url, timeout=10., attempts=3, pause=.3):
         parts = urlsplit(str(url))
         self.host, self.port, self.db = parts.hostname, parts.port or 8086, parts.path.strip("/")
@@ -63,14 +65,16 @@ class Server:
             if attempt: time.sleep(self.pause * 2 ** attempt)
             line = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
             try:
-                line.request("POST", f"{path}?{urlencode({**params, **self.login})}", body, {"Content-Type": "application/x-www-form-urlencoded"})
+                line.request("POST", f"{path}?{urlencode({**params, **self.login})}", body,
+                             {"Content-Type": "application/x-www-form-urlencoded"})
                 answer = line.getresponse()
                 got, said = answer.status, answer.read()
             except (OSError, http.client.HTTPException) as e: got, said = 0, str(e).encode()
             finally: line.close()
             if got and got < 300: return said
             if 400 <= got < 500: break
-        raise StoreError(f"{self!r}: {'answers ' + str(got) if got else 'cannot be reached'}: {said.decode(errors='replace').strip()[:200]}")
+        how = f"answers {got}" if got else "cannot be reached"
+        raise StoreError(f"{self!r}: {how}: {said.decode(errors='replace').strip()[:200]}")
 
     def ask(self, query):
         "Series [{name, tags, columns, values}] of an InfluxQL query."
@@ -93,19 +97,22 @@ class InfluxStore(TraceStore):
     def __init__(self, url, keep=None, **how): self.server, self.keep = Server(url, **how), keep
 
     def write(self, trace, experiment, params=None, replace=False):
-        "Keep a Trace as `experiment`. Raises StoreError when there is one of that name (unless `replace`), or the server is away; then it is kept in Parquet."
+        """Keep a Trace as `experiment`. Raises StoreError when there is one of that name (unless `replace`), or the server is away; then
+        it is kept in Parquet."""
         checked_name(experiment)
         try:
             self.server.ask(f'create database "{self.server.db}"')
             there = experiment in self.experiments()
             if not there or replace: self._write(trace, experiment, params)
         except StoreError as e: raise StoreError(f"{e}; the experiment is kept in parquet:{self._keep(trace, experiment, params)}") from e
-        if there and not replace: raise StoreError(f"experiment {experiment!r}: there is one already in {self.server!r}; replace=True writes over it")
+        if there and not replace:
+            raise StoreError(f"experiment {experiment!r}: there is one already in {self.server!r}; replace=True writes over it")
         return repr(self.server)
 
     def _write(self, trace, experiment, params):
         self._clear(experiment)                          # also what a killed writer left
-        for name, (frame, t, values, tags) in measurements(tables(trace)).items(): self.server.send(lines(name, frame, t, values, tags, experiment))
+        for name, (frame, t, values, tags) in measurements(tables(trace)).items(): self.server.send(lines(name, frame, t, values, tags,
+                experiment))
         words = json.dumps({**about(trace, params), "end": trace.end}).replace("\\", "\\\\").replace('"', '\\"')
         self.server.send([f'experiments,experiment={experiment} about="{words}" 0'])
 
@@ -129,7 +136,8 @@ class InfluxStore(TraceStore):
         return known[experiment]
 
     def series(self, metric, experiment, bin_s=3600.):
-        "DataFrame t (s), value [, tag] of a metric of METRICS in bins of bin_s seconds; `wait_p95` is InfluxDB's percentile (nearest rank)."
+        """DataFrame t (s), value [, tag] of a metric of METRICS in bins of bin_s seconds; `wait_p95` is InfluxDB's percentile (nearest
+        rank)."""
         import pandas as pd
         table, t, value, how, tag = _metric(metric, bin_s)
         what = {"avg": 'mean("{}")', "sum": 'sum("{}")', "count": 'count("{}")', "p95": 'percentile("{}", 95)'}[how].format(value)
@@ -138,7 +146,9 @@ class InfluxStore(TraceStore):
         got = self.server.ask(f"select {what} from {table}_{t} where experiment = {_quoted(experiment)} and time >= 0 and time < {end} "
                               f"group by time({int(round(bin_s * 1e9))}ns){by} fill(none)")
         rows = [(ns / 1e9, s["tags"][tag] if tag else None, float(v)) for s in got for ns, v in s["values"] if v is not None]
-        return pd.DataFrame(rows, columns=["t", "tag", "value"]).sort_values(["t", "tag"] if tag else "t", ignore_index=True)[["t", "tag", "value"] if tag else ["t", "value"]]
+        return pd.DataFrame(rows, columns=["t", "tag", "value"]).sort_values(["t", "tag"] if tag else "t",
+                                                                             ignore_index=True)[["t", "tag", "value"]
+                                                                                     if tag else ["t", "value"]]
 
     def remove(self, experiment):
         "Forget an experiment."

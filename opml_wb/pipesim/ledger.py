@@ -16,25 +16,30 @@ from .workload import Workload
 
 # %% ../../nbs/pipesim/16_ledger.ipynb #035a27c2
 def records(chapter=None, root=None):
-    """The ledger's runs as a DataFrame in order of beginning: chapter, status, started, ended (epoch s), seconds (of the notebook), cpu (s), params.X; one
+    """The ledger's runs as a DataFrame in order of beginning: chapter, status, started, ended (epoch s), seconds (of the notebook), cpu
+    (s), params.X; one
     of `chapter`, or all. root: the home folder (None: the workbench's). Runs that haven't ended have NaN."""
     from opml_wb.core.store import Store
     docs = Store(root).ls(chapter=chapter)
-    rows = [{k: d.get(k) for k in ("chapter", "status", "started", "ended", "seconds", "cpu")} | {f"params.{k}": v for k, v in d["params"].items()} for d in docs]
+    rows = [{k: d.get(k) for k in ("chapter", "status", "started", "ended", "seconds", "cpu")} | {f"params.{k}": v for k,
+            v in d["params"].items()} for d in docs]
     first = ["chapter", "status", "started", "ended", "seconds", "cpu"]
     df = pd.DataFrame(rows, columns=list(dict.fromkeys([*first, *(k for r in rows for k in r)])))
     return df.astype({c: float for c in first[2:]}).sort_values("started", ignore_index=True)
 
 def runs(chapter=None, root=None, df=None):
-    """A Workload of the ledger's runs: one task each, kind its chapter, pool `worker`, arrival when it began (s since the first), duration until its end.
+    """A Workload of the ledger's runs: one task each, kind its chapter, pool `worker`, arrival when it began (s since the first),
+    duration until its end.
 
-    counts: rows, used, failed (used: they took their time too), unfinished (no end: left out). df: records instead of the store's. Raises ValueError when none has ended."""
+    counts: rows, used, failed (used: they took their time too), unfinished (no end: left out). df: records instead of the store's.
+    Raises ValueError when none has ended."""
     df = records(chapter, root) if df is None else df
     done = df[df.ended.notna()]
     counts = {"rows": len(df), "used": len(done), "failed": int((done.status != "done").sum()), "unfinished": len(df) - len(done)}
     if not len(done): raise ValueError(f"from_runs: the ledger has no run that has ended{f' of {chapter!r}' if chapter else ''}")
     took = finite(done.ended - done.started, "ended - started", 0)
-    return Workload.from_arrays(finite(done.started - done.started.min(), "started"), took, "worker", kind=done.chapter.to_numpy().astype(str), counts=counts)
+    return Workload.from_arrays(finite(done.started - done.started.min(), "started"), took, "worker",
+                                kind=done.chapter.to_numpy().astype(str), counts=counts)
 
 # %% ../../nbs/pipesim/16_ledger.ipynb #13997c83
 def makespan(df):
@@ -52,7 +57,8 @@ class SweepModel(Fit):
         "Fit on `records` of at least 3 runs done one after another. Returns self. Raises ValueError."
         df = df[df.ended.notna()].sort_values("started")
         need(len(df) >= 3, "records", len(df), "at least 3 runs that have ended")
-        need((df.started.to_numpy()[1:] >= df.ended.to_numpy()[:-1] - .05).all(), "records", "overlapping runs", "runs of one worker, one after another")
+        need((df.started.to_numpy()[1:] >= df.ended.to_numpy()[:-1] - .05).all(), "records", "overlapping runs",
+             "runs of one worker, one after another")
         around, between = (df.ended - df.started - df.seconds).to_numpy(), df.started.to_numpy()[1:] - df.ended.to_numpy()[:-1]
         self.overhead = float(np.median(around[1:]) + np.median(between))
         self.startup, self.n = float(max(0., around[0] - np.median(around[1:]))), len(df)

@@ -25,26 +25,31 @@ def _draw(m, x, rng): return m["level"] + m["slope"] * x + m["sd"] * rng.standar
 
 # %% ../../nbs/pipesim/13_metrics.ipynb #279a7991
 class MetricModel(Fit):
-    "Performance (0 .. 1) and bytes of trained models by framework and rows, before and after compression. After `fit`: models {framework: regressions}."
+    """Performance (0 .. 1) and bytes of trained models by framework and rows, before and after compression. After `fit`: models
+    {framework: regressions}."""
     _kept = ("models", "n")
 
     def fit(self, df):
-        """Fit on records with kind (train | compress), framework, rows, perf and bytes, each compress record after its train record in the same
+        """Fit on records with kind (train | compress), framework, rows, perf and bytes, each compress record after its train record in
+        the same
         order. Returns self. Raises ValueError naming what is missing."""
         for c in ("kind", "framework", "rows", "perf", "bytes"):
             if c not in df: raise ValueError(f"column {c!r}: missing; the frame has {', '.join(map(str, df.columns))}")
         self.models = {}
         for f, part in df[df.kind.isin(["train", "compress"])].groupby("framework"):
             full, small = part[part.kind == "train"], part[part.kind == "compress"]
-            if len(full) < 2 or len(full) != len(small): raise ValueError(f"framework {f!r}: expected as many train as compress records, at least 2; got {len(full)} and {len(small)}")
+            if len(full) < 2 or len(full) != len(small):
+                raise ValueError(f"framework {f!r}: expected as many train as compress records, 2 or more; got {len(full)}, {len(small)}")
             x, p, b = np.log(column(full, "rows")), _odds(column(full, "perf")), np.log(column(full, "bytes"))
-            self.models[str(f)] = {"perf": _regress(x, p), "bytes": _regress(x, b), "lost": _regress(x, _odds(column(small, "perf")) - p), "shrunk": _regress(x, np.log(column(small, "bytes")) - b)}
+            self.models[str(f)] = {"perf": _regress(x, p), "bytes": _regress(x, b), "lost": _regress(x, _odds(column(small, "perf")) - p),
+                                   "shrunk": _regress(x, np.log(column(small, "bytes")) - b)}
         if not self.models: raise ValueError("metrics: expected records of kind train and compress")
         self.n, self.fitted = int((df.kind == "train").sum()), True
         return self
 
     def sample(self, df, rng):
-        "DataFrame perf, bytes, perf_compressed, bytes_compressed for each row (framework, rows) of df; an unknown framework gets the first one's."
+        """DataFrame perf, bytes, perf_compressed, bytes_compressed for each row (framework, rows) of df; an unknown framework gets the
+        first one's."""
         self._fitted()
         rng, x = np.random.default_rng(rng), np.log(np.maximum(column(df, "rows"), 1))
         out, first = np.empty((4, len(df))), next(iter(self.models))

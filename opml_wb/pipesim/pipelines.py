@@ -33,7 +33,8 @@ POOLS = {"preprocess": "cpu", "train": "gpu", "validate": "cpu", "compress": "gp
 
 # %% ../../nbs/pipesim/13_pipelines.ipynb #b6d6677c
 def assemble(names, fans):
-    "Tasks of pipelines with these structures (object [P]) and fans (i8 [P]): (pipeline i8 [T], kind object [T], edges i8 [E, 2]), in pipeline order."
+    """Tasks of pipelines with these structures (object [P]) and fans (i8 [P]): (pipeline i8 [T], kind object [T], edges i8 [E, 2]), in
+    pipeline order."""
     keys = pd.Series(list(zip(names, fans)))
     shapes = {k: structure(*k) for k in keys.unique()}
     first = np.concatenate([[0], np.cumsum([len(shapes[k][0]) for k in keys])])
@@ -55,7 +56,8 @@ def parents(retrain, rng):
 
 # %% ../../nbs/pipesim/13_pipelines.ipynb #0168ecf5
 class PipelineModel(Fit):
-    """A platform's workload: arrivals, assets, training times, what other tasks take beside training, model metrics, and the mix of structures,
+    """A platform's workload: arrivals, assets, training times, what other tasks take beside training, model metrics, and the mix of
+    structures,
     frameworks and gang sizes. `PipelineModel.default()` is the shipped one; `fit` makes one of your traces."""
     _parts = {"arrivals": ArrivalModel, "assets": AssetModel, "train": DurationModel, "shares": DurationModel, "metrics": MetricModel}
     _kept = (*_parts, "structures", "frameworks", "units", "pools", "deploy_s", "about")
@@ -66,7 +68,8 @@ class PipelineModel(Fit):
         self.pools, self.deploy_s, self.about = {**POOLS, **(pools or {})}, float(deploy_s), {}
 
     def fit(self, times_s, assets, train, calibration, tz=None, burst="ar1"):
-        """times_s: epoch seconds of triggers f8 [n]; assets: DataFrame rows, cols; train: DataFrame dur (s) and perhaps units, framework, size;
+        """times_s: epoch seconds of triggers f8 [n]; assets: DataFrame rows, cols; train: DataFrame dur (s) and perhaps units,
+        framework, size;
         calibration: records of `calibrate`. Returns self. Raises ValueError naming column and row."""
         self.arrivals, self.assets = ArrivalModel(burst).fit(times_s, tz), AssetModel().fit(assets, ["rows", "cols"])
         self.train = DurationModel(by=[c for c in ("units", "framework") if c in train]).fit(train)
@@ -75,7 +78,8 @@ class PipelineModel(Fit):
         order = np.where(calibration.kind == "preprocess", took + 1, took)
         share = calibration.assign(share=calibration.dur.to_numpy() / whole.loc[order].to_numpy())
         self.shares = DurationModel(size="size", target="share").fit(share[share.kind != "train"])
-        self.metrics, self.frameworks = MetricModel().fit(calibration), self.frameworks or _mix("frameworks", dict(calibration.framework.value_counts()))
+        self.metrics, self.frameworks = MetricModel().fit(calibration), self.frameworks or _mix("frameworks",
+                dict(calibration.framework.value_counts()))
         self.units = {str(k): float(v) for k, v in train.units.value_counts(normalize=True).items()} if "units" in train else {"1": 1.}
         self.fitted = True
         return self
@@ -85,7 +89,8 @@ class PipelineModel(Fit):
         "The model kept in JSON; see `Fit.from_json`."
         self = super().from_json(source)
         for name, part in cls._parts.items(): setattr(self, name, part.from_json(getattr(self, name)))
-        for name in ("structures", "frameworks", "units"): setattr(self, name, _mix(name, getattr(self, name)))      # written with fewer digits
+        for name in ("structures", "frameworks", "units"): setattr(self, name,
+                                                                   _mix(name, getattr(self, name)))      # written with fewer digits
         return self
 
     @classmethod
@@ -106,7 +111,8 @@ class PipelineModel(Fit):
         return out.assign(bytes=8. * out.rows * out.cols, size=out.rows * out.cols)
 
     def sample(self, horizon_s, rng, users=1., start=None):
-        """A Workload of horizon_s seconds from `start` (as `ArrivalModel.sample`), with `users` times today's arrivals; rng: Generator or seed."""
+        """A Workload of horizon_s seconds from `start` (as `ArrivalModel.sample`), with `users` times today's arrivals; rng: Generator
+        or seed."""
         when, *rngs, times, shares, scores = np.random.default_rng(rng).spawn(8)
         arrival = self._fitted().arrivals.scaled(users).sample(horizon_s, when, start)
         p = self.frame(len(arrival), rngs)
@@ -115,9 +121,13 @@ class PipelineModel(Fit):
         t = p.loc[pipeline, ["framework", "units", "size"]].reset_index(drop=True).assign(kind=kind)
         small = (p.structure == "compress").to_numpy()
         final = np.where(small, model.perf_compressed, model.perf)
-        read, write = _traffic(kind, p.bytes.to_numpy()[pipeline], model.bytes.to_numpy()[pipeline], np.where(small, model.bytes_compressed, model.bytes)[pipeline])
-        return Workload.from_arrays(arrival, self._durations(t, pipeline, times, shares), np.array([self.pools[k] for k in kind], object).astype(str), units=np.where(kind == "train", t.units, 1),
-                                    pipeline=pipeline, edges=edges, read=read, write=write, kind=kind.astype(str), model=p.parent.to_numpy(), perf=final)
+        read, write = _traffic(kind, p.bytes.to_numpy()[pipeline], model.bytes.to_numpy()[pipeline],
+                               np.where(small, model.bytes_compressed, model.bytes)[pipeline])
+        return Workload.from_arrays(arrival, self._durations(t, pipeline, times, shares),
+                                    np.array([self.pools[k] for k in kind], object).astype(str), units=np.where(kind == "train", t.units,
+                                            1),
+                                    pipeline=pipeline, edges=edges, read=read, write=write, kind=kind.astype(str),
+                                    model=p.parent.to_numpy(), perf=final)
 
     def _durations(self, tasks, pipeline, times, shares):
         "Seconds f8 [T]: trainings drawn, other tasks a share of their pipeline's longest training, deployment `deploy_s`."
@@ -146,6 +156,8 @@ def _mix(name, shares):
     return {str(k): float(v) / total for k, v in shares.items()}
 
 def _traffic(kind, data, model, final):
-    "(read, write) bytes f8 [T] over the link: an asset goes to and from preprocessing and into training; a tenth of it into validation; models follow."
-    read = np.select([kind == "preprocess", kind == "train", kind == "validate", kind == "compress"], [data, data, .1 * data + model, model], final)
+    """(read, write) bytes f8 [T] over the link: an asset goes to and from preprocessing and into training; a tenth of it into
+    validation; models follow."""
+    read = np.select([kind == "preprocess", kind == "train", kind == "validate", kind == "compress"],
+                     [data, data, .1 * data + model, model], final)
     return read, np.select([kind == "preprocess", kind == "train", kind == "compress"], [data, model, final], 0.)

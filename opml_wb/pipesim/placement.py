@@ -24,14 +24,17 @@ class Cluster:
 
     @classmethod
     def of(cls, df, gpu_only=True):
-        "From a DataFrame with cpu_milli, memory_mib, gpu, model (Alibaba's openb nodes); gpu_only: leave out nodes without GPUs. Raises ValueError."
+        """From a DataFrame with cpu_milli, memory_mib, gpu, model (Alibaba's openb nodes); gpu_only: leave out nodes without GPUs.
+        Raises ValueError."""
         gpus = column(df, "gpu").astype(np.int64)
         keep = gpus > 0 if gpu_only else np.ones(len(df), bool)
         if not keep.any(): raise ValueError("nodes: expected at least one with a GPU")
-        return cls(column(df, "cpu_milli")[keep], column(df, "memory_mib")[keep], gpus[keep], df.model.fillna("").astype(str).to_numpy()[keep])
+        return cls(column(df, "cpu_milli")[keep], column(df, "memory_mib")[keep], gpus[keep],
+                   df.model.fillna("").astype(str).to_numpy()[keep])
 
 def demands(df, cluster):
-    """Tasks of a DataFrame (cpu_milli, memory_mib, num_gpu, gpu_milli [, gpu_spec: models joined by |]) as arrays: cpu, memory f8 [T], gpus i8 [T], milli
+    """Tasks of a DataFrame (cpu_milli, memory_mib, num_gpu, gpu_milli [, gpu_spec: models joined by |]) as arrays: cpu, memory f8 [T],
+    gpus i8 [T], milli
     i8 [T] (of each GPU, 1 .. 1000), allowed bool [T, N]. Raises ValueError naming the row that no empty node of the cluster could hold."""
     cpu, memory, gpus = column(df, "cpu_milli"), column(df, "memory_mib"), column(df, "num_gpu").astype(np.int64)
     milli = np.where(gpus == 1, column(df, "gpu_milli"), 1000).astype(np.int64)
@@ -96,7 +99,8 @@ def _compiled():
 _KERNEL = []
 
 def place(tasks, cluster, policy="best", load=1.0, seed=0):
-    """Place a random sequence of tasks (drawn from a DataFrame with replacement, until they ask for `load` times the cluster's GPUs) under a policy of POLICIES.
+    """Place a random sequence of tasks (drawn from a DataFrame with replacement, until they ask for `load` times the cluster's GPUs)
+    under a policy of POLICIES.
 
     Returns a DataFrame, a row per task in order: node (-1: found none), asked, allocated (shares of the cluster's GPUs, cumulated)."""
     if policy not in POLICIES: raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
@@ -110,5 +114,6 @@ def place(tasks, cluster, policy="best", load=1.0, seed=0):
     row = row[: int(np.searchsorted(asked, load)) + 1]
     if not _KERNEL: _KERNEL.append(_compiled())
     draw = rng.random((len(row), 1 if policy != "random" else 509))
-    node, used = _KERNEL[0](cluster.cpu, cluster.memory, cluster.gpus, cpu[row], memory[row], gpus[row], milli[row], allowed, row, POLICIES.index(policy), draw)
+    node, used = _KERNEL[0](cluster.cpu, cluster.memory, cluster.gpus, cpu[row], memory[row], gpus[row], milli[row], allowed, row,
+                            POLICIES.index(policy), draw)
     return pd.DataFrame({"node": node, "asked": asked[: len(row)], "allocated": used / all_gpus})

@@ -16,7 +16,8 @@ DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 def synthetic_week(model, weeks=60, seed=0):
     "(mean, sd) f8 [168] of hourly counts over `weeks` sampled weeks."
-    counts = np.histogram(model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed)), HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
+    counts = np.histogram(model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed)),
+                          HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
     return profile_stats(counts, np.arange(len(counts)) % WEEK)[:2]
 
 def _band(fig, row, model, weeks, seed, users):
@@ -24,15 +25,20 @@ def _band(fig, row, model, weeks, seed, users):
     hour, (mean, sd) = np.arange(WEEK), synthetic_week(model, weeks, seed)
     upper, lower, at = users * (mean + sd), users * np.maximum(mean - sd, 0), dict(row=row, col=1)
     shown, x = row == 1, np.concatenate([hour, hour[::-1]])
-    fig.add_scatter(x=x, y=np.concatenate([upper, lower[::-1]]), fill="toself", mode="lines", line_width=0, fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd", hoverinfo="skip", showlegend=shown, **at)
+    fig.add_scatter(x=x, y=np.concatenate([upper, lower[::-1]]), fill="toself", mode="lines", line_width=0,
+                    fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd", hoverinfo="skip", showlegend=shown, **at)
     bars = dict(type="data", array=users * np.nan_to_num(model.sd), color="rgba(213,94,0,.45)", thickness=1.2, width=0)
-    fig.add_scatter(x=hour, y=users * model.profile, mode="markers", name="trace ± 1 sd", marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, showlegend=shown, **at)
-    fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean", line=dict(color=ui.COLOURS["ours"], width=1.6), showlegend=shown, **at)
+    fig.add_scatter(x=hour, y=users * model.profile, mode="markers", name="trace ± 1 sd",
+                    marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, showlegend=shown, **at)
+    fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean", line=dict(color=ui.COLOURS["ours"], width=1.6),
+                    showlegend=shown, **at)
     line = dict(dash="dash", width=1.5, color=ui.COLOURS["paper"])
-    fig.add_scatter(x=[0, WEEK - 1], y=[users * model.profile.mean()] * 2, mode="lines", name=f"overall mean μ = {users * model.profile.mean():.1f}/h", line=line, showlegend=shown, **at)
+    fig.add_scatter(x=[0, WEEK - 1], y=[users * model.profile.mean()] * 2, mode="lines",
+                    name=f"overall mean μ = {users * model.profile.mean():.1f}/h", line=line, showlegend=shown, **at)
 
 def figure3(models, weeks=60, seed=0, users=1.):
-    "A panel for each of {title: ArrivalModel}: the trace's mean and sd (kept in the model) as points with bars, ours as a line in a band, the overall mean dashed; `users`: a factor on all."
+    """A panel for each of {title: ArrivalModel}: the trace's mean and sd (kept in the model) as points with bars, ours as a line in a
+    band, the overall mean dashed; `users`: a factor on all."""
     from plotly.subplots import make_subplots
     fig = make_subplots(len(models), 1, shared_xaxes=True, vertical_spacing=.12, subplot_titles=list(models))
     fig.update_layout(template=ui.template(), height=90 + 250 * len(models), margin_t=80, legend=dict(y=1.08))
@@ -46,8 +52,10 @@ def figure2a(records, fit):
     "Preprocessing times of `calibrate` records (rows x cols against s), with the growth curve `fit` of `fit_growth`."
     from opml_wb.pipesim.calibrate import growth
     pre = records[records.kind == "preprocess"]
-    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330, xaxis_dtick=1, yaxis_dtick="D2")
-    fig.add_scatter(x=pre["size"], y=pre.dur, mode="markers", name="measured here", marker=dict(color=ui.COLOURS["ours"], size=6, opacity=.6))
+    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330, xaxis_dtick=1,
+                    yaxis_dtick="D2")
+    fig.add_scatter(x=pre["size"], y=pre.dur, mode="markers", name="measured here",
+                    marker=dict(color=ui.COLOURS["ours"], size=6, opacity=.6))
     x = np.geomspace(pre["size"].min(), pre["size"].max(), 100)
     label = f"{fit['a']:.2g} · {fit['b']:.2f}^ln(size) + {fit['c']:.2g}"
     return fig.add_scatter(x=x, y=growth(fit, x), mode="lines", name=label, line=dict(color=ui.COLOURS["baseline"], width=2))
@@ -57,7 +65,8 @@ def figure2b(records):
     train = records[records.kind == "train"]
     third = pd.qcut(train["size"], 3, labels=["small assets", "medium", "large"])
     fig = ui.figure("", "training, s", yaxis_type="log", boxmode="group", height=330)
-    for f, part in train.groupby("framework"): fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4, pointpos=0, marker_size=3, line_width=1.5)
+    for f, part in train.groupby("framework"): fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4,
+                                                           pointpos=0, marker_size=3, line_width=1.5)
     return fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"]).update_yaxes(dtick="D2")
 
 def quantiles(gofs, unit="s"):
@@ -73,11 +82,13 @@ def quantiles(gofs, unit="s"):
 # %% ../../nbs/pipesim/20_plots.ipynb #3881372e
 def growth_figure(plan):
     "Median and 95 % response and 95 % wait against growth (rows of `capacity_plan`), unstable growths as open marks."
-    one = plan.groupby("growth").agg(wait_p95=("wait_p95", "first"), exec_p50=("exec_p50", "first"), exec_p95=("exec_p95", "first"), stable=("stable", "all")).reset_index()
+    one = plan.groupby("growth").agg(wait_p95=("wait_p95", "first"), exec_p50=("exec_p50", "first"), exec_p95=("exec_p95", "first"),
+                                     stable=("stable", "all")).reset_index()
     fig = ui.figure("users, today = 1", "hours", yaxis_type="log", height=360)
     symbols = np.where(one.stable, "circle", "circle-open")
     for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"), ("wait_p95", "wait, 95 %")):
-        fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name, mode="lines+markers", marker=dict(symbol=symbols, size=10))
+        fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name, mode="lines+markers",
+                        marker=dict(symbol=symbols, size=10))
     return fig.update_xaxes(tickvals=one.growth).update_yaxes(dtick="D2")
 
 def differences(rows, unit="h"):
@@ -85,7 +96,8 @@ def differences(rows, unit="h"):
     scale, names = (3600 if unit == "h" else 1), list(rows)
     fig = ui.figure(f"difference in mean wait, {unit}", "", height=110 + 34 * len(names), margin_l=10)
     half = dict(type="data", array=[r.half / scale for r in rows.values()], color=ui.COLOURS["ours"])
-    fig.add_scatter(x=[r.mean / scale for r in rows.values()], y=names, mode="markers", error_x=half, marker=dict(size=9, color=ui.COLOURS["ours"]), showlegend=False)
+    fig.add_scatter(x=[r.mean / scale for r in rows.values()], y=names, mode="markers", error_x=half,
+                    marker=dict(size=9, color=ui.COLOURS["ours"]), showlegend=False)
     fig.add_vline(x=0, line=dict(dash="dash", color=ui.COLOURS["muted"]))
     return fig.update_yaxes(autorange="reversed")
 

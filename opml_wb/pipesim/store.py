@@ -27,7 +27,8 @@ def tables(trace):
 
 def about(trace, params=None):
     "What is known of an experiment: {policy, engine, seed, digest, summary, params, version}."
-    return {"policy": trace.policy, "engine": trace.engine, "seed": trace.seed, "digest": trace.digest, "summary": trace.summary(), "params": params or {},
+    return {"policy": trace.policy, "engine": trace.engine, "seed": trace.seed, "digest": trace.digest, "summary": trace.summary(),
+            "params": params or {},
             "link": trace.platform.link is not None, "version": 1}
 
 # %% ../../nbs/pipesim/14_store.ipynb #e3da6336
@@ -44,18 +45,21 @@ def _metric(metric, bin_s):
     return METRICS[metric]
 
 def sql(metric, bin_s, table):
-    "SQL (DuckDB's) of a metric's series: columns t (begin of the bin, s), value, and tag where the metric has one. `table`: {name: expression}."
+    """SQL (DuckDB's) of a metric's series: columns t (begin of the bin, s), value, and tag where the metric has one. `table`: {name:
+    expression}."""
     name, t, value, how, tag = _metric(metric, bin_s)
     what = {"avg": f"avg({value})", "sum": f"sum({value})", "count": "cast(count(*) as double)", "p95": f"quantile_cont({value}, .95)"}[how]
     by = f", {tag} as tag" if tag else ""
-    return (f"select floor({t} / {bin_s!r}) * {bin_s!r} as t{by}, {what} as value from {table[name]} where {t} is not null and {value} is not null "
-            f"and not isnan({t}) and not isnan({value}) group by 1{', 2' if tag else ''} order by 1{', 2' if tag else ''}")
+    return (f"select floor({t} / {bin_s!r}) * {bin_s!r} as t{by}, {what} as value from {table[name]} "
+            f"where {t} is not null and {value} is not null and not isnan({t}) and not isnan({value}) "
+            f"group by 1{', 2' if tag else ''} order by 1{', 2' if tag else ''}")
 
 # %% ../../nbs/pipesim/14_store.ipynb #50185242
 class TraceStore:
     """Simulated traces by name: `TraceStore("parquet:DIR")` (also a bare path), `"duckdb:FILE"`, `"influx://[user:password@]host:port/db"`.
 
-    `write(trace, experiment, params=None, replace=False)`, `experiments()`, `series(metric, experiment, bin_s)`, `remove(experiment)`. Raises ValueError for another URL."""
+    `write(trace, experiment, params=None, replace=False)`, `experiments()`, `series(metric, experiment, bin_s)`, `remove(experiment)`.
+    Raises ValueError for another URL."""
     def __new__(cls, where="", *args, **kwargs): return super().__new__(_kind(str(where)) if cls is TraceStore else cls)
 
 def _kind(where):
@@ -64,7 +68,8 @@ def _kind(where):
     if scheme == "influx":
         from opml_wb.pipesim.influx import InfluxStore
         return InfluxStore
-    if scheme not in ("parquet", "duckdb") or not where: raise ValueError(f"store={where!r}: expected parquet:DIR, duckdb:FILE or influx://host:port/db")
+    if scheme not in ("parquet", "duckdb") or not where:
+        raise ValueError(f"store={where!r}: expected parquet:DIR, duckdb:FILE or influx://host:port/db")
     return ParquetStore if scheme == "parquet" else DuckStore
 
 def _path(where, scheme): return Path(str(where).removeprefix(f"{scheme}:")).expanduser().absolute()
@@ -85,7 +90,8 @@ class ParquetStore(TraceStore):
     def write(self, trace, experiment, params=None, replace=False):
         "Keep a Trace as `experiment`; its folder. Raises StoreError when there is one of that name (unless `replace`), or no room."
         goal = self.root / checked_name(experiment)
-        if goal.exists() and not replace: raise StoreError(f"experiment {experiment!r}: there is one already in {self.root}; replace=True writes over it")
+        if goal.exists() and not replace:
+            raise StoreError(f"experiment {experiment!r}: there is one already in {self.root}; replace=True writes over it")
         self._sweep()
         part = self.root / f".part-{experiment}-{os.getpid()}-{time.monotonic_ns()}"
         try:
@@ -156,7 +162,8 @@ def _alive(folder):
     pid = folder.name.rsplit("-", 2)[1]
     return pid.isdecimal() and psutil.pid_exists(int(pid))
 
-def _unknown(experiment, known, where): return StoreError(f"experiment {experiment!r}: not in {where}; there are: {', '.join(known) or 'none'}")
+def _unknown(experiment, known,
+             where): return StoreError(f"experiment {experiment!r}: not in {where}; there are: {', '.join(known) or 'none'}")
 
 def _table(name):
     if name not in ("tasks", "pipelines", "pools"): raise ValueError(f"table={name!r}: expected tasks, pipelines or pools")
@@ -174,13 +181,15 @@ class DuckStore(TraceStore):
             db = duckdb.connect(str(self.file))
             db.execute("create table if not exists experiments (name varchar primary key, about varchar)")
             return db
-        except (duckdb.Error, OSError) as e: raise StoreError(f"store {self.file}: {str(e).splitlines()[0]} (DuckDB: one process at a time)") from e
+        except (duckdb.Error,
+                OSError) as e: raise StoreError(f"store {self.file}: {str(e).splitlines()[0]} (DuckDB: one process at a time)") from e
 
     def write(self, trace, experiment, params=None, replace=False):
         "Keep a Trace as `experiment`, whole or not at all. Raises StoreError when there is one of that name, unless `replace`."
         checked_name(experiment)
         with self._open() as db:
-            if not replace and self._has(db, experiment): raise StoreError(f"experiment {experiment!r}: there is one already in {self.file}; replace=True writes over it")
+            if not replace and self._has(db, experiment):
+                raise StoreError(f"experiment {experiment!r}: there is one already in {self.file}; replace=True writes over it")
             db.execute("begin")
             self._drop(db, experiment)
             for name, frame in tables(trace).items():
@@ -200,11 +209,13 @@ class DuckStore(TraceStore):
 
     def experiments(self):
         "{name: what is known of it}."
-        with self._open() as db: return {n: json.loads(a) for n, a in db.execute("select name, about from experiments order by name").fetchall()}
+        with self._open() as db: return {n: json.loads(a) for n,
+                                         a in db.execute("select name, about from experiments order by name").fetchall()}
 
     def _ask(self, query, experiment):
         with self._open() as db:
-            if not self._has(db, experiment): raise _unknown(experiment, [r[0] for r in db.execute("select name from experiments").fetchall()], self.file)
+            if not self._has(db, experiment):
+                raise _unknown(experiment, [r[0] for r in db.execute("select name from experiments").fetchall()], self.file)
             return db.execute(query).df()
 
     def table(self, name, experiment):

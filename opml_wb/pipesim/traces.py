@@ -51,7 +51,8 @@ def _rounded(v):
     return float(f"{v:.5g}") if isinstance(v, float) else v
 
 def fit_default(seed=0):
-    "(PipelineModel, report): fitted on Philly, PMLB and a calibration run here; report: figures of each goodness of fit, margins on the fitted rows, training times on a random half held back."
+    """(PipelineModel, report): fitted on Philly, PMLB and a calibration run here; report: figures of each goodness of fit, margins on
+    the fitted rows, training times on a random half held back."""
     from opml_wb.pipesim.calibrate import calibrate
     from opml_wb.pipesim.durations import DurationModel
     from opml_wb.pipesim.pipelines import PipelineModel
@@ -59,12 +60,14 @@ def fit_default(seed=0):
     model = PipelineModel().fit(jobs.time, assets, jobs[["dur", "units"]], calibrate(seed=seed, repeats=3))
     half = np.random.default_rng(seed).random(len(jobs)) < .5
     held = DurationModel(by="units").fit(jobs[half]).gof(jobs[~half])
-    report = {"arrivals": model.arrivals.gof(jobs.time.to_numpy()), "train": held, **{f"assets_{k}": g for k, g in model.assets.gof(assets).items()}}
+    report = {"arrivals": model.arrivals.gof(jobs.time.to_numpy()), "train": held,
+              **{f"assets_{k}": g for k, g in model.assets.gof(assets).items()}}
     short = {k: {"n": g.n, "ks": g.ks, "ad": g.ad, **g.more, "failed": list(g.failed)} for k, g in report.items()}
     return model, short
 
 def make_default(file, seed=0):
     "The maker of `pipesim/default_model`; made again it differs slightly, as measured times do."
     model, report = fit_default(seed)
-    model.about = {"arrivals and training times": "Philly, 2017-10-03 to 11-13 (CC BY 4.0)", "assets": "PMLB metadata (MIT)", "other tasks, metrics": "calibrated on this package's own runs", "gof": report}
+    model.about = {"arrivals and training times": "Philly, 2017-10-03 to 11-13 (CC BY 4.0)", "assets": "PMLB metadata (MIT)",
+                   "other tasks, metrics": "calibrated on this package's own runs", "gof": report}
     Path(file).write_text(json.dumps(_rounded(json.loads(model.to_json())), separators=(",", ":")) + "\n", encoding="utf-8")
