@@ -33,13 +33,13 @@ def photographs() -> list[Path]:
     return [homes[p]/f for p, files in PHOTOS.items() for f in files]
 
 # %% ../../nbs/riann/00_data.ipynb #a027ba6f
-def _describe(photo: Path, contrast_threshold: float) -> np.ndarray:
-    "SIFT descriptors of one photograph: uint8 [m, 128], in OpenCV's order (by position)."
+def _describe(photo: Path, contrast_threshold: float, view=None) -> np.ndarray:
+    "SIFT descriptors of one photograph, or of what `view` makes of it: uint8 [m, 128], in OpenCV's order (by position)."
     try: import cv2
     except ImportError as e: raise _vision() from e
     from PIL import Image
     with Image.open(photo) as im: grey = np.asarray(im.convert("L"))
-    _, d = cv2.SIFT_create(contrastThreshold=contrast_threshold).detectAndCompute(grey, None)
+    _, d = cv2.SIFT_create(contrastThreshold=contrast_threshold).detectAndCompute(view(grey) if view else grey, None)
     return np.empty((0, 128), np.uint8) if d is None else np.rint(d).astype(np.uint8)
 
 def _unique(x: np.ndarray) -> np.ndarray:
@@ -51,6 +51,7 @@ def sift_from_photos(
     n: int | None = None,              # rows wanted, a random subset (None: all)
     seed: int = 0,                     # of that subset
     contrast_threshold: float = 0.04,  # of OpenCV's key points; lower: more and fainter ones
+    view=None,                         # what is looked at instead of a photograph: a function of its grey values, uint8 [h, w]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:  # descriptors uint8 [n, 128], photograph of each row uint8 [n], names
     """SIFT descriptors (Lowe 2004) of photographs in scikit-image and scikit-learn: unique rows, photograph order.
 
@@ -58,7 +59,7 @@ def sift_from_photos(
     Raises ImportError (extra `[vision]`), or ValueError where there are not n rows.
     """
     photos = photographs()
-    parts = [_describe(p, contrast_threshold) for p in photos]
+    parts = [_describe(p, contrast_threshold, view) for p in photos]
     rows, source = np.concatenate(parts), np.repeat(np.arange(len(parts), dtype=np.uint8), [len(p) for p in parts])
     keep = _unique(rows)
     if n is not None:
