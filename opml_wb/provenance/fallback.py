@@ -61,6 +61,7 @@ class Audit:
         kept = os.fsdecode(database)[:1] not in (":", "")
         return self.open(database, None, os.O_RDWR | os.O_CREAT) if kept else None
 
+# %% ../../nbs/provenance/06_fallback.ipynb #d2a633ae
 _AUDITED = {"open": Audit.open, "os.remove": Audit.remove, "os.rename": Audit.rename, "os.link": Audit.link, "os.symlink": Audit.link,
             "os.truncate": Audit.truncate, "sqlite3.connect": Audit.connect}
 

@@ -24,8 +24,8 @@ class Node:
     gone: dict = None
     was: str = None         # the version that was found
 
-class Files:
-    "The files of a stage, followed through their names."
+class _Names:
+    "Which file each name stands for now."
     def __init__(self): self.named, self.nodes, self.removed, self.told, self.cell = {}, [], {}, [], None
 
     def add(self, record):
@@ -55,6 +55,9 @@ class Files:
         if record.get("v") and node.was is None: node.was = record["v"]
         return node
 
+# %% ../../nbs/provenance/03_net.ipynb #e75ecc84
+class Files(_Names):
+    "The files of a stage, followed through their names."
     def _r(self, record):
         node = self._node(record["p"], record)
         if not node.wrote and node.start: node.read = node.read or record

@@ -34,12 +34,8 @@ def ancestors(pid):
         except (OSError, IndexError, ValueError): return
 
 # %% ../../nbs/provenance/04_session.ipynb #657576df
-class Session:
-    """The journal `path` of one stage.
-
-    `began`: time.monotonic() of its start; `skip`: beginnings of paths that are the engine's own (list of str)."""
-    RANK = {"r": 1, "rw": 2, "w": 3}
-
+class _Journal:
+    "What is written, by whom and when; see `Session`."
     def __init__(self, path, began=None, skip=(), first=None):
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.path, self.began, self.skip = str(path), time.monotonic() if began is None else began, tuple(skip)
@@ -54,28 +50,10 @@ class Session:
             if os.write(self.fd, line) != len(line): self.lost += 1
         except OSError: self.lost += 1
 
-    def skips(self, fact):
-        "Is it the engine's own? A run's artifacts are not."
-        return any(p.startswith(self.skip) and "/artifacts/" not in p for p in (fact["p"], fact.get("q", "")))
-
     def cell_of(self, pid):
         "The notebook cell that runs in `pid` or the nearest of its ancestors that is a kernel."
         if not self.cells: return None
         return next((self.cells[p] for p in ancestors(pid) if p in self.cells), None)
-
-    def take(self, fact, pid, thread):
-        "Write down `fact` ({o, p, ...}) unless the journal has it."
-        if self.ended or self.skips(fact): return
-        o, path = fact["o"], fact["p"]
-        if o in self.RANK:
-            if self.known.get(path, 0) >= self.RANK[o]: return
-            if o == "w" and "s" not in fact: self.made.add(path)
-            if o != "r" and self.known.get(path) == 1: fact = self.with_version(fact, path)
-            self.known[path] = self.RANK[o]
-        elif o == "rm": fact = self.with_version(fact, path); self.forget(path)
-        elif o == "mk": self.made.add(path); return
-        elif o == "mv": fact = self.move(fact, path, fact["q"])
-        self.write({**fact, **self.when(pid)})
 
     def when(self, pid):
         "By which process, in which cell, how many seconds after the beginning."
@@ -90,6 +68,38 @@ class Session:
     def tell(self, event, pid):
         "An operation that the program tells itself."
         if not self.ended: self.write({"o": "rec", "e": event, **self.when(pid)})
+
+    def end(self):
+        "No more events; the journal's last line says that it is whole."
+        if self.ended: return
+        self.write({"o": "end", "lost": self.lost, "why": self.why, "libraries": sorted(self.libraries)})
+        self.ended = True
+        os.close(self.fd)
+
+# %% ../../nbs/provenance/04_session.ipynb #f5cfe6c3
+class Session(_Journal):
+    """The journal `path` of one stage.
+
+    `began`: time.monotonic() of its start; `skip`: beginnings of paths that are the engine's own (list of str)."""
+    RANK = {"r": 1, "rw": 2, "w": 3}
+
+    def skips(self, fact):
+        "Is it the engine's own? A run's artifacts are not."
+        return any(p.startswith(self.skip) and "/artifacts/" not in p for p in (fact["p"], fact.get("q", "")))
+
+    def take(self, fact, pid, thread):
+        "Write down `fact` ({o, p, ...}) unless the journal has it."
+        if self.ended or self.skips(fact): return
+        o, path = fact["o"], fact["p"]
+        if o in self.RANK:
+            if self.known.get(path, 0) >= self.RANK[o]: return
+            if o == "w" and "s" not in fact: self.made.add(path)
+            if o != "r" and self.known.get(path) == 1: fact = self.with_version(fact, path)
+            self.known[path] = self.RANK[o]
+        elif o == "rm": fact = self.with_version(fact, path); self.forget(path)
+        elif o == "mk": self.made.add(path); return
+        elif o == "mv": fact = self.move(fact, path, fact["q"])
+        self.write({**fact, **self.when(pid)})
 
     def move(self, fact, path, to):
         "Follow a file, or a folder and all that is below it, to its new name; `fact` with what is known of it."
@@ -112,20 +122,13 @@ class Session:
         try: return {**fact, "v": digest(path)}
         except OSError: return fact
 
-    def end(self):
-        "No more events; the journal's last line says that it is whole."
-        if self.ended: return
-        self.write({"o": "end", "lost": self.lost, "why": self.why, "libraries": sorted(self.libraries)})
-        self.ended = True
-        os.close(self.fd)
-
-# %% ../../nbs/provenance/04_session.ipynb #f5cfe6c3
+# %% ../../nbs/provenance/04_session.ipynb #c9331fea
 def _signed(number): return (number & 0xffffffff ^ 0x80000000) - 0x80000000   # a descriptor is an int of 32 bits
 
 def _spelled(path): return b"/../" not in path and b"//" not in path and b"/./" not in path
 
-class Interpreter:
-    "What calls mean."
+class _Opening:
+    "What calls that open mean."
     def __init__(self): self.memory, self.names = syscalls.Memory(), syscalls.names()
 
     def place(self, thread, folder, address, follow=False):
@@ -147,6 +150,9 @@ class Interpreter:
         name, was = found
         return _reading_source(name) if _compiled(name) else opened(name, was, flags, thread)
 
+# %% ../../nbs/provenance/04_session.ipynb #3e2f1240
+class Interpreter(_Opening):
+    "What calls mean."
     def other(self, thread, call, a):
         "The fact of a call that doesn't open."
         step = getattr(self, f"_{call.removesuffix('2').removesuffix('at')}")

@@ -116,6 +116,7 @@ def _orphaned(folder, request, began):
     if (folder/store.RUN).exists() or store._lives(doc["pid"], doc["born"]): return
     _last_word(folder, request, None, time.monotonic() - began, None)
 
+# %% ../../nbs/provenance/09_trace.ipynb #c5e2989b
 def watch(command, to_stderr=False, log_here=True):
     """Run `command` (list of str) as it is, and record what it touched: {run, capture, partial, exit, seconds, events}.
 
