@@ -26,6 +26,7 @@ def first_passage(t0, rate, limit, jump_t, jump_size):
         if lost >= limit: return since
     return since + (limit - lost) / rate if rate > 0 else np.inf
 
+# %% ../../nbs/pipesim/04_ageing.ipynb #f0f79b3c
 @kernel
 def next_tick(t, period):
     "The first multiple of `period` (s) at or after t; t itself where `period` is 0: an indicator that is read off directly."

@@ -29,12 +29,14 @@ NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), 
                  period=np.zeros(0), jump_first=np.zeros(1, np.int64),
                  jump_t=np.zeros(0), jump_size=np.zeros(0), debounce=0.0, end=0.0)
 
+# %% ../../nbs/pipesim/07_engine.ipynb #5b58bc15
 def _children(edges, place, n):
     "Edges as CSR in the engine's order: first i8 [n + 1], child i8 [E]."
     a, b = place[edges[:, 0]], place[edges[:, 1]]
     by = np.lexsort((b, a))
     return np.searchsorted(a[by], np.arange(n + 1)), b[by]
 
+# %% ../../nbs/pipesim/07_engine.ipynb #8224a30a
 def prepare(work, platform, policy, models=None, exogenous=None):
     """(kernels.Work, order i8 [T]: the workload's ids of the engine's tasks). Raises ValueError naming the task that the platform cannot
     hold."""
@@ -98,13 +100,14 @@ class NumbaEngine:
         s = self.s
         return {name: PoolView(name, int(s.cap[k]), int(s.used[k]), int(s.waiting[k]), None) for k, name in enumerate(self.names)}
 
-# %% ../../nbs/pipesim/07_engine.ipynb #5b58bc15
+# %% ../../nbs/pipesim/07_engine.ipynb #4f69a7d5
 def remaining(engine):
     "Tasks that are yet to be done, and triggers to come."
     w, first = engine.w, engine.w.first
     begun = int((first[np.asarray(engine.slot, np.int64)] - first[w.slot_first[:-1]]).sum())
     return int(first[len(w.by_arrival)]) + begun - engine.done + int((np.asarray(engine.due) < w.end).sum())
 
+# %% ../../nbs/pipesim/07_engine.ipynb #5259bc19
 class Ticks:
     "Asks `allocator` on behalf of `engine`: call with t; [(pool, units)] that change, None when it is over. `log`: (t, pool, units)."
     def __init__(self, engine, allocator): self.engine, self.allocator, self.log, self.still = engine, allocator, [], 0
@@ -118,6 +121,7 @@ class Ticks:
         self.log += [(t, *row) for row in out]
         return out
 
+# %% ../../nbs/pipesim/07_engine.ipynb #5719e4e7
 def drive(engine, allocator, until):
     "Run `engine` to `until` (s) with or without an allocator; returns what the allocator changed: [(t, pool, units)]."
     ticks = Ticks(engine, allocator)
@@ -135,7 +139,7 @@ def drive(engine, allocator, until):
         engine.run(until)
     return ticks.log
 
-# %% ../../nbs/pipesim/07_engine.ipynb #8224a30a
+# %% ../../nbs/pipesim/07_engine.ipynb #fba4379d
 ENGINES = ("auto", "numba", "python", "simpy")
 
 def _engine(name, w, names, order, policy, tasks):
@@ -154,6 +158,7 @@ def chosen(engine, policy):
     need(is_static(policy) or engine == "python", f"engine for policy {policy.name!r}, which overrides round", engine, "'python' or 'auto'")
     return engine
 
+# %% ../../nbs/pipesim/07_engine.ipynb #a3f5e034
 def simulate(workload, platform, policy="fifo", engine="auto", seed=0, *, drift=None, allocator=None, until=None):
     """When each task of `workload` starts and ends on `platform`: a Trace.
 

@@ -25,6 +25,7 @@ def push(t, ids, size, when, what):
         i = up
     t[i], ids[i] = when, what
 
+# %% ../../nbs/pipesim/04_heaps.ipynb #87ece845
 @inlined
 def pop(t, ids, size):
     "Take the smallest off the heap of `size` in t, ids; returns its id."
@@ -40,7 +41,7 @@ def pop(t, ids, size):
     t[i], ids[i] = when, what
     return out
 
-# %% ../../nbs/pipesim/04_heaps.ipynb #87ece845
+# %% ../../nbs/pipesim/04_heaps.ipynb #2d768275
 @inlined
 def _before(w, s, a, b):
     "Whether task a stands before task b in a queue."
@@ -59,6 +60,7 @@ def _queue_push(w, s, k, task):
     q[i] = task
     s.q_size[k] += 1
 
+# %% ../../nbs/pipesim/04_heaps.ipynb #9e2846f3
 @inlined
 def _queue_pop(w, s, k):
     q = s.queue[s.q_first[k]:s.q_first[k + 1]]
@@ -75,7 +77,7 @@ def _queue_pop(w, s, k):
     q[i] = task
     return out
 
-# %% ../../nbs/pipesim/04_heaps.ipynb #2d768275
+# %% ../../nbs/pipesim/04_heaps.ipynb #a804d963
 @kernel
 def _list_insert(w, s, k, task):
     "Put `task` in its place, searched from the tail, where newcomers mostly belong."
@@ -92,6 +94,7 @@ def _list_remove(s, k, task):
     s.nxt[a], s.prv[b] = b, a
     s.q_size[k] -= 1
 
+# %% ../../nbs/pipesim/04_heaps.ipynb #c68853db
 @kernel
 def _run_insert(w, s, k, task, end):
     lo, i = s.q_first[k], s.q_first[k] + s.r_size[k]

@@ -74,6 +74,7 @@ def swf(path):
     return Workload.from_arrays(submit[ok], dur[ok], "cpu", units=procs[ok], est=np.where(x[:, 8] > 0, x[:, 8], dur)[ok], kind="job",
                                 observed=np.where(wait >= 0, wait, np.nan)[ok], counts=counts)
 
+# %% ../../nbs/pipesim/02_imports.ipynb #402f0e6d
 def _is_number(text):
     try: return bool(float(text) == float(text))
     except ValueError: return False
@@ -83,6 +84,7 @@ def _field(record, name, what):
     need(isinstance(record, dict) and name in record, what, sorted(record) if isinstance(record, dict) else record, f"a field {name!r}")
     return record[name]
 
+# %% ../../nbs/pipesim/02_imports.ipynb #34e0e181
 def wfformat(path):
     """A WfFormat (WfCommons, schema 1.5) instance as one pipeline at t = 0: pool `cpu`, units = coreCount (1 where not said), read and
     write = bytes of its files. Raises ValueError naming the task."""
@@ -126,7 +128,7 @@ def openb(path, milli=False):
     return Workload.from_arrays(created[ran], (deleted - scheduled)[ran], np.where(gpus > 0, "gpu", "cpu")[ran], units=units[ran],
                                 kind="pod", observed=(scheduled - created)[ran], counts=counts)
 
-# %% ../../nbs/pipesim/02_imports.ipynb #34e0e181
+# %% ../../nbs/pipesim/02_imports.ipynb #c87ba209
 STAGES = dict(load_base="basemodel_update_latency", load_lora="lora_update_latency", load_controlnet="controlnet_latency_data")
 
 def _latency(folder, name):
@@ -137,6 +139,7 @@ def _latency(folder, name):
     return (df.assign(value=_numbers(df, "value", found[0].name) / 1000, t=_numbers(df, "timestamp_anon", found[0].name)).groupby(["t",
         "container_ip"]).value.sum())
 
+# %% ../../nbs/pipesim/02_imports.ipynb #9d8912be
 def gentd26(folder, pool="gpu"):
     """Alibaba GenTD26 requests (a folder with its latency files) as chains load_base -> load_lora -> load_controlnet -> infer of what
     each had: pool `pool`, one unit, t = 0 at midnight (UTC) of the first day.

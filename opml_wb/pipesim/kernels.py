@@ -54,6 +54,7 @@ def _touch(s, k):
         s.touched[s.n[TOUCHED]] = k
         s.n[TOUCHED] += 1
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #c961aac9
 @inlined
 def _ready(w, s, task, t):
     s.ready[task] = t
@@ -68,6 +69,7 @@ def _arrive(w, s, p, t):
     for task in range(w.first[p], w.first[p + 1]):
         if s.missing[task] == 0: _ready(w, s, task, t)
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #aee130f5
 @kernel
 def _send(w, s, task, size, lag, t):
     "Begin a transfer: after the latency (phase `lag`), or at once (the phase after it)."
@@ -78,6 +80,7 @@ def _send(w, s, task, size, lag, t):
         s.phase[task] = lag + 1
         _link_enter(w, s, task, size, t)
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #57287771
 @inlined
 def _start(w, s, task, t):
     k = w.pool[task]
@@ -90,6 +93,7 @@ def _start(w, s, task, t):
         s.phase[task] = RUNS
         _at(s, t + w.hold[task], task)
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #8a4830b8
 @inlined
 def _end(w, s, task, t):
     k, p = w.pool[task], w.owner[task]
@@ -104,6 +108,7 @@ def _end(w, s, task, t):
     s.left[p] -= 1
     if s.left[p] == 0 and len(w.model): _deploy(w, s, p, t)
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #69064545
 @inlined
 def _go_on(w, s, task, t):
     "The next phase of a task whose phase has ended at t."
@@ -140,7 +145,7 @@ def _trigger(w, s, m, t):
     s.due[m], s.last[m], w.arrival[p], s.triggered[p] = np.inf, t, t, s.cause[m]
     _arrive(w, s, p, t)
 
-# %% ../../nbs/pipesim/04_kernels.ipynb #aee130f5
+# %% ../../nbs/pipesim/04_kernels.ipynb #ac1508cb
 @kernel
 def _reserve(w, s, k, need, t):
     "(when `need` units will be free by the estimates, units that are left over then)."
@@ -158,6 +163,7 @@ def _reserve(w, s, k, need, t):
         if w.step_pool[j] == k and w.step_cap[j] >= need: return w.step_t[j], 0
     return np.inf, 0
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #a9685888
 @kernel
 def _backfill(w, s, k, t):
     head = len(w.units) + k
@@ -176,13 +182,14 @@ def _backfill(w, s, k, t):
             _start(w, s, task, t)
         task = after
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #609c3156
 @inlined
 def _round(w, s, k, t):
     if w.backfill: _backfill(w, s, k, t)
     else:
         while s.q_size[k] and w.units[s.queue[s.q_first[k]]] <= s.cap[k] - s.used[k]: _start(w, s, _queue_pop(w, s, k), t)
 
-# %% ../../nbs/pipesim/04_kernels.ipynb #c961aac9
+# %% ../../nbs/pipesim/04_kernels.ipynb #34fb0c1c
 @inlined
 def _next(w, s):
     t = s.x[NEXT]
@@ -191,6 +198,7 @@ def _next(w, s):
     if s.n[STEPPED] < len(w.step_t): t = min(t, w.step_t[s.n[STEPPED]])
     return t
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #225ac67b
 @inlined
 def _apply(w, s, t):
     "All events of time t: transfers first, then ends, triggers (void where a deployment came at the same time), arrivals, resizes."
@@ -220,6 +228,7 @@ def _apply(w, s, t):
         _touch(s, k)
         s.n[STEPPED] += 1
 
+# %% ../../nbs/pipesim/04_kernels.ipynb #80ced2ef
 @kernel
 def run(w, s, until):
     "Simulate all instants before `until` (s); True while there is more to come."

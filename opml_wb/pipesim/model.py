@@ -49,9 +49,10 @@ class DataAsset:
         "rows x cols, the size that compute time goes with (Fig. 2)."
         return self.rows * self.cols
 
-# %% ../../nbs/pipesim/01_model.ipynb #be51701f
+# %% ../../nbs/pipesim/01_model.ipynb #7b78dbff
 DIRECT, EVALUATED = ("confidence",), ("drift", "bias", "robustness")     # the paper's two classes of run-time indicators
 
+# %% ../../nbs/pipesim/01_model.ipynb #be51701f
 @dataclass(frozen=True)
 class TrainedModel:
     """A model: static properties from build time, dynamic ones that change at run time.
@@ -149,6 +150,7 @@ def _units(value, what):
         if math.isfinite(value) and value >= 0 and int(value) == value: return int(value)
     raise ValueError(f"{what}: expected a whole number >= 0 or inf, got {value!r}")
 
+# %% ../../nbs/pipesim/01_model.ipynb #b6b29db0
 @dataclass(frozen=True)
 class Pool:
     """`capacity` units (whole, or inf; or steps `[(t, capacity), ...]`, the first at t = 0, times rising), each at `cost_per_h` an hour.
@@ -180,6 +182,7 @@ class Pool:
         "The largest capacity it ever has."
         return max(c for _, c in self.steps)
 
+# %% ../../nbs/pipesim/01_model.ipynb #7b977aca
 @dataclass(frozen=True)
 class Link:
     """The network to the data store: `bytes_per_s` > 0, `latency` seconds before each transfer.

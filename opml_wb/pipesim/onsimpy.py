@@ -141,6 +141,7 @@ def _trigger(self, m):
     self.due[m], self.last[m], self.arrival[p], self.triggered[p] = math.inf, t, t, self.cause[m]
     self.arrive(p)
 
+# %% ../../nbs/pipesim/06_onsimpy.ipynb #2f3c57ed
 def _allocate(self, period, ask):
     "The allocator as a process: before the events of each tick it asks for [(pool, capacity)]; None ends it."
     tick = 0

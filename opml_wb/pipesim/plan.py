@@ -32,6 +32,7 @@ def _more(pool, share=.1):
     grown = [(t, c if c >= UNLIMITED else c + max(1, math.ceil(c * share - 1e-9)) if c else 0) for t, c in pool.steps]
     return [(t, math.inf if c >= UNLIMITED else c) for t, c in grown]
 
+# %% ../../nbs/pipesim/09_plan.ipynb #d0e0c252
 def _measure(works, platform, policy):
     "Mean over replications of wait_p50, wait_p95, exec_p50, exec_p95, wait_mean of pipelines, s."
     rows = [(*np.quantile(t.wait, [.5, .95]), *np.quantile(t.response, [.5, .95]), t.wait.mean()) for w in works
@@ -49,7 +50,7 @@ def least_capacity(works, platform, name, slo, policy="fifo"):
     while high - low > 1: low, high = (low, mid) if meets(mid := (low + high) // 2) else (mid, high)
     return high
 
-# %% ../../nbs/pipesim/09_plan.ipynb #d0e0c252
+# %% ../../nbs/pipesim/09_plan.ipynb #c3eed37a
 COLUMNS = ["growth", "pool", "rho", "wait_p50", "wait_p95", "exec_p50", "exec_p95", "gain", "bottleneck", "min_capacity", "stable"]
 
 def _rows(growth, works, platform, policy, slo):
@@ -61,6 +62,7 @@ def _rows(growth, works, platform, policy, slo):
     return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, math.nan if slo is None else least_capacity(works,
         platform, n, slo, policy), bool(asked.stable[n])) for n in gain]
 
+# %% ../../nbs/pipesim/09_plan.ipynb #5f5928ca
 def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replications=5, slo=None, *, policy="fifo", horizon=28 * 86400.0,
                   seed=0, jobs=1):
     """What growth does to a platform: DataFrame, a row for each growth and pool.

@@ -85,6 +85,7 @@ class Allocator:
         chosen = pools if self.pools is None else self.pools
         return {n: int(min(max(pools[n].used + pools[n].waiting + self.spare, self.least), self.most)) for n in chosen}
 
+# %% ../../nbs/pipesim/03_policy.ipynb #020e41b8
 def resized(allocator, now, views):
     "The allocator's answer as {name: int}; ValueError for an unknown pool or a capacity that is no whole number >= 0."
     out = dict(allocator.resize(now, views))

@@ -65,6 +65,7 @@ def _send(self, task, size, lag, t):
         self.phase[task] = lag + 1
         self.link.enter(task, size, t)
 
+# %% ../../nbs/pipesim/05_reference.ipynb #92cebb9c
 def _begin(self, task, t):
     self.start[task] = t
     if self.w.shared and self.read[task] > 0: return self._send(task, self.read[task], 1, t)
@@ -82,6 +83,7 @@ def _go_on(self, task, t):
         self.phase[task] += 1
         self.link.enter(task, self.read[task] if phase == 1 else self.write[task], t)
 
+# %% ../../nbs/pipesim/05_reference.ipynb #2c3b6762
 def _end(self, task, t):
     q, p = self.queues[self.pool[task]], self.owner[task]
     self.finish[task] = t
@@ -114,6 +116,7 @@ def _deploy(self, p, t):
     self.due[m], self.cause[m] = due_next(self.w, m, t, self.last[m])
     if self.due[m] < self.w.end: heappush(self.events, (self.due[m], len(self.units) + m))
 
+# %% ../../nbs/pipesim/05_reference.ipynb #2a58d904
 def _trigger(self, m, t):
     "Retrain model m, unless a later deployment has moved the date."
     p = self.slot[m]
@@ -124,7 +127,7 @@ def _trigger(self, m, t):
 
 PythonEngine._deploy, PythonEngine._trigger = _deploy, _trigger
 
-# %% ../../nbs/pipesim/05_reference.ipynb #2c3b6762
+# %% ../../nbs/pipesim/05_reference.ipynb #dabde90d
 def _round(self, k, t):
     q = self.queues[k]
     if self.policy is not None: chosen = self._ask(q, t)
@@ -138,6 +141,7 @@ def _round(self, k, t):
         return
     for task in chosen: self._begin(task, t)
 
+# %% ../../nbs/pipesim/05_reference.ipynb #5d416a50
 def _ask(self, q, t):
     "The tasks that the policy's `round` chooses; ValueError where one doesn't wait here or doesn't fit."
     if not q.waiting: return []
@@ -153,7 +157,7 @@ def _ask(self, q, t):
 
 PythonEngine._round, PythonEngine._ask = _round, _ask
 
-# %% ../../nbs/pipesim/05_reference.ipynb #92cebb9c
+# %% ../../nbs/pipesim/05_reference.ipynb #5336aa80
 def _next(self):
     t = self.link.next
     if self.events and self.events[0][0] < t: t = self.events[0][0]
@@ -161,6 +165,7 @@ def _next(self):
     if self.stepped < len(self.steps) and self.steps[self.stepped][0] < t: t = self.steps[self.stepped][0]
     return t
 
+# %% ../../nbs/pipesim/05_reference.ipynb #5e2ab563
 def _apply(self, t):
     events, arrivals = self.events, self.arrivals
     while self.link.next == t:
@@ -178,6 +183,7 @@ def _apply(self, t):
         self.touched.add(k)
         self.stepped += 1
 
+# %% ../../nbs/pipesim/05_reference.ipynb #f0ce1078
 def run(self, until):
     "Simulate all instants before `until` (s); True while there is more to come."
     if self.plain:
@@ -194,10 +200,12 @@ def resize(self, t, answer):
     "Capacities [(pool, units)] from t on, before the steps to come."
     self.steps[:self.stepped], self.stepped = [(t, k, c) for k, c in answer], 0
 
+# %% ../../nbs/pipesim/05_reference.ipynb #4d6d81fd
 def views(self):
     "{name: PoolView} for an allocator."
     return {name: q.view(name) for name, q in zip(self.names, self.queues)}
 
+# %% ../../nbs/pipesim/05_reference.ipynb #04a9ebcf
 def _run_plain(self, until):
     """`run` where tasks only wait and compute (no link, backfilling, models, memory): the same in one function, which is what makes
     Python quick."""
@@ -252,4 +260,5 @@ def _run_plain(self, until):
     return t < never
 
 PythonEngine._run_plain = _run_plain
+
 for _f in (_next, _apply, run, resize, views): setattr(PythonEngine, _f.__name__, _f)

@@ -36,6 +36,7 @@ class Detector:
 
 STANDARD = (Detector("confidence", .10), Detector("drift", .05, 86400.0, spread=.3))
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #d45cfe29
 @dataclass(frozen=True)
 class Drift:
     """How deployed models age and what watches them; `simulate(..., drift=Drift())` adds the retraining pipelines that this triggers.
@@ -75,6 +76,7 @@ def _shifts(drift, end, rng, share, scale=1.0):
     n = rng.poisson(drift.jumps_per_day * share * end / 86400)
     return np.sort(rng.uniform(0, end, n)), rng.exponential(drift.jump, n)
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #ec35b09c
 def _lives(drift, models, end, seed):
     "Per model: rate f8 [M] (1/s), limit f8 [M, D] (loss at which a detector fires), jumps [(t, size)], rng."
     common = _shifts(drift, end, np.random.default_rng([seed, 1]), drift.shared)
@@ -89,6 +91,7 @@ def _lives(drift, models, end, seed):
         rngs.append(rng)
     return rate, limit, jumps, rngs
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #faf1e069
 def _expand(self, work, seed):
     """(workload with the retraining pipelines that may be triggered, at its end and with arrival inf; what the engines need to know of
     models). ValueError for more than MOST of them."""
@@ -115,6 +118,7 @@ def _expand(self, work, seed):
                        limit=limit, period=period, jump_first=first, jump_t=flat(0),
                        jump_size=flat(1), debounce=float(self.debounce), end=end)
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #3c016f23
 def _retrainings(drift, work, of, last, perf, rngs, slots, seed):
     "The pipelines that retrain models `of` (codes i8 [R])."
     again = work.take(last[of]) if drift.retrain is None else drift.retrain(work, of, np.random.default_rng([seed, 3]))
@@ -125,7 +129,7 @@ def _retrainings(drift, work, of, last, perf, rngs, slots, seed):
 
 Drift.expand = _expand
 
-# %% ../../nbs/pipesim/08_runtime.ipynb #d45cfe29
+# %% ../../nbs/pipesim/08_runtime.ipynb #17b6f5d5
 CAUSES = DIRECT + EVALUATED
 
 def _served(drift, w, model, deployed, retired):
@@ -133,6 +137,7 @@ def _served(drift, w, model, deployed, retired):
     jumps = slice(w.jump_first[model], w.jump_first[model + 1])
     return loss_between(deployed, deployed, retired, w.rate[model], w.jump_t[jumps], w.jump_size[jumps])
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #463c7648
 def _settle(self, trace, ran, asked):
     "The trace without the retrainings that were never triggered, and with `models`."
     w, work, triggered = ran.w, trace.workload, np.asarray(ran.triggered)[:len(trace.workload)]
@@ -154,7 +159,7 @@ def _settle(self, trace, ran, asked):
 
 Drift.settle = _settle
 
-# %% ../../nbs/pipesim/08_runtime.ipynb #ec35b09c
+# %% ../../nbs/pipesim/08_runtime.ipynb #c84ce7f3
 def performance(models):
     """Of `Trace.models`: mean performance over time and models, mean loss, mean age of the model that serves (s), retrainings, hours from
     trigger to deployment."""
@@ -165,6 +170,7 @@ def performance(models):
                 staleness=float((served ** 2 / 2).sum() / total), retrainings=len(again),
                 delay_h=float((again.deployed - again.triggered).mean() / 3600) if len(again) else np.nan)
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #676d857e
 def cost_benefit(trace):
     """A row for each retraining that was deployed: model, pipeline, cause, cost (of the units it held), gain (performance now minus that
     of the model it replaces, then), worth (gain x days that it served), gain_per_cost."""
@@ -175,6 +181,7 @@ def cost_benefit(trace):
     return out.assign(worth=out.gain * out.days, gain_per_cost=out.gain / out.cost.where(out.cost > 0))[["model", "pipeline", "cause",
         "cost", "gain", "worth", "gain_per_cost"]].reset_index(drop=True)
 
+# %% ../../nbs/pipesim/08_runtime.ipynb #d15802ae
 def performance_at(models, times):
     """Mean performance of the models in service at `times` (f8 [N], s), a straight line between deployment and retirement: f8 [N], NaN
     before the first."""

@@ -29,6 +29,7 @@ class Interval:
 
     def __repr__(self): return f"{self.mean:.6g} +- {self.half:.2g} ({self.conf:.0%}, n = {self.n})"
 
+# %% ../../nbs/pipesim/09_stats.ipynb #93bf896f
 def rng_of(seed, replication, stream=0):
     "The generator of one replication and stream (whole numbers >= 0): the same whatever the order, the workers, the chunks."
     return np.random.default_rng(np.random.SeedSequence([seed, replication, stream]))
@@ -46,6 +47,7 @@ def replicate(run, replications, seed=0):
     "`run(rng)` -> number, once for each replication with its own generator: f8 [N]."
     return np.array([run(rng_of(seed, r)) for r in range(replications)], np.float64)
 
+# %% ../../nbs/pipesim/09_stats.ipynb #a7195344
 def run_until(run, rel=.02, conf=.95, least=10, most=1000, seed=0):
     """Replicate `run(rng)` until the half width is within `rel` of the mean, between `least` and `most` times: (Interval, values f8 [N]).
     Sequential procedure: Law (2015), section 9.4."""
@@ -79,7 +81,7 @@ def mser5(x):
     spread = s2 - (s1 - rest * y.mean()) ** 2 / rest
     return 5 * int(np.argmin((spread / rest ** 2)[:n // 2 + 1]))
 
-# %% ../../nbs/pipesim/09_stats.ipynb #93bf896f
+# %% ../../nbs/pipesim/09_stats.ipynb #c93dd7b3
 def load(workload, platform):
     """How much of each pool the work asks for, before any simulation: DataFrame pool, rho (unit-seconds asked over unit-seconds there
     until the last arrival), peak (rho of the busiest hour), over_h (hours whose new work exceeds
@@ -98,6 +100,7 @@ def load(workload, platform):
         rows.append((name, rho, np.nanmax(share, initial=0.0), int(np.nansum(share > 1)), bool(rho < 1)))
     return pd.DataFrame(rows, columns=["pool", "rho", "peak", "over_h", "stable"])
 
+# %% ../../nbs/pipesim/09_stats.ipynb #280b2c02
 def _capacity_until(steps, t):
     "Unit-seconds that `steps` [(t, units)] offer from 0 to each of `t` (f8 [N])."
     begin, units = np.array([s for s, _ in steps], np.float64), np.array([float(min(c, UNLIMITED)) for _, c in steps])
@@ -121,7 +124,7 @@ def steady(traces, metric="wait", conf=.95, warmup=True):
     values = np.array([x[c:].mean() for x, c in zip(series, cut)])
     return dict(stable=not note, note=note, interval=None if note else ci(values, conf), values=values, cut=cut)
 
-# %% ../../nbs/pipesim/09_stats.ipynb #a7195344
+# %% ../../nbs/pipesim/09_stats.ipynb #33b7e89d
 def _rho(rate, mean, servers=1):
     return number(rate, "rate") * number(mean, "mean") / servers
 
@@ -137,6 +140,7 @@ def mmc_wait(rate, mu, servers):
     "M/M/c: mean wait in the queue, s; inf where rho >= 1."
     return erlang_c(rate, mu, servers) / (servers * mu - rate) if rate < servers * mu else math.inf
 
+# %% ../../nbs/pipesim/09_stats.ipynb #c107116e
 def pollaczek_khinchine(rate, mean, square):
     "M/G/1: mean wait, s, with service of `mean` s and second moment `square` s2; inf where rho >= 1."
     rho = _rho(rate, mean)

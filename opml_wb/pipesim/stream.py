@@ -30,6 +30,7 @@ def _csr(first, child, at, rows):
     flat = at[child[np.repeat(first[rows] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())]]
     return np.bincount(np.repeat(np.arange(len(rows)), counts)[flat >= 0], minlength=len(rows)), flat[flat >= 0]
 
+# %% ../../nbs/pipesim/08_stream.ipynb #66b4d815
 def _merged_work(w, new, rows, pipes, at, pipe_at, arrived):
     "Work of the tasks `rows` and pipelines `pipes` of `w`, then those of `new`."
     n, P = len(rows), len(pipes)
@@ -43,6 +44,7 @@ def _merged_work(w, new, rows, pipes, at, pipe_at, arrived):
                         child=np.concatenate([child, new.child + n]),
                         first=np.searchsorted(task["owner"], np.arange(P + len(new.arrival) + 1)))
 
+# %% ../../nbs/pipesim/08_stream.ipynb #8013ded7
 def _moved_state(w, s, merged, rows, pipes, at):
     "The State of `merged` that goes on from `s`."
     t, n = fresh(merged, len(s.cap)), len(rows)
@@ -60,6 +62,7 @@ def _moved_state(w, s, merged, rows, pipes, at):
         t.run_end[b:b + r], t.run_id[b:b + r] = s.run_end[a:a + r], at[s.run_id[a:a + r]]
     return t
 
+# %% ../../nbs/pipesim/08_stream.ipynb #02ed9fc2
 def _relink(w, s, t, k, at):
     "Pool k's linked list with the new numbers."
     old, new = len(w.units) + k, len(t.start) + k
@@ -110,7 +113,7 @@ def _join(self, new):
 
 Carry._join = _join
 
-# %% ../../nbs/pipesim/08_stream.ipynb #66b4d815
+# %% ../../nbs/pipesim/08_stream.ipynb #8e709ce8
 def _put(file, write):
     "Have `write(temporary name)` make `file`: whole, on disk, or not at all."
     part = file.with_name(f".{file.name}.part")
@@ -129,6 +132,7 @@ def _write_part(out, carry, chunk):
         _put(out/f"{name}-{carry.parts:06d}.parquet", lambda part: pq.write_table(pa.table(columns), part, compression="zstd"))
     carry.parts, carry.waits = carry.parts + 1, carry.waits + float(np.nansum(wait))
 
+# %% ../../nbs/pipesim/08_stream.ipynb #37bcbc6d
 def _flush(out, carry, everything=False):
     while carry.open and (everything or carry.open[0][3] == 0): _write_part(out, carry, carry.open.pop(0))
 
@@ -141,7 +145,7 @@ def _digest(out, parts):
                                                       columns=[column])[column].to_numpy().astype("<f8").tobytes())
     return h.hexdigest()
 
-# %% ../../nbs/pipesim/08_stream.ipynb #8013ded7
+# %% ../../nbs/pipesim/08_stream.ipynb #8ff89148
 @dataclass(frozen=True)
 class Streamed:
     "What `simulate_stream` left in folder `out`: `digest` as of a Trace in one piece, counts, `wait_mean` of pipelines (s)."
@@ -164,6 +168,7 @@ class Streamed:
         need((Path(out)/"stream.json").is_file(), "out", str(out), "a folder that simulate_stream has finished")
         return cls(Path(out), **json.loads((Path(out)/"stream.json").read_text()))
 
+# %% ../../nbs/pipesim/08_stream.ipynb #c7f98dc9
 def _begin(out, resume):
     "The Carry to go on with in folder `out`."
     out.mkdir(parents=True, exist_ok=True)
@@ -172,6 +177,7 @@ def _begin(out, resume):
          "a folder without a simulation in it (resume=True goes on with one that was broken off)")
     return Carry()
 
+# %% ../../nbs/pipesim/08_stream.ipynb #9eca7c29
 def simulate_stream(chunks, platform, out, policy="fifo", *, resume=False):
     """Simulate an iterable of Workloads, each later than the one before, as one; results in Parquet files in the new folder `out`.
     Returns Streamed; its digest is that of `simulate` on the whole, whatever the chunks.

@@ -42,43 +42,43 @@ class Trace:
     def __repr__(self):
         return f"Trace({len(self.workload):,} pipelines, {self.policy}, mean wait {np.nanmean(self.wait) if len(self.wait) else 0:.4g} s)"
 
-    @property
-    def digest(self):
-        "sha256 (hex) of start and finish as little-endian f8: equal for equal schedules."
-        return hashlib.sha256(self.start.astype("<f8").tobytes() + self.finish.astype("<f8").tobytes()).hexdigest()
-
-    @property
-    def wait(self):
-        "f8 [P]: a pipeline's waiting, the sum of start - ready over its tasks, s."
-        return np.bincount(self.workload.pipeline, self.start - self.ready, len(self.workload))
-
-    @property
-    def finished(self):
-        "f8 [P]: when a pipeline's last task ended, s."
-        out = np.full(len(self.workload), -np.inf)
-        with np.errstate(invalid="ignore"): np.maximum.at(out, self.workload.pipeline, self.finish)
-        return out
-
-    @property
-    def response(self):
-        "f8 [P]: from the arrival of a pipeline to the end of its last task, s."
-        return self.finished - self.workload.arrival
-
-    @property
-    def slowdown(self):
-        "f8 [P]: bounded slowdown, the response over the run time without waiting, both at least 10 s (Feitelson 2001)."
-        return np.maximum(self.response, 10) / np.maximum(self.response - self.wait, 10)
-
-    @property
-    def cost(self):
-        "f8 [P]: what a pipeline's units cost while it held them."
-        w = self.workload
-        rate = np.array([p.cost_per_h for p in self.platform.pools])[self.platform.find(w.pools)[w.pool]]
-        return np.bincount(w.pipeline, w.units * (self.finish - self.start) * rate / 3600, len(w))
-
     unfinished = property(lambda self: int(np.isnan(self.finish).sum()), doc="Tasks that have not ended.")
     end = property(lambda self: float(np.nanmax(self.finish)) if np.isfinite(self.finish).any() else 0.0,
                    doc="When the last task ended, s.")
+
+# %% ../../nbs/pipesim/06_trace.ipynb #7fc74b92
+def _digest(self):
+    "sha256 (hex) of start and finish as little-endian f8: equal for equal schedules."
+    return hashlib.sha256(self.start.astype("<f8").tobytes() + self.finish.astype("<f8").tobytes()).hexdigest()
+
+def _wait(self):
+    "f8 [P]: a pipeline's waiting, the sum of start - ready over its tasks, s."
+    return np.bincount(self.workload.pipeline, self.start - self.ready, len(self.workload))
+
+def _finished(self):
+    "f8 [P]: when a pipeline's last task ended, s."
+    out = np.full(len(self.workload), -np.inf)
+    with np.errstate(invalid="ignore"): np.maximum.at(out, self.workload.pipeline, self.finish)
+    return out
+
+def _response(self):
+    "f8 [P]: from the arrival of a pipeline to the end of its last task, s."
+    return self.finished - self.workload.arrival
+
+Trace.digest, Trace.wait, Trace.finished, Trace.response = map(property, (_digest, _wait, _finished, _response))
+
+# %% ../../nbs/pipesim/06_trace.ipynb #51cd4ae0
+def _slowdown(self):
+    "f8 [P]: bounded slowdown, the response over the run time without waiting, both at least 10 s (Feitelson 2001)."
+    return np.maximum(self.response, 10) / np.maximum(self.response - self.wait, 10)
+
+def _cost(self):
+    "f8 [P]: what a pipeline's units cost while it held them."
+    w = self.workload
+    rate = np.array([p.cost_per_h for p in self.platform.pools])[self.platform.find(w.pools)[w.pool]]
+    return np.bincount(w.pipeline, w.units * (self.finish - self.start) * rate / 3600, len(w))
+
+Trace.slowdown, Trace.cost = map(property, (_slowdown, _cost))
 
 # %% ../../nbs/pipesim/06_trace.ipynb #bc793c37
 def _area(t, level, edges):
@@ -89,6 +89,7 @@ def _area(t, level, edges):
     at = np.clip(np.searchsorted(t, edges, side="right") - 1, 0, None)
     return np.where(edges >= t[0], area[at] + height[at] * (edges - t[at]), 0.0)
 
+# %% ../../nbs/pipesim/06_trace.ipynb #a460bce8
 def _utilisation(self, bin_s=3600.0):
     "DataFrame t (begin of the bin, s), pool, busy and capacity (mean units), share (busy / capacity; NaN without limit or capacity)."
     edges = np.arange(0, self.end + bin_s, bin_s) if self.end > 0 else np.array([0.0, bin_s])
@@ -107,7 +108,7 @@ def _utilisation(self, bin_s=3600.0):
 
 Trace.utilisation = _utilisation
 
-# %% ../../nbs/pipesim/06_trace.ipynb #a460bce8
+# %% ../../nbs/pipesim/06_trace.ipynb #8d980e08
 def _task_frame(self):
     "One row a task: as `Workload.tasks`, with ready, start, finish, wait (s)."
     return self.workload.tasks.assign(ready=self.ready, start=self.start, finish=self.finish, wait=self.start - self.ready)
@@ -118,6 +119,7 @@ def _pipeline_frame(self):
                cost=self.cost)
     return pd.DataFrame(out if self.workload.model is None else {**out, "model": self.workload.model})
 
+# %% ../../nbs/pipesim/06_trace.ipynb #3347f616
 def _summary(self):
     """Figures of the whole run: waits and responses (mean, p50, p95, max; s), `util_<pool>`, cost of what was used, unfinished tasks.
     Pipelines that have not ended are left out and counted."""

@@ -65,6 +65,7 @@ def _edges(edges, pipeline):
 TASK = ("dur", "est", "read", "write", "priority", "pool", "units", "pipeline", "kind", "observed")
 PIPE = ("arrival", "model", "perf")
 
+# %% ../../nbs/pipesim/02_workload.ipynb #7d770613
 @dataclass(frozen=True, eq=False)
 class Workload:
     """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader. Times are seconds, f8.
@@ -118,6 +119,7 @@ def _owner(pipeline, n, n_pipelines):
     need_all(~empty, "pipeline", np.arange(n_pipelines), "at least one task", "pipeline")
     return out
 
+# %% ../../nbs/pipesim/02_workload.ipynb #4f6aa720
 def _from_arrays(cls, arrival, dur, pool, *, units=1, pipeline=None, edges=None, priority=None, est=None, read=None, write=None,
                  kind="task", model=None, perf=None, observed=None, counts=None):
     """A workload of P pipelines and T tasks.
@@ -158,7 +160,7 @@ def _from_pipelines(cls, pipelines):
 
 Workload.from_pipelines = classmethod(_from_pipelines)
 
-# %% ../../nbs/pipesim/02_workload.ipynb #7d770613
+# %% ../../nbs/pipesim/02_workload.ipynb #689c0427
 def _take(self, pipelines):
     "The workload of the pipelines with these ids (i8 [K], may repeat) in this order, tasks in their order."
     ids = np.asarray(pipelines, np.int64)
@@ -171,6 +173,7 @@ def _take(self, pipelines):
         if (v := getattr(self, n)) is not None}
     return replace(self, **{**part, "pipeline": np.repeat(np.arange(len(ids)), counts), "edges": _edges_of(self, order, first, ids, begin)})
 
+# %% ../../nbs/pipesim/02_workload.ipynb #e2423bdc
 def _edges_of(work, order, first, ids, begin):
     "The edges of pipelines `ids` in the new numbers of their tasks."
     place = np.empty(work.n_tasks, np.int64)
@@ -182,6 +185,7 @@ def _edges_of(work, order, first, ids, begin):
     rows = by[np.repeat(at[ids] - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())]
     return place[work.edges[rows]] + np.repeat(begin, counts)[:, None]
 
+# %% ../../nbs/pipesim/02_workload.ipynb #0b3a611f
 def _keep(self, chosen):
     "The workload of the pipelines where `chosen` (bool [P]); those that stay keep the order of their tasks."
     tasks = chosen[self.pipeline]
@@ -213,7 +217,7 @@ def _concat(cls, parts):
 
 Workload.concat = classmethod(_concat)
 
-# %% ../../nbs/pipesim/02_workload.ipynb #689c0427
+# %% ../../nbs/pipesim/02_workload.ipynb #0ac93c31
 def _moved(work, turn, rng):
     "Arrivals f8 [P] of copy `turn`: moved round the trace by whole weeks or days, by up to half an hour where there is but one day."
     span = work.horizon
@@ -221,6 +225,7 @@ def _moved(work, turn, rng):
         if (whole_ := int(span // unit)) >= 2: return (work.arrival + (1 + (turn - 1) % (whole_ - 1)) * unit) % (np.ceil(span / unit) * unit)
     return np.maximum(work.arrival + rng.uniform(-1800, 1800, len(work)), 0)
 
+# %% ../../nbs/pipesim/02_workload.ipynb #71aac2c8
 def _scale(self, users, seed=0):
     """The workload of `users` (> 0) times as many users, arrivals in order. Below 1 it is thinned; above, copies are laid over it.
     Nested: a smaller `users` with the same `seed` gives a subset."""
@@ -254,7 +259,7 @@ def _tasks(self):
 
 Workload.digest, Workload.tasks = property(_digest), property(_tasks)
 
-# %% ../../nbs/pipesim/02_workload.ipynb #4f6aa720
+# %% ../../nbs/pipesim/02_workload.ipynb #a4322e35
 def _to_parquet(self, file):
     "Write to the Parquet `file`: columns as lists in one row, all bits kept. It appears whole or not at all."
     import os, tempfile
@@ -270,6 +275,7 @@ def _to_parquet(self, file):
         os.replace(Path(d)/file.name, file)
     return file
 
+# %% ../../nbs/pipesim/02_workload.ipynb #361d6254
 def _read_parquet(cls, file):
     "The workload that `to_parquet` wrote; ValueError for another file."
     import pyarrow.parquet as pq
