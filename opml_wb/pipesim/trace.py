@@ -69,7 +69,9 @@ Trace.digest, Trace.wait, Trace.finished, Trace.response = map(property, (_diges
 
 # %% ../../nbs/pipesim/06_trace.ipynb #51cd4ae0
 def _slowdown(self):
-    "f8 [P]: bounded slowdown, the response over the run time without waiting, both at least 10 s (Feitelson 2001)."
+    """f8 [P]: bounded slowdown, the response over the run time without waiting, both at least 10 s (Feitelson 2001).
+
+    Of a pipeline whose tasks wait side by side it says too much, for waits are added up."""
     return np.maximum(self.response, 10) / np.maximum(self.response - self.wait, 10)
 
 def _cost(self):
