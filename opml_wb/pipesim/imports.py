@@ -62,7 +62,9 @@ def swf(path):
     rows = [(i + 1, line.split()) for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith(";")]
     for i, r in rows: need(len(r) == 18, f"{file}, line {i}", f"{len(r)} fields", "18 numbers (SWF)")
     try: x = np.array([r for _, r in rows], np.float64).reshape(-1, 18)
-    except ValueError: raise ValueError(f"{file}: expected numbers only, but a line has {next(v for _, r in rows for v in r if not _is_number(v))!r}") from None
+    except ValueError:
+        word = next(v for _, r in rows for v in r if not _is_number(v))
+        raise ValueError(f"{file}: expected numbers only, but a line has {word!r}") from None
     need_all(np.isfinite(x).all(1), f"{file}: job", x[:, 0], "18 finite numbers")
     submit, wait, run, cpu, status = x[:, 1], x[:, 2], x[:, 3], x[:, 5], x[:, 10]
     procs = np.where(x[:, 4] > 0, x[:, 4], x[:, 7])

@@ -13,9 +13,11 @@ from .ageing import first_passage, next_tick
 from .heaps import _list_insert, _list_remove, _queue_pop, _queue_push, _run_insert, _run_remove, inlined, kernel, pop, push
 
 # %% ../../nbs/pipesim/04_kernels.ipynb #ed46521d
-Work = namedtuple("Work", """arrival by_arrival first owner pool units key hold lone dur read write child_first child step_t step_pool step_cap
+Work = namedtuple("Work", """
+    arrival by_arrival first owner pool units key hold lone dur read write child_first child step_t step_pool step_cap
     backfill shared bytes_per_s latency model slot_first rate limit period jump_first jump_t jump_size debounce end""")
-State = namedtuple("State", """ready start finish phase missing left ev_t ev_id queue q_first q_size nxt prv run_end run_id r_size used cap waiting
+State = namedtuple("State", """
+    ready start finish phase missing left ev_t ev_id queue q_first q_size nxt prv run_end run_id r_size used cap waiting
     link_v link_id dirty touched n x deployed due last slot cause triggered stash""")
 EVENTS, ARRIVED, STEPPED, SENDING, TOUCHED, DONE, STASHED = range(7)     # counters in State.n
 NOW, VIRTUAL, LAST, NEXT = range(4)                             # times in State.x; the link's three

@@ -235,5 +235,6 @@ def check(platform, workload):
     most = np.array([p.most for p in platform.pools])
     if workload.n_tasks and (workload.units > most[at]).any():
         t = int(np.argmax(workload.units > most[at]))
-        raise ValueError(f"units, task {t}: expected at most {most[at[t]]}, all that pool {platform.names[at[t]]!r} ever has, got {workload.units[t]}")
+        raise ValueError(f"units, task {t}: expected at most {most[at[t]]}, all "
+                         f"that pool {platform.names[at[t]]!r} ever has, got {workload.units[t]}")
     return at

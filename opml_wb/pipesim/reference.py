@@ -148,9 +148,12 @@ def _ask(self, q, t):
     ids, out = {int(self.order[x[2]]): x for x in q.waiting}, []
     view = q.view(self.names[q.k], {int(self.order[j]): self.start[j] for _, j in q.running}, self.tasks)
     for task in self.policy.round(t, list(ids), view):
-        if task not in ids: raise ValueError(f"policy {self.policy.name!r}: task {task} does not wait in pool {self.names[q.k]!r} at t = {t:g}")
+        if task not in ids:
+            raise ValueError(f"policy {self.policy.name!r}: task {task} does not wait in pool {self.names[q.k]!r} at t = {t:g}")
         entry = ids.pop(task)
-        if self.units[entry[2]] > q.cap - q.used: raise ValueError(f"policy {self.policy.name!r}: task {task} needs {self.units[entry[2]]} units, pool {self.names[q.k]!r} has {q.cap - q.used} free at t = {t:g}")
+        if self.units[entry[2]] > q.cap - q.used:
+            raise ValueError(f"policy {self.policy.name!r}: task {task} needs {self.units[entry[2]]} units, "
+                             f"pool {self.names[q.k]!r} has {q.cap - q.used} free at t = {t:g}")
         del q.waiting[bisect_left(q.waiting, entry)]
         q._begin(entry[2], t, out)
     return out
@@ -209,7 +212,8 @@ def views(self):
 def _run_plain(self, until):
     """`run` where tasks only wait and compute (no link, backfilling, models, memory): the same in one function, which is what makes
     Python quick."""
-    events, arrivals, arrival, first, pool, units, key, hold = self.events, self.arrivals, self.arrival, self.first, self.pool, self.units, self.key, self.hold
+    events, arrivals, arrival, first = self.events, self.arrivals, self.arrival, self.first
+    pool, units, key, hold = self.pool, self.units, self.key, self.hold
     ready, start, finish, missing, (child, at) = self.ready, self.start, self.finish, self.missing, self.csr
     queues, free = [q.waiting for q in self.queues], [q.cap - q.used for q in self.queues]
     arrived, done, touched, never = self.arrived, self.done, set(), math.inf

@@ -118,7 +118,9 @@ def steady(traces, metric="wait", conf=.95, warmup=True):
     over = [(i, r.pool, r.rho) for i, t in enumerate(traces) for r in load(t.workload, t.platform).itertuples() if not r.stable
             and len(t.workload) > 1]
     left = [(i, t.unfinished) for i, t in enumerate(traces) if t.unfinished]
-    note = f"no steady state: pool {over[0][1]!r} has rho {over[0][2]:.3g} (replication {over[0][0]})" if over else f"no steady state: {left[0][1]} tasks have not ended (replication {left[0][0]})" if left else ""
+    note = ""
+    if left: note = f"no steady state: {left[0][1]} tasks have not ended (replication {left[0][0]})"
+    if over: note = f"no steady state: pool {over[0][1]!r} has rho {over[0][2]:.3g} (replication {over[0][0]})"
     series = [getattr(t, metric)[np.argsort(t.workload.arrival, kind="stable")] for t in traces]
     cut = [mser5(x) if warmup else 0 for x in series]
     values = np.array([x[c:].mean() for x, c in zip(series, cut)])

@@ -111,7 +111,8 @@ def _per_task(value, name, pipeline, n_pipelines):
 def _owner(pipeline, n, n_pipelines):
     "The pipeline of each of `n` tasks, i8 [n]; every pipeline has one."
     if pipeline is None:
-        need(n == n_pipelines, "pipeline", None, f"a pipeline for each of {n} tasks, for there are {n_pipelines} pipelines (None means one task each)")
+        need(n == n_pipelines, "pipeline", None, f"a pipeline for each of {n} tasks, for there are "
+             f"{n_pipelines} pipelines (None means one task each)")
         return np.arange(n, dtype=np.int64)
     out = whole(pipeline, "pipeline", n, 0, max(n_pipelines - 1, 0))
     need(n_pipelines > 0 or n == 0, "pipeline", list(out[:3]), "no task, for there is no pipeline")
@@ -222,7 +223,8 @@ def _moved(work, turn, rng):
     "Arrivals f8 [P] of copy `turn`: moved round the trace by whole weeks or days, by up to half an hour where there is but one day."
     span = work.horizon
     for unit in (604800, 86400):
-        if (whole_ := int(span // unit)) >= 2: return (work.arrival + (1 + (turn - 1) % (whole_ - 1)) * unit) % (np.ceil(span / unit) * unit)
+        if (whole_ := int(span // unit)) >= 2:
+            return (work.arrival + (1 + (turn - 1) % (whole_ - 1)) * unit) % (np.ceil(span / unit) * unit)
     return np.maximum(work.arrival + rng.uniform(-1800, 1800, len(work)), 0)
 
 # %% ../../nbs/pipesim/02_workload.ipynb #71aac2c8
@@ -248,7 +250,8 @@ def _digest(self):
     "sha256 (hex) of all that the simulator sees; the same for equal work, whatever made it."
     h = hashlib.sha256(json.dumps([self.pools, self.kinds, len(self), self.n_tasks]).encode())
     for name in (*PIPE, *TASK[:-1], "edges"):
-        if (v := getattr(self, name)) is not None: h.update(name.encode() + np.ascontiguousarray(v).astype(v.dtype.newbyteorder("<")).tobytes())
+        if (v := getattr(self, name)) is not None:
+            h.update(name.encode() + np.ascontiguousarray(v).astype(v.dtype.newbyteorder("<")).tobytes())
     return h.hexdigest()
 
 def _tasks(self):
