@@ -36,8 +36,8 @@ def _text(field, value):
 
 def _json(field, value, kind):
     if not isinstance(value, kind): raise ModelError(f"{field}: expected a {kind.__name__}, got {value!r:.80}")
-    try: return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ModelError(f"{field}: expected JSON values: {e}") from None
+    try: return json.dumps(value, allow_nan=False, default=lambda number: number.item())     # numpy's and torch's numbers
+    except (TypeError, ValueError, AttributeError, RuntimeError) as e: raise ModelError(f"{field}: expected JSON values: {e}") from None
 
 def _who():
     "user@host"
@@ -168,8 +168,9 @@ def publish(self, name, path, *, config=None, metrics=None, parents=(), provenan
         with closing(self._open()) as db, db.writing():
             state = self._state(db, name) if name in self._names(db) else None
             about |= {"parents": _lineage(parents, state), "digest": found, "file": path.name if path.is_file() else None}
-            if not (self.objects/found).exists():
-                os.replace(part, self.objects/found)
+            if not (goal := self.objects/found).exists() or digest(goal) != found:    # changed on disk: what comes in is whole
+                drop(goal)
+                os.replace(part, goal)
                 sync(self.objects)
             version = state.last + 1 if state else 1
             self._add(db, "publish", name, version, **about, signature=self.key and sign(_message(name, version, about), self.key))

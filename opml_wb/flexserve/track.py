@@ -65,13 +65,16 @@ def _side(row, col, shape):
     side = min(gaps, key=gaps.get)
     return side if gaps[side] <= .5 else None
 
-def _slope(t, x): return float(np.polyfit(t - t.mean(), x, 1)[0]) if len(t) > 1 else 0.
+def _slope(t, x):
+    "Median of the slopes between all pairs of points (Theil-Sen): one false alarm doesn't turn the line."
+    i, j = np.triu_indices(len(t), 1)
+    return float(np.median((x[j] - x[i]) / (t[j] - t[i]))) if len(t) > 1 else 0.
 
 def movement(grid, t=None, target=None):
     """How the target moved through the tiles: a `Movement`; None when it was never seen.
 
     `grid`: (T, R, C) verdicts (bool), or class names with `target`; `t`: (T,) times in s. Speed and heading are those of the straight line
-    that fits the path best (least squares). Raises ValueError."""
+    through the path by Theil and Sen: the median over all pairs of frames. Raises ValueError."""
     import pandas as pd
     seen = _seen(grid, target, 3, "(frames, rows, columns)")
     t, at = _times(t, len(seen)), np.flatnonzero(seen.any(axis=(1, 2)))
