@@ -47,6 +47,7 @@ async def read(request, most, limit):
 
 # %% ../../nbs/flexserve/12_http.ipynb #8c496b3e
 def json_response(value, status=200, headers=None):
+    "A Response of `value` (JSON values)."
     return Response(orjson.dumps(value), status, headers, "application/json")
 
 def refusal(e):
