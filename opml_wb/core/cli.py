@@ -126,6 +126,7 @@ def list_(as_json):
                      "last": last and {k: last.get(k) for k in ("key", "status", "started", "seconds")}})
     if as_json: return _out(rows)
     table = terminal.grid(">#", "chapter", "title", "presets", "last run")
+    table.columns[1].no_wrap = True
     for r in rows:
         last = f"{terminal.status(r['last']['status'])} {terminal.age(r['last']['started'])}" if r["last"] else ""
         table.add_row(str(r["number"] or ""), *map(terminal.plain, (r["name"], r["title"], ", ".join(r["presets"]))), last)
