@@ -144,7 +144,9 @@ def _flushed(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def canonical(value): return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+def canonical(value):
+    "The bytes of a JSON `value` in its one canonical form: sorted keys, no spaces, UTF-8."
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 def _save(arrays, path, save):
     "Write a safetensors file, flushed; its manifest entry."

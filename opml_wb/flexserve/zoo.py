@@ -49,10 +49,18 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean(dim=(2, 3)))
 
-def cifar_resnet20(classes=10): return CifarResNet(3, classes)
-def cifar_resnet32(classes=10): return CifarResNet(5, classes)
-def cifar_resnet44(classes=10): return CifarResNet(7, classes)
-def cifar_resnet56(classes=10): return CifarResNet(9, classes)
+def cifar_resnet20(classes=10):
+    "ResNet-20 for (B, 3, 32, 32): 3 blocks in each of three stages."
+    return CifarResNet(3, classes)
+def cifar_resnet32(classes=10):
+    "ResNet-32 for (B, 3, 32, 32): 5 blocks in each of three stages."
+    return CifarResNet(5, classes)
+def cifar_resnet44(classes=10):
+    "ResNet-44 for (B, 3, 32, 32): 7 blocks in each of three stages."
+    return CifarResNet(7, classes)
+def cifar_resnet56(classes=10):
+    "ResNet-56 for (B, 3, 32, 32): 9 blocks in each of three stages."
+    return CifarResNet(9, classes)
 
 # %% ../../nbs/flexserve/04_zoo.ipynb #6a67bf73
 def mlp(size=24, classes=2, width=64):
@@ -85,4 +93,6 @@ class PatchMixer(nn.Module):
         x = x + self.channels(self.norms[1](x))
         return self.head(self.norms[2](x).mean(dim=1))
 
-def patch_mixer(size=24, patch=6, classes=2, width=32): return PatchMixer(size, patch, classes, width)
+def patch_mixer(size=24, patch=6, classes=2, width=32):
+    "A PatchMixer for (B, 3, size, size)."
+    return PatchMixer(size, patch, classes, width)
