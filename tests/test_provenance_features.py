@@ -166,3 +166,18 @@ def test_other_tools_read_the_table(tmp_path):
     fs.write("t", pd.DataFrame({"id": [1, 2], "t": t, "x": [1., 2.]}), "id", "t")
     pl = pytest.importorskip("polars")
     assert pl.read_delta(str(tmp_path / "t")).sort("id")["x"].to_list() == [1., 2.]
+
+
+def test_reads_at_times_finer_than_a_microsecond_are_exact(tmp_path):
+    fs, t = FeatureStore(tmp_path), pd.Timestamp("1969-07-20T20:17:40.000002", tz="UTC")
+    before, after = (t.as_unit("ns") + pd.Timedelta(ns, "ns") for ns in (-1, 1))
+    row = pd.DataFrame({"k": ["a"], "t": [t], "x": [1.0]})
+    fs.write("f", row, "k", "t", known_from=t)
+    assert [fs.value("f", "a", "x", at, known) for at, known in ((before, t), (t, before), (after, after), (t, t))] == [None, None, 1, 1]
+    assert [len(fs.range("f", "x", a, b)) for a, b in ((before, after), (t, after), (after, t + pd.Timedelta(days=1)), (before, t), (after, after))] == [1, 1, 0, 0, 0]
+    times = pd.Series([before, t, after])
+    for column in (times, times.astype(object)):
+        assert fs.training_set(pd.DataFrame({"k": "a", "t": column}), ["f.x"])["f.x"].isna().tolist() == [True, False, False]
+        with pytest.raises(ValueError, match="finer than a microsecond"):
+            fs.write("f", pd.DataFrame({"k": list("abc"), "t": column, "x": 1.0}), "k", "t")
+    assert len(fs.history("f")) == 1

@@ -257,6 +257,31 @@ def test_the_verbs_print_json(dag, made, opml):
     assert refused.returncode == 2 and "no run 'nothing'" in refused.stderr
 
 
+def test_paths_that_are_not_utf8_pass_every_question(trace, home, opml, tmp_path):
+    odd = os.fsdecode(b"in\xff\xfe.txt")
+    Path(odd).write_text("x")
+    first = trace(*PY, "import os; open(b'out\\xfd.txt', 'w').write(open(b'in\\xff\\xfe.txt').read())")["run"]
+    second = trace(*PY, "open(b'last\\xfc', 'w').write(open(b'out\\xfd.txt').read())")["run"]
+    out, last = (os.path.abspath(os.fsdecode(n)) for n in (b"out\xfd.txt", b"last\xfc"))
+    assert set(footprint(first).path) == {os.path.abspath(odd), out} and set(impact(first).path) == {out, last}
+    assert list(most_used().path) == [out, os.path.abspath(odd)] and most_used().runs.tolist() == [1, 1]
+    assert latest_using(out)["run"] == latest_using(os.fsencode(out))["run"] == second and tag(out, "good") == ["good"]
+    assert check(second)["verdict"] == "same" and search("last").run.tolist() == [second]
+    from opml_wb.provenance import lineage_graph
+    from opml_wb.provenance.openlineage import openlineage
+    assert "out" in lineage_graph(second).to_json() and json.dumps(openlineage(second), ensure_ascii=False).encode()
+
+    def ask(*words): return json.loads(opml(*words, "--json", env={"OPML_HOME": str(home)}, cwd=Path.cwd()).stdout)
+    assert {r["path"] for r in ask("impact", first)} == {out, last} == {e["path"] for e in ask("lineage", second)["events"]}
+    assert ask("lineage", out)["path"] == out
+    assert set(ask("pipeline", "export", second, "all.zip")["files"]) == {odd}
+    there = Path(ask("pipeline", "import", "all.zip", "--to", str(tmp_path / "there"))["folder"])
+    assert os.listdir(there) == [odd] and (there / odd).read_text() == "x"
+    Path(out).write_text("y")
+    difference, = ask("check", second)["differences"]
+    assert (difference["class"], difference["name"]) == ("input", out)
+
+
 def test_postgres_answers_the_same(postgres, tmp_path, monkeypatch):
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OPML_STORE", postgres)

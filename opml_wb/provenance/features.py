@@ -66,7 +66,7 @@ class _Reads(Commits):
         import pyarrow.dataset as ds
         table = self._table(name)
         features = _features(table, features)
-        start, end = instant(start, "start"), instant(end, "end")
+        start, end = instant(start, "start", up=True), instant(end, "end", up=True)
         if start > end: raise ValueError(f"start={start}, end={end}: expected start <= end")
         time, keys = table.meta["event_time"], table.meta["keys"]
         where = (ds.field(time) >= start.to_pydatetime()) & (ds.field(time) < end.to_pydatetime())
@@ -130,7 +130,7 @@ class FeatureStore(_Reads):
         t = time if time in labels.columns else "event_time"
         for c in (*keys, t):
             if c not in labels.columns: raise ValueError(f"labels have no column {c!r}, which table {name!r} is joined by")
-        at = instants(labels[t], t)
+        at = instants(labels[t], t, floor=True)
         top = pc.max(at).as_py() if len(at) else None
         if isinstance(known, str): _known_then(table, at)
         rows = table.scan([*columns, "_known_from"], None if isinstance(known, str) else known, None if top is None else ds.field(time) <= top)

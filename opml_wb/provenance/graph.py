@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..core import ui
 from .questions import made, reach, used
 from .reproduce import maker
-from .store import Reader
+from .store import Reader, text_of
 
 # %% ../../nbs/provenance/26_graph.ipynb #6c1079bf
 @dataclass
@@ -87,7 +87,7 @@ def label(g, node):
     if node in g.stages:
         s = g.stages[node]
         return s["pipeline"], f"<b>{s['pipeline']}</b> {s['status']}<br>{node}<br>{s['who']}@{s['host']}, capture {s['capture']}"
-    path, version = node
+    path, version = text_of(node[0]), node[1]
     return f"{os.path.basename(path)}<br>{_short(version)}", f"<b>{path}</b><br>{version}"
 
 def _short(version): return f"version {version[6:]}" if version.startswith("delta:") else version[:7]

@@ -14,7 +14,7 @@ from .facts import machine
 from .files import version_of
 from .questions import made, used
 from .reproduce import _copy_of, _difference, _installed, needed, traced, version_now
-from .store import Reader
+from .store import Reader, text_of
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #fed4992b
 FORMAT, MANIFEST, FILES = 1, "pipeline.json", "files"
@@ -108,8 +108,8 @@ def export(run, file):
         raise PipelineError(f"run {order[-1]}: its inputs below {base} take {size / 1e6:.0f} MB, at most {LIMIT / 1e6:.0f} MB travel: "
                             "keep them elsewhere, under a name of the data registry")
     content = {place: p if isinstance(p, bytes) else Path(p).read_bytes() for place, p in files.items()}
-    manifest = runs.plain({"format": FORMAT, "base": base, "machine": machine(), "stages": [_stage(ledger, r) for r in order],
-                           "inputs": inputs, "files": {place: hashlib.sha256(data).hexdigest() for place, data in sorted(content.items())}})
+    manifest = {"format": FORMAT, "base": base, "machine": machine(), "stages": [_stage(ledger, r) for r in order],
+                "inputs": inputs, "files": {place: hashlib.sha256(data).hexdigest() for place, data in sorted(content.items())}}
     _pack(file, {MANIFEST: json.dumps(manifest, indent=1).encode(), **{f"{FILES}/{place}": data for place, data in sorted(content.items())}})
     return manifest
 
@@ -117,7 +117,7 @@ def _pack(file, content):
     "Write `content` {name: bytes} as the zip `file`, whole or not at all; the same content gives the same bytes."
     part = Path(f"{file}.part")
     with zipfile.ZipFile(part, "w") as z:
-        for name, data in content.items(): z.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+        for name, data in content.items(): z.writestr(zipfile.ZipInfo(text_of(name), (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
     os.replace(part, file)
 
 # %% ../../nbs/provenance/24_pipeline.ipynb #d06c82c6
@@ -126,7 +126,7 @@ def _read(file):
     try:
         with zipfile.ZipFile(file) as z:
             manifest = json.loads(z.read(MANIFEST))
-            content = {place: z.read(f"{FILES}/{place}") for place in manifest["files"]}
+            content = {place: z.read(f"{FILES}/{text_of(place)}") for place in manifest["files"]}
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
         raise PipelineError(f"{file} is no pipeline that `opml pipeline export` wrote: {e}") from None
     if manifest.get("format") != FORMAT: raise PipelineError(f"{file} has format {manifest.get('format')!r}, this opml_wb knows {FORMAT}")

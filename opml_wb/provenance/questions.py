@@ -79,13 +79,15 @@ def most_used(n=10):
     from opml_wb.provenance.capture import SOURCE
     rows = Reader().db.execute(f"""select e.path, count(distinct e.run), count(distinct coalesce(e.version, e.was)), max(r.started)
         from prov_event e join run r on r.id=e.run where {USE} group by e.path order by 2 desc, 4 desc, 1""")
-    found = islice(((native(p), *rest) for p, *rest in rows if not p.endswith(SOURCE)), n)
-    return pd.DataFrame(found, columns=["path", "runs", "versions", "last"])
+    found = list(islice(((native(p), *rest) for p, *rest in rows if not p.endswith(SOURCE)), n))
+    frame = pd.DataFrame(found, columns=["path", "runs", "versions", "last"], dtype=object)      # arrow's texts hold no path that isn't UTF-8
+    return frame.astype({"runs": int, "versions": int, "last": float})
 
 def place(data):
     "The path that `data` means: a path, or a name of `opml data ls`."
+    data = os.fsdecode(data)
     from opml_wb.core import data as registry
-    found = registry.find(data) if str(data) in registry.registry() else None
+    found = registry.find(data) if data in registry.registry() else None
     return str(found or Path(data).expanduser().resolve())
 
 def latest_using(data):
@@ -103,10 +105,10 @@ def last_successful(pipeline):
     `pipeline`: a chapter's name, or the script's of `opml trace`; its version is the hash of its code. Raises KeyError for an unknown one."""
     db = Reader().db
     newest = db.execute("""select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=?
-        order by r.started desc, s.run desc limit 1""", (pipeline,)).fetchone()
+        order by r.started desc, s.run desc limit 1""", (text_of(pipeline),)).fetchone()
     if newest is None: raise KeyError(f"no run of a pipeline {pipeline!r}; there are: {', '.join(_pipelines(db)) or 'none'}")
     row = db.execute("""select s.run, s.who, s.host, s.code, r.started from prov_stage s join run r on r.id=s.run
-        where s.pipeline=? and r.status='done' and coalesce(s.code, '')=? order by r.started desc, s.run desc limit 1""", (pipeline, newest[0] or "")).fetchone()
+        where s.pipeline=? and r.status='done' and coalesce(s.code, '')=? order by r.started desc, s.run desc limit 1""", (text_of(pipeline), newest[0] or "")).fetchone()
     return row and dict(zip(("run", "who", "host", "code", "started"), row))
 
 def _pipelines(db): return [p for p, in db.execute("select distinct pipeline from prov_stage order by 1").fetchall()]

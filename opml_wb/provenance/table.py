@@ -22,25 +22,35 @@ AT = "OPML_TABLES_AT"   # variable: JSON {real path of a table: version} that a 
 class HistoryError(LookupError): "What is asked lies in history that `vacuum` removed."
 
 # %% ../../nbs/provenance/10_table.ipynb #1b6d9f3f
-def instant(value, what):
-    "`value` (datetime, Timestamp or ISO text) as a UTC Timestamp of microseconds. Raises ValueError for anything without a time zone."
+def instant(value, what, up=False):
+    """`value` (datetime, Timestamp or ISO text) as a UTC Timestamp of microseconds, rounded down, or `up`.
+
+    Raises ValueError for anything without a time zone."""
+    t = _moment(value, what)
+    return (t.ceil("us") if up else t.floor("us")).as_unit("us")
+
+def _moment(value, what):
+    "`value` as a UTC Timestamp as fine as it is."
     import pandas as pd
     try: t = pd.Timestamp(value) if isinstance(value, (str, datetime)) else None
     except ValueError: t = None
     if t is None or t is pd.NaT or t.tz is None: raise ValueError(f"{what}: expected a time with a time zone, got {value!r}")
-    return t.tz_convert("UTC").floor("us").as_unit("us")
+    return t.tz_convert("UTC")
 
 # %% ../../nbs/provenance/10_table.ipynb #5e350150
-def instants(column, what):
-    "A column of times (Series [n]) as an arrow array of UTC microseconds. Raises ValueError, also for nulls and for times finer than that."
-    import pandas as pd, pyarrow as pa
+def instants(column, what, floor=False):
+    """A column of times (Series [n]) as an arrow array of UTC microseconds. Raises ValueError, also for nulls.
+
+    Finer times are refused, or rounded down with `floor`: kept times have no more digits, so what is <= a time stays so."""
+    import pandas as pd, pyarrow as pa, pyarrow.compute as pc
     column = pd.Series(column)
     if column.isna().any(): raise ValueError(f"{what}: row {int(column.isna().to_numpy().argmax())} is null")
-    if column.dtype == object: column = pd.to_datetime(column.map(lambda v: instant(v, what)), utc=True)
+    if column.dtype == object: column = pd.to_datetime(column.map(lambda v: _moment(v, what)), utc=True)
     arrow = pa.Array.from_pandas(column)
     if isinstance(arrow, pa.ChunkedArray): arrow = arrow.combine_chunks()
     if not pa.types.is_timestamp(arrow.type) or arrow.type.tz is None:
         raise ValueError(f"{what}: expected times with a time zone, got {column.dtype}: localize them, as with .dt.tz_localize('UTC')")
+    if floor and arrow.type.unit == "ns": arrow = pc.floor_temporal(arrow.cast(pa.timestamp("ns", "UTC")), unit="microsecond")
     try: return arrow.cast(pa.timestamp("us", "UTC"))
     except pa.ArrowInvalid: raise ValueError(f"{what}: times finer than a microsecond cannot be kept") from None
 

@@ -14,8 +14,10 @@ from ..core import terminal
 
 # %% ../../nbs/provenance/25_verbs.ipynb #e1d76e29
 def _out(value):
-    from opml_wb.core.store import plain
-    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=1))
+    "Print JSON; with bytes of paths that aren't UTF-8 all in ASCII, so that it reads back as the path."
+    said = json.dumps(value, ensure_ascii=False, indent=1)
+    try: click.echo(said.encode())
+    except UnicodeEncodeError: click.echo(json.dumps(value, indent=1))
 
 def _records(frame): return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
