@@ -9,7 +9,7 @@ __all__ = ['FeatureStore']
 import numpy as np
 from .asof import latest_known
 from .commits import Commits, PinnedError
-from .table import OPS, HistoryError, in_order, instant, instants, newest
+from .table import OPS, HistoryError, held, instant, instants
 
 # %% ../../nbs/provenance/13_features.ipynb #da81bdf5
 def _features(table, names):
@@ -72,7 +72,7 @@ class _Reads(Commits):
         where = (ds.field(time) >= start.to_pydatetime()) & (ds.field(time) < end.to_pydatetime())
         rows = table.scan(features, None if known_at is None else instant(known_at, "known_at"), where)
         self._touched("read", table)
-        return in_order(newest(rows, keys, time), time).select([*keys, time, *features]).to_pandas()
+        return held(rows, keys, time, [*keys, time, *features]).to_pandas()
 
 # %% ../../nbs/provenance/13_features.ipynb #be851c95
 def _newest_value(rows, time, feature):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPS', 'RESERVED', 'PATIENCE', 'SMALL', 'AT', 'CONFIGURATION', 'HistoryError', 'instant', 'instants', 'encode',
-           'retried', 'Table', 'codes', 'newest', 'in_order']
+           'retried', 'Table', 'codes', 'holding', 'newest', 'held']
 
 # %% ../../nbs/provenance/10_table.ipynb #af7ef1e2
 import itertools, json, os, random, time
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 # %% ../../nbs/provenance/10_table.ipynb #4b43a9d6
@@ -232,17 +232,36 @@ class _Written(_Log):
         return given
 
 # %% ../../nbs/provenance/10_table.ipynb #ee64d3c8
+def _limits(file, clocks):
+    "What Delta knows of the columns `clocks` of a file (add action), as a dataset expression."
+    import pyarrow.dataset as ds
+    out = ds.scalar(True)
+    for c in clocks:
+        low, high = file.get(f"min.{c}"), file.get(f"max.{c}")
+        if low is not None and high is not None: out &= (ds.field(c) >= low) & (ds.field(c) <= high + timedelta(milliseconds=1))
+    return out
+
 class Table(_Written):
     "The log of one feature table, in folder `path`: written by commits, read by both clocks."
     def dataset(self):
         "The log as an arrow dataset, made once per version; a small one in memory."
-        import pyarrow.dataset as ds
+        import pyarrow as pa, pyarrow.dataset as ds
         version = self.delta.version()
         if self._kept.get("version") != version:
-            found = self.delta.to_pyarrow_dataset()
-            size = sum(self.delta.get_add_actions(flatten=True)["size_bytes"].to_pylist())
-            self._kept = {"version": version, "dataset": ds.dataset(found.to_table()) if size <= SMALL else found}
+            files = pa.table(self.delta.get_add_actions(flatten=True)).to_pylist()
+            found = self._files(files)
+            small = sum(f["size_bytes"] for f in files) <= SMALL
+            self._kept = {"version": version, "dataset": ds.dataset(found.to_table()) if small else found}
         return self._kept["dataset"]
+
+    def _files(self, files):
+        "The arrow dataset of `files` (add actions), each with its limits by both clocks; a limit is kept to the millisecond."
+        import pyarrow.dataset as ds
+        from pyarrow.fs import LocalFileSystem, SubTreeFileSystem      # Delta's own one goes through Python
+        found = self.delta.to_pyarrow_dataset(filesystem=SubTreeFileSystem(str(self.path.absolute()), LocalFileSystem()))
+        limits = {f["path"]: _limits(f, (self.meta["event_time"], "_known_from")) for f in files}
+        parts = [found.format.make_fragment(p, found.filesystem, limits.get(p, ds.scalar(True))) for p in found.files]
+        return ds.FileSystemDataset(parts, found.schema, found.format, found.filesystem)
 
     def scan(self, columns=(), known_at=None, where=None):
         """The rows of the log that were known at `known_at` (Timestamp; None: all), as an arrow table.
@@ -279,22 +298,37 @@ def codes(columns):
         out = out * n + encoded.indices.to_numpy().astype(np.int64)
     return out
 
-def newest(rows, keys, event_time):
-    "Of `rows` (arrow table of the log) those that hold, in their order: of each cell the row of the highest version, unless it is a delete."
-    import numpy as np, pandas as pd, pyarrow as pa
+def holding(rows, keys, event_time):
+    "Which of `rows` (arrow table of the log) hold (bool [n]): of each cell the row of the highest version, unless it is a delete."
+    import numpy as np, pandas as pd
     op = rows["_op"].to_numpy()
-    if not (op != OPS["append"]).any(): return rows
+    if not (op != OPS["append"]).any(): return np.ones(len(op), bool)
     cell = codes([rows[c] for c in (*keys, event_time)])
-    keep = ~np.isin(cell, cell[op != OPS["append"]])
+    keep = ~_among(cell, cell[op != OPS["append"]])
     some = np.flatnonzero(~keep)
     some = some[np.argsort(rows["_version"].to_numpy()[some], kind="stable")]
     last = some[~pd.Series(cell[some]).duplicated(keep="last").to_numpy()]
     keep[last[op[last] != OPS["delete"]]] = True
-    return rows.filter(pa.array(keep))
+    return keep
 
-def in_order(rows, event_time):
-    "`rows` (arrow table) in order of event time, then of version."
+def _among(values, some):
+    "Which of `values` (int64 >= 0) are in `some`."
+    import numpy as np
+    if (top := int(values.max())) > 8 * len(values): return np.isin(values, some)
+    there = np.zeros(top + 1, bool)
+    there[some] = True
+    return there[values]
+
+def newest(rows, keys, event_time):
+    "The `rows` (arrow table of the log) that hold, as they stand."
+    import pyarrow as pa
+    keep = holding(rows, keys, event_time)
+    return rows if keep.all() else rows.filter(pa.array(keep))
+
+def held(rows, keys, event_time, columns):
+    "`columns` of the `rows` (arrow table of the log) that hold, in order of event time, then of version."
     import numpy as np, pyarrow as pa
-    time, version = rows[event_time].cast("int64").to_numpy(), rows["_version"].to_numpy()
-    sorted_already = (time[1:] > time[:-1]) | (time[1:] == time[:-1]) & (version[1:] >= version[:-1])
-    return rows if sorted_already.all() else rows.take(pa.array(np.lexsort((version, time))))
+    at = np.flatnonzero(holding(rows, keys, event_time))
+    time, version = (rows[c].cast("int64").to_numpy()[at] for c in (event_time, "_version"))
+    in_order = (time[1:] > time[:-1]) | (time[1:] == time[:-1]) & (version[1:] >= version[:-1])
+    return rows.select(columns).take(pa.array(at if in_order.all() else at[np.lexsort((version, time))]))
