@@ -316,6 +316,7 @@ def test_sizes_and_slow_clients(faces):
     "A body over the limit is 413, told or found; one that doesn't come is 408; headers a byte at a time are cut."
     settle(faces)
     assert ask(faces.url, "POST", "/v1/predict", b"x" * (65 << 20), Content_Type="image/png")[0] == 413
+    assert ask(faces.url, "POST", "/v1/predict", b"little", Content_Type="image/png", Content_Length=1 << 40)[0] == 413    # told, not sent
     chunks = b"".join(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" for _ in range(66)) + b"0\r\n\r\n"
     assert ask(faces.url, "POST", "/v1/predict", chunks, Content_Type="image/png", Transfer_Encoding="chunked")[0] == 413
     began = time.monotonic()

@@ -8,6 +8,7 @@ __all__ = ['ERRORS', 'flexserve', 'pictures', 'pack', 'publish', 'serve', 'pin',
 # %% ../../nbs/flexserve/16_cli.ipynb #ffdb2048
 import json
 from pathlib import Path
+from urllib.parse import urlsplit
 import click
 ERRORS = (ValueError, OSError, RuntimeError)  # what a user can put right: said in one line
 
@@ -195,7 +196,10 @@ def bench(url, images, clients, seconds, mix, as_json):
     files = [data for _, data in _call(pictures, images)]
     requests = {s: [load.form([files[(k + j) % len(files)] for j in range(s)]) for k in range(0, len(files), s)] for s in set(sizes)}
     def ask(client, n): size = sizes[(client + n) % len(sizes)]; return size, requests[size][(7 * client + n) % len(requests[size])]
-    result = load.summary(asyncio.run(load.closed(url, ask, clients, seconds)), lambda r: r.key)
-    if as_json: return click.echo(json.dumps(result))
+    if not url.startswith("http://") or not urlsplit(url).hostname: raise click.UsageError(f"URL: expected http://HOST:PORT, got {url!r}")
+    replies = _call(lambda: asyncio.run(load.closed(url, ask, clients, seconds)))
+    if not any(r.status for r in replies): raise click.ClickException(f"{url} answers nothing: {replies[0].why}")
+    result = load.summary(replies, lambda r: r.key)
+    if as_json: return click.echo(json.dumps({k: None if v != v else v for k, v in result.items()}))
     click.echo(f"{result['requests']} requests: {result['codes']}, {result['lost']} lost; {result['images_per_s']:.0f} images/s; "
                f"p50 {result['p50_ms']:.1f} ms, p99 {result['p99_ms']:.1f} ms")

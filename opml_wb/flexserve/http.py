@@ -31,7 +31,10 @@ async def _drop(request, seconds=2.):
 # %% ../../nbs/flexserve/12_http.ipynb #04337432
 async def read(request, most, limit):
     "The body of a starlette request, at most `most` bytes within `limit` seconds. Raises Refused 413 or 408."
-    chunks, size = [], 0
+    chunks, size, said = [], 0, request.headers.get("content-length", "")
+    if said.isdigit() and len(said) < 20 and int(said) > most:
+        await _drop(request)
+        raise Refused(413, f"body: {said} bytes: at most {most}", connection="close")
     try:
         async with asyncio.timeout(limit):
             async for chunk in request.stream():
