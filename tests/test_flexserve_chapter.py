@@ -13,3 +13,9 @@ def test_the_chapter_loses_nothing_and_mixes_nothing(home):
     assert m["lazy_and_share"] < .45 and m["swap_requests"] > 10
     assert min(m[f"accuracy_{n}"] for n in ("mlp", "convnet", "patch_mixer")) > .6
     assert {c["name"]: c["verdict"] for c in r.claims}["forward calls for a batch through three models"] == "reproduced"
+
+
+def test_a_target_that_the_pictures_lack_is_refused_before_anything_is_trained(home):
+    from opml_wb.core.run import run
+    r = run("flexserve", target="cat")
+    assert r.status == "failed" and "digits has no class 'cat'" in r.error and not r.metrics
