@@ -290,6 +290,25 @@ def test_plans_do_not_depend_on_workers():
     assert p.stable.tolist() == (p.rho < 1).tolist() and not p.stable.iloc[-1]
 
 
+@pytest.mark.parametrize("days", [.03, 1.2, 3.7, 9.9, 30])
+def test_load_grows_with_users_whatever_the_length_of_the_trace(days):
+    rng = np.random.default_rng(6)
+    work = Workload.from_arrays(np.sort(rng.uniform(0, days * 86400, 4000)), rng.exponential(20 * days, 4000), "cpu")
+    plan = capacity_plan(work, Platform([Pool("cpu", 2)]), growth=[1, 1.5, 2, 3], replications=2)
+    assert np.allclose(plan.rho / plan.rho[0], plan.growth, rtol=.05)
+    assert work.scale(users=3).horizon <= work.horizon and (plan.wait_p95.diff()[1:] > 0).all()
+
+
+def test_readers_name_the_line_of_a_word(tmp_path):
+    good = "1 0 5 10 2 10 -1 2 20 -1 1 1 1 1 1 1 -1 -1\n"
+    for text, said in ((good + good.replace("10", "ten", 1), "line 2: expected numbers only, got 'ten'"), (good + "1 2\n", "line 2")):
+        (tmp_path / "a.swf").write_text(text)
+        with pytest.raises(ValueError, match=said): Workload.from_swf(tmp_path / "a.swf")
+    (tmp_path / "a.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match="a.csv: expected CSV"): Workload.from_philly(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="arrival: expected numbers"): Workload.from_arrays(np.array(["2020-01-01"], "M8[s]"), [1.], "cpu")
+
+
 def test_common_numbers_cut_the_variance():
     def mean_wait(capacity, rng, n=5000):
         work = Workload.from_arrays(rng.exponential(1 / .85, n).cumsum(), rng.exponential(3, n), "gpu")

@@ -105,7 +105,9 @@ def column(df, name, positive=True):
 
 def finite(values, name, least=-np.inf):
     "Values as f8 [n], each finite and >= `least`. Raises ValueError naming the first row that isn't."
-    try: x = np.asarray(values, float)
+    try:
+        if (x := np.asarray(values)).dtype.kind in "mMc": raise TypeError(x.dtype)
+        x = x.astype(float)
     except (TypeError, ValueError): raise ValueError(f"{name}: expected numbers, got {np.asarray(values).dtype}") from None
     if x.ndim != 1: raise ValueError(f"{name}: expected one dimension, got shape {x.shape}")
     bad = np.flatnonzero(~(np.isfinite(x) & (x >= least)))

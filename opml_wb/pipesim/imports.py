@@ -10,21 +10,26 @@ import gzip
 import io
 import json
 import warnings
+import zlib
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .model import need, need_all
+from .model import need, need_all, number
 from .workload import Workload
 
 # %% ../../nbs/pipesim/02_imports.ipynb #ed5ced6b
 def _text(path):
     "The text of a file, unpacked where it is gzip'd."
     raw = Path(path).read_bytes()
-    return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+    try: return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as ex:
+        raise ValueError(f"{Path(path).name}: expected text or .gz, {ex}") from None
 
 def _table(path, columns):
     "A CSV file (.gz or not) that has `columns`; ValueError naming those that are missing."
-    df = pd.read_csv(io.StringIO(_text(path)))
+    try: df = pd.read_csv(io.StringIO(_text(path)))
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as ex:
+        raise ValueError(f"{Path(path).name}: expected CSV, {str(ex).strip()}") from None
     need(set(columns) <= set(df), f"{Path(path).name}: columns", list(df), f"{list(columns)}")
     return df
 
@@ -63,8 +68,8 @@ def swf(path):
     for i, r in rows: need(len(r) == 18, f"{file}, line {i}", f"{len(r)} fields", "18 numbers (SWF)")
     try: x = np.array([r for _, r in rows], np.float64).reshape(-1, 18)
     except ValueError:
-        word = next(v for _, r in rows for v in r if not _is_number(v))
-        raise ValueError(f"{file}: expected numbers only, but a line has {word!r}") from None
+        line, word = next((i, v) for i, r in rows for v in r if not _is_number(v))
+        raise ValueError(f"{file}, line {line}: expected numbers only, got {word!r}") from None
     need_all(np.isfinite(x).all(1), f"{file}: job", x[:, 0], "18 finite numbers")
     submit, wait, run, cpu, status = x[:, 1], x[:, 2], x[:, 3], x[:, 5], x[:, 10]
     procs = np.where(x[:, 4] > 0, x[:, 4], x[:, 7])
@@ -78,15 +83,20 @@ def swf(path):
 
 # %% ../../nbs/pipesim/02_imports.ipynb #402f0e6d
 def _is_number(text):
-    try: return bool(float(text) == float(text))
+    try: float(text)
     except ValueError: return False
+    return True
 
-# %% ../../nbs/pipesim/02_imports.ipynb #66fe1614
+# %% ../../nbs/pipesim/02_imports.ipynb #34e0e181
+def _size(record, file):
+    "sizeInBytes of a file in a WfFormat instance; 0 where not said."
+    return number(record.get("sizeInBytes", 0), f"{file}, file {record['id']!r}: sizeInBytes")
+
 def _field(record, name, what):
     need(isinstance(record, dict) and name in record, what, sorted(record) if isinstance(record, dict) else record, f"a field {name!r}")
     return record[name]
 
-# %% ../../nbs/pipesim/02_imports.ipynb #34e0e181
+# %% ../../nbs/pipesim/02_imports.ipynb #66fe1614
 def wfformat(path):
     """A WfFormat (WfCommons, schema 1.5) instance as one pipeline at t = 0: pool `cpu`, units = coreCount (1 where not said), read and
     write = bytes of its files. Raises ValueError naming the task."""
@@ -94,7 +104,8 @@ def wfformat(path):
     try: flow = _field(json.loads(_text(path)), "workflow", file)
     except json.JSONDecodeError as ex: raise ValueError(f"{file}: expected JSON, {ex}") from None
     spec = _field(flow, "specification", file)
-    tasks, size = _field(spec, "tasks", file), {f["id"]: float(f.get("sizeInBytes", 0)) for f in spec.get("files", ())}
+    tasks, size = _field(spec, "tasks", file), {_field(f, "id", f"{file}, a file"): _size(f, file) for f in spec.get("files", ())}
+    need(isinstance(tasks, list), f"{file}: tasks", tasks, "a list")
     at = {_field(t, "id", f"{file}, a task"): i for i, t in enumerate(tasks)}
     need(len(at) == len(tasks) > 0, f"{file}: tasks", len(tasks), "at least one, with unique ids")
     ran = {_field(t, "id", f"{file}, a task"): t for t in _field(_field(flow, "execution", file), "tasks", file)}

@@ -73,7 +73,7 @@ def capacity_plan(workload_or_model, platform, growth=(1.0, 1.1, 1.2), replicati
     (s of mean wait saved by a tenth more of this pool, the same work), bottleneck (the pool
     with the largest gain, where there is one), min_capacity (units of this pool that keep the slo, others as they are; NaN: none does,
     or no slo), stable (rho < 1: else waits only say how long the trace was). Raises ValueError."""
-    growth = [number(g, "growth") for g in growth]
+    growth = [number(g, "growth") for g in np.ravel(growth).tolist()]
     need(growth and min(growth) > 0, "growth", growth, "numbers > 0")
     need(int(replications) == replications and replications >= 1, "replications", replications, "a whole number >= 1")
     if slo is not None: number(slo, "slo")
