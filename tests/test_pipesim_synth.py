@@ -125,6 +125,37 @@ def real(name):
     return path
 
 
+def test_strata_and_bins_that_scatter_less_than_the_whole():
+    "Between-group scatter isn't taken for scatter within: 9 small strata apart by factors, and a curve that size nearly determines."
+    rng, n = np.random.default_rng(4), 450
+    kind = np.repeat(np.arange(9), 50)
+    strata = pd.DataFrame({"kind": kind, "dur": np.exp(kind + rng.normal(0, .2, n))})
+    size = np.exp(rng.uniform(0, 6, n))
+    curve = pd.DataFrame({"size": size, "dur": np.exp(np.log(size) ** 2 / 6 + rng.normal(0, .1, n))})
+    for df, by in ((strata, "kind"), (curve, ())):
+        cover = []
+        for seed in range(20):
+            held = np.random.default_rng([seed, 7]).random(n) < .5
+            g = DurationModel(by=by).fit(df[~held]).gof(df[held])
+            cover.append((g.cover50, g.cover90))
+        c50, c90 = np.mean(cover, 0)
+        assert .43 <= c50 <= .57 and .84 <= c90 <= .95, (by, c50, c90)
+
+
+def test_assets_whose_numbers_are_rounded_keep_their_values():
+    rng = np.random.default_rng(5)
+    df = pd.DataFrame({"share": rng.choice([.1, .25, .5, 2.5], 300, p=[.4, .3, .2, .1]), "width": np.round(rng.normal(1.2, .7, 300), 1)})
+    model = AssetModel().fit(df)
+    assert all(g.ks < .05 for g in model.gof(df).values())
+    assert set(model.sample(500, 1).share) <= {.1, .25, .5, 2.5}
+
+
+def test_one_week_tells_working_days_from_weekends_and_dates_are_refused():
+    t = trace(weeks=1, rate=30)
+    assert ArrivalModel().fit(t).gof(t).cell_mape < .25
+    with pytest.raises(ValueError, match="times_s: expected numbers, got datetime64"): ArrivalModel().fit(t.astype("M8[s]"))
+
+
 def test_philly_and_pmlb():
     from opml_wb.pipesim.traces import philly, pmlb
     real("pipesim/philly"), real("pipesim/pmlb")

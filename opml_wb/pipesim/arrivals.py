@@ -92,11 +92,12 @@ def _evened(gap, counts, lam, free, seed):
 
 # %% ../../nbs/pipesim/10_arrivals.ipynb #6e3954ff
 def _profile(counts, cells):
-    "Mean counts by cell f8 [168], and the grouping's size: 168 cells, or 24 or 1 where the trace is too short for more."
-    size = next((k for k in (WEEK, 24) if len(counts) >= 1.5 * k), 1)
-    hours, total = np.bincount(cells % size, minlength=size), np.bincount(cells % size, counts, size)
-    mean = np.where(hours > 0, total / np.maximum(hours, 1), counts.mean())
-    return np.tile(mean, WEEK // size), size
+    """Mean counts by cell f8 [168], and how many groups of cells: 168 from a week and a half on, 48 (hours of working days and of
+    weekends) from a week on, 24 from a day and a half on, else 1."""
+    c, n = np.arange(WEEK), len(counts)
+    group = c if n >= 1.5 * WEEK else c % 24 + 24 * (c >= 120) if n >= WEEK else c % 24 if n >= 36 else 0 * c
+    hours, total = np.bincount(group[cells], minlength=WEEK), np.bincount(group[cells], counts, WEEK)
+    return np.where(hours > 0, total / np.maximum(hours, 1), counts.mean())[group], int(group[-1]) + 1
 
 def _innovations(n, rng):
     "Standard normals f8 [n], a Latin hypercube over weeks in each hour of the week: independent within any week."
@@ -171,7 +172,8 @@ class ArrivalModel(Fit):
         Monday 00:00
         local of weeks without any). rng: Generator or seed. Raises ValueError for a horizon that isn't > 0 and finite, and before `fit`."""
         self._fitted()
-        if not (np.isfinite(horizon_s) and horizon_s > 0): raise ValueError(f"horizon_s={horizon_s!r}: expected seconds > 0")
+        number = isinstance(horizon_s, (int, float, np.number))
+        if not (number and np.isfinite(horizon_s) and horizon_s > 0): raise ValueError(f"horizon_s={horizon_s!r}: expected seconds > 0")
         rng = np.random.default_rng(rng)
         skip = 0. if start is None else _local(np.array([float(start)]), self.tz)[0] % HOUR
         hours = int(np.ceil((skip + horizon_s) / HOUR))

@@ -67,14 +67,16 @@ def fit_copula(x, rng, most=4000):
     return {"ranks": ranks, "sorted": np.sort(x, 0)}
 
 def sample_copula(c, n, rng):
-    "f8 [n, d] draws, between neighbouring values of a column interpolated on the log scale."
+    "f8 [n, d] draws: values that repeat in a column as they are, between others interpolated on the log scale."
     ranks, ordered = c["ranks"], c["sorted"]
     r = ranks[rng.integers(len(ranks), size=n)]
     u = rng.beta(r, len(ranks) + 1 - r)
     at = (np.arange(len(ranks)) + .5) / len(ranks)
     def quantile(j):
-        low = min(0, ordered[0, j])
-        return np.expm1(np.interp(u[:, j], at, np.log1p(ordered[:, j] - low))) + low
+        x, low = ordered[:, j], min(0, ordered[0, j])
+        near = np.minimum((u[:, j] * len(x)).astype(int), len(x) - 1)
+        repeats = np.searchsorted(x, x, "right") - np.searchsorted(x, x) > 1
+        return np.where(repeats[near], x[near], np.expm1(np.interp(u[:, j], at, np.log1p(x - low))) + low)
     return np.stack([quantile(j) for j in range(ordered.shape[1])], 1)
 
 # %% ../../nbs/pipesim/11_assets.ipynb #08fe8adf

@@ -13,18 +13,20 @@ from .gof import Fit, column, compare
 LEVELS = np.unique(np.concatenate([[0, .001, .0025, .005, .01, .02], np.linspace(.025, .975, 39), [.98, .99, .995, .9975, .999, 1]]))
 THIN = 20
 
-def _line(x, y, above):
-    "(level, slope) of log time y on centred log size x f8 [n], leaning on `above` (level, slope) where n is small."
+def _line(x, y, above, thin=THIN):
+    """(level, slope) of log time y on centred log size x f8 [n], leaning on `above` (level, slope) where n is small: the slope as if that
+    were THIN rows, the level as if `thin`."""
     n, sxx = len(y), x @ x
     slope = (x @ (y - y.mean()) + THIN * above[1]) / (sxx + THIN) if sxx > 0 else above[1]
-    w = n / (n + THIN)
+    w = n / (n + thin)
     return np.array([w * (y - slope * x).mean() + (1 - w) * above[0], slope])
 
 def _quantiles(r, above):
     "Residuals' quantiles at LEVELS (f8 [51]), positions (n + 1) u, leaning on `above` (None: on nothing)."
     n = len(r)
     own = np.interp(LEVELS * (n + 1), np.arange(1, n + 1), np.sort(r))
-    return own if above is None else n / (n + THIN) * own + THIN / (n + THIN) * above
+    w = n ** 2 / (n ** 2 + THIN ** 2)               # a few rows say little of tails
+    return own if above is None else w * own + (1 - w) * above
 
 def _bins(x, most=3, least=60):
     "Inner edges of up to `most` bins of log size, each with `least` rows or more."
@@ -33,15 +35,31 @@ def _bins(x, most=3, least=60):
     return edges if np.bincount(np.searchsorted(edges, x, "right"), minlength=len(edges) + 1).min() >= least / 3 else np.empty(0)
 
 # %% ../../nbs/pipesim/12_durations.ipynb #54923dfb
-def _fit_group(x, y, above, above_q):
+def _fit_group(x, y, above, above_q, thin=THIN):
     "{line [2], edges, table [bins + 1, levels]} of one stratum: row 0 all its residuals, then a row per bin of size."
-    line = _line(x, y, above)
+    line = _line(x, y, above, thin)
     r, edges = y - line[0] - line[1] * x, _bins(x)
-    whole = _quantiles(r, above_q)
     where = np.searchsorted(edges, x, "right")
-    return {"n": len(x), "line": line, "edges": edges, "table": np.stack([whole,
-                                                                          *(_quantiles(r[where == b], whole)
-                                                                            for b in range(len(edges) + 1))])}
+    n = np.bincount(where, minlength=len(edges) + 1)
+    centre = np.array([np.median(r[where == b]) for b in range(len(n))]) * n / (n + THIN)
+    inner = r - centre[where]
+    shape = _quantiles(inner, above_q)
+    bins = (centre[b] + _quantiles(inner[where == b], shape) for b in range(len(n)))
+    return {"n": len(x), "line": line, "edges": edges, "table": np.stack([_quantiles(r, above_q), *bins])}
+
+def _level_weight(r, parts):
+    "The rows that the whole's level is worth to a stratum: scatter of r f8 [n] within strata over that between them, at most THIN."
+    n, mean = np.array([p.sum() for p in parts]), np.array([r[p].mean() for p in parts])
+    within = sum(((r[p] - m) ** 2).sum() for p, m in zip(parts, mean)) / max(1, len(r) - len(parts))
+    between = np.average((mean - r.mean()) ** 2, weights=n) - within * len(parts) / len(r)
+    return float(np.clip(within / max(between, 1e-12), .01, THIN))
+
+def _within(x, y, parts, above, thin):
+    "Quantiles of what is left about each stratum's own line, all strata pooled, wider by what its level isn't known to; parts: bool [n]."
+    def left(x, y, w):
+        a, b = _line(x, y, above, thin)
+        return (y - a - b * x) * np.sqrt((len(y) + w) / (len(y) - w))
+    return _quantiles(np.concatenate([left(x[p], y[p], p.sum() / (p.sum() + thin)) for p in parts]), None)
 
 NAMES = {"target": ("dur", "duration", "duration_s", "seconds"), "size": ("size", "bytes", "rows")}
 
@@ -85,7 +103,11 @@ class DurationModel(Fit):
         self.centre, self.seen = float(sizes.mean()), [float(sizes.min()), float(sizes.max())]
         x, y = self._logsize(df), np.log(d + self.shift)
         root = _fit_group(x, y, (y.mean(), 0.), None)
-        self.groups = {"": root} | {k: _fit_group(x[keys == k], y[keys == k], root["line"], root["table"][0]) for k in np.unique(keys) if k}
+        parts = {k: keys == k for k in np.unique(keys) if k}
+        each, line = list(parts.values()), root["line"]
+        thin = _level_weight(y - line[0] - line[1] * x, each) if each else THIN
+        within = _within(x, y, each, line, thin) if each else None
+        self.groups = {"": root} | {k: _fit_group(x[p], y[p], line, within, thin) for k, p in parts.items()}
         self.fitted = True
         return self
 
