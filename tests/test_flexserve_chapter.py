@@ -18,4 +18,4 @@ def test_the_chapter_loses_nothing_and_mixes_nothing(home):
 def test_a_target_that_the_pictures_lack_is_refused_before_anything_is_trained(home):
     from opml_wb.core.run import run
     r = run("flexserve", target="cat")
-    assert r.status == "failed" and "digits has no class 'cat'" in r.error and not r.metrics
+    assert r.status == "failed" and "digits has no class 'cat'" in r.error["evalue"] and not r.metrics
