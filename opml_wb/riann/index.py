@@ -46,11 +46,10 @@ class Planner:
         return graph + waiting * self.scan_s
 
     def flat_below(self):
-        "Vectors up to which comparing with all costs no more than a search in a graph."
-        sizes = np.unique(np.geomspace(64, 2**15, 64).astype(int))
-        top = [self.rungs(n)[0] for n in sizes]
-        slower = [n * SCAN * self.times.T_d(n) > self.times.query_time(r.cand_q, r.deg, self.times.layers(r.cand, r.deg, n))
-                  for n, r in zip(sizes.tolist(), top)]
+        "Vectors up to which comparing with all costs no more than a search in a graph: the first rung's or, if that is less, the default HNSW's."
+        sizes, T, query = np.unique(np.geomspace(64, 2**15, 64).astype(int)), self.times.T_d, self.times.query_time
+        def searched(n, r): return min(query(r.cand_q, r.deg, self.times.layers(r.cand, r.deg, n)), 1.32 * query(50, 16, self.times.layers(200, 16, n)))
+        slower = [n * SCAN * T(n) > searched(n, self.rungs(n)[0]) for n in sizes.tolist()]
         return int(sizes[slower.index(True) - 1]) if any(slower) and not slower[0] else int(sizes[-1] if not any(slower) else 0)
 
 # %% ../../nbs/riann/11_index.ipynb #eda15add
@@ -242,8 +241,13 @@ class _Operating(_Foreseeing):
 
         q: f32[m, dim]. k: int (None: the requirement's). ef: int, beam of the search (None: as planned for the requirement).
         Returns (ids i64[m, k], dist f32[m, k]), nearest first, padded with -1 and inf. Errors: ValueError."""
-        k = self.requirement.k if k is None else k
-        return self._graph.search(q, k, self.planner.rungs(max(len(self), 1))[0].cand_q if ef is None else ef)
+        k = _integer("k", self.requirement.k if k is None else k, 1, 2**31 - 1)
+        return self._graph.search(q, k, max(k, self._beam()) if ef is None else ef)
+
+    def _beam(self):
+        "Beam of a search: the first rung's, less what comparing with the vectors that wait takes of the query's time."
+        top = self.planner.rungs(max(len(self), 1))[0]
+        return int(top.cand_q * max(.5, 1 - self._graph.waiting * self.planner.scan_s / top.t_query))
 
     def remove(self, ids):
         "Take vectors out: ids int[n], all in the index. Errors: ValueError naming the first row at fault; then none is removed."
@@ -272,6 +276,11 @@ def _shipped(seed):
     "The shipped recall model; ladders that are found stay with it, so one per seed."
     from opml_wb.riann.recall import RecallModel
     return RecallModel.load()
+
+@functools.cache
+def _here():
+    "The shipped time model with this machine's time of a distance, measured once: equal calls shall give equal indexes."
+    return TimeModel.load().calibrate()
 
 class Riann(_Operating):
     """Nearest neighbours, indexed batch by batch within deadlines.
@@ -307,7 +316,7 @@ class Riann(_Operating):
         warm()
         self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
         self._own = time_model, recall_model
-        self.planner = Planner(requirement, time_model or TimeModel.load().calibrate(), recall_model or _shipped(seed), seed)
+        self.planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
         self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
         self.tail_limit = max(self.flat_below, 256)
         self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
