@@ -162,7 +162,8 @@ def _said(source: dict) -> str:
     "A registry source in words."
     extra = f", needs opml_wb[{source['extra']}]" if "extra" in source else ""
     if source["kind"] == "url": return source["url"]
-    return ("shipped" if source["kind"] == "shipped" else "made on request") + f" (by {source['maker']}{extra})"
+    made = f" (by {source['maker']}{extra})" if "maker" in source else ""
+    return ("shipped" if source["kind"] == "shipped" else "made on request") + made
 
 def ls() -> list[dict]:
     "Every data set: name, bytes, where (`shipped | OPML_DATA | cached | absent`), path, licence, source, description."
