@@ -176,16 +176,15 @@ class FlexCockpit:
         self.upload = w.FileUpload(accept="image/*", multiple=True, description="pictures")
         self.upload.observe(lambda change: change["new"] and self.ask([bytes(f["content"]) for f in change["new"]]), "value")
         self.camera = camera(lambda shot: self.ask([shot]))
-        self.frame = w.IntSlider(description="frame", min=0, max=0, continuous_update=False,
-                                 layout=w.Layout(display=None if frames else "none"))
+        self.frame = w.IntSlider(description="frame", min=0, max=0, continuous_update=False)
         self.frame.observe(lambda change: self._show_rows(), "value")
         buttons = [w.Button(description=text) for text in ("rollback", "unpin")] if getattr(self.client, "token", None) else []
         for b in buttons: b.on_click(lambda b: self._operate(b.description))
-        self.box = w.VBox([w.HBox([self.upload, self.camera, self.frame, *buttons]), self.badge])
+        self.box = w.VBox([w.HBox([self.upload, self.camera, *([self.frame] if frames else []), *buttons]), self.badge])
         known = [self.drawn] if self.drawn else []
         self.play = ui.play(frontier_figure(None, None), self._move, target=w.Dropdown(options=known, description="target"),
                             mode=w.Dropdown(options=list(MODES), description="by"),
-                            level=w.IntSlider(value=50, min=1, max=100, description="level (%)", continuous_update=False))
+                            level=w.IntSlider(value=50, min=5, max=100, step=5, description="level (%)", continuous_update=False))
 
     def ask(self, images, truth=None):
         "Ask once about `images`; everything shown follows from this answer. Returns whether it was answered."
