@@ -27,7 +27,7 @@ def state(g):
     "Everything that the index knows, as bytes."
     arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta", "table")]
     return (b"".join(a.tobytes() for a in arrays), g._g.U[:g._rows].tobytes(), g._g.meta.tobytes(),
-            dict(g._slot), list(g._free), g._used, g._rows, g._dead, g._cursor, None if g._doomed is None else g._doomed.tobytes())
+            dict(zip(*map(np.ndarray.tolist, g._at.items()))), list(g._free), g._used, g._rows, g._dead, g._cursor, None if g._doomed is None else g._doomed.tobytes())
 
 
 def sound(g):
@@ -42,8 +42,9 @@ def sound(g):
             links = row[1:1 + row[0]].tolist()
             assert row[0] <= a.deg[v] * (1 if layer else 2) and len(set(links)) == len(links) and int(v) not in links
             assert all(a.level[w] >= layer or (w in dead and ~a.level[w] >= layer) for w in links)
-    assert sorted(g._slot.values()) == sorted(set(range(g._used)) - set(g._free) - dead)
-    assert all(a.ids[v] == i for i, v in g._slot.items())
+    ids, slots = g._at.items()
+    assert sorted(slots) == sorted(set(range(g._used)) - set(g._free) - dead) and len(ids) == len(g)
+    assert (a.ids[slots] == ids).all()
 
 
 def against_brute_force(g, have, metric, q, k, poor):
@@ -220,7 +221,7 @@ def test_k_live_ones_come_when_nine_in_ten_are_removed(sift):
         assert recall(ids, true) > least
     marked, pieces, whole = (DynamicHNSW(128) for _ in range(3))
     for g in marked, pieces, whole: g.insert(x, np.arange(3000), 16, 60)
-    marked._mark(order[:2700].tolist())
+    marked._mark(order[:2700])
     check(marked, .98)
     for i in range(0, 2700, 50): pieces.remove(order[i:i + 50])
     check(pieces, .98)

@@ -236,7 +236,7 @@ def test_killed_at_any_moment(tmp_path):
                 last = sum(a)
             else: known -= {a[0]}
         with Riann.open(tmp_path / "i") as index:
-            have = set(index._graph._slot)
+            have = set(index._graph._at.items()[0].tolist())
             lost, more = known - have, have - known
             assert len(lost) <= 1 and lost <= {last - 1}, lost                # a removal may have been written and not yet said
             assert not more or more == set(range(last, last + len(more))) and len(more) < 60, more

@@ -7,11 +7,11 @@ __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 
 # %% ../../nbs/riann/02_graph.ipynb #07cb84fc
 import _signal, operator, signal, threading, time
-from itertools import compress
 import numpy as np
 
+from .directory import Directory
 from .kernels import (DEBT, GONE, INSERT, NEAR, PACE, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
-                                   _bury, _insert, _note, _inward, _search, _slot, _sweep)
+                                   _bury, _copy, _insert, _note, _inward, _search, _slot, _sweep)
 
 # %% ../../nbs/riann/02_graph.ipynb #82e48f07
 def _integer(name, value, low, high=None):
@@ -23,8 +23,8 @@ def _integer(name, value, low, high=None):
         raise ValueError(f"{name}: expected an integer {bound}, got {value!r}")
     return n
 
-def _vectors(name, x, dim, metric):
-    "`x` as finite `f32[n, dim]`, of unit length for cosine, and the first row at fault with the reason (or None)."
+def _matrix(name, x, dim):
+    "`x` as `f32[n, dim]`, contiguous."
     try: a = np.asarray(x)
     except ValueError: raise ValueError(f"{name}: rows of unequal length") from None
     if a.ndim != 2 or a.shape[1] != dim: raise ValueError(f"{name}: expected shape [n, {dim}], got {list(a.shape)}")
@@ -32,7 +32,11 @@ def _vectors(name, x, dim, metric):
     if a.dtype.kind not in "fiub": raise ValueError(f"{name}: {a.dtype} cannot be cast to float32")
     if a.dtype != np.float32:
         with np.errstate(over="ignore", invalid="ignore"): a = a.astype(np.float32)
-    if not (a.flags.carray and a.flags.aligned): a = np.require(a, np.float32, "CAW")
+    return a if a.flags.carray else np.require(a, np.float32, "CAW")
+
+def _vectors(name, x, dim, metric):
+    "`x` as finite `f32[n, dim]`, of unit length for cosine, and the first row at fault with the reason (or None)."
+    a = _matrix(name, x, dim)
     cosine = metric == "cosine"
     sq = np.einsum("ij,ij->i", a, a, dtype=np.float64 if cosine else np.float32)
     top = np.inf if cosine else 8e37
@@ -47,21 +51,21 @@ def _fault(a, sq, cosine):
                  "the zero vector has no cosine" if cosine else "too large for float32 distances")
 
 # %% ../../nbs/riann/02_graph.ipynb #215f3cdc
-def _keys(ids, n=None):
-    "`ids` as a list of ints, and the first row at fault with the reason (or None)."
+def _integers(ids, n=None):
+    "`ids` as i64[n], wrapped where they are too large (as negative: at fault)."
     a = np.asarray(ids)
     if a.ndim != 1 or (n is not None and len(a) != n):
         raise ValueError(f"ids: expected shape [{'n' if n is None else n}], got {list(a.shape)}")
     if not len(a): raise ValueError("ids: empty batch")
     if a.dtype.kind not in "iu": raise ValueError(f"ids: expected integers, got {a.dtype}")
-    out = a.tolist()
-    if min(out) < 0 or max(out) >= 2**63:
-        return out, next((i, f"id {v} is not in 0 .. 2**63-1") for i, v in enumerate(out) if not 0 <= v < 2**63)
-    if len(set(out)) < len(out):
-        first = {}
-        return out, next((i, f"id {v} is also row {first[v]}")
-                         for i, v in enumerate(out) if first.setdefault(v, i) != i)
-    return out, None
+    return a if a.dtype == np.int64 and a.flags.carray else np.require(a, np.int64, "CAW")
+
+def _keys(ids, n=None):
+    "The first row of `ids` at fault, with the reason, or None: shape, type, range, repetition."
+    _integers(ids, n)
+    first, values = {}, np.asarray(ids).tolist()
+    return next(((i, f"id {v} is not in 0 .. 2**63-1" if not 0 <= v < 2**63 else f"id {v} is also row {first[v]}")
+                 for i, v in enumerate(values) if not 0 <= v < 2**63 or first.setdefault(v, i) != i), None)
 
 # %% ../../nbs/riann/02_graph.ipynb #288a5413
 def _refuse(**faults):
@@ -102,24 +106,31 @@ class _Arrays:
         flat = dict(up="i4", level="i1", deg="i4", cand="i4", ids="i8", twin="i4")
         self._g = Graph(**{k: _aligned((capacity, n), t) for k, (n, t) in wide.items()},
                         U=_aligned((max(16, capacity // 8), _ceil(1 + self.max_deg, 16)), "u4"),
-                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, table=self._table(capacity), meta=np.array([-1]))
-        for a in self._g: a[:4096] = 0   # the first batches find their memory mapped
+                        **{k: _aligned((capacity,), t) for k, t in flat.items()}, table=self._table(min(capacity, 2**14)), meta=np.array([-1]))
+        for a in self._g: a[:4096] = 0   # the first batches find their memory mapped; of the rest only what is used ever is
+        self._at = Directory()                         # the slot of each id
+        self._used = self._rows = self._noted = 0
         self._clear()
 
     def _clear(self):
         "Forget all nodes, keep the arrays."
-        self._slot, self._free, self._used, self._rows, self._dead = {}, [], 0, 0, 0
+        g, n = self._g, self._used
+        g.L0[:n, 0], g.cand[:n], g.U[:self._rows, 0], g.meta[:] = 0, 0, 0, -1
+        if self._noted: g.table[:] = 0
+        self._at.clear()
+        self._free, self._used, self._rows, self._dead = [], 0, 0, 0
         self._doomed, self._cursor = None, 0           # removed nodes that the sweep will free, and how far it is
         self._wait = np.zeros(0, np.int64)             # slots that are placed and not linked, oldest first
         self._has = np.zeros(self.capacity, np.int8)   # upper rows that each slot owns
-        self._g.meta[:], self._g.U[:, 0], self._g.table[:], self._noted = -1, 0, 0, 0
+        self._noted = 0
 
     @staticmethod
-    def _table(capacity): return np.zeros(1 << (4 * capacity - 1).bit_length(), np.uint32)
+    def _table(n): return np.zeros(1 << (4 * n - 1).bit_length(), np.uint32)
 
-    def _rehash(self, g):
-        "`g` with a table of its own that knows all linked vectors; searches under way keep the old one."
-        g, live = g._replace(table=self._table(len(g.ids))), np.flatnonzero(g.level[:self._used] >= 0)
+    def _rehash(self, g, more=0):
+        "`g` with a table of its own that knows all linked vectors and has room for `more`; searches under way keep the old one."
+        live = np.flatnonzero(g.level[:self._used] >= 0)
+        g = g._replace(table=self._table(max(len(live) + more, min(len(g.ids), 2**14))))
         _note(g, live)
         self._noted = len(live)
         return g
@@ -139,19 +150,23 @@ class _Arrays:
             new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in new}
             self._has = _grown(self._has, cap)
         g = g._replace(**new)
-        self._g = self._rehash(g) if cap > self.capacity else g
+        self._g = g
 
-    def _place(self, x, ids):
-        "Write vectors into free slots, unlinked; the slots."
-        n, old = len(ids), self._free[:len(ids)]
+    def _room(self, n):
+        "`n` free slots, some of them used before."
+        old = self._free[:n]
         a, b = self._used, self._used + n - len(old)
         self._reserve(b, self._rows)
-        slots = np.arange(a, b) if not old else np.array(old + list(range(a, b)))
-        at, g = slots if old else slice(a, b), self._g
-        g.X[at, :self.dim], g.ids[at], g.twin[at], g.L0[at, 0], g.level[at], g.cand[at] = x, ids, -1, 0, WAIT, 0
-        del self._free[:len(old)]
-        self._used = b
-        return slots
+        return np.array(old + list(range(a, b))) if old else np.arange(a, b)
+
+    def _occupy(self, slots, ids):
+        "Let the vectors that were written to the slots of `_room` be there, unlinked, under `ids`, which the directory has."
+        g, n = self._g, self._used + len(ids) - len(self._free)
+        if self._free:
+            g.ids[slots], g.twin[slots], g.L0[slots, 0], g.level[slots], g.cand[slots] = ids, -1, 0, WAIT, 0
+            del self._free[:len(ids)]
+        else: g.ids[self._used:n], g.twin[self._used:n], g.level[self._used:n] = ids, -1, WAIT
+        self._used = max(self._used, n)
 
     def _settle(self, slots, deg, cand):
         "Give placed slots their properties and the upper rows that their levels need; the levels."
@@ -226,7 +241,7 @@ class _Linking(_Arrays):
     "Linking of placed slots, removal and repair; the caller holds the writer's lock."
     def _link(self, slots, mode, levels=None):
         if mode == INSERT:
-            if self._noted + len(slots) > len(self._g.table) // 2: self._g = self._rehash(self._g)
+            if self._noted + len(slots) > len(self._g.table) // 2: self._g = self._rehash(self._g, len(slots))
             self._noted += len(slots)
         g = self._g
         tag, s = self._scratch(g, int(g.cand[slots].max()), len(slots) * (TOP + 1))
@@ -237,19 +252,20 @@ class _Linking(_Arrays):
 
     def _mark(self, ids):
         "Forget `ids`: no search returns them. The slots of nodes that are removed ones now."
-        g, slots = self._g, np.array([self._slot[i] for i in ids])
+        g, slots = self._g, self._at.find(ids)
         alone = (g.level[slots] >= 0) & (g.twin[slots] < 0)
         gone = slots[alone]
         g.level[gone] = ~g.level[gone]
-        for i in compress(ids, alone): del self._slot[i]
-        more = [v for i in compress(ids, ~alone) if (v := self._forget(i)) >= 0]
+        self._at.drop(ids[alone])
+        more = [v for i in ids[~alone] if (v := self._forget(i)) >= 0]
         self._wait = self._wait[g.level[self._wait] == WAIT]
         self._dead += len(gone) + len(more)
         return np.append(gone, more).astype(np.int64)
 
     def _forget(self, id):
         "Forget an id that waits or has copies; the slot of its node if that is removed with it, else -1."
-        g, v = self._g, self._slot.pop(id)
+        g, v = self._g, int(self._at.find(id[None])[0])
+        self._at.drop(id[None])
         if g.level[v] == WAIT:
             g.level[v] = GONE
             self._free.append(v)
@@ -259,14 +275,16 @@ class _Linking(_Arrays):
         if u < 0:
             g.level[v] = ~g.level[v]
             return v
-        if u != v: g.ids[v], self._slot[int(g.ids[u])] = g.ids[u], v   # the node lives on; the id of its next twin moves here
+        if u != v:   # the node lives on; the id of its next twin moves here
+            g.ids[v] = g.ids[u]
+            self._at.move(g.ids[u], v)
         g.twin[r] = g.twin[u]
         self._free.append(u)
         return -1
 
     def _remove(self, ids):
         gone = self._mark(ids)
-        if not self._slot: return self._clear()
+        if not len(self._at): return self._clear()
         tag, s = self._scratch(self._g, 1, (int((~self._g.level[gone]).sum()) + len(gone)) * NEAR)
         self._spare.append((_bury(self._g, self._ip, gone, tag, s), s))
         if self._g.level[self._g.meta[0]] < 0 or not self._g.L0[self._g.meta[0], 0]: self._enter()
@@ -313,7 +331,7 @@ class _Linking(_Arrays):
     def _rebuild(self, ids):
         "Remove `ids` where few remain: link those anew."
         self._mark(ids)
-        if not self._slot: return self._clear()
+        if not len(self._at): return self._clear()
         g, live = self._g, np.flatnonzero(self._g.level[:self._used] >= 0)
         g.L0[live, 0], g.U[:, 0], g.meta[:] = 0, 0, -1
         if len(live): self._link(live, REBUILD)
@@ -322,24 +340,47 @@ class _Linking(_Arrays):
 # %% ../../nbs/riann/02_graph.ipynb #f30f7618
 class _Intake(_Linking):
     "Checks, and the way of checked vectors into the graph; the caller holds the writer's lock."
-    def _checked(self, x, ids, new=True):
-        "Vectors f32[n, dim] and ids, a list, that are new (or all here); ValueError for the first row at fault."
-        x, bad = _vectors("x", x, self.dim, self.metric)
-        ids, worse = _keys(ids, len(x))
-        if not worse and not (self._slot.keys().isdisjoint(ids) if new else self._slot.keys() >= set(ids)):
-            worse = next((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
-                         for i, v in enumerate(ids) if (v in self._slot) == new)
-        if bad or worse: _refuse(x=bad, ids=worse)
-        return x, ids
+    def _refuse_batch(self, x, ids, new=True):
+        "ValueError for the first row at fault, if any."
+        bad, worse = _vectors("x", x, self.dim, self.metric)[1], _keys(ids, len(x))
+        worse = worse or next(((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
+                               for i, v in enumerate(np.asarray(ids).tolist()) if (v in self._at) == new), None)
+        _refuse(x=bad, ids=worse)
 
-    def _hold(self, x, ids):
-        "Let checked vectors wait."
-        self._wait = np.concatenate([self._wait, self._enroll(x, ids)])
+    def _all_here(self, ids): return len(np.unique(ids)) == len(ids) and (self._at.find(ids) >= 0).all()
+
+    def _checked(self, x, ids):
+        "Vectors f32[n, dim] and ids i64[n] that are all here; ValueError for the first row at fault."
+        (a, bad), named = _vectors("x", x, self.dim, self.metric), _integers(ids, len(x))
+        if bad or not self._all_here(named): self._refuse_batch(_matrix("x", x, self.dim), ids, new=False)
+        return a, named
+
+    def _written(self, x, ids):
+        "Check a new batch, enter its ids, and write its vectors into free slots, which nobody sees yet: slots and ids, i64[n]. ValueError as `_checked`."
+        x, before, named = _matrix("x", x, self.dim), (self._g, self._has), _integers(ids, len(x))
+        slots = self._room(len(x))
+        if self._at.add(named, slots) < 0:
+            if _copy(x, self._g.X, slots, self.metric == "cosine") < 0: return slots, named
+            self._at.drop(named)
+        self._g, self._has = before
+        self._refuse_batch(x, ids)
+
+    def _hold(self, slots, ids):
+        "Let written vectors wait."
+        self._occupy(slots, ids)
+        self._wait = np.concatenate([self._wait, slots])
 
     def _enroll(self, x, ids):
-        slots = self._place(x, ids)
-        self._slot.update(zip(ids, slots.tolist()))
+        slots, ids = self._written(x, ids)
+        self._occupy(slots, ids)
         return slots
+
+    def _put(self, x, ids):
+        "Let vectors wait that were checked before, by `_checked` or before they were logged."
+        slots = self._room(len(ids))
+        self._g.X[slots, :self.dim] = x
+        self._at.add(ids, slots)
+        self._hold(slots, ids)
 
     def _properties(self, deg, cand):
         return _integer("deg", deg, 2, self.max_deg), _integer("cand", cand, 1, 2**31 - 1)
@@ -349,9 +390,10 @@ class _Intake(_Linking):
         return self._link(slots, INSERT, self._settle(slots, deg, cand))
 
     def _known(self, ids):
-        ids, bad = _keys(ids)
-        _refuse(ids=bad or next(((i, f"id {v} is not in the index") for i, v in enumerate(ids) if v not in self._slot), None))
-        return ids
+        named = _integers(ids)
+        if not self._all_here(named):
+            _refuse(ids=_keys(ids) or next((i, f"id {v} is not in the index") for i, v in enumerate(named.tolist()) if v not in self._at))
+        return named
 
 # %% ../../nbs/riann/02_graph.ipynb #88c7450d
 class _Changing(_Intake):
@@ -361,7 +403,7 @@ class _Changing(_Intake):
 
         x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
         Errors: ValueError naming the first row at fault; then nothing is taken in."""
-        with self._writer: self._hold(*self._checked(x, ids))
+        with self._writer: self._hold(*self._written(x, ids))
 
     @property
     def waiting(self): return len(self._wait)
@@ -383,7 +425,7 @@ class _Changing(_Intake):
         ids: int[n], in the index (those that wait are passed over). Returns Work. Errors: ValueError naming parameter or row."""
         t, deg, cand = time.thread_time(), *self._properties(deg, cand)
         with self._writer:
-            g, slots = self._g, np.array([self._slot[i] for i in self._known(ids)])
+            g, slots = self._g, self._at.find(self._known(ids))
             slots = slots[g.level[slots] >= 0]
             if not len(slots): return Work(0, 0, time.thread_time() - t)
             g.deg[slots], g.cand[slots] = np.maximum(g.deg[slots], deg), np.maximum(g.cand[slots], cand)
@@ -432,8 +474,8 @@ class DynamicHNSW(_Changing):
         self._gate, self._writer, self._spare = _Gate(), _Writer(), []
         self._allocate(capacity)
 
-    def __len__(self): return len(self._slot)
-    def __contains__(self, id): return id in self._slot
+    def __len__(self): return len(self._at)
+    def __contains__(self, id): return id in self._at
     def __reduce__(self): raise TypeError("a DynamicHNSW cannot be copied or pickled: insert the vectors into a new one")
     def __repr__(self):
         return f"DynamicHNSW(dim={self.dim}, metric={self.metric!r}, capacity={self.capacity}): {len(self)} vectors"
@@ -445,7 +487,7 @@ class DynamicHNSW(_Changing):
         Returns Work: hops (nodes expanded), dists (distances computed), cpu_s (seconds of this thread).
         Errors: ValueError naming the parameter or the first row at fault; then nothing is inserted."""
         t, deg, cand = time.thread_time(), *self._properties(deg, cand)
-        with self._writer: work = self._join(self._enroll(*self._checked(x, ids)), deg, cand)
+        with self._writer: work = self._join(self._enroll(x, ids), deg, cand)
         return Work(*work, time.thread_time() - t)
 
     def search(self, q, k, ef):
@@ -474,22 +516,23 @@ class DynamicHNSW(_Changing):
         ids: int[n]. layer: int, 0 is the bottom. Errors: ValueError naming the first row at fault."""
         layer = _integer("layer", layer, 0)
         with self._writer:
-            g, v = self._g, np.array([self._slot[i] for i in self._known(ids)])
+            g, v = self._g, self._at.find(self._known(ids))
             v = np.where(g.level[v] == GONE, g.L0[v, 1], v)
             if not layer: return g.L0[v, 0].astype(np.int32)
             row = np.minimum(g.up[v] + layer, len(g.U)) - 1
             return np.where(g.level[v] >= layer, g.U[row, 0], 0).astype(np.int32)
 
-    def layers(self):
+    def layers(self, sample=None):
         """[(n, sum_deg), ...], bottom first: linked nodes of each layer and their links in all, as the time model's equations want them.
 
-        Copies share a node and count once; vectors that wait do not count."""
+        Copies share a node and count once; vectors that wait do not count. sample: int, the sum is taken from that many nodes of
+        a layer, spread evenly (None: from all)."""
         with self._writer:
             g, out = self._g, []
             v = np.flatnonzero(g.level[:self._used] >= 0)
             while len(v):
-                l = len(out)
-                out.append((len(v), int((g.U[g.up[v] + l - 1, 0] if l else g.L0[v, 0]).sum())))
+                l, w = len(out), v[::len(v) // sample or 1] if sample else v
+                out.append((len(v), int((g.U[g.up[w] + l - 1, 0] if l else g.L0[w, 0]).sum() * (len(v) / len(w)))))
                 v = v[g.level[v] > l]
             return out
 

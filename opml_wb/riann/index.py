@@ -10,7 +10,7 @@ import functools, gc, math, threading, time
 from contextlib import contextmanager, nullcontext
 import numpy as np
 
-from .graph import DynamicHNSW, _integer, warm
+from .graph import DynamicHNSW, _integer, _matrix, warm
 from .plan import Infeasible, Pace, Plan, Report, Requirement, _number
 from .snapshot import freeze, thaw
 from .store import Store
@@ -33,7 +33,7 @@ class Planner:
 
     def rungs(self, n):
         "The ladder for an index of `n` vectors: list of Rung, best first."
-        return self._ladders[min(max(10, math.ceil(math.log2(max(n, 1)))), 15)]
+        return self._ladders[min(max(10, round(math.log2(max(n, 1)))), 15)]
 
     def costs(self, n, layers):
         "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
@@ -90,7 +90,7 @@ class _Linking:
     def _layers(self):
         "The graph's layers; counted anew when it has grown by a thirtieth."
         n = len(self._graph) - self._graph.waiting
-        if self._seen is None or not .97 * self._seen[0] <= n <= 1.03 * self._seen[0]: self._seen = n, self._graph.layers()
+        if self._seen is None or not .97 * self._seen[0] <= n <= 1.03 * self._seen[0]: self._seen = n, self._graph.layers(sample=500)
         return self._seen[1]
 
     def _is_flat(self, more=0):
@@ -218,23 +218,32 @@ class _Operating(_Foreseeing):
         with self._lock, (_UNPAUSED if clock.limit is None else _no_pause()):
             self._is_open()
             waited = clock.wall   # for another writer
-            x, ids = self._graph._checked(x, ids, op == "add")
-            plan = self._planned(len(ids), clock.limit, op)
-            with self._graph._writer:
-                if self._log: self._write(op, x=x, ids=np.array(ids))
-                if op == "update": self._graph.remove(ids)
-                self._graph._hold(x, ids)
-            self._entered(len(ids), op, clock.wall - waited)
+            plan = self._enter(op, x, ids, clock.limit)
+            self._entered(len(x), op, clock.wall - waited)
             chunks = self._advance(clock)
             wall = clock.wall
             return Report(wall, clock.limit is None or wall <= clock.limit, self._graph.waiting, chunks, plan.t_index, clock.spent,
                           plan.feasible, plan.reason)
 
+    def _enter(self, op, x, ids, limit):
+        "Check, write down and place a batch; the plan for it."
+        graph, x = self._graph, _matrix("x", x, self.dim)
+        plan = self._planned(len(x), limit, op)
+        with graph._writer:
+            if op == "add": slots, ids = graph._written(x, ids)
+            else: x, ids = graph._checked(x, ids)
+            if self._log: self._write(op, x=graph._g.X[slots, :self.dim] if op == "add" else x, ids=ids)
+            if op == "add": graph._hold(slots, ids)
+            else:
+                graph.remove(ids)
+                graph._put(x, ids)
+        return plan
+
     def _do(self, op, ids, x=None):
         "Carry out an operation that was written down, also one that was written twice as an interrupt kept it from being carried out."
-        there = [i for i in ids.tolist() if i in self._graph]
-        if there: self._graph.remove(there)
-        if op != "remove": self._graph._hold(x, ids.tolist())
+        there = ids[self._graph._at.find(ids) >= 0]
+        if len(there): self._graph.remove(there)
+        if op != "remove": self._graph._put(x, ids)
 
     def search(self, q, k=None, ef=None):
         """The nearest neighbours of each query.
@@ -253,7 +262,7 @@ class _Operating(_Foreseeing):
         "Take vectors out: ids int[n], all in the index. Errors: ValueError naming the first row at fault; then none is removed."
         with self._lock, self._graph._writer:
             self._is_open()
-            ids = np.array(self._graph._known(ids))
+            ids = self._graph._known(ids)
             self._write("remove", ids=ids)
             self._do("remove", ids=ids)
 

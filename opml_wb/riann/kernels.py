@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['Graph', 'Scratch', 'Work', 'GONE', 'WAIT', 'TOP', 'INSERT', 'REBUILD', 'RELINK', 'DEBT', 'PACE', 'NEAR', 'fast',
-           'kernel', 'inlined']
+           'kernel', 'inlined', 'FARTHEST']
 
 # %% ../../nbs/riann/01_kernels.ipynb #059c0559
 from collections import namedtuple
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # %% ../../nbs/riann/01_kernels.ipynb #b0dfeca7
 Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin table meta")   # table: see `_find`; meta: [entry slot]
@@ -34,6 +37,44 @@ def _dist(A, i, B, j, ip):
         t = A[i, k] - B[j, k]
         s += t * t
     return s
+
+# %% ../../nbs/riann/01_kernels.ipynb #6ef77b81
+@intrinsic
+def _prefetch(typing, a, i, k):
+    "Ask for the cache line of `a[i, k]`, which will be read soon."
+    def code(context, builder, signature, args):
+        array, at = signature.args[0], [context.cast(builder, v, t, types.intp) for v, t in zip(args[1:], signature.args[1:])]
+        a, number = context.make_array(array)(context, builder, args[0]), ir.IntType(32)
+        line = builder.bitcast(cgutils.get_item_pointer(context, builder, array, a, at), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [line.type, number, number, number])
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [line.type], kind), [line, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+    return types.void(a, i, k), code
+
+@inlined
+def _fetch(A, i):
+    "Ask for row `A[i]`, its first KiB."
+    for k in range(0, min(A.shape[1], 256), 16): _prefetch(A, i, k)
+
+# %% ../../nbs/riann/01_kernels.ipynb #b43fd2f7
+FARTHEST = np.float32(8e37)   # squared length of the longest vector: distances stay below float32's largest
+
+@njit(**fast | dict(fastmath={"reassoc", "contract", "nsz"}))
+def _copy(x, X, slots, unit):
+    "Copy rows `x` to `X[slots]`, of unit length if so wished; the first row that has no distance, or -1."
+    for i in range(len(x)):
+        v, s, t = slots[i], 0., np.float32(0)
+        if unit:
+            for k in range(x.shape[1]): s += np.float64(x[i, k]) * np.float64(x[i, k])
+            if not 0 < s < np.inf: return i
+            s = np.sqrt(s)
+            for k in range(x.shape[1]): X[v, k] = np.float32(x[i, k] / s)
+        else:
+            for k in range(x.shape[1]):
+                X[v, k] = x[i, k]
+                t += x[i, k] * x[i, k]
+            if not t <= FARTHEST: return i
+    return -1
 
 # %% ../../nbs/riann/01_kernels.ipynb #811ad12c
 @kernel
@@ -88,7 +129,7 @@ def _descend(g, ip, A, j, entry, stop, s):
         e = best
     return e
 
-# %% ../../nbs/riann/01_kernels.ipynb #6ef77b81
+# %% ../../nbs/riann/01_kernels.ipynb #80e3b62e
 @kernel
 def _beam(g, ip, A, j, e, l, ef, tag, s):
     "The `ef` live slots of layer `l` nearest to `A[j]`, from slot `e`: keys, ascending, in `s.pool[:n]`; n."
@@ -104,11 +145,14 @@ def _beam(g, ip, A, j, e, l, ef, tag, s):
             buf[m] = v
             m += seen[v] != tag
             seen[v] = tag
+        for i in range(m): _fetch(X, buf[i])
         for i in range(m): dst[i] = _dist(X, buf[i], A, j, ip)
         hops, dists, cur = hops + 1, dists + m, cur + 1
         for i in range(m):
             key = _key(dst[i], buf[i])
             if live >= ef and key >= pool[n - 1]: continue
+            row = _row(up, buf[i], l)
+            for k in (0, 16): _prefetch(L, row, k)   # up to 31 links
             cur = min(cur, _put(pool, n, key))
             n += 1
             live += level[buf[i]] >= 0

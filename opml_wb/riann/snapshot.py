@@ -49,7 +49,7 @@ def thaw(arrays, meta, capacity=0):
     if meta["sweep"] >= 0: graph._doomed, graph._cursor = a["doomed"].astype(np.int64), meta["sweep"]
     level = g.level[:n]
     known = np.concatenate([np.flatnonzero((level >= 0) | (level == WAIT)), _copies(level, g.twin[:n])])
-    graph._slot = dict(zip(g.ids[known].tolist(), known.tolist()))
+    if graph._at.add(g.ids[known], known) >= 0: raise ValueError("ids: one is negative, or there twice")
     graph._g = graph._rehash(g)
     graph._dead = int(((level < 0) & (level >= ~TOP)).sum())
     return graph

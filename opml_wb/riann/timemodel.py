@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 from scipy.optimize import nnls
 from ..core.data import path as data_path
-from .graph import DynamicHNSW, _integer, _vectors
-from .kernels import _beam, _descend, _dist, _select, fast
+from .graph import DynamicHNSW, _aligned, _integer, _vectors
+from .kernels import _beam, _descend, _dist, _fetch, _select, fast
 
 # %% ../../nbs/riann/04_timemodel.ipynb #37930d80
 def _call(v):
@@ -104,36 +104,39 @@ def _at(table, a, b):
 
 @kernel
 def _linked(cand, deg, cap, d, n, choose, chosen, p):
-    "Distances to choose the links of one new node, and to prune those it links to, who have room for `cap`: S + m P."
-    if n < 1: return 0.
+    "(links m of one new node; distances to choose them, and to prune those it links to, who have room for `cap`: S + m P)."
+    if n < 1: return 0., 0.
     log_c, log_g = np.log2(min(cand, n)), np.log2(deg)
-    prune = _poly3(p, d / cap, np.log(cap), np.log(n))
-    return np.exp2(_at(choose, log_c, log_g)) + min(deg, n, _at(chosen, log_c, log_g)) * max(0., prune)
+    m, prune = min(deg, n, _at(chosen, log_c, log_g)), _poly3(p, d / cap, np.log(cap), np.log(n))
+    return m, np.exp2(_at(choose, log_c, log_g)) + m * max(0., prune)
 
 # %% ../../nbs/riann/04_timemodel.ipynb #594d5668
 @kernel
-def _units(cand, deg, layers, level, t_dist, t_hop, t_link, p_h, p_nu, p_g, choose, chosen, p_p, out):
-    """To `out[i]`: seconds, distances and hops of one new node, and how many of the distances are for links.
+def _units(cand, deg, layers, level, t_dist, t_hop, t, p_h, p_nu, p_g, choose, chosen, p_p, out):
+    """To `out[i]`: seconds, distances and hops of one new node, how many of the distances are for links, and links.
 
-    level: its layer (1: bottom), or 0: expected. t_dist[l], t_hop[l]: of a distance and a hop in layer l. t_link: of a
-    distance for links, whose vectors the search has just fetched."""
+    level: its layer (1: bottom), or 0: expected. t_dist[l], t_hop[l]: of a distance and a hop in layer l. t: of a
+    distance for links, whose vectors the search has just fetched, of a node, and of a link that is written."""
     for i in range(len(cand)):
         c, g = np.float64(cand[i]), np.float64(deg[i])
         for l in range(len(layers)):
             n, p, above = layers[l, 0], g ** -l, layers[l + 1, 0] if l + 1 < len(layers) else 0.
             if level: p = 1. if l < level else 0.
-            d, hops, dists, links = layers[l, 1] / max(n, 1.), 0., 0., 0.
+            d, hops, dists, links, m = layers[l, 1] / max(n, 1.), 0., 0., 0., 0.
             if p < 1:
                 h, x = _passed(d, n, p_g)
                 hops, dists = (1 - p) * h, (1 - p) * x
             if p > 2e-3 and n > (l > 0):
                 cap = (n + 8 * g) / (above + 8) * (1 if l else 2)   # a guess of 8 nodes keeps small layers calm
                 h, x = _searched(c, d, n, p_h, p_nu)
-                hops, dists, links = hops + p * h, dists + p * x, p * _linked(c, g, cap, d, n, choose, chosen, p_p)
-            out[i, 0] += t_dist[l] * dists + t_hop[l] * hops + t_link * links
+                m, links = _linked(c, g, cap, d, n, choose, chosen, p_p)
+                hops, dists, links, m = hops + p * h, dists + p * x, p * links, p * m
+            out[i, 0] += t_dist[l] * dists + t_hop[l] * hops + t[0] * links + t[2] * m
             out[i, 1] += dists + links
             out[i, 2] += hops
             out[i, 3] += links
+            out[i, 4] += m
+        out[i, 0] += t[1]
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b1abcd20
 SIZES = np.array([256, 1024, 4096, 16384, 65536])
@@ -141,7 +144,9 @@ SIZES = np.array([256, 1024, 4096, 16384, 65536])
 @kernel
 def _touch(ip, x, rows, q):
     s = np.float32(0)
-    for r in rows: s += _dist(x, r, q, 0, ip)
+    for a in range(0, len(rows), 12):   # so many at once, as from a row of links
+        for r in rows[a:a + 12]: _fetch(x, r)
+        for r in rows[a:a + 12]: s += _dist(x, r, q, 0, ip)
     return s
 
 def measure(dim, metric="l2", sizes=SIZES, seed=0):
@@ -149,20 +154,21 @@ def measure(dim, metric="l2", sizes=SIZES, seed=0):
 
     dim: length of a vector. Takes about 0.2 s."""
     rng, ip = np.random.default_rng(seed), metric != "l2"
-    x, q = np.full((max(sizes), -(-dim // 16) * 16), .5, np.float32), np.ones((1, -(-dim // 16) * 16), np.float32)
+    x, q = (_aligned((n, -(-dim // 16) * 16), np.float32) for n in (max(sizes), 1))
+    x[:], q[:] = .5, 1
     _touch(ip, x, np.arange(2, dtype=np.uint32), q)
-    return np.array([_median_touch(ip, x, rng.integers(0, n, (8, max(4096, n // 4)), np.uint32), q) for n in sizes])
+    return np.array([_least_touch(ip, x, rng.integers(0, n, (8, max(4096, n // 4)), np.uint32), q) for n in sizes])
 
-def _median_touch(ip, x, rows, q):
+def _least_touch(ip, x, rows, q):
     times = []
-    for r in rows:
+    for r in (np.arange(rows.max() + 1, dtype=np.uint32), *rows):   # the first is left out: it only fetches
         t = time.thread_time()
         _touch(ip, x, r, q)
         times.append((time.thread_time() - t) / len(r))
-    return np.median(times[1:])
+    return min(times[1:])   # undisturbed
 
 # %% ../../nbs/riann/04_timemodel.ipynb #6fc43863
-COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 11), chosen=(7, 11), prune=(10,), degree=(10,))   # of a fitted model
+COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 11), chosen=(7, 11), prune=(10,), degree=(10,), extra=(4,), query=(3,))   # of a fitted model
 
 class _Fitted:
     "A model of fitted facts: in and out of JSON, and the time of a distance."
@@ -170,18 +176,17 @@ class _Fitted:
     def from_dict(cls, facts):
         "From the facts of a fitted model, as `to_dict` gives them. Errors: ValueError naming what is missing."
         try:
-            p = {k: np.array(facts[k], float) for k in (*COEFFICIENTS, "sizes", "touch")}
-            self, (extra, hop), n = cls.__new__(cls), map(float, facts["extra"]), float(facts["n"])
+            p, self, n = {k: np.array(facts[k], float) for k in (*COEFFICIENTS, "sizes", "touch")}, cls.__new__(cls), float(facts["n"])
         except (KeyError, TypeError, ValueError) as e: raise ValueError(f"not a time model: {e}") from None
         if any(p[k].shape != shape for k, shape in COEFFICIENTS.items()):
             raise ValueError("not a time model: coefficients missing")
         self.facts, self._p = dict(facts), [p[k] for k in ("hops", "nu", "greedy", "choose", "chosen", "prune")]
-        base = p["touch"][0]   # of vectors at hand
-        self._size, self._touch, self._degree = np.log(p["sizes"]), p["touch"] + extra * base, p["degree"]
-        self._hop, self._link = (hop - extra) * base, (1 + extra) * base
+        base, (extra, hop, node, link) = p["touch"][0], p["extra"]   # of vectors at hand
+        self._size, self._cold, self._touch, self._degree = np.log(p["sizes"]), p["touch"], p["touch"] + extra * base, p["degree"]
+        self._hop, self._rest, self._query = (hop - extra) * base, np.array([1 + extra, node, link]) * base, p["query"] * base
         links = lambda deg: _linked(64., deg / 2, float(deg), deg / 2, n, *self._p[3:])   # at the bottom: f(2 deg)
         self.paper = Equations(self.T_d, lambda cand, d: _searched(float(cand), float(d), n, *self._p[:2])[0],
-                               lambda deg: self._link * links(deg))
+                               lambda deg: float(self._rest[::2] @ links(deg)[::-1]))
         return self
 
     def to_dict(self):
@@ -225,8 +230,8 @@ class TimeModel(_Fitted):
     def _count(self, cand, deg, layers, lp):
         cand, deg = np.array(cand, float, ndmin=1), np.array(deg, float, ndmin=1)
         if cand.shape != deg.shape: cand, deg = (a.copy() for a in np.broadcast_arrays(cand, deg))
-        out, t = np.zeros((len(cand), 4)), self.T_d(layers[:, 0])
-        _units(cand, deg, layers, lp, t, t + self._hop, self._link, *self._p, out)
+        out, t = np.zeros((len(cand), 5)), self.T_d(layers[:, 0])
+        _units(cand, deg, layers, lp, t, t + self._hop, self._rest, *self._p, out)
         return out
 
     def index_time(self, cand, deg, layers, lp=1, literal=False):
@@ -274,8 +279,8 @@ class TimeModel(_Fitted):
         a = _checked(layers)
         if literal or self.facts is None: return self.paper.query(cand_q, deg, a.tolist())
         dists, hops = self.query_work(cand_q, a)
-        t = self.T_d(a[0, 0])
-        return float(dists * t + hops * (t + self._hop))
+        cold = np.interp(np.log(max(a[0, 0], 1)), self._size, self._cold)
+        return float(cold * (dists + hops) + self._query @ [dists, hops, 1])
 
     def layers(self, cand, deg, n):
         "The layers that `n` points inserted with `cand` and `deg` will have, [(n, sum of degrees), ...]; a fitted model only."
@@ -316,9 +321,15 @@ def _beams(index, q, ef):
     work = work / len(q)
     return work[:4], work[4:].reshape(-1, 2)
 
+def _queried(index, q, ef):
+    "CPU seconds of a query."
+    t = time.thread_time()
+    index.search(q, min(10, ef), ef)
+    return (time.thread_time() - t) / len(q)
+
 # %% ../../nbs/riann/04_timemodel.ipynb #f4be6713
 def _observe(x, q, metric, budget_s, seed):
-    """Rows (deg, cand, m, layers before, layers after, Work, degree) and (ef, layers, `_beams`) of growing graphs.
+    """Rows (deg, cand, m, layers before, layers after, Work, degree) and (ef, layers, `_beams`, CPU seconds per query) of growing graphs.
 
     degree: mean links of the nodes that have the graph's own properties; 0 where it was given the next one's."""
     graphs = [(r, DynamicHNSW(x.shape[1], metric, max(1024, len(x)), seed=seed + i), []) for i, r in enumerate(RUNGS)]
@@ -333,7 +344,7 @@ def _observe(x, q, metric, budget_s, seed):
                 work = index.insert(x[a:b], range(a + 1, b + 1), deg, cand)
                 if a == old: own += range(a + 1, b + 1)
                 inserts.append((deg, cand, b - a, before, index.layers(), work, index.degrees(own).mean() if a == old else 0.))
-            beams += [(ef, index.layers(), *_beams(index, q, ef)) for ef in BEAMS]
+            beams += [(ef, index.layers(), *_beams(index, q, ef), min(_queried(index, q, ef) for _ in range(2))) for ef in BEAMS]
     return inserts, beams
 
 def _warm(x, q, metric):
@@ -363,11 +374,11 @@ def _between(a, b):
     return (np.array(a, float) + np.array(b[:len(a)])) / 2
 
 def _expected(deg, cand, layers, p):
-    "Expected distances of an insertion, all and for links only; without pruning where `p` has none."
-    out, none = np.zeros((1, 4)), np.zeros(len(layers))
-    _units(np.array([cand]), np.array([deg]), layers, 0, none, none, 0.,
+    "Expected distances of an insertion, all and for links only, and links; without pruning where `p` has none."
+    out, none = np.zeros((1, 5)), np.zeros(len(layers))
+    _units(np.array([cand]), np.array([deg]), layers, 0, none, none, np.zeros(3),
            *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")), p.get("prune", np.zeros(10)), out)
-    return out[0, [1, 3]]
+    return out[0, [1, 3, 4]]
 
 def _fit_links(inserts, p):
     "Coefficients prune, degree from the insertions and the rest `p` of the model."
@@ -385,20 +396,27 @@ def _fit_links(inserts, p):
     return dict(prune=prune, degree=_fit(terms[pure], np.log(own[pure] / m[pure]), np.ones(pure.sum())))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #4bd8b12f
-def _fit_time(inserts, touch, p):
-    "[extra, hop]: what bookkeeping adds to a distance and to a hop, in distances at hand."
-    rows = [(r, _between(r[3], r[4])) for r in inserts if r[3] and r[2] >= 20]
-    hops, dists, t = np.array([np.array(r[5]) / (r[2], r[2], r[2]) for r, _ in rows]).T
-    every, links = np.array([_expected(*r[:2], m, p) for r, m in rows]).T
-    links *= dists / every
-    cold, base = np.interp(np.log([m[0, 0] for _, m in rows]), np.log(SIZES), touch), touch[0]
-    rest, keep = t - cold * (dists - links + hops) - base * links, np.ones(len(t), bool)
-    for _ in range(3):   # a disturbed row is left out
-        a = np.stack([dists, hops], 1) * base
-        extra, hop = nnls(a[keep] / t[keep, None], rest[keep] / t[keep])[0]
-        miss = abs(a @ [extra, hop] - rest) / t
+def _fit_rest(t, known, a):
+    "Coefficients >= 0 of the columns `a` for what of the times `t` is not `known`; a disturbed row is left out."
+    keep, rest = np.ones(len(t), bool), t - known
+    for _ in range(3):
+        more = nnls(a[keep] / t[keep, None], rest[keep] / t[keep])[0]
+        miss = abs(a @ more - rest) / t
         keep = miss <= max(.1, 3 * np.median(miss))
-    return [float(extra), float(hop)]
+    return more
+
+def _fit_time(inserts, beams, touch, p):
+    "extra and query: what bookkeeping adds to a distance, a hop, a node and a link; to a distance, a hop and a query; in distances at hand."
+    rows, base = [(r, _between(r[3], r[4])) for r in inserts if r[3] and r[2] >= 50], touch[0]
+    cold = lambda n: np.interp(np.log(n), np.log(SIZES), touch)
+    hops, dists, t = np.array([np.array(r[5]) / (r[2], r[2], r[2]) for r, _ in rows]).T
+    every, links, m = np.array([_expected(*r[:2], m, p) for r, m in rows]).T
+    links, one = links * dists / every, np.ones(len(t))
+    extra = _fit_rest(t, cold([m[0, 0] for _, m in rows]) * (dists - links + hops) + base * links, np.stack([dists, hops, one, m], 1) * base)
+    (walked, passed, hops, dists), t = np.array([b[2] for b in beams]).T, np.array([b[4] for b in beams])
+    hops, dists = walked + hops, passed + dists
+    query = _fit_rest(t, cold([b[1][0][0] for b in beams]) * (dists + hops), np.stack([dists, hops, np.ones(len(t))], 1) * base)
+    return dict(extra=extra.tolist(), query=query.tolist())
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b5f9c0ac
 def profile(sample, metric="l2", budget_s=3, seed=0):
@@ -419,7 +437,7 @@ def profile(sample, metric="l2", budget_s=3, seed=0):
     p |= _fit_links(inserts, p)
     return TimeModel.from_dict(dict(
         format=1, dim=x.shape[1], metric=metric, n=max(b[1][0][0] for b in beams), **{k: v.tolist() for k, v in p.items()},
-        extra=_fit_time(inserts, touch, p), sizes=SIZES.tolist(), touch=touch.tolist(),
+        **_fit_time(inserts, beams, touch, p), sizes=SIZES.tolist(), touch=touch.tolist(),
         machine=platform.processor() or platform.machine()))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #44b57d4b
