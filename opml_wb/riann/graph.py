@@ -156,7 +156,7 @@ class _Arrays:
         "`n` free slots, some of them used before."
         old = self._free[:n]
         a, b = self._used, self._used + n - len(old)
-        self._reserve(b, self._rows)
+        if b > len(self._g.ids): self._reserve(b, self._rows)
         return np.array(old + list(range(a, b))) if old else np.arange(a, b)
 
     def _occupy(self, slots, ids):
@@ -197,20 +197,22 @@ class _Arrays:
         return tag, s
 
 # %% ../../nbs/riann/02_graph.ipynb #da22b832
+_SIGINT = int(signal.SIGINT)
+
 class _Writer:
     "The writer's lock. A Ctrl-C that comes while it is held is delivered when it is let go: nothing is left half done."
     def __init__(self): self.lock, self.before, self.late = threading.RLock(), [], []
     def _later(self, *signal): self.late.append(signal)
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():   # the one that Ctrl-C interrupts
-            handler = _signal.getsignal(signal.SIGINT)              # as in signal, without its 5 us for an enum
-            if callable(handler): _signal.signal(signal.SIGINT, self._later)
+        if threading.get_ident() == threading.main_thread().ident:   # the one that Ctrl-C interrupts
+            handler = _signal.getsignal(_SIGINT)                     # as in signal, without its 5 us for an enum
+            if callable(handler): _signal.signal(_SIGINT, self._later)
             self.before.append(handler)
         self.lock.acquire()
     def __exit__(self, *_):
         self.lock.release()
-        if threading.current_thread() is not threading.main_thread() or not callable(handler := self.before.pop()): return
-        _signal.signal(signal.SIGINT, handler)
+        if threading.get_ident() != threading.main_thread().ident or not callable(handler := self.before.pop()): return
+        _signal.signal(_SIGINT, handler)
         if self.late and handler != self._later:
             late, self.late = self.late, []
             handler(*late[-1])
@@ -528,12 +530,10 @@ class DynamicHNSW(_Changing):
         Copies share a node and count once; vectors that wait do not count. sample: int, the sum is taken from that many nodes of
         a layer, spread evenly (None: from all)."""
         with self._writer:
-            g, out = self._g, []
-            v = np.flatnonzero(g.level[:self._used] >= 0)
-            while len(v):
+            g, out, level = self._g, [], self._g.level[:self._used]
+            while len(v := np.flatnonzero(level >= len(out))):
                 l, w = len(out), v[::len(v) // sample or 1] if sample else v
                 out.append((len(v), int((g.U[g.up[w] + l - 1, 0] if l else g.L0[w, 0]).sum() * (len(v) / len(w)))))
-                v = v[g.level[v] > l]
             return out
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
