@@ -30,7 +30,7 @@ def _find(ids, keys, values, out):
         if keys[i] == ids[j]: out[j] = values[i]
 
 @kernel
-def _add(ids, new, keys, values):
+def _add(ids, new, keys, values, count):
     "Enter all ids with their values; or none, if one is negative or there already: its row, else -1."
     mask, places = len(keys) - 1, np.empty(len(ids), np.int64)
     for j in range(len(ids)):
@@ -40,10 +40,11 @@ def _add(ids, new, keys, values):
             for k in range(j): keys[places[k]] = EMPTY   # nothing came after them
             return j
         keys[i], values[i], places[j] = ids[j], new[j], i
+    count[0] += len(ids)
     return -1
 
 @kernel
-def _drop(ids, keys, values):
+def _drop(ids, keys, values, count):
     "Remove ids that are there, and move up what a gap would cut off."
     mask = len(keys) - 1
     for id in ids:
@@ -59,6 +60,7 @@ def _drop(ids, keys, values):
                 if ((j - home) & mask) >= ((j - i) & mask): break   # its way leads over i
             if keys[j] == EMPTY: break
             keys[i], values[i], i = keys[j], values[j], j
+    count[0] -= len(ids)
 
 # %% ../../nbs/riann/01_directory.ipynb #a3df0ed4
 class Directory:
@@ -66,12 +68,12 @@ class Directory:
     def __init__(self): self.clear()
 
     def clear(self):
-        self._table, self._n = self._empty(4096), 0
+        self.table = self._empty(4096)
 
     @staticmethod
-    def _empty(n): return np.full(n, EMPTY), np.zeros(n, np.int64)
+    def _empty(n): return np.full(n, EMPTY), np.full(n, 0), np.zeros(1, np.int64)   # keys, values, how many
 
-    def __len__(self): return self._n
+    def __len__(self): return int(self.table[2][0])
 
     def __contains__(self, id):
         try: return -1 < operator.index(id) < 2**63 and self.find(np.array([id]))[0] >= 0
@@ -80,25 +82,26 @@ class Directory:
     def find(self, ids):
         "The slot of each id, i64[n]; -1 where there is none."
         out = np.empty(len(ids), np.int64)
-        _find(ids, *self._table, out)
+        _find(ids, *self.table[:2], out)
         return out
 
     def add(self, ids, slots):
         "Enter ids under their slots: -1, or the row of one that is negative, here already, or twice in `ids`; then none is entered."
-        if 2 * (self._n + len(ids)) > len(self._table[0]): self._grow(self._n + len(ids))
-        row = _add(ids, slots, *self._table)
-        if row < 0: self._n += len(ids)
-        return row
+        if not self.fits(len(ids)): self._grow(len(self) + len(ids))
+        return _add(ids, slots, *self.table)
+
+    def fits(self, n):
+        "Whether `n` more ids can be entered without a larger table."
+        return 2 * (len(self) + n) <= len(self.table[0])
 
     def _grow(self, n):
         table = self._empty(1 << (4 * n - 1).bit_length())
         _add(*self.items(), *table)
-        self._table = table   # at once: who looks up meanwhile sees the one or the other
+        self.table = table   # at once: who looks up meanwhile sees the one or the other
 
     def drop(self, ids):
         "Remove ids that are here, all different."
-        _drop(ids, *self._table)
-        self._n -= len(ids)
+        _drop(ids, *self.table)
 
     def move(self, id, slot):
         "Let an id that is here have another slot."
@@ -107,6 +110,6 @@ class Directory:
 
     def items(self):
         "All ids and their slots, i64[n] each, in no order."
-        keys, slots = self._table
+        keys, slots, _ = self.table
         here = keys != EMPTY
         return keys[here], slots[here]

@@ -9,9 +9,9 @@ __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 import _signal, operator, signal, threading, time
 import numpy as np
 
-from .directory import Directory
+from .directory import Directory, _add, _drop
 from .kernels import (DEBT, GONE, INSERT, NEAR, PACE, REBUILD, RELINK, TOP, WAIT, Graph, Scratch, Work,
-                                   _bury, _copy, _insert, _note, _inward, _search, _slot, _sweep)
+                                   _bury, _copy, _insert, _note, _inward, _search, _slot, _sweep, kernel)
 
 # %% ../../nbs/riann/02_graph.ipynb #82e48f07
 def _integer(name, value, low, high=None):
@@ -23,12 +23,15 @@ def _integer(name, value, low, high=None):
         raise ValueError(f"{name}: expected an integer {bound}, got {value!r}")
     return n
 
+_F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
+
 def _matrix(name, x, dim):
     "`x` as `f32[n, dim]`, contiguous."
     try: a = np.asarray(x)
     except ValueError: raise ValueError(f"{name}: rows of unequal length") from None
     if a.ndim != 2 or a.shape[1] != dim: raise ValueError(f"{name}: expected shape [n, {dim}], got {list(a.shape)}")
     if not len(a): raise ValueError(f"{name}: empty batch")
+    if a.dtype is _F32: return a if a.flags.carray else np.require(a, np.float32, "CAW")
     if a.dtype.kind not in "fiub": raise ValueError(f"{name}: {a.dtype} cannot be cast to float32")
     if a.dtype != np.float32:
         with np.errstate(over="ignore", invalid="ignore"): a = a.astype(np.float32)
@@ -58,7 +61,7 @@ def _integers(ids, n=None):
         raise ValueError(f"ids: expected shape [{'n' if n is None else n}], got {list(a.shape)}")
     if not len(a): raise ValueError("ids: empty batch")
     if a.dtype.kind not in "iu": raise ValueError(f"ids: expected integers, got {a.dtype}")
-    return a if a.dtype == np.int64 and a.flags.carray else np.require(a, np.int64, "CAW")
+    return a if a.dtype is _I64 and a.flags.carray else np.require(a, np.int64, "CAW")
 
 def _keys(ids, n=None):
     "The first row of `ids` at fault, with the reason, or None: shape, type, range, repetition."
@@ -107,9 +110,10 @@ class _Arrays:
         self._g = Graph(**{k: _aligned((capacity, n), t) for k, (n, t) in wide.items()},
                         U=_aligned((max(16, capacity // 8), _ceil(1 + self.max_deg, 16)), "u4"),
                         **{k: _aligned((capacity,), t) for k, t in flat.items()}, table=self._table(min(capacity, 2**14)), meta=np.array([-1]))
-        for a in self._g: a[:4096] = 0   # the first batches find their memory mapped; of the rest only what is used ever is
         self._at = Directory()                         # the slot of each id
-        self._used = self._rows = self._noted = 0
+        self._queue = np.zeros(capacity, np.int64), np.zeros(3, np.int64)   # slots that wait; slots used, where those that wait begin and end
+        for a in (*self._g, self._queue[0]): a[:4096] = 0   # the first batches find their memory mapped; of the rest only what is used ever is
+        self._rows = self._noted = 0
         self._clear()
 
     def _clear(self):
@@ -118,11 +122,28 @@ class _Arrays:
         g.L0[:n, 0], g.cand[:n], g.U[:self._rows, 0], g.meta[:] = 0, 0, 0, -1
         if self._noted: g.table[:] = 0
         self._at.clear()
-        self._free, self._used, self._rows, self._dead = [], 0, 0, 0
+        self._free, self._rows, self._dead = [], 0, 0
         self._doomed, self._cursor = None, 0           # removed nodes that the sweep will free, and how far it is
-        self._wait = np.zeros(0, np.int64)             # slots that are placed and not linked, oldest first
+        self._queue[1][:] = 0
         self._has = np.zeros(self.capacity, np.int8)   # upper rows that each slot owns
         self._noted = 0
+
+    @property
+    def _used(self): return int(self._queue[1][0])
+    @_used.setter
+    def _used(self, n): self._queue[1][0] = n
+
+    @property
+    def _wait(self):
+        "Slots that are placed and not linked, oldest first."
+        line, (_, a, b) = self._queue
+        return line[a:b]
+
+    @_wait.setter
+    def _wait(self, slots):
+        line = np.zeros(max(self.capacity, 2 * len(slots)), np.int64)
+        line[:len(slots)] = slots
+        self._queue = line, np.array([self._used, 0, len(slots)])   # at once, for searches meanwhile
 
     @staticmethod
     def _table(n): return np.zeros(1 << (4 * n - 1).bit_length(), np.uint32)
@@ -339,6 +360,23 @@ class _Linking(_Arrays):
         if len(live): self._link(live, REBUILD)
         self._release(self._removed())
 
+# %% ../../nbs/riann/02_graph.ipynb #d67d1aba
+@kernel
+def _take(x, ids, X, own, twin, level, keys, values, count, line, ends, unit, most):
+    "Let `x` wait in the slots after the last one used: how many vectors there are then, 0 if it cannot be: no room, a fault, or (most >= 0) not all wait or more than `most` would."
+    used, first, last, total = ends[0], ends[2], ends[2] + len(x), count[0] + len(x)
+    if used + len(x) > len(own) or last > len(line) or 2 * total > len(keys): return 0
+    if most >= 0 and (total > most or last - ends[1] < total): return 0
+    slots = line[first:last]
+    for i in range(len(x)): slots[i] = used + i
+    if _add(ids, slots, keys, values, count) >= 0: return 0
+    if _copy(x, X, slots, unit) >= 0:
+        _drop(ids, keys, values, count)
+        return 0
+    for i in range(len(x)): own[used + i], twin[used + i], level[used + i] = ids[i], -1, WAIT
+    ends[0], ends[2] = used + len(x), last
+    return total
+
 # %% ../../nbs/riann/02_graph.ipynb #f30f7618
 class _Intake(_Linking):
     "Checks, and the way of checked vectors into the graph; the caller holds the writer's lock."
@@ -367,10 +405,22 @@ class _Intake(_Linking):
         self._g, self._has = before
         self._refuse_batch(x, ids)
 
+    def _take(self, x, ids, most=-1):
+        "Let a new batch wait if that is but one step, see the kernel. x: as `_matrix` gives."
+        if self._free: return 0
+        ids = _integers(ids, len(x))
+        with self._writer.lock:
+            g = self._g
+            return _take(x, ids, g.X, g.ids, g.twin, g.level, *self._at.table, *self._queue, self.metric == "cosine", most)
+
     def _hold(self, slots, ids):
         "Let written vectors wait."
         self._occupy(slots, ids)
-        self._wait = np.concatenate([self._wait, slots])
+        line, ends = self._queue
+        if ends[2] + len(slots) > len(line): self._wait = np.concatenate([self._wait, slots])
+        else:
+            line[ends[2]:ends[2] + len(slots)] = slots
+            ends[2] += len(slots)
 
     def _enroll(self, x, ids):
         slots, ids = self._written(x, ids)
@@ -405,10 +455,11 @@ class _Changing(_Intake):
 
         x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
         Errors: ValueError naming the first row at fault; then nothing is taken in."""
-        with self._writer: self._hold(*self._written(x, ids))
+        if not self._take(_matrix("x", x, self.dim), ids):
+            with self._writer: self._hold(*self._written(x, ids))
 
     @property
-    def waiting(self): return len(self._wait)
+    def waiting(self): return int(self._queue[1][2] - self._queue[1][1])
 
     def link(self, deg, cand, n=None):
         """Link the `n` vectors that have waited longest (None: all that wait) with `deg` links among `cand` candidates.
@@ -418,7 +469,7 @@ class _Changing(_Intake):
         with self._writer:
             slots = self._wait[:_integer("n", self.waiting if n is None else n, 0)]
             work = self._join(slots, deg, cand)
-            self._wait = self._wait[len(slots):]
+            self._queue[1][1] += len(slots)
         return Work(*work, time.thread_time() - t)
 
     def relink(self, ids, deg, cand):
@@ -548,7 +599,8 @@ def warm():
     "Compile the kernels (or load them from numba's cache) for every metric; the CPU seconds it took."
     t = time.process_time()
     index = DynamicHNSW(2, capacity=32)
-    index.insert(np.eye(32, 2) + np.arange(32)[:, None], range(32), 2, 4)
+    index.place(np.eye(32, 2) + np.arange(32)[:, None], range(32))
+    index.link(2, 4)
     index.search([[0, 0]], 1, 4)
     index.remove(range(12))
     return time.process_time() - t

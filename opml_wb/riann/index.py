@@ -16,7 +16,7 @@ from .store import Store
 from .timemodel import TimeModel, profile
 
 # %% ../../nbs/riann/11_index.ipynb #58a84f32
-SCAN = .48   # cost of a vector in a scan, in distances met at random places
+SCAN = 1.2   # cost of a vector in a scan, in distances to vectors at hand
 
 class Planner:
     """Properties that meet a requirement on an index of a given size, and what they cost by the models.
@@ -26,7 +26,7 @@ class Planner:
     def __init__(self, need, times, recalls, seed=0):
         from opml_wb.riann.recall import ladder
         self.need, self.times, self.recalls, self.seed = need, times, recalls, seed
-        self.scan_s = SCAN * float(times.T_d(256))   # CPU seconds to compare with one vector that waits
+        self.scan_s = SCAN * times.facts["touch"][0]   # CPU seconds to compare with one vector that waits
         self._ladders = {size: ladder(recalls, times, 2**size, recall=need.recall, k=need.k, seed=seed % 2**64, query_s=need.query_s)
                          for size in range(10, 16)}
 
@@ -59,9 +59,11 @@ class Planner:
 
     def flat_below(self):
         "Vectors up to which comparing with all costs no more than a search in a graph: the first rung's or, if that is less, the default HNSW's."
-        sizes, T, query = np.unique(np.geomspace(64, 2**15, 64).astype(int)), self.times.T_d, self.times.query_time
-        def searched(n, r): return min(query(r.cand_q, r.deg, self.times.layers(r.cand, r.deg, n)), 1.32 * query(50, 16, self.times.layers(200, 16, n)))
-        slower = [n * SCAN * T(n) > searched(n, self.rungs(n)[0]) for n in sizes.tolist()]
+        from opml_wb.riann.recall import DEFAULT, ENGINE
+        sizes, query = np.unique(np.geomspace(64, 2**15, 64).astype(int)), self.times.query_time
+        usual = lambda n, deg, cand, ef: ENGINE * query(ef, deg, self.times.layers(cand, deg, n))
+        def searched(n, r): return min(query(r.cand_q, r.deg, self.times.layers(r.cand, r.deg, n)), usual(n, *DEFAULT))
+        slower = [n * self.scan_s > searched(n, self.rungs(n)[0]) for n in sizes.tolist()]
         return int(sizes[slower.index(True) - 1]) if any(slower) and not slower[0] else int(sizes[-1] if not any(slower) else 0)
 
 # %% ../../nbs/riann/11_index.ipynb #eda15add
@@ -70,6 +72,7 @@ GUARD_S = .0004         # wall seconds between the end of the last chunk and the
 
 class _Clock:
     "Wall and CPU seconds since the call; `left` until the deadline."
+    __slots__ = "begun", "cpu", "limit"
     def __init__(self, limit): self.begun, self.cpu, self.limit = time.perf_counter(), time.thread_time(), limit
     @property
     def wall(self): return time.perf_counter() - self.begun
@@ -159,16 +162,18 @@ class _Foreseeing(_Linking):
         with self._lock: return self._planned(_integer("n", n, 1), self._deadline(deadline_s))
 
     def _planned(self, n, limit, op="add"):
-        total, copy, waiting = len(self._graph) + (n if op == "add" else 0), self._entry(n, op) + GUARD_S, self._graph.waiting
-        if waiting == len(self._graph) and total <= self.flat_below:
-            return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
+        now, waiting, copy = len(self._graph), self._graph.waiting, self._entry(n, op) + GUARD_S
+        total = now + (n if op == "add" else 0)
+        if waiting == now and total <= self.flat_below: return self._unlinked(copy, total, limit)
         waiting += n
         rungs = self.planner.rungs(total)
         times = copy + self.pace.wall(self.planner.costs(total, self._layers_at(total - waiting / 2, rungs[0]))) * waiting
         fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
         i = int(fits[0]) if len(fits) else int(np.argmin(times))
         r = rungs[i]
-        return self._judged(r.deg, r.cand, r.cand_q, times[i], self.planner.query(r.cand_q, self._layers_at(total, r)), r.recall, limit)
+        return self._judged(r.deg, r.cand, r.cand_q, float(times[i]), self.planner.query(r.cand_q, self._layers_at(total, r)), r.recall, limit)
+
+    def _unlinked(self, copy, total, limit): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
 
     def _layers_at(self, n, rung):
         "The graph's layers if it has about `n` vectors already, else those that it will have."
@@ -187,8 +192,7 @@ class _Foreseeing(_Linking):
 
     def _judged(self, deg, cand, cand_q, t_index, t_query, recall, limit):
         "The plan with a verdict: the first part of the requirement that it breaks."
-        need, t_index, t_query, recall = self.requirement, float(t_index), float(t_query), float(recall)
-        what = f"deg {deg}, cand {cand}, cand_q {cand_q}" if deg else "so few that all are compared"
+        need, what = self.requirement, f"deg {deg}, cand {cand}, cand_q {cand_q}" if deg else "so few that all are compared"
         if limit is not None and t_index > limit: why = f"deadline {limit:.3g} s: even {what if deg else 'a copy'}, the cheapest, takes {t_index:.3g} s"
         elif need.query_s is not None and t_query > need.query_s: why = f"query_s {need.query_s:.3g}: {what} takes {t_query:.3g} s"
         elif recall < need.recall - .0005: why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
@@ -236,7 +240,10 @@ class _Operating(_Foreseeing):
         graph = self._graph
         self._is_open()
         x = _matrix("x", x, graph.dim)
+        quick = op == "add" and not self._log
+        if quick and (total := graph._take(x, ids, self.flat_below)): return self._unlinked(self._entry(len(x)) + GUARD_S, total, limit)
         plan = self._planned(len(x), limit, op)
+        if quick and graph._take(x, ids): return plan
         with graph._writer:
             if op == "add":
                 slots, ids = graph._written(x, ids)

@@ -104,7 +104,7 @@ class Pace:
         slower = math.exp(-cpu / (5 * self.memory_s))   # the machine's speed changes less than its load
         self._cpu, self._wall = self._cpu * keep + cpu, self._wall * keep + wall
         self._predicted, self._ran = self._predicted * slower + predicted, self._ran * slower + cpu
-        self.stall = max(self.stall * keep, wall - cpu)
+        if self.closed_loop: self.stall = max(self.stall * keep, wall - cpu)
 
     def doubt(self):
         "Believe half of what is bad: nothing seemed to fit, so nothing new was seen."

@@ -72,8 +72,8 @@ def _rung(rng):
     return int(np.exp2(rng.uniform(1.6, 6))), int(np.exp2(rng.uniform(3, 8.65)))
 
 def _likely(rng):
-    "Properties that may turn out best: deg 8..48, cand 10..56; one time in six the default, which they are held against."
-    return DEFAULT[:2] if rng.random() < 1 / 6 else (int(np.exp2(rng.uniform(3, 5.6))), int(np.exp2(rng.uniform(3.33, 5.8))))
+    "Properties that may turn out best: deg 10..45, cand 10..36; one time in six the default, which they are held against."
+    return DEFAULT[:2] if rng.random() < 1 / 6 else (int(np.exp2(rng.uniform(3.33, 5.5))), int(np.exp2(rng.uniform(3.33, 5.2))))
 
 def _schedule(rng, rows, near=False):
     "A stream's insertions: (end row, deg, cand, whether to measure after it)."
@@ -92,8 +92,8 @@ def _schedule(rng, rows, near=False):
         at = end
     return out
 
-def _run(x, order, query, plan, rng, ks, beams):
-    "Index `x` by `plan`; a row per measured checkpoint, beam and k. order: all rows for each query, nearest first."
+def _run(x, order, query, plan, rng, ks, beams, least):
+    "Index `x` by `plan`; a row per measured checkpoint, beam (from `least`) and k. order: all rows for each query, nearest first."
     index, at = DynamicHNSW(x.shape[1], capacity=len(x), seed=int(rng.integers(2**31))), 0
     for end, deg, cand, measure in plan:
         before, links = State.of(index), sum(s for _, s in index.layers()[:1])
@@ -101,7 +101,7 @@ def _run(x, order, query, plan, rng, ks, beams):
         batch, at = end - at, end
         if not measure: continue
         truth, lid = 1 + np.stack([o[o < at][:max(ks)] for o in order]), intrinsic_dimension(x[:at])
-        for cand_q in np.exp2(rng.uniform(np.log2(10), np.log2(200), beams)).astype(int):
+        for cand_q in np.exp2(rng.uniform(np.log2(least), np.log2(200), beams)).astype(int):
             (_, above, hops, dists), _ = _beams(index, query[:32], int(cand_q))
             found = index.search(query, min(max(ks), int(cand_q)), int(cand_q))[0]
             for k in ks:
@@ -114,7 +114,7 @@ def collect(x, query, streams=50, ks=(1, 10, 50), beams=3, seed=0, near=False, p
 
     x: f32[n, dim], in the order of the stream. query: f32[m, dim], none of them in x. streams: how many runs, each with
     properties of its own. ks: recall@k for each. beams: how many cand_q at each checkpoint.
-    near: only properties that may turn out best, one for a whole stream (else anything, also changing).
+    near: only properties and beams that may turn out best, one property for a whole stream (else anything, also changing).
     progress: called with (runs done, runs in all). Columns: stream; deg, cand, batch, state (before the batch), cand_q, k, n, lid,
     links (mean degree before); recall; hops and dists of a query, index_dists of an insertion."""
     import pandas as pd
@@ -124,7 +124,7 @@ def collect(x, query, streams=50, ks=(1, 10, 50), beams=3, seed=0, near=False, p
     for i in range(streams):
         rng = np.random.default_rng((seed, i))
         rows = int(len(x) * np.exp2(-rng.uniform(0, 2)))   # a stream of its own length
-        frames.append(pd.DataFrame(_run(x[:rows], order, query, _schedule(rng, rows, near), rng, ks, beams)).assign(stream=i))
+        frames.append(pd.DataFrame(_run(x[:rows], order, query, _schedule(rng, rows, near), rng, ks, beams, 40 if near else 10)).assign(stream=i))
         if progress: progress(i + 1, streams)
     return pd.concat(frames, ignore_index=True)
 
@@ -328,8 +328,8 @@ def anneal(recall_model, time_model, require, n, batch, steps=1500, seed=0, stat
     return min(found, key=lambda r: _energy(r, deadline, require.recall, query_s))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
-ENGINE = 1.75  # so many times our engine's CPU may go into a query; hnswlib takes 1.7 to 2.1 times as much for the default's (two machines)
-EQUAL = .0  # recall that the first rung may lack of the default's
+ENGINE = 1.62  # so many times our engine's CPU may go into a query as the default's properties take; hnswlib takes 1.5 to 2.1 times as much for them (three machines)
+EQUAL = .0006  # recall that the first rung may lack of the default's: less than a thousand queries can tell
 DEPTH = .02   # how far under the demanded recall the last rung may be
 
 def _front(rungs):
@@ -372,25 +372,27 @@ def ladder(recall_model, time_model, n, recall=.97, k=10, seed=0, lid=None, quer
 VIEWS = (None, lambda grey: np.ascontiguousarray(grey[:, ::-1]), lambda grey: np.ascontiguousarray(grey[::2, ::2]))
 
 def _pool(held_out, near):
-    "SIFT of half of the photographs: u8[n, 128] and the photograph of each."
+    "SIFT of half of the photographs: u8[n, 128], and of each the photograph and which of `VIEWS` it is of."
     from opml_wb.riann.data import sift_from_photos
     parts = [sift_from_photos(contrast_threshold=.001, view=v)[:2] for v in (VIEWS if near else VIEWS[:1])]
     rows, source = (np.concatenate(p) for p in zip(*parts))
-    return rows[source % 2 == held_out], source[source % 2 == held_out]
+    view = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
+    return tuple(a[source % 2 == held_out] for a in (rows, source, view))
 
 def training_frame(part, groups, streams=7, held_out=False, near=False, progress=None):
     """Profile runs on SIFT of random subsets of the training photographs: a DataFrame of `collect`, with columns group and photos.
 
     part: int, of the seed. held_out: the other photographs instead, for tests. near: see `collect`; here also on mirrored and reduced
-    photographs, so that a group has up to 55,000 vectors. progress: called with (groups done, groups).
+    photographs where a group of up to 55,000 vectors wants more than there are. progress: called with (groups done, groups).
     A group takes about 20 s on a calm machine. Errors: ImportError without the extra `[vision]`."""
     import pandas as pd
-    rows, source = _pool(held_out, near)
+    rows, source, view = _pool(held_out, near)
     photos, out = np.unique(source), []
     for g in range(groups):
         rng = np.random.default_rng((part, g, 7))
         chosen = photos if g % 3 == 0 else rng.permutation(photos)[:rng.integers(3, 7)]
-        at = rng.permutation(np.flatnonzero(np.isin(source, chosen)))[:int(np.exp2(rng.uniform(11, 15.75))) if near else 29000]
+        at = rng.permutation(np.flatnonzero(np.isin(source, chosen)))
+        at = rng.permutation(at[np.argsort(view[at], kind="stable")][:int(np.exp2(rng.uniform(11, 15.75))) if near else 29000])
         query, at = rows[at[-400:]], np.sort(at[:-400]) if g % 4 == 3 and not near else at[:-400]
         out.append(collect(rows[at], query, streams, seed=1000 * part + g, near=near).assign(group=g, part=part, photos=str(chosen.tolist())))
         if progress: progress(g + 1, groups)
@@ -401,7 +403,7 @@ def make(file):
 
     Half an hour on a calm machine."""
     import pandas as pd
-    _ship(pd.concat([training_frame(1, 18), training_frame(31, 36, near=True)], ignore_index=True)).save(file)
+    _ship(pd.concat([training_frame(1, 18), training_frame(31, 120, near=True)], ignore_index=True)).save(file)
 
 def _ship(frame):
     "A RecallModel of `frame` with its ladders, by the shipped time model."
