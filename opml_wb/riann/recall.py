@@ -328,8 +328,8 @@ def anneal(recall_model, time_model, require, n, batch, steps=1500, seed=0, stat
     return min(found, key=lambda r: _energy(r, deadline, require.recall, query_s))
 
 # %% ../../nbs/riann/06_recall.ipynb #4b49f9d4
-ENGINE = 1.62  # so many times our engine's CPU may go into a query as the default's properties take; hnswlib takes 1.5 to 2.1 times as much for them (three machines)
-EQUAL = .0006  # recall that the first rung may lack of the default's: less than a thousand queries can tell
+ENGINE = 1.65  # so many times our engine's CPU may go into a query as the default's properties take; hnswlib takes 1.5 to 2.1 times as much for them (three machines)
+EQUAL = .0004  # recall that the first rung may lack of the default's: less than a thousand queries can tell
 DEPTH = .02   # how far under the demanded recall the last rung may be
 
 def _front(rungs):
@@ -401,7 +401,7 @@ def training_frame(part, groups, streams=7, held_out=False, near=False, progress
 def make(file):
     """The maker named in the data registry: train on profile runs of all kinds and on those near what may turn out best, then look for the ladders.
 
-    Half an hour on a calm machine."""
+    A quarter of an hour on a calm machine."""
     import pandas as pd
     _ship(pd.concat([training_frame(1, 18), training_frame(31, 120, near=True)], ignore_index=True)).save(file)
 
