@@ -192,8 +192,9 @@ class _Fitted:
     def from_dict(cls, facts):
         "From the facts of a fitted model, as `to_dict` gives them. Errors: ValueError naming what is missing."
         try:
+            facts = facts if facts["format"] > 1 else facts | dict(keep=facts["touch"][0])   # then bookkeeping was counted in distances
             p, self, n = {k: np.array(facts[k], float) for k in (*COEFFICIENTS, "sizes", "touch", "keep")}, cls.__new__(cls), float(facts["n"])
-        except (KeyError, TypeError, ValueError) as e: raise ValueError(f"not a time model: {e}") from None
+        except (IndexError, KeyError, TypeError, ValueError) as e: raise ValueError(f"not a time model: {e}") from None
         if any(p[k].shape != shape for k, shape in COEFFICIENTS.items()):
             raise ValueError("not a time model: coefficients missing")
         self.facts, self._p = dict(facts), [p[k] for k in ("hops", "nu", "greedy", "choose", "chosen", "prune")]
@@ -231,7 +232,7 @@ class _Fitted:
         "This model with `T_d`, and the time of bookkeeping, measured anew on this machine, in under half a second; all else stays."
         dim, metric, sizes = (self.facts[k] for k in ("dim", "metric", "sizes"))
         touch = measure(dim, metric, np.array(sizes), seed).tolist()
-        return type(self).from_dict(self.facts | dict(touch=touch, keep=bookkeeping(seed), machine=platform.processor() or platform.machine()))
+        return type(self).from_dict(self.facts | dict(touch=touch, keep=bookkeeping(seed) if self.facts["format"] > 1 else touch[0], machine=platform.processor() or platform.machine()))
 
 # %% ../../nbs/riann/04_timemodel.ipynb #5393bedb
 class TimeModel(_Fitted):
