@@ -281,7 +281,7 @@ class _Linking(_Arrays):
         g.level[gone] = ~g.level[gone]
         self._at.drop(ids[alone])
         more = [v for i in ids[~alone] if (v := self._forget(i)) >= 0]
-        self._wait = self._wait[g.level[self._wait] == WAIT]
+        if not (waits := g.level[self._wait] == WAIT).all(): self._wait = self._wait[waits]
         self._dead += len(gone) + len(more)
         return np.append(gone, more).astype(np.int64)
 
