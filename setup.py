@@ -28,7 +28,7 @@ DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-math
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
 RAY = ["ray[serve]>=2.30"]
 PROTOCOLS = ["tritonclient[http]>=2.48", "schemathesis>=4"]  # what the tests ask our server with
-DEV = ["pytest>=8", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS + PROTOCOLS
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS + PROTOCOLS
 
 # In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.
 CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -92,7 +93,9 @@ def test_as_nobody(here, tmp_path):
     allowed = subprocess.run(["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", "import opml_wb"], capture_output=True)
     if allowed.returncode: pytest.skip(f"nobody cannot start {sys.executable}")
     os.chmod(here, 0o777)
-    for folder in (tmp_path, *tmp_path.parents[:2]): os.chmod(folder, 0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder == Path(tempfile.gettempdir()): break
+        os.chmod(folder, 0o755)
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", "sh", "-c", "echo 1 > a; mv a b"]
     done = subprocess.run(command, cwd=here, env={**os.environ, "HOME": str(here), "OPML_HOME": str(here / "home")}, capture_output=True, text=True)
     found = json.loads(done.stdout)

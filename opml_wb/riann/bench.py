@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'COLUMNS', 'GRID', 'DefaultHNSW', 'Arm', 'Planned', 'Busy', 'stream', 'protocol_a', 'protocol_b', 'kept',
-           'oracle_grid', 'optimum']
+           'oracle_grid', 'optimum', 'best_fixed']
 
 # %% ../../nbs/riann/12_bench.ipynb #b6164aab
 import subprocess, sys, time
@@ -107,6 +107,8 @@ def _timed(f, *args):
     out = f(*args)
     return time.perf_counter() - wall, time.thread_time() - cpu, out
 
+def _turned(line, n): return line[n % len(line):] + line[:n % len(line)]
+
 def _merged(old, new, k):
     "The `k` nearest of two (ids, dist)."
     ids, dist = (np.concatenate(p, 1) for p in zip(old, new))
@@ -135,12 +137,13 @@ def _stream_checked(base, query, sizes, arms, repeats):
     if len({a.name for a in arms}) < len(arms): raise ValueError("arms: two have the same name")
     return base, query
 
-def stream(base, query, sizes, arms, k=10, seed=0, repeats=1, metric="l2", deadline_s=None, load=None, progress=None):
-    """Feed batches of `sizes` vectors into each arm in turn, and query after each.
+def stream(base, query, sizes, arms, k=10, seed=0, repeats=1, metric="l2", deadline_s=None, load=None, apart=False, progress=None):
+    """Feed batches of `sizes` vectors into each arm in turn, and query all arms after each.
 
     base: [n, dim], shuffled by `seed`. query: [m, dim]. sizes: list of int. arms: list of Arm or Planned.
     repeats: fresh indexes per arm; figures are medians. deadline_s: wall seconds per batch; {arm's name: seconds} for some only.
-    load: {step: number of busy processes from that step on}. progress: called with (steps done, steps in all).
+    load: {step: number of busy processes from that step on}. apart: each arm takes all its batches before the next one begins, as if it had
+    the machine for itself, and is not queried (query_s, recall: NaN). progress: called with (steps done, steps in all).
     One thread throughout; compilation is not timed.
     Returns a DataFrame, a row per arm and step: arm, step (from 0), batch (its size), n (vectors indexed), deg, cand (mean over the
     batch; 0: no graph), index_s and cpu_s (wall and CPU seconds to index the batch), query_s (CPU seconds per query), recall (recall@k),
@@ -153,20 +156,23 @@ def stream(base, query, sizes, arms, k=10, seed=0, repeats=1, metric="l2", deadl
     for s in deadline_s.values() if isinstance(deadline_s, dict) else [deadline_s]:
         if s is not None and not s > 0: raise ValueError(f"deadline_s: expected seconds above 0, got {s!r}")
     due = {a.name: deadline_s.get(a.name, np.nan) if isinstance(deadline_s, dict) else deadline_s or np.nan for a in arms}
-    truth, rows = _truths(x, cuts, query, k, metric), []
+    truth, rows = None if apart else _truths(x, cuts, query, k, metric), []
     warm()
     with Busy() as busy:
         for r in range(repeats):
-            live = [(a, a.make(x.shape[1], metric, len(x), seed)) for a in arms]
-            for s, (a, b) in enumerate(zip(cuts, cuts[1:])):
-                if s in (load or {}): busy.set(load[s])
-                for arm, index in live if (r + s) % 2 else live[::-1]:
-                    wall, cpu, (deg, cand, deferred) = _timed(index.insert, x[a:b], ids[a:b], due[arm.name] if due[arm.name] > 0 else None)
-                    _, q, (found, _) = _timed(index.search, query, min(k, int(b)))
-                    rows.append((arm.name, s, b - a, b, deg, cand, wall, cpu, q / len(query), recall(found, truth[s]),
-                                 due[arm.name], not wall > due[arm.name], deferred))
+            live = _turned([(a, a.make(x.shape[1], metric, len(x), seed)) for a in arms], r)
+            for group in [[one] for one in live] if apart else [live]:
+                for s, (a, b) in enumerate(zip(cuts, cuts[1:])):
+                    if s in (load or {}): busy.set(load[s])
+                    turn = _turned(group, s)
+                    for arm, index in turn:
+                        wall, cpu, (deg, cand, deferred) = _timed(index.insert, x[a:b], ids[a:b], due[arm.name] if due[arm.name] > 0 else None)
+                        rows.append([arm.name, s, b - a, b, deg, cand, wall, cpu, np.nan, np.nan, due[arm.name], not wall > due[arm.name], deferred])
+                    for row, (arm, index) in [] if apart else zip(rows[-len(turn):], turn):
+                        _, q, (found, _) = _timed(index.search, query, min(k, int(b)))
+                        row[8:10] = q / len(query), recall(found, truth[s])
                     if progress: progress(len(rows), repeats * len(sizes) * len(arms))
-            busy.set(0)
+                busy.set(0)
     df = pd.DataFrame(rows, columns=COLUMNS)
     df["arm"] = pd.Categorical(df.arm, [a.name for a in arms])
     df = df.groupby(["arm", "step"], as_index=False, observed=True).agg({c: "median" if c != "satisfied" else "min" for c in COLUMNS[2:]})
@@ -178,18 +184,19 @@ def protocol_a(data, batches=(10, 100, 1000), n_batches=10, k=10, seed=0, repeat
 
     data: (base [n, dim], query [m, dim]). options: dict, further arguments of Riann. usual: Arm, the default.
     Other parameters as for `stream`.
-    Returns `stream`'s DataFrame, rows of all sizes. Source: paper, section 3, Figure 2a."""
+    Returns `stream`'s DataFrame, rows of all sizes, and the column in_turn_s: index_s and cpu_s are of each arm apart, in_turn_s are its CPU
+    seconds where two other indexes and the queries to all three came in between. Source: paper, section 3, Figure 2a."""
     import pandas as pd
-    (base, query), out, done, batches = data, [], 0, list(batches)
+    (base, query), out, batches = data, [], list(batches)
     if not batches: raise ValueError("batches: there is none")
-    total = 3 * n_batches * len(batches) * repeats
+    own = dict(requirement=Requirement(k=k)) | (options or {})
+    arms = [usual, Planned("RIANN", own), Planned("RIANN, graph only", own | dict(flat_below=0))]
     for size in batches:
-        own = dict(requirement=Requirement(k=k)) | (options or {})
-        arms = [usual, Planned("RIANN", own), Planned("RIANN, graph only", own | dict(flat_below=0))]
-        tell = progress and (lambda i, _, done=done: progress(done + i, total))
-        out.append(stream(base, query, [size] * n_batches, arms, k, seed, repeats, progress=tell))
-        done += 3 * n_batches * repeats
-    return pd.concat(out, ignore_index=True)
+        for apart in True, False:
+            tell = progress and (lambda i, n, done=len(out): progress(done * n + i, 2 * len(batches) * n))
+            out.append(stream(base, query, [size] * n_batches, arms, k, seed, repeats, apart=apart, progress=tell))
+    alone, turns = (pd.concat(out[i::2], ignore_index=True) for i in range(2))
+    return turns.assign(in_turn_s=turns.cpu_s, index_s=alone.index_s, cpu_s=alone.cpu_s)
 
 # %% ../../nbs/riann/12_bench.ipynb #ce141e9a
 def protocol_b(data, deadlines=(.75, .55, .35), sizes=range(10, 1001, 10), k=10, seed=0, load=None, default_s=None, options=None,
@@ -265,3 +272,21 @@ def optimum(grid, least_recall, most_query_s=np.inf):
     ok = grid[(grid.recall >= least_recall) & (grid.query_s <= most_query_s)]
     if not len(ok): raise ValueError(f"no property of the grid reaches recall {least_recall:.4f} in {most_query_s:.3g} s per query")
     return ok.loc[ok.index_s.idxmin()]
+
+# %% ../../nbs/riann/12_bench.ipynb #2dcfe6e5
+def best_fixed(data, sizes, grid, k=10, seed=0, repeats=3, finalists=5, lost=.002, slower=1.1, usual=DEFAULT, progress=None):
+    """The optimum: of the fixed properties of a grid, the one that indexes fastest and keeps the default's recall and query time. An Arm.
+
+    data, sizes, k, seed: as for `oracle_grid`. grid: its DataFrame. finalists: how many of its fastest are measured again, in one stream with
+    the default. lost: recall that may be lost against the default. slower: query time over the default's. Others as for `stream`.
+    Errors: ValueError if no finalist keeps both. Source: paper, section 3, "optimal HNSW"."""
+    base, query = data
+    end = stream(base, query, [sum(sizes)], [usual], k, seed).iloc[-1]
+    near = grid[(grid.recall >= end.recall - lost) & (grid.query_s <= 1.25 * slower * end.query_s)]
+    near = near.sort_values(["index_s", "query_s"]).drop_duplicates(["deg", "cand"])[:finalists]
+    arms = [Arm(f"deg {d}, cand {c}, ef {e}", d, c, e) for d, c, e in near[["deg", "cand", "ef"]].astype(int).values.tolist()]
+    met = stream(base, query, sizes, [usual, *arms], k, seed, repeats, progress=progress)
+    last = met.groupby("arm").last().assign(index_s=met.groupby("arm").cpu_s.sum())
+    end = last.loc[usual.name]
+    name = optimum(last.drop(usual.name), end.recall - lost, slower * end.query_s).name
+    return next(a for a in arms if a.name == name)

@@ -76,14 +76,21 @@ def _refuse(**faults):
     faults = [(row, name, why) for name, (row, why) in ((k, v) for k, v in faults.items() if v)]
     if faults: raise ValueError("{1}: row {0}: {2}".format(*min(faults)))
 
-# %% ../../nbs/riann/02_graph.ipynb #9861131c
+# %% ../../nbs/riann/02_graph.ipynb #4e301d1e
+@kernel
+def _hashed(key, ids, deg, level):
+    for j in range(len(ids)):
+        z = np.uint64(ids[j]) + key   # splitmix64
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        z = (z ^ z >> np.uint64(31)) * np.uint64(0x9E3779B97F4A7C15)
+        level[j] = min(-np.log((np.float64(z >> np.uint64(11)) + 1) / 2**53) / np.log(deg), TOP)
+
 def _levels(seed, ids, deg):
-    "Top layer of each id: geometric with factor 1/deg, from a hash (splitmix64)."
-    z = np.array(ids, np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1)
-    for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15):
-        z = (z ^ z >> np.uint64(shift)) * np.uint64(factor)
-    u = ((z >> np.uint64(11)).astype(np.float64) + 1) / 2**53
-    return np.minimum(-np.log(u) / np.log(deg), TOP).astype(np.int8)
+    "Top layer of each id, i8[n]: geometric with factor 1/deg, from a hash."
+    level = np.empty(len(ids), np.int8)
+    _hashed(np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 2**64 - 1), ids, deg, level)
+    return level
 
 # %% ../../nbs/riann/02_graph.ipynb #7f690824
 def _aligned(shape, dtype):
@@ -100,6 +107,33 @@ def _grown(a, n):
     return b
 
 def _ceil(n, m): return -(-n // m) * m
+
+# %% ../../nbs/riann/02_graph.ipynb #52d1e74c
+@kernel
+def _raise(g, slots, level, has, rows, deg, cand):
+    "Give slots properties, and rows in `U` from `rows` on to those that own too few for their level: the first row that is free then."
+    for j in range(len(slots)):
+        v, l = slots[j], level[j]
+        g.deg[v], g.cand[v] = deg, cand
+        if l > has[v]: g.up[v], has[v], rows = rows, l, rows + l
+        elif l > 0: g.U[g.up[v]:g.up[v] + l, 0] = 0
+    return rows
+
+@kernel
+def _census(g, used, sample, nodes, links):
+    "Count the nodes of each layer, and the links of about `sample` of them, spread evenly, or of all (0)."
+    for v in range(used):
+        for l in range(g.level[v] + 1): nodes[l] += 1
+    step, seen, asked = np.ones_like(nodes), np.zeros_like(nodes), np.zeros_like(nodes)
+    if sample: step = np.maximum(1, nodes // sample)
+    for v in range(used):
+        for l in range(g.level[v] + 1):
+            if seen[l] % step[l] == 0:
+                links[l] += g.U[g.up[v] + l - 1, 0] if l else g.L0[v, 0]
+                asked[l] += 1
+            seen[l] += 1
+    for l in range(len(nodes)):
+        if asked[l]: links[l] = np.int64(links[l] * (nodes[l] / asked[l]))
 
 # %% ../../nbs/riann/02_graph.ipynb #6f6d0533
 class _Arrays:
@@ -191,15 +225,9 @@ class _Arrays:
 
     def _settle(self, slots, deg, cand):
         "Give placed slots their properties and the upper rows that their levels need; the levels."
-        level, has = _levels(self.seed, self._g.ids[slots], deg), self._has[slots]
-        more = np.where(level > has, level, 0).astype(int)
-        first, rows = self._rows + np.cumsum(more) - more, self._rows + int(more.sum())
-        self._reserve(self._used, rows)
-        g, new = self._g, more > 0
-        g.up[slots[new]], self._has[slots[new]] = first[new], level[new]
-        g.deg[slots], g.cand[slots] = deg, cand
-        for v, l in zip(slots[(level > 0) & ~new], level[(level > 0) & ~new]): g.U[g.up[v]:g.up[v] + l, 0] = 0
-        self._rows = rows
+        level = _levels(self.seed, self._g.ids[slots], deg)
+        self._reserve(self._used, self._rows + int(level.sum()))
+        self._rows = _raise(self._g, slots, level, self._has, self._rows, deg, cand)
         return level
 
     def _scratch(self, g, n, steps):
@@ -362,16 +390,17 @@ class _Linking(_Arrays):
 
 # %% ../../nbs/riann/02_graph.ipynb #d67d1aba
 @kernel
-def _take(x, ids, X, own, twin, level, keys, values, count, line, ends, unit, most):
+def _take(x, ids, X, own, twin, level, table, line, ends, dim, unit, most):
     "Let `x` wait in the slots after the last one used: how many vectors there are then, 0 if it cannot be: no room, a fault, or (most >= 0) not all wait or more than `most` would."
-    used, first, last, total = ends[0], ends[2], ends[2] + len(x), count[0] + len(x)
-    if used + len(x) > len(own) or last > len(line) or 2 * total > len(keys): return 0
+    if not 0 < len(x) == len(ids) or x.shape[1] != dim: return 0
+    used, first, last, total = ends[0], ends[2], ends[2] + len(x), table[-1, 0] + len(x)
+    if used + len(x) > len(own) or last > len(line) or 2 * total >= len(table): return 0
     if most >= 0 and (total > most or last - ends[1] < total): return 0
     slots = line[first:last]
     for i in range(len(x)): slots[i] = used + i
-    if _add(ids, slots, keys, values, count) >= 0: return 0
+    if _add(ids, slots, table) >= 0: return 0
     if _copy(x, X, slots, unit) >= 0:
-        _drop(ids, keys, values, count)
+        _drop(ids, table)
         return 0
     for i in range(len(x)): own[used + i], twin[used + i], level[used + i] = ids[i], -1, WAIT
     ends[0], ends[2] = used + len(x), last
@@ -406,12 +435,12 @@ class _Intake(_Linking):
         self._refuse_batch(x, ids)
 
     def _take(self, x, ids, most=-1):
-        "Let a new batch wait if that is but one step, see the kernel. x: as `_matrix` gives."
+        "Let a new batch wait if that is but one step, see the kernel. x, ids: whatever the caller has; 0 for all but f32[n, dim] and i64[n]."
         if self._free: return 0
-        ids = _integers(ids, len(x))
         with self._writer.lock:
             g = self._g
-            return _take(x, ids, g.X, g.ids, g.twin, g.level, *self._at.table, *self._queue, self.metric == "cosine", most)
+            try: return _take(x, ids, g.X, g.ids, g.twin, g.level, self._at.table, *self._queue, self.dim, self.metric == "cosine", most)
+            except Exception: return 0   # no such kernel; the slow way says what is wrong
 
     def _hold(self, slots, ids):
         "Let written vectors wait."
@@ -455,7 +484,7 @@ class _Changing(_Intake):
 
         x: f32[n, dim]. ids: int[n], >= 0, new. Costs a copy.
         Errors: ValueError naming the first row at fault; then nothing is taken in."""
-        if not self._take(_matrix("x", x, self.dim), ids):
+        if not self._take(_matrix("x", x, self.dim), _integers(ids, len(x))):
             with self._writer: self._hold(*self._written(x, ids))
 
     @property
@@ -581,11 +610,9 @@ class DynamicHNSW(_Changing):
         Copies share a node and count once; vectors that wait do not count. sample: int, the sum is taken from that many nodes of
         a layer, spread evenly (None: from all)."""
         with self._writer:
-            g, out, level = self._g, [], self._g.level[:self._used]
-            while len(v := np.flatnonzero(level >= len(out))):
-                l, w = len(out), v[::len(v) // sample or 1] if sample else v
-                out.append((len(v), int((g.U[g.up[w] + l - 1, 0] if l else g.L0[w, 0]).sum() * (len(v) / len(w)))))
-            return out
+            nodes, links = np.zeros((2, TOP + 1), np.int64)
+            _census(self._g, self._used, sample or 0, nodes, links)
+            return list(zip(nodes[nodes > 0].tolist(), links[nodes > 0].tolist()))
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
 def is_warm():
@@ -603,4 +630,6 @@ def warm():
     index.link(2, 4)
     index.search([[0, 0]], 1, 4)
     index.remove(range(12))
+    index.layers()
+    _take.disable_compile()   # other types than these take the slow way
     return time.process_time() - t
