@@ -8,11 +8,13 @@ import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from opml_wb.core.data import path
 from opml_wb.riann import bench
 from opml_wb.riann.exact import ground_truth, recall
+from opml_wb.riann.graph import _take
 from opml_wb.riann.index import Infeasible, Requirement, Riann
 from opml_wb.riann.kernels import WAIT
 from opml_wb.riann.store import Store
@@ -341,6 +343,32 @@ def test_an_update_is_planned_as_one(sift):
     before = index._entry_s, index.plan(10).t_index
     for _ in range(3): index.update(x[3000:5000], np.arange(2000))                 # removal is no part of an addition
     assert index._entry_s == before[0] and index._removal_s > 0
+
+
+def test_a_small_index_takes_whatever_is_like_vectors_and_ids(sift):
+    x, q = sift
+    ways = [(np.ascontiguousarray, np.asarray), (np.asfortranarray, list), (np.ndarray.tolist, tuple), (lambda v: v.astype(float), np.array), (lambda v: v.astype(np.float16), lambda i: np.array(i, np.uint64)),
+            (lambda v: v.astype(">f4"), lambda i: np.asarray(i).astype(">i8")), (lambda v: np.repeat(v, 2, 0)[::2], lambda i: np.repeat(i, 2)[::2]),
+            (pd.DataFrame, pd.Series), (np.ma.array, np.array), (lambda v: v.astype(np.uint8), lambda i: np.array(i, np.int32))]
+    index, plain = Riann(128), Riann(128)
+    for step, (vectors, numbers) in enumerate(ways):
+        at = range(20 * step, 20 * step + 20)
+        report = index.add(vectors(x[at.start:at.stop]), numbers(at))
+        assert (report.satisfied, report.feasible, report.deferred, report.chunks) == (True, True, len(index), []) and len(index) == at.stop
+        plain.add(x[at.start:at.stop], np.array(at))
+    assert all((a == b).all() for a, b in zip(index.search(q), plain.search(q)))
+    frozen = x[200:220].copy()
+    frozen.flags.writeable = False
+    index.add(frozen, np.arange(200, 220))
+    for bad, ids, says in [(x[:2], object(), "ids"), (object(), [900, 901], "x"), (x[:2], [900, 7], "row 1: id 7"), (x[:2], [900], "ids"), (x[:0], np.zeros(0, int), "x: empty"),
+                           (x[:2, :64].copy(), np.array([900, 901]), "x: expected"), (x[:2].astype(object), [900, 901], "x"), (x[:2] * np.float32(1e20), np.array([900, 901]), "row 0"),
+                           (x[:2], np.array([900, 900]), "row 1"), (x[:2], np.array([-1, 900]), "row 0"), (x[:2], pd.Series(["a", "b"]), "ids")]:
+        with pytest.raises(ValueError, match=says): index.add(bad, ids)
+    assert len(index) == 220 and len(_take.nopython_signatures) == 1                # and nothing was compiled for any of it
+    index.remove([3, 4])                                                            # their slots are free: another way in
+    index.add(x[[3, 4]], [4, 3])
+    assert index.search(x[[3, 4]], 1)[0].ravel().tolist() == [4, 3]
+    assert not Riann(128, requirement=Requirement(query_s=1e-9)).add(x[:5], range(5)).feasible
 
 
 def test_waiting_for_another_writer_is_no_cost_of_a_batch(sift):

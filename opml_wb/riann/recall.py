@@ -14,7 +14,8 @@ import numpy as np
 from scipy.optimize import nnls
 from ..core.data import path as data_path
 from .exact import ground_truth, recall
-from .graph import DynamicHNSW, _integer
+from .checks import _integer
+from .graph import DynamicHNSW
 from .timemodel import TimeModel, _beams
 from .trees import FlatTrees
 

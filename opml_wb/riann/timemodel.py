@@ -14,7 +14,9 @@ import numpy as np
 from numba import njit
 from scipy.optimize import nnls
 from ..core.data import path as data_path
-from .graph import DynamicHNSW, _aligned, _integer, _vectors
+from .checks import _integer, _vectors
+from .graph import DynamicHNSW
+from .memory import _aligned
 from .kernels import _beam, _descend, _dist, _fetch, _offer, _select, fast
 
 # %% ../../nbs/riann/04_timemodel.ipynb #37930d80
