@@ -24,7 +24,7 @@ class _Clock:
     @property
     def left(self): return math.inf if self.limit is None else self.limit - self.wall
     @property
-    def reserve(self): return (self.limit or 0) / 10   # the most that is held back for a stall
+    def reserve(self): return (self.limit or 0) / 5   # the most that is held back for a stall
 
 # %% ../../nbs/riann/10_moving.ipynb #71700c44
 def _linked_below(graph, cand):
