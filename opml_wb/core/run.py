@@ -173,7 +173,6 @@ def _mend(plan, folder, request):
 def _perform(plan, folder, run_id, watch, start=_start):
     "Execute and see to it that `run.json` exists, also when the engine itself breaks; the zygote may die once."
     from opml_wb.core.zygote import ZygoteError
-    if watch: watch()  # says what runs, before the zygote's imports
     request = store.read_json(folder/store.REQUEST)
     for attempt in (1, 2):
         try: code, words = _wait(*start(plan, _spec(plan, folder, run_id)), watch), ""
@@ -204,6 +203,11 @@ def _keep_sources(plan, root):
         else: part.unlink()  # edited since the key was made
 
 # %% ../../nbs/core/17_run.ipynb #aa14e505
+def _announced(watch, folder, home):
+    "Say what runs, before the zygote's imports; a run that is stopped here never was."
+    try: watch(folder)
+    except BaseException: home._remove(folder.name); raise
+
 def execute(plan, *, force=False, watch=None, start=_start):
     """Answer a `Plan`: from the store, unless `force`, else by running it.
 
@@ -216,6 +220,7 @@ def execute(plan, *, force=False, watch=None, start=_start):
     folder, run_id = home.begin(plan.request())
     try:
         _keep_sources(plan, home.root)
+        if watch: _announced(watch, folder, home)
         _perform(plan, folder, run_id, (lambda: watch(folder)) if watch else None, start)
     finally:
         if (folder/store.RUN).is_file():

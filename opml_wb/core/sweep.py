@@ -138,7 +138,7 @@ class _Interruptible(Trials):
             self.ledger.forget()
             begun = [job.folder for job in self.active.values() if job.folder]
             for folder in begun + [run.dir for run in self.results.values()]: self.ledger.dismiss(folder)
-            self.home.rm([folder.name for folder in begun if store._document(folder)["status"] == "killed"])
+            self.home.rm([folder.name for folder in begun if (store._document(folder) or {}).get("status") == "killed"])
         else: self.ledger.forget([job.number for job in self.active.values()])
 
 # %% ../../nbs/core/30_sweep.ipynb #d1c68ed3

@@ -35,7 +35,8 @@ class _Foreseeing(_Moving):
         Errors: ValueError naming the parameter."""
         with self._lock: return self._planned(_integer("n", n, 1), self._deadline(deadline_s))
 
-    def _planned(self, n, limit, op="add"):
+    def _planned(self, n, limit, op="add", asked=True):
+        "The plan; its query time only if `asked` for or required."
         now, waiting, copy = len(self._graph), self._graph.waiting, self._entry(n, op) + GUARD_S
         total = now + (n if op == "add" else 0)
         if waiting == now and total <= self.flat_below: return self._unlinked(copy, total, limit)
@@ -45,7 +46,8 @@ class _Foreseeing(_Moving):
         fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
         i = int(fits[0]) if len(fits) else int(np.argmin(times))
         r = rungs[i]
-        return self._judged(r.deg, r.cand, r.cand_q, float(times[i]), self.planner.query(r.cand_q, self._layers_at(total, r)), r.recall, limit)
+        t_query = self.planner.query(r.cand_q, self._layers_at(total, r)) if asked or self.requirement.query_s else math.nan
+        return self._judged(r.deg, r.cand, r.cand_q, float(times[i]), t_query, r.recall, limit)
 
     def _unlinked(self, copy, total, limit): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
 
@@ -123,7 +125,7 @@ class _Operating(_Foreseeing):
         graph = self._graph
         self._is_open()
         x = _matrix("x", x, graph.dim)
-        plan = self._planned(len(x), limit, op)
+        plan = self._planned(len(x), limit, op, asked=False)
         if op == "add" and not self._log and graph._take(x, _integers(ids, len(x))): return plan
         with graph._writer:
             if op == "add":
