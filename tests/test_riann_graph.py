@@ -307,8 +307,7 @@ def test_threads_search_while_one_inserts_and_removes(sift):
     def read():
         while not stop.is_set():
             ids, dist = g.search(q, 5, 30)
-            true = ((q[:, None] - x[ids]) ** 2).sum(-1)
-            if (ids < 0).any() or not np.allclose(dist, true, rtol=1e-4): wrong.append(ids)
+            if (ids < 0).any() or (ids >= len(x)).any() or not np.allclose(dist, ((q[:, None] - x[ids]) ** 2).sum(-1), rtol=1e-4): wrong.append(ids)
             rounds.append(1)
     readers = [threading.Thread(target=read) for _ in range(8)]
     for t in readers: t.start()
@@ -325,6 +324,16 @@ def test_threads_search_while_one_inserts_and_removes(sift):
     for t in threads: t.start()
     for t in threads: t.join(60)
     assert all((a[0] == alone[0]).all() and (a[1] == alone[1]).all() for a in answers)
+
+
+def test_a_search_under_way_sees_nothing_of_what_comes_after_growth(sift):
+    "Its arrays end where they ended; so must the slots that they, and the table of vectors, name."
+    x, _ = sift
+    g = DynamicHNSW(128, capacity=512)
+    g.insert(x[:500], range(500), 8, 30)
+    old = g._g
+    g.insert(x[500:625], range(500, 625), 8, 30)
+    assert len(old.ids) == 512 and old.table.max() <= 500 and old.L0[:, 1:].max() < 500 and old.U[:, 1:].max() < 500
 
 
 def test_what_waits_is_found_once_and_always_while_it_is_linked(sift):

@@ -137,7 +137,7 @@ class _Arrays:
         if (cap, wide) == (len(g.ids), len(g.U)): return
         new = dict(U=_grown(g.U, wide), meta=g.meta.copy(), table=g.table)   # no row of an old U may name a slot of a new array
         if cap > len(g.ids):
-            new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in new}
+            new |= {k: _grown(a, cap) for k, a in g._asdict().items() if k not in new} | dict(table=g.table.copy())   # nor an old table
             self._has = _grown(self._has, cap)
         g = g._replace(**new)
         self._g = g
