@@ -18,14 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own
 
 
-@pytest.hookimpl(tryfirst=True)   # before pytest-xdist looks at them
-def pytest_cmdline_main(config):
-    "Up to four processes, unless told otherwise (`-n 0`: this one). A file's tests share its servers, so a file stays in one."
-    options = config.option
-    if getattr(options, "numprocesses", 0) is None and not options.usepdb and not options.collectonly:
-        options.numprocesses, options.dist, options.loadscopereorder = min(4, os.cpu_count() or 1), "loadfile", False
-
-
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A run store of this test's own; its zygotes are closed afterwards."
