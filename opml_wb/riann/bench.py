@@ -66,7 +66,7 @@ class _Fixed:
     def __init__(self, arm, index): self.arm, self.index = arm, index
     def insert(self, x, ids, deadline_s):
         self.index.insert(x, ids, self.arm.deg, self.arm.cand)
-        return self.arm.deg, self.arm.cand, 0
+        return [(self.arm.deg, self.arm.cand, len(x))], 0
     def search(self, q, k): return self.index.search(q, k, self.arm.ef)
 
 # %% ../../nbs/riann/12_bench.ipynb #87ee97be
@@ -82,8 +82,7 @@ class _Planning:
     def __init__(self, index): self.index = index
     def insert(self, x, ids, deadline_s):
         report = self.index.add(x, ids, deadline_s)
-        deg, cand = np.average([c[:2] for c in report.chunks], 0, [c[2] for c in report.chunks]) if report.chunks else (0, 0)
-        return deg, cand, report.deferred
+        return report.chunks, report.deferred
     def search(self, q, k): return self.index.search(q, k)
 
 # %% ../../nbs/riann/12_bench.ipynb #fc354e85
@@ -106,6 +105,10 @@ def _timed(f, *args):
     wall, cpu = time.perf_counter(), time.thread_time()
     out = f(*args)
     return time.perf_counter() - wall, time.thread_time() - cpu, out
+
+def _mean(chunks):
+    "Mean deg and cand of [(deg, cand, n)]; 0 where nothing was linked."
+    return np.average([c[:2] for c in chunks], 0, [c[2] for c in chunks]) if chunks else (0, 0)
 
 def _turned(line, n): return line[n % len(line):] + line[:n % len(line)]
 
@@ -166,8 +169,8 @@ def stream(base, query, sizes, arms, k=10, seed=0, repeats=1, metric="l2", deadl
                     if s in (load or {}): busy.set(load[s])
                     turn = _turned(group, s)
                     for arm, index in turn:
-                        wall, cpu, (deg, cand, deferred) = _timed(index.insert, x[a:b], ids[a:b], due[arm.name] if due[arm.name] > 0 else None)
-                        rows.append([arm.name, s, b - a, b, deg, cand, wall, cpu, np.nan, np.nan, due[arm.name], not wall > due[arm.name], deferred])
+                        wall, cpu, (chunks, deferred) = _timed(index.insert, x[a:b], ids[a:b], due[arm.name] if due[arm.name] > 0 else None)
+                        rows.append([arm.name, s, b - a, b, *_mean(chunks), wall, cpu, np.nan, np.nan, due[arm.name], not wall > due[arm.name], deferred])
                     for row, (arm, index) in [] if apart else zip(rows[-len(turn):], turn):
                         _, q, (found, _) = _timed(index.search, query, min(k, int(b)))
                         row[8:10] = q / len(query), recall(found, truth[s])

@@ -232,15 +232,15 @@ class DynamicHNSW(_Changing):
             row = np.minimum(g.up[v] + layer, len(g.U)) - 1
             return np.where(g.level[v] >= layer, g.U[row, 0], 0).astype(np.int32)
 
+    def _layers(self, sample):
+        with self._writer: return _census(self._g, self._used, sample)
+
     def layers(self, sample=None):
         """[(n, sum_deg), ...], bottom first: linked nodes of each layer and their links in all, as the time model's equations want them.
 
         Copies share a node and count once; vectors that wait do not count. sample: int, the sum is taken from that many nodes of
         a layer, spread evenly (None: from all)."""
-        with self._writer:
-            nodes, links = np.zeros((2, TOP + 1), np.int64)
-            _census(self._g, self._used, sample or 0, nodes, links)
-            return list(zip(nodes[nodes > 0].tolist(), links[nodes > 0].tolist()))
+        return [(int(n), int(s)) for n, s in self._layers(sample or 0).tolist()]
 
 # %% ../../nbs/riann/02_graph.ipynb #14597930
 def is_warm():

@@ -41,20 +41,18 @@ class _Foreseeing(_Moving):
         total = now + (n if op == "add" else 0)
         if waiting == now and total <= self.flat_below: return self._unlinked(copy, total, limit)
         waiting += n
-        rungs = self.planner.rungs(total)
-        times = copy + self.pace.wall(self.planner.costs(total, self._layers_at(total - waiting / 2, rungs[0]))) * waiting
-        fits = np.flatnonzero(times <= (math.inf if limit is None else limit))
-        i = int(fits[0]) if len(fits) else int(np.argmin(times))
-        r = rungs[i]
+        linked = total - waiting / 2   # halfway
+        if limit is None: r, t = self.planner.rungs(total)[0], copy + self.pace.wall(self.planner.usual(linked)) * waiting
+        else:
+            rungs, costs = self._costs(total, linked)
+            times = copy + self.pace.wall(costs) * waiting
+            fits = np.flatnonzero(times <= limit)
+            i = int(fits[0]) if len(fits) else int(np.argmin(times))
+            r, t = rungs[i], float(times[i])
         t_query = self.planner.query(r.cand_q, self._layers_at(total, r)) if asked or self.requirement.query_s else math.nan
-        return self._judged(r.deg, r.cand, r.cand_q, float(times[i]), t_query, r.recall, limit)
+        return self._judged(r.deg, r.cand, r.cand_q, t, t_query, r.recall, limit)
 
     def _unlinked(self, copy, total, limit): return self._judged(0, 0, 0, copy, total * self.planner.scan_s, 1., limit)
-
-    def _layers_at(self, n, rung):
-        "The graph's layers if it has about `n` vectors already, else those that it will have."
-        layers = self._layers()
-        return layers if layers and n <= 1.25 * layers[0][0] else self.planner.times.layers(rung.cand, rung.deg, max(1, int(n)))
 
     def _entry(self, n, op="add"):
         "Wall seconds to check, write down and place `n` vectors: a part per number copied, one per vector removed, and what else a batch has taken lately."
@@ -239,7 +237,7 @@ class Riann(_Operating):
         self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
         self.tail_limit = max(self.flat_below, 256)
         self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
-        self._lock, self._seen, self._entry_s, self._removal_s = threading.RLock(), None, 2e-4, 3e-5
+        self._lock, self._known, self._entry_s, self._removal_s = threading.RLock(), None, 2e-4, 3e-5
 
     @property
     def dim(self): return self._graph.dim

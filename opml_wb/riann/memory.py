@@ -55,20 +55,26 @@ def _raise(g, slots, level, has, rows, deg, cand):
     return rows
 
 @kernel
-def _census(g, used, sample, nodes, links):
-    "Count the nodes of each layer, and the links of about `sample` of them, spread evenly, or of all (0)."
+def _census(g, used, sample):
+    "Nodes of each layer and their links in all, these from about `sample` nodes, spread evenly, or from all of them (0): f64[layers, 2]."
+    nodes, links = np.zeros(TOP + 1, np.int64), np.zeros(TOP + 1, np.int64)
+    for v in range(used): nodes[0] += g.level[v] >= 0
     for v in range(used):
-        for l in range(g.level[v] + 1): nodes[l] += 1
-    step, seen, asked = np.ones_like(nodes), np.zeros_like(nodes), np.zeros_like(nodes)
+        for l in range(1, g.level[v] + 1): nodes[l] += 1
+    step, skip, asked = np.ones_like(nodes), np.zeros_like(nodes), np.zeros_like(nodes)
     if sample: step = np.maximum(1, nodes // sample)
     for v in range(used):
         for l in range(g.level[v] + 1):
-            if seen[l] % step[l] == 0:
+            if skip[l] == 0:
                 links[l] += g.U[g.up[v] + l - 1, 0] if l else g.L0[v, 0]
                 asked[l] += 1
-            seen[l] += 1
-    for l in range(len(nodes)):
-        if asked[l]: links[l] = np.int64(links[l] * (nodes[l] / asked[l]))
+                skip[l] = step[l]
+            skip[l] -= 1
+    out, m = np.empty((TOP + 1, 2)), 0
+    while m <= TOP and nodes[m]:
+        out[m] = nodes[m], links[m] * nodes[m] // asked[m]
+        m += 1
+    return out[:m]
 
 # %% ../../nbs/riann/01_memory.ipynb #e33cf8f0
 class _Arrays:

@@ -34,11 +34,17 @@ def _linked_below(graph, cand):
 
 class _Moving:
     "What moves vectors into the graph; the caller holds the lock."
-    def _layers(self):
-        "The graph's layers; counted anew when it has grown by a thirtieth."
-        n = len(self._graph) - self._graph.waiting
-        if self._seen is None or not .97 * self._seen[0] <= n <= 1.03 * self._seen[0]: self._seen = n, self._graph.layers(sample=200)
-        return self._seen[1]
+    def _layers_at(self, n, rung):
+        "The graph's layers if it has about `n` vectors already, else those that it will have."
+        if n <= 1.25 * (len(self._graph) - self._graph.waiting): return self._graph._layers(200)
+        return self.planner.times.layers(rung.cand, rung.deg, max(1, int(n)))
+
+    def _costs(self, total, n):
+        "Rungs for an index of `total` vectors, and CPU seconds per vector of each while about `n` are linked; reckoned anew when that has changed by a twentieth."
+        rungs, known = self.planner.rungs(total), self._known
+        if known is None or known[0] is not rungs or not .95 * known[2] <= n <= 1.05 * known[2]:
+            known = self._known = rungs, self.planner.costs(total, self._layers_at(n, rungs[0])), n
+        return known[:2]
 
     def _is_flat(self):
         "Whether no graph is needed."
@@ -57,17 +63,30 @@ class _Moving:
 
     def _advance(self, clock):
         "Link until nothing waits or the deadline is near; [(deg, cand, n)] of the chunks."
+        return self._link_all() if clock.limit is None else self._link_until(clock)
+
+    def _link_until(self, clock):
         chunks = []
         while self._graph.waiting and not self._is_flat():
             n = len(self._graph)
-            costs = self.planner.costs(n, self._layers() or [(1, 0)])
+            rungs, costs = self._costs(n, n - self._graph.waiting)
             pick = self._chunk(self.pace.wall(costs), clock)
             if not pick:
                 if not chunks: self.pace.doubt()
                 break
-            rung = self.planner.rungs(n)[pick[0]]
+            rung = rungs[pick[0]]
             self._timed(costs[pick[0]] * pick[1], self._graph.link, rung.deg, rung.cand, pick[1])
             chunks.append((rung.deg, rung.cand, pick[1]))
+        return chunks
+
+    def _link_all(self):
+        chunks = []
+        while (waiting := self._graph.waiting) and not self._is_flat():
+            n = len(self._graph)
+            rung, cost = self.planner.rungs(n)[0], self.planner.usual(n - waiting / 2)
+            m = min(waiting, 1 + int(CHUNK_S[1] / cost))
+            self._timed(cost * m, self._graph.link, rung.deg, rung.cand, m)
+            chunks.append((rung.deg, rung.cand, m))
         return chunks
 
     def _timed(self, predicted, work, *args):
@@ -82,7 +101,7 @@ class _Moving:
         top = self.planner.rungs(n)[0]
         poor = _linked_below(self._graph, .75 * top.cand)
         while done < len(poor):
-            cost = self.planner.costs(n, self._layers() or [(1, 0)])[0]
+            cost = self._costs(n, n)[1][0]
             m = int(min(len(poor) - done, CHUNK_S[1] / self.pace.wall(cost), (clock.left - GUARD_S) / self.pace.wall(cost)))
             if m < 1: break
             self._timed(cost * m, self._graph.relink, poor[done:done + m], top.deg, top.cand)

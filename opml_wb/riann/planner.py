@@ -23,9 +23,7 @@ class Planner:
         self.scan_s = SCAN * times.facts["touch"][0]   # CPU seconds to compare with one vector that waits
         self._ladders = {size: ladder(recalls, times, 2**size, recall=need.recall, k=need.k, seed=seed % 2**64, query_s=need.query_s)
                          for size in range(10, 16)}
-
         self._arrays = {size: np.array([r[:2] for r in rungs], float).T.copy() for size, rungs in self._ladders.items()}   # deg, cand
-        self._memo = None, {}
 
     @staticmethod
     def _size(n): return min(max(10, round(math.log2(max(n, 1)))), 15)
@@ -36,20 +34,19 @@ class Planner:
 
     def costs(self, n, layers):
         "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
-        size = self._size(n)
-        return self._once(layers, size, lambda: self.times.expected_index_time(*self._arrays[size][::-1], layers))
+        deg, cand = self._arrays[self._size(n)]
+        return self.times._count(cand, deg, np.asarray(layers if len(layers) else [(0, 0)], float), 0)[:, 0]   # a tenth of the checked way's time
 
-    def _once(self, layers, what, f):
-        "`f()`, remembered for as long as it is asked about these very layers."
-        if self._memo[0] is not layers: self._memo = layers, {}
-        known = self._memo[1]
-        if what not in known: known[what] = f()
-        return known[what]
+    def usual(self, n):
+        "CPU seconds per vector of the first rung, in a graph of about `n` vectors that were linked so: all there is to know where no deadline asks for another."
+        x = max(7, math.log2(max(n, 1)))
+        i = min(max(10, int(x)), 14)
+        a, b = self._ladders[i][0].t_index, self._ladders[i + 1][0].t_index
+        return a + (b - a) * (x - i)
 
     def query(self, cand_q, layers, waiting=0):
         "CPU seconds per query, with `waiting` vectors to compare with."
-        graph = self._once(layers, ("query", cand_q), lambda: self.times.query_time(cand_q, 0, layers)) if layers else 0
-        return graph + waiting * self.scan_s
+        return (self.times.query_time(cand_q, 0, layers) if len(layers) else 0) + waiting * self.scan_s
 
     def flat_below(self):
         "Vectors up to which comparing with all costs no more than a search in a graph: the first rung's or, if that is less, the default HNSW's."

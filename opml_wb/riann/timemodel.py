@@ -33,6 +33,10 @@ def _checked(layers):
     return a
 
 # %% ../../nbs/riann/04_timemodel.ipynb #9f5db3be
+def _columns(cand, deg):
+    "Numbers or arrays, as f64[m] each."
+    return [a.astype(float).ravel() for a in np.broadcast_arrays(cand, deg)]
+
 class Equations:
     """The paper's model, to the letter.
 
@@ -114,11 +118,12 @@ def _linked(cand, deg, cap, d, n, choose, chosen, p):
 
 # %% ../../nbs/riann/04_timemodel.ipynb #594d5668
 @kernel
-def _units(cand, deg, layers, level, t_dist, t_hop, t, p_h, p_nu, p_g, choose, chosen, p_p, out):
-    """To `out[i]`: seconds, distances and hops of one new node, how many of the distances are for links, and links.
+def _units(cand, deg, layers, level, size, touch, hop, t, p_h, p_nu, p_g, choose, chosen, p_p):
+    """Seconds, distances and hops of one new node, how many of the distances are for links, and links: f64[m, 5].
 
-    level: its layer (1: bottom), or 0: expected. t_dist[l], t_hop[l]: of a distance and a hop in layer l. t: of a
-    distance for links, whose vectors the search has just fetched, of a node, and of a link that is written."""
+    level: its layer (1: bottom), or 0: expected. touch: of a distance in layers of so many nodes, log `size`. hop: what a hop takes more.
+    t: of a distance for links, whose vectors the search has just fetched, of a node, and of a link that is written."""
+    out, t_dist = np.zeros((len(cand), 5)), np.interp(np.log(np.maximum(layers[:, 0], 1.)), size, touch)
     for i in range(len(cand)):
         c, g = np.float64(cand[i]), np.float64(deg[i])
         for l in range(len(layers)):
@@ -133,12 +138,13 @@ def _units(cand, deg, layers, level, t_dist, t_hop, t, p_h, p_nu, p_g, choose, c
                 h, x = _searched(c, d, n, p_h, p_nu)
                 m, links = _linked(c, g, cap, d, n, choose, chosen, p_p)
                 hops, dists, links, m = hops + p * h, dists + p * x, p * links, p * m
-            out[i, 0] += t_dist[l] * dists + t_hop[l] * hops + t[0] * links + t[2] * m
+            out[i, 0] += t_dist[l] * (dists + hops) + hop * hops + t[0] * links + t[2] * m
             out[i, 1] += dists + links
             out[i, 2] += hops
             out[i, 3] += links
             out[i, 4] += m
         out[i, 0] += t[1]
+    return out
 
 # %% ../../nbs/riann/04_timemodel.ipynb #b1abcd20
 SIZES = np.array([256, 1024, 4096, 16384, 65536])
@@ -247,11 +253,8 @@ class TimeModel(_Fitted):
     def __init__(self, T_d, h, f): self.paper, self.facts = Equations(T_d, h, f), None
 
     def _count(self, cand, deg, layers, lp):
-        cand, deg = np.array(cand, float, ndmin=1), np.array(deg, float, ndmin=1)
-        if cand.shape != deg.shape: cand, deg = (a.copy() for a in np.broadcast_arrays(cand, deg))
-        out, t = np.zeros((len(cand), 5)), self.T_d(layers[:, 0])
-        _units(cand, deg, layers, lp, t, t + self._hop, self._rest, *self._p, out)
-        return out
+        "What `_units` says. cand, deg: f64[m]. layers: f64[l, 2], l > 0."
+        return _units(cand, deg, layers, lp, self._size, self._touch, self._hop, self._rest, *self._p)
 
     def index_time(self, cand, deg, layers, lp=1, literal=False):
         """Seconds to index one point whose highest layer is `lp` (1: the bottom), with `deg` links of `cand` candidates.
@@ -260,7 +263,7 @@ class TimeModel(_Fitted):
         literal: the paper's equation 3, with D neighbours a hop. Returns float, or f64[m]."""
         a, lp = _checked(layers), _integer("lp", lp, 1)
         if literal or self.facts is None: return self.paper.index(cand, deg, a.tolist(), lp)
-        t = self._count(cand, deg, a, lp)[:, 0]
+        t = self._count(*_columns(cand, deg), a, lp)[:, 0]
         return t if np.ndim(cand) or np.ndim(deg) else float(t[0])
 
     def expected_index_time(self, cand, deg, layers):
@@ -269,7 +272,7 @@ class TimeModel(_Fitted):
         cand, deg: array[m] (or numbers). layers: [(n, sum of degrees), ...], bottom first. Returns f64[m] (or float)."""
         a = _checked(layers)
         if self.facts is None: t = np.array([self._expected(c, g, a.tolist()) for c, g in np.broadcast(cand, deg)])
-        else: t = self._count(cand, deg, a, 0)[:, 0]
+        else: t = self._count(*_columns(cand, deg), a, 0)[:, 0]
         return t if np.ndim(cand) or np.ndim(deg) else float(t[0])
 
     def _expected(self, cand, deg, layers):
@@ -279,7 +282,7 @@ class TimeModel(_Fitted):
 
     def expected_work(self, cand, deg, layers):
         "Distances and hops of one insertion, as `DynamicHNSW.insert` counts them: (f64[m], f64[m]); a fitted model only."
-        out = self._count(cand, deg, _checked(layers), 0)
+        out = self._count(*_columns(cand, deg), _checked(layers), 0)
         return out[:, 1], out[:, 2]
 
     def query_work(self, cand_q, layers):
@@ -394,9 +397,8 @@ def _between(a, b):
 
 def _expected(deg, cand, layers, p):
     "Expected distances of an insertion, all and for links only, and links; without pruning where `p` has none."
-    out, none = np.zeros((1, 5)), np.zeros(len(layers))
-    _units(np.array([cand]), np.array([deg]), layers, 0, none, none, np.zeros(3),
-           *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")), p.get("prune", np.zeros(10)), out)
+    out = _units(*_columns(cand, deg), layers, 0, np.arange(5.), np.zeros(5), 0., np.zeros(3),
+                 *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")), p.get("prune", np.zeros(10)))
     return out[0, [1, 3, 4]]
 
 def _fit_links(inserts, p):
