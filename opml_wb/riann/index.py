@@ -13,7 +13,7 @@ from .checks import _integer, _integers, _matrix
 from .graph import DynamicHNSW, warm
 from .moving import GUARD_S, _Clock, _Moving
 from .plan import Infeasible, Pace, Plan, Report, Requirement, _number
-from .planner import Planner
+from .planner import THIN, Planner
 from .snapshot import freeze, thaw
 from .store import Store
 from .timemodel import TimeModel, profile
@@ -216,7 +216,7 @@ class Riann(_Operating):
                  time_model=None, recall_model=None, closed_loop=True):
         if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
         room = max(4096, min(2**17, ROOM // max(1, _integer("dim", dim, 1))))
-        self._graph, self._log = DynamicHNSW(dim, metric, capacity=room, seed=seed), None
+        self._graph, self._log = DynamicHNSW(dim, metric, capacity=room, seed=seed, thin=THIN), None
         self._prepare(requirement, self._graph.seed, flat_below, time_model, recall_model, closed_loop)
         if path is not None:
             self._log = Store.open(path, create=True)
@@ -233,7 +233,7 @@ class Riann(_Operating):
         warm()
         self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
         self._own = time_model, recall_model
-        self.planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
+        self.planner = Planner(requirement, (time_model or _here()).thinned(self._graph.thin), recall_model or _shipped(seed), seed)
         self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
         self.tail_limit = max(self.flat_below, 256)
         self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
@@ -254,7 +254,7 @@ class Riann(_Operating):
     def profile(self, sample, budget_s=3):
         """Fit the time model to one's own vectors and this machine: f32[n >= 512, dim], takes about `budget_s` seconds."""
         model = profile(sample, self.metric, budget_s, self.planner.seed)
-        planner = Planner(self.requirement, model, self.planner.recalls, self.planner.seed)
+        planner = Planner(self.requirement, model.thinned(self._graph.thin), self.planner.recalls, self.planner.seed)
         with self._lock: self._own, self.planner = (model, self._own[1]), planner
         return model
 

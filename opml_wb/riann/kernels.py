@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Graph', 'Scratch', 'Work', 'GONE', 'WAIT', 'TOP', 'INSERT', 'REBUILD', 'RELINK', 'DEBT', 'PACE', 'NEAR', 'fast',
-           'kernel', 'inlined', 'FARTHEST']
+           'kernel', 'inlined', 'FARTHEST', 'MOST', 'BLOCK']
 
 # %% ../../nbs/riann/01_kernels.ipynb #059c0559
 from collections import namedtuple
@@ -16,14 +16,15 @@ from numba.extending import intrinsic
 
 # %% ../../nbs/riann/01_kernels.ipynb #b0dfeca7
 Graph = namedtuple("Graph", "X L0 U up level deg cand ids twin table meta")   # table: see `_find`; meta: [entry slot]
-Scratch = namedtuple("Scratch", "seen pool buf dst keys out picked count work gap mark")   # work: hops, distances
+Scratch = namedtuple("Scratch", "seen pool buf dst keys out picked count work gap mark left")   # work: hops, distances
 Work = namedtuple("Work", "hops dists cpu_s")   # what one insertion cost
 GONE, WAIT, TOP = -128, -127, 24   # level of a slot that is no node (free, or a twin), of one not yet linked; highest layer
 INSERT, REBUILD, RELINK = 0, 1, 2
 DEBT, PACE = 10, 20   # a sweep begins when one node in ten is a removed one; slots that it passes for each vector removed
 NEAR = 32   # neighbours of a removed node that are linked with each other
 fast = dict(fastmath=True, nogil=True, error_model="numpy", cache="__file__" in globals())   # not across cells
-kernel, inlined = njit(**fast), njit(**fast, inline="always")
+kernel = njit(**fast, _nrt=False)         # makes no array and counts no references: fifty atomic steps less for each call
+inlined = njit(**fast, inline="always")   # the graph and the working memory are 170 words to hand over otherwise
 
 # %% ../../nbs/riann/01_kernels.ipynb #9deb6edf
 @inlined
@@ -91,14 +92,27 @@ def _far(key):
     b = np.uint32(key >> np.uint64(32))
     return np.uint32(b ^ (np.uint32(0x80000000) if b >> np.uint32(31) else np.uint32(0xFFFFFFFF))).view(np.float32)
 
+MOST = np.uint64(2**64 - 1)   # above all keys
+
 @inlined
 def _put(a, n, key):
-    "Insert `key` into the ascending `a[:n]`; its place."
-    while n > 0 and a[n - 1] > key:
-        a[n] = a[n - 1]
-        n -= 1
-    a[n] = key
-    return n
+    "Insert `key` into the ascending `a[:n]`; its place. Eight keys at a time: most make way, and where the last do is no branch to guess."
+    while n >= 8 and a[n - 8] > key:
+        for i in range(8): a[n - i] = a[n - i - 1]
+        n -= 8
+    if n < 8:
+        while n > 0 and a[n - 1] > key:
+            a[n] = a[n - 1]
+            n -= 1
+        a[n] = key
+        return n
+    over = 0
+    for i in range(8): over += a[n - 1 - i] > key
+    a[n] = MOST
+    for i in range(8):
+        low, high = a[n - i - 1], min(a[n - i], key)
+        a[n - i] = low if low > high else high
+    return n - over
 
 # %% ../../nbs/riann/01_kernels.ipynb #0eb63d4d
 @inlined
@@ -110,7 +124,7 @@ def _top(g, v):
     l = np.int64(g.level[v])
     return l if l >= 0 else ~l
 
-@kernel
+@inlined
 def _descend(g, ip, A, j, entry, stop, s):
     "Walk from slot `entry` and its top layer towards `A[j]`, down to layer `stop`; the slot it ends at."
     X, U, up, work = g.X, g.U, g.up, s.work
@@ -130,7 +144,7 @@ def _descend(g, ip, A, j, entry, stop, s):
     return e
 
 # %% ../../nbs/riann/01_kernels.ipynb #80e3b62e
-@kernel
+@inlined
 def _beam(g, ip, A, j, e, l, ef, tag, s):
     "The `ef` live slots of layer `l` nearest to `A[j]`, from slot `e`: keys, ascending, in `s.pool[:n]`; n."
     X, L, up, level = g.X, g.L0 if l == 0 else g.U, g.up, g.level
@@ -164,24 +178,43 @@ def _beam(g, ip, A, j, e, l, ef, tag, s):
     s.work[1] += dists
     return n
 
-# %% ../../nbs/riann/01_kernels.ipynb #90828ab3
+# %% ../../nbs/riann/01_kernels.ipynb #83ed4292
+BLOCK = 16   # candidates at a time: compared with one chosen together, which is quicker than one with all chosen
+
+@inlined
+def _diverse(X, ip, keys, left, k, chosen, far):
+    "Those of `keys[left[:k]]` that are nearer to where they are measured from than to `chosen`, again in `left`; how many."
+    n, w = 0, _slot(chosen)
+    for j in range(k): far[j] = _dist(X, _slot(keys[left[j]]), X, w, ip)
+    for j in range(k):
+        left[n] = left[j]
+        n += far[j] > _far(keys[left[j]])
+    return n
+
 @kernel
 def _select(g, ip, keys, n, cap, out, s):
     "At most `cap` diverse live slots of the ascending `keys[:n]`, as keys in `out[:m]`; m."
-    X, level, m, mark, dists = g.X, g.level, 0, np.uint64(1), 0
-    for i in range(n):
+    level, left, m, mark, dists = g.level, s.left, 0, np.uint64(1), 0
+    for a in range(0, n, BLOCK):
         if m == cap: break
-        keys[i] &= ~mark
-        v, d = _slot(keys[i]), _far(keys[i])
-        ok, c = level[v] >= 0, 0
-        while ok and c < m:
-            ok = _dist(X, v, X, _slot(out[c]), ip) > d
-            c += 1
-        dists += c
-        if ok:
+        k = 0
+        for i in range(a, min(n, a + BLOCK)):
+            keys[i] &= ~mark
+            left[k] = i
+            k += level[_slot(keys[i])] >= 0
+        for c in range(m):
+            dists += k
+            k = _diverse(g.X, ip, keys, left, k, out[c], s.dst)
+        while k and m < cap:
+            i = left[0]
             out[m] = keys[i]
             keys[i] |= mark
             m += 1
+            k -= 1
+            for j in range(k): left[j] = left[j + 1]
+            if m == cap: break
+            dists += k
+            k = _diverse(g.X, ip, keys, left, k, out[m - 1], s.dst)
     for i in range(n):
         if 2 * m >= cap: break
         if keys[i] & mark == 0 and level[_slot(keys[i])] >= 0:
@@ -196,7 +229,7 @@ def _write(L, r, keys, n):
     for i in range(n): L[r, i + 1] = _slot(keys[i])
     L[r, 0] = n
 
-@kernel
+@inlined
 def _connect(g, ip, v, d, w, l, s):
     "Give slot `v` a link to slot `w` at distance `d` in layer `l`, pruning if `v` is full."
     X, L, keys, cap = g.X, g.L0 if l == 0 else g.U, s.keys, g.deg[v] * (2 if l == 0 else 1)
@@ -216,18 +249,19 @@ def _connect(g, ip, v, d, w, l, s):
 # %% ../../nbs/riann/01_kernels.ipynb #cb41b39f
 @kernel
 def _hash(A, j):
+    "A sum of products of 32 bits each (Lemire & Kaser 2014), which the processor forms many at a time."
     h, minus = np.uint64(0), np.uint32(0x80000000)
     for k in range(A.shape[1]):
         bits = np.float32(A[j, k]).view(np.uint32)
-        h = (h ^ np.uint64(bits if bits != minus else np.uint32(0))) * np.uint64(0x9E3779B97F4A7C15)   # -0 is 0
-        h ^= h >> np.uint64(32)
-    return h
+        h += np.uint64(bits if bits != minus else np.uint32(0)) * np.uint64(np.uint32(k + 1) * np.uint32(0x9E3779B1))   # -0 is 0
+    h = (h ^ h >> np.uint64(32)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ h >> np.uint64(32)
 
 @kernel
-def _find(g, A, j, but):
-    "The linked slot, other than `but`, that holds the very vector `A[j]`, or -1."
+def _find(g, A, j, hash, but):
+    "The linked slot, other than `but`, that holds the very vector `A[j]` of this hash, or -1."
     mask = np.uint64(len(g.table) - 1)
-    i = _hash(A, j) & mask
+    i = hash & mask
     while g.table[i]:
         v, k = np.int64(g.table[i]) - 1, 0
         if v != but and g.level[v] >= 0:
@@ -237,13 +271,16 @@ def _find(g, A, j, but):
     return np.int64(-1)
 
 @kernel
+def _enter(table, v, hash):
+    mask = np.uint64(len(table) - 1)
+    i = hash & mask
+    while table[i]: i = (i + np.uint64(1)) & mask
+    table[i] = v + 1
+
+@kernel
 def _note(g, slots):
     "Enter linked `slots` into the table, which has room."
-    mask = np.uint64(len(g.table) - 1)
-    for v in slots:
-        i = _hash(g.X, v) & mask
-        while g.table[i]: i = (i + np.uint64(1)) & mask
-        g.table[i] = v + 1
+    for v in slots: _enter(g.table, v, _hash(g.X, v))
 
 @kernel
 def _share(g, v, w):
@@ -281,16 +318,18 @@ def _link_up(g, ip, v, lev, mode, s):
         if mode != RELINK: _write(g.L0 if l == 0 else g.U, _row(g.up, v, l), s.picked[l], s.count[l])
         for i in range(s.count[l]):
             w, d = _slot(s.picked[l, i]), _far(s.picked[l, i])
-            if mode == RELINK: _connect(g, ip, np.uint32(v), d, w, l, s)
-            _connect(g, ip, w, d, np.uint32(v), l, s)
+            for back in range(1 + (mode == RELINK)):   # what was linked before has links that stay, too
+                a, b = (np.uint32(v), w) if back else (w, np.uint32(v))
+                _connect(g, ip, a, d, b, l, s)
 
 @kernel
 def _insert(g, ip, slots, levels, mode, tag, s):
     "Link `slots`, whose rows are in place, into the graph one by one, each in its level; the last tag used."
     for i in range(len(slots)):
-        v, level, top = slots[i], np.int64(levels[i]), -1
+        v, level, top, hash = slots[i], np.int64(levels[i]), -1, np.uint64(0)
         if mode == INSERT:
-            w = _find(g, g.X, v, v)
+            hash = _hash(g.X, v)
+            w = _find(g, g.X, v, hash, v)
             if w >= 0:
                 _share(g, v, w)
                 continue
@@ -300,7 +339,7 @@ def _insert(g, ip, slots, levels, mode, tag, s):
             lev = 0 if mode == RELINK else min(level, top)
             tag, some = _seek(g, ip, v, lev, g.cand[v], tag, s)
             if some: _link_up(g, ip, v, lev, mode, s)
-        if mode == INSERT: _note(g, slots[i:i + 1])
+        if mode == INSERT: _enter(g.table, v, hash)
         if level > top: g.meta[0] = v
     return tag
 
@@ -361,7 +400,7 @@ def _search(g, ip, Q, k, ef, used, live, wait, ids, far, tag, s):
         tag, n, twice = tag + 1, 0, len(wait) > 0
         if g.meta[0] >= 0: n = _beam(g, ip, Q, j, _descend(g, ip, Q, j, g.meta[0], 0, s), 0, ef, tag, s)
         n = _join_waiting(g, ip, Q, j, wait, n, ef if n else k, tag, s)
-        v = _find(g, Q, j, -1)
+        v = _find(g, Q, j, _hash(Q, j), -1)
         if v >= 0 and s.seen[v] != tag: n = _offer(s.pool, n, ef, _key(_dist(g.X, v, Q, j, ip), v))
         c = _emit(g, n, k, j, ids, far, twice, s)
         if c < min(k, live): _emit(g, _scan(g, ip, Q, j, used, ef, s), k, j, ids, far, twice, s)

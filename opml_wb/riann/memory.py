@@ -9,7 +9,8 @@ __all__ = []
 import numpy as np
 
 from .directory import Directory
-from .kernels import NEAR, TOP, WAIT, Graph, Scratch, _note, kernel
+from numba import njit
+from .kernels import BLOCK, NEAR, TOP, WAIT, Graph, Scratch, _note, fast, kernel
 
 # %% ../../nbs/riann/01_memory.ipynb #2b5fbbe9
 @kernel
@@ -54,7 +55,7 @@ def _raise(g, slots, level, has, rows, deg, cand):
         elif l > 0: g.U[g.up[v]:g.up[v] + l, 0] = 0
     return rows
 
-@kernel
+@njit(**fast)
 def _census(g, used, sample):
     "Nodes of each layer and their links in all, these from about `sample` nodes, spread evenly, or from all of them (0): f64[layers, 2]."
     nodes, links = np.zeros(TOP + 1, np.int64), np.zeros(TOP + 1, np.int64)
@@ -166,20 +167,20 @@ class _Arrays:
 
     def _settle(self, slots, deg, cand):
         "Give placed slots their properties and the upper rows that their levels need; the levels."
-        level = _levels(self.seed, self._g.ids[slots], deg)
+        level = _levels(self.seed, self._g.ids[slots], self.thin or deg)
         self._reserve(self._used, self._rows + int(level.sum()))
         self._rows = _raise(self._g, slots, level, self._has, self._rows, deg, cand)
         return level
 
     def _scratch(self, g, n, steps):
         "Working memory for beams of `n` and at most `steps` tags: (last tag, Scratch), for `_spare` afterwards."
-        n, m, z = min(n, len(g.ids)) + self._dead + 8 * self.max_deg + 2, 2 * self.max_deg + 1, np.zeros
+        n, m, z = min(n, len(g.ids)) + self._dead + 8 * self.max_deg + 2, max(BLOCK, 2 * self.max_deg + 1), np.zeros
         try: tag, s = self._spare.pop()
         except IndexError: tag, s = 0, None
         if s is None or len(s.seen) < len(g.ids) or len(s.pool) < n:
             tag, s = 0, Scratch(z(len(g.ids), np.uint32), z(n, np.uint64), z(m, np.uint32), z(m, np.float32),
                                 z(m, np.uint64), z(m, np.uint64), z((TOP + 1, m), np.uint64),
-                                z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32))
+                                z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32), z(BLOCK + 1, np.int32))
         if tag + steps >= 2**32:
             s.seen[:] = 0
             tag = 0
