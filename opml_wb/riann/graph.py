@@ -172,17 +172,14 @@ class DynamicHNSW(_Changing):
     dim: length of a vector. metric: "l2" (squared), "cosine" (1 - cos) or "ip" (1 - inner product).
     capacity: vectors it holds before its arrays double. max_deg: the largest `deg` it will take, 2 .. 1024.
     seed: int, of the nodes' levels; equal seeds and calls give equal graphs.
-    thin: one node in so many is in the next layer, too (0: one in `deg`, as HNSW has it).
     Errors: ValueError naming the parameter.
     Threads: any number of searches at once, also while one thread inserts: a vector of the running insertion is found
     or not yet found, ids and distances returned always belong together. Insertions and removals queue up.
     Source: RIANN, section 2, "Dynamic ANN graph construction"; Malkov & Yashunin 2018 (HNSW)."""
-    def __init__(self, dim, metric="l2", capacity=1024, max_deg=64, seed=0, thin=0):
+    def __init__(self, dim, metric="l2", capacity=1024, max_deg=64, seed=0):
         self.dim, capacity = _integer("dim", dim, 1), _integer("capacity", capacity, 1, 2**31)
         self.max_deg, self.seed = _integer("max_deg", max_deg, 2, 1024), _integer("seed", seed, -2**63, 2**64 - 1)
         if metric not in ("l2", "cosine", "ip"): raise ValueError(f"metric: expected l2, cosine or ip, got {metric!r}")
-        self.thin = _integer("thin", thin, 0, 2**31 - 1)
-        if self.thin == 1: raise ValueError("thin: expected 0, or at least 2, got 1")
         self.metric, self._ip = metric, metric != "l2"
         self._gate, self._writer, self._spare = _Gate(), _Writer(), []
         self._allocate(capacity)

@@ -13,7 +13,7 @@ from .checks import _integer, _integers, _matrix
 from .graph import DynamicHNSW, warm
 from .moving import GUARD_S, _Clock, _Moving
 from .plan import Infeasible, Pace, Plan, Report, Requirement, _number
-from .planner import THIN, Planner
+from .planner import Planner
 from .snapshot import freeze, thaw
 from .store import Store
 from .timemodel import TimeModel, profile
@@ -37,7 +37,7 @@ class _Foreseeing(_Moving):
 
     def _planned(self, n, limit, op="add", asked=True):
         "The plan; its query time only if `asked` for or required."
-        now, waiting, copy = len(self._graph), self._graph.waiting, self._entry(n, op) + GUARD_S
+        now, waiting, copy = len(self._graph), self._graph.waiting, self._entry(n, op)
         total = now + (n if op == "add" else 0)
         if waiting == now and total <= self.flat_below: return self._unlinked(copy, total, limit)
         waiting += n
@@ -46,7 +46,7 @@ class _Foreseeing(_Moving):
         else:
             rungs, costs = self._costs(total, linked)
             times = copy + self.pace.wall(costs) * waiting
-            fits = np.flatnonzero(times <= limit)
+            fits = np.flatnonzero(times + GUARD_S <= limit)
             i = int(fits[0]) if len(fits) else int(np.argmin(times))
             r, t = rungs[i], float(times[i])
         t_query = self.planner.query(r.cand_q, self._layers_at(total, r)) if asked or self.requirement.query_s else math.nan
@@ -67,7 +67,7 @@ class _Foreseeing(_Moving):
     def _judged(self, deg, cand, cand_q, t_index, t_query, recall, limit):
         "The plan with a verdict: the first part of the requirement that it breaks."
         need, what = self.requirement, f"deg {deg}, cand {cand}, cand_q {cand_q}" if deg else FLAT
-        if limit is not None and t_index > limit: why = f"deadline {limit:.3g} s: even {what if deg else 'a copy'}, the cheapest, takes {t_index:.3g} s"
+        if limit is not None and t_index + GUARD_S > limit: why = f"deadline {limit:.3g} s: even {what if deg else 'a copy'}, the cheapest, takes {t_index:.3g} s"
         elif need.query_s is not None and t_query > need.query_s: why = f"query_s {need.query_s:.3g}: {what} takes {t_query:.3g} s"
         elif recall < need.recall - .0005: why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
         else: return Plan(deg, cand, cand_q, t_index, t_query, recall, True, what)
@@ -216,7 +216,7 @@ class Riann(_Operating):
                  time_model=None, recall_model=None, closed_loop=True):
         if not isinstance(requirement, Requirement): raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
         room = max(4096, min(2**17, ROOM // max(1, _integer("dim", dim, 1))))
-        self._graph, self._log = DynamicHNSW(dim, metric, capacity=room, seed=seed, thin=THIN), None
+        self._graph, self._log = DynamicHNSW(dim, metric, capacity=room, seed=seed), None
         self._prepare(requirement, self._graph.seed, flat_below, time_model, recall_model, closed_loop)
         if path is not None:
             self._log = Store.open(path, create=True)
@@ -233,7 +233,7 @@ class Riann(_Operating):
         warm()
         self.requirement, self.pace = requirement, Pace(closed_loop=closed_loop)
         self._own = time_model, recall_model
-        self.planner = Planner(requirement, (time_model or _here()).thinned(self._graph.thin), recall_model or _shipped(seed), seed)
+        self.planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
         self.flat_below = self.planner.flat_below() if flat_below is None else _integer("flat_below", flat_below, 0)
         self.tail_limit = max(self.flat_below, 256)
         self.planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
@@ -254,7 +254,7 @@ class Riann(_Operating):
     def profile(self, sample, budget_s=3):
         """Fit the time model to one's own vectors and this machine: f32[n >= 512, dim], takes about `budget_s` seconds."""
         model = profile(sample, self.metric, budget_s, self.planner.seed)
-        planner = Planner(self.requirement, model.thinned(self._graph.thin), self.planner.recalls, self.planner.seed)
+        planner = Planner(self.requirement, model, self.planner.recalls, self.planner.seed)
         with self._lock: self._own, self.planner = (model, self._own[1]), planner
         return model
 

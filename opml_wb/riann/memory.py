@@ -167,7 +167,7 @@ class _Arrays:
 
     def _settle(self, slots, deg, cand):
         "Give placed slots their properties and the upper rows that their levels need; the levels."
-        level = _levels(self.seed, self._g.ids[slots], self.thin or deg)
+        level = _levels(self.seed, self._g.ids[slots], deg)
         self._reserve(self._used, self._rows + int(level.sum()))
         self._rows = _raise(self._g, slots, level, self._has, self._rows, deg, cand)
         return level

@@ -22,7 +22,7 @@ def freeze(graph):
     arrays = {k: getattr(g, k)[:n] for k in _NODES}
     arrays |= dict(U=g.U[:graph._rows], has=graph._has[:n], wait=graph._wait, free=np.array(graph._free, np.int64),
                    doomed=np.array([] if graph._doomed is None else graph._doomed, np.int64))
-    return arrays, dict(dim=graph.dim, metric=graph.metric, max_deg=graph.max_deg, seed=graph.seed, thin=graph.thin, entry=int(g.meta[0]), sweep=-1 if graph._doomed is None else graph._cursor)
+    return arrays, dict(dim=graph.dim, metric=graph.metric, max_deg=graph.max_deg, seed=graph.seed, entry=int(g.meta[0]), sweep=-1 if graph._doomed is None else graph._cursor)
 
 # %% ../../nbs/riann/10_snapshot.ipynb #5c2cfa7b
 def _copies(level, twin):
@@ -38,7 +38,7 @@ def thaw(arrays, meta, capacity=0):
 
     Errors: ValueError where the arrays are no graph."""
     a, n = {k: np.asarray(v) for k, v in arrays.items()}, len(arrays["ids"])
-    graph = DynamicHNSW(meta["dim"], meta["metric"], max(n, capacity, 1), meta["max_deg"], meta["seed"], meta.get("thin", 0))   # 0: older ones
+    graph = DynamicHNSW(meta["dim"], meta["metric"], max(n, capacity, 1), meta["max_deg"], meta["seed"])
     graph._reserve(n, max(len(a["U"]), 1))
     g = graph._g
     for k in _NODES:

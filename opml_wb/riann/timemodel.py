@@ -118,23 +118,23 @@ def _linked(cand, deg, cap, d, n, choose, chosen, p):
 
 # %% ../../nbs/riann/04_timemodel.ipynb #594d5668
 @kernel
-def _units(cand, deg, layers, level, thin, size, touch, hop, t, p_h, p_nu, p_g, choose, chosen, p_p):
+def _units(cand, deg, layers, level, size, touch, hop, t, p_h, p_nu, p_g, choose, chosen, p_p):
     """Seconds, distances and hops of one new node, how many of the distances are for links, and links: f64[m, 5].
 
-    level: its layer (1: bottom), or 0: expected. thin: one node in so many is in the next layer, too, or 0: one in deg. touch: of a distance in layers of so many nodes, log `size`. hop: what a hop takes more.
+    level: its layer (1: bottom), or 0: expected. touch: of a distance in layers of so many nodes, log `size`. hop: what a hop takes more.
     t: of a distance for links, whose vectors the search has just fetched, of a node, and of a link that is written."""
     out, t_dist = np.zeros((len(cand), 5)), np.interp(np.log(np.maximum(layers[:, 0], 1.)), size, touch)
     for i in range(len(cand)):
         c, g = np.float64(cand[i]), np.float64(deg[i])
         for l in range(len(layers)):
-            n, p, above = layers[l, 0], (thin or g) ** -l, layers[l + 1, 0] if l + 1 < len(layers) else 0.
+            n, p, above = layers[l, 0], g ** -l, layers[l + 1, 0] if l + 1 < len(layers) else 0.
             if level: p = 1. if l < level else 0.
             d, hops, dists, links, m = layers[l, 1] / max(n, 1.), 0., 0., 0., 0.
             if p < 1:
                 h, x = _passed(d, n, p_g)
                 hops, dists = (1 - p) * h, (1 - p) * x
             if p > 2e-3 and n > (l > 0):
-                cap = (g if thin else (n + 8 * g) / (above + 8)) * (1 if l else 2)   # a guess of 8 nodes keeps small layers calm
+                cap = (n + 8 * g) / (above + 8) * (1 if l else 2)   # a guess of 8 nodes keeps small layers calm
                 h, x = _searched(c, d, n, p_h, p_nu)
                 m, links = _linked(c, g, cap, d, n, choose, chosen, p_p)
                 hops, dists, links, m = hops + p * h, dists + p * x, p * links, p * m
@@ -207,17 +207,12 @@ class _Fitted:
             raise ValueError("not a time model: coefficients missing")
         self.facts, self._p = dict(facts), [p[k] for k in ("hops", "nu", "greedy", "choose", "chosen", "prune")]
         extra, hop, node, link = p["extra"] * p["keep"]
-        self._thin = float(facts.get("thin", 0))
         self._size, self._cold, self._touch, self._degree = np.log(p["sizes"]), p["touch"], p["touch"] + extra, p["degree"]
         self._hop, self._rest, self._query = hop - extra, np.array([self._touch[0], node, link]), p["query"] * p["keep"]
         links = lambda deg: _linked(64., deg / 2, float(deg), deg / 2, n, *self._p[3:])   # at the bottom: f(2 deg)
         self.paper = Equations(self.T_d, lambda cand, d: _searched(float(cand), float(d), n, *self._p[:2])[0],
                                lambda deg: float(self._rest[::2] @ links(deg)[::-1]))
         return self
-
-    def thinned(self, thin):
-        "This model for a DynamicHNSW of such layers, see there."
-        return type(self).from_dict(self.facts | dict(thin=thin))
 
     def to_dict(self):
         "The facts of a fitted model: JSON values. Errors: ValueError for a model of own functions."
@@ -259,7 +254,7 @@ class TimeModel(_Fitted):
 
     def _count(self, cand, deg, layers, lp):
         "What `_units` says. cand, deg: f64[m]. layers: f64[l, 2], l > 0."
-        return _units(cand, deg, layers, lp, self._thin, self._size, self._touch, self._hop, self._rest, *self._p)
+        return _units(cand, deg, layers, lp, self._size, self._touch, self._hop, self._rest, *self._p)
 
     def index_time(self, cand, deg, layers, lp=1, literal=False):
         """Seconds to index one point whose highest layer is `lp` (1: the bottom), with `deg` links of `cand` candidates.
@@ -272,7 +267,7 @@ class TimeModel(_Fitted):
         return t if np.ndim(cand) or np.ndim(deg) else float(t[0])
 
     def expected_index_time(self, cand, deg, layers):
-        """Mean seconds to index one point, over the layers it may get: layer l or higher with probability deg^(1-l), or as the graph is thin.
+        """Mean seconds to index one point, over the layers it may get: layer l or higher with probability deg^(1-l).
 
         cand, deg: array[m] (or numbers). layers: [(n, sum of degrees), ...], bottom first. Returns f64[m] (or float)."""
         a = _checked(layers)
@@ -314,7 +309,7 @@ class TimeModel(_Fitted):
         chosen = _at(self._p[4], np.log2(min(cand, n)), np.log2(deg))
         d = chosen * np.exp(_monomials(np.log(min(cand, n)), np.log(deg), np.log(n)) @ self._degree)
         d = max(0, min(2 * deg, n - 1, float(d)))
-        sizes = [n / (self._thin or float(deg)) ** l for l in range(1, 25)]
+        sizes = [n / float(deg) ** l for l in range(1, 25)]
         return [(n, n * d)] + [(m, m * min(deg, d, m - 1)) for m in sizes if m >= 2]
 
 # %% ../../nbs/riann/04_timemodel.ipynb #cc21c01e
@@ -402,7 +397,7 @@ def _between(a, b):
 
 def _expected(deg, cand, layers, p):
     "Expected distances of an insertion, all and for links only, and links; without pruning where `p` has none."
-    out = _units(*_columns(cand, deg), layers, 0, 0., np.arange(5.), np.zeros(5), 0., np.zeros(3),
+    out = _units(*_columns(cand, deg), layers, 0, np.arange(5.), np.zeros(5), 0., np.zeros(3),
                  *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")), p.get("prune", np.zeros(10)))
     return out[0, [1, 3, 4]]
 
