@@ -360,8 +360,8 @@ def _climb(surface, target, floor, seed, size=10, steps=400):
 def ladder(recall_model, time_model, n, recall=.97, k=10, seed=0, lid=None, query_s=None):
     """Properties for an index of about `n` vectors, from the best to the cheapest: a list of some ten Rungs, never empty.
 
-    n: taken for the nearest power of two from 256 to 32,768. recall: recall@k asked for: the first rung has it, or the
-    default HNSW's if that is higher, where any property has; the last is at most .02 below (what is linked in haste can be linked again). Each rung's `cand_q` is the widest whose queries take at most `query_s` CPU seconds (None: the default HNSW's).
+    n: taken for the nearest power of two from 256 to 32,768. recall: recall@k asked for: the first rung has it, or misses at most
+    `MISSES` times what the default HNSW misses if that is less, where any property does, with at least `WIDE` links; the last is at most .02 below (what is linked in haste can be linked again). Each rung's `cand_q` is the widest whose queries take at most `query_s` CPU seconds (None: the default HNSW's).
     Found by annealing once for each size and k, and remembered; the shipped model brings those for k = 10.
     Errors: ValueError naming the parameter."""
     n, k = _integer("n", n, 1), _integer("k", k, 1)
