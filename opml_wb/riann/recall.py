@@ -238,7 +238,7 @@ def engine(n):
     """So many times our engine's CPU may go into a query of `n` vectors as the default's properties take of it.
 
     hnswlib takes 2.2 times as much for them (1,000 vectors), 2.1 (3,000), 1.9 (10,000), 1.7 (50,000), as both wait for memory alike; a twentieth less than that."""
-    return 2.05 - .1 * np.log2(n / 1024)
+    return 2.05 - .1 * np.log2(np.clip(n, *N_RANGE) / 1024)
 
 class Rung(NamedTuple):
     "A property and its predictions. t_index: CPU seconds per vector; t_query: CPU seconds per query; recall: recall@k, 0 .. 1."
