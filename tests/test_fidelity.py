@@ -139,7 +139,7 @@ def ours(zygote, nb, cwd, run):
 MASKS = [
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", "DATE"), (r"ipykernel_\d+", "ipykernel_PID"), (r"\b0x[0-9a-f]{6,}\b|(?<=object at )[0-9a-f]{6,}", "ADDRESS"),
     (r"(CPU times|Wall time|user|sys|total): [^\\\n\"]*", r"\1: TIME"), (r"CPU times: TIME[^\\\"]*", "CPU times: TIME"),
-    (r"[\d.,]+ [nµm]?s ± [\d.,]+ [nµm]?s per loop", "TIME per loop"), (r"The slowest run took [^\"]*?cached\.\\n", ""),
+    (r"[\d.,]+ [nµμm]?s ± [\d.,]+ [nµμm]?s per loop", "TIME per loop"), (r"The slowest run took [^\"]*?cached\.\\n", ""),
     (r"\d+(\.\d+)?it/s|\?it/s|\d\d:\d\d<\d\d:\d\d", "RATE"), (r"/tmp\w{8}\.json", "/CONNECTION.json"),
 ]
 IDS = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\b|(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])|\bT_[0-9a-f]{5}(?![0-9a-f])")
