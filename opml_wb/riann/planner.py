@@ -35,7 +35,7 @@ class Planner:
     def costs(self, n, layers):
         "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
         deg, cand = self._arrays[self._size(n)]
-        return self.times._count(cand, deg, np.asarray(layers if len(layers) else [(0, 0)], float), 0)[:, 0]   # a tenth of the checked way's time
+        return self.times._count(cand, deg, np.asarray(layers if len(layers) else [(0, 0)], float), 0)[:, 0]   # checked already
 
     def usual(self, n):
         "CPU seconds per vector of the first rung, in a graph of about `n` vectors that were linked so: all there is to know where no deadline asks for another."
