@@ -23,7 +23,7 @@ def home(tmp_path, monkeypatch):
     "A run store of this test's own; its zygotes are closed afterwards."
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
     yield tmp_path / "home"
-    from opml_wb.core.zygote import close_all
+    from opml_wb.core.engine.zygote import close_all
     close_all()
 
 

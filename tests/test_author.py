@@ -35,8 +35,8 @@ def test_new_runs_at_once_and_is_listed(command, tmp_path):
 
 
 def test_what_the_skeleton_says_of_its_exercises_is_true(home, tmp_path):
-    from opml_wb.core.author import new
-    from opml_wb.core.run import run
+    from opml_wb.core.cli.author import new
+    from opml_wb.core.engine.run import run
     path = new("mine", tmp_path)
     forest, few = run(path, model="forest", sizes=[800]).metrics, run(path, sizes=[10, 20], repeats=20).metrics
     assert (round(forest["accuracy"], 3), round(forest["accuracy_baseline"], 3)) == (.963, .983)

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT
 
 from opml_wb import log
-from opml_wb.core import chapter, deps
-from opml_wb.core.params import ParamError
-from opml_wb.core.run import Run, run
-from opml_wb.core.store import Store
+from opml_wb.core.request import chapter, deps
+from opml_wb.core.request.params import ParamError
+from opml_wb.core.engine.run import Run, run
+from opml_wb.core.record.store import Store
 
 COUNT = "from pathlib import Path\nwith open('count', 'a') as f: f.write('x')\n"
 PRESETS = {"opml": {"presets": {"paper": {"n": 50, "kind": "b"}}}}
@@ -144,7 +144,7 @@ def test_the_packages_own_modules_count_by_line_and_by_import(tmp_path, notebook
     "With a copy of the package: a line in `riann` re-runs a notebook of `riann`, a line elsewhere doesn't."
     shutil.copytree(ROOT / "opml_wb", tmp_path / "opml_wb", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.npy"))
-    nb = notebook("n = 1", "def use():\n    from opml_wb.riann.graph import DynamicHNSW")
+    nb = notebook("n = 1", "def use():\n    from opml_wb.riann.graph.hnsw import DynamicHNSW")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OPML_HOME": str(tmp_path / "home")}
 
     def status():
@@ -159,10 +159,10 @@ def test_the_packages_own_modules_count_by_line_and_by_import(tmp_path, notebook
 
 def test_the_closure_is_found_without_executing(tmp_path, notebook):
     (tmp_path / "boom.py").write_text("raise SystemExit('imported')\nimport pandas\n")
-    nb = notebook("n = 1", "import boom, opml_wb.riann.graph\nraise SystemExit")
+    nb = notebook("n = 1", "import boom, opml_wb.riann.graph.hnsw\nraise SystemExit")
     found = deps.dependencies(chapter.find(nb), {"n": 1})
-    assert {"boom", "opml_wb", "opml_wb.riann", "opml_wb.riann.graph"} <= set(found["files"])
-    assert {"pandas", "numpy", "numba", "python"} <= set(found["env"]) and "opml_wb.core.cli" not in found["files"]
+    assert {"boom", "opml_wb", "opml_wb.riann", "opml_wb.riann.graph.hnsw"} <= set(found["files"])
+    assert {"pandas", "numpy", "numba", "python"} <= set(found["env"]) and "opml_wb.core.cli.verbs" not in found["files"]
 
 
 def test_an_upgraded_library_runs_again(answer, notebook, tmp_path):
@@ -206,7 +206,7 @@ def test_changed_data_runs_again(home, notebook, times, tmp_path):
 
 
 def test_changed_registry_data_runs_again(home, notebook, times, tmp_path, monkeypatch):
-    from opml_wb.core import data
+    from opml_wb.core.record import data
     mine = tmp_path / "mine" / data.entry("riann/sift_photos")["file"]
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"one")

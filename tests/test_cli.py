@@ -12,14 +12,14 @@ import nbformat
 import pytest
 from conftest import processes, until
 
-from opml_wb.core.cli import main
-from opml_wb.core.store import Store
+from opml_wb.core.cli.verbs import main
+from opml_wb.core.record.store import Store
 
 RUN = {"key", "status", "chapter", "params", "metrics", "claims", "notebook", "dir", "seconds", "cpu", "rss", "error"}
 ERROR = {"kind", "ename", "evalue", "cell", "line", "signal", "exitcode"}
 CLAIM = {"name", "paper", "measured", "unit", "better", "how", "verdict", "why"}
 PARAMS = '''from typing import Annotated, Literal
-from opml_wb.core.params import Range
+from opml_wb.core.request.params import Range
 n: Annotated[int, Range(1, 100)] = 3  # how many
 rate: float = .5  # share per second
 kind: Literal["a", "b"] = "a"

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPML_HOME", str(folder / "home"))
         yield folder
-    from opml_wb.core.zygote import close_all
+    from opml_wb.core.engine.zygote import close_all
     close_all()
 
 
@@ -37,7 +37,7 @@ def command(place):
 @pytest.fixture(scope="module")
 def two(place):
     "Two runs of one notebook between which a parameter, a module and a data file changed; and the second one repeated."
-    from opml_wb.core.run import run
+    from opml_wb.core.engine.run import run
     module, data, path = place / "my_compare_helper.py", place / "data.txt", place / "nb.ipynb"
     sources = ["n: int = 3\ndata: 'Path' = 'data.txt'", "from opml_wb import log\nimport my_compare_helper as h",
                "for i in range(n): log.metric('loss', h.f(1 / (i + 1)), step=i)\nlog.metric('final', n)", "print('n is', n)",
@@ -97,7 +97,7 @@ def test_importance_finds_what_was_planted():
     "Of two parameters one drives the metric: it comes first for every seed; where neither does, that is said."
     import numpy as np
     import pandas as pd
-    from opml_wb.core.importance import importance
+    from opml_wb.core.show.importance import importance
     right = silent = 0
     for seed in range(5):
         rng = np.random.default_rng(seed)

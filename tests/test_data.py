@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opml_wb.core import data
+from opml_wb.core.record import data
 
 BODY = os.urandom(300_000)
 
@@ -171,7 +171,7 @@ def test_progress_of_a_download_inside_a_run(home, tmp_path, monkeypatch):
 
 def test_import_is_light():
     heavy = "('pooch', 'numpy', 'requests', 'tqdm', 'cv2', 'pandas', 'platformdirs')"
-    code = ("import sys, opml_wb.core.data as d; d.path('riann/sift_photos');"
+    code = ("import sys, opml_wb.core.record.data as d; d.path('riann/sift_photos');"
             f"sys.exit(any(m in sys.modules for m in {heavy}))")
     env = {k: v for k, v in os.environ.items() if k != "OPML_DATA"}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

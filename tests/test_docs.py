@@ -156,7 +156,7 @@ def test_every_page_is_whole(site, web, page):
 @browser_only
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, browser, page, theme):
-    from opml_wb.core.store import Store
+    from opml_wb.core.record.store import Store
     home = Store(build.home)
     for p in sorted((site/"chapters").glob("*.html")):
         if p.stem == "index" or not (run := next(iter(home.ls(1, p.stem)), None)): continue
@@ -239,7 +239,7 @@ def test_search_finds(site, web, page, how):
 
 @browser_only
 def test_home_and_api(site, web, page):
-    from opml_wb.core.papers import PAPERS
+    from opml_wb.core.show.papers import PAPERS
     built = {p.stem for p in (site/"chapters").glob("*.html")} - {"index"}
     chapters = [p.package for p in PAPERS if p.package in built] + sorted(built - {p.package for p in PAPERS})
     for theme in ("light", "dark"):
@@ -305,7 +305,7 @@ def test_from_a_wheel(tmp_path):
     for carried, folder in (("_nbs", "nbs"), ("_data", "data")):
         shutil.copytree(ROOT/folder, tmp_path/"opml_wb"/carried, ignore=ignore)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OPML_HOME": str(tmp_path/"home")}
-    code = "from opml_wb.core.docs import docs; raise SystemExit(docs.main(['--no-run'], standalone_mode=False) or 0)"
+    code = "from opml_wb.core.site.build import docs; raise SystemExit(docs.main(['--no-run'], standalone_mode=False) or 0)"
     def opml_docs():
         return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     done = opml_docs()
@@ -317,6 +317,6 @@ def test_from_a_wheel(tmp_path):
 
 
 def test_a_missing_extra_says_what_to_install(monkeypatch):
-    from opml_wb.core import docs
+    from opml_wb.core.site import build as docs
     monkeypatch.setattr(docs, "NEEDED", {"no_such_package_here": "myst-nb"})
     with pytest.raises(docs.DocsError, match=r"myst-nb: pip install 'opml_wb\[docs\]'"): docs.check()

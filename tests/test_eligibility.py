@@ -6,10 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.core import data
-from opml_wb.eligibility import (AuditLog, agreement, attainable, backfilled, counted, eligibility_matrix, expected_new, labels, load,
-                                 masked, pairs,
-                                 read_samples, rows_at, sample, scan, scan_parts, simulate, snapshot, useful, verdicts)
+from opml_wb.core.record import data
+from opml_wb.eligibility import AuditLog, agreement, attainable, backfilled, counted, eligibility_matrix, expected_new, labels, load, masked, pairs, read_samples, rows_at, sample, scan, scan_parts, simulate, snapshot, useful, verdicts
 from opml_wb.eligibility.sample import deal
 
 FIELDS = ["n", "at", "a", "b", "c", "empty", "closed"]
@@ -301,7 +299,7 @@ def test_a_real_xes_log():
 def test_the_chapter_under_stock_papermill(tmp_path):
     pm = pytest.importorskip("papermill")
     from conftest import ROOT
-    from opml_wb.core import log as record
+    from opml_wb.core.record import log as record
     pm.execute_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"), str(tmp_path/"out.ipynb"),
                         parameters=dict(cases=600, runs=3, label_seeds=1), progress_bar=False, cwd=str(tmp_path))
     kept = record.read(tmp_path/"out.ipynb")

@@ -44,8 +44,8 @@ assert rate < 1, "too much"
 
 
 def test_runs_read_back_equal(home, notebook, uri, tmp_path):
-    from opml_wb.core.export import to_mlflow
-    from opml_wb.core.run import run
+    from opml_wb.core.cli.export import to_mlflow
+    from opml_wb.core.engine.run import run
     path = notebook(f"rate: float = .1\nwords: list[str] = [{str(tmp_path / 'folder')!r}, 'ß']\nnone: 'Optional[int]' = None\n" + "\n".join(f"p{i} = {i}" for i in range(120)), SOURCE)
     good, bad = run(path, rate=1e-7), run(path, rate=2.0)
     assert (good.status, bad.status) == ("done", "failed"), good.error
@@ -77,8 +77,8 @@ def test_runs_read_back_equal(home, notebook, uri, tmp_path):
 
 
 def test_again_adds_only_what_is_new_and_mends_what_was_cut_short(home, notebook, uri, monkeypatch):
-    from opml_wb.core import export
-    from opml_wb.core.run import run
+    from opml_wb.core.cli import export
+    from opml_wb.core.engine.run import run
     path = notebook("n = 1", "from opml_wb import log\nlog.metric('x', n)")
     run(path); run(path, n=2)
     send = export._send_files
@@ -103,7 +103,7 @@ def test_bad_uri(command, uri, said):
 
 
 def test_the_command(command, home, notebook, uri):
-    from opml_wb.core.run import run
+    from opml_wb.core.engine.run import run
     run(notebook("n = 1", "from opml_wb import log\nlog.metric('x', n)"))
     done = command("export", "--mlflow", uri, "--json")
     assert done.returncode == 0 and json.loads(done.stdout) == {"exported": 1, "known": 0, "skipped": 0}, done.stderr

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import processes, until
 
-from opml_wb.core.run import run
-from opml_wb.core.store import Store
+from opml_wb.core.engine.run import run
+from opml_wb.core.record.store import Store
 
 GIL = "import ctypes\nctypes.PyDLL(None).usleep.argtypes = [ctypes.c_uint]\nwhile True: ctypes.PyDLL(None).usleep(60_000_000)"
 

@@ -23,8 +23,9 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from opml_wb.core import store
-from opml_wb.core.zygote import Zygote
+from opml_wb.core.kit.files import read_json, write_json
+from opml_wb.core.record import store
+from opml_wb.core.engine.zygote import Zygote
 
 HERE = Path(__file__).parent/"notebooks"
 PAPERMILL = Path(papermill.__file__).parent/"tests"/"notebooks"
@@ -124,11 +125,11 @@ class Stock(NotebookClient):
 def ours(zygote, nb, cwd, run):
     "(executed notebook, name of what stopped it or None) of the workbench; `run`: an empty folder."
     (run/store.NOTEBOOK).write_text(json.dumps(nb), "utf-8")
-    store.write_json(run/store.REQUEST, {"id": run.name, "key": "k", "chapter": "fidelity", "params": {}})
+    write_json(run/store.REQUEST, {"id": run.name, "key": "k", "chapter": "fidelity", "params": {}})
     env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     zygote.submit(dict(id=str(run), dir=str(run), cwd=str(cwd), env=env, seed=1, timeout=120, mem=None, injected=None,
                        hooks=[])).result()
-    error = store.read_json(run/store.RUN)["error"]
+    error = read_json(run/store.RUN)["error"]
     done = nbformat.read(run/store.NOTEBOOK, as_version=4)
     if nbformat.validator.isvalid(nbformat.reads(json.dumps(nb), as_version=4)): nbformat.validate(done)
     return done, error and error["ename"]

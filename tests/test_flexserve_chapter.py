@@ -4,7 +4,7 @@ import pytest
 
 @pytest.mark.slow
 def test_the_chapter_loses_nothing_and_mixes_nothing(home):
-    from opml_wb.core.run import run
+    from opml_wb.core.engine.run import run
     r = run("flexserve", seconds=1.0, clients=4, epochs=8)
     assert r.status == "done", r.error
     m = r.metrics
@@ -16,6 +16,6 @@ def test_the_chapter_loses_nothing_and_mixes_nothing(home):
 
 
 def test_a_target_that_the_pictures_lack_is_refused_before_anything_is_trained(home):
-    from opml_wb.core.run import run
+    from opml_wb.core.engine.run import run
     r = run("flexserve", target="cat")
     assert r.status == "failed" and "digits has no class 'cat'" in r.error["evalue"] and not r.metrics

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from opml_wb.core import data
-from opml_wb.core.models import ModelError, ModelStore
+from opml_wb.core.record import data
+from opml_wb.core.record.models import ModelError, ModelStore
 from opml_wb.flexserve import Bundle, BundleError, Engine, Policy, decode, flips, import_torch, sweep
-from opml_wb.flexserve.bundle import one_thread
-from opml_wb.flexserve.data import CIFAR, cifar, cifar_models
+from opml_wb.flexserve.model.bundle import one_thread
+from opml_wb.flexserve.model.data import CIFAR, cifar, cifar_models
 
 here = pytest.mark.skipif(data.find("flexserve/resnet20") is None, reason="needs the published CIFAR-10 nets: opml data fetch flexserve/resnet20, ...")
 
@@ -99,7 +99,7 @@ def test_int8_says_how_often_it_agrees(bundle, shown):
 @here
 def test_the_legacy_checkpoint_is_the_safetensors(tmp_path):
     from safetensors.torch import load_file
-    ours, theirs = import_torch(data.path("flexserve/legacy"), "opml_wb.flexserve.zoo:cifar_resnet20"), load_file(data.path("flexserve/resnet20"))
+    ours, theirs = import_torch(data.path("flexserve/legacy"), "opml_wb.flexserve.model.zoo:cifar_resnet20"), load_file(data.path("flexserve/resnet20"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     legacy, = (dict(m, weights=data.path("flexserve/legacy")) for m in cifar_models((20,)))
     a, b = (Bundle.create(tmp_path/n, [m]) for n, m in (("a", legacy), ("b", cifar_models((20,))[0])))
@@ -118,16 +118,16 @@ def test_a_pickle_with_code_in_it_runs_nothing(tmp_path, wrap, how):
     trap = wrap(Trap(str(sprung)))
     if how == "pickle": file.write_bytes(pickle.dumps(trap))
     else: torch.save(trap, file, _use_new_zipfile_serialization=how == "torch")
-    entry = {"name": "m", "arch": "opml_wb.flexserve.zoo:convnet", "weights": file, "classes": ["a", "b"]}
-    for attempt in (lambda: import_torch(file, "opml_wb.flexserve.zoo:convnet"), lambda: Bundle.create(tmp_path/"b", [entry])):
+    entry = {"name": "m", "arch": "opml_wb.flexserve.model.zoo:convnet", "weights": file, "classes": ["a", "b"]}
+    for attempt in (lambda: import_torch(file, "opml_wb.flexserve.model.zoo:convnet"), lambda: Bundle.create(tmp_path/"b", [entry])):
         with pytest.raises(BundleError, match="nothing of it was run"): attempt()
     assert not sprung.exists() and not (tmp_path/"b").exists()
 
 
 def small(path, seed=0, golden=None):
-    from opml_wb.flexserve import zoo
+    from opml_wb.flexserve.model import zoo
     torch.manual_seed(seed)
-    models = [{"name": n, "arch": f"opml_wb.flexserve.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["face", "other"], "transform": {"resize": 24, "crop": 24}} for n in ("convnet", "mlp", "patch_mixer")]
+    models = [{"name": n, "arch": f"opml_wb.flexserve.model.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["face", "other"], "transform": {"resize": 24, "crop": 24}} for n in ("convnet", "mlp", "patch_mixer")]
     return Bundle.create(path, models, golden=golden, name="small")
 
 
@@ -160,7 +160,7 @@ def test_the_flip_report_is_exact(home, tmp_path):
 def test_other_answers_than_at_pack_are_refused(home, tmp_path):
     "Whoever changes what the golden set was answered is found out."
     import json
-    from opml_wb.flexserve.engine import EngineError
+    from opml_wb.flexserve.model.engine import EngineError
     images = [np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in range(8)]
     bundle = small(tmp_path/"b", golden=images)
     said = bundle.manifest["golden"]["answers"]["mlp"]
@@ -187,11 +187,11 @@ def _worker(folder, shared, pipe):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PSS is Linux's")
 def test_three_processes_share_the_weights(home, tmp_path):
     "A bundle of 256 MB in three workers (forkserver, as the pool's): at most 0.6 x the memory of copies."
-    from opml_wb.flexserve import zoo
+    from opml_wb.flexserve.model import zoo
     weights = zoo.mlp(64, 2, 5200).state_dict()
-    Bundle.create(tmp_path/"b", [{"name": "big", "arch": "opml_wb.flexserve.zoo:mlp", "kwargs": {"size": 64, "width": 5200}, "weights": weights, "classes": ["a", "b"], "transform": {"crop": 64}}])
+    Bundle.create(tmp_path/"b", [{"name": "big", "arch": "opml_wb.flexserve.model.zoo:mlp", "kwargs": {"size": 64, "width": 5200}, "weights": weights, "classes": ["a", "b"], "transform": {"crop": 64}}])
     ctx = mp.get_context("forkserver")
-    ctx.set_forkserver_preload(["torch", "opml_wb.flexserve.ensemble"])
+    ctx.set_forkserver_preload(["torch", "opml_wb.flexserve.model.ensemble"])
     def total(shared):
         pipes = [ctx.Pipe() for _ in range(3)]
         team = [ctx.Process(target=_worker, args=(str(tmp_path/"b"), shared, theirs)) for _, theirs in pipes]

@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-from opml_wb.core.models import ModelStore
-from opml_wb.flexserve import load, zoo
-from opml_wb.flexserve.bundle import Bundle
-from opml_wb.flexserve.client import Client, ServerError, encoded
-from opml_wb.flexserve.engine import Engine
-from opml_wb.flexserve.policy import Policy
-from opml_wb.flexserve.serve import Server
+from opml_wb.core.record.models import ModelStore
+from opml_wb.flexserve.serve import load
+from opml_wb.flexserve.model import zoo
+from opml_wb.flexserve.model.bundle import Bundle
+from opml_wb.flexserve.serve.client import Client, ServerError, encoded
+from opml_wb.flexserve.model.engine import Engine
+from opml_wb.flexserve.model.policy import Policy
+from opml_wb.flexserve.serve.server import Server
 
 ODD = '''
 import os, time, torch
@@ -71,7 +72,7 @@ def place(tmp_path_factory):
     for seed in (1, 2):
         torch.manual_seed(seed)
         names = ("mlp", "convnet") if seed == 1 else ("mlp", "patch_mixer")
-        spec = [{"name": n, "arch": f"opml_wb.flexserve.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["no", "yes"],
+        spec = [{"name": n, "arch": f"opml_wb.flexserve.model.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["no", "yes"],
                  "provenance": {"seed": seed}} for n in names]
         store.publish("faces", Bundle.create(folder / f"faces{seed}", spec, golden=PICTURES[:4], name="faces").dir)
     for name, seconds in (("odd", 0.), ("slow", .02)):
@@ -161,7 +162,7 @@ def test_policies_over_http(faces, right, place):
 def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
     """Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the
     FN and FP that counting gives."""
-    from opml_wb.flexserve.data import cifar, cifar_models
+    from opml_wb.flexserve.model.data import cifar, cifar_models
     files, truth = cifar()
     files, truth, models = files[::10], truth[::10], cifar_models()
     bundle = Bundle.create(tmp_path / "cifar", models, golden=files[:3])
@@ -526,7 +527,7 @@ def test_sigterm_drains(place, right):
     assert len([r for r in lost if "ConnectionRefusedError" not in r.why]) <= 1, {r.why for r in lost}
     assert len(replies) - len(lost) > 20 and not wrong([r for r in replies if r.status], right)
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]
-                and "opml_wb.flexserve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
+                and "opml_wb.flexserve.serve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
 
 
 def test_tokens(place, tmp_path):
@@ -547,11 +548,11 @@ def test_tokens(place, tmp_path):
 def test_command_line(place, opml, home, tmp_path):
     "pack, publish, diff, rollback, pin, and errors in one line."
     from click.testing import CliRunner
-    from opml_wb.flexserve.cli import flexserve
+    from opml_wb.flexserve.serve.cli import flexserve
     def typed(*words): return CliRunner().invoke(flexserve, list(map(str, words)))
     (tmp_path / "some").mkdir()
     for i in range(20): (tmp_path / "some" / f"{i:02d}.png").write_bytes(FILES[i])
-    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.zoo:mlp", "weights": "mlp.pt",
+    recipe = {"name": "tiny", "models": [{"name": "mlp", "arch": "opml_wb.flexserve.model.zoo:mlp", "weights": "mlp.pt",
                                           "classes": ["no", "yes"]}], "golden": "some"}
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     for v in (1, 2):
@@ -633,7 +634,7 @@ def test_ray_serve_gives_the_same_answers(place, right):
     "The deployment on a Ray cluster of this machine: classes of the plain engine, errors as ours."
     ray = pytest.importorskip("ray", reason="needs Ray Serve: pip install 'opml_wb[ray]'")
     serve = pytest.importorskip("ray.serve")
-    from opml_wb.flexserve.ray_app import deployment
+    from opml_wb.flexserve.serve.ray_app import deployment
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     try: ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     except Exception as e: pytest.skip(f"Ray does not start here: {e}")

@@ -13,7 +13,7 @@ def value(page, field): return page.locator(f".opml-field-{field} .widget-readou
 
 def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3 (ipykernel)"}})
-    nb.cells = [nbformat.v4.new_code_cell("from opml_wb.core.ui import form\nshown = form('riann')\nshown"),
+    nb.cells = [nbformat.v4.new_code_cell("from opml_wb.core.show.ui import form\nshown = form('riann')\nshown"),
                 nbformat.v4.new_markdown_cell("The end")]
     nbformat.write(nb, tmp_path/"chapters"/"form.ipynb")
     strangers, faults = [], []
@@ -62,7 +62,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
 @pytest.mark.parametrize("value, answer", [("3", "done"), ("7", "failed")])
 def test_the_form_without_a_browser(home, notebook, value, answer):
     "From a kernel's point of view: what the button does, in a thread, and what it says."
-    from opml_wb.core.ui import form
+    from opml_wb.core.show.ui import form
     path = notebook("n: int = 1", "from opml_wb import log\nfor i in range(n): log.metric('x', i, step=i)\nassert n < 5, 'too many'")
     f = form(path)
     f.fields["n"].control.value = value

@@ -108,8 +108,8 @@ def test_source_notebooks_pass(room):
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.parent.name == "bench" else []) for p in CHAPTERS])
 def test_chapters_run(path, home):
-    from opml_wb.core.chapter import find
-    from opml_wb.core.run import run
+    from opml_wb.core.request.chapter import find
+    from opml_wb.core.engine.run import run
     quick = "quick" if "quick" in find(path).meta.get("presets", {}) else None       # what takes long: the same cells on less
     r = run(path, preset=quick, timeout=300)
     assert r.ok, r.error
@@ -130,7 +130,7 @@ def test_the_wheel_carries_chapters_and_data(copy, tmp_path):
     import zipfile
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OPML_HOME": str(tmp_path / "home")}
-    code = ("import opml_wb, json; from opml_wb.core import data; from opml_wb.core.chapter import find;"
+    code = ("import opml_wb, json; from opml_wb.core import data; from opml_wb.core.request.chapter import find;"
             "print(json.dumps([opml_wb.__file__, str(find('riann').path), str(data.path('riann/sift_photos'))]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

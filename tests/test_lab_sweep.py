@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no 
 WORK = ["lr: float = .1\nhow: str = 'adam'",
         "import time\nfrom opml_wb import log\ntime.sleep(.7)\nif how == 'lion' and lr > .05: raise ValueError(f'diverged at lr={lr:.3g}')\n"
         "log.metric('loss', (lr - .03)**2 + .1 * (how == 'sgd')); log.metric('size', 1 / lr)"]
-SWEEPS = ["from opml_wb.core.sweep import sweep",
+SWEEPS = ["from opml_wb.core.sweep.driver import sweep",
           "s = sweep('work.ipynb', {'lr': (1e-3, 1., 'log'), 'how': ['adam', 'sgd', 'lion']}, n=16, sampler='random', objective='loss')",
           "s", "sweep('work.ipynb', {'lr': (1e-3, 1., 'log'), 'how': ['adam', 'sgd', 'lion']}, n=16, sampler='random', objective=['loss', 'size'])"]
 CELL = ".jp-CodeCell:nth-of-type({})"

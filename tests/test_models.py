@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from opml_wb.core.content import digest
-from opml_wb.core.models import ModelError, ModelStore
+from opml_wb.core.record.content import digest
+from opml_wb.core.record.models import ModelError, ModelStore
 
 WRITER = """
 import random, sys, tempfile
 from pathlib import Path
-from opml_wb.core.models import ModelStore, ModelError
+from opml_wb.core.record.models import ModelStore, ModelError
 root, log, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 store, rng, place = ModelStore(root), random.Random(seed), Path(tempfile.mkdtemp())
 print("up", flush=True)
@@ -96,7 +96,7 @@ def test_eight_processes_publish_at_once(tmp_path):
 def test_two_operators_at_once(tmp_path):
     "Both decisions are in the history, the later one holds."
     for i in (1, 2): (tmp_path/f"{i}").write_text(str(i)); ModelStore(tmp_path/"s").publish("m", tmp_path/f"{i}")
-    code = "import sys; from opml_wb.core.models import ModelStore; s = ModelStore(sys.argv[1]); [s.pin('m', int(sys.argv[2])) for _ in range(20)]"
+    code = "import sys; from opml_wb.core.record.models import ModelStore; s = ModelStore(sys.argv[1]); [s.pin('m', int(sys.argv[2])) for _ in range(20)]"
     team = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"s"), str(v)]) for v in (1, 2)]
     assert [p.wait() for p in team] == [0, 0]
     store = ModelStore(tmp_path/"s")
@@ -119,7 +119,7 @@ def test_unstable_versions_are_never_rolled_back_to(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     "The copy fails half-way: no version, no leftovers."
-    from opml_wb.core import content
+    from opml_wb.core.record import content
     store = ModelStore(tmp_path/"s")
     (tmp_path/"d").mkdir(); (tmp_path/"d"/"a").write_text("a"); (tmp_path/"d"/"b").write_text("b")
     real = os.fsync
@@ -135,5 +135,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_importing_the_store_is_light():
-    code = "import opml_wb.core.models, sys; heavy = {'pandas', 'numpy', 'torch', 'cryptography'} & set(sys.modules); assert not heavy, heavy"
+    code = "import opml_wb.core.record.models, sys; heavy = {'pandas', 'numpy', 'torch', 'cryptography'} & set(sys.modules); assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,8 @@ import papermill
 import pytest
 
 from opml_wb import log
-from opml_wb.core.run import run
-from opml_wb.core.store import Store
+from opml_wb.core.engine.run import run
+from opml_wb.core.record.store import Store
 
 L = "from opml_wb import log\n"
 
@@ -165,7 +165,7 @@ def test_data_in_a_dict_and_in_a_folder(home, notebook, tmp_path):
 
 
 def test_run_from_a_folder_that_is_gone(tmp_path, notebook):
-    code = (f"import os, sys; os.makedirs('gone'); os.chdir('gone'); os.rmdir('../gone')\nfrom opml_wb.core.run import run\n"
+    code = (f"import os, sys; os.makedirs('gone'); os.chdir('gone'); os.rmdir('../gone')\nfrom opml_wb.core.engine.run import run\n"
             f"print(run({str(notebook('n = 1'))!r}).status)")
     env = {**os.environ, "OPML_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from opml_wb.core.params import ParamError, canonical, defaults, describe, inject, resolve, schema, validate
+from opml_wb.core.request.params import ParamError, canonical, defaults, describe, inject, resolve, schema, validate
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
@@ -17,7 +17,7 @@ JSON = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=4) | st.dicti
                     max_leaves=12)
 CELL = '''
 from typing import Annotated, Literal
-from opml_wb.core.params import Range
+from opml_wb.core.request.params import Range
 %matplotlib inline
 n: Annotated[int, Range(1, 100)] = 10     # how many
 rate: Annotated[float, Range(0, 1)] = .5
@@ -263,7 +263,7 @@ def test_nothing_is_executed(tmp_path):
 
 def test_importing_stays_light():
     code = """if True:
-        import sys, opml_wb.core.params as p
+        import sys, opml_wb.core.request.params as p
         p.canonical([1])
         heavy = {"pydantic", "numpy", "IPython", "nbformat", "papermill"} & set(sys.modules)
         assert not heavy, heavy

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opml_wb.pipesim import Allocator, Detector, Drift, Link, Platform, Policy, Pool, Workload, capacity_plan, simulate, simulate_stream, stats
-from opml_wb.pipesim.stream import Streamed
+from opml_wb.pipesim import Allocator, Detector, Drift, Link, Platform, Policy, Pool, Workload, capacity_plan, simulate, simulate_stream
+from opml_wb.pipesim.answers import stats
+from opml_wb.pipesim.engines.stream import Streamed
 
 ENGINES = ("numba", "python", "simpy")
 POLICIES = ("fifo", "sjf", "priority", "easy")

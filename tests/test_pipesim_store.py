@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from opml_wb.pipesim import Platform, Pool, Workload, simulate
-from opml_wb.pipesim.influx import InfluxStore
-from opml_wb.pipesim.store import METRICS, ParquetStore, StoreError, TraceStore
+from opml_wb.pipesim.stores.influx import InfluxStore
+from opml_wb.pipesim.stores.parquet import METRICS, ParquetStore, StoreError, TraceStore
 from conftest import free_ports, until
 
 WRITER = """

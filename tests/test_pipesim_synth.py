@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.core import data
+from opml_wb.core.record import data
 from opml_wb.pipesim import ArrivalModel, AssetModel, DurationModel, Experiment, Link, PipelineModel, Platform, Pool, Workload, simulate
-from opml_wb.pipesim.arrivals import MONDAY, WEEK, exponweib_ppf, profile_stats
+from opml_wb.pipesim.synth.arrivals import MONDAY, WEEK, exponweib_ppf, profile_stats
 
 HOURS = np.arange(WEEK)
 OFFICE = (1 + .8 * np.sin(2 * np.pi * (HOURS % 24 - 6) / 24)) * np.where(HOURS < 120, 1, .4)
@@ -157,7 +157,7 @@ def test_one_week_tells_working_days_from_weekends_and_dates_are_refused():
 
 
 def test_philly_and_pmlb():
-    from opml_wb.pipesim.traces import philly, pmlb
+    from opml_wb.pipesim.synth.traces import philly, pmlb
     real("pipesim/philly"), real("pipesim/pmlb")
     jobs, assets = philly(), pmlb()
     got = figures(ArrivalModel("ar1").fit(jobs.time), jobs.time.to_numpy())
@@ -187,7 +187,7 @@ def test_the_shipped_model_makes_a_year_of_the_papers_size():
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_digest(home):
-    from opml_wb.pipesim.experiment import swept
+    from opml_wb.pipesim.answers.experiment import swept
     model = PipelineModel.default()
     e = Experiment(model, Platform([Pool("gpu", 64), Pool("cpu", 16)], Link(1e9)), "easy", replications=3, days=2., users=.3)
     here = [e.run(jobs=j).digest for j in (1, 3)]
@@ -197,7 +197,7 @@ def test_any_number_of_workers_gives_the_same_digest(home):
 
 
 def test_the_run_ledger_is_a_workload(home, notebook):
-    from opml_wb.core.run import run
+    from opml_wb.core.engine.run import run
     path = notebook("wait: float = .01", "import time; time.sleep(wait)")
     for w in (.01, .02, .03): run(path, wait=w)
     run(notebook("x: int = 1", "1 / 0", name="bad"))

@@ -18,11 +18,12 @@ import psutil
 import pytest
 from conftest import until
 
-from opml_wb.core import store
-from opml_wb.core.run import run
-from opml_wb.provenance import coverage, net, syscalls
-from opml_wb.provenance.session import JOURNAL
-from opml_wb.provenance.store import Reader
+from opml_wb.core.kit.files import read_lines
+from opml_wb.core.record import store
+from opml_wb.core.engine.run import run
+from opml_wb.provenance.watch import coverage, net, syscalls
+from opml_wb.provenance.watch.session import JOURNAL
+from opml_wb.provenance.watch.store import Reader
 
 told = pytest.mark.skipif(not (sys.platform == "linux" and syscalls.supported()), reason="this system doesn't allow seccomp user notification")
 
@@ -161,7 +162,7 @@ def test_the_command_is_killed(here, home, opml):
 
 @told
 def test_the_watcher_of_a_run_is_killed(here, notebook):
-    from opml_wb.core import zygote
+    from opml_wb.core.engine import zygote
     nb = notebook("import time, os", "for i in range(20): open(f'{i}.txt', 'w').write('x'); time.sleep(.05)")
     os.rename(nb, here / "nb.ipynb")
     result = []
@@ -288,7 +289,7 @@ def test_a_full_disk(here, opml):
 @told
 def test_two_kernels_at_once(here, home, tmp_path, monkeypatch):
     from jupyter_client.manager import KernelManager
-    from opml_wb.provenance.kernel import SPEC
+    from opml_wb.provenance.watch.kernel import SPEC
     monkeypatch.setenv("OPML_HOME", str(home))
     managers = []
     for name in ("one", "two"):
@@ -389,4 +390,4 @@ def test_a_broken_journal_is_read_as_far_as_it_goes(here, tmp_path):
     (here / "a.txt").write_text("1")
     lines = [{"o": "w", "p": str(here / "a.txt"), "t": 0}, {"o": "nobody knows", "p": 1}, {"o": "w", "p": str(here / "never"), "t": 1}]
     (here / JOURNAL).write_text("\n".join(map(json.dumps, lines)) + '\n{"o": "w", "p": "/cut')
-    assert names(net.events(store.read_lines(here / JOURNAL))) == [("created", "a.txt")]
+    assert names(net.events(read_lines(here / JOURNAL))) == [("created", "a.txt")]

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.core import data
-from opml_wb.provenance.features import FeatureStore, HistoryError, PinnedError
-from opml_wb.provenance.vintages import load, vintages
+from opml_wb.core.record import data
+from opml_wb.provenance.features.store import FeatureStore, HistoryError, PinnedError
+from opml_wb.provenance.features.vintages import load, vintages
 
 REAL = [pytest.param("frbny", id="frbny"),
         pytest.param("covid", id="covid", marks=pytest.mark.skipif(data.find("provenance/covid_vintages") is None, reason="needs `opml data fetch provenance/covid_vintages` or OPML_DATA"))]
@@ -74,7 +74,7 @@ def test_each_vintage_can_be_read_back_whole(store):
 
 WRITER = """
 import sys, json, numpy as np, pandas as pd
-from opml_wb.provenance.features import FeatureStore
+from opml_wb.provenance.features.store import FeatureStore
 root, who = sys.argv[1], int(sys.argv[2])
 fs, rng, done = FeatureStore(root), np.random.default_rng(who), []
 for n in range(25):
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     fs, t = FeatureStore(tmp_path), pd.Timestamp("2020-01-01", tz="UTC")
     rows = pd.DataFrame({"id": [1], "t": t, "x": 0.})
     fs.write("t", rows, "id", "t")
-    from opml_wb.provenance import table
+    from opml_wb.provenance.features import table
     def full(*args, **options): raise OSError(28, "No space left on device")
     monkeypatch.setattr("deltalake.write_deltalake", full)
     with pytest.raises(OSError, match="No space"): fs.write("t", rows.assign(x=1.), "id", "t")

@@ -9,10 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from opml_wb.core import data, store
-from opml_wb.core.run import run
+from opml_wb.core.kit.files import write_json
+from opml_wb.core.record import data, store
+from opml_wb.core.engine.run import run
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
-from opml_wb.provenance.store import Reader
+from opml_wb.provenance.watch.store import Reader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
 PY = [sys.executable, "-S", "-E", "-c"]
@@ -213,7 +214,7 @@ def test_a_model_names_the_table_versions_it_was_trained_on(trace):
 
 
 def test_openlineage_events_are_valid(dag):
-    from opml_wb.provenance.openlineage import openlineage
+    from opml_wb.provenance.ask.openlineage import openlineage
     ol = pytest.importorskip("openlineage.client.event_v2")
     for name in dag:
         for e in openlineage(dag[name]):
@@ -226,7 +227,7 @@ def test_openlineage_events_are_valid(dag):
 @pytest.mark.skipif(data.find("provenance/openlineage") is None, reason="needs `opml data fetch provenance/openlineage`")
 def test_openlineage_events_fit_the_standards_schema(dag):
     import jsonschema
-    from opml_wb.provenance.openlineage import openlineage
+    from opml_wb.provenance.ask.openlineage import openlineage
     schema = jsonschema.Draft202012Validator(json.loads(data.path("provenance/openlineage").read_text()), format_checker=jsonschema.FormatChecker())
     for name in dag:
         for e in openlineage(dag[name]): schema.validate(e)
@@ -268,7 +269,7 @@ def test_paths_that_are_not_utf8_pass_every_question(trace, home, opml, tmp_path
     assert latest_using(out)["run"] == latest_using(os.fsencode(out))["run"] == second and tag(out, "good") == ["good"]
     assert check(second)["verdict"] == "same" and search("last").run.tolist() == [second]
     from opml_wb.provenance import lineage_graph
-    from opml_wb.provenance.openlineage import openlineage
+    from opml_wb.provenance.ask.openlineage import openlineage
     assert "out" in lineage_graph(second).to_json() and json.dumps(openlineage(second), ensure_ascii=False).encode()
 
     def ask(*words): return json.loads(opml(*words, "--json", env={"OPML_HOME": str(home)}, cwd=Path.cwd()).stdout)
@@ -288,7 +289,7 @@ def test_postgres_answers_the_same(postgres, tmp_path, monkeypatch):
     home, runs = store.Store(), {}
     for name, events in (("clean", [("created", "/d/clean.csv", "5f")]), ("fit", [("read", "/d/clean.csv", "5f"), ("created", "/d/model", "6a")])):
         folder, runs[name] = home.begin({"key": name * 5, "chapter": name, "params": {"seed": 1}})
-        store.write_json(folder / "provenance.json", {"stage": {"pipeline": name, "capture": "seccomp", "who": "ann", "code": "c"}, "events": [{"op": o, "path": p, "version": v, "t": .1} for o, p, v in events]})
+        write_json(folder / "provenance.json", {"stage": {"pipeline": name, "capture": "seccomp", "who": "ann", "code": "c"}, "events": [{"op": o, "path": p, "version": v, "t": .1} for o, p, v in events]})
         store.finish(folder, status="done", error=None, seconds=1, cpu=1, rss=1)
         home.index(folder)
     tag(runs["fit"], "good one")

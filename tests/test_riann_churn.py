@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import yaml
 
-from opml_wb.core.data import path
-from opml_wb.riann.churn import churn_runbook, read_runbook, replacing
+from opml_wb.core.record.data import path
+from opml_wb.riann.lab.churn import churn_runbook, read_runbook, replacing
 
 
 @pytest.fixture(scope="module")

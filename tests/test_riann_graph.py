@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from opml_wb.core.data import path
-from opml_wb.riann import graph
-from opml_wb.riann.bench import DefaultHNSW
-from opml_wb.riann.exact import ground_truth, recall
-from opml_wb.riann.graph import DynamicHNSW
+from opml_wb.core.record.data import path
+from opml_wb.riann.graph import hnsw as graph
+from opml_wb.riann.lab.bench import DefaultHNSW
+from opml_wb.riann.graph.exact import ground_truth, recall
+from opml_wb.riann.graph.hnsw import DynamicHNSW
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_no_access_out_of_bounds(tmp_path):
     "The same kind of history with every array access checked by numba."
     code = """
 import numpy as np
-from opml_wb.riann.graph import DynamicHNSW
+from opml_wb.riann.graph.hnsw import DynamicHNSW
 rng, g, have = np.random.default_rng(0), DynamicHNSW(3, capacity=1, max_deg=6), []
 x = rng.normal(size=(4000, 3))
 for i in range(0, 4000, 50):

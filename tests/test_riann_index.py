@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.core.data import path
-from opml_wb.riann import bench
-from opml_wb.riann.exact import ground_truth, recall
-from opml_wb.riann.graph import _take
+from opml_wb.core.record.data import path
+from opml_wb.riann.lab import bench
+from opml_wb.riann.graph.exact import ground_truth, recall
+from opml_wb.riann.graph.hnsw import _take
 from opml_wb.riann.index import Infeasible, Requirement, Riann
-from opml_wb.riann.kernels import WAIT
-from opml_wb.riann.store import Store
-from opml_wb.riann.timemodel import TimeModel
+from opml_wb.riann.graph.kernels import WAIT
+from opml_wb.riann.disk.store import Store
+from opml_wb.riann.models.timemodel import TimeModel
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +307,7 @@ def test_a_store_without_an_index(tmp_path):
 def test_no_ladder_is_made_after_construction(sift, monkeypatch):
     x, q = sift
     index = Riann(128, flat_below=0)
-    monkeypatch.setattr("opml_wb.riann.recall.ladder", None)
+    monkeypatch.setattr("opml_wb.riann.models.recall.ladder", None)
     for i in range(0, 5000, 500):
         index.add(x[i:i + 500], np.arange(i, i + 500), deadline_s=.01)
         index.search(q[:3]), index.plan(20_000)

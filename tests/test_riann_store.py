@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opml_wb.riann import store as S, wal as W
-from opml_wb.riann.store import Damaged, Locked, Store, StoreError, verify
+from opml_wb.riann.disk import store as S, wal as W
+from opml_wb.riann.disk.store import Damaged, Locked, Store, StoreError, verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and flock")
 REST = {"LOCK", "MANIFEST.json"}
@@ -567,7 +567,7 @@ def test_a_save_without_room_and_then_with(small_disk):
 
 def test_two_writers(tmp_path):
     path = tmp_path / "store"
-    code = f"import time; from opml_wb.riann.store import Store; s = Store.open({str(path)!r}); print('open', flush=True); time.sleep(60)"
+    code = f"import time; from opml_wb.riann.disk.store import Store; s = Store.open({str(path)!r}); print('open', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "open\n"

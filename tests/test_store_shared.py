@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, until
 
-from opml_wb.core import artifacts
-from opml_wb.core import store as s
-from opml_wb.core.run import Run, run
-from opml_wb.core.store import Store, StoreError
+from opml_wb.core.record import artifacts
+from opml_wb.core.record import store as s
+from opml_wb.core.engine.run import Run, run
+from opml_wb.core.record.store import Store, StoreError
 
 BODY = ("n: int = 1", "from opml_wb import log\nimport numpy as np, pathlib, tempfile\nfor i in range(3): log.metric('m', n + i, step=i)\n"
         "log.artifact(np.arange(n), 'deep/x.npy')\nd = pathlib.Path(tempfile.mkdtemp()); (d/'a').mkdir(); (d/'a'/'b').write_text('1'); log.artifact(d, 'folder')")
@@ -28,7 +28,7 @@ def homes(tmp_path, postgres, monkeypatch):
         monkeypatch.setenv("OPML_HOME", str(tmp_path / name))
         return Store()
     yield use
-    from opml_wb.core.zygote import close_all
+    from opml_wb.core.engine.zygote import close_all
     close_all()
 
 
@@ -246,7 +246,7 @@ def test_without_psycopg(home):
     code = "import sys; sys.modules['psycopg'] = None; from opml_wb.core import cli; cli.main(['ls'])"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPML_STORE": "postgresql://u:s3cret@h/db"}, capture_output=True, text=True)
     assert done.returncode == 2 and "pip install 'opml_wb[pg]'" in done.stderr and "s3cret" not in done.stderr
-    code = "import sys; from opml_wb.core.store import Store; Store().ls(); print('psycopg' in sys.modules, 'fsspec' in sys.modules)"
+    code = "import sys; from opml_wb.core.record.store import Store; Store().ls(); print('psycopg' in sys.modules, 'fsspec' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
 
 
@@ -313,7 +313,7 @@ def test_removal_that_fails_at_the_root_is_tried_again(home, notebook, tmp_path,
 
 
 def test_sigkill_in_the_middle_of_a_copy(home, notebook, tmp_path, monkeypatch):
-    code = ("import os, sys; from fsspec.implementations.local import LocalFileSystem as L; from opml_wb.core.run import run\n"
+    code = ("import os, sys; from fsspec.implementations.local import LocalFileSystem as L; from opml_wb.core.engine.run import run\n"
             "put = L.put_file\ndef die(self, path, *args, **options):\n    if path.endswith('log.jsonl'): os.kill(os.getpid(), 9)\n    return put(self, path, *args, **options)\n"
             "L.put_file = die; run(sys.argv[1])")
     nb, root = notebook(*BODY), tmp_path / "bucket"

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, processes, until
 
-from opml_wb.core.store import Store
-from opml_wb.core.sweep import Interrupted, Sweep, sweep
-from opml_wb.core.values import ParamError
+from opml_wb.core.record.store import Store
+from opml_wb.core.sweep.driver import Interrupted, Sweep, sweep
+from opml_wb.core.request.values import ParamError
 
 COMMAND = "from opml_wb.core import cli, sweep_cli; cli.cli.add_command(sweep_cli.sweep); cli.main()"
 
@@ -185,7 +185,7 @@ def test_pruning_saves_time_and_keeps_the_best(home, notebook):
 
 def stopped(monkeypatch, after, *sweep_args, **options):
     "The Sweep that Ctrl-C ends when `after` runs are known."
-    from opml_wb.core import board
+    from opml_wb.core.sweep import progress as board
 
     class Stop(board.Silent):
         def __call__(self, state):
@@ -223,7 +223,7 @@ for p in threadpoolctl.threadpool_info(): log.metric(p['filepath'], p['num_threa
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_runs_side_by_side_share_the_cores(home, notebook):
     nb = notebook("n: int | None = None", THREADS)
-    from opml_wb.core.executors import cores
+    from opml_wb.core.sweep.executors import cores
     for r in sweep(nb, {"n": [None, -1]}, jobs=cores() * 2).runs: assert r.ok and set(r.metrics.values()) == {1}, (r.metrics, r.error)
     alone = sweep(nb, {"n": [0]}, jobs=1).runs[0]   # the same measure, with all cores
     assert alone.ok and alone.metrics["torch"] == alone.metrics["xgboost"] == cores(), (alone.metrics, alone.error)
@@ -307,12 +307,12 @@ def test_a_metric_in_any_language_can_be_pruned_by(home, notebook):
 
 def test_many_trials_cost_no_more_each(home, notebook, monkeypatch):
     "What a driver reads of the index doesn't grow with the sweep: 400 trials, not 400 times 400 rows."
-    from opml_wb.core.claims import Ledger
+    from opml_wb.core.sweep.locks import Ledger
     read, rows = [], Ledger.rows
     monkeypatch.setattr(Ledger, "rows", lambda self, *window: read.append(len(found := rows(self, *window))) or found)
     nb = notebook("n: int = 0", "n")
     runs = {}
-    from opml_wb.core import trials
+    from opml_wb.core.sweep import trials
     monkeypatch.setattr(trials, "execute", lambda plan, **_: runs.setdefault(plan.key, fake_run(plan, home)))
     sweep(nb, {"n": (1, 400)}, jobs=2)
     assert sum(read) < 400 * 10
@@ -322,7 +322,8 @@ def test_many_trials_cost_no_more_each(home, notebook, monkeypatch):
 
 def fake_run(plan, home):
     "A run of `plan` as the store would have it, without a process."
-    from opml_wb.core import run, store as s
+    from opml_wb.core.engine import run
+    from opml_wb.core.record import store as s
     h = Store(home)
     folder, _ = h.begin(plan.request())
     (folder / s.NOTEBOOK).write_text("{}")
@@ -385,13 +386,13 @@ def test_dask_survives_the_kill_of_a_worker(home, slow, cluster, tmp_path):
     marker = tmp_path / "killed"
     with Client(cluster) as client:
         pids = client.run(os.getpid)
-        from opml_wb.core import board
+        from opml_wb.core.sweep import progress as board
 
         class Kill(board.Silent):
             def __call__(self, state):
                 if len(state.results) >= 3 and not marker.exists(): marker.touch(); os.kill(next(iter(pids.values())), 9)
-        from opml_wb.core.order import Order
-        from opml_wb.core.sweep import drive
+        from opml_wb.core.sweep.order import Order
+        from opml_wb.core.sweep.driver import drive
         s = drive(Order(nb, {"n": (1, 12), "pause": .3}), executor=client, show=Kill())
     assert marker.exists() and s.counts == {"done": 12} and len(told()) == 12
 

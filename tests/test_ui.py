@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from opml_wb.core import ui
+from opml_wb.core.show import ui
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB
 BLIND = {
