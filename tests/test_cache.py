@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from opml_wb import log
-from opml_wb.core.request import chapter, deps
+from opml_wb.core.request import chapter, dependencies as deps
 from opml_wb.core.request.params import ParamError
 from opml_wb.core.engine.run import Run, run
 from opml_wb.core.record.store import Store
@@ -151,7 +151,7 @@ def test_the_packages_own_modules_count_by_line_and_by_import(tmp_path, notebook
         done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "run", nb, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True)
         return json.loads(done.stdout)["status"]
     assert (status(), status()) == ("done", "cached")
-    for name, want in (("riann/bench.py", "cached"), ("core/cli.py", "cached"), ("core/compare.py", "cached"), ("riann/graph.py", "done"),
+    for name, want in (("riann/lab/bench.py", "cached"), ("core/cli/verbs.py", "cached"), ("core/show/compare.py", "cached"), ("riann/graph/hnsw.py", "done"),
                        ("riann/__init__.py", "done"), ("__init__.py", "done")):
         with open(tmp_path / "opml_wb" / name, "a") as f: f.write("\n# one more line\n")
         assert status() == want, name

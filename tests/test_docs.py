@@ -239,7 +239,7 @@ def test_search_finds(site, web, page, how):
 
 @browser_only
 def test_home_and_api(site, web, page):
-    from opml_wb.core.show.papers import PAPERS
+    from opml_wb.core.show.overview import PAPERS
     built = {p.stem for p in (site/"chapters").glob("*.html")} - {"index"}
     chapters = [p.package for p in PAPERS if p.package in built] + sorted(built - {p.package for p in PAPERS})
     for theme in ("light", "dark"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from opml_wb.core.record.content import digest
+from opml_wb.core.record.content_addressed import digest
 from opml_wb.core.record.models import ModelError, ModelStore
 
 WRITER = """
@@ -119,7 +119,7 @@ def test_unstable_versions_are_never_rolled_back_to(tmp_path):
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     "The copy fails half-way: no version, no leftovers."
-    from opml_wb.core.record import content
+    from opml_wb.core.record import content_addressed as content
     store = ModelStore(tmp_path/"s")
     (tmp_path/"d").mkdir(); (tmp_path/"d"/"a").write_text("a"); (tmp_path/"d"/"b").write_text("b")
     real = os.fsync

@@ -13,7 +13,6 @@ from contextlib import closing
 
 import pytest
 
-from opml_wb.core.kit.files import append
 from opml_wb.core.record import store as s
 from opml_wb.core.engine.run import Run, run
 from opml_wb.core.record.store import CHILDREN, Store, StoreError
@@ -252,7 +251,7 @@ def test_sigkill_at_any_moment_loses_nothing_acknowledged(tmp_path):
 def test_sigkill_in_the_middle_of_a_log_line(tmp_path):
     code = ("import os, sys\nfrom opml_wb.core import store\nhome = store.Store(sys.argv[1])\n"
             "folder, _ = home.begin({'key': 'k', 'chapter': 'demo', 'params': {}})\n"
-            "for i in range(3): append(folder/store.LOG, {'kind': 'metric', 'name': 'x', 'value': i, 'step': i, 't': i})\n"
+            "for i in range(3): store.append(folder/store.LOG, {'kind': 'metric', 'name': 'x', 'value': i, 'step': i, 't': i})\n"
             "with open(folder/store.LOG, 'ab', 0) as f: f.write(b'{\"kind\": \"metric\", \"name\": \"x\", \"val')\n"
             "os.kill(os.getpid(), 9)")
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -9

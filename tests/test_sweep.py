@@ -15,7 +15,7 @@ from conftest import ROOT, processes, until
 
 from opml_wb.core.record.store import Store
 from opml_wb.core.sweep.driver import Interrupted, Sweep, sweep
-from opml_wb.core.request.values import ParamError
+from opml_wb.core.request.canonical import ParamError
 
 COMMAND = "from opml_wb.core import cli, sweep_cli; cli.cli.add_command(sweep_cli.sweep); cli.main()"
 
@@ -185,7 +185,7 @@ def test_pruning_saves_time_and_keeps_the_best(home, notebook):
 
 def stopped(monkeypatch, after, *sweep_args, **options):
     "The Sweep that Ctrl-C ends when `after` runs are known."
-    from opml_wb.core.sweep import progress as board
+    from opml_wb.core.sweep import live as board
 
     class Stop(board.Silent):
         def __call__(self, state):
@@ -307,7 +307,7 @@ def test_a_metric_in_any_language_can_be_pruned_by(home, notebook):
 
 def test_many_trials_cost_no_more_each(home, notebook, monkeypatch):
     "What a driver reads of the index doesn't grow with the sweep: 400 trials, not 400 times 400 rows."
-    from opml_wb.core.sweep.locks import Ledger
+    from opml_wb.core.sweep.trial_locks import Ledger
     read, rows = [], Ledger.rows
     monkeypatch.setattr(Ledger, "rows", lambda self, *window: read.append(len(found := rows(self, *window))) or found)
     nb = notebook("n: int = 0", "n")
@@ -386,12 +386,12 @@ def test_dask_survives_the_kill_of_a_worker(home, slow, cluster, tmp_path):
     marker = tmp_path / "killed"
     with Client(cluster) as client:
         pids = client.run(os.getpid)
-        from opml_wb.core.sweep import progress as board
+        from opml_wb.core.sweep import live as board
 
         class Kill(board.Silent):
             def __call__(self, state):
                 if len(state.results) >= 3 and not marker.exists(): marker.touch(); os.kill(next(iter(pids.values())), 9)
-        from opml_wb.core.sweep.order import Order
+        from opml_wb.core.sweep.spec import Order
         from opml_wb.core.sweep.driver import drive
         s = drive(Order(nb, {"n": (1, 12), "pause": .3}), executor=client, show=Kill())
     assert marker.exists() and s.counts == {"done": 12} and len(told()) == 12

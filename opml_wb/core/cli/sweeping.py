@@ -13,7 +13,7 @@ import click
 # %% ../../../nbs/core/cli/06_sweeping.ipynb #4ad69ab4
 def _print(done):
     "An ended Sweep on the terminal: counts, the best runs (the front of several objectives), the failed ones with their reason."
-    from opml_wb.core.sweep import progress as board
+    from opml_wb.core.sweep import live as board
     from opml_wb.core.show import terminal
     out, text = terminal.console(), lambda v: terminal.plain("" if v is None else board.short(v))
     counts = ", ".join(f"{n} {'[yellow]pruned[/]' if s == 'pruned' else terminal.status(s)}" for s, n in board.tally(done.runs).items())
@@ -48,9 +48,9 @@ def sweep(chapter, parameters, n, sampler, objective, direction, jobs, executor,
     The same command again runs only what is missing, also after a crash; typed in two terminals it shares the work.
     With several objectives it shows the runs that no other beats (the Pareto front).
     Ctrl-C lets the running ones end, twice stops them. Exit code 0: all done, 1: a run failed, 2: bad use, 130: Ctrl-C."""
-    from opml_wb.core.sweep import progress as board
+    from opml_wb.core.sweep import live as board
     from opml_wb.core.cli.verbs import _pairs
-    from opml_wb.core.sweep.order import Order
+    from opml_wb.core.sweep.spec import Order
     from opml_wb.core.sweep.driver import ExecutorLost, Interrupted, drive
     order = Order(chapter, text=_pairs(parameters, ()), n=n, sampler=sampler, objective=list(objective) or None, direction=list(direction), seed=seed,
                   pruner="median" if prune else None, preset=preset, timeout=timeout, mem_gb=mem_gb)

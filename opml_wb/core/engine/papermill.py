@@ -10,7 +10,7 @@ import functools, json, os, tempfile, time
 from concurrent.futures import TimeoutError as NotYet
 from pathlib import Path
 
-from ..request import deps
+from ..request import dependencies as deps
 from ..kit.files import read_json, write_json, write_text
 from ..record import store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..kit.files import read_json, read_lines, write_json, write_text
 from ..record import artifacts, store
-from ..request import deps, params as _params
+from ..request import dependencies as deps, params as _params
 from ..request.chapter import ChapterError, find
 from ..request.plugin import offered, run_hooks
 
@@ -143,7 +143,7 @@ def forks():
 def _start(plan, spec):
     "Start the run; (future of its end, function that stops it)."
     if not forks():
-        from opml_wb.core.engine import stock
+        from opml_wb.core.engine import jupyter as stock
         return stock.start(spec)
     from opml_wb.core.engine.zygote import zygote
     z = zygote(deps.eager(plan.chapter), spec.get("threads"))

@@ -17,7 +17,7 @@ from tornado.platform.asyncio import AsyncIOMainLoop
 
 from ..kit.files import plain
 from ..record import store
-from .tape import Tape
+from .messages import Tape
 
 @contextmanager
 def _without(*modules):

@@ -131,7 +131,7 @@ def _execute(spec, shell):
 # %% ../../../nbs/core/engine/05_supervise.ipynb #f555251b
 def _note_imports(folder, last):
     "Record source files of one's own that were imported unseen by the key, as inputs of the run."
-    from opml_wb.core.request import deps
+    from opml_wb.core.request import dependencies as deps
     request = read_json(folder/store.REQUEST)
     if "files" not in request: return
     for path in sorted(deps.loaded(last, request["files"])):

@@ -36,7 +36,7 @@ def _boot(preload):
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype+notebook_connected")
     import numpy.random, psutil  # noqa: F401 (numpy loads its generators lazily: once here, not in each run)
-    from opml_wb.core.request import deps
+    from opml_wb.core.request import dependencies as deps
     from opml_wb.core.engine import supervise  # noqa: F401 (the engine's own, so that a run imports nothing of it)
     from opml_wb.core.engine.shell import make_shell
     shell, failed = make_shell(), []

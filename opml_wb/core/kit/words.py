@@ -19,10 +19,11 @@ def nearest(name: object, names: Iterable, cutoff: float = .5) -> str | None:
 
 # %% ../../../nbs/core/kit/02_words.ipynb #e60d1650
 def did_you_mean(name: object, names: Iterable, cutoff: float = .5) -> str:
-    "Words to end a message about an unknown `name`: `; did you mean 'riann'?` where one is near, else the `names` there are."
+    "Words to end a message about an unknown `name`: the nearest of `names`, if one is near, and all of them."
     names = list(map(str, names))
-    if near := nearest(name, names, cutoff): return f"; did you mean {near!r}?"
-    return f". There are: {', '.join(sorted(names))}." if names else ". There are none."
+    near = nearest(name, names, cutoff)
+    known = f" There are: {', '.join(sorted(names))}." if names else " There are none."
+    return (f"; did you mean {near!r}?" if near else ".") + known
 
 # %% ../../../nbs/core/kit/02_words.ipynb #25b5c3e7
 def is_number(value: Any) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.core.record.folder import home
     from opml_wb.core.record.store import Store
     from opml_wb.core.record.data import DataError, entry, sha256, path
-    from opml_wb.core.record.content import digest
+    from opml_wb.core.record.content_addressed import digest
     from opml_wb.core.record.models import ModelStore
 
 __getattr__, __dir__, __all__ = lazy(__name__)

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from . import database, events
-from .content import ModelError, digest, drop, sign, signed, sweep, sync, take_in
+from .content_addressed import ModelError, digest, drop, sign, signed, sweep, sync, take_in
 from .folder import home
 
 # %% ../../../nbs/core/record/10_models.ipynb #ef3c348c

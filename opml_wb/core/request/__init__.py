@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.core.request.plugin import PluginError, plugged, load, run_hooks, offered, around
     from opml_wb.core.request.chapter import (
         ChapterError, Chapter, text, read, registered, chapters, find)
-    from opml_wb.core.request.values import ParamError, canonical
-    from opml_wb.core.request.hints import bare, facts, parse
+    from opml_wb.core.request.canonical import ParamError, canonical
+    from opml_wb.core.request.annotations import bare, facts, parse
     from opml_wb.core.request.cell import parameters_cell, declared
     from opml_wb.core.request.params import schema, resolve, validate, defaults, describe, inject
 

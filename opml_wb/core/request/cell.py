@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import PurePath
 from typing import Any, Union
 
-from .values import ParamError, canonical, constant
-from .hints import PathText, bare, facts, hint, label
+from .canonical import ParamError, canonical, constant
+from .annotations import PathText, bare, facts, hint, label
 
 # %% ../../../nbs/core/request/05_cell.ipynb #4fe7f891
 def _text(cell): return "".join(cell.get("source") or "")

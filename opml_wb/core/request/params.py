@@ -11,8 +11,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from .values import ParamError, Range, canonical
-from .hints import facts, label, parse
+from .canonical import ParamError, Range, canonical
+from .annotations import facts, label, parse
 from .cell import UNKNOWN, declared, parameters_cell, tagged
 
 _all_ = ["ParamError", "Range", "canonical"]

@@ -13,7 +13,7 @@ from ..kit.lazy import lazy
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.core.show.ui import figure, status, bar, progress, num, claims_table, run_card
     from opml_wb.core.show.terminal import console, plain, number
-    from opml_wb.core.show.papers import overview
+    from opml_wb.core.show.overview import overview
     from opml_wb.core.show.compare import metric_changes, differences
 
 __getattr__, __dir__, __all__ = lazy(__name__)

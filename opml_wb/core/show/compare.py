@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from ..request import deps
+from ..request import dependencies as deps
 from ..kit.files import append, plain, read_json, write_json
 from ..record import store
 from . import terminal

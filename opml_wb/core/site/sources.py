@@ -159,7 +159,7 @@ def _lists(src, found, modules, pages):
 def _here(chapter): return place(chapter).partition("/")[2]
 
 def _chapter_list(found):
-    from opml_wb.core.show.papers import overview
+    from opml_wb.core.show.overview import overview
     cards = overview(found, link=lambda c: f"{_here(c)}.html")._repr_html_()
     words = "One paper each: what it claims, the system, something to play with, an experiment, its limits."
     return f"# Chapters\n\n{words}\n\n{cards}\n\n{_contents(map(_here, found))}"

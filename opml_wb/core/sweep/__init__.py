@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from ..kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.core.sweep.locks import Ledger, restore
-    from opml_wb.core.sweep.order import Order
+    from opml_wb.core.sweep.trial_locks import Ledger, restore
+    from opml_wb.core.sweep.spec import Order
     from opml_wb.core.sweep.executors import cores
     from opml_wb.core.sweep.driver import (
         front, best, Sweep, Interrupted, ExecutorLost, drive, sweep)

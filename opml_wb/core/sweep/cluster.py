@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 from ..kit.files import write_json
 from ..record import artifacts, store
-from ..request import deps
+from ..request import dependencies as deps
 from ..engine.supervise import pools
-from ..request.values import ParamError
+from ..request.canonical import ParamError
 
 THREADS = 1  # of a run's numerical libraries: a worker's own threads already share its cores
 
@@ -42,7 +42,7 @@ def _begin(job, folder):
     spec = {**{k: job[k] for k in ("id", "seed", "timeout", "mem", "injected", "hooks", "threads")}, "dir": str(folder), "cwd": cwd, "env": env}
     from opml_wb.core.engine import run
     if not run.forks():
-        from opml_wb.core.engine import stock
+        from opml_wb.core.engine import jupyter as stock
         return stock.start(spec)
     from opml_wb.core.engine.zygote import zygote
     z = zygote(job["modules"], job["threads"])

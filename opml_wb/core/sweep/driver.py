@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 from . import executors
 from ..record import store
-from .order import Order, _whole
+from .spec import Order, _whole
 from .trials import Trials
-from ..request.values import ParamError
+from ..request.canonical import ParamError
 
 # %% ../../../nbs/core/sweep/09_driver.ipynb #55e50fa6
 def _cost(run, goals):
@@ -81,11 +81,11 @@ class Sweep:
         return {**out, "front": [r.key for r in self.front]} if len(self.goals) > 1 else out
 
     def __repr__(self):
-        from opml_wb.core.sweep.progress import verdict
+        from opml_wb.core.sweep.live import verdict
         return f"Sweep({self.chapter} {self.id[:10]}: {', '.join(f'{n} {s}' for s, n in self.counts.items()) or 'nothing yet'} of {self.n}{verdict(self, '; ')})"
 
     def _repr_html_(self):
-        from opml_wb.core.sweep.progress import table
+        from opml_wb.core.sweep.live import table
         return table(self)
 
 # %% ../../../nbs/core/sweep/09_driver.ipynb #210a0372
@@ -200,7 +200,7 @@ def sweep(chapter, space, *, n=None, sampler="grid", objective=None, direction="
     `preset`, `timeout` (seconds), `mem_gb`: of each run. Returns a `Sweep`. Raises ParamError or ChapterError for a bad
     request before anything is recorded, Interrupted (a KeyboardInterrupt) after Ctrl-C, ExecutorLost when the Dask
     scheduler goes; both have the `.sweep` so far."""
-    from opml_wb.core.sweep.progress import live
+    from opml_wb.core.sweep.live import live
     order = Order(chapter, space, n=n, sampler=sampler, objective=objective, direction=direction, seed=seed, pruner=pruner,
                   preset=preset, timeout=timeout, mem_gb=mem_gb)
     with live() as show: return drive(order, jobs=jobs, executor=executor, show=show)

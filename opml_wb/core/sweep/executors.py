@@ -8,7 +8,7 @@ __all__ = ['cores', 'Local', 'Stock', 'executor']
 # %% ../../../nbs/core/sweep/06_executors.ipynb #9d26bf69
 import os
 
-from ..request.values import ParamError
+from ..request.canonical import ParamError
 
 # %% ../../../nbs/core/sweep/06_executors.ipynb #2ebbe141
 def cores():
@@ -33,7 +33,7 @@ class Local:
 class Stock(Local):
     "A stock Jupyter kernel for each run, `jobs` at once."
     def start(self, plan, spec):
-        from opml_wb.core.engine import stock
+        from opml_wb.core.engine import jupyter as stock
         return stock.start(self._share(spec))
 
 # %% ../../../nbs/core/sweep/06_executors.ipynb #26f5eab4

@@ -9,8 +9,8 @@ __all__ = ['make_pruner', 'complete', 'Study']
 import hashlib, json, math, warnings
 from contextlib import contextmanager
 
-from .space import ADAPTIVE, Span
-from ..request.values import ParamError
+from .search_space import ADAPTIVE, Span
+from ..request.canonical import ParamError
 
 # %% ../../../nbs/core/sweep/02_study.ipynb #18063713
 @contextmanager

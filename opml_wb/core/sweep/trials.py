@@ -9,13 +9,13 @@ __all__ = ['WINDOW', 'Job', 'points', 'Trials']
 import json, time
 from types import SimpleNamespace
 
-from ..request import deps
+from ..request import dependencies as deps
 from ..kit.files import read_json, read_lines, write_json
 from ..record import store
-from .locks import Ledger
-from .order import no_objective
+from .trial_locks import Ledger
+from .spec import no_objective
 from ..engine.run import Run, cached, execute
-from .space import ADAPTIVE
+from .search_space import ADAPTIVE
 
 WINDOW = 64  # trials looked at together
 

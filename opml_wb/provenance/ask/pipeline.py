@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'MANIFEST', 'FILES', 'LIMIT', 'PipelineError', 'export', 'i
 import hashlib, json, os, shutil, tempfile, zipfile
 from pathlib import Path
 
-from ...core.request import deps
+from ...core.request import dependencies as deps
 from ...core.record import store as runs
 from ..watch.facts import machine
 from ..watch.files import version_of

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version as installed
 from pathlib import Path
 
-from ...core.request import deps
+from ...core.request import dependencies as deps
 from ...core.record import store as runs
 from ...core.request.chapter import ChapterError, text
 from ...core.request.params import ParamError

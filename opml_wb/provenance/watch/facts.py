@@ -83,7 +83,7 @@ def sources(notebook):
 
 def packages(names, root=None):
     "{distribution: version} behind the imported `names` (dotted or not), and opml_wb itself; `root`: the home (default: the present one)."
-    from opml_wb.core.request import deps
+    from opml_wb.core.request import dependencies as deps
     found = deps.environment({n for n in names if n.partition(".")[0] not in sys.stdlib_module_names} | {"opml_wb"}, root)
     found.pop("python", None)
     return found
