@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # %% ../../../nbs/core/kit/04_lazy.ipynb #deeec9f2
@@ -28,9 +29,11 @@ def exports(source: str) -> dict[str, tuple[str, str]]:
 def lazy(package: str, moved: dict[str, str] = {}) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Make `__getattr__`, `__dir__` and `__all__` of `package` (its `__name__`): names are imported at their first use.
 
-    `moved`: {old module: new module}, both dotted below `package`, whose old import paths go on working."""
+    `moved`: {old module: new module}, both dotted below `package`, whose old import paths go on working; where an old
+    module was called like an export, the package's attribute stays the export."""
     names = exports(Path(sys.modules[package].__file__).read_text(encoding="utf-8"))
     if moved: _forward({f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()})
+    if both := names.keys() & moved.keys(): _keep(package, both)
     def getattr_(name: str) -> Any:
         if name not in names: raise AttributeError(f"module {package!r} has no attribute {name!r}")
         base, there = names[name]
@@ -75,6 +78,14 @@ def _forward(names: dict[str, str]) -> None:
     "Let the old module names (keys) find the new ones (values)."
     FORWARD.names.update(names)
     if FORWARD not in sys.meta_path: sys.meta_path.append(FORWARD)
+
+# %% ../../../nbs/core/kit/04_lazy.ipynb #9024ee85
+def _keep(package: str, exported: set[str]) -> None:
+    "Let no module become the attribute of `package` that is one of the `exported` names."
+    class Package(ModuleType):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not (name in exported and isinstance(value, ModuleType)): super().__setattr__(name, value)
+    sys.modules[package].__class__ = Package
 
 # %% ../../../nbs/core/kit/04_lazy.ipynb #80f3420c
 def stands_for(name: str, source: str) -> list[str]:
