@@ -328,7 +328,7 @@ def fake_run(plan, home):
     folder, _ = h.begin(plan.request())
     (folder / s.NOTEBOOK).write_text("{}")
     s.finish(folder, status="done", error=None, seconds=0, cpu=0, rss=0)
-    return run.Run(h._placed(h.index(folder)))
+    return run.Run(h.placed(h.index(folder)))
 
 
 def test_a_removed_run_is_missing(home, notebook):

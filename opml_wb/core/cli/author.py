@@ -15,7 +15,7 @@ import opml_wb
 from ..kit.files import plain, write_json, write_text
 from ..record import store
 from ..show import terminal
-from ..request.chapter import REGISTER, Chapter, ChapterError, _folder, chapters, find, registered
+from ..request.chapter import REGISTER, Chapter, ChapterError, folder_of, chapters, find, registered
 
 # %% ../../../nbs/core/cli/03_author.ipynb #c5911189
 def _clone():
@@ -31,7 +31,7 @@ def _place(name, folder):
         numbers = [int(m[1]) for p in (root/"nbs"/"chapters").glob("*.ipynb") if (m := re.match(r"(\d+)_", p.name))]
         return root/"nbs"/"chapters"/f"{max([10, *numbers]) + 1:02d}_{name}.ipynb", False
     folder = Path(folder or ".").expanduser().absolute()
-    return folder/f"{name}.ipynb", folder.resolve() != _folder("chapters").resolve()
+    return folder/f"{name}.ipynb", folder.resolve() != folder_of("chapters").resolve()
 
 def _refuse(name):
     "Raise ChapterError for a name that a chapter cannot have."
@@ -151,7 +151,7 @@ def _news(told):
 def lab_command(chapter, options, folder):
     "Open JupyterLab on the chapters, or on CHAPTER; further options go to `jupyter lab`."
     if chapter and chapter.startswith("-"): chapter, options = None, (chapter, *options)
-    target = find(chapter).path if chapter else _folder("chapters")
+    target = find(chapter).path if chapter else folder_of("chapters")
     if folder:
         name, copies = chapter and find(chapter).name, copy_chapters(folder)
         if chapter and name not in copies: raise ChapterError(f"--copy has the chapters only, not {name!r}")

@@ -197,7 +197,7 @@ def _keep_sources(plan, root):
     for module, sha in plan.deps["files"].items():
         to = root/SOURCES/f"{sha}.py"
         if to.exists(): continue
-        spec = deps._spec(module, [str(plan.chapter.path.parent)])
+        spec = deps.spec_of(module, [str(plan.chapter.path.parent)])
         if not (spec and spec.origin and spec.origin.endswith(".py")): continue
         part = to.with_suffix(f".{os.getpid()}-{time.monotonic_ns()}")
         shutil.copyfile(spec.origin, part)
@@ -230,7 +230,7 @@ def execute(plan, *, force=False, watch=None, start=_start):
             try: home.index(folder)
             except store.StoreError: home = store.Store(home.root); home.index(folder)  # the run removed the index
             _tell_indexed(home, folder)
-    return Run(home._placed(read_json(folder/store.RUN)))
+    return Run(home.placed(read_json(folder/store.RUN)))
 
 def _tell_indexed(home, folder):
     "Those who registered around a run may add to the index; their trouble is a warning, because their files are in the run's folder."

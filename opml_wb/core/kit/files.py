@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fsync', 'remove', 'replacing', 'write_text', 'write_json', 'read_json', 'plain', 'opened', 'append', 'records',
-           'read_lines', 'Tail', 'sha256', 'digest']
+           'read_lines', 'Tail', 'sha256', 'hash_json', 'digest']
 
 # %% ../../../nbs/core/kit/01_files.ipynb #2645dd97
 import hashlib, json, math, os, secrets, shutil
@@ -139,6 +139,11 @@ def sha256(path: str | os.PathLike) -> str:
     "Hash a file's bytes: hex SHA-256."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+def hash_json(value: Any) -> str:
+    "Hash a JSON value, whatever the order of its keys: hex SHA-256."
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+# %% ../../../nbs/core/kit/01_files.ipynb #204885f7
 def digest(path: str | os.PathLike, most: float = 64e6) -> str:
     """Hash a file's bytes, or a folder's names and contents: hex SHA-256.
 

@@ -61,7 +61,7 @@ def _source(doc, module):
     sha = doc.get("files", {}).get(module)
     if sha is None: return ""
     root = Path(doc["dir"]).parents[1] if doc.get("dir") else store.home()
-    spec = deps._spec(module, [str(Path(doc.get("source") or ".").parent)])
+    spec = deps.spec_of(module, [str(Path(doc.get("source") or ".").parent)])
     for path in (root/SOURCES/f"{sha}.py", Path(spec.origin) if spec and spec.origin else None):
         if path and path.is_file() and deps.sha256(path)[:20] == sha:
             try: return path.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ __all__ = ['Paper', 'PAPERS', 'STYLE', 'place', 'Map', 'overview']
 from collections import Counter, namedtuple
 from html import escape
 
-from ..request.chapter import _folder, chapters
+from ..request.chapter import folder_of, chapters
 from .ui import CSS, VERDICTS, _tag
 
 Paper = namedtuple("Paper", "number package name title promise")
@@ -58,7 +58,7 @@ def _card(heading, words, state, about="", later=False):
 # %% ../../../nbs/core/show/03_overview.ipynb #662bbbc5
 def place(chapter):
     "Where the notebook of a Chapter lies: below our `nbs` if it does, else its whole path."
-    root = _folder("chapters").parent.resolve()
+    root = folder_of("chapters").parent.resolve()
     return chapter.path.relative_to(root).as_posix() if root in chapter.path.parents else str(chapter.path)
 
 class Map:

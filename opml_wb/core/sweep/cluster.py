@@ -23,12 +23,12 @@ THREADS = 1  # of a run's numerical libraries: a worker's own threads already sh
 # %% ../../../nbs/core/sweep/05_cluster.ipynb #b05ad137
 def check_code(job):
     "Raise RuntimeError unless the modules and libraries here are those of the driver."
-    versions = deps._distributions()
+    versions = deps.distributions()
     for name, was in job["libraries"].items():
-        here = platform.python_version() if name == "python" else versions.get(deps._norm(name))
+        here = platform.python_version() if name == "python" else versions.get(deps.normalized(name))
         if here != was: raise RuntimeError(f"this worker has {name} {here}, the driver {was}: install the same version")
     for name, was in job["code"].items():
-        spec = deps._spec(name, [job["cwd"]])
+        spec = deps.spec_of(name, [job["cwd"]])
         here = deps.sha256(spec.origin)[:20] if spec and spec.origin else "absent"
         if here != was: raise RuntimeError(f"this worker has another version of module {name!r} than the driver, or none: "
                                            "give it the same source")

@@ -139,7 +139,7 @@ class _Interruptible(Trials):
             self.ledger.forget()
             begun = [job.folder for job in self.active.values() if job.folder]
             for folder in begun + [run.dir for run in self.results.values()]: self.ledger.dismiss(folder)
-            self.home.rm([folder.name for folder in begun if (store._document(folder) or {}).get("status") == "killed"])
+            self.home.rm([folder.name for folder in begun if (store.run_document(folder) or {}).get("status") == "killed"])
         else: self.ledger.forget([job.number for job in self.active.values()])
 
 # %% ../../../nbs/core/sweep/09_driver.ipynb #d1c68ed3

@@ -21,7 +21,7 @@ def logged(chapter):
     files = deps.closure(sources, chapter.path.parent)[0]
     sources += [p.read_text(encoding="utf-8") for m, p in files.items() if p.suffix == ".py" and not m.startswith("opml_wb.core")]
     names, seen, written = set(), 0, 0
-    for node in (n for s in sources for n in ast.walk(deps._parse(s))):
+    for node in (n for s in sources for n in ast.walk(deps.syntax_tree(s))):
         if getattr(node, "id", getattr(node, "attr", "")) == "metric": seen += 1
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "metric"): continue
         first = node.args[0] if node.args else next((k.value for k in node.keywords if k.arg == "name"), None)
@@ -96,7 +96,7 @@ class Order:
     def _name(self, n):
         "20 hex digits that tell the sweep from every other."
         first = self.plan(self.points[0] if self.points else self.space.at([0.] * len(self.space.dims)))
-        return deps._hash([first.key, self.space.plain(), n, self.sampler, self.objective, self.direction, self.seed])[:20]
+        return deps.hash_json([first.key, self.space.plain(), n, self.sampler, self.objective, self.direction, self.seed])[:20]
 
     def plan(self, point):
         "The run at `point`, checked."

@@ -23,7 +23,7 @@ class _Register:
     "The trials of sweep `sweep_id` in the run store `home`, as anybody can read them."
     def __init__(self, home, sweep_id): self.root, self.db, self.runs, self.id = home.root, home.db, home.runs, sweep_id
 
-    @store._telling
+    @store.explained
     def rows(self, first=0, last=2**31 - 1):
         "{number: row as a dict} of the trials from `first` to `last` that anybody began."
         found = self.db.execute(f"select {', '.join(COLUMNS)} from trial where sweep=? and number between ? and ?", (self.id, first, last)).fetchall()
@@ -45,13 +45,13 @@ class _Claimant(_Register):
         super().__init__(home, sweep_id)
         self.owner = secrets.token_hex(8), boot(), os.getpid(), born(os.getpid())
 
-    @store._telling
+    @store.explained
     def claim(self, number):
         "Is trial `number` mine? Only if nobody else had begun it."
         return self.db.execute("insert into trial(sweep, number, status, owner, host, pid, born, beat) values(?,?,'running',?,?,?,?,?) "
                                "on conflict do nothing", (self.id, number, *self.owner, self.db.now())).rowcount == 1
 
-    @store._telling
+    @store.explained
     def take(self, row):
         "Take over a trial that `row` (as read from `rows`) shows dead or failed; False when somebody else was quicker."
         seen = row["number"], row["owner"], row["beat"], row["status"]
@@ -76,7 +76,7 @@ class _Claimant(_Register):
 # %% ../../../nbs/core/sweep/03_trial_locks.ipynb #4ddd5af4
 class Ledger(_Claimant):
     "The trials of sweep `sweep_id` in the run store `home`, as one driver sees, claims and records them."
-    @store._telling
+    @store.explained
     def open(self, chapter, doc):
         "Record the sweep itself, once."
         self.sheet = {"sweep": self.id, "chapter": chapter, "order": doc}
@@ -94,14 +94,14 @@ class Ledger(_Claimant):
         others = [json.dumps(t) + "\n" for t in told if t.get("sweep") != self.id]
         if len(others) < len(told): write_text(folder/TRIALS, "".join(others))
 
-    @store._telling
+    @store.explained
     def note(self, number, **columns):
         "Set columns of a trial of mine; `point` and `attrs` are JSON values."
         values = [json.dumps(v) if k in ("point", "attrs") else v for k, v in columns.items()]
         self.db.execute(f"update trial set {', '.join(f'{k}=?' for k in columns)}, beat=? where sweep=? and number=? and owner=?",
                         (*values, self.db.now(), self.id, number, self.owner[0]))
 
-    @store._telling
+    @store.explained
     def forget(self, numbers=None):
         "Give up my claims on `numbers`; without them the whole sweep is forgotten (its runs stay)."
         for number in numbers or ():

@@ -35,7 +35,7 @@ class Job:
         "The Run; None if it was stopped before it began."
         try: return execute(self.plan, watch=self.watch, start=self.executor.start)
         except KeyboardInterrupt:
-            doc = store._document(self.folder)
+            doc = store.run_document(self.folder)
             return None if doc is None or doc["status"] == "running" else Run({**doc, "dir": str(self.folder), "notebook": str(self.folder/store.NOTEBOOK)})
 
     def look(self, objective):
@@ -108,7 +108,7 @@ class _Adopting(_Known):
         just_now, done = row["beat"] >= self.opened, row["status"] == "done"  # by another driver of this sweep
         run = cached(SimpleNamespace(key=row["key"]), self.home) if done else None
         if run is None and (just_now or row["status"] == "pruned" and self.study and self.study.prunes):
-            rows = self.home._rows("where id=?", (row["run"],))
+            rows = self.home.rows("where id=?", (row["run"],))
             run = next((Run(d) for d in rows if not done or d.get("elsewhere")), None)
         return run if run and (just_now or self.same_data(run)) else None
 

@@ -31,7 +31,7 @@ def _base(ledger, run):
 def _code_files(doc):
     "Paths of the source files of one's own that a chapter imports, the package opml_wb left out."
     own = (m for m in doc.get("files", {}) if m.partition(".")[0] != "opml_wb" and not m.startswith("%run"))
-    found = (deps._spec(m, [str(Path(doc["source"]).parent)]) for m in own)
+    found = (deps.spec_of(m, [str(Path(doc["source"]).parent)]) for m in own)
     return [s.origin for s in found if s and s.origin and os.path.isfile(s.origin)]
 
 def _moved(value, base, folder):

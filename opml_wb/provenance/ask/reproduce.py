@@ -107,7 +107,7 @@ def _modules(doc, now, root):
         if not same: yield _difference("code", module, sha, new)
 
 def _file_of(module, folder):
-    spec = deps._spec(module, [str(folder)])
+    spec = deps.spec_of(module, [str(folder)])
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") and Path(spec.origin).exists() else None
 
 def _declared(doc, plan, known):
@@ -139,7 +139,7 @@ def check(run):
 
 def _check(ledger, run):
     stage = ledger.stage(run)
-    doc = ledger.runs._placed(json.loads(ledger.db.execute("select doc from run where id=?", (stage["run"],)).fetchone()[0]))
+    doc = ledger.runs.placed(json.loads(ledger.db.execute("select doc from run where id=?", (stage["run"],)).fetchone()[0]))
     chapter = not traced(doc)
     found = list(_inputs(ledger.events(stage["run"]), not chapter))
     found += _packages(ledger.packages(stage["run"]) or doc.get("env", {}))
