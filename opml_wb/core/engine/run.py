@@ -65,7 +65,7 @@ class Run:
         return {k: self.doc.get(k) for k in first} | {k: self.doc.get(k) for k in ("id", "preset", "started", "artifacts", "artifact_url", "elsewhere", "inputs")}
 
     def _repr_html_(self):
-        from opml_wb.core.show.ui import run_card
+        from opml_wb.core.record.card import run_card
         return run_card(self.to_dict())
 
     def __repr__(self):

@@ -15,7 +15,7 @@ from ..kit.files import append, plain, read_json, write_text
 from ..record import store
 from .compare_plots import curves, importance_bars, letters, parallel
 from .importance import importance
-from .ui import SERIES, _table, _written, num
+from ..kit.markup import SERIES, num, table, written
 
 # %% ../../../nbs/core/show/08_compare_page.ipynb #36ea24dc
 HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -80,7 +80,7 @@ def _value(row, end):
 
 def _changes(rows, one, names=("A", "B")):
     "A table of `compare.changes`; '' when there are none."
-    return _table([one, *names], [[r["name"], _value(r, "a"), _value(r, "b")] for r in rows]) if rows else ""
+    return table_([one, *names], [[r["name"], _value(r, "a"), _value(r, "b")] for r in rows]) if rows else ""
 
 # %% ../../../nbs/core/show/08_compare_page.ipynb #71cdd0f2
 def _head(runs):
@@ -98,11 +98,11 @@ def _head(runs):
 def _params(runs):
     "The parameters of the runs: those that differ (of two runs the reasons say them), then, folded, the others."
     names, ends = dict.fromkeys(n for r in runs for n in r.params), letters(len(runs))
-    rows = {n: [_written(r.params[n]) if n in r.params else "" for r in runs] for n in names}
+    rows = {n: [written(r.params[n]) if n in r.params else "" for r in runs] for n in names}
     differ = [[n, *v] for n, v in rows.items() if len(set(v)) > 1]
     same = [[n, v[0]] for n, v in rows.items() if len(set(v)) == 1]
-    shown = f"<h2>Parameters</h2>{_table(['parameter', *ends], differ)}" if differ and len(runs) > 2 else ""
-    return shown + (f"<details><summary>parameters that are the same: {len(same)}</summary>{_table([], same)}</details>" if same else "")
+    shown = f"<h2>Parameters</h2>{table(['parameter', *ends], differ)}" if differ and len(runs) > 2 else ""
+    return shown + (f"<details><summary>parameters that are the same: {len(same)}</summary>{table([], same)}</details>" if same else "")
 
 def _metrics(runs):
     "The metrics: of two runs with difference, ratio and noise, of more side by side."
@@ -113,7 +113,7 @@ def _metrics(runs):
     else:
         names = dict.fromkeys(n for r in runs for n in r.metrics)
         rows, head = [[n, *(num(r.metrics[n]) if n in r.metrics else "" for r in runs)] for n in names], ["metric", *letters(len(runs))]
-    return f"<h2>Metrics</h2>{_table(head, rows, set(range(1, len(head))))}" if rows else ""
+    return f"<h2>Metrics</h2>{table(head, rows, set(range(1, len(head))))}" if rows else ""
 
 def _curves(runs, figures, most=12):
     "A plot for each metric of which one of the runs has more than one point."

@@ -10,7 +10,7 @@ from collections import Counter, namedtuple
 from html import escape
 
 from ..request.chapter import folder_of, chapters
-from .ui import CSS, VERDICTS, _tag
+from .ui import CSS, VERDICTS, tag
 
 Paper = namedtuple("Paper", "number package name title promise")
 
@@ -47,7 +47,7 @@ STYLE = """<style>.opml .papers{display:grid;grid-template-columns:repeat(auto-f
 def _verdicts(claims):
     "How a chapter's claims came out, in HTML."
     count = Counter(c["verdict"] for c in claims)
-    said = (_tag(f"{sign} {count[v]} {v}", colour) for v, (sign, colour) in VERDICTS.items() if count[v])
+    said = (tag(f"{sign} {count[v]} {v}", colour) for v, (sign, colour) in VERDICTS.items() if count[v])
     return " · ".join(said) or '<span class=m>not run here yet</span>'
 
 def _card(heading, words, state, about="", later=False):

@@ -108,17 +108,17 @@ def _cell(v):
 
 def _done(view):
     "The best runs."
-    from opml_wb.core.show.ui import _table
+    from opml_wb.core.kit.markup import table
     head, lines, more = rows(view)
     figures = {j for j in range(len(head)) if all(isinstance(r[j], (int, float)) or r[j] is None for r in lines)}
-    html = _table(head, [list(map(_cell, r)) for r in lines], figures) if lines else ""
+    html = table(head, [list(map(_cell, r)) for r in lines], figures) if lines else ""
     return html + (f"<div class=m>{more} more: .frame() has all</div>" if more else "")
 
 def _failed(view, most=5):
     "Runs that failed, and why."
-    from opml_wb.core.show.ui import _table, _tag
+    from opml_wb.core.kit.markup import table, tag
     head, lines, more = failures(view, most)
-    html = _table(head, [[*map(_cell, r[:-2]), (_tag(r[-2], "baseline"),), r[-1]] for r in lines]) if lines else ""
+    html = table(head, [[*map(_cell, r[:-2]), (tag(r[-2], "baseline"),), r[-1]] for r in lines]) if lines else ""
     return html + (f"<div class=m>{more} more went wrong</div>" if more else "")
 
 # %% ../../../nbs/core/sweep/07_live.ipynb #e5f4fd59

@@ -85,7 +85,7 @@ def kinds(store, experiment):
     return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", lambda x: x.quantile(.95)),
                                  wait_mean=("wait", "mean"), wait_p95=("wait", lambda x: x.quantile(.95))).round(1)
 
-def _html(table): return ui.CSS + "<div class=opml>" + ui._table(["", *map(str, table.columns)],
+def _html(table): return ui.CSS + "<div class=opml>" + ui.table(["", *map(str, table.columns)],
                                                                  [[str(i), *(ui.num(v) for v in row)] for i,
                                                                   row in zip(table.index,
                                                                              table.to_numpy(object).tolist())], set(range(1,
