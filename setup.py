@@ -1,4 +1,8 @@
-"""Install opml_wb. Names and version come from settings.ini; dependencies are declared here."""
+"""Install opml_wb. Names and version come from settings.ini; dependencies are declared here, one list for each part.
+
+`pip install .` installs all parts. `OPML_WB_PARTS=riann pip install .` installs the core and the named parts only; add `run` for
+its chapter. (An extra can only add to what a plain install brings: `.[riann]` names what RIANN needs, and leaves nothing out.)"""
+import os
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,30 +13,50 @@ cfg = ConfigParser(delimiters=["="])
 cfg.read(HERE / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 
-REQUIRES = [
-    "numpy>=1.26", "scipy>=1.11", "pandas>=2.1", "pyarrow>=14", "scikit-learn>=1.4", "xgboost>=2.0", "torch>=2.2",
-    "numba>=0.60", "simpy>=4.1", "hnswlib>=0.8",
-    "jupyterlab>=4.1", "ipywidgets>=8.1", "anywidget>=0.9.9", "ipykernel>=6.29", "nbformat>=5.10", "nbclient>=0.10",
-    "papermill>=2.6", "pyyaml>=6", "nbdime>=4", "plotly>=5.20", "matplotlib>=3.8",
-    "pydantic>=2.7", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "pooch>=1.8", "psutil>=5.9",
-    "optuna>=4", "distributed>=2024.5", "threadpoolctl>=3", "fsspec>=2024.2", "duckdb>=1", "deltalake>=1",
-    "pillow>=10", "safetensors>=0.4", "onnxruntime>=1.18", "onnx>=1.16",
-    "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20",
+CORE = [  # the library: store, log, data, parameters, command line
+    "numpy>=1.26", "pydantic>=2.7", "annotated-types>=0.6", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "platformdirs>=4", "pooch>=1.8",
+    "psutil>=5.9", "fsspec>=2024.2", "fastcore>=1.5.29",
 ]
-VISION = ["opencv-python-headless>=4.9", "scikit-image>=0.22"]
-PEERS = ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "ciw>=3.2", "torchvision>=0.17", "litserve>=0.2.10", "flask>=3", "gunicorn>=22", "openlineage-python>=1",
-         "faiss-cpu>=1.8"]
-PG = ["psycopg[binary]>=3.1"]
-DOCS = ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"]
-# nbdev 3 refuses settings.ini; the four others are the versions that nbdev 2.4 works with
+PARTS = {  # what the rest needs beside it
+    "run": ["pandas>=2.1", "pyarrow>=14", "plotly>=5.20", "matplotlib>=3.8", "ipython>=8.20", "ipykernel>=6.29", "ipywidgets>=8.1",
+            "anywidget>=0.9.9", "jupyter_client>=8", "nbclient>=0.10", "nbformat>=5.10", "papermill>=2.6", "tornado>=6.4", "traitlets>=5.14"],
+    "lab": ["jupyterlab>=4.1"],
+    "sweep": ["optuna>=4", "distributed>=2024.5", "scikit-learn>=1.4"],
+    "compare": ["nbdime>=4", "scikit-learn>=1.4", "scipy>=1.11"],
+    "eligibility": ["pandas>=2.1", "pyarrow>=14", "numba>=0.60", "scipy>=1.11", "scikit-learn>=1.4",
+                    "xgboost>=2.0"],
+    "provenance": ["pandas>=2.1", "pyarrow>=14", "deltalake>=1"],
+    "pipesim": ["pandas>=2.1", "pyarrow>=14", "numba>=0.60", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0", "simpy>=4.1",
+                "duckdb>=1", "threadpoolctl>=3", "torch>=2.2"],
+    "riann": ["pandas>=2.1", "numba>=0.60", "llvmlite>=0.43", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0", "pillow>=10",
+              "pyyaml>=6", "hnswlib>=0.8"],
+    "flexserve": ["torch>=2.2", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4", "pillow>=10", "pyyaml>=6", "scikit-learn>=1.4",
+                  "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20"],
+}
+CHOSEN = os.environ.get("OPML_WB_PARTS", " ".join(PARTS)).replace(",", " ").split()
+if unknown := set(CHOSEN) - set(PARTS): raise SystemExit(f"OPML_WB_PARTS: no part {sorted(unknown)}; there are: {', '.join(PARTS)}")
+
+EXTRAS = {
+    "vision": ["opencv-python-headless>=4.9", "scikit-image>=0.22"],
+    "sign": ["cryptography>=42"],  # signed versions in the model store
+    "pg": ["psycopg[binary]>=3.1"],
+    "s3": ["s3fs>=2024.2"],
+    "docs": ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"],
+    "ray": ["ray[serve]>=2.30"],
+    "peers": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "ciw>=3.2", "torchvision>=0.17",
+              "litserve>=0.2.10", "flask>=3", "gunicorn>=22", "openlineage-python>=1", "faiss-cpu>=1.8"],
+}
+# nbdev 3 refuses settings.ini; the others are the versions that nbdev 2.4 works with
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
-RAY = ["ray[serve]>=2.30"]
-PROTOCOLS = ["tritonclient[http]>=2.48", "schemathesis>=4"]  # what the tests ask our server with
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "playwright>=1.44"] + NBDEV + VISION + PEERS + PG + DOCS + PROTOCOLS
+TESTS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "playwright>=1.44", "moto[s3,server]>=5", "ruff>=0.6", "mypy>=1.11",
+         "tritonclient[http]>=2.48", "schemathesis>=4"]
+DEV = TESTS + NBDEV + [r for name, lines in EXTRAS.items() if name != "ray" for r in lines]
 
 # In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.
 CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}
 CARRIED = {name: folder for name, folder in CARRIED.items() if (HERE / folder).is_dir()}
+
+PROVENANCE = "lineage", "impact", "check", "search", "pipeline"
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
@@ -40,14 +64,14 @@ setup(
     license="Apache-2.0", author=cfg["author"], python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["opml_wb", "opml_wb.*"]) + list(CARRIED),
     package_dir={"opml_wb": "opml_wb", **CARRIED},
-    package_data={name: ["*", "*/*", "*/*/*"] for name in CARRIED},
-    install_requires=REQUIRES,
-    extras_require={"vision": VISION, "peers": PEERS, "pg": PG, "docs": DOCS, "ray": RAY, "dev": DEV},
+    package_data={"opml_wb": ["py.typed"], **{name: ["*", "*/*", "*/*/*"] for name in CARRIED}},
+    install_requires=sorted({*CORE, *(r for part in CHOSEN for r in PARTS[part])}),
+    extras_require={**PARTS, **EXTRAS, "all": sorted({r for lines in PARTS.values() for r in lines}), "dev": DEV},
     entry_points={
-        "console_scripts": ["opml = opml_wb.core.cli.verbs:main"],
-        "papermill.engine": ["opml = opml_wb.core.engine.papermill:OpmlEngine"],
-        "opml_wb.commands": ["flexserve = opml_wb.flexserve.serve.cli:flexserve",
-                             "trace = opml_wb.provenance.watch.trace:trace"] + [f"{verb} = opml_wb.provenance.ask.verbs:{verb}" for verb in ("lineage", "impact", "check", "search", "pipeline")],
+        "console_scripts": ["opml = opml_wb.core.cli:main"],
+        "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
+        "opml_wb.commands": ["flexserve = opml_wb.flexserve.serve.cli:flexserve", "trace = opml_wb.provenance.watch.trace:trace"]
+                            + [f"{verb} = opml_wb.provenance.ask.verbs:{verb}" for verb in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },

@@ -27,6 +27,36 @@ def home(tmp_path, monkeypatch):
     close_all()
 
 
+@pytest.fixture(scope="session")
+def chapters_home(tmp_path_factory):
+    """The home in which chapters are executed once for all tests that need their results, in all of pytest's processes;
+    `OPML_TEST_HOME` names one that has some already."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder = Path(os.environ.get("OPML_TEST_HOME") or base / "chapters").absolute()
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def executed(chapters_home, monkeypatch):
+    """executed(chapter) -> Run at its defaults, or at its preset `quick` where it has one; from `chapters_home` if it was executed."""
+    import fcntl
+
+    from opml_wb.core.engine.run import run
+    from opml_wb.core.engine.zygote import close_all
+    from opml_wb.core.request.chapter import find
+    monkeypatch.setenv("OPML_HOME", str(chapters_home))
+    def call(chapter):
+        found = find(chapter)
+        preset = "quick" if "quick" in found.meta.get("presets", {}) else None
+        with open(chapters_home / f".{found.name.replace('/', '-')}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be executing it
+            return run(found, preset=preset, timeout=600)
+    yield call
+    close_all()
+
+
 @pytest.fixture
 def notebook(tmp_path):
     "notebook(*sources, name=, params=) -> path; the first cell is tagged `parameters` unless `params` is False."
@@ -182,7 +212,17 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (CI does)")
 
 
+HEAVY = ()  # files and notebooks that take longest, so that they begin first
+
+
 def pytest_collection_modifyitems(config, items):
+    "A file's tests share its servers, so they stay in one process; notebooks and chapters go where there is room. Heaviest first."
+    weight = {name: i for i, name in enumerate(HEAVY)}
+    def group(item):
+        alone = item.function.__name__ in ("test_source_notebook", "test_chapters_run")
+        return item.callspec.id if alone else item.path.stem
+    for item in items: item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: weight.get(group(item), len(weight)))
     if config.getoption("--slow") or os.environ.get("CI"): return
     skip = pytest.mark.skip(reason="slow: pytest --slow, or CI=true")
     for item in items:
