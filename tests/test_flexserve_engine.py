@@ -11,7 +11,7 @@ import torch
 from opml_wb.core.record import data
 from opml_wb.core.record.models import ModelError, ModelStore
 from opml_wb.flexserve import Bundle, BundleError, Engine, Policy, decode, flips, import_torch, sweep
-from opml_wb.flexserve.model.bundle import one_thread
+from opml_wb.flexserve.model.ensemble import one_thread
 from opml_wb.flexserve.model.data import CIFAR, cifar, cifar_models
 
 here = pytest.mark.skipif(data.find("flexserve/resnet20") is None, reason="needs the published CIFAR-10 nets: opml data fetch flexserve/resnet20, ...")

@@ -15,20 +15,19 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.weights import BundleError, import_torch
     from opml_wb.flexserve.model.engine import Engine, EngineError, Answer
     from opml_wb.flexserve.model.policy import Policy, PolicyError, Verdict
-    from opml_wb.flexserve.model.frontier import sweep, confusion, per_class
+    from opml_wb.flexserve.model.evaluation import sweep, confusion, per_class, flips
     from opml_wb.flexserve.model.images import decode, Transform
     from opml_wb.flexserve.serve.client import Client
-    from opml_wb.flexserve.model.diff import flips
-    from opml_wb.flexserve.track import presence, movement
+    from opml_wb.flexserve.tracking import presence, movement
     from opml_wb.flexserve.cockpit import FlexCockpit
 
 MOVED = {  # old module: where it is now
     "images": "model.images", "weights": "model.weights", "zoo": "model.zoo",
     "bundle": "model.bundle", "ensemble": "model.ensemble", "onnx": "model.onnx",
-    "policy": "model.policy", "engine": "model.engine", "frontier": "model.frontier",
-    "diff": "model.diff", "data": "model.data", "batching": "serve.batching",
+    "policy": "model.policy", "engine": "model.engine", "frontier": "model.evaluation",
+    "diff": "model.evaluation", "data": "model.data", "batching": "serve.batching",
     "worker": "serve.worker", "metrics": "serve.metrics", "pool": "serve.pool",
     "request": "serve.request", "openapi": "serve.openapi", "oip": "serve.oip",
     "http": "serve.http", "auth": "serve.auth", "client": "serve.client", "load": "serve.load",
-    "ray_app": "serve.ray_app", "cli": "serve.cli"}
+    "ray_app": "serve.ray_app", "cli": "serve.cli", "track": "tracking"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

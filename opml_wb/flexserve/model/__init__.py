@@ -13,12 +13,12 @@ from ...core.kit.lazy import lazy
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.images import Limits, Reject, decode, from_tensor, Transform
     from opml_wb.flexserve.model.weights import BundleError, import_torch
-    from opml_wb.flexserve.model.bundle import one_thread, Bundle
+    from opml_wb.flexserve.model.ensemble import one_thread
+    from opml_wb.flexserve.model.bundle import Bundle
     from opml_wb.flexserve.model.onnx import place, prepare
     from opml_wb.flexserve.model.policy import PolicyError, Verdict, Policy
     from opml_wb.flexserve.model.engine import EngineError, Answer, Engine
-    from opml_wb.flexserve.model.frontier import counts, sweep, confusion, per_class
-    from opml_wb.flexserve.model.diff import flips
+    from opml_wb.flexserve.model.evaluation import counts, sweep, confusion, per_class, flips
     from opml_wb.flexserve.model.data import pictures, cifar, cifar_models
 
 __getattr__, __dir__, __all__ = lazy(__name__)

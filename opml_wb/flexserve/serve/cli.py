@@ -159,7 +159,7 @@ def rollback(name):
 @click.option("--json", "as_json", is_flag=True)
 def difference(name, old, new, images, policy, max_flips, as_json):
     "Which of IMAGES (folder or zip) version NEW of NAME answers otherwise than version OLD."
-    from opml_wb.flexserve.model.diff import flips
+    from opml_wb.flexserve.model.evaluation import flips
     from opml_wb.flexserve.model.images import Reject, decode
     store, found = _store(), _call(pictures, images)
     decoded = [decode(data) for _, data in found]

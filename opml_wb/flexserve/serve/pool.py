@@ -277,11 +277,11 @@ class Pool:
     def _prepare(self, path):
         "In a thread: check the files, prove and export what the engine needs; (Bundle, order)."
         from opml_wb.flexserve.model.bundle import Bundle
-        from opml_wb.flexserve.model.engine import _choose
+        from opml_wb.flexserve.model.engine import choose
         s = self.settings
         bundle = Bundle.load(path, allow=s.allow)
         bundle.verify()
-        kind, _, _ = _choose(bundle, s.engine, s.device)
+        kind, _, _ = choose(bundle, s.engine, s.device)
         preload = [*PRELOAD, "torch" if kind == "torch" else "onnxruntime"]
         return bundle, {"bundle": str(path), "engine": s.engine, "threads": s.threads, "device": s.device, "allow": list(s.allow),
                         "limits": s.limits, "preload": preload}
