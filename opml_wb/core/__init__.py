@@ -9,7 +9,7 @@ __all__ = ['MOVED']
 from .kit.lazy import lazy
 
 MOVED = {  # old module: where it is now
-    "events": "record.events", "database": "record.database", "artifacts": "record.artifacts",
+    "events": "record.progress", "database": "record.database", "artifacts": "record.artifacts",
     "folder": "record.folder", "store": "record.store", "log": "record.log", "data": "record.data",
     "content": "record.content_addressed", "models": "record.models", "plugin": "request.plugin",
     "chapter": "request.chapter", "values": "request.canonical", "hints": "request.annotations",
