@@ -64,7 +64,7 @@ def upgrade(db: Database) -> None:
 
 # %% ../../../nbs/core/record/05_index.ipynb #c31134f5
 class RunIndex:
-    "The rows of the runs of the home in folder `root`. Raises StoreError, as any method that writes."
+    "The rows of the runs of the home in folder `root`. Raises StoreError, as its methods do."
 
     def __init__(self, root: Path) -> None:
         self.root = root
