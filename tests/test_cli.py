@@ -361,7 +361,7 @@ def test_a_closed_pipe_is_no_error(opml, answer, demo, home):
     store = Store(home)
     folder, run_id = store.begin({"key": "k", "chapter": "demo", "params": {}, "given": {"x": "y" * 200}, "preset": None})
     doc = json.loads((folder / "request.json").read_text())
-    store.put([{**doc, "id": f"{run_id}-{i}", "status": "running"} for i in range(600)])
+    store.entries.put([{**doc, "id": f"{run_id}-{i}", "status": "running"} for i in range(600)])
     listing = opml("ls", "-n", "0", start=True)
     listing.stdout.readline(); listing.stdout.close()
     err = listing.stderr.read()
