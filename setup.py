@@ -1,7 +1,8 @@
 """Install opml_wb. Names and version come from settings.ini; dependencies are declared here, one list for each part.
 
 `pip install .` installs all parts. `OPML_WB_PARTS=riann pip install .` installs the core and the named parts only; add `run` for
-its chapter. (An extra can only add to what a plain install brings: `.[riann]` names what RIANN needs, and leaves nothing out.)"""
+its chapter. `OPML_WB_CPU=1` takes xgboost's CPU build. (An extra can only add to what a plain install brings, so the extras
+of the same names leave nothing out.)"""
 import os
 from configparser import ConfigParser
 from pathlib import Path
@@ -56,6 +57,11 @@ DEV = TESTS + NBDEV + [r for name, lines in EXTRAS.items() if name != "ray" for 
 CARRIED = {"opml_wb._nbs": "nbs", "opml_wb._data": "data"}
 CARRIED = {name: folder for name, folder in CARRIED.items() if (HERE / folder).is_dir()}
 
+def light(requirement):
+    "With `OPML_WB_CPU=1`, xgboost's build without CUDA, which brings no NCCL wheel (hundreds of MB)."
+    return requirement.replace("xgboost>", "xgboost-cpu>") if os.environ.get("OPML_WB_CPU") else requirement
+
+
 PROVENANCE = "lineage", "impact", "check", "search", "pipeline"
 
 setup(
@@ -65,7 +71,7 @@ setup(
     packages=find_packages(include=["opml_wb", "opml_wb.*"]) + list(CARRIED),
     package_dir={"opml_wb": "opml_wb", **CARRIED},
     package_data={"opml_wb": ["py.typed"], **{name: ["*", "*/*", "*/*/*"] for name in CARRIED}},
-    install_requires=sorted({*CORE, *(r for part in CHOSEN for r in PARTS[part])}),
+    install_requires=sorted({light(r) for r in [*CORE, *(r for part in CHOSEN for r in PARTS[part])]}),
     extras_require={**PARTS, **EXTRAS, "all": sorted({r for lines in PARTS.values() for r in lines}), "dev": DEV},
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
