@@ -14,7 +14,7 @@ MOVED = {  # old module: where it is now
     "content": "record.content_addressed", "models": "record.models", "plugin": "request.plugin",
     "chapter": "request.chapter", "values": "request.canonical", "hints": "request.annotations",
     "cell": "request.cell", "params": "request.params", "deps": "request.dependencies",
-    "seed": "engine.seed", "tape": "engine.messages", "shell": "engine.shell",
+    "seed": "engine.isolation", "tape": "engine.messages", "shell": "engine.shell",
     "verdict": "engine.ending", "supervise": "engine.supervise", "zygote": "engine.zygote",
     "stock": "engine.jupyter", "run": "engine.run", "ui": "show.ui", "terminal": "show.terminal",
     "papers": "show.overview", "notebook_diff": "show.notebook_diff",

@@ -26,7 +26,7 @@ class Local:
 
     def start(self, plan, spec):
         from opml_wb.core.engine import run
-        return run._start(plan, self._share(spec))
+        return run.start_here(plan, self._share(spec))
 
     def close(self): pass
 
