@@ -37,7 +37,7 @@ def _enter(spec: Mapping[str, Any], supervisor: int) -> None:
     os.environ.clear(); os.environ.update(spec["env"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     weakref.finalize._registry.clear()  # what the zygote's libraries want done at its end
-    sys.dont_write_bytecode = True  # a .pyc knows its source by second and size: misses an edit at once
+    sys.dont_write_bytecode = True  # a .pyc knows its source by second and size: an edit is missed
     seed_everything(spec["seed"])
 
 # %% ../../../nbs/core/engine/05_child.ipynb #b73f688f
@@ -50,6 +50,7 @@ def _told(folder: Path, nb: "NotebookNode", injected: int | None) -> Callable[[i
         events.cell(source_index(i, injected))
     return on_cell
 
+# %% ../../../nbs/core/engine/05_child.ipynb #ffcb02b6
 def _note_imports(folder: Path, last: str) -> None:
     """Record source files of the user's own that were imported unseen by the key, as inputs.
 

@@ -25,6 +25,7 @@ def _of_outcome(outcome: Mapping[str, Any], limited: bool) -> tuple[str, dict | 
     if said["kind"] != "memory": return "failed", said
     return ("oom", said) if limited else ("failed", {**said, "kind": "exception"})
 
+# %% ../../../nbs/core/engine/04_ending.ipynb #23c7902e
 STOPPED = {"timeout": ("timeout", "timeout"), "memory": ("oom", "memory"),
            "output": ("failed", "output"), "stopped": ("killed", "stopped")}  # reason: status, kind
 
@@ -54,7 +55,7 @@ verdict = status_of  # the name before
 def explain(error: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """Complete an error that the run itself could not put into words.
 
-    error: as `status_of` gives it. spec: of the run, with its limits `timeout` (s), `mem` (bytes)."""
+    error: as `status_of` gives it. spec: the run's, with `timeout` (s) and `mem` (bytes)."""
     limit = f"more than {spec['mem'] / 2**30:g} GiB" if spec["mem"] else None
     name, code = error.get("signal"), error.get("exitcode")
     words = {"timeout": ("TimeoutError", f"stopped after {spec['timeout']} s"),
@@ -83,6 +84,7 @@ def last_cell(folder: Path) -> int | None:
     seen = [line["cell"] for line in read_lines(folder/store.PROGRESS) if "cell" in line]
     return seen[-1] if seen else None
 
+# %% ../../../nbs/core/engine/04_ending.ipynb #5659a0c7
 def _last_words(folder: Path) -> str:
     "The end of the run's standard error."
     try: return (folder/"stderr.txt").read_bytes()[-20000:].decode("utf-8", "replace")

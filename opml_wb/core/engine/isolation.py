@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # %% ../../../nbs/core/engine/01_isolation.ipynb #750837f6
@@ -27,7 +28,7 @@ def _seed_numpy(seed: int) -> None:
     "Seed NumPy's legacy generator, and the source of entropy of `default_rng()`."
     import numpy as np
     np.random.seed(seed)
-    entropy = getattr(np.random, "bit_generator", None)
+    entropy: Any = getattr(np.random, "bit_generator", None)
     if hasattr(entropy, "randbits"): entropy.randbits = random.Random(seed).getrandbits
 
 def _seed_torch(seed: int) -> None:
@@ -41,7 +42,9 @@ SEEDERS = {"numpy": _seed_numpy, "torch": _seed_torch}  # library: the function 
 class _SeedOnImport(MetaPathFinder):
     "An import finder that seeds a library right after its first import."
 
-    def __init__(self, seed: int) -> None: self.seed, self.busy = seed, set()
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.busy: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         "Let the other finders find the module, and add the seeding to its loader."
@@ -50,10 +53,10 @@ class _SeedOnImport(MetaPathFinder):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None: return spec
         execute = spec.loader.exec_module
-        def exec_module(module):
+        def exec_module(module: ModuleType) -> None:
             execute(module)
             SEEDERS[name](self.seed)
-        spec.loader.exec_module = exec_module
+        setattr(spec.loader, "exec_module", exec_module)
         return spec
 
 # %% ../../../nbs/core/engine/01_isolation.ipynb #4f8078ea
@@ -72,16 +75,19 @@ SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTH
                 "PLOTLY_RENDERER": "plotly_mimetype+notebook_connected",
                 "PYTHONDONTWRITEBYTECODE": "1"}  # of a run, unless the user has set them
 
+# %% ../../../nbs/core/engine/01_isolation.ipynb #7c8699d0
 LIBRARIES = "OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "NUMBA", "RAYON"
 POOLS = [*(f"{name}_NUM_THREADS" for name in LIBRARIES),
          "VECLIB_MAXIMUM_THREADS", "POLARS_MAX_THREADS", "LOKY_MAX_CPU_COUNT"]
 
+# %% ../../../nbs/core/engine/01_isolation.ipynb #d0bdddf4
 def pools(n: int) -> dict[str, str]:
     """Make the environment variables that let numerical libraries use `n` threads each.
 
     A smaller number of the user's own stays."""
     mine = {name: os.environ.get(name, "") for name in POOLS}
-    return {name: was if was.isdigit() and 0 < int(was) < n else str(n) for name, was in mine.items()}
+    def smaller(was: str) -> bool: return was.isdigit() and 0 < int(was) < n
+    return {name: was if smaller(was) else str(n) for name, was in mine.items()}
 
 # %% ../../../nbs/core/engine/01_isolation.ipynb #ca67a627
 STACKS = 1 << 30  # bytes that the stacks of threads may map without touching them

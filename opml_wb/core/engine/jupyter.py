@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% ../../../nbs/core/engine/08_jupyter.ipynb #b1fcdf34
 def _hooks(nb: "NotebookNode", folder: Path, injected: int | None) -> tuple[Callable, Callable]:
-    "nbclient's hooks of a cell: one that records that it begins, one that saves the notebook after it."
+    "nbclient's hooks of a cell: one records that it begins, one saves the notebook after it."
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
     def starts(cell: "NotebookNode", cell_index: int, **_: Any) -> None:
         events.cell(source_index(cell_index, injected))
@@ -35,6 +35,7 @@ def _hooks(nb: "NotebookNode", folder: Path, injected: int | None) -> tuple[Call
         write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
     return starts, ends
 
+# %% ../../../nbs/core/engine/08_jupyter.ipynb #fcfe1cfa
 def _client(nb: "NotebookNode", spec: Mapping[str, Any]) -> "NotebookClient":
     "nbclient's client for `nb`, with our hooks."
     from nbclient import NotebookClient
@@ -46,17 +47,20 @@ def _client(nb: "NotebookNode", spec: Mapping[str, Any]) -> "NotebookClient":
 SEED = "from opml_wb.core.engine.isolation import seed_everything as _s; _s({}); del _s"
 
 async def _execute(client: "NotebookClient", spec: Mapping[str, Any]) -> int | None:
-    "Execute as nbclient's `async_execute`, seeded before the first cell; a dead kernel's exit code."
+    "Execute like nbclient, seeded before the first cell; the exit code of a kernel that died."
     from nbclient.exceptions import DeadKernelError
+    kernel: Any = client
     async with client.async_setup_kernel(env={**os.environ, "PYTHONHASHSEED": "0"}):
-        client.kc.execute(SEED.format(spec["seed"]), silent=True, store_history=False)
+        kernel.kc.execute(SEED.format(spec["seed"]), silent=True, store_history=False)
         try:
             for index, cell in enumerate(client.nb.cells):
-                await client.async_execute_cell(cell, index, execution_count=client.code_cells_executed + 1)
-        except DeadKernelError: return await client.km.provisioner.poll()
+                nth = client.code_cells_executed + 1
+                await client.async_execute_cell(cell, index, execution_count=nth)
+        except DeadKernelError: return await kernel.km.provisioner.poll()
         finally: client.set_widgets_metadata()
     return None
 
+# %% ../../../nbs/core/engine/08_jupyter.ipynb #6e4b8ee6
 def _outcome(error: Exception) -> dict[str, Any]:
     "Classify nbclient's exception by its `kind`; `sys.exit(0)` is a good end (None)."
     from nbclient.exceptions import CellExecutionError
@@ -76,9 +80,11 @@ def main() -> None:
     spec = read_json(sys.argv[1])
     folder = Path(spec["dir"])
     nb = nbformat.read(folder/store.NOTEBOOK, as_version=4)
-    outcome, dead = {"kind": None}, None
+    outcome: dict[str, Any] = {"kind": None}
+    dead = None
     try:
-        with around(spec.get("hooks") or (), folder): dead = asyncio.run(_execute(_client(nb, spec), spec))
+        with around(spec.get("hooks") or (), folder):
+            dead = asyncio.run(_execute(_client(nb, spec), spec))
     except Exception as e: outcome = {**_outcome(e), "cell": last_cell(folder)}
     nb.metadata["opml_run"] = store.summary(folder)
     write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
@@ -99,6 +105,7 @@ def _kill(processes: list["psutil.Process"]) -> None:
         try: p.kill()
         except psutil.Error: pass
 
+# %% ../../../nbs/core/engine/08_jupyter.ipynb #a02420ec
 def _usage(processes: list["psutil.Process"]) -> tuple[int, float]:
     "(resident bytes, CPU seconds) of these processes."
     import psutil
@@ -149,14 +156,16 @@ def _finish(process: subprocess.Popen, spec: Mapping[str, Any], asked: threading
         future.set_result(0)
     except BaseException as e: future.set_exception(e)
 
+# %% ../../../nbs/core/engine/08_jupyter.ipynb #a68a11da
 def start(spec: Mapping[str, Any]) -> tuple[Future, Callable[[], None]]:
     "Start the run that `spec` describes; (Future of its end, function that stops it)."
     path = Path(spec["dir"])/"spec.json"
     write_json(path, {k: v for k, v in spec.items() if k != "env"})  # it may hold passwords
-    null = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     command = [sys.executable, "-m", "opml_wb.core.engine.jupyter", str(path)]
-    process = subprocess.Popen(command, env=spec["env"], **null)
-    future, asked = Future(), threading.Event()
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=spec["env"], stdin=null, stdout=null, stderr=null)
+    future: Future = Future()
+    asked = threading.Event()
     threading.Thread(target=_finish, args=(process, spec, asked, future), daemon=True).start()
     return future, asked.set
 

@@ -18,6 +18,12 @@ from ipykernel import iostream
 from ..kit.files import opened
 
 # %% ../../../nbs/core/engine/02_messages.ipynb #b27468e0
+def _encoded(text: str) -> bytes:
+    "UTF-8 of `text`; surrogates become the bytes that they stand for, or escapes."
+    try: return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError: return text.encode("utf-8", "backslashreplace")
+
+# %% ../../../nbs/core/engine/02_messages.ipynb #9d01fdfe
 class OutStream(iostream.OutStream):
     "`sys.stdout` or `sys.stderr` of a run: text goes to a file of the `Tape`, known to C as `fd`."
 
@@ -33,7 +39,8 @@ class OutStream(iostream.OutStream):
         os.dup2(self.out, fd)
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.flushed = self.told = 0       # bytes of the file
-        self.since = self.parent = None    # time and request of text that isn't flushed yet
+        self.since: float | None = None    # when text came that isn't flushed yet
+        self.parent: Any = None            # the request that it belongs to
 
     def fileno(self) -> int: return self.fd
 
@@ -42,9 +49,7 @@ class OutStream(iostream.OutStream):
         if not isinstance(string, str):
             raise TypeError(f"write() argument must be str, not {type(string)}")
         if self.closed: raise ValueError("I/O operation on closed file")
-        try: data = string.encode("utf-8", "surrogateescape")
-        except UnicodeEncodeError: data = string.encode("utf-8", "backslashreplace")
-        self.tape.write(self, data)
+        self.tape.write(self, _encoded(string))
         return len(string)
 
     def flush(self) -> None:
@@ -63,7 +68,8 @@ class Tape:
     def __init__(self, folder: str | os.PathLike, say: Callable[[OutStream, str, Any], None],
                  cap: int = 8 << 20) -> None:
         self.say, self.cap, self.lock, self.pid = say, cap, threading.RLock(), os.getpid()
-        self.used, self.fresh, self.cut, self.segments, self.due = 0, 0, False, [], math.inf
+        self.used, self.fresh, self.cut, self.due = 0, 0, False, math.inf
+        self.segments: list[list] = []  # flushed, not passed on: [stream, byte of its end, parent]
         self.stdout = OutStream("stdout", 1, folder, self)
         self.stderr = OutStream("stderr", 2, folder, self)
 
@@ -72,6 +78,7 @@ def _write(fd: int, data: bytes) -> None:
     "Write all of `data`, also where the system takes it in parts."
     while data: data = data[os.write(fd, data):]
 
+# %% ../../../nbs/core/engine/02_messages.ipynb #028b3c2d
 @patch
 def write(self: Tape, stream: OutStream, data: bytes) -> None:
     "Append bytes to the file of `stream`; a forked copy of the process only writes."
@@ -101,12 +108,13 @@ def flush(self: Tape, stream: OutStream) -> None:
             else: self.segments.append([stream, size, parent])
         stream.flushed, stream.since = size, None
 
+# %% ../../../nbs/core/engine/02_messages.ipynb #bdc2ee95
 @patch
 def _flush_late(self: Tape, now: float) -> None:
     "Flush each stream whose text has waited for longer than `wait`, the earlier one first."
     waiting = [s for s in (self.stdout, self.stderr) if s.since is not None]
-    for stream in sorted(waiting, key=lambda s: s.since):
-        if now - stream.since > self.wait: self.flush(stream)
+    for stream in sorted(waiting, key=lambda s: s.since or now):
+        if now - (stream.since or now) > self.wait: self.flush(stream)
     self.tell()
     self.due = min((s.since + self.wait for s in waiting if s.since is not None), default=math.inf)
 
@@ -120,6 +128,7 @@ def tell(self: Tape, final: bool = False) -> None:
             text = self._read(stream, upto, final)
             if text: self.say(stream, text, parent)
 
+# %% ../../../nbs/core/engine/02_messages.ipynb #3e65749d
 @patch
 def _read(self: Tape, stream: OutStream, upto: int, final: bool) -> str:
     "Decode the bytes of `stream` up to offset `upto`, as far as the cap allows."
@@ -130,6 +139,7 @@ def _read(self: Tape, stream: OutStream, upto: int, final: bool) -> str:
     self.cut = True
     return f"{text}\n... output of this cell cut after {self.cap >> 20} MiB\n"
 
+# %% ../../../nbs/core/engine/02_messages.ipynb #52958317
 @patch
 def pump(self: Tape) -> None:
     "Pass on all there is; the next cell has a cap of its own."

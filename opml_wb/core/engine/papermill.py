@@ -32,18 +32,19 @@ def _seed(nb: "NotebookNode", path: str) -> int:
     except (ChapterError, ParamError):
         return seed_of(Path(str(path)).stem, json.loads(json.dumps(given, default=str)))
 
+# %% ../../../nbs/core/engine/11_papermill.ipynb #57be967f
 def _spec(nb: "NotebookNode", folder: str) -> dict[str, Any]:
-    "All that the zygote needs to execute `nb` in this working directory, without a run of the store."
+    "All that the zygote needs to execute `nb` in this working directory, outside the run store."
     env = {k: v for k, v in os.environ.items() if not k.startswith("OPML_RUN")}
     env.setdefault("MPLBACKEND", SURROUNDINGS["MPLBACKEND"])
     path = nb.metadata.get("papermill", {}).get("input_path") or "notebook"
-    return {"id": folder, "dir": folder, "cwd": os.getcwd(), "env": env, "timeout": None, "mem": None,
-            "injected": None, "seed": _seed(nb, path), "hooks": []}
+    return {"id": folder, "dir": folder, "cwd": os.getcwd(), "env": env, "seed": _seed(nb, path),
+            "timeout": None, "mem": None, "injected": None, "hooks": []}
 
 # %% ../../../nbs/core/engine/11_papermill.ipynb #e1a720da
 def _follow(future: Future, stop: Callable[[], None], nb_man: "NotebookExecutionManager",
             folder: str, limit: float | None) -> int:
-    "Tell papermill which cell runs, stop a cell that runs longer than `limit` seconds; the exit code."
+    "Tell papermill which cell runs, stop one that runs longer than `limit` s; the exit code."
     current, since = None, time.monotonic()
     while True:
         try: return future.result(timeout=.05)
@@ -59,10 +60,11 @@ def _follow(future: Future, stop: Callable[[], None], nb_man: "NotebookExecution
 # %% ../../../nbs/core/engine/11_papermill.ipynb #c4d88e95
 def _failed(cell: "NotebookNode", outputs: list) -> bool:
     "True if `outputs` hold an error that no tag allows, other than `sys.exit(0)`."
-    errors = [o for o in outputs if o.output_type == "error"]
     if "raises-exception" in cell.metadata.get("tags", []): return False
-    return any(o.get("ename") != "SystemExit" or o.get("evalue") not in ("", "0", "None") for o in errors)
+    errors = [(o.get("ename"), o.get("evalue")) for o in outputs if o.output_type == "error"]
+    return any(e != "SystemExit" or value not in ("", "0", "None") for e, value in errors)
 
+# %% ../../../nbs/core/engine/11_papermill.ipynb #fac69775
 def _take_over(nb_man: "NotebookExecutionManager", done: "NotebookNode") -> None:
     "Copy the executed notebook into papermill's, cell by cell."
     for index, (cell, new) in enumerate(zip(nb_man.nb.cells, done.cells)):
@@ -118,6 +120,7 @@ def _engine() -> type:
 
     return OpmlEngine
 
+# %% ../../../nbs/core/engine/11_papermill.ipynb #1abfde1b
 def __getattr__(name: str) -> Any:
     if name == "OpmlEngine": return _engine()
     raise AttributeError(name)

@@ -48,7 +48,7 @@ class Run:
 # %% ../../../nbs/core/engine/09_result.ipynb #7b2493dd
 @patch(as_prop=True)
 def dir(self: Run) -> Path:
-    "The run's folder; of a run of another machine a copy of what is known here, fetched if possible."
+    "The run's folder; of another machine's run a copy of what can be fetched of it."
     return store.at_hand(self.doc)
 
 @patch(as_prop=True)
@@ -56,15 +56,18 @@ def notebook(self: Run) -> Path:
     "The executed notebook's file."
     return self.dir/store.NOTEBOOK
 
+# %% ../../../nbs/core/engine/09_result.ipynb #0e27e268
 @patch(as_prop=True)
 def artifacts(self: Run) -> dict[str, Path]:
-    "The files that the run kept, by name; those at an artifact URL are fetched. Raises ArtifactError."
+    "The files that the run kept, by name; those at a URL are fetched. Raises ArtifactError."
     url, kept = self.doc.get("artifact_url"), self.doc.get("artifacts", {})
     found = {name: self.dir/a["path"] for name, a in kept.items()}
     for name, path in found.items():
-        if url and not path.exists(): fetch(f"{url}/{kept[name]['path']}", path, kept[name]["sha256"])
+        if url and not path.exists():
+            fetch(f"{url}/{kept[name]['path']}", path, kept[name]["sha256"])
     return found
 
+# %% ../../../nbs/core/engine/09_result.ipynb #29b42f64
 @patch(as_prop=True)
 def places(self: Run) -> dict[str, str]:
     "The path or URL of each file that the run kept, as it lies now."
@@ -86,6 +89,7 @@ def series(self: Run, name: str) -> "pd.DataFrame":
             if r["kind"] == "metric" and r["name"] == name]
     return pd.DataFrame(rows, columns=["step", "value", "t"])
 
+# %% ../../../nbs/core/engine/09_result.ipynb #701db551
 PRINTED = ("key", "status", "chapter", "params", "metrics", "claims", "notebook", "dir", "seconds",
            "cpu", "rss", "error", "id", "preset", "started", "artifacts", "artifact_url",
            "elsewhere", "inputs")

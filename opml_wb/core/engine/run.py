@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..kit.files import read_json, remove, replacing, write_json, write_text
+from ..kit.files import read_json, replacing, write_json, write_text
 from ..kit.words import is_number
 from ..record import artifacts, store
 from ..request import dependencies as deps, params as _params
@@ -31,9 +31,11 @@ def _limit(name: str, value: float | None, unit: str) -> float | None:
     "Check a limit: None, or a finite number above 0."
     if value is None: return None
     if not is_number(value) or not 0 < value < math.inf:
-        raise _params.ParamError(f"{name}: expected a number of {unit} above 0, got {value!r}", param=name)
+        said = f"{name}: expected a number of {unit} above 0, got {value!r}"
+        raise _params.ParamError(said, param=name)
     return float(value)
 
+# %% ../../../nbs/core/engine/10_run.ipynb #320d36b9
 class RunRequest:
     """A checked request for a run: chapter found, parameters resolved, limits sensible.
 
@@ -63,16 +65,18 @@ def seed(self: RunRequest) -> int:
     "The seed of the run's random numbers, from chapter and parameters."
     return seed_of(self.chapter.name, self.params)
 
+# %% ../../../nbs/core/engine/10_run.ipynb #27c6d705
 @patch
 def request(self: RunRequest) -> dict[str, Any]:
     "The request as the store keeps it, in `request.json`."
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {"key": self.key, "chapter": self.chapter.name, "params": self.params, "given": self.given,
-            "preset": self.preset, "source": str(self.chapter.path), "timeout": self.timeout,
-            "mem_gb": self.mem_gb, "seed": self.seed,
+    return {"key": self.key, "chapter": self.chapter.name, "params": self.params,
+            "given": self.given, "preset": self.preset, "source": str(self.chapter.path),
+            "timeout": self.timeout, "mem_gb": self.mem_gb, "seed": self.seed,
             **{k: self.deps[k] for k in ("code", "files", "env", "data")},
             "machine": {"cores": os.cpu_count(), "load": load}}
 
+# %% ../../../nbs/core/engine/10_run.ipynb #900a7ff2
 @patch
 def notebook(self: RunRequest) -> tuple[dict, int | None]:
     "Make the notebook to execute; with the index of the injected parameters cell, or None."
@@ -102,11 +106,13 @@ def _spec(plan: RunRequest, folder: Path, run_id: str) -> dict[str, Any]:
             "mem": int(plan.mem_gb * 2**30) if plan.mem_gb else None, "injected": injected,
             "hooks": run_hooks()}
 
+# %% ../../../nbs/core/engine/10_run.ipynb #bc284b75
 def forks() -> bool:
     "True where this system runs notebooks in a zygote: on Linux, unless OPML_ENGINE=stock."
     asked = os.environ.get("OPML_ENGINE", "zygote")
     return sys.platform == "linux" and hasattr(os, "pidfd_open") and asked != "stock"
 
+# %% ../../../nbs/core/engine/10_run.ipynb #11a76d8e
 def start_here(plan: RunRequest, spec: dict[str, Any]) -> tuple[Future, Callable[[], None]]:
     "Start the run on this machine; (Future of its end, function that stops it)."
     if not forks():
@@ -142,9 +148,10 @@ def _mend(plan: RunRequest, folder: Path, request: dict[str, Any]) -> None:
     if not (folder/store.NOTEBOOK).is_file():
         write_text(folder/store.NOTEBOOK, json.dumps(plan.notebook()[0]))
 
+# %% ../../../nbs/core/engine/10_run.ipynb #402716ed
 def _perform(plan: RunRequest, folder: Path, run_id: str, watch: Callable[[], None] | None,
              start: Starter = start_here) -> None:
-    "Execute, and see to it that `run.json` exists also when the engine breaks; the zygote may die once."
+    "Execute, and write `run.json` also when the engine breaks; the zygote may die once."
     from opml_wb.core.engine.zygote import ZygoteError
     request = read_json(folder/store.REQUEST)
     for attempt in (1, 2):
@@ -162,7 +169,7 @@ def _perform(plan: RunRequest, folder: Path, run_id: str, watch: Callable[[], No
 
 # %% ../../../nbs/core/engine/10_run.ipynb #d2b15772
 def _keep_sources(plan: RunRequest, root: Path) -> None:
-    "Copy the import closure's source files to `sources/HASH.py` in folder `root`, unless they are there."
+    "Copy the import closure's source files to `sources/HASH.py` in `root`, unless they are there."
     (root/SOURCES).mkdir(exist_ok=True)
     for module, sha in plan.deps["files"].items():
         to = root/SOURCES/f"{sha}.py"
@@ -179,14 +186,16 @@ def _announced(watch: Callable[[Path], None], folder: Path, home: store.Store) -
     try: watch(folder)
     except BaseException: home._remove(folder.name); raise
 
+# %% ../../../nbs/core/engine/10_run.ipynb #a9e0263f
 def _tell_indexed(home: store.Store, folder: Path) -> None:
-    "Let hooks add to the index; their trouble is a warning, because their files are in the run's folder."
+    "Let hooks add to the index; an error is a warning: their files are in the run's folder."
     for indexed in offered(run_hooks(), "indexed"):
         try: indexed(home, folder)
         except Exception as e:
             name = getattr(indexed, "__qualname__", indexed)
             warnings.warn(f"run {folder.name} is recorded; {name} failed: {type(e).__name__}: {e}")
 
+# %% ../../../nbs/core/engine/10_run.ipynb #eb649fb2
 def _shipped(known: Run, home: store.Store) -> Run:
     "Copy a known run to the artifact root, if it isn't there yet; returns it."
     if artifacts.artifact_root() and not known.doc.get("elsewhere"):
@@ -233,4 +242,5 @@ def run(chapter: str | int | os.PathLike, params: dict[str, Any] | None = None, 
     if params is not None and not isinstance(params, dict):
         raise _params.ParamError(f"params: expected a dict, got {type(params).__name__}")
     given = {**(params or {}), **more}
-    return execute(RunRequest(chapter, given, preset=preset, timeout=timeout, mem_gb=mem_gb), force=force)
+    request = RunRequest(chapter, given, preset=preset, timeout=timeout, mem_gb=mem_gb)
+    return execute(request, force=force)

@@ -8,7 +8,7 @@ __all__ = ['Wire', 'Kernel', 'make_shell', 'Outputs', 'Execution', 'error_line',
 # %% ../../../nbs/core/engine/03_shell.ipynb #7403b89e
 import asyncio, builtins, json, logging, os, sys, tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def _without(*modules: str) -> Iterator[None]:
     "Import as if these optional modules were not installed."
     missing = [m for m in modules if m not in sys.modules]
-    sys.modules.update(dict.fromkeys(missing))
+    for m in missing: sys.modules[m] = None  # type: ignore[assignment]
     try: yield
     finally:
         for m in missing: del sys.modules[m]
@@ -73,7 +73,7 @@ def _careful(clean: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #1c8a9453
 def _quiet_app() -> "ipykernel.kernelapp.IPKernelApp":
-    "ipykernel's application with history in memory, and no log: a stock kernel's goes to a terminal."
+    "ipykernel's application with history in memory, and without the log that goes to a terminal."
     memory = Config({"HistoryManager": {"hist_file": ":memory:"}})
     app = ipykernel.kernelapp.IPKernelApp.instance(config=memory)
     app.log = logging.Logger("opml", logging.CRITICAL)
@@ -93,15 +93,22 @@ def make_shell() -> "InteractiveShell":
     app.init_shell()
     ipykernel.zmqshell.json_clean = _careful(ipykernel.zmqshell.json_clean)
     app.init_extensions()
-    app.shell.user_ns_hidden.update(app.shell.user_ns)
-    builtins.get_ipython = app.shell.get_ipython  # pandas asks it whether this is a terminal
-    app.shell.display_formatter.format("")        # what every first cell would have to set up
-    app.shell.transform_cell("")
-    return app.shell
+    shell: Any = app.shell
+    shell.user_ns_hidden.update(shell.user_ns)
+    builtins.get_ipython = shell.get_ipython  # pandas asks it whether this is a terminal
+    shell.display_formatter.format("")        # what every first cell would have to set up
+    shell.transform_cell("")
+    return shell
+
+# %% ../../../nbs/core/engine/03_shell.ipynb #93b021cc
+def _message(kind: str, content: dict, date: datetime | None = None) -> dict:
+    "A message of the kernel, as far as nbclient reads it."
+    header = {"msg_type": kind, "date": date}
+    return {"msg_type": kind, "header": header, "parent_header": {}, "content": content}
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #5eee091b
 class Outputs(NotebookClient):
-    "nbclient's message handling, which also joins neighbouring pieces of a stream as front ends do."
+    "nbclient's message handling, which also joins pieces of one stream, as front ends do."
     clear_before_next_output = False
 
     def show(self, msg: dict, index: int) -> None:
@@ -110,12 +117,13 @@ class Outputs(NotebookClient):
         if kind == "status" and msg["content"]["execution_state"] == "busy":
             cell.outputs, cell.metadata["execution"] = [], {}
             self.clear_before_next_output = False
-        if kind == "execute_reply": cell.metadata["execution"]["shell.execute_reply"] = timestamp(msg)
+        if kind == "execute_reply":
+            cell.metadata["execution"]["shell.execute_reply"] = timestamp(msg)
         else:
-            try: self.process_message(msg, cell, index)
-            except CellExecutionComplete: pass
+            with suppress(CellExecutionComplete): self.process_message(msg, cell, index)
 
-    def output(self, outs: list, msg: dict, display_id: str, cell_index: int) -> "NotebookNode | None":
+    def output(self, outs: list, msg: dict, display_id: str | None,
+               cell_index: int) -> "NotebookNode | None":
         "Add the output that `msg` carries to `outs`, and return it."
         out = super().output(outs, msg, display_id, cell_index)
         if out is None or out.output_type != "stream" or len(outs) < 2: return out
@@ -123,15 +131,9 @@ class Outputs(NotebookClient):
             outs[-2].text += outs.pop().text
         return outs[-1]
 
-# %% ../../../nbs/core/engine/03_shell.ipynb #93b021cc
-def _message(kind: str, content: dict, date: datetime | None = None) -> dict:
-    "A message of the kernel, as far as nbclient reads it."
-    header = {"msg_type": kind, "date": date}
-    return {"msg_type": kind, "header": header, "parent_header": {}, "content": content}
-
 # %% ../../../nbs/core/engine/03_shell.ipynb #23d46f19
 class _FrontEnd:
-    "The kernel client for nbclient's Output widget: its messages reach the kernel once that is free."
+    "The kernel client of nbclient's Output widget: messages reach the kernel once that is free."
 
     def __init__(self, kernel: Kernel, loop: asyncio.AbstractEventLoop) -> None:
         self.kernel, self.session, self.loop, self.open = kernel, kernel.session, loop, 0
@@ -166,6 +168,7 @@ class Execution(Outputs):
                  on_cell: Callable[[int], None] | None = None) -> None:
         super().__init__(nb)
         self.reset_execution_trackers()
+        self.kc: Any  # the client that Output widgets talk to
         self.shell, self.kernel, self.on_cell = shell, shell.kernel, on_cell
         self.session = self.kernel.session
         self.cells: dict[str, int] = {}  # id of a request: its cell
@@ -183,6 +186,7 @@ def say(self: Execution, stream: OutStream, text: str, parent: Any) -> None:
     for hook in stream._hooks: msg = msg and hook(msg)
     if msg: self._keep(msg, upto=stream.told)
 
+# %% ../../../nbs/core/engine/03_shell.ipynb #41cc5543
 @patch
 def take(self: Execution, msg: dict) -> None:
     "Take a message of the kernel, after the text that was flushed before it."
@@ -190,9 +194,10 @@ def take(self: Execution, msg: dict) -> None:
         self.tape.tell()
         self._keep(msg)
 
+# %% ../../../nbs/core/engine/03_shell.ipynb #bbfb808a
 @patch
 def _keep(self: Execution, msg: dict, **more: Any) -> None:
-    "Add a message to the cell whose request caused it, also when it comes late, and to the journal."
+    "Add a message, also a late one, to the journal and to the cell whose request caused it."
     kind, content = msg["msg_type"], msg["content"]
     index = self.cells.get(msg["parent_header"].get("msg_id"))
     if index is None: return
@@ -219,6 +224,7 @@ def _enter(self: Execution) -> None:
     self.shell.init_environment()
     self.nb.metadata["language_info"] = dict(self.kernel.language_info)
 
+# %% ../../../nbs/core/engine/03_shell.ipynb #ddece84a
 @patch
 async def run(self: Execution) -> dict[str, Any] | None:
     """Execute every code cell in order; stop at the first error that no tag allows.
@@ -271,6 +277,7 @@ def _copys_code(self: Execution) -> int:
     if not isinstance(error, SystemExit): return int(error is not None)
     return error.code if isinstance(error.code, int) else int(error.code is not None)
 
+# %% ../../../nbs/core/engine/03_shell.ipynb #6d617d6e
 @patch
 def _error(self: Execution, index: int, source: str) -> dict[str, Any] | None:
     "The error of cell `index`, as `run` returns it; None if it went well."
@@ -304,19 +311,22 @@ def _untold(folder: Path, name: str, told: int) -> str:
     path = folder/f"{name}.txt"
     return path.read_bytes()[told:][:1 << 20].decode("utf-8", "replace") if path.exists() else ""
 
+# %% ../../../nbs/core/engine/03_shell.ipynb #cca7b4e6
 def replay(nb: "NotebookNode", folder: str | os.PathLike) -> "NotebookNode":
     "Fill `nb` (in place) with the outputs that journal and files in `folder` hold; returns `nb`."
     folder, client = Path(folder), Outputs(nb)
     client.reset_execution_trackers()
     nb.metadata["language_info"] = dict(IPythonKernel.language_info)
-    told, running, journal = {"stdout": 0, "stderr": 0}, None, folder/"journal.jsonl"
+    told, journal = {"stdout": 0, "stderr": 0}, folder/"journal.jsonl"
+    running: int | None = None
     for line in journal.read_bytes().splitlines() if journal.exists() else ():
         try: entry = json.loads(line)
         except ValueError: break  # the last line, cut short
-        kind, content, running = entry["msg_type"], entry["content"], max(entry["cell"], running or 0)
+        kind, content, index = entry["msg_type"], entry["content"], entry["cell"]
+        running = max(index, running or 0)
         if kind == "stream": told[content["name"]] = entry["upto"]
-        client.show(_message(kind, content, datetime.fromisoformat(entry["date"])), entry["cell"])
-    for name in told if running is not None else ():
-        if text := _untold(folder, name, told[name]):
+        client.show(_message(kind, content, datetime.fromisoformat(entry["date"])), index)
+    for name in told:
+        if running is not None and (text := _untold(folder, name, told[name])):
             client.show(_message("stream", {"name": name, "text": text}), running)
     return nb

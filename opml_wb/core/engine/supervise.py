@@ -41,6 +41,7 @@ def _smaps(pid: int) -> tuple[int, int]:
         elif name == "Private_Dirty": private += int(rest.split()[0]) << 10
     return private, proportional
 
+# %% ../../../nbs/core/engine/06_supervise.ipynb #f839ab82
 def tree_memory(pids: Iterable[int], shared: int = 0) -> int:
     "Measure the bytes that the processes `pids` hold beyond `shared` bytes inherited from outside."
     sizes = [_smaps(pid) for pid in pids]
@@ -77,12 +78,14 @@ def _ended(spec: Mapping[str, Any]) -> None:
         except Exception as e:
             os.write(2, f"{ended}: {type(e).__name__}: {e}\n".encode("utf-8", "backslashreplace"))
 
+# %% ../../../nbs/core/engine/06_supervise.ipynb #06d62927
 def finish(spec: Mapping[str, Any], watched: "Supervisor", starved_by_kernel: bool,
            seconds: float) -> None:
     "Write the record of an ended run: its notebook, if it could not do so itself, then `run.json`."
     folder, limited = Path(spec["dir"]), bool(spec["mem"])
     outcome = read_json(folder/store.OUTCOME, None)
-    status, error = status_of(watched.status, outcome, watched.reason, starved_by_kernel, limited)
+    status, error = status_of(
+        watched.status or 0, outcome, watched.reason, starved_by_kernel, limited)
     if error:
         error = explain(error, spec)
         if outcome is None:
@@ -97,7 +100,7 @@ def finish(spec: Mapping[str, Any], watched: "Supervisor", starved_by_kernel: bo
 
 # %% ../../../nbs/core/engine/06_supervise.ipynb #988081b3
 class Supervisor:
-    """The state of one supervised run: its process, the reason it was stopped, when it must be gone.
+    """The state of one supervised run: its process, why it was stopped, when it must be gone.
 
     spec: of the run (`dir`, `mem` in bytes or None, `timeout` in s or None). pid: its process.
     shared: bytes of memory that it shares with the zygote."""
@@ -125,15 +128,7 @@ def stop(self: Supervisor, reason: str) -> None:
     self.deadline, self.kill_at = None, time.monotonic() + GRACE
     kill_all([-self.pid], signal.SIGTERM)
 
-@patch
-def look(self: Supervisor) -> None:
-    "Keep the limits: kill or stop the run where one is due."
-    now = time.monotonic()
-    if self.kill_at is not None and now >= self.kill_at: kill_all([self.pid] + descendants())
-    elif self.deadline is not None and now >= self.deadline: self.stop("timeout")
-    elif self.mem and now >= self.next_look: self.weigh(now)
-    if now >= self.next_size: self.measure(now)
-
+# %% ../../../nbs/core/engine/06_supervise.ipynb #7cace160
 @patch
 def measure(self: Supervisor, now: float) -> None:
     "End a run that wrote more than `FLOOD` bytes to a standard stream (from below Python)."
@@ -142,15 +137,26 @@ def measure(self: Supervisor, now: float) -> None:
         self.reason = self.reason or "output"
         kill_all(descendants())
 
+# %% ../../../nbs/core/engine/06_supervise.ipynb #f72bef2c
 @patch
 def weigh(self: Supervisor, now: float) -> None:
-    "Measure the tree's memory; over the limit, kill it at once. Looks get rarer when they are slow."
+    "Measure the tree's memory; over the limit, kill it. Looks get rarer when they are slow."
     self.peak = max(self.peak, tree_memory(descendants(), self.shared))
     if self.peak > self.mem and not self.finished:
         self.reason = self.reason or "memory"
         kill_all(descendants())
     self.pause = max(.05, 10 * (time.monotonic() - now))
     self.next_look = time.monotonic() + self.pause
+
+# %% ../../../nbs/core/engine/06_supervise.ipynb #47150957
+@patch
+def look(self: Supervisor) -> None:
+    "Keep the limits: kill or stop the run where one is due."
+    now = time.monotonic()
+    if self.kill_at is not None and now >= self.kill_at: kill_all([self.pid] + descendants())
+    elif self.deadline is not None and now >= self.deadline: self.stop("timeout")
+    elif self.mem and now >= self.next_look: self.weigh(now)
+    if now >= self.next_size: self.measure(now)
 
 # %% ../../../nbs/core/engine/06_supervise.ipynb #4b684274
 @patch
@@ -175,7 +181,7 @@ def _sweep_up(limit: float = 2.0) -> None:
 
 # %% ../../../nbs/core/engine/06_supervise.ipynb #994cb942
 def supervise(spec: dict[str, Any], shell: "InteractiveShell") -> None:
-    "Run `spec` in a child of this process, keep its limits, leave nothing behind, write its record."
+    "Run `spec` in a child of this process, keep its limits, end what is left, write its record."
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
