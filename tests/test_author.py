@@ -1,25 +1,17 @@
 """One's own chapter, run again, opened on a copy; and the doctor: as people type it, in an empty folder and in a clone."""
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
 
-WIRED = ("import sys; from opml_wb.core import cli, author, doctor; [cli.cli.add_command(c) for c in "
-         "(author.new_command, author.rerun_command, author.lab_command, doctor.doctor)]; cli.main(sys.argv[1:])")
-
 
 @pytest.fixture
-def command(home, tmp_path):
+def command(opml, tmp_path):
     "command(*args, cwd=) -> CompletedProcess of `opml ...`; without a clone around, unless `cwd` says so."
     (tmp_path / "work").mkdir()
-    def call(*args, cwd=tmp_path / "work", **env):
-        env = {**os.environ, "OPML_HOME": str(home), "PYTHONPATH": str(ROOT), **env}
-        return subprocess.run([sys.executable, "-c", WIRED, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=180)
+    def call(*args, cwd=tmp_path / "work", **env): return opml(*args, cwd=cwd, env={"PYTHONPATH": str(ROOT), **env})
     return call
 
 

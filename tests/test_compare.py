@@ -11,8 +11,6 @@ import pytest
 from conftest import ROOT
 from test_lab import CHROMIUM, FLAGS, HERE
 
-WIRED = ("import sys; from opml_wb.core import cli, compare; cli.cli.add_command(compare.compare); cli.main(sys.argv[1:])")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -30,7 +28,7 @@ def command(place):
     "command(*args) -> CompletedProcess of `opml ...`."
     def call(*args):
         env = {**os.environ, "OPML_HOME": str(place / "home")}
-        return subprocess.run([sys.executable, "-c", WIRED, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     return call
 
 

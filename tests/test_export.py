@@ -2,23 +2,11 @@
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
 
 mlflow = pytest.importorskip("mlflow", reason="needs the extra [peers]")
-WIRED = "import sys; from opml_wb.core import cli, export; cli.cli.add_command(export.export); cli.main(sys.argv[1:])"
-
-
-@pytest.fixture
-def command(home, tmp_path):
-    def call(*args):
-        env = {**os.environ, "OPML_HOME": str(home), "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, "-c", WIRED, *map(str, args)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    return call
-
 
 @pytest.fixture
 def uri(tmp_path): return f"sqlite:///{tmp_path}/server/mlflow.db"
@@ -97,16 +85,16 @@ def test_again_adds_only_what_is_new_and_mends_what_was_cut_short(home, notebook
 
 
 @pytest.mark.parametrize("uri, said", [("nonsense://x", "Expected sqlite:///FILE.db"), ("http://127.0.0.1:9", "cannot be used"), ("sqlite:////proc/no/x.db", "")])
-def test_bad_uri(command, uri, said):
-    done = command("export", "--mlflow", uri)
+def test_bad_uri(opml, uri, said):
+    done = opml("export", "--mlflow", uri)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_the_command(command, home, notebook, uri):
+def test_the_command(opml, home, notebook, uri):
     from opml_wb.core.engine.run import run
     run(notebook("n = 1", "from opml_wb import log\nlog.metric('x', n)"))
-    done = command("export", "--mlflow", uri, "--json")
+    done = opml("export", "--mlflow", uri, "--json")
     assert done.returncode == 0 and json.loads(done.stdout) == {"exported": 1, "known": 0, "skipped": 0}, done.stderr
-    assert "1 were there" in command("export", "--mlflow", uri).stdout
-    assert command("export", "--mlflow", uri, "--chapter", "none").returncode == 2
-    assert command("export").returncode == 2
+    assert "1 were there" in opml("export", "--mlflow", uri).stdout
+    assert opml("export", "--mlflow", uri, "--chapter", "none").returncode == 2
+    assert opml("export").returncode == 2

@@ -24,6 +24,6 @@ MOVED = {  # old module: where it is now
     "order": "sweep.spec", "cluster": "sweep.cluster", "executors": "sweep.executors",
     "board": "sweep.live", "trials": "sweep.trials", "docs_pages": "site.pages",
     "docs_api": "site.api", "docs_sources": "site.sources", "docs": "site.build",
-    "skeleton": "cli.skeleton", "author": "cli.author", "doctor": "cli.doctor",
-    "export": "cli.export", "sweep_cli": "cli.sweeping"}
+    "skeleton": "cli.author", "author": "cli.author", "doctor": "cli.doctor",
+    "export": "cli.export", "sweep_cli": "cli.running"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

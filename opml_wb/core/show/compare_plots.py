@@ -7,17 +7,33 @@ __all__ = ['FIFTHS', 'MANY', 'letters', 'curves', 'parallel', 'importance_bars']
 
 # %% ../../../nbs/core/show/06_compare_plots.ipynb #2fb8c1e8
 import json, math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from . import ui
-from .ui import COLOURS, SERIES, figure
+from ..kit.markup import COLOURS, SERIES, num
+from ..kit.words import is_number
+from .ui import figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+    from opml_wb.core.engine.run import Run
 
 # %% ../../../nbs/core/show/06_compare_plots.ipynb #4c918039
-def letters(n):
-    "What `n` runs are called on a page: A, B, ... Z, run 27, ..."
+def letters(n: int) -> list[str]:
+    "Name `n` runs on a page: A, B, ... Z, run 27, ..."
     return [chr(65 + i) if i < 26 else f"run {i + 1}" for i in range(n)]
 
-def curves(runs, name):
-    """The series of metric `name` of each Run, over its step (over the order of recording where no step was given).
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #ddad739e
+def _dash(i: int) -> str:
+    "The line style of the i-th run: it changes where the colours begin anew."
+    return ("solid", "dot", "dash")[i // len(SERIES) % 3]
+
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #54547bdc
+def curves(runs: "Sequence[Run]", name: str) -> "Figure":
+    """Plot the series of metric `name` of each Run over its step (over the order of recording where
+    no step was given).
 
     Runs without the metric are left out; raises KeyError when none has it."""
     fig = figure("step", name, height=300)
@@ -25,8 +41,9 @@ def curves(runs, name):
         if name not in r.metrics: continue
         points = r.series(name)
         x = points.step if points.step.notna().all() else list(range(len(points)))
-        fig.add_scatter(x=list(x), y=list(points.value), name=f"{letter}  {r.key[:10]}", mode="lines+markers" if len(points) < 40 else "lines",
-                        line_color=SERIES[i % len(SERIES)], line_dash=("solid", "dot", "dash")[i // len(SERIES) % 3])
+        fig.add_scatter(x=list(x), y=list(points.value), name=f"{letter}  {r.key[:10]}",
+                        mode="lines+markers" if len(points) < 40 else "lines",
+                        line_color=SERIES[i % len(SERIES)], line_dash=_dash(i))
     if not fig.data: raise KeyError(f"none of these runs has a metric {name!r}")
     return fig
 
@@ -34,80 +51,113 @@ def curves(runs, name):
 FIFTHS = ["#8073AC", "#4A90C2", "#2FA08A", "#8E9B2E", "#D9822B"]
 MANY = 8  # axes that a reader can follow
 
-def _scaled(values):
-    "(positions 0 to 1, {position: label}, whether logarithmic) of one axis' values."
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        lo, hi = min(values), max(values)
-        log = lo > 0 and hi / lo >= 50
-        f = math.log if log else float
-        span = f(hi) - f(lo)
-        at = [(f(v) - f(lo)) / span if span else .5 for v in values]
-        return at, {0.: ui.num(lo), 1.: ui.num(hi)} if span else {.5: ui.num(lo)}, log
+def _scaled(values: Sequence) -> tuple[list[float], dict[float, str], bool]:
+    "(positions 0 to 1, {position: label}, True when logarithmic) of one axis' values."
+    if not all(map(is_number, values)): return (*_placed(values), False)
+    lo, hi = min(values), max(values)
+    log = lo > 0 and hi / lo >= 50
+    f = math.log if log else float
+    span = f(hi) - f(lo)
+    if not span: return [.5] * len(values), {.5: num(lo)}, log
+    return [(f(v) - f(lo)) / span for v in values], {0.: num(lo), 1.: num(hi)}, log
+
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #74fa259a
+def _placed(values: Sequence) -> tuple[list[float], dict[float, str]]:
+    """(positions, {position: label}) of choices, evenly spaced.
+
+    Of more than 12 only the ends are labelled."""
     names = sorted({json.dumps(v) for v in values})
     place = {n: i / (len(names) - 1) if len(names) > 1 else .5 for i, n in enumerate(names)}
-    some = {0, len(names) - 1} if len(names) > 12 else range(len(names))
-    return [place[json.dumps(v)] for v in values], {place[names[i]]: names[i].strip('"')[:18] for i in some}, False
+    some = names if len(names) <= 12 else [names[0], names[-1]]
+    return [place[json.dumps(v)] for v in values], {place[n]: n.strip('"')[:18] for n in some}
 
 # %% ../../../nbs/core/show/06_compare_plots.ipynb #e533a7bb
-def _axes(table, objective, first):
+def _axes(table: "pd.DataFrame", objective: str, first: list[str]) -> list[str]:
     "The columns to draw: parameters that vary, those in `first` before others, then the metric."
-    varied = [c for c in table.columns if c.startswith("params.") and table[c].map(lambda v: json.dumps(v, default=str)).nunique() > 1]
+    def varies(c): return table[c].map(lambda v: json.dumps(v, default=str)).nunique() > 1
+    varied = [c for c in table.columns if c.startswith("params.") and varies(c)]
     varied.sort(key=lambda c: (first + [c[7:]]).index(c[7:]))
     return varied[:MANY] + [f"metrics.{objective}"]
 
-def _lines(fig, rows, at, columns, name, **style):
-    "One trace of many runs: a line each, apart from one another."
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #7760bde3
+def _lines(fig: "Figure", rows: "pd.DataFrame", at: Mapping, columns: list[str], name: str,
+           **style: Any) -> None:
+    "Add one trace of many runs: a line each, apart from one another."
     x, y, text = [], [], []
     for i, row in rows.iterrows():
         x += [*range(len(columns)), None]
         y += [*(at[c][i] for c in columns), None]
-        text += [f"{str(row.get('key', ''))[:10]}: {c.partition('.')[2]} = {row[c]}" for c in columns] + [""]
-    fig.add_scatter(x=x, y=y, text=text, mode="lines", name=name, hoverinfo="text", connectgaps=False, **style)
+        text += [f"{str(row.get('key', ''))[:10]}: {c.partition('.')[2]} = {row[c]}"
+                 for c in columns] + [""]
+    fig.add_scatter(x=x, y=y, text=text, mode="lines", name=name, hoverinfo="text",
+                    connectgaps=False, **style)
 
 # %% ../../../nbs/core/show/06_compare_plots.ipynb #c4a8bea4
-def parallel(table, objective, marked=None, first=()):
-    """Parallel coordinates of the runs in DataFrame `table` (as `compare.frame` makes it) with metric `objective` last.
-
-    `marked`: {run id: name} of runs to draw thick, in the house's colours; `first`: parameters for the first axes.
-    Raises ValueError when no run has the metric as a finite number."""
-    import numpy as np, pandas as pd
-    column = f"metrics.{objective}"
-    y = pd.to_numeric(table[column], errors="coerce") if column in table else pd.Series(np.nan, table.index)
-    table = table[np.isfinite(y.astype(float))].reset_index(drop=True)
-    if not len(table): raise ValueError(f"no run has a finite metric {objective!r}")
-    columns = _axes(table, objective, list(first))
-    at, log = {}, {}
-    fig = figure("", "", height=380, yaxis_visible=False, hovermode="closest", yaxis_range=[-.08, 1.1], legend_title_text=f"{objective}:")
-    for n, c in enumerate(columns):
-        at[c], labels, log[c] = _scaled([None if isinstance(v, float) and math.isnan(v) else v for v in table[c].astype(object)])
-        fig.add_shape(type="line", x0=n, x1=n, y0=0, y1=1, line=dict(color="rgba(128,128,128,.55)", width=1))
-        for where, label in labels.items():
-            anchor = {0: "top", 1: "bottom"}.get(where, "middle")
-            fig.add_annotation(x=n, y=where, text=label, showarrow=False, yanchor=anchor, xanchor="center", font_size=11)
-    _fifths(fig, table, at, columns, objective, marked or {})
-    names = [c.partition(".")[2] + (" (log)" if log[c] else "") for c in columns]
-    return fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=names, showgrid=False, showline=False, ticks="",
-                            range=[-.4, len(columns) - .6])
-
-def _fifths(fig, table, at, columns, objective, marked):
-    "The runs' lines: five colours by the metric's rank, and the marked ones on top."
-    rank = table[f"metrics.{objective}"].astype(float).rank(method="first", pct=True)
-    few = len(table) < 10
+def _fifths(fig: "Figure", table: "pd.DataFrame", at: Mapping, columns: list[str], objective: str,
+            marked: Mapping[str, str]) -> None:
+    "Add the runs' lines: five colours by the metric's rank, and the marked ones on top."
+    values = table[f"metrics.{objective}"].astype(float)
+    rank, few = values.rank(method="first", pct=True), len(table) < 10
     for k, colour in enumerate(FIFTHS):
         rows = table[(rank > k / 5) & (rank <= (k + 1) / 5)]
         if not len(rows): continue
-        ends = rows[f"metrics.{objective}"].astype(float)
-        name = " to ".join(dict.fromkeys(ui.num(float(v)) for v in (ends.min(), ends.max())))
-        _lines(fig, rows, at, columns, name, line=dict(color=colour, width=1.8 if few else 1.3), opacity=.9 if few else .7)
+        ends = values[rows.index].min(), values[rows.index].max()
+        name = " to ".join(dict.fromkeys(num(float(v)) for v in ends))
+        style = dict(line=dict(color=colour, width=1.8 if few else 1.3), opacity=.9 if few else .7)
+        _lines(fig, rows, at, columns, name, **style)
     for i, (run, name) in enumerate(marked.items()):
         rows = table[table["id"] == run]
-        if len(rows): _lines(fig, rows, at, columns, name, line=dict(color=SERIES[i % len(SERIES)], width=4))
+        if len(rows):
+            _lines(fig, rows, at, columns, name, line=dict(color=SERIES[i % len(SERIES)], width=4))
+
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #1d6ab916
+def _upright(fig: "Figure", n: int, labels: Mapping[float, str]) -> None:
+    "Draw the n-th axis with its labels."
+    fig.add_shape(type="line", x0=n, x1=n, y0=0, y1=1,
+                  line=dict(color="rgba(128,128,128,.55)", width=1))
+    for where, label in labels.items():
+        anchor = {0.: "top", 1.: "bottom"}.get(where, "middle")
+        fig.add_annotation(x=n, y=where, text=label, showarrow=False, yanchor=anchor,
+                           xanchor="center", font_size=11)
+
+# %% ../../../nbs/core/show/06_compare_plots.ipynb #263ed811
+def parallel(table: "pd.DataFrame", objective: str, marked: Mapping[str, str] | None = None,
+             first: Sequence[str] = ()) -> "Figure":
+    """Plot parallel coordinates of the runs in `table` (as `compare.frame` makes it) with metric
+    `objective` last.
+
+    `marked`: {run id: name} of runs to draw thick, in the house's colours; `first`: parameters for
+    the first axes.
+    Raises ValueError when no run has the metric as a finite number."""
+    import numpy as np, pandas as pd
+    column = f"metrics.{objective}"
+    y = pd.to_numeric(table[column],
+                      errors="coerce") if column in table else pd.Series(np.nan, table.index)
+    table = table[np.isfinite(y.astype(float))].reset_index(drop=True)
+    if not len(table): raise ValueError(f"no run has a finite metric {objective!r}")
+    columns, at, names = _axes(table, objective, list(first)), {}, []
+    fig = figure("", "", height=380, yaxis_visible=False, hovermode="closest",
+                 yaxis_range=[-.08, 1.1],
+                 legend_title_text=f"{objective}:")
+    for n, c in enumerate(columns):
+        values = [None if isinstance(v, float) and math.isnan(v) else v
+                  for v in table[c].astype(object)]
+        at[c], labels, log = _scaled(values)
+        _upright(fig, n, labels)
+        names.append(c.partition(".")[2] + (" (log)" if log else ""))
+    _fifths(fig, table, at, columns, objective, marked or {})
+    return fig.update_xaxes(tickvals=list(range(len(columns))), ticktext=names, showgrid=False,
+                            showline=False,
+                            ticks="", range=[-.4, len(columns) - .6])
 
 # %% ../../../nbs/core/show/06_compare_plots.ipynb #9669446e
-def importance_bars(told):
-    "Bars of the table that `importance` returns, with its spread, and how well the forest predicts."
+def importance_bars(told: "pd.DataFrame") -> "Figure":
+    """Plot the table that `importance` returns as bars with their spread.
+
+    The title says how well the forest predicts."""
     a = told.attrs
-    fig = figure(f"share of the variance of {a['objective']}", "", f"R² {a['r2']:.2f} on runs not seen, of {a['runs']}",
+    fig = figure(f"share of the variance of {a['objective']}", "",
+                 f"R² {a['r2']:.2f} on runs not seen, of {a['runs']}",
                  height=120 + 34 * len(told), yaxis_autorange="reversed")
     sign = ["" if math.isnan(r) else f"  rank correlation {r:+.2f}" for r in told.rho]
     spread = dict(array=list(told.sd), color=COLOURS["muted"], thickness=1.2)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..engine.run import Plan, Run, execute
 from ..kit.files import Tail, read_json
-from ..kit.markup import COLOURS, CSS, num, spark, tag, written
+from ..kit.markup import COLOURS, CSS, num, spark, table, tag, written
 from ..record import store
 from ..record.card import run_card
 from ..request import params
@@ -33,6 +33,7 @@ def _whole(lo: int, hi: int, default: int) -> list[int]:
     grid = {lo, default} | {round(least * (hi / least) ** (i / STEPS)) for i in range(STEPS + 1)}
     return sorted(v for v in grid if lo <= v <= hi)
 
+# %% ../../../nbs/core/show/09_form.ipynb #4dc0212e
 def _slider(row: Mapping, **common: Any) -> w.Widget | None:
     "A slider for a number with both bounds; None where there is none."
     lo, hi, value, kind = row["lo"], row["hi"], row["default"], (row["type"], row["log"])
@@ -53,20 +54,25 @@ def control(row: Mapping) -> w.Widget:
     A text field's value is read by the parameter's type, as on the command line."""
     common, known = dict(layout=w.Layout(width="19em")), row["known"]
     if row["choices"] and known:
-        return w.Dropdown(options=[(str(c), c) for c in row["choices"]], value=row["default"], **common)
-    if row["type"] == "bool" and known: return w.Checkbox(value=row["default"], indent=False, **common)
+        return w.Dropdown(options=[(str(c), c) for c in row["choices"]], value=row["default"],
+                          **common)
+    if row["type"] == "bool" and known:
+        return w.Checkbox(value=row["default"], indent=False, **common)
     hint = "" if known else row["source"] or "a value must be given"
     text = written(row["default"]) if known else ""
-    return _slider(row, **common) or w.Text(value=text, placeholder=hint, continuous_update=False, **common)
+    return _slider(row, **common) or w.Text(value=text, placeholder=hint, continuous_update=False,
+                                            **common)
 
 # %% ../../../nbs/core/show/09_form.ipynb #36d1f356
 _NEXT = re.compile(r"; (?=parameter '|unknown parameter ')")
 
 def faults(nb: dict, given: Mapping[str, Any], text: Mapping[str, str]) -> dict[str, str]:
-    "Find what is wrong with values for the parameters of a notebook (dict): {name: message}, {} when they can be run."
+    """Find what is wrong with values for the parameters of a notebook (dict): {name: message}, {}
+    when they can be run."""
     try: params.validate(nb, given, text)
     except params.ParamError as e:
-        found = [(m[1], said) for said in _NEXT.split(str(e)) if (m := re.match(r"parameter '(\w+)'[: ]", said))]
+        found = [(m[1], said) for said in _NEXT.split(str(e))
+                 if (m := re.match(r"parameter '(\w+)'[: ]", said))]
         said = {n: re.sub(r"^parameter '\w+':? ?", "", text) for n, text in found}
         return said or {e.param or "": str(e)}
     return {}
@@ -76,12 +82,15 @@ def _line(name: str, control: w.Widget, *about: w.Widget, title: str = "") -> w.
     "A control with its name before it and what is said of it behind."
     name_ = f'<code title="{escape(title)}">{escape(name)}</code>'
     box = w.HBox([w.HTML(name_, layout=w.Layout(width="10em")), control,
-                  w.VBox(about, layout=w.Layout(margin="0 0 0 1em"))], layout=w.Layout(align_items="baseline"))
+                  w.VBox(about, layout=w.Layout(margin="0 0 0 1em"))],
+                  layout=w.Layout(align_items="baseline"))
     box.add_class(f"opml-field-{name}")
     return box
 
+# %% ../../../nbs/core/show/09_form.ipynb #beaaea14
 class Field:
-    "One parameter: `.row` of `describe`, `.control`, a line for its `.error`, and all of it as the ipywidget `.box`."
+    """One parameter: `.row` of `describe`, `.control`, a line for its `.error`, and all of it as
+    the ipywidget `.box`."""
     def __init__(self, row: Mapping) -> None:
         self.row, self.name, self.error, self.control = row, row["name"], w.HTML(), control(row)
         self.start = self.control.value
@@ -108,18 +117,19 @@ class Field:
 # %% ../../../nbs/core/show/09_form.ipynb #45d71070
 def live_table(series: Mapping[str, list]) -> str:
     "Write {metric: values so far} as an HTML table with each one's latest value and course."
-    rows = "".join(f"<tr><td>{escape(n)}</td><td class=n>{escape(num(v[-1]))}</td><td>{spark(v)}</td></tr>"
-                   for n, v in series.items())
-    return f"{CSS}<div class=opml><table>{rows}</table></div>" if rows else ""
+    rows = [[n, num(v[-1]), (spark(v),)] for n, v in series.items()]
+    return f"{CSS}<div class=opml>{table([], rows, {1})}</div>" if rows else ""
 
 # %% ../../../nbs/core/show/09_form.ipynb #2c8a21c8
 class Stopped(Exception): "The form's stop button was pressed."
 
+# %% ../../../nbs/core/show/09_form.ipynb #5d34df82
 class RunView:
     """The course of a run in widgets: called with the run's folder, it shows what is new there.
 
     `bar`: IntProgress; `note`, `live`: HTML. It raises `Stopped` once `stop` is set."""
-    def __init__(self, bar: w.IntProgress, note: w.HTML, live: w.HTML, stop: threading.Event) -> None:
+    def __init__(self, bar: w.IntProgress, note: w.HTML, live: w.HTML,
+                 stop: threading.Event) -> None:
         self.bar, self.note, self.live, self.stop = bar, note, live, stop
         self.folder: Path | None = None
         self.series: dict[str, list] = {}
@@ -136,13 +146,15 @@ class RunView:
         if new: self.live.value = live_table(self.series)
 
     def move(self, r: Mapping) -> None:
-        "Show one record of progress: `{cell, nth, of}` from the engine or `{desc, i, n}` from the chapter."
+        """Show one record of progress: `{cell, nth, of}` from the engine or `{desc, i, n}` from the
+        chapter."""
         if "cell" in r: self.bar.max, self.bar.value = max(1, r["of"]), r["nth"] - 1
         self.note.value = escape(progress_words(r))
 
 # %% ../../../nbs/core/show/09_form.ipynb #aa936201
 class Asked(w.VBox):
-    "The parameters of a Chapter as controls: `.fields` {name: Field}, `.preset` (Dropdown of the named sets)."
+    """The parameters of a Chapter as controls: `.fields` {name: Field}, `.preset` (Dropdown of the
+    named sets)."""
     def __init__(self, chapter: Chapter, preset: str | None = None) -> None:
         self.chapter, named = chapter, chapter.meta.get("presets") or {}
         self.fields = {r["name"]: Field(r) for r in params.describe(chapter.nb)}
@@ -158,7 +170,8 @@ class Asked(w.VBox):
         "Move the controls to the named set, or to the defaults (None). Raises ParamError."
         values = self.chapter.preset(preset) if preset else {}
         if odd := set(values) - set(self.fields):
-            raise params.ParamError(f"preset {preset!r} sets unknown parameters: {', '.join(sorted(odd))}")
+            names = ", ".join(sorted(odd))
+            raise params.ParamError(f"preset {preset!r} sets unknown parameters: {names}")
         for f in self.fields.values():
             if f.name in values: f.put(values[f.name])
             else: f.control.value = f.start
@@ -167,7 +180,8 @@ class Asked(w.VBox):
         "The changed parameters: (Python values, texts to be read by the parameter's type)."
         moved = [f for f in self.fields.values() if f.moved]
         typed = [f for f in moved if isinstance(f.control, w.Text)]
-        return {f.name: f.control.value for f in moved if f not in typed}, {f.name: f.control.value for f in typed}
+        return {f.name: f.control.value for f in moved
+                if f not in typed}, {f.name: f.control.value for f in typed}
 
     def check(self) -> bool:
         "Show what is wrong beside its field; True when it can be run."
@@ -180,16 +194,19 @@ class Asked(w.VBox):
 SETTLE = .3  # s
 
 class Form(w.VBox):
-    """The form of a chapter, made by `core.ui.form`: `.fields` {name: Field}, `.go` and `.halt` (buttons), `.card`
-    (HTML of the result), `.result` (the last Run, or None), `.thread` of the run that is under way."""
+    """The form of a chapter, made by `core.ui.form`: `.fields` {name: Field}, `.go` and `.halt`
+    (buttons), `.card` (HTML of the result), `.result` (the last Run, or None), `.thread` of the run
+    that is under way."""
     def __init__(self, chapter: str | int | Path | Chapter, preset: str | None = None,
                  timeout: float | None = None, mem_gb: float | None = None) -> None:
         self.asked, self.limits = Asked(find(chapter), preset), dict(timeout=timeout, mem_gb=mem_gb)
-        self.chapter, self.fields, self.note = self.asked.chapter, self.asked.fields, self.asked.note
+        self.chapter, self.fields = self.asked.chapter, self.asked.fields
+        self.note = self.asked.note
         self.result: Run | None = None
         self.thread: threading.Thread | None = None
         self.stop = threading.Event()
-        self.live, self.card, title = w.HTML(), w.HTML(), w.HTML(f"<b>{escape(self.chapter.title)}</b>")
+        title = w.HTML(f"<b>{escape(self.chapter.title)}</b>")
+        self.live, self.card = w.HTML(), w.HTML()
         super().__init__([title, self.asked, self._buttons(), self.live, self.card])
         named = dict(run=self.go, stop=self.halt, card=self.card, note=self.note, live=self.live)
         for name, box in named.items(): box.add_class(f"opml-form-{name}")
@@ -209,6 +226,7 @@ def _buttons(self: Form) -> w.HBox:
     row = [self.go, self.halt, self.force, self.bar, self.note]
     return w.HBox(row, layout=w.Layout(align_items="center", margin="6px 0"))
 
+# %% ../../../nbs/core/show/09_form.ipynb #40e8d140
 @patch
 def _busy(self: Form, busy: bool) -> None:
     "Let the buttons and the bar say whether a run is under way."
@@ -226,6 +244,7 @@ def start(self: Form) -> None:
     self.thread = threading.Thread(target=self._work, name="opml-form", daemon=True)
     self.thread.start()
 
+# %% ../../../nbs/core/show/09_form.ipynb #4e2b8311
 @patch
 def _work(self: Form) -> None:
     "The run, in its thread; whatever happens, the buttons come back and something is said."
@@ -241,7 +260,9 @@ def _work(self: Form) -> None:
     finally: self._busy(False)
     self.note.value, self.card.value = said, run_card(self.result.to_dict()) if self.result else ""
 
+# %% ../../../nbs/core/show/09_form.ipynb #96621e49
 def stopped(folder: Path | None) -> Run | None:
     "Read the Run in `folder` that Stop ended; None if it had not begun."
     if folder is None or not (folder/store.RUN).exists(): return None
-    return Run({**read_json(folder/store.RUN), "dir": str(folder), "notebook": str(folder/store.NOTEBOOK)})
+    return Run({**read_json(folder/store.RUN), "dir": str(folder),
+                "notebook": str(folder/store.NOTEBOOK)})

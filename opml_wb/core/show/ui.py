@@ -11,9 +11,10 @@ from collections.abc import Callable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..kit.markup import COLOURS, CSS, SERIES, VERDICTS, num, table, tag  # also told here
-from ..record.card import ClaimsTable, claims_table, run_card
-from ..record.progress import bar, in_run, progress, status
+from ..kit.markup import COLOURS, SERIES, tag
+from ..kit.markup import CSS, VERDICTS, num, table  # noqa: F401 (also told here)
+from ..record.card import ClaimsTable, claims_table, run_card  # noqa: F401
+from ..record.progress import bar, in_run, progress, status  # noqa: F401
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,12 +32,16 @@ def _axis() -> dict:
     return dict(gridcolor="rgba(128,128,128,0.22)", linecolor=line, tickcolor=line, zeroline=False,
                 showline=True, ticks="outside", ticklen=4, automargin=True, title=dict(standoff=8))
 
+# %% ../../../nbs/core/show/01_ui.ipynb #80e21af6
 def template() -> str:
-    "Register the plotly template `opml` (once) and return its name; figures in notebooks then carry no copy of plotly."
+    """Register the plotly template `opml` (once) and return its name.
+
+    Figures in notebooks then carry no copy of plotly."""
     import plotly.graph_objects as go
     import plotly.io as pio
     if "opml" not in pio.templates:
-        title = dict(x=0, xref="paper", xanchor="left", y=1, yref="container", yanchor="top", pad_t=8, font_size=15)
+        title = dict(x=0, xref="paper", xanchor="left", y=1, yref="container", yanchor="top",
+                     pad_t=8, font_size=15)
         pio.templates["opml"] = go.layout.Template(layout=dict(
             colorway=SERIES, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
             font=dict(color=COLOURS["muted"], size=13, family="system-ui, sans-serif"), title=title,
@@ -52,7 +57,8 @@ def figure(x: str = "", y: str = "", title: str = "", **layout: Any) -> "Figure"
     `x`, `y`: axis titles with units; `layout`: plotly's (`yaxis_type='log'`)."""
     import plotly.graph_objects as go
     fig = go.Figure(layout=dict(template=template()))
-    return fig.update_layout(title_text=title, xaxis_title_text=x, yaxis_title_text=y).update_layout(**layout)
+    return fig.update_layout(title_text=title, xaxis_title_text=x,
+                             yaxis_title_text=y).update_layout(**layout)
 
 # %% ../../../nbs/core/show/01_ui.ipynb #b7d17552
 def paper_line(fig: "Figure", value: float, label: str = "paper", axis: str = "y") -> "Figure":
@@ -66,22 +72,27 @@ def paper_line(fig: "Figure", value: float, label: str = "paper", axis: str = "y
                      f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"})
     # on a log axis shapes take values, annotations logarithms
     at = math.log10(value) if fig.layout[f"{axis}axis"].type == "log" else value
-    fig.add_annotation(**{axis: at, f"{axis}ref": axis, other: 0 if axis == "y" else 1, f"{other}ref": "paper"},
+    fig.add_annotation(**{axis: at, f"{axis}ref": axis, other: 0 if axis == "y" else 1,
+                          f"{other}ref": "paper"},
                        text=label, showarrow=False, xanchor="left", xshift=4,
                        yanchor="bottom" if axis == "y" else "top", font_color=COLOURS["paper"])
     return fig
 
 # %% ../../../nbs/core/show/01_ui.ipynb #03d1095f
 def slider(name: str, value: "tuple | Widget") -> "Widget":
-    "Make an integer slider of (default, low, high[, step]) that answers when let go; an ipywidget is returned as it is."
+    """Make an integer slider of (default, low, high[, step]) that answers when let go.
+
+    An ipywidget is returned as it is."""
     import ipywidgets as w
     if not isinstance(value, tuple): return value
     default, low, high, step = (*value, 1)[:4]
-    return w.IntSlider(value=default, min=low, max=high, step=step, description=name, continuous_update=False)
+    return w.IntSlider(value=default, min=low, max=high, step=step, description=name,
+                       continuous_update=False)
 
 # %% ../../../nbs/core/show/01_ui.ipynb #ed531d1a
 class Play:
-    "Controls (`sliders`: name -> ipywidget) over a plotly figure (`fig`) with a line of text (`note`); see `play`."
+    """Controls (`sliders`: name -> ipywidget) over a plotly figure (`fig`) with a line of text
+    (`note`); see `play`."""
     def __init__(self, fig: "Figure", update: Callable[..., str | None], controls: dict) -> None:
         import ipywidgets as w
         self.fig, self.update, self.note = fig, update, w.HTML()
@@ -99,10 +110,12 @@ class Play:
         except Exception as e: self.note.value = tag(f"{type(e).__name__}: {e}", "baseline")
         for handle in self.shown: self._show(handle)
 
-    def _bundle(self) -> dict: return {"text/plain": "a plotly figure", **self.fig._repr_mimebundle_()}
+    def _bundle(self) -> dict:
+        return {"text/plain": "a plotly figure", **self.fig._repr_mimebundle_()}
 
     def _show(self, handle):
-        # JupyterLab's plotly renderer never redraws a figure that is there: a gap of its height takes its place first
+        # JupyterLab's plotly renderer never redraws a figure that is there: a gap of its height
+        # takes its place first
         gap = f'<div style="height:{self.fig.layout.height or 360}px"></div>'
         handle.update({"text/html": gap}, raw=True)
         handle.update(self._bundle(), raw=True)
@@ -116,18 +129,24 @@ class Play:
 
 # %% ../../../nbs/core/show/01_ui.ipynb #4b86fb19
 def play(fig: "Figure", update: Callable[..., str | None], **controls: "tuple | Widget") -> Play:
-    """Put controls above a plotly figure: `update(fig, **values)` changes it and may return a line of text to show.
+    """Put controls above a plotly figure: `update(fig, **values)` changes it and may return a line
+    of text to show.
 
-    `controls`: name -> (default, low, high[, step]) or any ipywidget with a `value`. `update` is called at once, with the
-    defaults, and after each move; what it raises then is shown instead of the text."""
+    `controls`: name -> (default, low, high[, step]) or any ipywidget with a `value`. `update` is
+    called at once, with the defaults, and after each move; what it raises then is shown instead of
+    the text."""
     return Play(fig, update, controls)
 
 # %% ../../../nbs/core/show/01_ui.ipynb #035cc858
-def form(chapter: "str | int | Path | Chapter", preset: str | None = None, timeout: float | None = None,
+def form(chapter: "str | int | Path | Chapter", preset: str | None = None,
+         timeout: float | None = None,
          mem_gb: float | None = None) -> "Form":
-    """Make a form over the parameters of a chapter, for a notebook; its Run button does what `opml run` does.
+    """Make a form over the parameters of a chapter, for a notebook; its Run button does what `opml
+    run` does.
 
-    `chapter`: name, number or path; `preset`: a named set to start from; `timeout`: s; `mem_gb`: GiB of memory.
-    Returns an ipywidget, whose `.result` is the `Run` once there is one. Raises ChapterError or ParamError."""
+    `chapter`: name, number or path; `preset`: a named set to start from; `timeout`: s; `mem_gb`:
+    GiB of memory.
+    Returns an ipywidget, whose `.result` is the `Run` once there is one. Raises ChapterError or
+    ParamError."""
     from opml_wb.core.show.form import Form
     return Form(chapter, preset, timeout, mem_gb)
