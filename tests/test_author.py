@@ -61,7 +61,7 @@ def test_new_overwrites_nothing(command, tmp_path):
 
 def test_new_in_a_clone_takes_the_next_number(command, tmp_path):
     clone = tmp_path / "clone"
-    for name in ("opml_wb", "nbs/chapters"): shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("opml_wb", "nbs/chapters", "nbs/_templates"): shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", clone)
     for name, number in ("mine", 11), ("yours", 12):
         assert command("new", name, cwd=clone / "nbs", PYTHONPATH=str(clone)).returncode == 0

@@ -52,7 +52,7 @@ def new_place(name: str, folder: str | os.PathLike | None = None) -> tuple[Path,
     folder = Path(folder or ".").expanduser().absolute()
     return folder/f"{name}.ipynb", folder.resolve() != folder_of("chapters").resolve()
 
-# %% ../../../nbs/core/cli/05_author.ipynb #c2299e3a
+# %% ../../../nbs/core/cli/05_author.ipynb #c8cc19b4
 def check_name(name: str) -> None:
     "Raise ChapterError for a name that a chapter cannot have, or that is taken."
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
@@ -92,7 +92,7 @@ def chapter_of(doc: Mapping) -> Chapter:
         raise ChapterError(f"the notebook {source} is gone, and no chapter is called "
                            f"{doc['chapter']!r}; the run's own copy is {doc['notebook']}") from None
 
-# %% ../../../nbs/core/cli/05_author.ipynb #2a1057a8
+# %% ../../../nbs/core/cli/05_author.ipynb #1b1ca971
 def again(doc: Mapping) -> "Plan":
     """Make the Plan that asks for run `doc` once more: its parameters, limits and preset, with
     today's code and data.

@@ -30,13 +30,13 @@ def check(name: str, value: Any, state: str = OK, advice: str = "") -> dict[str,
     `state`: `ok`, `warn` or `bad`; `advice` is left out where all is well."""
     return {"name": name, "state": state, "value": value, "advice": "" if state == OK else advice}
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #c9d03b4b
+# %% ../../../nbs/core/cli/06_doctor.ipynb #8b21a0eb
 def _version(name: str) -> str | None:
     "The installed version of a distribution, or None."
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #81cdcbc3
+# %% ../../../nbs/core/cli/06_doctor.ipynb #386658c2
 def _says(*command: str, limit: float = 10) -> str | None:
     "The first line that a command prints, or None when it fails."
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=limit,
@@ -51,7 +51,7 @@ def _limit(name: str, path: str | os.PathLike = "/sys/fs/cgroup") -> str | None:
     except OSError: return None
     return None if text.startswith("max") else text
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #346d662b
+# %% ../../../nbs/core/cli/06_doctor.ipynb #2bb45173
 def cores(path: str | os.PathLike = "/sys/fs/cgroup") -> float:
     "Count the cores that may be used: those of the process, or the control group's share."
     count = len(os.sched_getaffinity(0)) if hasattr(os,
@@ -81,7 +81,7 @@ def _machine() -> Iterator[dict]:
                 OK if free > 2 * 2**30 else WARN,
                  "close something, or limit runs: opml run ... --mem-gb 1")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #43164f23
+# %% ../../../nbs/core/cli/06_doctor.ipynb #f8f162dc
 def program(name: str, commands: Iterable[str], advice: str) -> dict[str, Any]:
     "Check for a program: the first of `commands` that is there, with its version."
     found = next((c for c in commands if shutil.which(c)), None)
@@ -108,7 +108,7 @@ need('waitpid', os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7)
 print('fork, prctl, pidfd, setsid')
 """
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #cfd6bb9a
+# %% ../../../nbs/core/cli/06_doctor.ipynb #5f1f526d
 def _store(root: Path) -> dict[str, Any]:
     """The index of the runs: its place, and the place of their artifacts.
 
@@ -124,7 +124,7 @@ def _store(root: Path) -> dict[str, Any]:
     return check("store",
                  f"{home.db.engine} at {home.db.where}, {home.count():,} runs{homes}{kept}")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #903fb5a3
+# %% ../../../nbs/core/cli/06_doctor.ipynb #234ce768
 def seccomp(path: str | os.PathLike = "/proc/self/status") -> str | None:
     """Find the filter that this process's system calls pass: `none`, `strict`, `filter`.
 
@@ -133,7 +133,7 @@ def seccomp(path: str | os.PathLike = "/proc/self/status") -> str | None:
     except OSError: return None
     return {"0": "none", "1": "strict", "2": "filter"}.get(found[1]) if found else None
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #6ed351b8
+# %% ../../../nbs/core/cli/06_doctor.ipynb #0ba98173
 def _seccomp(works: str | None) -> dict[str, Any]:
     "The filter, warn when it stops what a run needs; `works`: the output of `TRIAL`, or None."
     mode = seccomp()
@@ -144,7 +144,7 @@ def _seccomp(works: str | None) -> dict[str, Any]:
                   "let fork, setsid, prctl and pidfd_open through (Docker: --security-opt "
                   "seccomp=unconfined), or set OPML_ENGINE=stock")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #90e53785
+# %% ../../../nbs/core/cli/06_doctor.ipynb #6ab7e9eb
 def _engine() -> Iterator[dict]:
     "Fork server or stock kernels."
     from opml_wb.core.engine.run import forks
@@ -158,7 +158,7 @@ def _engine() -> Iterator[dict]:
     yield check("engine", said, OK if works or asked else WARN, advice)
     if forks(): yield _seccomp(works)
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #520c68b0
+# %% ../../../nbs/core/cli/06_doctor.ipynb #29024508
 def _home() -> Iterator[dict]:
     "The home, the index in it, and the free disk."
     root = store.home()
@@ -184,7 +184,7 @@ def _torch() -> dict[str, Any]:
     driver = ", a driver is there" if seen else ", no driver here: it runs on the CPU"
     return check("torch", f"{_version('torch')}, {build}{driver if cuda else ''}")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #271c4058
+# %% ../../../nbs/core/cli/06_doctor.ipynb #92a397c5
 def _numba(package: str | os.PathLike | None = None) -> dict[str, Any]:
     "The folder for compiled kernels; where none can be kept every run compiles them anew."
     folder = Path(os.environ.get("NUMBA_CACHE_DIR") or package or opml_wb.__path__[0])
@@ -195,7 +195,7 @@ def _numba(package: str | os.PathLike | None = None) -> dict[str, Any]:
                  OK if can else WARN,
                   "set NUMBA_CACHE_DIR to a folder of yours, or kernels are compiled in each run")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #4c5a8fc3
+# %% ../../../nbs/core/cli/06_doctor.ipynb #80beaa65
 def _libraries() -> Iterator[dict]:
     "torch, hnswlib, numba's cache, JupyterLab, Chromium."
     yield _torch()
@@ -223,7 +223,7 @@ def extras(requires: Iterable[str]) -> dict[str, list[str]]:
     if "dev" in out: out["dev"] = [n for n in out["dev"] if n not in rest]  # it includes the others
     return out
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #3cb2c8a1
+# %% ../../../nbs/core/cli/06_doctor.ipynb #c9e6be13
 def _extras() -> Iterator[dict]:
     "The package and its extras, with the distributions that each lacks."
     try: requires = metadata.requires("opml_wb") or []
@@ -250,7 +250,7 @@ def examine() -> list[dict]:
             out.append(check(group.__name__.strip("_"), said, WARN, "this could not be looked at"))
     return out
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #098e0ec0
+# %% ../../../nbs/core/cli/06_doctor.ipynb #5b379930
 def show_checks(checks: list[dict]) -> None:
     "Print the screen: a line for each check, its advice below, and the names of those to look at."
     out = terminal.console()
@@ -263,7 +263,7 @@ def show_checks(checks: list[dict]) -> None:
     out.print(f"\n{said} To look at: {', '.join(map(terminal.plain, todo))}" if todo
               else "\nEverything is in place.")
 
-# %% ../../../nbs/core/cli/06_doctor.ipynb #39769be1
+# %% ../../../nbs/core/cli/06_doctor.ipynb #398cbb78
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print `{ok, checks}` as JSON.")
 def doctor(as_json: bool) -> int:

@@ -35,7 +35,7 @@ def written(value: Any) -> str:
     if len(text) <= LONGEST: return text
     return f"{len(text)} characters, see the artifact opml/run.json"
 
-# %% ../../../nbs/core/cli/07_export.ipynb #a3c64eab
+# %% ../../../nbs/core/cli/07_export.ipynb #55252c06
 def names(originals: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     "Make {name of ours: name that MLflow accepts}, no two alike: `recall@10` becomes `recall_10`."
     out: dict[str, str] = {}
@@ -53,7 +53,7 @@ def _step(record: Mapping, i: int) -> int:
     return int(step) if isinstance(step, int) or isinstance(step,
                                                             float) and step.is_integer() else i
 
-# %% ../../../nbs/core/cli/07_export.ipynb #7bb6da59
+# %% ../../../nbs/core/cli/07_export.ipynb #22b34a02
 def points(folder: str | os.PathLike, started: float) -> list[tuple[str, float, int, int]]:
     """Read the metrics of a run's folder: rows (name, value, time in ms, step), in the order of
     recording."""
@@ -77,7 +77,7 @@ def _quiet() -> ModuleType:
         logging.getLogger(name).setLevel(logging.ERROR)  # its import says INFO
     return mlflow
 
-# %% ../../../nbs/core/cli/07_export.ipynb #fe12dbab
+# %% ../../../nbs/core/cli/07_export.ipynb #a7c4f299
 def send_numbers(client: "MlflowClient", run_id: str, doc: Mapping, rows: Iterable[tuple]) -> None:
     """Send parameters, tags and metrics of a run, in as few requests as MLflow takes.
 
@@ -95,7 +95,7 @@ def send_numbers(client: "MlflowClient", run_id: str, doc: Mapping, rows: Iterab
         client.log_batch(run_id, params=params[i:i + 100], tags=tags if i == 0 else ())
     for i in range(0, len(metrics), 1000): client.log_batch(run_id, metrics=metrics[i:i + 1000])
 
-# %% ../../../nbs/core/cli/07_export.ipynb #d6a45c2e
+# %% ../../../nbs/core/cli/07_export.ipynb #43b979d1
 def _send_files(client: "MlflowClient", run_id: str, run: Run) -> None:
     """Send artifacts under the names of their files.
 
@@ -120,7 +120,7 @@ def _known(client: "MlflowClient", experiments: Sequence[str]) -> dict[str, tupl
         if not token: break
     return out
 
-# %% ../../../nbs/core/cli/07_export.ipynb #8ada5bdc
+# %% ../../../nbs/core/cli/07_export.ipynb #0499f035
 def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
     """The id of experiment `name`, made if need be.
 
@@ -132,7 +132,7 @@ def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str
     place = f"{artifacts}/{name}" if artifacts else None
     return found.experiment_id if found else client.create_experiment(name, artifact_location=place)
 
-# %% ../../../nbs/core/cli/07_export.ipynb #0cf32937
+# %% ../../../nbs/core/cli/07_export.ipynb #fc8a118c
 def _send(client: "MlflowClient", experiment: str, run: Run) -> None:
     "Send one Run; the tag that it is whole comes last."
     doc, title = run.doc, f"{run.chapter} {run.key[:10]}"
@@ -150,7 +150,7 @@ def _beside(uri: str) -> Path | None:
     path = re.fullmatch(r"sqlite:///(?!:memory:)([^?]+)(\?.*)?", uri)
     return Path(path[1]).absolute().parent if path else None
 
-# %% ../../../nbs/core/cli/07_export.ipynb #a130d84e
+# %% ../../../nbs/core/cli/07_export.ipynb #edbe93b4
 def _client(uri: str) -> "MlflowClient":
     "MLflow's client for `uri`; raises StoreError when it is missing or cannot be reached."
     try: mlflow = _quiet()
@@ -171,7 +171,7 @@ def _client(uri: str) -> "MlflowClient":
             "MLflow takes.") from e
     return client
 
-# %% ../../../nbs/core/cli/07_export.ipynb #3df1c984
+# %% ../../../nbs/core/cli/07_export.ipynb #ed0c881f
 def to_mlflow(uri: str, runs: Iterable[Run] | None = None, artifacts: str | None = None,
               watch: Callable[[int, int], None] | None = None) -> dict[str, int]:
     """Export ended runs to the MLflow tracking store at `uri`, an experiment `opml/CHAPTER` for

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['UNITS', 'rm', 'span', 'gc', 'reindex', 'data', 'data_ls', 'data_fetch', 'data_verify', 'data_rm']
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #8a703806
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #0420da27
 import click
 
 from ..show import terminal
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #86093681
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #f08cc2a8
 @click.command()
 @click.argument("key")
 @click.option("--forget", is_flag=True,
@@ -35,7 +35,7 @@ def span(text: str) -> float:
     if 0 <= value < float("inf"): return value
     raise click.UsageError(f"--older-than: expected 12h, 30d, 2w or a number of days, got {text!r}")
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #1383acfb
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #560897d8
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--older-than", metavar="D",
@@ -54,7 +54,7 @@ def gc(dry_run: bool, older_than: str | None) -> None:
     said = f"{len(rows)} to remove" if dry_run else f"{len(rows)} removed"
     click.echo(f"{said}, {home.count()} in the store")
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #f255a50a
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #a7560449
 @click.command()
 def reindex() -> None:
     "Rebuild the index from this home's run folders."
@@ -79,7 +79,7 @@ def data_ls(as_json: bool) -> None:
         table.add_row(r["name"], f"{r['bytes'] / 1e6:.1f}", r["where"], r["licence"], r["source"])
     terminal.console().print(table)
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #9e9f77eb
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #e84e2f7d
 @data.command("fetch")
 @click.argument("names", nargs=-1, required=True)
 def data_fetch(names: tuple[str, ...]) -> None:
@@ -87,7 +87,7 @@ def data_fetch(names: tuple[str, ...]) -> None:
     from opml_wb.core.record import data as d
     for name in names: click.echo(f"{name}: {d.fetch(name)}")
 
-# %% ../../../nbs/core/cli/04_housekeeping.ipynb #3bc33b1a
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #02ae6980
 @data.command("verify")
 @click.argument("name", required=False)
 def data_verify(name: str | None) -> int:

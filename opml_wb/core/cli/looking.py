@@ -6,7 +6,7 @@
 __all__ = ['JSON_ARRAY', 'NAMES', 'NARROW', 'COLUMNS', 'chapter_rows', 'list_', 'parameter_cells', 'params', 'run_cells',
            'run_table', 'ls', 'show', 'claims', 'compare']
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #35341cb5
+# %% ../../../nbs/core/cli/03_looking.ipynb #41dcbbe1
 import json, sys
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ from ..show import terminal
 
 JSON_ARRAY = click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #96e692a2
+# %% ../../../nbs/core/cli/03_looking.ipynb #bfcacb42
 def chapter_rows() -> list[dict]:
     "List the chapters with their presets, data and last run, as `opml list --json` prints them."
     from opml_wb.core.record.store import Store
@@ -46,7 +46,7 @@ def list_(as_json: bool) -> None:
         table.add_row(str(r["number"] or ""), *map(terminal.plain, words), last)
     terminal.console().print(table)
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #37bfc815
+# %% ../../../nbs/core/cli/03_looking.ipynb #36e20c23
 def parameter_cells(r: Mapping) -> list[str]:
     """The cells of a parameter's row (a dict of `params.describe`): name, type, default, range,
     meaning."""
@@ -89,7 +89,7 @@ def run_cells(d: Mapping, between: str = ", ") -> list[str]:
             seconds,
             terminal.plain(between.join(given)), between.join(shown)]
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #6657acff
+# %% ../../../nbs/core/cli/03_looking.ipynb #552e0c2c
 NAMES = "key", "chapter", "status", "when", ">seconds", "parameters", "metrics"
 NARROW = "key, chapter", "status, when", ">seconds", "parameters, metrics"
 
@@ -106,7 +106,7 @@ def run_table(docs: Sequence[Mapping], wide: bool) -> "terminal.Table":
         table.add_row(*(c if wide else narrow), *machine)
     return table
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #b1bfcea7
+# %% ../../../nbs/core/cli/03_looking.ipynb #a82fb9d6
 @click.command()
 @click.option("-n", "limit", default=30, show_default=True, help="How many, newest first; 0: all.")
 @click.option("--chapter", help="Only this chapter's.")
@@ -155,7 +155,7 @@ def claims(as_json: bool, as_csv: bool) -> None:
     if not rows: return click.echo("no claims yet: opml run riann --show")
     terminal.console().print(terminal.claims_grid(rows, chapter=True))
 
-# %% ../../../nbs/core/cli/03_looking.ipynb #cfc01f3d
+# %% ../../../nbs/core/cli/03_looking.ipynb #f82fe4a8
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="A B [MORE]...")
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",

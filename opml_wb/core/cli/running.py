@@ -31,7 +31,7 @@ def pairs(words: Iterable[str], given: Iterable[tuple[str, str]] = ()) -> dict[s
         out[name] = value
     return out
 
-# %% ../../../nbs/core/cli/02_running.ipynb #aa643db1
+# %% ../../../nbs/core/cli/02_running.ipynb #16a172f1
 PRESET = click.option("--preset", help="A named set of parameters of the chapter (`opml params "
                                        "CHAPTER` lists them).")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
@@ -67,7 +67,7 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
     elif not quiet or not done.ok: terminal.brief(done, stderr=quiet)
     return 0 if done.ok else 1
 
-# %% ../../../nbs/core/cli/02_running.ipynb #44802846
+# %% ../../../nbs/core/cli/02_running.ipynb #06e317c5
 @click.command("rerun")
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="Print `{run, since}` as JSON.")

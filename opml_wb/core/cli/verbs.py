@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
-from click.utils import make_default_short_help
 
 from ..kit.lazy import load_object
 from ..kit.words import nearest
 from ..request.plugin import PluginError, load, plugged
 from ..show.terminal import print_json
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #e4b4c013
+# %% ../../../nbs/core/cli/01_verbs.ipynb #007ea8e7
 HERE = "opml_wb.core.cli."
 COMMANDS = {
     "run": (HERE + "running:run", "Run CHAPTER (name, number or a notebook's path) and record it; "
@@ -38,7 +37,7 @@ COMMANDS = {
     "reindex": (HERE + "housekeeping:reindex", "Rebuild the index from this home's run folders."),
     "data": (HERE + "housekeeping:data", "The data sets: shipped, or fetched on request.")}
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #7e8f091f
+# %% ../../../nbs/core/cli/01_verbs.ipynb #ad5a3dfb
 MORE = {
     "sweep": (HERE + "running:sweep", "Run a chapter over a space of parameters; the same command "
               "resumes."),
@@ -61,7 +60,7 @@ def as_command(found: Any) -> click.Command:
     if isinstance(found, click.Command): return found
     raise TypeError(f"expected a click command, got {type(found).__name__}")
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #6d242593
+# %% ../../../nbs/core/cli/01_verbs.ipynb #ef221b39
 class Commands(click.Group):
     """A group of our verbs, and of the commands that other packages registered as
     `opml_wb.commands`."""
@@ -92,7 +91,8 @@ class Commands(click.Group):
 
         Nothing is imported."""
         wide = formatter.width - 6 - max(map(len, COMMANDS))
-        ours = [(name, make_default_short_help(text, wide)) for name, (_, text) in COMMANDS.items()]
+        ours = [(name, click.Command(name, help=text).get_short_help_str(wide))
+                for name, (_, text) in COMMANDS.items()]
         others = [(name, f"from package {e.dist.name}")
                   for name, e in sorted(plugged("commands").items())
                   if name not in VERBS]
@@ -102,7 +102,7 @@ class Commands(click.Group):
             if rows:
                 with formatter.section(title): formatter.write_dl(rows)
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #a6ca875a
+# %% ../../../nbs/core/cli/01_verbs.ipynb #4ec1590f
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 @click.group(cls=Commands, context_settings=SETTINGS)
@@ -130,7 +130,7 @@ def refuse(error: Exception, argv: Sequence[str]) -> int:
     else: click.echo(f"opml: {error}", err=True)
     return 2
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #dea5f569
+# %% ../../../nbs/core/cli/01_verbs.ipynb #95d939a8
 def broken(error: Exception, argv: Sequence[str]) -> int:
     """Tell of a defect of ours: the traceback on stderr, with `--json` still one object on stdout.
 
@@ -142,7 +142,7 @@ def broken(error: Exception, argv: Sequence[str]) -> int:
         print_json({"status": "failed", "error": {**said, **NOWHERE, "exitcode": 1}})
     return 1
 
-# %% ../../../nbs/core/cli/01_verbs.ipynb #80aa3562
+# %% ../../../nbs/core/cli/01_verbs.ipynb #f2fb5d52
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
     click.echo(f"opml: {message}", err=True)
 
