@@ -21,9 +21,9 @@ from conftest import until
 from opml_wb.core.kit.files import read_lines
 from opml_wb.core.record import store
 from opml_wb.core.engine.run import run
-from opml_wb.provenance.watch import coverage, net, syscalls
+from opml_wb.provenance.watch import coverage, outcomes as net, syscalls
 from opml_wb.provenance.watch.session import JOURNAL
-from opml_wb.provenance.watch.store import Reader
+from opml_wb.provenance.watch.lineage_db import Reader
 
 told = pytest.mark.skipif(not (sys.platform == "linux" and syscalls.supported()), reason="this system doesn't allow seccomp user notification")
 
@@ -289,7 +289,7 @@ def test_a_full_disk(here, opml):
 @told
 def test_two_kernels_at_once(here, home, tmp_path, monkeypatch):
     from jupyter_client.manager import KernelManager
-    from opml_wb.provenance.watch.kernel import SPEC
+    from opml_wb.provenance.watch.traced_kernel import SPEC
     monkeypatch.setenv("OPML_HOME", str(home))
     managers = []
     for name in ("one", "two"):

@@ -13,7 +13,7 @@ from opml_wb.core.kit.files import write_json
 from opml_wb.core.record import data, store
 from opml_wb.core.engine.run import run
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
-from opml_wb.provenance.watch.store import Reader
+from opml_wb.provenance.watch.lineage_db import Reader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
 PY = [sys.executable, "-S", "-E", "-c"]
