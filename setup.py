@@ -62,7 +62,7 @@ def light(requirement):
     return requirement.replace("xgboost>", "xgboost-cpu>") if os.environ.get("OPML_WB_CPU") else requirement
 
 
-PROVENANCE = "lineage", "impact", "check", "search", "pipeline"
+PROVENANCE = "trace", "lineage", "impact", "check", "search", "pipeline"
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
@@ -76,8 +76,8 @@ setup(
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
-        "opml_wb.commands": ["flexserve = opml_wb.flexserve.serve.cli:flexserve", "trace = opml_wb.provenance.watch.trace:trace"]
-                            + [f"{verb} = opml_wb.provenance.ask.verbs:{verb}" for verb in PROVENANCE],
+        "opml_wb.commands": ["flexserve = opml_wb.flexserve.serve.cli:flexserve"]
+                            + [f"{name} = opml_wb.provenance.commands:{name}" for name in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },

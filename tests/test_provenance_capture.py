@@ -21,9 +21,9 @@ from conftest import until
 from opml_wb.core.kit.files import read_lines
 from opml_wb.core.record import store
 from opml_wb.core.engine.run import run
-from opml_wb.provenance.watch import coverage, outcomes as net, syscalls
+from opml_wb.provenance.watch import coverage, outcomes, syscalls
 from opml_wb.provenance.watch.session import JOURNAL
-from opml_wb.provenance.watch.lineage_db import Reader
+from opml_wb.provenance.watch.lineage_db import LineageReader
 
 told = pytest.mark.skipif(not (sys.platform == "linux" and syscalls.supported()), reason="this system doesn't allow seccomp user notification")
 
@@ -80,7 +80,7 @@ def test_every_operation_on_its_cell(here, notebook):
     os.rename(nb, here / "nb.ipynb")
     done = run(here / "nb.ipynb", n=2)          # a parameters cell is injected; the cells keep the author's numbers
     assert done.ok, done.error
-    found, wanted = Reader().events(done), coverage.expected(rows, str(here))
+    found, wanted = LineageReader().events(done), coverage.expected(rows, str(here))
     n, wrong, extra = coverage.compare(found, wanted, str(here))
     assert (n, wrong, extra) == (len(wanted), [], [])
     cells = {str(here / name): i for i, row in enumerate(rows, 2) for name in row[3]}
@@ -145,9 +145,9 @@ def test_the_watcher_is_killed(here, home, opml):
     until(lambda: (here / "3.txt").exists())
     p.kill(); p.wait()
     until(lambda: (here / "19.txt").exists())                              # the command goes on, and ends
-    until(lambda: Reader().runs.ls()[0]["status"] != "running")
-    last = Reader().runs.ls()[0]
-    reader = Reader()
+    until(lambda: LineageReader().runs.ls()[0]["status"] != "running")
+    last = LineageReader().runs.ls()[0]
+    reader = LineageReader()
     assert reader.stage(last["id"])["partial"] and last["error"]["kind"] == "lost" and len(reader.events(last["id"])) == 20
 
 
@@ -172,9 +172,9 @@ def test_the_watcher_of_a_run_is_killed(here, notebook):
     helpers = sorted(psutil.Process(next(iter(zygote._pool.values())).process.pid).children(), key=lambda p: p.create_time())[:2]
     helpers[1].kill()
     thread.join(30)
-    stage = Reader().stage(result[0])
+    stage = LineageReader().stage(result[0])
     assert result[0].ok and stage["partial"] and stage["capture"] == "seccomp" and len(list(here.glob("*.txt"))) == 20
-    made = {Path(e["path"]).name for e in Reader().events(result[0]) if e["op"] == "created"}
+    made = {Path(e["path"]).name for e in LineageReader().events(result[0]) if e["op"] == "created"}
     assert {f"{i}.txt" for i in range(3)} <= made and "19.txt" in made      # the deputy takes notes, too
 
 
@@ -183,7 +183,7 @@ def test_a_run_is_killed(here, notebook):
     nb = notebook("import os, signal", "open('a.txt', 'w').write('x')", "os.kill(os.getpid(), signal.SIGKILL)")
     os.rename(nb, here / "nb.ipynb")
     done = run(here / "nb.ipynb")
-    assert done.status == "killed" and [(e["op"], Path(e["path"]).name, e["cell"]) for e in Reader().events(done)] == [("created", "a.txt", 1)]
+    assert done.status == "killed" and [(e["op"], Path(e["path"]).name, e["cell"]) for e in LineageReader().events(done)] == [("created", "a.txt", 1)]
 
 
 # versions
@@ -200,7 +200,7 @@ def test_an_overwritten_intermediate_is_another_version(trace, here):
     version = lambda events, op, name: next(e["version"] for e in events if (e["op"], Path(e["path"]).name) == (op, name))
     assert version(a, "created", "mid.csv") == version(b, "read", "mid.csv") != version(again, "modified", "mid.csv") == version(c, "read", "mid.csv")
     sh("cat mid.csv > /dev/null; echo third > mid.csv; rm raw.csv")
-    events = {Path(e["path"]).name: e for e in Reader().events(Reader().runs.ls()[0]["id"])}
+    events = {Path(e["path"]).name: e for e in LineageReader().events(LineageReader().runs.ls()[0]["id"])}
     assert events["mid.csv"]["was"] == version(c, "read", "mid.csv") and events["raw.csv"]["op"] == "deleted" and events["raw.csv"]["version"]
 
 
@@ -216,7 +216,7 @@ def test_odd_paths_and_links(trace, here):
                                 "os.chdir('real'); fd = os.open('.', os.O_RDONLY); os.close(os.open('b.csv', os.O_CREAT | os.O_WRONLY, dir_fd=fd))"))
     assert {(e["op"], e["path"]) for e in found["events"]} == {("created", f"{here}/real/a.csv"), ("created", f"{here}/{bad}"), ("created", f"{here}/to.csv"),
                                                                ("created", f"{here}/real/b.csv")}
-    assert {e["path"] for e in Reader().events(found["run"])} == {e["path"] for e in found["events"]}
+    assert {e["path"] for e in LineageReader().events(found["run"])} == {e["path"] for e in found["events"]}
 
 
 @told
@@ -244,8 +244,8 @@ def test_a_table_is_one_artifact(trace, here):
     code = "import deltalake, pyarrow as pa\nfor n in range(3): deltalake.write_deltalake('t', pa.table({'x': [n]}), mode='append')\n"
     _, made = trace(*python(code))
     _, read = trace(*python("import deltalake; deltalake.DeltaTable('t', version=1).to_pyarrow_table()"))
-    assert [(e["op"], e["version"]) for e in Reader().events(made["run"])] == [("created", "delta:2")]
-    assert [(e["op"], e["version"]) for e in Reader().events(read["run"])] == [("read", "delta:1")]
+    assert [(e["op"], e["version"]) for e in LineageReader().events(made["run"])] == [("created", "delta:2")]
+    assert [(e["op"], e["version"]) for e in LineageReader().events(read["run"])] == [("read", "delta:1")]
     assert any(e["path"].endswith("00000000000000000002.json") and e["op"] == "created" for e in made["events"])
 
 
@@ -258,9 +258,9 @@ def test_nested_captures(trace, here, notebook):
     assert {("created", n) for n in ("a.txt", "b.txt", "c.txt")} <= set(names(outer["events"])) and done.returncode == 0
     os.rename(notebook("x = 1", "open('d.txt', 'w').write('1')"), here / "nb.ipynb")
     _, outer = trace(sys.executable, "-m", "opml_wb.core.cli", "run", "nb.ipynb", "--quiet")
-    ran = next(d for d in Reader().runs.ls() if d["chapter"] == "nb")
-    assert ("created", "d.txt") in names(outer["events"]) and [(e["op"], e["cell"]) for e in Reader().events(ran["id"])] == [("created", 1)]
-    assert Reader().stage(ran["id"])["capture"] == "seccomp" and not Reader().stage(ran["id"])["partial"]
+    ran = next(d for d in LineageReader().runs.ls() if d["chapter"] == "nb")
+    assert ("created", "d.txt") in names(outer["events"]) and [(e["op"], e["cell"]) for e in LineageReader().events(ran["id"])] == [("created", 1)]
+    assert LineageReader().stage(ran["id"])["capture"] == "seccomp" and not LineageReader().stage(ran["id"])["partial"]
 
 
 @told
@@ -304,11 +304,11 @@ def test_two_kernels_at_once(here, home, tmp_path, monkeypatch):
         for name, _, client in managers: client.execute_interactive(f"name = {name!r}\n{step}", timeout=60)
     for _, manager, client in managers: client.shutdown(); client.stop_channels()
     for _, manager, _ in managers: until(lambda m=manager: not m.is_alive()); manager.cleanup_resources()
-    until(lambda: len([d for d in Reader().runs.ls() if d["status"] != "running"]) == 2, 20)
+    until(lambda: len([d for d in LineageReader().runs.ls() if d["status"] != "running"]) == 2, 20)
     for name in ("one", "two"):
-        doc = next(d for d in Reader().runs.ls() if d["chapter"] == name)
-        found = [(e["op"], Path(e["path"]).name, e["cell"]) for e in Reader().events(doc["id"]) if e["path"].startswith(str(here))]
-        assert found == [("created", f"{name}-1.txt", 1), ("created", f"{name}-2.txt", 2)] and not Reader().stage(doc["id"])["partial"]
+        doc = next(d for d in LineageReader().runs.ls() if d["chapter"] == name)
+        found = [(e["op"], Path(e["path"]).name, e["cell"]) for e in LineageReader().events(doc["id"]) if e["path"].startswith(str(here))]
+        assert found == [("created", f"{name}-1.txt", 1), ("created", f"{name}-2.txt", 2)] and not LineageReader().stage(doc["id"])["partial"]
 
 
 @told
@@ -335,7 +335,7 @@ def _forbid():
     audit, number, _ = syscalls.table()
     steps = [(0x20, 0, 0, 4), (0x15, 0, 2, audit), (0x20, 0, 0, 0), (0x15, 1, 0, number), (0x06, 0, 0, 0x7fff0000), (0x06, 0, 0, 0x00050001)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *s) for s in steps), 8 * len(steps))
-    program = syscalls._Program(len(steps), ctypes.addressof(code))
+    program = syscalls.Program(len(steps), ctypes.addressof(code))
     libc.prctl(38, 1, 0, 0, 0)
     if libc.prctl(22, 2, ctypes.byref(program), 0, 0): os._exit(99)
 
@@ -350,7 +350,7 @@ def test_without_the_filter(trace, here, notebook):
     os.rename(notebook("x = 1", "open('c.txt', 'w').write('1')", "import os; os.system('cat c.txt > d.txt')"), here / "nb.ipynb")
     done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "run", "nb.ipynb", "--json"], cwd=here, capture_output=True, text=True, preexec_fn=_forbid)
     ran = json.loads(done.stdout)
-    reader = Reader()
+    reader = LineageReader()
     assert ran["status"] == "done" and reader.stage(ran["id"])["capture"] == "inotify+audit"
     assert [(e["op"], Path(e["path"]).name, e["cell"]) for e in reader.events(ran["id"])] == [("created", "c.txt", 1), ("created", "d.txt", 2)]
 
@@ -361,7 +361,7 @@ def test_without_the_filter(trace, here, notebook):
 def test_off_and_no_nonsense(here, opml, notebook, monkeypatch):
     done = opml("trace", "--json", "--", "sh", "-c", "echo x; exit 2", cwd=here, env={"OPML_CAPTURE": "off"})
     found = json.loads(done.stdout)
-    assert done.returncode == found["exit"] == 2 and found["capture"] == "off" and found["run"] is None and done.stderr == "x\n" and not Reader().runs.ls()
+    assert done.returncode == found["exit"] == 2 and found["capture"] == "off" and found["run"] is None and done.stderr == "x\n" and not LineageReader().runs.ls()
     done = opml("trace", "--json", "--", "true", cwd=here, env={"OPML_CAPTURE": "perhaps"})
     assert done.returncode == 2 and "expected auto or off" in done.stdout + done.stderr
 
@@ -370,18 +370,18 @@ def test_off_and_no_nonsense(here, opml, notebook, monkeypatch):
 def test_reindexed_and_removed(here, notebook):
     os.rename(notebook("x = 1", "open('c.txt', 'w').write('1')"), here / "nb.ipynb")
     done = run(here / "nb.ipynb")
-    first = Reader().events(done)
+    first = LineageReader().events(done)
     for end in ("", "-wal", "-shm"): (done.dir.parents[1] / f"opml.db{end}").unlink(missing_ok=True)
-    assert first and Reader().events(done) == first                          # the folders are the truth
-    Reader().runs.rm([done.doc["id"]])
-    assert Reader().db.execute("select count(*) from prov_event").fetchone()[0] == 0
+    assert first and LineageReader().events(done) == first                          # the folders are the truth
+    LineageReader().runs.rm([done.doc["id"]])
+    assert LineageReader().db.execute("select count(*) from prov_event").fetchone()[0] == 0
 
 
 def test_in_postgresql(here, notebook, postgres, monkeypatch):
     monkeypatch.setenv("OPML_STORE", postgres)
     os.rename(notebook("x = 1", "open('c.txt', 'w').write('1')"), here / "nb.ipynb")
     done = run(here / "nb.ipynb")
-    reader = Reader()
+    reader = LineageReader()
     assert done.ok and reader.stage(done)["who"] and ("created", "c.txt") in names(reader.events(done)) and reader.packages(done)["opml-wb"]
     assert reader.db.execute("select count(*) from prov_event where run=?", (done.doc["id"],)).fetchone()[0] >= 1
 
@@ -390,4 +390,4 @@ def test_a_broken_journal_is_read_as_far_as_it_goes(here, tmp_path):
     (here / "a.txt").write_text("1")
     lines = [{"o": "w", "p": str(here / "a.txt"), "t": 0}, {"o": "nobody knows", "p": 1}, {"o": "w", "p": str(here / "never"), "t": 1}]
     (here / JOURNAL).write_text("\n".join(map(json.dumps, lines)) + '\n{"o": "w", "p": "/cut')
-    assert names(net.events(read_lines(here / JOURNAL))) == [("created", "a.txt")]
+    assert names(outcomes.events(read_lines(here / JOURNAL))) == [("created", "a.txt")]

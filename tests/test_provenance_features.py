@@ -136,13 +136,13 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     fs, t = FeatureStore(tmp_path), pd.Timestamp("2020-01-01", tz="UTC")
     rows = pd.DataFrame({"id": [1], "t": t, "x": 0.})
     fs.write("t", rows, "id", "t")
-    from opml_wb.provenance.features import table
+    from opml_wb.provenance.features import commit
     def full(*args, **options): raise OSError(28, "No space left on device")
     monkeypatch.setattr("deltalake.write_deltalake", full)
     with pytest.raises(OSError, match="No space"): fs.write("t", rows.assign(x=1.), "id", "t")
     monkeypatch.undo()
     assert fs.value("t", 1, "x", t) == 0. and len(fs.history("t")) == 1
-    assert table.PATIENCE >= 30
+    assert commit.PATIENCE >= 30
 
 
 def test_a_pin_holds_vacuum_back_and_history_is_never_a_neighbours(tmp_path):

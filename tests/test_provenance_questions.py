@@ -13,7 +13,7 @@ from opml_wb.core.kit.files import write_json
 from opml_wb.core.record import data, store
 from opml_wb.core.engine.run import run
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
-from opml_wb.provenance.watch.lineage_db import Reader
+from opml_wb.provenance.watch.lineage_db import LineageReader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
 PY = [sys.executable, "-S", "-E", "-c"]
@@ -80,7 +80,7 @@ def test_who_used_what(dag):
     assert (used.runs["features.csv"], used.runs["raw.csv"], used.versions["clean.csv"]) == (2, 2, 2)
     assert latest_using("features.csv")["run"] == dag["net"]
     assert search("features.csv tree").run.tolist() == [dag["tree"]]
-    assert last_successful(Reader().stage(dag["third"])["pipeline"])["run"] == dag["third"]
+    assert last_successful(LineageReader().stage(dag["third"])["pipeline"])["run"] == dag["third"]
     tag(dag["tree"], "shipped")
     assert search("shipped").run.tolist() == [dag["tree"]]
 
@@ -88,7 +88,7 @@ def test_who_used_what(dag):
 def test_rerun_repeats_only_what_must_be(trace):
     Path("raw.csv").write_text("1\n2\n")
     runs = {name: trace(STAGES[name])["run"] for name in ("clean", "features", "tree")}
-    count = lambda: Reader().runs.count()
+    count = lambda: LineageReader().runs.count()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = rerun(runs["tree"])
@@ -112,8 +112,8 @@ def test_a_pipeline_goes_on_from_the_stage_that_failed(trace):
     assert failed["exit"] == 1 and touched(footprint(failed["run"])) == [("read", "clean.csv"), ("read", "fit.py")]
     Path("fit.py").write_text("a = open('clean.csv').read(); open('model', 'w').write(a)")
     with pytest.warns(UserWarning, match="code .*fit.py"): again = rerun(failed["run"])
-    assert again.ok and Path("model").read_text() == "1" and len(Reader().runs.ls()) == 3
-    assert first["run"] in {r["id"] for r in Reader().runs.ls()}
+    assert again.ok and Path("model").read_text() == "1" and len(LineageReader().runs.ls()) == 3
+    assert first["run"] in {r["id"] for r in LineageReader().runs.ls()}
 
 
 CELLS = ["n: int = 3\nfile: str = 'x.csv'", "import cloudpickle, helper\nfrom opml_wb import log", "values = [float(v) for v in open(file)]", "log.metric('total', helper.add(values) * n)"]
@@ -160,7 +160,7 @@ def test_check_names_each_difference_in_its_class(chapter, tmp_path):
     (tmp_path / "helper.py").write_text("def add(xs): return sum(xs) + 1\n")
     assert found(first) == [("code", "helper")]
     (tmp_path / "helper.py").write_text("def add(xs): return sum(xs)  # all\n")
-    Reader().db.execute("update prov_package set version='0.0.1' where name='cloudpickle'")
+    LineageReader().db.execute("update prov_package set version='0.0.1' where name='cloudpickle'")
     [d] = check(first)["differences"]
     assert (d["class"], d["name"], d["then"]) == ("package", "cloudpickle", "0.0.1") and d["now"]
 
@@ -204,7 +204,7 @@ def test_a_model_names_the_table_versions_it_was_trained_on(trace):
     first = trace(sys.executable, "load.py", "1")
     fit = trace(sys.executable, "fit.py")
     second = trace(sys.executable, "load.py", "2")
-    tables = [(e["op"], e["version"], os.path.basename(e["path"])) for r in (first, fit, second) for e in Reader().events(r["run"]) if e["kind"] == "table"]
+    tables = [(e["op"], e["version"], os.path.basename(e["path"])) for r in (first, fit, second) for e in LineageReader().events(r["run"]) if e["kind"] == "table"]
     assert tables == [("created", "delta:0", "t"), ("read", "delta:0", "t"), ("modified", "delta:1", "t")]
     assert set(impact(first["run"]).run) == {fit["run"], second["run"]}
     assert found(fit["run"]) == [("input", "t")]
