@@ -38,7 +38,7 @@ class AuditLog:
     levels: list
     starts: np.ndarray
     cases: np.ndarray
-    time: np.ndarray | None = None
+    time: np.ndarray | Any = None
     dates: dict = field(default_factory=dict)
     by_time: dict = field(default_factory=dict)
     planned: tuple = ()
@@ -177,8 +177,8 @@ def _build(get, names, case, order=None, time=None, null=NULL, by_time={}, dates
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #118505e6
 @patch(cls_method=True)
-def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable | None = None,
-              null: object = NULL,
+def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable = None,
+              null: Any = NULL,
               by_time: dict = {}, dates: dict = {}, current: Any = None,
               planned: Any = ()) -> AuditLog:
     """Read an audit log from rows that show all fields after each update.
@@ -199,7 +199,7 @@ def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable
 # %% ../../nbs/eligibility/05_auditlog.ipynb #07489dd9
 @patch(cls_method=True)
 def from_parquet(cls: AuditLog, path: str | os.PathLike, case: Hashable, order: Any,
-                 time: Hashable | None = None,
+                 time: Hashable = None,
                  columns: Any = None, **kwargs: Any) -> AuditLog:
     """Read an audit log from a Parquet file of wide rows, column by column.
 
@@ -213,10 +213,10 @@ def from_parquet(cls: AuditLog, path: str | os.PathLike, case: Hashable, order: 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #f08d0136
 @patch(cls_method=True)
 def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
-               field: Hashable | None = None, old: Hashable | None = None,
-               new: Hashable | None = None, order: Hashable | None = None, null: Any = ("?",),
+               field: Hashable = None, old: Hashable = None,
+               new: Hashable = None, order: Hashable = None, null: Any = ("?",),
                dates: dict = {}, by_time: dict = {},
-               planned: Any = (), current: Any = None, created: Hashable | None = None) -> AuditLog:
+               planned: Any = (), current: Any = None, created: Hashable = None) -> AuditLog:
     """Read an audit log from rows that show changes.
 
     df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which
@@ -241,7 +241,7 @@ def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
 # %% ../../nbs/eligibility/05_auditlog.ipynb #00124c22
 @patch(cls_method=True)
 def from_xes(cls: AuditLog, path: str | os.PathLike, time: str | None = "time:timestamp",
-             null: object = NULL, carry: bool = False,
+             null: Any = NULL, carry: bool = False,
              **kwargs: Any) -> AuditLog:
     """Read an audit log from a XES file (.xes, .xes.gz), events in file order.
 
@@ -280,22 +280,18 @@ def _versions(table, key, time, fmt):
 def _latest(codes, when, wanted, at):
     """Position of the last version of each wanted key not later than `at` [n] (NAT: none that has a
     time): int64 [n], -1 if none."""
-    both = np.concatenate([codes, wanted])
-    mine = np.arange(len(both)) >= len(codes)  # a version of the same time comes first
-    order = np.lexsort((mine, np.concatenate([when, at]), both))
-    mine = mine[order]
-    last = np.maximum.accumulate(np.where(mine, -1, np.arange(len(order))))
-    found = np.where(last >= 0, order[last], -1)
-    found[(found >= 0) & (both[found] != both[order])] = -1
-    out = np.full(len(wanted), -1)
-    out[order[mine] - len(codes)] = found[mine]
+    asked = pd.DataFrame({"key": wanted, "at": at}).sort_values("at", kind="stable")
+    known = pd.DataFrame({"key": codes.astype(np.int64), "at": when, "row": range(len(codes))})
+    found = pd.merge_asof(asked, known.sort_values("at", kind="stable"), on="at", by="key").row
+    out = np.empty(len(wanted), np.int64)
+    out[asked.index] = found.fillna(-1)
     return out
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #1b0b0ba0
 @patch
 def join(self: AuditLog, table: Any, on: Hashable, prefix: str | None = None,
-         key: Hashable | None = None, time: Hashable | None = None,
-         fmt: str | None = None, null: object = NULL, planned: Any = ()) -> AuditLog:
+         key: Hashable = None, time: Hashable = None,
+         fmt: str | None = None, null: Any = NULL, planned: Any = ()) -> AuditLog:
     """Add the fields of a linked table, as of each row's time.
 
     table: DataFrame with a row per key, or per key and `time` from which it holds (strftime `fmt`,

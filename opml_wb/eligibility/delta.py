@@ -120,11 +120,11 @@ def _created(current, case, created, dates, cases):
     return known.reindex(cases, fill_value=NAT).to_numpy()
 
 # %% ../../nbs/eligibility/04_delta.ipynb #f08d0136
-def delta_rows(df: pd.DataFrame, case: Hashable, time: Hashable, field: Hashable | None = None,
-               old: Hashable | None = None, new: Hashable | None = None,
-               order: Hashable | None = None, null: Collection = ("?",), dates: dict = {},
+def delta_rows(df: pd.DataFrame, case: Hashable, time: Hashable, field: Hashable = None,
+               old: Hashable = None, new: Hashable = None,
+               order: Hashable = None, null: Collection = ("?",), dates: dict = {},
                current: pd.DataFrame | None = None,
-               created: Hashable | None = None) -> dict[str, Any]:
+               created: Hashable = None) -> dict[str, Any]:
     """Read rows that show changes: the first arguments of an `AuditLog`.
 
     Parameters as for its `from_delta`. Raises ValueError naming column, row or value."""

@@ -66,7 +66,7 @@ def _hashed(column, name):
         raise ValueError(f"field {name!r}: its values cannot be told apart ({e}); {hint}") from e
 
 # %% ../../nbs/eligibility/01_encode.ipynb #b68ffcaf
-def means_null(levels: pd.Index, null: object = NULL) -> np.ndarray:
+def means_null(levels: pd.Index, null: Any = NULL) -> np.ndarray:
     """Tell which of the levels [k] mean "nothing": bool [k].
 
     null: one value or several; texts are not looked for among dates."""
@@ -76,7 +76,7 @@ def means_null(levels: pd.Index, null: object = NULL) -> np.ndarray:
     return np.asarray(levels.isin(values))
 
 # %% ../../nbs/eligibility/01_encode.ipynb #7d13a0f6
-def encode(values: Any, null: object = NULL,
+def encode(values: Any, null: Any = NULL,
            name: Hashable = "values") -> tuple[np.ndarray, pd.Index]:
     """Factorise a column: (codes int32 [n], levels [k]).
 

@@ -191,15 +191,15 @@ def bias_curve(shares: Sequence[float] = (0, .1, .2, .3, .4, .6), seeds: int = 3
     what is lost is lost to end bias. The snapshot's model is trained on last values and asked with
     first ones. Returns DataFrame [share, seed, end_bias, snapshot, production, majority]."""
     out = []
-    for share in progress(list(shares)):
+    for part in progress(list(shares)):
         for seed in range(seeds):
-            log = simulate(cases, change=share, seed=seed).log
+            log = simulate(cases, change=part, seed=seed).log
             train, test = split_in_time(log, np.arange(log.n_cases), .7, .3, False)
-            now, end = log.codes[:, log.starts[:-1]], log.codes[:, log.last()]
+            now, end = log.codes[:, log.starts[:-1]], log.codes.take(log.last(), 1)
             y = commonest(end[log.at(label)], train, 8)
             right = hits(log, {"snapshot": list(fields)}, now, end, y, train, test, seed)
             bias = scan(log).frame().change_rate["priority"]
-            out.append((share, seed, bias,
+            out.append((part, seed, bias,
                         *(right[a].mean() for a in ("snapshot", "production", "majority"))))
     return pd.DataFrame(out, columns=["share", "seed", "end_bias", "snapshot", "production",
                                       "majority"])

@@ -128,7 +128,7 @@ def shares(fields: int, *counts: float) -> list[float]:
 
 # %% ../../nbs/eligibility/12_plots.ipynb #aac74060
 def sensitivity(s: "Scan", counts: "PairCounts",
-                ths: Sequence[float] = np.round(np.arange(.02, .99, .02), 2)) -> pd.DataFrame:
+                ths: np.ndarray = np.round(np.arange(.02, .99, .02), 2)) -> pd.DataFrame:
     """Count by threshold, of a Scan and PairCounts: DataFrame [th, null, change, ineligible
     (fields), inverse (ordered pairs)]."""
     f = s.frame()

@@ -13,7 +13,7 @@ import pandas as pd
 from ..core.kit.words import is_number
 from .auditlog import AuditLog, timed
 from .encode import NAT, share, whole
-from .scanning import CHANGED, FILLED, NULL, Scan, ratio, scan
+from .scanning import CHANGED, FILLED, NULL, ratio, scan
 from .verdict import count_pairs, verdicts, wilson
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #d9eccd1e
@@ -99,7 +99,9 @@ def read_samples(log: AuditLog, samples: int = 10, size: int = 5, seed: Seed = 0
     th), decided, null_rate, change_rate, cases: those read until it was decided). Raises ValueError
     naming the parameter, or if the log has too few such samples."""
     samples, size, _, (most_rows, most_cases) = _checked(log, samples, size, budget=budget, th=th)
-    read, total, until, rows = [], None, np.zeros(len(log.fields), np.int64), np.diff(log.starts)
+    read: list[np.ndarray] = []
+    total: Any = None
+    until, rows = np.zeros(len(log.fields), np.int64), np.diff(log.starts)
     looks = samples if budget is None else max(1, most_rows // max(1, int(np.median(rows)) * size))
     z = _looks_z(looks)
     for cases in deal(log, size, seed, samples):

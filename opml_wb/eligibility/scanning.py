@@ -79,14 +79,14 @@ def rows_at(log: AuditLog, at: Point = "start") -> np.ndarray:
     Raises ValueError for anything else, for a log without times, or for a value that never
     occurs."""
     a_log(log)
-    if isinstance(at, str) and at == "start": at = 0
-    if isinstance(at, (timedelta, np.timedelta64)):
-        timed(log, f"at={at}")
-        if pd.isna(at) or (window := at / timedelta(microseconds=1)) < 0:
-            raise ValueError(f"at={at}: expected a timedelta >= 0")
+    e: Any = 0 if isinstance(at, str) and at == "start" else at
+    if isinstance(e, (timedelta, np.timedelta64)):
+        timed(log, f"at={e}")
+        if pd.isna(e) or (window := e / timedelta(microseconds=1)) < 0:
+            raise ValueError(f"at={e}: expected a timedelta >= 0")
         return kernels.rows_after(log.starts, log.time, min(int(window), FAR))
-    if isinstance(at, tuple) and len(at) == 2: return _first(log, shows(log, *at))
-    if isinstance(at, bool) or not hasattr(at, "__index__") or (k := operator.index(at)) < 0:
+    if isinstance(e, tuple) and len(e) == 2: return _first(log, shows(log, *e))
+    if isinstance(e, bool) or not hasattr(e, "__index__") or (k := operator.index(e)) < 0:
         raise ValueError(f"at={at!r}: expected 'start', a number of updates >= 0, a timedelta, "
                          "or (field, value)")
     rows = log.starts[:-1] + min(k, len(log))
@@ -289,6 +289,7 @@ def scan_parts(parts: Iterable, read: Callable[[Any], AuditLog], at: Point = "st
     found = list(map(_Part(read, at), parts))
     if not found: raise ValueError("parts: expected at least one")
     scans, keys, there = zip(*found)
-    if not any(there): raise ValueError(f"at={at}: in no part {at[0]!r} ever is {at[1]!r}")
+    if isinstance(at, tuple) and not any(there):
+        raise ValueError(f"at={at}: in no part {at[0]!r} ever is {at[1]!r}")
     _refuse_shared(keys)
     return reduce(operator.add, scans)

@@ -188,6 +188,6 @@ def count_new(log: AuditLog, times: int = 200, seed: int = 0) -> np.ndarray:
     """Count untouched records in the table at `times` random moments of the middle four fifths of a
     log: int64 [times]."""
     begin = np.sort(timed(log, "count_new").time[log.starts[:-1]])
-    when = np.random.default_rng(seed).integers(*begin[[len(begin) // 10, -1 - len(begin) // 10]],
-                                                times)
+    first, last = begin[len(begin) // 10], begin[-1 - len(begin) // 10]
+    when = np.random.default_rng(seed).integers(first, last, times)
     return np.array([len(_rows(log, w.astype("M8[us]"), None)[0]) for w in when])

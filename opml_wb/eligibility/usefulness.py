@@ -6,7 +6,7 @@
 __all__ = ['split_in_time', 'commonest', 'by_day', 'hits', 'useful', 'summary', 'one_field_auc']
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #9860b267
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog, timed
@@ -162,7 +162,8 @@ def useful(log: AuditLog, label: str, at: Point = "start", seeds: int = 5,
             0 < share(s, "splits") < 1 for s in splits):
         raise ValueError(f"splits={splits!r}: expected shares of cases between 0 and 1, "
                          "like (.6, .8)")
-    arms, days, rows, paired = _arms(log, label, at, th), log.days(), [], {"loss": [], "gain": []}
+    arms, days, rows = _arms(log, label, at, th), log.days(), []
+    paired: dict[str, list] = {"loss": [], "gain": []}
     if not len(arms[0]):
         raise ValueError(f"label {label!r}: no case that comes to {at!r} has it in the end")
     for split in splits:
@@ -196,7 +197,7 @@ def one_field_auc(log: AuditLog, label: str, classes: int = 8, seed: int = 0) ->
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier
-    end, none = log.codes[:, log.last()], np.zeros(log.n_cases, np.int64)
+    end, none = log.codes.take(log.last(), 1), np.zeros(log.n_cases, np.int64)
     start = none if log.time is None else log.time[log.starts[:-1]]
     kept = end[log.at(label)] > 0
     def kinds(): return commonest(end[log.at(label)], np.flatnonzero(kept), classes)[kept]

@@ -240,7 +240,7 @@ def labels(log: AuditLog, at: Point = "start", th: float = .2) -> pd.DataFrame:
     matrix, clear, rows = judge(s, counts, th), masked(log), rows_at(log, at)
     kept, out = rows >= 0, []
     for i, f in enumerate(log.fields):
-        end, now = log.codes[i, log.last()[kept]], clear.codes[i, rows[kept]]
+        end, now = log.codes[i][log.last()[kept]], clear.codes[i][rows[kept]]
         seen = np.bincount(end[filled := end > 0])
         open_rate, top = ratio(((now != end) & filled).sum(),
                                filled.sum()), ratio(seen.max(initial=0), filled.sum())

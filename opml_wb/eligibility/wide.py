@@ -19,7 +19,7 @@ from .encode import NAT, NULL, column, dates_of, encode, linked
 
 # %% ../../nbs/eligibility/03_wide.ipynb #fed85329
 MOST = np.iinfo(np.int16).max   # levels that codes of two bytes can count
-CAST = {"string": str, "id": str, "int": int, "float": float,
+CAST: dict[str, Callable[[str], Any]] = {"string": str, "id": str, "int": int, "float": float,
         "boolean": lambda v: v.lower() == "true"}
 LIKE = {"dates": "{column: strftime format, or None for ISO 8601}",
         "by_time": "{field: date that tells when it is known}"}
@@ -84,7 +84,7 @@ def present(current: pd.DataFrame, case: Hashable, cases: np.ndarray) -> pd.Data
     return current.set_index(case)
 
 # %% ../../nbs/eligibility/03_wide.ipynb #dd894d0b
-def grouped(get: Columns, case: Hashable, null: object) -> tuple[np.ndarray, np.ndarray]:
+def grouped(get: Columns, case: Hashable, null: Any) -> tuple[np.ndarray, np.ndarray]:
     """Find the rank of each row's case (int64 [n].
 
     Cases by their first row), and the cases' keys [C]. Raises ValueError for an empty log, one too
@@ -97,10 +97,8 @@ def grouped(get: Columns, case: Hashable, null: object) -> tuple[np.ndarray, np.
     if (which == 0).any():
         raise ValueError(f"case {case!r}: row {int((which == 0).argmax())} has none; "
                          "drop such rows or name another case=")
-    first = np.full(len(cases) + 1, len(which))
-    np.minimum.at(first, which, np.arange(len(which)))
-    order = np.argsort(first[1:])
-    return np.argsort(order)[which - 1], np.asarray(cases[order], object)
+    rank, order = pd.factorize(which)
+    return rank, np.asarray(cases[order - 1], object)
 
 # %% ../../nbs/eligibility/03_wide.ipynb #41c8d223
 def order_key(values: Any, fmt: str | None, name: Hashable, issues: dict) -> np.ndarray:
@@ -146,8 +144,8 @@ def _ordered(rank, keys):
     return perm, new, ~new & (np.all(same, 0) if same else False)
 
 # %% ../../nbs/eligibility/03_wide.ipynb #4ba60dc5
-def times_of(get: Columns, time: Hashable | None, dates: dict,
-             null: object = NULL) -> np.ndarray | None:
+def times_of(get: Columns, time: Hashable, dates: dict,
+             null: Any = NULL) -> np.ndarray | None:
     "Read microseconds of each row's `time` (int64 [n], NAT where there is none), or None."
     if time is None: return None
     codes, levels = encode(get(time), null, time)
@@ -186,8 +184,8 @@ def _encoded(get, fields, null, perm):
     return codes, levels
 
 # %% ../../nbs/eligibility/03_wide.ipynb #252f73f6
-def wide_rows(get: Columns, names: list, case: Hashable, order: list, time: Hashable | None = None,
-              null: object = NULL, dates: dict = {}) -> dict[str, Any]:
+def wide_rows(get: Columns, names: list, case: Hashable, order: list, time: Hashable = None,
+              null: Any = NULL, dates: dict = {}) -> dict[str, Any]:
     """Read columns of wide rows: the first arguments of an `AuditLog`, see there.
 
     get: name -> values [n] of each of `names`. order: columns (none: rows are in order). dates:
@@ -259,7 +257,8 @@ def read_xes(path: str | os.PathLike) -> pd.DataFrame:
     path: .xes or .xes.gz. `case` is the trace's concept:name, its number without one; a name that
     comes again gets `#2`, an event's attribute that is called like one of the trace's columns
     `event:`. Raises ValueError naming the file and what is wrong with it."""
-    path, rows, seen = Path(path), [], {}
+    path, rows = Path(path), []
+    seen: dict[str, int] = {}
     opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     try:
         with opened as f:
