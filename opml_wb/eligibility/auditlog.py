@@ -89,8 +89,7 @@ def last(self: AuditLog) -> np.ndarray:
 # %% ../../nbs/eligibility/05_auditlog.ipynb #5de0d670
 @patch
 def days(self: AuditLog) -> np.ndarray:
-    """Find the day of each case's first time, since 1970: int64 [C], NAT where it is unknown or the
-    log has no times."""
+    "Find the day of each case's first time, since 1970: int64 [C], NAT where unknown."
     if self.time is None: return np.full(self.n_cases, NAT)
     first = self.time[self.starts[:-1]]
     return np.where(first == NAT, NAT, first // 86_400_000_000)
@@ -126,9 +125,7 @@ def timed(log: AuditLog, what: str) -> AuditLog:
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #40ae4b9b
 def _compare(log, current, case, null):
-    """Take fields that only the present table has.
-
-    Count cases and values that it doesn't share with the log's end."""
+    "Take fields that only the present table has; count what it doesn't share with the log's end."
     now = present(current, case, log.cases)
     log.issues["cases without audit rows"] = int((~now.index.isin(log.cases)).sum())
     log.issues["cases not in current"] = int((~pd.Index(log.cases).isin(now.index)).sum())
@@ -147,9 +144,8 @@ def _differ(log, f, codes, levels):
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #fef7b744
 def _finish(log, case, dates={}, by_time={}, current=None, null=NULL, planned=()):
-    """Add dates, by_time and the present table to a log, in place.
-
-    Count in `issues` what doesn't fit together."""
+    """Add dates, by_time and the present table to a log, in place; count what doesn't fit in
+    `issues`."""
     for f, levels in zip(log.fields, log.levels):
         if f in dates or levels.dtype.kind == "M":
             log.dates[f] = np.concatenate([[NAT], dates_of(levels, dates.get(f), f)])
@@ -261,8 +257,7 @@ def from_xes(cls: AuditLog, path: str | os.PathLike, time: str | None = "time:ti
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #3796047d
 def _versions(table, key, time, fmt):
-    """The table's rows sorted by key and time: (positions int64 [m], key codes int64 [m], times
-    int64 [m], key levels)."""
+    "Sort a table by key and time: (positions [m], key codes [m], times [m], key levels)."
     codes, levels = encode(table[key], name=key)
     if (codes == 0).any():
         raise ValueError(f"table: row {int((codes == 0).argmax())} has no {key!r}")
@@ -278,8 +273,7 @@ def _versions(table, key, time, fmt):
 
 # %% ../../nbs/eligibility/05_auditlog.ipynb #e5557670
 def _latest(codes, when, wanted, at):
-    """Position of the last version of each wanted key not later than `at` [n] (NAT: none that has a
-    time): int64 [n], -1 if none."""
+    "Find the last version of each wanted key [n] not later than `at` [n]: int64 [n], -1 if none."
     asked = pd.DataFrame({"key": wanted, "at": at}).sort_values("at", kind="stable")
     known = pd.DataFrame({"key": codes.astype(np.int64), "at": when, "row": range(len(codes))})
     found = pd.merge_asof(asked, known.sort_values("at", kind="stable"), on="at", by="key").row

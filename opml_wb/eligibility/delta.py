@@ -16,8 +16,8 @@ from .wide import grouped, order_key, present, times_of
 
 # %% ../../nbs/eligibility/04_delta.ipynb #c41448a1
 def _placed(df, case, time, order, dates, issues):
-    """(permutation, case codes int64 [n] in that order, case keys, times, ties) of rows put in
-    order by case, then order or time."""
+    """Order rows by case, then order or time: (permutation, case codes int64 [n], keys, times,
+    ties)."""
     which, cases = grouped(df.__getitem__, case, NULL)
     times = times_of(df.__getitem__, time, dates)
     if (times == NAT).any() and order is None:
@@ -30,7 +30,7 @@ def _placed(df, case, time, order, dates, issues):
 
 # %% ../../nbs/eligibility/04_delta.ipynb #b93f3819
 def _begins(which):
-    "The first row of each case, and the end: int64 [C + 1]; which: case of each row, in order."
+    "Find the first row of each case, and the end: int64 [C + 1]; which: case of each row."
     return np.append(np.flatnonzero(np.diff(which, prepend=-1)), len(which)).astype(np.int64)
 
 # %% ../../nbs/eligibility/04_delta.ipynb #b80c3709
@@ -52,8 +52,8 @@ def _sparse(df, case, time, order, null, dates, issues):
 
 # %% ../../nbs/eligibility/04_delta.ipynb #0d559fa7
 def _updates(which, times):
-    """Number of each audit row's update (rows of one case and time), the case and the time of each
-    update."""
+    """Number the updates (rows of one case and time): (update of each row, their cases, their
+    times)."""
     new = np.append(True, (which[1:] != which[:-1]) | (times[1:] != times[:-1]))
     return np.cumsum(new) - 1, which[new], times[new]
 
@@ -114,7 +114,8 @@ def _with_starts(fields, codes, levels, begin, of_case, when, cases, created, is
 
 # %% ../../nbs/eligibility/04_delta.ipynb #0e16815a
 def _created(current, case, created, dates, cases):
-    "Microseconds at which each of `cases` was created, NAT where the present table doesn't say."
+    """Look up when each of `cases` was created, in microseconds; NAT if the present table doesn't
+    say."""
     times = times_of(current.__getitem__, column(created, list(current)), dates)
     known = pd.Series(times, index=present(current, case, cases).index)
     return known.reindex(cases, fill_value=NAT).to_numpy()

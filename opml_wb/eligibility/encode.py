@@ -43,9 +43,7 @@ def _ranked(v, none, low, rank, out):
 
 # %% ../../nbs/eligibility/01_encode.ipynb #7dc14e41
 def _small(column):
-    """(v, none, low, span) of a Series of integers (numpy or nullable) with a small range.
-
-    None for others."""
+    "Find (v, none, low, span) of a Series of integers with a small range; None for others."
     whole = pd.api.types.is_integer_dtype(column.dtype)
     if not whole or column.dtype in ("uint64", "UInt64"): return None
     none = NONE if isinstance(column.dtype, np.dtype) else column.isna().to_numpy()
@@ -57,7 +55,7 @@ def _small(column):
 
 # %% ../../nbs/eligibility/01_encode.ipynb #59fba1e3
 def _hashed(column, name):
-    "(v, levels): codes from -1 (missing) and the levels of any Series."
+    "Factorise any Series: (codes from -1 for missing, levels)."
     if isinstance(column.dtype, pd.CategoricalDtype):
         return column.cat.codes.to_numpy(), column.cat.categories
     try: return pd.factorize(column)
@@ -102,9 +100,7 @@ def encode(values: Any, null: Any = NULL,
 
 # %% ../../nbs/eligibility/01_encode.ipynb #9d65910d
 def _format_of(text):
-    """A strftime format that fits a text, the day before the month where both could be.
-
-    A common one if none does."""
+    "Guess the strftime format of a text, the day before the month where both could be."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")            # it warns where only the month can come first
         return guess_datetime_format(str(text), dayfirst=True) or "%d/%m/%Y %H:%M"

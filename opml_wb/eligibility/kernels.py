@@ -132,10 +132,11 @@ def unpacked(out: np.ndarray, cases: np.ndarray) -> tuple[np.ndarray, ...]:
 @kernel
 def count_future(known: np.ndarray, time: np.ndarray, starts: np.ndarray, at: np.ndarray,
                  group: np.ndarray, out: np.ndarray) -> None:
-    """Add to out int64 [G, 2]: values whose date and row's time are known.
+    """Count values from the future of their own row.
 
-    Those later than their row. known: int64 [N], microseconds at which the row's value can be
-    known, NAT: no value or no date. time: int64 [N]. at: int64 [C], < 0 leaves a case out."""
+    Adds to out int64 [G, 2]: values whose date and row's time are known, and those of them later
+    than their row. known: int64 [N], microseconds at which the row's value can be known, NAT: no
+    value or no date. time: int64 [N]. at: int64 [C], < 0 leaves a case out."""
     for c in range(len(at)):
         if at[c] < 0: continue
         for i in range(starts[c], starts[c + 1]):
@@ -196,8 +197,7 @@ def count_pairs(fill: np.ndarray, before: np.ndarray, tie: np.ndarray) -> None:
 # %% ../../nbs/eligibility/02_kernels.ipynb #8acc49fe
 @kernel
 def carry(codes: np.ndarray, starts: np.ndarray) -> None:
-    """Replace -1 in codes int32 [F, N], in place, by the value of the row before in the same case
-    (null if there is none)."""
+    "Replace -1 in codes int32 [F, N], in place, by the value before in the same case, or null."
     for f in range(len(codes)):
         for c in range(len(starts) - 1):
             held = 0

@@ -7,7 +7,7 @@ __all__ = ['CELLS', 'COLUMNS', 'PAPER', 'PAPER_SNAPSHOTS', 'ARMS', 'heatmap', 'r
            'shares', 'sensitivity', 'sensitivity_figure', 'arms_figure', 'bias_figure']
 
 # %% ../../nbs/eligibility/12_plots.ipynb #00b3dcca
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
@@ -36,17 +36,14 @@ ARMS = {"snapshot": ("as the snapshot reports it", "muted"),
 
 # %% ../../nbs/eligibility/12_plots.ipynb #cd0ef0f1
 def _coded(matrix):
-    "Positions of verdicts in CELLS, NaN on the diagonal: float64 [F, F]."
-    names = list(CELLS)
-    z = np.array([[names.index(v) for v in row] for row in matrix.to_numpy()], float)
+    "Turn verdicts into positions in CELLS, NaN on the diagonal: float64 [F, F]."
+    z = matrix.map(list(CELLS).index).to_numpy(float, copy=True)
     np.fill_diagonal(z, np.nan)
     return z
 
 # %% ../../nbs/eligibility/12_plots.ipynb #6de70bc0
 def heatmap(matrix: pd.DataFrame, height: int | None = None) -> "go.Figure":
-    """Draw an eligibility matrix (DataFrame feature x label of verdicts).
-
-    `redraw` changes the figure."""
+    "Draw an eligibility matrix (DataFrame feature x label of verdicts); `redraw` changes it."
     n, names, k = len(matrix), list(map(str, matrix.index)), len(CELLS)
     scale = [[(i + s) / k, c] for i, c in enumerate(CELLS.values()) for s in (0, 1)]
     height = height or max(380, 15 * n + 210)
@@ -67,9 +64,7 @@ def heatmap(matrix: pd.DataFrame, height: int | None = None) -> "go.Figure":
 
 # %% ../../nbs/eligibility/12_plots.ipynb #2a381294
 def redraw(fig: "go.Figure", matrix: pd.DataFrame) -> dict[str, int]:
-    """Put another matrix over the same fields into the heatmap.
-
-    Return its counts by verdict, without the diagonal."""
+    "Put another matrix over the same fields into the heatmap; return its counts by verdict."
     z = _coded(matrix)
     fig.data[0].update(z=z, customdata=matrix.to_numpy())
     return {v: int((z == i).sum()) for i, v in enumerate(CELLS)}
@@ -77,8 +72,9 @@ def redraw(fig: "go.Figure", matrix: pd.DataFrame) -> dict[str, int]:
 # %% ../../nbs/eligibility/12_plots.ipynb #9ea7aa63
 def dumbbells(table: pd.Series, start: pd.Series, verdict: pd.Series,
               most: int = 14) -> "go.Figure":
-    """Draw the shares null in the table and at the start (by field), for the `most` fields that
-    differ most, coloured by verdict."""
+    """Draw shares null in the table and at the start, of the `most` fields that differ most.
+
+    Series by field; coloured by verdict."""
     far = (start - table).abs().sort_values(ascending=False).index[:most][::-1]
     fig = ui.figure("records in which the field is null", "", height=130 + 22 * len(far),
                     margin_t=70, xaxis_range=[-.03, 1.03], xaxis_tickformat=".0%")
@@ -98,9 +94,8 @@ def dumbbells(table: pd.Series, start: pd.Series, verdict: pd.Series,
 
 # %% ../../nbs/eligibility/12_plots.ipynb #96717a2c
 def future_bars(verdicts: pd.DataFrame) -> "go.Figure":
-    """Draw the share of values later than their own row, of each field with a date.
-
-    Coloured by verdict. verdicts: of `verdicts`."""
+    """Draw the share of values later than their own row, by dated field; `verdicts`: of that
+    function."""
     dated = verdicts.future_rate.dropna()
     fig = ui.figure("values later than the row that holds them", "", xaxis_tickformat=".0%",
                     xaxis_range=[0, 1.05],
@@ -112,8 +107,7 @@ def future_bars(verdicts: pd.DataFrame) -> "go.Figure":
 
 # %% ../../nbs/eligibility/12_plots.ipynb #03be5f61
 def figure2(rows: Mapping[str, pd.Series]) -> pd.DataFrame:
-    """Make Figure 2's table from {how: Series of `sample` or `sample_snapshots`}: texts, a dash
-    where a way can't tell."""
+    "Make Figure 2's table from {how: Series of `sample` or `sample_snapshots`}."
     def cell(row, k): return f"{row[k]:.1f} ({row[k + '_sd']:.1f})" if k in row else "–"
     cells = {how: {"number of fields": f"{row.fields:.0f}"}
              | {name: cell(row, k) for k, name in COLUMNS.items()}
@@ -122,15 +116,14 @@ def figure2(rows: Mapping[str, pd.Series]) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/12_plots.ipynb #d4083ad8
 def shares(fields: int, *counts: float) -> list[float]:
-    """Turn counts of fields, the last one of ordered pairs, into percent of fields and of ordered
-    pairs."""
+    "Turn counts of fields, the last one of ordered pairs, into percent of these."
     return [100 * c / fields for c in counts[:-1]] + [100 * counts[-1] / fields / (fields - 1)]
 
 # %% ../../nbs/eligibility/12_plots.ipynb #aac74060
 def sensitivity(s: "Scan", counts: "PairCounts",
                 ths: np.ndarray = np.round(np.arange(.02, .99, .02), 2)) -> pd.DataFrame:
-    """Count by threshold, of a Scan and PairCounts: DataFrame [th, null, change, ineligible
-    (fields), inverse (ordered pairs)]."""
+    """Count by threshold: DataFrame [th, null, change, ineligible (fields), inverse (ordered
+    pairs)]."""
     f = s.frame()
     null, change = np.nan_to_num(f.null_rate.to_numpy()), np.nan_to_num(f.change_rate.to_numpy())
     last = np.nan_to_num(counts.rates()[2])
@@ -167,8 +160,7 @@ def arms_figure(found: pd.DataFrame, title: str = "") -> "go.Figure":
 
 # %% ../../nbs/eligibility/12_plots.ipynb #a8679c09
 def bias_figure(curve: pd.DataFrame) -> "go.Figure":
-    """Draw loss in production against the end bias of one field, of `bias_curve`: a point per
-    process, the mean as a line, 20 % dashed."""
+    "Draw loss in production against the end bias of one field, of `bias_curve`; 20 % dashed."
     loss = (curve.snapshot - curve.production) * 100
     mean = curve.assign(loss=loss).groupby("share")[["end_bias", "loss"]].mean()
     fig = ui.figure("end bias of one feature: cases whose last value is another",

@@ -22,9 +22,7 @@ RATES = ["null_rate", "change_rate"]
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #42b1456e
 def _blocks(days, size):
-    """Block of each case int64 [C]: its day, or some days in a row that have `size` cases together.
-
-    -1 where the day is unknown."""
+    "Group days into blocks of at least `size` cases: block of each case int64 [C], -1: no day."
     known, day, n = np.unique(days, return_inverse=True, return_counts=True)
     block, held, of = 0, 0, np.full(len(known), -1)
     for i in np.flatnonzero(known != NAT):
@@ -35,8 +33,7 @@ def _blocks(days, size):
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #c2ee9cae
 def deal(log: AuditLog, size: int = 5, rng: Seed = None, samples: int = 10) -> Iterator[np.ndarray]:
-    """Deal endless groups of `size` case positions (int [size]), each of one day or of some sparse
-    ones in a row.
+    """Deal endless groups of `size` cases (positions int [size]) of one day or some sparse ones.
 
     They come in passes of `samples`, until no day has so many cases left unread. Each case is as
     likely to be read as any other (systematic sampling in proportion to size, Madow 1949)."""
@@ -51,9 +48,7 @@ def deal(log: AuditLog, size: int = 5, rng: Seed = None, samples: int = 10) -> I
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #8b1e5a13
 def _checked(log, samples, size, runs=1, budget=None, th=.2):
-    """(samples, size, runs) as int and the most (rows, cases) that may be read.
-
-    ValueError naming what is wrong."""
+    "Check numbers: (samples, size, runs) as int and the most (rows, cases) that may be read."
     timed(log, "sample")
     samples, size, runs = whole(samples, "samples"), whole(size, "size"), whole(runs, "runs")
     share(th, "th")
@@ -68,13 +63,13 @@ def _checked(log, samples, size, runs=1, budget=None, th=.2):
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #3fb8b0e4
 def _looks_z(looks):
-    "Normal quantile of a 95 % interval that is looked at `looks` times (Bonferroni)."
+    "Find the normal quantile of a 95 % interval that is looked at `looks` times (Bonferroni)."
     from scipy.stats import norm
     return norm.ppf(1 - .025 / looks)
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #4e3093eb
 def _decided(s, th, z):
-    "bool [F]: both rates of a Scan are known to be above th or not, or one is above."
+    "Mark fields with both rates of a Scan known to be above th or not, or one above: bool [F]."
     total, out = s.sums(), []
     for k, n in ((total[:, NULL], np.full(len(total), s.n)), (total[:, CHANGED], total[:, FILLED])):
         lo, hi = wilson(k, n, z)
@@ -83,7 +78,7 @@ def _decided(s, th, z):
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #76dcebbd
 def _above(frame, th):
-    "ineligible | ok, by the rates of a Scan's frame, each against th: object [F]."
+    "Judge by the rates of a Scan's frame, each against th: object [F] of ineligible | ok."
     return np.where((np.nan_to_num(frame[RATES].to_numpy()) > th).any(1), "ineligible", "ok")
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #e6a1fa1c
@@ -125,11 +120,10 @@ def read_samples(log: AuditLog, samples: int = 10, size: int = 5, seed: Seed = 0
 # %% ../../nbs/eligibility/08_sampling.ipynb #86c12d17
 def agreement(log: AuditLog, runs: int = 20, seed: int = 0, th: float = .2, decided: bool = False,
               **how: Any) -> np.ndarray:
-    """Compute the share of fields whose verdict from `read_samples(**how)` is that of the full
-    scan, in each run: float64 [runs].
+    """Compute the share of fields judged as by the full scan, in each run: float64 [runs].
 
-    decided: leave out the fields that `verdicts` calls undetermined even with the whole log. th,
-    how: as for `read_samples`, which see for errors."""
+    Judged by `read_samples(**how)`. decided: leave out the fields that `verdicts` calls
+    undetermined even with the whole log. th, how: as for `read_samples`, which see for errors."""
     all_, seeds = scan(log), np.random.SeedSequence(seed).spawn(whole(runs, "runs"))
     full = _above(all_.frame(), share(th, "th"))
     kept = (verdicts(all_, th).verdict[:len(full)] != "undetermined").to_numpy() | (not decided)
@@ -169,8 +163,7 @@ def _one(log, samples, size, seed, budget, th):
 
 # %% ../../nbs/eligibility/08_sampling.ipynb #15a1128c
 def mean_sd(runs: list[dict], fields: int) -> dict[str, float]:
-    """Summarise runs (dicts of counts) as a row of Figure 2: the number of fields, each count's
-    mean and, as `_sd`, its standard deviation."""
+    "Summarise runs (dicts of counts): the number of fields, and each count's mean and `_sd`."
     all_, row = pd.DataFrame(runs).astype(float), {"fields": fields, "fields_sd": 0.}
     for c in all_:
         row |= {c: all_[c].mean(), f"{c}_sd": all_[c].std(ddof=1) if len(runs) > 1 else 0.}

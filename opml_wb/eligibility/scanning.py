@@ -64,7 +64,7 @@ def shows(log: AuditLog, name: str, value: Any) -> np.ndarray:
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #fcfaf005
 def _first(log, shown):
-    "The first row of each case that is in shown bool [N]: int64 [C], -1 where none is."
+    "Find the first row of each case that is in shown bool [N]: int64 [C], -1 where none is."
     rows, out = np.flatnonzero(shown), np.full(log.n_cases, -1)
     cases, first = np.unique(np.searchsorted(log.starts, rows, "right") - 1, return_index=True)
     out[cases] = rows[first]
@@ -139,8 +139,7 @@ class Scan:
 # %% ../../nbs/eligibility/06_scanning.ipynb #5f1ed24f
 @patch(as_prop=True)
 def ids(self: Scan) -> np.ndarray:
-    """Mark text fields with a value of their own in (nearly) each case, bool [F]: no model learns
-    from that."""
+    "Mark texts with a value of their own in (nearly) each case, bool [F]: nothing to learn from."
     def own(v, n): return v is not None and len(v) >= max(IDS, .95 * n)
     return np.array(list(map(own, self.own, self.filled)))
 
@@ -160,7 +159,7 @@ def frame(self: Scan) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #8350a40a
 def _merge(a, b):
-    "The scan of the cases of both; they must be of the same fields and point e."
+    "Add up the scans of different cases; they must be of the same fields and point e."
     if a.fields != b.fields or a.at != b.at:
         raise ValueError("two scans add up only at one point e and over the same fields: "
                          f"{a!r}, {b!r}")
@@ -180,16 +179,14 @@ def _merge(a, b):
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #2334a9cf
 def _groups(log):
-    "(days int64 [D], index of each case's day int64 [C])."
+    "Group cases by day: (days int64 [D], index of each case's day int64 [C])."
     if log.time is None: return np.full(min(1, log.n_cases), NAT), np.zeros(log.n_cases, np.int64)
     group, days = pd.factorize(log.days(), sort=True)
     return days, group
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #f1dfd26a
 def _values(log, i):
-    """(the one value of field i in these cases, None without any, else MANY.
-
-    Its values (set) if it is a text, else None)."""
+    "Find (the one value of field i, None without any, else MANY; its values, a set, if a text)."
     levels = log.levels[i]
     text = not len(levels) or levels.dtype.kind not in "iufbmM" and log.fields[i] not in log.dates
     enough = len(levels) if text else min(2, len(levels))
@@ -199,7 +196,7 @@ def _values(log, i):
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #ae837502
 def _states(log, rows, group, D, jobs):
-    "Counts int64 [F, D, 6] of `kernels.count_fields`, by `jobs` threads."
+    "Count as `kernels.count_fields` does, by `jobs` threads: int64 [F, D, 6]."
     (ends, at, group), F = kernels.narrow(log.starts, rows, group), len(log.fields)
     start = np.array_equal(rows, log.starts[:-1])
     out = np.zeros((F, D, 2), np.uint64) if start else np.zeros((F, D, 6), np.int64)
@@ -218,7 +215,7 @@ def _states(log, rows, group, D, jobs):
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #22e46c4c
 def _futures(log, rows, group, D):
-    "Counts int64 [F, D, 2] of `kernels.count_future`, and which fields have dates, bool [F]."
+    "Count as `kernels.count_future` does: (int64 [F, D, 2], which fields have dates bool [F])."
     out, dated = np.zeros((len(log.fields), D, 2), np.int64), np.zeros(len(log.fields), bool)
     for i, f in enumerate(log.fields):
         if (known := known_at(log, f)) is not None:
@@ -228,7 +225,7 @@ def _futures(log, rows, group, D):
 
 # %% ../../nbs/eligibility/06_scanning.ipynb #0b09cf2d
 def _counted(log, at, rows, jobs=None):
-    "Scan of a log at the rows int64 [C] that are its point `at`; -1 leaves a case out."
+    "Scan a log at the rows int64 [C] that are its point `at`; -1 leaves a case out."
     days, group = _groups(log)
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     states = _states(log, rows, group, len(days), jobs)

@@ -23,7 +23,7 @@ DAY, HOUR = 86_400_000_000, 3.6e9   # microseconds
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #8111341f
 def _moment(when):
-    "Microseconds of a moment in any form that pandas reads; ValueError for others."
+    "Turn a moment in any form that pandas reads into microseconds; ValueError for others."
     try: t = pd.NaT if isinstance(when, Real) else pd.Timestamp(when)
     except (ValueError, TypeError): t = pd.NaT
     if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment, like '2020-03-01 12:00'")
@@ -31,8 +31,7 @@ def _moment(when):
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #e9723fe1
 def _young(log, rows, delay):
-    """Mark the rows int64 [C] (-1: no record yet) that a starting or delayed snapshot keeps: bool
-    [C]."""
+    "Mark the rows int64 [C] (-1: no record yet) that a young snapshot keeps: bool [C]."
     begin, there = log.starts[:-1], rows >= 0
     if delay is None: return there & (rows == begin)
     if isinstance(delay, tuple) and len(delay) == 2: return there & shows(log, *delay)[rows]
@@ -50,7 +49,7 @@ def _young(log, rows, delay):
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #4db09831
 def _rows(log, when, delay):
-    "Row of each case that the snapshot holds: int64, and those cases."
+    "Find the row of each case that the snapshot holds, int64, and those cases."
     rows = kernels.rows_until(timed(log, "snapshot").starts, log.time, _moment(when))
     cases = np.flatnonzero(_young(log, rows, delay))
     return rows[cases], cases
@@ -78,8 +77,7 @@ def snapshot(log: AuditLog, when: Any, delay: Any = None) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #03e3ce73
 def _counts(filled, th):
-    """From filled bool [F, m]: fields null (bool [F]) and inverse pairs (bool [F, F], feature x
-    label) among m records; share last."""
+    "Judge filled bool [F, m]: fields null [F], inverse pairs [F, F] (feature x label), share last."
     both = filled.astype(np.float32)
     label = both.sum(1)
     of = np.broadcast_to(label, (len(both), len(both)))
@@ -141,7 +139,7 @@ def widen(log: AuditLog, when: Iterable, delays: Iterable, pair: Sequence[str],
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #89a728b1
 def _heavy(w):
-    "Words of warning if the mean of waits [m] hangs on few of them, else None."
+    "Word a warning if the mean of waits [m] hangs on few of them, else None."
     mean, median = w.mean(), np.median(w)
     longest = np.sort(w)[-max(1, len(w) // 100):].sum() / max(w.sum(), 1e-300)
     if mean <= 5 * median and (len(w) < 100 or longest <= .2): return None
@@ -185,8 +183,8 @@ def first_actions(log: AuditLog) -> tuple[float, np.ndarray]:
 
 # %% ../../nbs/eligibility/09_snapshots.ipynb #fad6c6d7
 def count_new(log: AuditLog, times: int = 200, seed: int = 0) -> np.ndarray:
-    """Count untouched records in the table at `times` random moments of the middle four fifths of a
-    log: int64 [times]."""
+    """Count untouched records at `times` random moments of the log's middle four fifths: int64
+    [times]."""
     begin = np.sort(timed(log, "count_new").time[log.starts[:-1]])
     first, last = begin[len(begin) // 10], begin[-1 - len(begin) // 10]
     when = np.random.default_rng(seed).integers(first, last, times)

@@ -16,8 +16,9 @@ from .verdict import eligibility_matrix, masked
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #2c6ce642
 def _numbers(log, name, codes, start, fitted=None):
-    """Codes as float64 [m] for trees, and what was fitted: numbers as they are, dates in hours
-    since the start, texts ranked by frequency."""
+    """Turn codes [m] into numbers for trees: (float64 [m], what was fitted).
+
+    Numbers stay, dates are hours since the start, texts are ranked by frequency."""
     levels = log.levels[log.at(name)]
     if name in log.dates and log.time is not None:
         return np.where(codes > 0, (log.dates[name][codes] - start) / 3.6e9, np.nan), True
@@ -32,7 +33,7 @@ def _numbers(log, name, codes, start, fitted=None):
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #6ee3c793
 def _table(log, fields, codes, start, fitted=None):
-    "Features float64 [m, len(fields)] of codes int32 [F, m], and what was fitted to them."
+    "Make features float64 [m, len(fields)] of codes int32 [F, m], and what was fitted to them."
     parts = [_numbers(log, f, codes[log.at(f)], start, fitted and fitted[f]) for f in fields]
     empty = np.zeros((codes.shape[1], 0))
     return np.column_stack([p[0] for p in parts] or [empty]), {f: p[1]
@@ -51,8 +52,7 @@ def split_in_time(log: AuditLog, cases: np.ndarray, share: float, width: float,
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #2a98730b
 def commonest(codes: np.ndarray, train: np.ndarray, most: int) -> np.ndarray:
-    """Make classes int64 of codes [C]: the `most` commonest in training (int [m]), then one for all
-    others."""
+    "Make classes int64 of codes [C]: the `most` commonest in training, then one for all others."
     seen = np.bincount(codes[train], minlength=codes.max() + 1)
     seen[0] = 0
     top = np.argsort(-seen, kind="stable")[:min(most, (seen > 0).sum())]
@@ -62,7 +62,7 @@ def commonest(codes: np.ndarray, train: np.ndarray, most: int) -> np.ndarray:
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #66e7b80a
 def _fit(x, y, seed, trees, depth):
-    "An XGBoost classifier of classes y, as x -> class."
+    "Fit XGBoost to classes y: x -> class."
     from xgboost import XGBClassifier
     kinds, y = np.unique(y, return_inverse=True)
     if len(kinds) == 1 or not x.shape[1]:
@@ -74,8 +74,9 @@ def _fit(x, y, seed, trees, depth):
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #f40ad5d9
 def by_day(hit: np.ndarray, day: np.ndarray) -> tuple[float, float, float]:
-    """Compute (mean, lo, hi) of hit float64 [m], 95 %, with days as independent units (ratio
-    estimator, Student's t)."""
+    """Compute (mean, lo, hi), 95 %, of hit float64 [m] with days as independent units.
+
+    Ratio estimator, Student's t."""
     from scipy.stats import t
     _, d = np.unique(day, return_inverse=True)
     n, k = np.bincount(d), np.bincount(d, hit)
@@ -86,7 +87,7 @@ def by_day(hit: np.ndarray, day: np.ndarray) -> tuple[float, float, float]:
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #b4f19136
 def _arms(log, label, at, th):
-    """(cases that come to e with a label, codes at e [F, C], codes at the end [F, C], features by
+    """Find (cases that come to e with a label, codes at e [F, C], at the end [F, C], features by
     arm)."""
     clear, rows, i = masked(log), rows_at(log, at), log.at(label)
     column = eligibility_matrix(log, at, th)[label]
@@ -192,8 +193,9 @@ def summary(found: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/10_usefulness.ipynb #a2dba435
 def one_field_auc(log: AuditLog, label: str, classes: int = 8, seed: int = 0) -> pd.Series:
-    """Measure how well each field alone predicts `label` in finished records: AUC by field (one
-    against all, mean of classes), out of fold."""
+    """Measure how well each field alone predicts `label` in finished records: AUC by field.
+
+    One against all, mean of classes, out of fold."""
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict
     from sklearn.tree import DecisionTreeClassifier

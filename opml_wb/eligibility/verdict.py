@@ -26,8 +26,9 @@ TIES = .8        # share of ties above which nobody knows the order of two field
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #425786f9
 def wilson(k: np.ndarray, n: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Compute Wilson's score interval of k out of n (n > 0 may be fractional): (lo, hi), 0 and 1
-    where n is 0. z: normal quantile."""
+    """Compute Wilson's score interval of k out of n: (lo, hi), 0 and 1 where n is 0.
+
+    n > 0 may be fractional. z: normal quantile."""
     k, n = np.asarray(k, float), np.asarray(n, float)
     with np.errstate(divide="ignore", invalid="ignore"):
         mid = (k + z * z / 2) / (n + z * z)
@@ -45,9 +46,9 @@ def _unsure(k, n, lo, hi, th):
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #4d104492
 def effective(k: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Compute the effective number of cases behind sum(k) / sum(n), float64 [F].
+    """Compute the effective number of cases behind sum(k) / sum(n): float64 [F].
 
-    K, n: int64 [D, F] by day."""
+    k, n: int64 [D, F] by day."""
     K, N, D = k.sum(0), n.sum(0), (n > 0).sum(0)
     r = ratio(K, N)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -57,7 +58,7 @@ def effective(k: np.ndarray, n: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #3a561ab9
 def _interval(k, n):
-    "(k, n, lo, hi) in all, [F], of counts by day [D, F]."
+    "Sum counts by day [D, F], with an interval: (k, n, lo, hi), each [F]."
     size = effective(k, n)
     return k.sum(0), n.sum(0), *wilson(ratio(k.sum(0), n.sum(0)) * size, size)
 
@@ -124,11 +125,11 @@ def backfilled(log: AuditLog) -> list[str]:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #8f087548
 def masked(log: AuditLog, fields: str | Iterable[str] | None = None) -> AuditLog:
-    """Make the log without values from the future: each is null until its date, or, where it has
-    none, until its case ends.
+    """Make the log without values from the future: null until they can be known.
 
-    fields: names, each a date or one that `by_time` dates (None: those that `backfilled` finds, and
-    those dated by them). Raises ValueError for others."""
+    That is their date or, without one, the end of their case. fields: names, each a date or one
+    that `by_time` dates (None: those that `backfilled` finds, and those dated by them). Raises
+    ValueError for others."""
     codes = a_log(log).codes.copy()
     found = backfilled(log) if fields is None else several(fields, log.fields)
     if fields is None:
@@ -176,8 +177,7 @@ def count_pairs(log: AuditLog, at: Point = "start") -> PairCounts:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #511b5896
 def pair_verdicts(counts: PairCounts, th: float = .2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Judge all pairs: object [F, F] of ok | inverse | undetermined, and the interval (lo, hi) of
-    `last`."""
+    "Judge all pairs: (object [F, F] of ok | inverse | undetermined, lo, hi of `last`)."
     n = np.broadcast_to(counts.n, counts.before.shape)
     k = n - counts.before - counts.tie
     lo, hi = wilson(k, n)
@@ -211,8 +211,7 @@ def counted(log: AuditLog, at: Point = "start") -> tuple[Scan, PairCounts]:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #a36509a9
 def judge(s: Scan, counts: PairCounts, th: float = .2) -> pd.DataFrame:
-    """Make the matrix (see `eligibility_matrix`) of a Scan and PairCounts, for any th without
-    reading the log again."""
+    "Make the matrix of a Scan and PairCounts, for any th without reading the log again."
     field = verdicts(s, th).verdict.to_numpy()[:len(s.fields), None]
     out = np.where(field == "ok", pair_verdicts(counts, th)[0], field)
     np.fill_diagonal(out, "ineligible")
@@ -221,10 +220,10 @@ def judge(s: Scan, counts: PairCounts, th: float = .2) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #5ea6d5ff
 def eligibility_matrix(log: AuditLog, at: Point = "start", th: float = .2) -> pd.DataFrame:
-    """Judge which field may predict which: DataFrame [F, F], feature x label, of ok | inverse |
-    ineligible | backfill | undetermined.
+    """Judge which field may predict which: DataFrame [F, F], feature x label.
 
-    A field does not predict itself (ineligible). log: AuditLog. at, th: as for `verdicts`."""
+    Verdicts: ok | inverse | ineligible | backfill | undetermined; a field does not predict itself.
+    log: AuditLog. at, th: as for `verdicts`."""
     return judge(*counted(log, at), th)
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #3140b189
@@ -255,11 +254,10 @@ def labels(log: AuditLog, at: Point = "start", th: float = .2) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/07_verdict.ipynb #5c695129
 def models_left(log: AuditLog, ats: Iterable[Point] = ("start",), th: float = .2) -> pd.Series:
-    """Count the models that the search space has and keeps: log10 counts, `all` = |F| |E| 2^|F|,
-    `left`, and `ruled_out` (a share).
+    """Count the models that the search space has and keeps, as log10.
 
-    ats: the points e. Left are, for each e and potential label, the subsets of its eligible
-    features, the empty one not counted."""
+    `all` = |F| |E| 2^|F|, `left`, and `ruled_out` (a share). ats: the points e. Left are, for each
+    e and potential label, the subsets of its eligible features, the empty one not counted."""
     ats, F = list(ats), len(log.fields)
     usable = (labels(log, at, th).query("label == 'potential'").n_features for at in ats)
     left = sum(2**int(n) - 1 for features in usable for n in features)

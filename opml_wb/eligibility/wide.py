@@ -85,10 +85,9 @@ def present(current: pd.DataFrame, case: Hashable, cases: np.ndarray) -> pd.Data
 
 # %% ../../nbs/eligibility/03_wide.ipynb #dd894d0b
 def grouped(get: Columns, case: Hashable, null: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rank of each row's case (int64 [n].
+    """Rank each row's case by its first row: (int64 [n], the cases' keys [C]).
 
-    Cases by their first row), and the cases' keys [C]. Raises ValueError for an empty log, one too
-    large, or a row without a case."""
+    Raises ValueError for an empty log, one too large, or a row without a case."""
     which, cases = encode(get(case), null, case)
     if not len(which): raise ValueError("the log is empty: expected at least one row")
     if len(which) >= 2**32 - 1:
@@ -109,10 +108,10 @@ def order_key(values: Any, fmt: str | None, name: Hashable, issues: dict) -> np.
     v = pd.Series(values)
     if isinstance(v.dtype, pd.CategoricalDtype) and v.cat.ordered:
         v = v.cat.codes.where(v.notna()).astype("Int32")
-    number = v if v.dtype.kind in "iufb" else pd.Series([np.nan])
-    if v.dtype.kind not in "iufbM" and fmt is None: number = pd.to_numeric(v, errors="coerce")
-    if v.dtype.kind in "iufb" or not number.isna().any():
-        key, none = number.to_numpy(), number.isna().to_numpy()
+    if v.dtype.kind not in "iufbM" and fmt is None:
+        number = pd.to_numeric(v, errors="coerce")
+        if not number.isna().any(): v = number
+    if v.dtype.kind in "iufb": key, none = v.to_numpy(), v.isna().to_numpy()
     else:
         codes, levels = encode(v, name=name)
         key, none = _dated_or_text(levels, fmt, name, issues)[codes], codes == 0
@@ -123,7 +122,7 @@ def order_key(values: Any, fmt: str | None, name: Hashable, issues: dict) -> np.
 
 # %% ../../nbs/eligibility/03_wide.ipynb #66e1d484
 def _dated_or_text(levels, fmt, name, issues):
-    "Sortable int64 [levels + 1] of levels that are dates or, where no format is given, texts."
+    "Rank levels that are dates or, without a format, texts: sortable int64 [levels + 1]."
     try: rank = dates_of(levels, fmt, name)
     except ValueError:
         if fmt is not None: raise
@@ -133,8 +132,7 @@ def _dated_or_text(levels, fmt, name, issues):
 
 # %% ../../nbs/eligibility/03_wide.ipynb #aaf7c3f6
 def _ordered(rank, keys):
-    """Find the stable permutation [n] that puts rows in order of their cases' rank and, in these,
-    of the keys.
+    """Order rows by their cases' rank and, in these, by the keys: a stable permutation [n].
 
     Also bool [n], of each row in its place: a case begins with it; and: it ties with the row
     before."""
@@ -152,28 +150,22 @@ def times_of(get: Columns, time: Hashable, dates: dict,
     return np.concatenate([[NAT], dates_of(levels, dates.get(time), time)])[codes]
 
 # %% ../../nbs/eligibility/03_wide.ipynb #74cf235a
-def _refuse_equal(get, names, codes, tied, case, keys):
+def _refuse_equal(get, names, codes, tied, case):
     """Raise ValueError if two rows of the same case and order are equal in all fields.
 
     get: name -> values [N] in order; names: the case's column, then F fields. codes: [F, N]. tied:
-    bool [N], see `_ordered`. case: [N]. keys: [N] each."""
+    bool [N], see `_ordered`. case: [N]."""
     rows = np.flatnonzero(tied | np.append(tied[1:], False))
-    if not len(rows): return
-    keyed = {f"k{i}": k[rows] for i, k in enumerate(keys)}
-    block = pd.DataFrame(codes[:, rows].T).assign(case=case[rows], **keyed)
-    alike = block[block.duplicated(keep=False)].groupby(list(block), sort=False).groups
-    for same in alike.values():
-        raw = pd.DataFrame({c: pd.Series(get(c)).take(rows[same]).array for c in names})
-        raw = raw.astype(object)
-        if raw.duplicated().any():
-            of = pd.Series(get(names[0])).take(rows[same[:1]]).tolist()[0]
-            raise ValueError(f"two rows of case {of!r} are equal in every field "
-                             f"({raw.iloc[-1].dropna().to_dict()}); "
-                             "drop the copies: df.drop_duplicates()")
+    alike = pd.DataFrame(codes[:, rows].T).assign(case=case[rows]).duplicated(keep=False)
+    if not len(rows := rows[alike.to_numpy(bool)]): return            # no column is read again
+    raw = pd.DataFrame({c: pd.Series(get(c)).take(rows).array for c in names}).astype(object)
+    for _, row in raw[raw.duplicated()].iterrows():
+        raise ValueError(f"two rows of case {row.iloc[0]!r} are equal in every field "
+                         f"({row.dropna().to_dict()}); drop the copies: df.drop_duplicates()")
 
 # %% ../../nbs/eligibility/03_wide.ipynb #53638fda
 def _encoded(get, fields, null, perm):
-    "codes int16 or int32 [F, n] of the fields' rows in order, and their levels."
+    "Encode the fields' rows in order: (codes int16 or int32 [F, n], levels)."
     codes, levels = np.empty((len(fields), len(perm)), np.int16), []
     sorted_ = np.array_equal(perm, np.arange(len(perm)))
     for i, f in enumerate(fields):
@@ -197,8 +189,7 @@ def wide_rows(get: Columns, names: list, case: Hashable, order: list, time: Hash
     perm, new, tied = _ordered(rank, keys)
     issues["ties"] = int(tied.sum())
     codes, levels = _encoded(get, fields, null, perm)
-    _refuse_equal(lambda c: pd.Series(get(c)).take(perm), [case, *fields], codes, tied, rank[perm],
-                 [k[perm] for k in keys])
+    _refuse_equal(lambda c: pd.Series(get(c)).take(perm), [case, *fields], codes, tied, rank[perm])
     times = times_of(get, time, dates, null)
     starts = np.append(np.flatnonzero(new), len(perm)).astype(np.int64)
     return dict(fields=fields, codes=codes, levels=levels, starts=starts, cases=cases,
@@ -241,7 +232,7 @@ def _attributes(element: Element, prefix: str = "") -> dict[str, Any]:
 
 # %% ../../nbs/eligibility/03_wide.ipynb #1abff505
 def _named(name, seen):
-    "A name for a trace that no other has; seen: name -> the last number given to it."
+    "Name a trace as no other is; seen: name -> the last number given to it."
     key = name
     while key in seen:
         seen[name] += 1
