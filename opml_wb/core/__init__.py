@@ -21,7 +21,7 @@ MOVED = {  # old module: where it is now
     "importance": "show.importance", "compare_plots": "show.compare_plots",
     "compare": "show.compare", "compare_page": "show.compare_page", "form": "show.form",
     "space": "sweep.search_space", "study": "sweep.study", "claims": "sweep.trial_locks",
-    "order": "sweep.spec", "cluster": "sweep.cluster", "executors": "sweep.executors",
+    "order": "sweep.spec", "cluster": "sweep.executors", "executors": "sweep.executors",
     "board": "sweep.live", "trials": "sweep.trials", "docs_pages": "site.pages",
     "docs_api": "site.api", "docs_sources": "site.sources", "docs": "site.build",
     "skeleton": "cli.author", "author": "cli.author", "doctor": "cli.doctor",

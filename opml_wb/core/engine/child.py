@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..kit.files import append, opened, plain, read_json, write_json, write_text
 from ..kit.procs import die_with_parent
-from ..record import events, store
+from ..record import progress, store
 from ..request.plugin import around
 from .ending import NO_MEMORY, source_index
 from .isolation import limit_data, seed_everything
@@ -44,10 +44,10 @@ def _enter(spec: Mapping[str, Any], supervisor: int) -> None:
 def _told(folder: Path, nb: "NotebookNode", injected: int | None) -> Callable[[int], None]:
     "A function that records in `folder` that a cell begins, given its index."
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
-    progress = opened(folder/store.PROGRESS)
+    told = opened(folder/store.PROGRESS)
     def on_cell(i: int) -> None:
-        append(progress, {"cell": i, "nth": code.index(i) + 1, "of": len(code)})
-        events.cell(source_index(i, injected))
+        append(told, {"cell": i, "nth": code.index(i) + 1, "of": len(code)})
+        progress.cell(source_index(i, injected))
     return on_cell
 
 # %% ../../../nbs/core/engine/05_child.ipynb #ffcb02b6
@@ -89,7 +89,7 @@ def _execute(spec: dict[str, Any], shell: "InteractiveShell") -> dict[str, Any]:
     if spec["mem"]: limit_data(spec["mem"])
     with around(spec.get("hooks") or (), folder):
         error = asyncio.new_event_loop().run_until_complete(execution.run())
-        events.cell()
+        progress.cell()
     for fd in spec["spare"]: os.close(fd)  # the notebook may have used up all descriptors
     execution.tape.pump()
     execution.set_widgets_metadata()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..kit.files import append, read_json, write_json, write_text
-from ..record import events, store
+from ..record import progress, store
 from ..request.plugin import around, offered
 from .ending import explain, last_cell, source_index, status_of
 
@@ -27,7 +27,7 @@ def _hooks(nb: "NotebookNode", folder: Path, injected: int | None) -> tuple[Call
     "nbclient's hooks of a cell: one records that it begins, one saves the notebook after it."
     code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
     def starts(cell: "NotebookNode", cell_index: int, **_: Any) -> None:
-        events.cell(source_index(cell_index, injected))
+        progress.cell(source_index(cell_index, injected))
         append(folder/store.PROGRESS,
                {"cell": cell_index, "nth": code.index(cell_index) + 1, "of": len(code)})
     def ends(**_: Any) -> None:

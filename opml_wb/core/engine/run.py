@@ -14,7 +14,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..kit.files import read_json, replacing, write_json, write_text
+from ..kit.files import read_json, remove, replacing, write_json, write_text
 from ..kit.words import is_number
 from ..record import artifacts, store
 from ..request import dependencies as deps, params as _params
@@ -87,9 +87,11 @@ def notebook(self: RunRequest) -> tuple[dict, int | None]:
     return nb, next((i for i, t in enumerate(tags) if "injected-parameters" in t), None)
 
 # %% ../../../nbs/core/engine/10_run.ipynb #c79f0829
-def cached(plan: RunRequest, home: store.Store) -> Run | None:
-    "Find the newest done run that answers `plan` and can be read here: a Run of status `cached`."
-    for doc in home.done(plan.key):
+def cached(plan: RunRequest | str, home: store.Store) -> Run | None:
+    """Find the newest done run that answers a request and can be read here.
+
+    plan: the request, or its key. Returns a Run of status `cached`, or None."""
+    for doc in home.done(plan if isinstance(plan, str) else plan.key):
         unchanged = all(deps.sha256(path) == was for path, was in doc.get("inputs", {}).items())
         if unchanged and store.readable(doc): return Run(doc, "cached")
     return None
@@ -184,7 +186,10 @@ def _keep_sources(plan: RunRequest, root: Path) -> None:
 def _announced(watch: Callable[[Path], None], folder: Path, home: store.Store) -> None:
     "Tell `watch` of the run before it begins; one that is stopped here is not recorded."
     try: watch(folder)
-    except BaseException: home._remove(folder.name); raise
+    except BaseException:
+        remove(folder)
+        home.entries.forget(folder.name)
+        raise
 
 # %% ../../../nbs/core/engine/10_run.ipynb #a9e0263f
 def _tell_indexed(home: store.Store, folder: Path) -> None:
