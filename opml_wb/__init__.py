@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # imported at first use
 _find, __dir__, __all__ = lazy(__name__)
 
 def __getattr__(name: str) -> Any:
-    "Look up `opml_wb.__version__` when it is asked for, and import the public names at their first use."
+    "Look up `opml_wb.__version__`, or import a public name, when it is asked for."
     if name != "__version__": return _find(name)
     from importlib.metadata import version
     return version("opml_wb")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -78,6 +79,22 @@ def opml(home):
         env = {**os.environ, "OPML_HOME": str(home), **options.pop("env", {})}
         options = {"cwd": ROOT, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
         return subprocess.Popen(command, **options) if start else subprocess.run(command, timeout=120, **options)
+    return call
+
+
+@pytest.fixture
+def typed(capfd, monkeypatch):
+    "typed(*args, env={}) -> what `opml` would end with, asked in this process: quicker where another one adds nothing."
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)     # `main` sets its own
+
+    def call(*args, env={}):
+        from opml_wb.core.cli.verbs import main
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            for name, value in env.items(): patch.setenv(name, value)
+            capfd.readouterr()
+            main([str(a) for a in args])
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(args, end.value.code or 0, out, err)
     return call
 
 

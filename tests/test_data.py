@@ -9,7 +9,6 @@ import threading
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from opml_wb.core.record import data
@@ -33,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.asked = []
-    threading.Thread(target=s.serve_forever, daemon=True).start()
+    threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()
     yield s
     s.shutdown()
     s.server_close()
@@ -186,6 +185,8 @@ def test_vision_is_named_where_it_is_absent(monkeypatch):
 def test_full_set_is_large_enough_and_holds_no_query(tmp_path):
     pytest.importorskip("cv2", reason="needs the extra [vision]")
     pytest.importorskip("skimage", reason="needs the extra [vision]")
+    import numpy as np
+
     from opml_wb.riann.data import make
     make(tmp_path/"full.npy", "full")
     full, query = np.load(tmp_path/"full.npy"), np.load(data.path("riann/sift_photos_query"))

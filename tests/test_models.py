@@ -45,11 +45,15 @@ def whole(path):
 @pytest.mark.slow
 def test_killed_writers_leave_nothing_partial_and_lose_nothing(tmp_path):
     "100 x kill -9 of writers in the middle of their work, a reader beside them."
+    from conftest import until                                   # not in the processes that `spawn` starts
     store, log, rng, served = ModelStore(tmp_path/"store"), tmp_path/"log", random.Random(0), 0
     def start(seed): return subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path/"store"), str(log), str(seed)], stdout=subprocess.PIPE)
+    def done(): return log.stat().st_size if log.exists() else 0
     spawned, alive = 3, [start(i) for i in range(3)]
     for p in alive: p.stdout.readline()
     for kill in range(100):
+        before = done()
+        if kill % 2: assert until(lambda: done() > before, 60)   # they get somewhere, however busy the machine is
         time.sleep(rng.uniform(.005, .05))
         victim = alive.pop(rng.randrange(len(alive)))
         victim.kill(); victim.wait()
@@ -132,6 +136,16 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert store.names() == [] and not list(store.objects.iterdir())
     assert store.publish("m", tmp_path/"d") == 1
+
+
+@pytest.mark.parametrize("options", [dict(key="mine.pem"), dict(trusted=["mine.pub"])])
+def test_signatures_say_what_they_need(tmp_path, monkeypatch, options):
+    "Without the package `cryptography` a store that signs or trusts is refused before any work; any other works."
+    for name in ("cryptography", "cryptography.hazmat.primitives.serialization"): monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModelError, match=r"signatures need the package cryptography.*pip install 'opml_wb\[sign\]'"): ModelStore(tmp_path/"s", **options)
+    assert not list(tmp_path.iterdir())
+    (tmp_path/"w").write_text("1")
+    assert ModelStore(tmp_path/"s").publish("m", tmp_path/"w") == 1
 
 
 def test_importing_the_store_is_light():

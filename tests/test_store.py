@@ -170,13 +170,13 @@ def test_gc_never_takes_runs_that_only_the_index_has_forgotten(tmp_path):
 
 
 @pytest.mark.parametrize("command", [["ls"], ["reindex"], ["claims"], ["gc"], ["rm", "k"], ["run", "NB"]])
-def test_a_newer_schema_is_refused_and_left_alone(opml, home, notebook, command):
+def test_a_newer_schema_is_refused_and_left_alone(typed, home, notebook, command):
     store = Store(home)
     record(store)
     store.db.set_version(7)
     def state(): return sorted(home.glob("runs/*")), store.db.execute("select * from run").fetchall(), store.db.version()
     before = state()
-    done = opml(*(notebook("n = 1") if w == "NB" else w for w in command))
+    done = typed(*(notebook("n = 1") if w == "NB" else w for w in command))
     assert done.returncode == 2 and "schema 7" in done.stderr and "upgrade" in done.stderr and "Traceback" not in done.stderr
     assert state() == before and not list(home.glob("*.broken*"))
 
@@ -191,7 +191,7 @@ def smash(path, how):
 
 @sqlite
 @pytest.mark.parametrize("how", ["no database", "cut", "pages"])
-def test_a_damaged_index_is_said_and_repaired(opml, home, how):
+def test_a_damaged_index_is_said_and_repaired(typed, home, how):
     store = Store(home)
     for i in range(30): record(store, f"key{i}", lines=[point()])
     before, listed = rows(home), store.ls()
@@ -199,13 +199,13 @@ def test_a_damaged_index_is_said_and_repaired(opml, home, how):
     assert not (home / "opml.db-wal").exists()
     smash(home / "opml.db", how)
     for command in (["ls"], ["show", "key3"], ["claims"]):
-        done = opml(*command)
+        done = typed(*command)
         assert done.returncode == 2 and "opml reindex" in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert done.stdout == ""
-    refused = opml("ls", "--json")
+    refused = typed("ls", "--json")
     assert refused.returncode == 2 and json.loads(refused.stdout)["status"] == "refused"
     with pytest.raises(StoreError, match="opml reindex"): Store(home).ls()
-    done = opml("reindex")
+    done = typed("reindex")
     assert done.returncode == 0 and "30 runs indexed" in done.stdout, done.stderr
     assert rows(home) == before and Store(home).ls() == listed and whole(home)
     assert len(list(home.glob("opml.db.broken-*"))) == 1
@@ -284,7 +284,7 @@ def test_a_long_series_is_kept_and_is_no_matter_to_ls(home, notebook):
     assert rows(home)["metric"] == [repr((doc["id"], "x", 49999.5, 100_000))]
 
 
-def test_odd_numbers_come_back(opml, home, notebook):
+def test_odd_numbers_come_back(typed, home, notebook):
     r = run(notebook("n = 1", "from opml_wb import log\nimport numpy as np\n"
                               "log.metric('nan', float('nan')); log.metric('inf', np.float32('inf')); log.metric('low', -np.inf)\n"
                               "log.metric('big', 2**70); log.metric('int', np.int64(3)); log.metric('x', 1.0); log.metric('x', np.nan)"))
@@ -296,9 +296,9 @@ def test_odd_numbers_come_back(opml, home, notebook):
     assert math.isnan(value)
 
     def strict(name): raise AssertionError(f"{name} is not JSON")
-    [doc] = json.loads(opml("ls", "--json").stdout, parse_constant=strict)
+    [doc] = json.loads(typed("ls", "--json").stdout, parse_constant=strict)
     assert doc["metrics"] == {"nan": "NaN", "inf": "Infinity", "low": "-Infinity", "big": 2**70, "int": 3, "x": "NaN"}
-    shown = json.loads(opml("show", r.key, "--json").stdout, parse_constant=strict)
+    shown = json.loads(typed("show", r.key, "--json").stdout, parse_constant=strict)
     assert shown["metrics"] == doc["metrics"]
     assert Store(home).reindex() == (1, [])
 
@@ -323,21 +323,21 @@ def test_removing_while_listing(tmp_path):
     assert len(index["run"]) == 50 and len(index["param"]) == 500
 
 
-def test_a_run_that_is_running_is_not_removed(opml, home, notebook):
+def test_a_run_that_is_running_is_not_removed(typed, home, notebook):
     store = Store(home)
     folder, run_id = store.begin({"key": "busy", "chapter": "demo", "params": {}, "given": {}, "preset": None})
     with pytest.raises(StoreError, match=f"still running: {run_id}"): store.rm([run_id])
-    done = opml("rm", "busy")
+    done = typed("rm", "busy")
     assert done.returncode == 2 and "still running" in done.stderr and folder.exists()
     s.finish(folder, status="done", error=None, seconds=0, cpu=0, rss=0)
     store.index(folder)
-    assert opml("rm", "busy").returncode == 0 and not folder.exists() and store.count() == 0
+    assert typed("rm", "busy").returncode == 0 and not folder.exists() and store.count() == 0
 
 
-def test_a_lost_folder_is_said_and_no_answer(opml, home, notebook):
+def test_a_lost_folder_is_said_and_no_answer(typed, home, notebook):
     nb = notebook("n = 1")
     first = run(nb)
     shutil.rmtree(first.dir)
-    assert Store(home).ls()[0]["lost"] and "lost" in opml("ls").stdout
+    assert Store(home).ls()[0]["lost"] and "lost" in typed("ls").stdout
     assert run(nb).status == "done"
-    assert "its folder is gone" in opml("gc").stdout and Store(home).count() == 1
+    assert "its folder is gone" in typed("gc").stdout and Store(home).count() == 1

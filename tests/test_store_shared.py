@@ -32,11 +32,7 @@ def homes(tmp_path, postgres, monkeypatch):
     close_all()
 
 
-def command(*args, **env):
-    return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *map(str, args)], cwd=ROOT, env={**os.environ, **env}, text=True, capture_output=True, timeout=120)
-
-
-def test_two_homes_see_each_other_and_keep_their_hands_off(homes, notebook, tmp_path):
+def test_two_homes_see_each_other_and_keep_their_hands_off(typed, homes, notebook, tmp_path):
     nb = notebook(*BODY)
     a = homes("a")
     first = run(nb)
@@ -50,16 +46,16 @@ def test_two_homes_see_each_other_and_keep_their_hands_off(homes, notebook, tmp_
     assert b.garbage() == []                            # a newer run of the same key in another home replaces nothing
     assert b.reindex() == (1, []) and {d["id"] for d in b.ls()} == {first.doc["id"], second.doc["id"]}
     with pytest.raises(StoreError, match=f"another home, .*{tmp_path}/a: remove it there"): b.rm([first.doc["id"]])
-    listed = command("ls").stdout
+    listed = typed("ls").stdout
     assert "machine" in listed and "here" in listed
-    assert str(tmp_path / "a") in json.loads(command("show", first.doc["id"], "--json").stdout)["elsewhere"]
-    assert "1 run(s)" in command("rm", first.key).stdout
+    assert str(tmp_path / "a") in json.loads(typed("show", first.doc["id"], "--json").stdout)["elsewhere"]
+    assert "1 run(s)" in typed("rm", first.key).stdout
     assert [d["id"] for d in a.ls()] == [first.doc["id"]] and Path(first.doc["dir"]).is_dir()
-    refused = command("rm", first.key)
+    refused = typed("rm", first.key)
     assert refused.returncode == 2 and "--forget" in refused.stderr and a.count() == 1
-    assert command("rm", first.key, "--forget").returncode == 0 and a.count() == 0
+    assert typed("rm", first.key, "--forget").returncode == 0 and a.count() == 0
     homes("a")
-    assert command("reindex").stdout.startswith("1 runs indexed") and [d["id"] for d in a.ls()] == [first.doc["id"]]
+    assert typed("reindex").stdout.startswith("1 runs indexed") and [d["id"] for d in a.ls()] == [first.doc["id"]]
 
 
 def test_a_run_in_progress_elsewhere_is_left_alone(homes, tmp_path):
@@ -93,7 +89,7 @@ def test_a_home_that_is_busy_is_said(postgres, home, monkeypatch):
     assert other.count() == 1
 
 
-def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, monkeypatch):
+def test_an_answer_from_another_home_needs_its_files(typed, homes, notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
     nb = notebook(*BODY)
     homes("a")
@@ -108,7 +104,7 @@ def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, 
     assert not list(answer.dir.rglob("*.npy")) and answer.places["deep/x.npy"] == f"{url}/artifacts/deep/x.npy"
     assert answer.artifacts["deep/x.npy"].read_bytes() == (tmp_path / "bucket" / first.doc["id"] / "artifacts/deep/x.npy").read_bytes()
     assert (answer.artifacts["folder"] / "a" / "b").read_text() == "1" and str(tmp_path / "b") in answer.places["folder"]
-    shown = command("show", first.key).stdout.replace("\n", "")
+    shown = typed("show", first.key).stdout.replace("\n", "")
     assert "run in" in shown and str(tmp_path / "b") in shown
     for path in (tmp_path / "bucket").rglob("x.npy"): path.unlink()
     assert run(nb, n=3).status == "cached"              # what was fetched is here
@@ -117,7 +113,7 @@ def test_an_answer_from_another_home_needs_its_files(homes, notebook, tmp_path, 
     assert again.status == "done" and again.doc["id"] != first.doc["id"]
 
 
-def test_what_another_home_did_is_compared_and_exported(homes, notebook, tmp_path, monkeypatch):
+def test_what_another_home_did_is_compared_and_exported(typed, homes, notebook, tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="needs mlflow: pip install 'opml_wb[peers]'")
     monkeypatch.setenv("OPML_ARTIFACTS", f"file://{tmp_path}/bucket")
     nb = notebook(*BODY)
@@ -126,9 +122,10 @@ def test_what_another_home_did_is_compared_and_exported(homes, notebook, tmp_pat
     homes("b")
     shutil.move(tmp_path / "a", tmp_path / "unplugged")
     second = run(nb, n=4)
-    done = command("compare", first.key, second.key)
+    done = typed("compare", first.key, second.key)
     assert done.returncode == 0 and "n" in done.stdout, done.stderr
-    done = command("export", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--json")
+    words = "export", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--json"
+    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and json.loads(done.stdout)["exported"] == 2, done.stderr
     assert len(list((tmp_path / "mlartifacts").rglob("x.npy"))) == 2
 
@@ -222,21 +219,21 @@ def test_a_fork_has_a_connection_of_its_own(postgres, home, monkeypatch):
     ("postgresql://ann:s3cret@h:x/db", "expected postgresql://"), ("postgresql://ann:s3cret@127.0.0.1:9/db", "does the server run there"),
     ("postgresql://ann:s3cret@no.such.host.invalid/db", "check the host"), ("postgresql://h/db?nonsense=1&password=s3cret", "nonsense"),
     ("SERVER:s3cret", "check user and password"), ("SERVER/nosuch", "createdb"), ("s3cret", "expected postgresql://")])
-def test_a_store_that_cannot_be_used_is_named(request, opml, home, notebook, url, said):
+def test_a_store_that_cannot_be_used_is_named(request, typed, home, notebook, url, said):
     if url.startswith("SERVER"):
         base = request.getfixturevalue("postgres")
         url = base.replace(base.split(":")[2].split("@")[0], "s3cret") if "s3cret" in url else f"{base.rpartition('/')[0]}/nosuch"
     for words in (["ls"], ["run", notebook("n = 1")]):
-        done = opml(*words, env={"OPML_STORE": url})
+        done = typed(*words, env={"OPML_STORE": url})
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
         assert url == "s3cret" or "s3cret" not in done.stderr + done.stdout
     assert not list(home.glob("runs/*"))
-    check = {c["name"]: c for c in json.loads(opml("doctor", "--json", env={"OPML_STORE": url}).stdout)["checks"]}["store"]
+    check = {c["name"]: c for c in json.loads(typed("doctor", "--json", env={"OPML_STORE": url}).stdout)["checks"]}["store"]
     assert check["state"] == "bad" and said in check["value"] and (url == "s3cret" or "s3cret" not in check["value"])
 
 
-def test_doctor_says_which_store_answers(opml, home, postgres):
-    def check(**env): return {c["name"]: c for c in json.loads(opml("doctor", "--json", env=env).stdout)["checks"]}["store"]
+def test_doctor_says_which_store_answers(typed, home, postgres):
+    def check(**env): return {c["name"]: c for c in json.loads(typed("doctor", "--json", env=env).stdout)["checks"]}["store"]
     assert check()["state"] == "ok" and "SQLite" in check()["value"]
     found = check(OPML_STORE=postgres, OPML_ARTIFACTS="memory://x")
     assert found["state"] == "ok" and "PostgreSQL" in found["value"] and "tests:***@" in found["value"] and "memory://x" in found["value"]
@@ -251,8 +248,8 @@ def test_without_psycopg(home):
 
 
 @pytest.mark.parametrize("url, said", [("nosuch://x", "expected file:///FOLDER"), ("file:///proc/x", "that you can write"), ("file:///tmp/x?y=1", "no folder")])
-def test_an_artifact_root_that_cannot_be_used_is_named(opml, home, notebook, url, said):
-    done = opml("run", notebook("n = 1"), env={"OPML_ARTIFACTS": url})
+def test_an_artifact_root_that_cannot_be_used_is_named(typed, home, notebook, url, said):
+    done = typed("run", notebook("n = 1"), env={"OPML_ARTIFACTS": url})
     assert done.returncode == 2 and said in done.stderr and url in done.stderr and "Traceback" not in done.stderr
     assert not list(home.glob("runs/*"))
 
@@ -279,7 +276,7 @@ def test_a_copy_that_fails_costs_nothing_and_is_made_later(home, notebook, tmp_p
 
 
 @pytest.mark.parametrize("index", ["sqlite", "postgres"])
-def test_gc_and_rm_take_the_copies_too(request, home, opml, notebook, tmp_path, monkeypatch, index):
+def test_gc_and_rm_take_the_copies_too(request, home, typed, notebook, tmp_path, monkeypatch, index):
     if index == "postgres": monkeypatch.setenv("OPML_STORE", request.getfixturevalue("postgres"))
     bucket = tmp_path / "bucket"
     monkeypatch.setenv("OPML_ARTIFACTS", f"file://{bucket}")
@@ -288,13 +285,13 @@ def test_gc_and_rm_take_the_copies_too(request, home, opml, notebook, tmp_path, 
     (bucket / f"{first.doc['id']}.part-00ff").mkdir()
     (bucket / "20200101-000000-stranger-000000.part-00ff").mkdir()      # somebody else's
     assert len(list(bucket.iterdir())) == 5
-    said = opml("gc").stdout
+    said = typed("gc").stdout
     assert "a broken upload" in said and {p.name for p in bucket.iterdir()} == {second.doc["id"], other.doc["id"], "20200101-000000-stranger-000000.part-00ff"}
     monkeypatch.delenv("OPML_ARTIFACTS")                # the row knows where they are
     bucket.chmod(0o555)
-    assert opml("rm", second.key).returncode == (0 if os.getuid() == 0 else 2)
+    assert typed("rm", second.key).returncode == (0 if os.getuid() == 0 else 2)
     bucket.chmod(0o755)
-    opml("gc")
+    typed("gc")
     assert not (bucket / second.doc["id"]).exists() and Store().count() == 1 and not second.dir.exists()
 
 
@@ -341,14 +338,14 @@ def test_a_store_of_objects_as_root(server, home, notebook, monkeypatch):
         monkeypatch.setenv("OPML_ARTIFACTS", "s3://bucket/opml")
     else:
         wrapper = pytest.importorskip("fsspec.implementations.asyn_wrapper", reason="needs a newer fsspec")
-        opened = artifacts._opened
+        opened = artifacts.opened
 
         def wrapped(url):
             fs, path = opened(url)
             return wrapper.AsyncFileSystemWrapper(fs, asynchronous=False), path
-        monkeypatch.setattr(artifacts, "_opened", wrapped)
+        monkeypatch.setattr(artifacts, "opened", wrapped)
         monkeypatch.setenv("OPML_ARTIFACTS", "memory://objects")
-        assert artifacts._flat(wrapped("memory://objects")[0])
+        assert artifacts.is_flat(wrapped("memory://objects")[0])
     r = run(notebook(*BODY))
     assert sorted(artifacts.listing(r.doc["artifact_url"])) == ["artifacts/deep/x.npy", "artifacts/folder/a/b", "log.jsonl", "notebook.ipynb"]
     shutil.rmtree(r.dir / "artifacts")
@@ -398,7 +395,7 @@ def test_credentials_are_kept_nowhere(postgres, home, notebook, monkeypatch, tmp
     assert "s3cret" not in str(rows) and password not in str(rows)
 
 
-def test_gc_drops_sources_that_no_run_names(home, opml, notebook, tmp_path):
+def test_gc_drops_sources_that_no_run_names(home, typed, notebook, tmp_path):
     (tmp_path / "helper_of_gc.py").write_text("x = 1\n")
     nb = notebook("n = 1", "import helper_of_gc")
     first = run(nb)
@@ -406,7 +403,7 @@ def test_gc_drops_sources_that_no_run_names(home, opml, notebook, tmp_path):
     second = run(nb)
     kept = {r.doc["files"]["helper_of_gc"] for r in (first, second)}
     assert kept == {p.stem for p in (home / "sources").iterdir()}
-    opml("rm", first.key)
-    assert "would remove 1 kept source" in opml("gc", "--dry-run").stdout and len(list((home / "sources").iterdir())) == 2
-    assert "removed 1 kept source" in opml("gc").stdout
+    typed("rm", first.key)
+    assert "would remove 1 kept source" in typed("gc", "--dry-run").stdout and len(list((home / "sources").iterdir())) == 2
+    assert "removed 1 kept source" in typed("gc").stdout
     assert {p.stem for p in (home / "sources").iterdir()} == {second.doc["files"]["helper_of_gc"]}

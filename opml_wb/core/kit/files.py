@@ -23,6 +23,7 @@ def fsync(path: str | os.PathLike) -> None:
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../../../nbs/core/kit/01_files.ipynb #16f83e5a
 def remove(path: str | os.PathLike) -> None:
     "Remove the file, link or folder `path`, if it exists; parts of a folder that cannot go stay."
     path = Path(path)
@@ -83,6 +84,7 @@ def opened(path: str | os.PathLike) -> int:
     "Open file `path` for `append`, made when it isn't there; returns its descriptor."
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
+# %% ../../../nbs/core/kit/01_files.ipynb #8aa71fe0
 def append(to: str | os.PathLike | int, record: Any) -> None:
     """Add `record` as one line of JSON to a file, in one write: seen at once, safe from SIGKILL.
 
@@ -103,6 +105,7 @@ def records(lines: list[bytes]) -> list:
         with suppress(ValueError): out.append(json.loads(line))
     return out
 
+# %% ../../../nbs/core/kit/01_files.ipynb #88acc78a
 def read_lines(path: str | os.PathLike) -> list:
     "Read the records of a JSONL file, [] if there is none; an unfinished last line is left out."
     try: return records(Path(path).read_bytes().split(b"\n")[:-1])

@@ -21,6 +21,7 @@ def only_for_checkers(node: ast.AST) -> bool:
     "True for the statement `if TYPE_CHECKING:`, whose body isn't executed."
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
+# %% ../../../nbs/core/kit/04_lazy.ipynb #8651502a
 def exports(source: str) -> dict[str, tuple[str, str]]:
     """Read the imports under `if TYPE_CHECKING:` in the source of an `__init__`.
 

@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 from ..kit import files
 from .database import StoreError, masked, unsecret
+
+# %% ../../../nbs/core/record/03_artifacts.ipynb #109d9829
 ARTIFACT_ROOT = "OPML_ARTIFACTS"
 
 class ArtifactError(StoreError):
@@ -38,6 +40,7 @@ def opened(url: str) -> tuple[Any, str]:
     if root and url.startswith(f"{public(root)}/"): url = root + url[len(public(root)):]
     return fsspec.core.url_to_fs(url)
 
+# %% ../../../nbs/core/record/03_artifacts.ipynb #ed0b61ca
 def is_flat(fs: Any) -> bool:
     "True for a store of objects, without folders (S3, GCS, Azure, ...)."
     from fsspec.asyn import AsyncFileSystem
@@ -126,6 +129,7 @@ def listing(url: str) -> list[str]:
         return [found[len(path):].lstrip("/") for found in fs.find(path)]
     except Exception: return []
 
+# %% ../../../nbs/core/record/03_artifacts.ipynb #eaf09527
 def remove(url: str) -> None:
     "Remove all that lies at `url`. Raises ArtifactError."
     try: _remove(*opened(url))

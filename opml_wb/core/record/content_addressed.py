@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 from ..kit.files import fsync, remove, sha256
-from ..kit.procs import born
+from ..kit.procs import stamp, stamp_lives
 
+# %% ../../../nbs/core/record/09_content_addressed.ipynb #b1bfbb43
 class ModelError(ValueError):
     "The model store refuses; the message names the model, version or field, and what was expected."
 
@@ -56,7 +57,7 @@ def take_in(objects: Path, path: str | os.PathLike) -> tuple[Path, str]:
     """Copy `path` into a new hidden folder under `objects`; returns (that folder, `content_id`).
 
     The bytes that are copied are the bytes that are hashed. Raises ModelError, OSError."""
-    part = objects/f".{os.getpid()}.{born(os.getpid())}.{secrets.token_hex(4)}"
+    part = objects/f".{stamp()}.{secrets.token_hex(4)}"
     part.mkdir(parents=True)
     try:
         entries = [(name, *_copy(f, part/name)) for name, f in _walk(Path(path))]
@@ -79,8 +80,7 @@ def put_in_place(objects: Path, part: Path, found: str) -> None:
 def sweep(objects: Path) -> None:
     "Remove what killed writers left under `objects`."
     for part in objects.glob(".*.*.*"):
-        pid, since = part.name[1:].split(".")[:2]
-        if str(born(int(pid))) != since: remove(part)
+        if not stamp_lives(part.name[1:]): remove(part)
 
 # %% ../../../nbs/core/record/09_content_addressed.ipynb #4b3b0100
 def cryptography(module: str = "hazmat.primitives.serialization") -> ModuleType:

@@ -17,6 +17,7 @@ from ..kit.files import sha256
 from ..kit.lazy import load_object
 from ..kit.words import nearest
 
+# %% ../../../nbs/core/record/08_data.ipynb #6deb505d
 _all_ = ["sha256"]
 
 # %% ../../../nbs/core/record/08_data.ipynb #27053503
@@ -28,6 +29,7 @@ def root() -> Path:
     places = f"{package.parent/'data'} or {package/'_data'}"
     raise MissingData(f"no registry.json in {places}: reinstall opml_wb")
 
+# %% ../../../nbs/core/record/08_data.ipynb #d338d7f1
 def cache() -> Path:
     "Name the user's cache folder for fetched data (`~/.cache/opml_wb`); made when it is needed."
     from platformdirs import user_cache_dir     # what pooch.os_cache calls, without importing pooch
@@ -122,6 +124,7 @@ def _how_to(name: str, e: dict) -> str:
             + (f" after `pip install 'opml_wb[{extra}]'`" if extra else "")
             + f", or set OPML_DATA to a folder that holds {e['file']}")
 
+# %% ../../../nbs/core/record/08_data.ipynb #586bec7d
 def _sweep(folder: Path) -> None:
     "Remove what killed downloads left behind: staging folders older than a day."
     for old in folder.glob(".part-*"):

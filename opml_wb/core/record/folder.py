@@ -19,6 +19,7 @@ from ..kit.procs import boot, born
 from . import artifacts, database
 from .database import StoreError
 
+# %% ../../../nbs/core/record/04_folder.ipynb #a980bc1e
 _all_ = ["append", "plain", "read_json", "read_lines", "write_json", "write_text", "boot", "born"]
 
 REQUEST, RUN, NOTEBOOK, LOG = "request.json", "run.json", "notebook.ipynb", "log.jsonl"

@@ -15,6 +15,7 @@ from .folder import ARTIFACTS, LOG, sum_up
 
 if TYPE_CHECKING: import pandas as pd
 
+# %% ../../../nbs/core/record/07_log.ipynb #c7721c2f
 MIME = "application/vnd.opml.log+json"
 RUN_DIR, RUN_T0 = "OPML_RUN_DIR", "OPML_RUN_T0"
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Row', 'OPS', 'SCHEMA', 'TABLES', 'UnknownModel', 'check_text', 'as_json', 'check_version', 'ModelState', 'user',
-           'History', 'Session']
+           'Session', 'History']
 
 # %% ../../../nbs/core/record/11_model_history.ipynb #e58e19a3
 import getpass, json, os, socket, time
@@ -19,6 +19,7 @@ from ..kit.words import check_whole
 from . import database
 from .content_addressed import ModelError
 
+# %% ../../../nbs/core/record/11_model_history.ipynb #00814e8c
 class UnknownModel(ModelError, KeyError):
     "The store has no such model or version."
     __str__ = Exception.__str__
@@ -29,6 +30,7 @@ def check_text(field: str, value: Any) -> str:
     if isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable(): return value
     raise ModelError(f"{field}: expected printable text of 1 to 200 characters, got {value!r:.80}")
 
+# %% ../../../nbs/core/record/11_model_history.ipynb #c3de85f9
 def as_json(field: str, value: Any, kind: type) -> str:
     "Write `value`, of type `kind`, as JSON, NumPy's and torch's numbers too; raises ModelError."
     if not isinstance(value, kind):
@@ -118,6 +120,31 @@ def user() -> str:
     # a container's nameless user
     except (KeyError, OSError): return f"{os.getuid()}@{socket.gethostname()}"
 
+# %% ../../../nbs/core/record/11_model_history.ipynb #af117f4b
+class Session:
+    "A connection to a history, with the questions and the one kind of change that it allows."
+
+    def __init__(self, db: database.Lite) -> None: self.db, self.writing = db, db.writing
+
+    def names(self) -> list[str]:
+        "List the names of all models, sorted."
+        found = self.db.execute("select distinct name from event order by name")
+        return [row["name"] for row in found]
+
+    def state(self, name: str) -> ModelState:
+        "Sum up the events of model `name`. Raises UnknownModel."
+        sql = "select * from event where name=? order by seq"
+        rows = self.db.execute(sql, (check_text("name", name),)).fetchall()
+        if rows: return ModelState(rows)
+        there = ", ".join(self.names()) or "none"
+        raise UnknownModel(f"there is no model {name!r}: published are {there}")
+
+    def add(self, op: str, name: str, version: int | None = None, **more: Any) -> None:
+        "Add event `op` on `version` of model `name`, now and by the present user."
+        row = dict(time=time.time(), op=op, name=name, version=version, by=user(), **more)
+        marks = ",".join("?" * len(row))
+        self.db.execute(f"insert into event({','.join(row)}) values({marks})", tuple(row.values()))
+
 # %% ../../../nbs/core/record/11_model_history.ipynb #87c63214
 class History:
     "The events of all models, in the SQLite file `models.db` of the folder `root`."
@@ -145,34 +172,7 @@ class History:
                 for statement in TABLES.split(";\n"): db.execute(statement)
                 db.set_version(SCHEMA)
 
-# %% ../../../nbs/core/record/11_model_history.ipynb #af117f4b
-class Session:
-    "A connection to a history, with the questions and the one kind of change that it allows."
-
-    def __init__(self, db: database.Lite) -> None: self.db, self.writing = db, db.writing
-
-    def names(self) -> list[str]:
-        "List the names of all models, sorted."
-        found = self.db.execute("select distinct name from event order by name")
-        return [row["name"] for row in found]
-
-    def state(self, name: str) -> ModelState:
-        "Sum up the events of model `name`. Raises UnknownModel."
-        sql = "select * from event where name=? order by seq"
-        rows = self.db.execute(sql, (check_text("name", name),)).fetchall()
-        if rows: return ModelState(rows)
-        there = ", ".join(self.names()) or "none"
-        raise UnknownModel(f"there is no model {name!r}: published are {there}")
-
-    def add(self, op: str, name: str, version: int | None = None, **more: Any) -> None:
-        "Add event `op` on `version` of model `name`, now and by the present user."
-        row = dict(time=time.time(), op=op, name=name, version=version, by=user(), **more)
-        marks = ",".join("?" * len(row))
-        self.db.execute(f"insert into event({','.join(row)}) values({marks})", tuple(row.values()))
-
-# %% ../../../nbs/core/record/11_model_history.ipynb #39c692a3
-@patch
-@contextmanager
-def session(self: History) -> Iterator[Session]:
-    "Open the history in this thread; closed at the end."
-    with closing(self._open()) as db: yield Session(db)
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        "Open the history in this thread; closed at the end."
+        with closing(self._open()) as db: yield Session(db)

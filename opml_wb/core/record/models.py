@@ -23,6 +23,7 @@ from .progress import mark_operation
 
 if TYPE_CHECKING: import pandas as pd
 
+# %% ../../../nbs/core/record/12_models.ipynb #2a03b229
 _all_ = ["OPS", "SCHEMA", "TABLES", "ModelError", "UnknownModel"]
 
 # %% ../../../nbs/core/record/12_models.ipynb #d69ddd82
@@ -111,6 +112,10 @@ def _publish(self: ModelStore, name: str, about: dict[str, Any], part: Path, par
 
 # %% ../../../nbs/core/record/12_models.ipynb #e4aa9892
 @patch
+def _place(self: ModelStore, record: Row) -> Path:
+    return self.objects/record["digest"]/(record["file"] or "")
+
+@patch
 def _trust(self: ModelStore, name: str, version: int, record: Row) -> None:
     "Raise ModelError unless the version is signed by a trusted key (if there are any)."
     if not self.trusted: return
@@ -158,11 +163,6 @@ def resolve(self: ModelStore, name: str, config: str | None = None,
     if not path.exists(): raise ModelError(f"{name!r} version {v}: its files are gone from {path}")
     mark_operation("read", f"model:{name}", str(v), kind="model", digest=record["digest"])
     return path
-
-# %% ../../../nbs/core/record/12_models.ipynb #f86eab7e
-@patch
-def _place(self: ModelStore, record: Row) -> Path:
-    return self.objects/record["digest"]/(record["file"] or "")
 
 # %% ../../../nbs/core/record/12_models.ipynb #68d94ea2
 @patch

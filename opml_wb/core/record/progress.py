@@ -19,6 +19,7 @@ def in_run() -> bool:
     "True inside `opml run` (the variable OPML_RUN_DIR names the run's folder)."
     return bool(os.environ.get("OPML_RUN_DIR"))
 
+# %% ../../../nbs/core/record/01_progress.ipynb #a1ea30f5
 def _send(desc: str, i: int | None, n: int | None) -> None:
     "Append one line to the run's progress.jsonl; a full disk must not end a run."
     line = {"desc": desc, "i": i, "n": n, "t": round(time.time(), 3)}

@@ -26,6 +26,7 @@ from .folder import (
     at_hand, finish, home, identity, read_id, readable, run_document, ship, sum_up, summary)
 from .index import CHILDREN, SCHEMA, TABLES, UPGRADES, RunIndex, restore
 
+# %% ../../../nbs/core/record/06_store.ipynb #7270106b
 _all_ = ["StoreError", "explained", "append", "plain", "read_json", "read_lines", "write_json",
          "write_text", "boot", "born", "ARTIFACTS", "KEPT", "LOG", "NOTEBOOK",
          "OUTCOME", "PLACE", "PROGRESS", "REQUEST", "RUN", "SCRATCH", "TRIALS", "at_hand", "finish",
@@ -144,6 +145,7 @@ def placed(self: Store, doc: dict[str, Any], elsewhere: str | None = None) -> di
              "lost": not elsewhere and not folder.is_dir()}
     return {**doc, **place, **({"elsewhere": elsewhere} if elsewhere else {})}
 
+# %% ../../../nbs/core/record/06_store.ipynb #d470c3c6
 @patch
 def homes(self: Store) -> dict[str, str]:
     "List the homes that share the database: {id: host:folder}."

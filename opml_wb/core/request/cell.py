@@ -17,6 +17,7 @@ from .annotations import PathText, bare, facts, hint
 from .canonical import UNKNOWN, ParamError, canonical, constant
 from .chapter import text as text_of
 
+# %% ../../../nbs/core/request/05_cell.ipynb #349b9aac
 _all_ = ["UNKNOWN"]
 
 # %% ../../../nbs/core/request/05_cell.ipynb #4256b1dc

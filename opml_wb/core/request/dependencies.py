@@ -19,6 +19,7 @@ from ..kit.lazy import only_for_checkers, stands_for
 from ..record.folder import home
 from .chapter import Chapter, text
 
+# %% ../../../nbs/core/request/07_dependencies.ipynb #996f4acc
 _all_ = ["hash_json"]
 
 # %% ../../../nbs/core/request/07_dependencies.ipynb #03a660b6
@@ -157,6 +158,7 @@ def normalized(name: str) -> str:
     "Normalize the name of a distribution (PEP 503)."
     return re.sub(r"[-_.]+", "-", name).lower()
 
+# %% ../../../nbs/core/request/07_dependencies.ipynb #dc7fb2c0
 @functools.lru_cache(None)
 def distributions() -> dict[str, str]:
     "List what is installed, from the names of the metadata folders: {normalized name: version}."
@@ -243,6 +245,7 @@ def code(nb: Mapping[str, Any]) -> list[list]:
         return sorted(RELEVANT & set(c["metadata"].get("tags") or ()))
     return [[text(c), tags(c)] for c in nb["cells"] if c["cell_type"] == "code"]
 
+# %% ../../../nbs/core/request/07_dependencies.ipynb #90fe3887
 def eager(chapter: Chapter) -> set[str]:
     "List the installed modules that `chapter` imports as soon as it runs: worth importing ahead."
     sources = [source for source, _ in code(chapter.nb)]
@@ -252,7 +255,7 @@ def eager(chapter: Chapter) -> set[str]:
 def dependencies(chapter: Chapter, params: Mapping[str, Any]) -> dict[str, Any]:
     """Find what a run of `chapter` with `params` (JSON values) depends on.
 
-    Returns `{key, code, files, env, data}`. The key (20 hex digits) changes when any of these does."""
+    Returns `{key, code, files, env, data}`; the key (20 hex digits) changes when any other does."""
     cells, folder = code(chapter.nb), chapter.path.parent
     files, libraries = closure([source for source, _ in cells], folder)
     hashes = {m: content_hash(p)[:20] for m, p in sorted(files.items())}

@@ -19,6 +19,7 @@ from .cell import UNKNOWN, Param, declared, parameters_cell, tagged
 
 if TYPE_CHECKING: from pydantic import BaseModel
 
+# %% ../../../nbs/core/request/06_params.ipynb #be4d42c7
 _all_ = ["ParamError", "Range", "canonical"]
 
 # %% ../../../nbs/core/request/06_params.ipynb #b0517894
@@ -30,6 +31,7 @@ def _field(p: Param) -> tuple[Any, Any]:
     if p.default is UNKNOWN: return p.type, Field(default_factory=lambda: None, **common)
     return p.type, Field(default=p.default, validate_default=True, **common)
 
+# %% ../../../nbs/core/request/06_params.ipynb #93665ae7
 def _misfit(cell: int | None, error: Exception) -> ParamError:
     "Make the error for an annotation that pydantic refuses."
     said = f"an annotation of the parameters cell (cell {cell}, from 0) doesn't fit: {error}"

@@ -34,6 +34,7 @@ def _title(entry: "EntryPoint") -> str:
     package = entry.dist.name if entry.dist else module.partition(".")[0]
     return f"{entry.group} {entry.name!r} of package {package!r}"
 
+# %% ../../../nbs/core/request/01_plugin.ipynb #8c7b917e
 def load(entry: "EntryPoint", use: Callable[[Any], Any] = lambda found: found) -> Any:
     """Import the object that `entry` registers; returns it, or what `use` makes of it.
 
@@ -48,7 +49,9 @@ Hooks = Iterable[tuple[str, str]]  # (name, object reference `module:name`)
 
 @functools.lru_cache(None)
 def run_hooks() -> tuple[tuple[str, str], ...]:
-    "List the hooks around a run that are registered: ((name, object reference), ...)."
+    """List the hooks around a run that are registered: ((name, object reference), ...).
+
+    They are looked up once for the whole process."""
     return tuple((e.name, e.value) for e in plugged("run_hooks").values())
 
 def _hook(name: str, value: str) -> "EntryPoint":
