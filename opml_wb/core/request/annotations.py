@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from ..kit.lazy import parse as syntax
 from .canonical import Range, constant
 
 # %% ../../../nbs/core/request/04_annotations.ipynb #721931c0
@@ -121,7 +122,7 @@ def hint(node: ast.expr) -> Any:
     match node:
         case ast.Constant(value=None): return type(None)
         case ast.Constant(value=str(text)):
-            try: return hint(ast.parse(text.strip(), mode="eval").body)
+            try: return hint(syntax(text.strip(), "eval").body)
             except SyntaxError: return Any
         case ast.Name() | ast.Attribute(): return _PLAIN.get(_last(node), Any)
         case ast.BinOp(left=a, op=ast.BitOr(), right=b): return Union[hint(a), hint(b)]
@@ -163,7 +164,7 @@ def facts(tp: Any) -> tuple[Range | None, list | None, bool]:
 # %% ../../../nbs/core/request/04_annotations.ipynb #6ab49022
 def _structure(text: str) -> Any:
     "Read a list or dict written as JSON or as Python."
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, lambda text: ast.literal_eval(syntax(text, "eval"))):
         try: return read(text.strip())
         except Exception: pass
     raise ValueError(f"neither JSON nor Python: {text}")

@@ -9,13 +9,13 @@ __all__ = ['MAGIC', 'IMPORT', 'INSTALLED', 'ModuleSpec', 'SCRIPT', 'Found', 'sha
 
 # %% ../../../nbs/core/request/07_dependencies.ipynb #761126f0
 import ast, functools, importlib.machinery, importlib.util, itertools, platform, re, sys
-import sysconfig, threading, tokenize
+import sysconfig, tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..kit.files import digest, hash_json, read_json, write_json
-from ..kit.lazy import only_for_checkers, stands_for
+from ..kit.lazy import only_for_checkers, parse, stands_for
 from ..record.folder import home
 from .chapter import Chapter, text
 
@@ -27,8 +27,6 @@ MAGIC = re.compile(r"^\s*(?:[%!?].*|[\w., ]+=\s*[%!].*|\S+\?\??)$", re.M)
 IMPORT = re.compile(r"^\s*(?:from\s+[.\w]+\s+import\s+.+|import\s+[\w., ]+(?:\s+as\s+\w+)?)\s*$",
                     re.M)
 _PYTHON = "%%time", "%%timeit", "%%capture", "%%prun"  # cell magics with Python below
-# Python 3.11: two threads that parse at once may both fail (SystemError)
-_parsing = threading.Lock()
 
 # %% ../../../nbs/core/request/07_dependencies.ipynb #afb470f5
 def syntax_tree(source: str) -> ast.Module:
@@ -38,10 +36,9 @@ def syntax_tree(source: str) -> ast.Module:
         source = body if head.split()[0] in _PYTHON else ""
     imports = "\n".join(m.strip() for m in IMPORT.findall(source))
     for attempt in (source, MAGIC.sub("pass", source), imports):
-        try:
-            with _parsing: return ast.parse(attempt)
+        try: return parse(attempt)
         except (SyntaxError, ValueError): continue
-    return ast.parse("")
+    return parse("")
 
 # %% ../../../nbs/core/request/07_dependencies.ipynb #e4c8a16f
 def _walk(tree: ast.AST, lazy: bool) -> Iterator[ast.AST]:
