@@ -1,4 +1,8 @@
 """The docs site's settings. `opml docs` copies this file beside the pages it makes and runs Sphinx there."""
+from os.path import commonprefix
+
+from sphinx.domains.python import PythonDomain
+
 from opml_wb import __version__
 
 project, author, version, release = "opml_wb", "The opml_wb authors", __version__, __version__
@@ -24,13 +28,21 @@ html_context = {"default_mode": "auto"}    # light or dark as the reader's syste
 html_static_path = ["_static"]
 html_css_files = ["opml.css"]
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {"index": [], "publish": []}
+html_sidebars = {"index": []}
 html_theme_options = {
     "logo": {"text": "opml_wb"}, "navbar_end": ["theme-switcher"], "footer_start": ["copyright"], "footer_end": [],
     "secondary_sidebar_items": ["page-toc"], "navigation_depth": 3, "show_toc_level": 2, "primary_sidebar_end": [],
     "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark",
     "search_bar_text": "Search chapters and API", "back_to_top_button": False,
 }
+
+
+class Nearest(PythonDomain):
+    "Types in signatures lead to the class that is meant: of several with one name, that of the nearest module."
+    def find_obj(self, env, modname, classname, name, type, searchmode=0):
+        found = super().find_obj(env, modname, classname, name, type, searchmode)
+        def near(match): return len(commonprefix([match[0].split("."), (modname or "").split(".")]))
+        return [max(found, key=near)] if len(found) > 1 else found
 
 
 def scripts(app, pagename, templatename, context, doctree):
@@ -43,4 +55,5 @@ def scripts(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
+    app.add_domain(Nearest, override=True)
     app.connect("html-page-context", scripts)

@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-from test_lab import CHROMIUM, FLAGS, HERE
+from test_lab import CHROMIUM, HERE, browser  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def command(place):
     "command(*args) -> CompletedProcess of `opml ...`."
     def call(*args):
         env = {**os.environ, "OPML_HOME": str(place / "home")}
-        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True)
     return call
 
 
@@ -109,9 +109,8 @@ def test_importance_finds_what_was_planted():
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_the_page_in_a_browser(two, command, place):
+def test_the_page_in_a_browser(two, command, place, browser):
     "It draws all its plots, asks for nothing, and its text stands out from its ground in light and in dark."
-    sync_api = pytest.importorskip("playwright.sync_api")
     for i in range(2):                                                     # company: runs of other keys
         copy = place / "home" / "runs" / f"{i}-{two[0].doc['id']}"
         shutil.copytree(two[0].dir, copy, dirs_exist_ok=True)
@@ -121,24 +120,21 @@ def test_the_page_in_a_browser(two, command, place):
     done = command("compare", two[0].doc["id"], two[1].doc["id"], "--html", place / "page.html", "--objective", "loss")
     assert done.returncode == 0, done.stderr
     (HERE / "artefacts").mkdir(exist_ok=True)
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        for theme in ("light", "dark"):
-            page = browser.new_page(viewport=dict(width=1280, height=1000), color_scheme=theme)
-            asked, faults = [], []
-            page.on("request", lambda r: asked.append(r.url))
-            page.on("pageerror", lambda e: faults.append(str(e)))
-            page.on("console", lambda m: m.type == "error" and faults.append(m.text))
-            page.goto((place / "page.html").as_uri())
-            for figure in page.locator(".fig").all():
-                figure.scroll_into_view_if_needed()
-                figure.locator(".main-svg").first.wait_for(timeout=10_000)
-            assert page.locator(".fig").count() == 4 == page.locator(".js-plotly-plot").count()  # a curve, the company, the notebooks' figures
-            text, ground = (sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{c}"))[:3])) for c in ("color", "backgroundColor"))
-            assert (text < 200, ground < 200) == (theme == "light", theme == "dark") and abs(text - ground) > 400
-            page.evaluate("scrollTo(0, 0)")
-            page.screenshot(path=HERE / "artefacts" / f"compare-{theme}.png", full_page=True)
-            assert faults == [] and [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
-        page.locator("#theme").click()
-        assert page.evaluate("document.documentElement.dataset.theme") == "light"
-        browser.close()
+    for theme in ("light", "dark"):
+        page = browser.new_page(viewport=dict(width=1280, height=1000), color_scheme=theme)
+        asked, faults = [], []
+        page.on("request", lambda r: asked.append(r.url))
+        page.on("pageerror", lambda e: faults.append(str(e)))
+        page.on("console", lambda m: m.type == "error" and faults.append(m.text))
+        page.goto((place / "page.html").as_uri())
+        for figure in page.locator(".fig").all():
+            figure.scroll_into_view_if_needed()
+            figure.locator(".main-svg").first.wait_for()
+        assert page.locator(".fig").count() == 4 == page.locator(".js-plotly-plot").count()  # a curve, the company, the notebooks' figures
+        text, ground = (sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{c}"))[:3])) for c in ("color", "backgroundColor"))
+        assert (text < 200, ground < 200) == (theme == "light", theme == "dark") and abs(text - ground) > 400
+        page.evaluate("scrollTo(0, 0)")
+        page.screenshot(path=HERE / "artefacts" / f"compare-{theme}.png", full_page=True)
+        assert faults == [] and [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"

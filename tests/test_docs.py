@@ -1,7 +1,10 @@
 """The docs site in a real browser: each page, no request to elsewhere, no error; figures, widgets, math, search."""
 import functools
+import importlib
+import inspect
 import json
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -10,17 +13,20 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import house
 import pytest
 from conftest import ROOT
-from test_lab import CHROMIUM, CONTRAST, FLAGS
+from test_lab import CHROMIUM, CONTRAST, browser  # noqa: F401 (a fixture)
 
 for needed in ("sphinx", "myst_nb", "pydata_sphinx_theme"): pytest.importorskip(needed, reason="needs the extra [docs]")
 pytestmark = pytest.mark.slow
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 SHOTS = Path(__file__).parent/"artefacts"
 
+RUN = next((ROOT/"nbs"/"core"/"engine").glob("*_run.ipynb"))
+
 # a chapter of another package: math, a FigureWidget, an Output widget, linked controls, a link, HTML from outside
-GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/17_run.ipynb).\n\n"
+GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run engine](../core/engine/%s).\n\n" % RUN.name +
          "$$\\begin{aligned} a &= b^2 \\\\ c &= \\operatorname{argmax}_x f(x) \\end{aligned}$$\n\n"
          "> Wait for $5 or so.": "md",
          "n: int = 3  # points": "parameters",
@@ -39,6 +45,14 @@ GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run 
 SETUP = """from setuptools import setup
 setup(name="acme_guest", version="1", packages=["acme_guest"], package_data={"acme_guest": ["*.ipynb"]},
       entry_points={"opml_wb.chapters": ["guest = acme_guest:CHAPTER"]})"""
+
+
+FEW = """import sys
+from opml_wb.core.cli.verbs import main
+from opml_wb.core.site import sources
+every = sources.modules
+sources.modules = lambda root: dict([*every(root).items()][:3])
+main(sys.argv[1:])"""
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +78,14 @@ def guest(packages): return packages/"acme_guest"/"guest.ipynb"
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory, packages):
-    "build(*options) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this module."
+    """build(*options, api=True) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this
+    module; without `api` three modules get a page, which is quicker."""
     home = tmp_path_factory.mktemp("home")
-    def call(*options, command="docs"):
+    def call(*options, command="docs", api=True):
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
-        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", command, *map(str, options)], cwd=ROOT,
-                              env={**os.environ, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True, timeout=900)
+        how = ["-m", "opml_wb.core.cli"] if api else ["-c", FEW]
+        return subprocess.run([sys.executable, *how, command, *map(str, options)], cwd=ROOT,
+                              env={**os.environ, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True)
     call.home = home
     return call
 
@@ -94,20 +110,12 @@ def web(site):
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra [dev]")
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser):
     "A page whose requests off this machine are cut; `page.faults` collects those, its errors, and what was not found."
     context = browser.new_context(viewport=dict(width=1280, height=1000))
     page = context.new_page()
+    page.set_default_timeout(300_000)  # a busy machine is no fault
     page.faults = []
     def gate(route):
         if re.match(r"(https?://127\.0\.0\.1[:/]|file:|data:|blob:)", route.request.url): return route.continue_()
@@ -121,7 +129,7 @@ def page(browser):
     context.close()
 
 
-def drawn(page): page.wait_for_selector("html[data-opml=drawn]", timeout=30_000)
+def drawn(page): page.wait_for_selector("html[data-opml=drawn]")
 
 
 def shot(page, name):
@@ -133,6 +141,18 @@ def soft(page):
     "The page's colour for text that stands back, as computed styles give it."
     return page.evaluate("""() => { const e = document.createElement('i'); e.style.color = 'var(--pst-color-text-muted)'
       document.body.append(e); const said = getComputedStyle(e).color; e.remove(); return said }""")
+
+
+def hnsw():
+    "The class whose page is looked at."
+    from opml_wb.riann import DynamicHNSW
+    return DynamicHNSW
+
+
+def api_page(thing):
+    "The page of a module, or of the module of a class."
+    name = getattr(thing, "__module__", None) or thing.__name__
+    return f"api/{name.removeprefix('opml_wb.').replace('.', '/')}.html"
 
 
 def figures(notebook):
@@ -210,7 +230,7 @@ def test_math_output_widgets_and_figure_widgets_of_a_guest(site, web, page):
     text = page.locator("article").inner_text()
     assert "echo: false" not in text and "not for readers" not in text and "kept" in text
     page.get_by_role("link", name="the run engine").click()
-    page.wait_for_url("**/api/core/run.html")
+    page.wait_for_url("**/api/core/engine/run.html")
     assert page.faults == []
 
 
@@ -221,7 +241,7 @@ def test_search_finds(site, web, page, how):
     page.goto(f"{base}/search.html?q=DynamicHNSW")
     page.get_by_text("Search finished").wait_for(timeout=15_000)
     found = page.locator("#search-results ul.search li a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
-    for wanted in ("api/riann/graph.html", "chapters/riann.html"): assert any(wanted in href for href in found), found
+    for wanted in (api_page(hnsw()), "chapters/riann.html"): assert any(wanted in href for href in found), found
     if how == "served":
         shot(page, "search")
         page.goto(f"{web}/index.html")
@@ -253,27 +273,80 @@ def test_home_and_api(site, web, page):
             f"chapters/{name}.html" for name in chapters]
         shot(page, f"home-{theme}")
         assert page.evaluate(CONTRAST) == []
-        page.goto(f"{web}/api/riann/graph.html")
-        signature = page.locator("dt#opml_wb\\.riann\\.graph\\.DynamicHNSW\\.insert")
+        page.goto(f"{web}/{api_page(hnsw())}")
+        signature = page.locator(f"dt[id='{hnsw().__module__}.DynamicHNSW.insert']")
         assert "deg" in signature.inner_text() and "raises" not in signature.inner_text()
         fold = page.locator("details:has(summary:has-text('DynamicHNSW'))").first
         assert not fold.locator("pre").is_visible()
         fold.locator("summary").click()
         assert "class DynamicHNSW" in fold.locator("pre").inner_text()
         shot(page, f"api-{theme}")
-        page.goto(f"{web}/publish.html")
+        page.goto(f"{web}/guide/90_publish.html")
         shot(page, f"publish-{theme}")
     assert page.faults == []
 
 
-def test_a_second_build_executes_nothing(site, build):
+def public(cls):
+    "The public methods and properties of a class, those of private bases among them."
+    def own(c): return c is cls or c.__name__.startswith("_") and c.__module__.startswith("opml_wb.")
+    return [a.name for a in inspect.classify_class_attrs(cls)
+            if not a.name.startswith("_") and a.kind != "data" and own(a.defining_class)]
+
+
+def test_the_api_lists_every_public_name_once(site):
+    "What `inspect` finds in each module stands on its page: each class, each method once and as a method, each function."
+    import opml_wb
+    wrong, methods = [], 0
+    for found in pkgutil.walk_packages(opml_wb.__path__, "opml_wb."):
+        name = found.name
+        if name.rpartition(".")[2] in ("__main__", "_modidx"): continue
+        module, said = importlib.import_module(name), {}
+        html = (site/api_page(module)).read_text()
+        for kind, id in re.findall(r'<dl class="py (\w+)">\s*<dt class="sig[^>]*id="([^"]+)"', html): said.setdefault(id, []).append(kind)
+        for n, thing in vars(module).items():
+            if n.startswith("_") or (getattr(thing, "__module__", 0), getattr(thing, "__name__", 0)) != (name, n): continue
+            if inspect.isclass(thing):
+                kinds = {f"{name}.{n}": ["class"]} | {f"{name}.{n}.{m}": ["method", "property"] for m in public(thing)}
+                methods += len(kinds) - 1
+            elif inspect.isfunction(thing): kinds = {f"{name}.{n}": ["function"]}
+            else: continue
+            wrong += [(id, said.get(id)) for id, right in kinds.items() if len(said.get(id, ())) != 1 or said[id][0] not in right]
+        wrong += [id for id, kinds in said.items() if "function" in kinds and not callable(getattr(module, id.rpartition(".")[2], None))]
+    assert methods > 300 and not wrong, wrong
+
+
+def test_rooms_stand_in_reading_order(site):
+    "The wings of core and of the papers are sections of the page that lists the modules."
+    heads = re.findall(r"<h2>([\w.]+)<", (site/"api"/"index.html").read_text())
+    assert [h for h in heads if h.startswith("core.")] == [f"core.{w}" for w in house.WINGS]
+    assert heads.index("core.cli") < heads.index("eligibility") < heads.index("riann") < heads.index("riann.graph") < heads.index("flexserve")
+
+
+def test_the_guide_shows_what_lies_in_its_folder(site):
+    listed = re.findall(r'<li><p><a class="reference internal" href="(\w+)\.html"', (site/"guide"/"index.html").read_text())
+    assert listed == sorted(p.stem for p in (ROOT/"nbs"/"guide").glob("*") if p.suffix in (".md", ".ipynb"))
+    assert "90_publish" in listed and all((site/"guide"/f"{name}.html").exists() for name in listed)
+
+
+def test_links_between_notebooks_lead_somewhere():
+    "Each relative link in a notebook or a page of the guide names a file that is there."
+    lost = []
+    for p in [*(ROOT/"nbs").rglob("*.ipynb"), *(ROOT/"nbs"/"guide").glob("*.md")]:
+        cells = json.loads(p.read_text())["cells"] if p.suffix == ".ipynb" else [{"cell_type": "markdown", "source": p.read_text()}]
+        prose = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        lost += [f"{p.relative_to(ROOT)}: {to}" for to in re.findall(r"\]\((?!\w+:)([^)\s#]+\.(?:ipynb|md|png|svg))", prose)
+                 if not (p.parent/to).exists()]
+    assert not lost, lost
+
+
+def test_a_second_build_executes_nothing(site, build, tmp_path):
     import sqlite3
     def runs(): return sqlite3.connect(build.home/"opml.db").execute("select count(*) from run").fetchone()[0]
     before, was = runs(), (site/"chapters"/"riann.html").read_text()
-    done = build("--out", site)
+    done = build("--out", tmp_path/"again", api=False)
     assert done.returncode == 0, done.stderr
     assert runs() == before and "riann: unchanged, from the store" in done.stdout
-    assert (site/"chapters"/"riann.html").read_text() == was
+    assert (tmp_path/"again"/"chapters"/"riann.html").read_text() == was
 
 
 def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, guest, tmp_path):
@@ -282,8 +355,8 @@ def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, gues
         guest.write_text(source.replace("log.metric('points', n);", "1 / 0;"))
         done = build("--out", site)
         assert done.returncode == 1 and "guest failed (ZeroDivisionError" in done.stderr and "--no-run" in done.stderr
-        guest.write_text(source.replace("the run engine](../core/17_run.ipynb)", "nowhere](nowhere.md)"))
-        done = build("--out", site, "--no-run")
+        guest.write_text(source.replace(f"the run engine](../core/engine/{RUN.name})", "nowhere](nowhere.md)"))
+        done = build("--out", site, "--no-run", api=False)
         assert done.returncode == 1 and "nowhere.md" in done.stderr and "Sphinx found" in done.stderr
     finally: guest.write_text(source)
     assert (site/"index.html").read_text() == was
@@ -305,9 +378,8 @@ def test_from_a_wheel(tmp_path):
     for carried, folder in (("_nbs", "nbs"), ("_data", "data")):
         shutil.copytree(ROOT/folder, tmp_path/"opml_wb"/carried, ignore=ignore)
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OPML_HOME": str(tmp_path/"home")}
-    code = "from opml_wb.core.site.build import docs; raise SystemExit(docs.main(['--no-run'], standalone_mode=False) or 0)"
     def opml_docs():
-        return subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-c", FEW, "docs", "--no-run"], env=env, cwd=tmp_path, capture_output=True, text=True)
     done = opml_docs()
     assert done.returncode == 0, done.stderr
     assert "not run yet" in (tmp_path/"home"/"docs"/"chapters"/"riann.html").read_text()

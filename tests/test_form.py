@@ -5,54 +5,54 @@ import re
 import nbformat
 import pytest
 from conftest import until
-from test_lab import CONTRAST, HERE, errors, lab, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
+from test_lab import CONTRAST, HERE, browser, errors, lab, lab_server, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
 
 
 def value(page, field): return page.locator(f".opml-field-{field} .widget-readout").inner_text()
 
 
-def test_the_form_runs_a_chapter_in_jupyterlab(lab, page, tmp_path):
+def test_the_form_runs_a_chapter_in_jupyterlab(lab, page):
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3 (ipykernel)"}})
     nb.cells = [nbformat.v4.new_code_cell("from opml_wb.core.show.ui import form\nshown = form('riann')\nshown"),
                 nbformat.v4.new_markdown_cell("The end")]
-    nbformat.write(nb, tmp_path/"chapters"/"form.ipynb")
+    nbformat.write(nb, lab.folder/"chapters"/"form.ipynb")
     strangers, faults = [], []
     page.on("request", lambda r: re.match(r"(https?|wss?)://(?!127\.0\.0\.1)", r.url) and strangers.append(r.url))
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.goto(lab.format("form.ipynb"))
     run_all(page)
-    page.wait_for_selector(".opml-form .opml-field-n_batches .noUi-handle", timeout=30_000)
+    page.wait_for_selector(".opml-form .opml-field-n_batches .noUi-handle")
     assert page.locator(".opml-form select").count() >= 1 and page.locator(".opml-form .noUi-handle").count() >= 4
 
     seed = page.locator(".opml-field-seed input")          # an integer without bounds is typed
     seed.fill("many"); seed.press("Enter")
-    page.wait_for_function("() => /expected int/.test(document.querySelector('.opml-field-seed').innerText)", timeout=5_000)
+    page.wait_for_function("() => /expected int/.test(document.querySelector('.opml-field-seed').innerText)")
     page.locator(".opml-form-run").click()                 # refused: nothing runs
     page.wait_for_timeout(500)
-    assert not (tmp_path/"home"/"runs").exists() or not list((tmp_path/"home"/"runs").iterdir())
+    assert not (lab.folder/"home"/"runs").exists() or not list((lab.folder/"home"/"runs").iterdir())
     seed.fill("5"); seed.press("Enter")
-    page.wait_for_function("() => !/expected int/.test(document.querySelector('.opml-field-seed').innerText)", timeout=5_000)
+    page.wait_for_function("() => !/expected int/.test(document.querySelector('.opml-field-seed').innerText)")
 
     assert value(page, "n_batches") == "10"
     page.locator(".opml-field-n_batches .noUi-handle").focus()
     for _ in range(8): page.keyboard.press("ArrowLeft")
-    page.wait_for_function("() => document.querySelector('.opml-field-n_batches .widget-readout').innerText == '2'", timeout=5_000)
+    page.wait_for_function("() => document.querySelector('.opml-field-n_batches .widget-readout').innerText == '2'")
     page.locator(".opml-form-run").click()
-    page.wait_for_function("() => /cell \\d+ of \\d+|streaming|properties/.test(document.querySelector('.opml-form-note').innerText)", timeout=60_000)
+    page.wait_for_function("() => /cell \\d+ of \\d+|streaming|properties/.test(document.querySelector('.opml-form-note').innerText)")
     page.screenshot(path=HERE/"artefacts"/"form-running.png")
     assert page.locator(".opml-form-run").is_disabled() and page.locator(".opml-form-stop").is_enabled()
-    page.wait_for_selector(".opml-form-card .card", timeout=150_000)
+    page.wait_for_selector(".opml-form-card .card")
     card = page.locator(".opml-form-card").inner_text()
     assert "done" in card and "speedup_graph_1000" in card and "2.42" in card, card
     page.locator(".opml-form-card").scroll_into_view_if_needed()
     page.screenshot(path=HERE/"artefacts"/"form-card.png")
-    [run] = [json.loads(p.read_text()) for p in (tmp_path/"home"/"runs").glob("*/run.json")]
+    [run] = [json.loads(p.read_text()) for p in (lab.folder/"home"/"runs").glob("*/run.json")]
     assert run["given"] == {"seed": 5, "n_batches": 2} and run["status"] == "done"
     assert page.locator(".opml-form-run").is_enabled()
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.locator(".lm-Menu-itemLabel:text-is('Theme')").hover()
     page.locator(".lm-Menu-itemLabel:text-is('JupyterLab Dark')").click()
-    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached", timeout=10_000)
+    page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
     page.wait_for_timeout(500)
     page.screenshot(path=HERE/"artefacts"/"form-card-dark.png")
     assert page.evaluate(CONTRAST) == []
@@ -68,7 +68,7 @@ def test_the_form_without_a_browser(home, notebook, value, answer):
     f.fields["n"].control.value = value
     f.go.click()
     assert f.go.disabled and not f.halt.disabled
-    assert until(lambda: not f.thread.is_alive(), 60)
+    assert until(lambda: not f.thread.is_alive(), 300)
     assert f.result.status == answer and f.result.params == {"n": int(value)}
     assert f"{answer if answer == 'done' else 'too many'}" in f.card.value
     assert not f.go.disabled and f.halt.disabled

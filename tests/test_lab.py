@@ -1,4 +1,5 @@
 """The chapter in a real JupyterLab: headless Chromium, Run All, move the widget. Screenshots go to tests/artefacts/."""
+import json
 import os
 import re
 import secrets
@@ -25,9 +26,25 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab over a copy of the chapters (it saves what it runs): the address of its first page with a token."
+class Lab:
+    "A JupyterLab over `folder`/chapters, whose runs go to `folder`/home."
+    def __init__(self, folder, port, token): self.folder, self.port, self.token = folder, port, token
+
+    def format(self, notebook): return f"http://127.0.0.1:{self.port}/lab/tree/{notebook}?token={self.token}&reset"
+
+    def ask(self, method, path):
+        "The JSON that its API answers."
+        url = f"http://127.0.0.1:{self.port}/api/{path}?token={self.token}"
+        with urllib.request.urlopen(urllib.request.Request(url, method=method), timeout=30) as answer: return json.loads(answer.read() or "null")
+
+    def close_kernels(self):
+        for kernel in self.ask("GET", "kernels"): self.ask("DELETE", f"kernels/{kernel['id']}")
+
+
+@pytest.fixture(scope="module")
+def lab_server(tmp_path_factory):
+    "A Lab over a copy of the chapters (it saves what it runs), one for all tests of a file."
+    tmp_path = tmp_path_factory.mktemp("lab")
     shutil.copytree(HERE.parent/"nbs"/"chapters", tmp_path/"chapters", ignore=shutil.ignore_patterns(".ipynb*"))
     port, token = free_port(), secrets.token_hex(16)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OPML_RUN", "JUPYTER_"))}
@@ -41,11 +58,11 @@ def lab(tmp_path):
            f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path/'chapters'}"]
     server = subprocess.Popen(cmd, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
-        for _ in range(120):
+        for _ in range(600):
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5); break
             except OSError: time.sleep(0.5)
         else: pytest.fail("JupyterLab did not start:\n"+(tmp_path/"lab.log").read_text()[-2000:])
-        yield f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}&reset"
+        yield Lab(tmp_path, port, token)
     finally:
         server.send_signal(signal.SIGINT)
         server.send_signal(signal.SIGTERM)
@@ -55,24 +72,40 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page():
+def lab(lab_server):
+    "The Lab of this file; the kernels of a test end with it."
+    yield lab_server
+    lab_server.close_kernels()
+
+
+@pytest.fixture(scope="module")
+def browser():
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra [dev]")
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        page = browser.new_page(viewport=dict(width=1280, height=1000))
-        yield page
-        (HERE/"artefacts").mkdir(exist_ok=True)
-        page.screenshot(path=HERE/"artefacts"/"lab-last.png")
+        yield browser
         browser.close()
 
 
-def run_all(page, timeout_s=180):
+@pytest.fixture
+def page(browser):
+    "A page whose waits are generous: a busy machine is no fault."
+    context = browser.new_context(viewport=dict(width=1280, height=1000))
+    page = context.new_page()
+    page.set_default_timeout(300_000)
+    yield page
+    (HERE/"artefacts").mkdir(exist_ok=True)
+    page.screenshot(path=HERE/"artefacts"/"lab-last.png")
+    context.close()
+
+
+def run_all(page, timeout_s=600):
     "Menu Run, Run All Cells, and wait until the kernel is idle and each code cell has its number."
-    page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=60_000)
-    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=60_000)        # before that, Run All would ask for a kernel
+    page.wait_for_selector(".jp-NotebookPanel-toolbar")
+    page.get_by_text("(ipykernel) | Idle").wait_for()        # before that, Run All would ask for a kernel
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', timeout=30_000)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]')
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=timeout_s*1000)
 
 
@@ -103,7 +136,7 @@ def errors(page):
 
 
 def scroll_to(page, selector):
-    page.wait_for_selector(selector, state="attached", timeout=30_000)
+    page.wait_for_selector(selector, state="attached")
     page.eval_on_selector(selector, "e => e.scrollIntoView({block: 'center'})")
     page.wait_for_timeout(700)
 
@@ -120,7 +153,7 @@ def test_a_chapter_in_jupyterlab(lab, page, chapter):
     run_all(page)
     page.screenshot(path=shots/f"lab-{name}-top.png")
     scroll_to(page, f"{PLAY} .noUi-handle")
-    page.wait_for_selector(f"{PLAY} .js-plotly-plot .main-svg", timeout=30_000)
+    page.wait_for_selector(f"{PLAY} .js-plotly-plot .main-svg")
     page.wait_for_timeout(500)
     page.screenshot(path=shots/f"lab-{name}-play-default.png")
 
@@ -128,7 +161,7 @@ def test_a_chapter_in_jupyterlab(lab, page, chapter):
     slider.focus()
     for _ in range(4): page.keyboard.press("ArrowRight")
     began = time.monotonic()
-    page.wait_for_function(f"before => {{ const now = ({DRAWN})(); return now && now !== before }}", arg=before, timeout=20_000)
+    page.wait_for_function(f"before => {{ const now = ({DRAWN})(); return now && now !== before }}", arg=before)
     (shots/f"lab-{name}-answer.txt").write_text(f"{time.monotonic() - began:.2f} s from the last key to a changed widget\n")
     page.wait_for_timeout(1000)
     page.screenshot(path=shots/f"lab-{name}-play-moved.png")
