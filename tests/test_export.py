@@ -2,11 +2,12 @@
 import json
 import math
 import os
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
 
-mlflow = pytest.importorskip("mlflow", reason="needs the extra [peers]")
+pytestmark = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs the extra [peers]")
 
 @pytest.fixture
 def uri(tmp_path): return f"sqlite:///{tmp_path}/server/mlflow.db"
@@ -14,6 +15,7 @@ def uri(tmp_path): return f"sqlite:///{tmp_path}/server/mlflow.db"
 
 def read(uri, chapter):
     "{our run id: MLflow's run} of an experiment."
+    import mlflow
     client = mlflow.MlflowClient(tracking_uri=uri)
     found = client.search_runs([client.get_experiment_by_name(f"opml/{chapter}").experiment_id])
     return client, {r.data.tags["opml.run_id"]: r for r in found}

@@ -43,7 +43,7 @@ def test_two_processes_write_whole_lines(tmp_path):
     env = {"OPML_RUN_DIR": str(tmp_path), "PATH": ""}
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     kids = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipe) for _ in range(2)]
-    said = [k.communicate(timeout=60)[0] for k in kids]
+    said = [k.communicate(timeout=600)[0] for k in kids]
     rows = [json.loads(line) for line in (tmp_path/"progress.jsonl").read_text().splitlines()]
     assert said == [b"", b""] and [k.returncode for k in kids] == [0, 0]
     assert sum(r["desc"] == "x"*200 for r in rows) == 1000
@@ -51,11 +51,12 @@ def test_two_processes_write_whole_lines(tmp_path):
 
 
 def test_progress_is_cheap_inside_a_run(tmp_path, monkeypatch):
-    import time
+    "However many items pass in an instant, two lines are written."
     monkeypatch.setenv("OPML_RUN_DIR", str(tmp_path))
-    t = time.process_time()
+    monkeypatch.setattr("time.monotonic", lambda: 1.0)
     for _ in ui.progress(range(200_000)): pass
-    assert time.process_time()-t < 1.0                     # 5 us an item at the very most
+    rows = [json.loads(line) for line in (tmp_path/"progress.jsonl").read_text().splitlines()]
+    assert [r["i"] for r in rows] == [0, 200_000]
 
 
 def test_figures_carry_no_library():

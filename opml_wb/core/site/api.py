@@ -36,7 +36,7 @@ def docstring(words: str | None) -> str:
     parts[::2] = [re.sub(r"([\\*_<>$\[\]{}#|~^])", r"\\\1", p) for p in parts[::2]]
     return re.sub(r"(?<=\S)\n(?=`?[A-Za-z][\w, \\`*=|.\-\[\]]{0,40}: )", "\\\\\n", "".join(parts))
 
-# %% ../../../nbs/core/site/02_api.ipynb #4a4f8636
+# %% ../../../nbs/core/site/02_api.ipynb #7ae93c6c
 def function_of(found: Any) -> Callable:
     "Find the plain function behind a method, a property, a click command or a decorated function."
     for name in ("fget", "func", "__func__", "callback"):
@@ -65,7 +65,7 @@ def bound(arguments: str) -> str:
     "Take away the first parameter, which a call of a method doesn't give."
     return re.sub(r"^\(\w+(: ?(\"[^\"]*\"|'[^']*'|[\w.]+))?(, /)?(, )?", "(", arguments)
 
-# %% ../../../nbs/core/site/02_api.ipynb #efb41ca7
+# %% ../../../nbs/core/site/02_api.ipynb #11f477a7
 def directive(kind: str, head: str, lines: Iterable[str], fence: int = 6) -> str:
     "Write an object of the Python domain in Markdown: a directive with its signature and content."
     return "\n".join([f"{'`' * fence}{{py:{kind}}} {head}", *lines, "`" * fence])
@@ -82,7 +82,7 @@ def documented(kind: str, name: str, found: Any) -> str:
     notes = [f"- `{n}`: {c}" for n, c in listed.items() if c and n != "return"]
     return directive(kind, name + head, [*options, "", docstring(function.__doc__), "", *notes, ""])
 
-# %% ../../../nbs/core/site/02_api.ipynb #3dbb2a0a
+# %% ../../../nbs/core/site/02_api.ipynb #603541e8
 def members(cls: type) -> list[inspect.Attribute]:
     """List the public methods and properties of a class in the order of their definition.
 
@@ -98,7 +98,7 @@ def members(cls: type) -> list[inspect.Attribute]:
              and own(a.defining_class) and a.kind != "data"]
     return sorted(found, key=place)
 
-# %% ../../../nbs/core/site/02_api.ipynb #8fe55ca5
+# %% ../../../nbs/core/site/02_api.ipynb #29bffb40
 def parameters_of(cls: type) -> str:
     """Write the parameters with which a class is called, '' when they are those of a class that
     isn't ours."""
@@ -125,7 +125,7 @@ def class_(cls: type, elsewhere: Collection[str] = ()) -> str:
     head = cls.__name__ + parameters_of(cls)
     return directive("class", head, ["", docstring(words), "", *from_, *inner], 7)
 
-# %% ../../../nbs/core/site/02_api.ipynb #102fa72d
+# %% ../../../nbs/core/site/02_api.ipynb #f2baf1c3
 def patched(node: Any) -> str:
     """Name the class to which a function (ast node) is added by fastcore's `@patch`, '' for another
     node."""
@@ -133,7 +133,7 @@ def patched(node: Any) -> str:
     if "patch" not in marks or not node.args.args or not node.args.args[0].annotation: return ""
     return ast.unparse(node.args.args[0].annotation).strip("'\"")
 
-# %% ../../../nbs/core/site/02_api.ipynb #47521de1
+# %% ../../../nbs/core/site/02_api.ipynb #421a9abe
 def _names(nodes: Iterable[Any]) -> list[str]:
     "The names that statements (ast nodes) define, [] for imports."
     def targets(n): return [t.id for t in getattr(n, "targets", ()) if isinstance(t, ast.Name)]

@@ -85,7 +85,7 @@ def refuse_strangers(out: Path) -> None:
         raise click.UsageError(f"{out} holds something that isn't a docs site; "
                                "name another folder: opml docs --out DIR")
 
-# %% ../../../nbs/core/site/04_build.ipynb #767f0797
+# %% ../../../nbs/core/site/04_build.ipynb #2e0bd877
 def swap(site: Path, out: Path) -> None:
     "Put the folder `site` where `out` is; readers see the old or the new, never half of one."
     new, old = (out.with_name(f".{out.name}.{what}") for what in ("new", "old"))
@@ -96,7 +96,7 @@ def swap(site: Path, out: Path) -> None:
     os.replace(new, out)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../../nbs/core/site/04_build.ipynb #845c51d1
+# %% ../../../nbs/core/site/04_build.ipynb #0d5585d2
 LARGE = 2_000_000  # bytes
 
 def _sphinx(src: Path, site: Path, trees: Path) -> None:

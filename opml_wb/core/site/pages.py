@@ -40,7 +40,7 @@ def hidden(said: Mapping[str, str]) -> bool:
     "True for the directives of a cell that is not meant for readers."
     return bool(HIDDEN & said.keys()) or said.get("include") == "false"
 
-# %% ../../../nbs/core/site/01_pages.ipynb #96c13a6f
+# %% ../../../nbs/core/site/01_pages.ipynb #051655ad
 def tags(said: Mapping[str, str]) -> list[str]:
     "Name myst-nb's tags for the directives of a cell."
     return sorted({TAGS[pair] for pair in said.items() if pair in TAGS})
@@ -111,7 +111,7 @@ def _named(model: Mapping[str, Any]) -> set[str]:
     "The ids of the models that a model refers to."
     return set(re.findall(r"IPY_MODEL_(\w+)", json.dumps(model["state"])))
 
-# %% ../../../nbs/core/site/01_pages.ipynb #bcbbff64
+# %% ../../../nbs/core/site/01_pages.ipynb #f72aa2ab
 def reachable(models: Mapping[str, Any], views: Iterable[str]) -> dict[str, Any]:
     """Select the part of `models` (saved widget state, {id: model}) that the ids in `views` show,
     with its links."""
@@ -134,7 +134,7 @@ def _page_of(link: str, pages: Mapping[str, str], here: str) -> str | None:
     return next((pages[end] for i in range(len(parts)) if (end := "/".join(parts[i:])) in pages),
                 None)
 
-# %% ../../../nbs/core/site/01_pages.ipynb #8a7ef7e4
+# %% ../../../nbs/core/site/01_pages.ipynb #39303d57
 def links(source: str, pages: Mapping[str, str], here: str) -> str:
     """Let the links of Markdown lead to pages instead of notebooks; one to no page keeps its words
     only.
@@ -187,7 +187,7 @@ def notebook(cells: Iterable[dict], **metadata: Any) -> dict:
             "cells": [{"id": f"c{i}", **c} for i, c in enumerate(cells)],
             "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}, **metadata}}
 
-# %% ../../../nbs/core/site/01_pages.ipynb #4b4c29c3
+# %% ../../../nbs/core/site/01_pages.ipynb #bca671fb
 def under_title(source: str, bar: str) -> str:
     "Put the paragraph `bar` right below the first heading of Markdown."
     def below(m): return f"{m[1].rstrip()}\n\n{bar}\n\n"
@@ -205,7 +205,7 @@ def folded(source: str, marks: Collection[str] = ()) -> str | None:
     imports = body and all(isinstance(n, ast.Import | ast.ImportFrom) for n in body)
     return FOLDS["imports"] if imports else None
 
-# %% ../../../nbs/core/site/01_pages.ipynb #1275e774
+# %% ../../../nbs/core/site/01_pages.ipynb #6ebaf7e1
 def _code(cell: dict, models: Mapping[str, Any]) -> dict | None:
     "A code cell as the page shows it, or None."
     said, source = directives(text(cell))
@@ -221,7 +221,7 @@ def _code(cell: dict, models: Mapping[str, Any]) -> dict | None:
 def _plain(words: str) -> str: return re.sub(r"([\\`*_<>$\[\]{}|~^#])", r"\\\1", words)
 def _quoted(words: str) -> str: return f"`{words.replace('|', chr(92) + '|')}`" if words else ""
 
-# %% ../../../nbs/core/site/01_pages.ipynb #54f656f7
+# %% ../../../nbs/core/site/01_pages.ipynb #69d8320e
 def _row(r: Mapping[str, Any]) -> str:
     "A parameter, a dict of `params.describe`, as a row of the table."
     default = json.dumps(r["default"],
@@ -230,7 +230,7 @@ def _row(r: Mapping[str, Any]) -> str:
     cells = _quoted(r["name"]), _quoted(default), _quoted(r["type"]), span if span != "…" else ""
     return f"| {' | '.join(cells)} | {_plain(r['help'] or '')} |"
 
-# %% ../../../nbs/core/site/01_pages.ipynb #a3f154d7
+# %% ../../../nbs/core/site/01_pages.ipynb #200784b1
 def parameters(nb: dict) -> str:
     "Write the parameters of a notebook as a table in Markdown, '' where they cannot be told."
     try: rows = params.describe(nb)

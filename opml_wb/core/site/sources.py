@@ -78,7 +78,7 @@ def _file(chapter: Chapter) -> str:
     "The name of a chapter's notebook to download."
     return f"{slug(chapter.name).replace('/', '-')}.ipynb"
 
-# %% ../../../nbs/core/site/03_sources.ipynb #ad858fe3
+# %% ../../../nbs/core/site/03_sources.ipynb #8eba123e
 def bar(chapter: Chapter, done: "Run | None") -> str:
     "Write the line below a chapter's title in Markdown; `done`: the run that the page shows."
     words = [f"Run it: `opml run {chapter.name}`", f"play: `opml lab {chapter.name}`",
@@ -110,7 +110,7 @@ def _chapter_pages(src: Path, found: Iterable[Chapter], runs: "Mapping[str, Run 
         _write(src/f"{place(c)}.ipynb",
                page(nb, places[c.name], pages, bar(c, done), HINT % c.name))
 
-# %% ../../../nbs/core/site/03_sources.ipynb #6b1a0090
+# %% ../../../nbs/core/site/03_sources.ipynb #abc3c51d
 def about(nb: dict) -> str:
     "Find the quoted line below a notebook's title, in Markdown; '' if there is none."
     first = next((text(c) for c in nb["cells"] if c["cell_type"] == "markdown"), "")
@@ -156,7 +156,7 @@ def _home(nb: dict, found: Iterable[Chapter], pages: Mapping[str, str],
         data["text/html"] = re.sub(r'href="([^"]+\.ipynb)"', file, linked)
     return {**out, "cells": [*out["cells"], {"id": "contents", **prose(contents(trees))}]}
 
-# %% ../../../nbs/core/site/03_sources.ipynb #1839b9f8
+# %% ../../../nbs/core/site/03_sources.ipynb #6b1072a4
 def guide_files(root: Path) -> list[Path]:
     "List the hand-written pages below the folder of notebooks `root`, in their order."
     return sorted(p for p in (root/"guide").glob("*") if p.suffix in (".md", ".ipynb"))
@@ -185,7 +185,7 @@ def title(path: Path) -> str:
     head = re.search(r"^# +(.+?)\s*$", whole, re.M)
     return head[1] if head else path.stem
 
-# %% ../../../nbs/core/site/03_sources.ipynb #82f7e83a
+# %% ../../../nbs/core/site/03_sources.ipynb #21366aca
 Modules = dict[str, tuple[str, dict]]  # {place below nbs/: (module, notebook)}
 
 def _where(path: Path, root: Path) -> str:
@@ -199,7 +199,7 @@ def modules(root: Path) -> Modules:
     notebooks = {_where(p, root): read(p) for p in found}
     return {where: (name, nb) for where, nb in notebooks.items() if (name := module(nb))}
 
-# %% ../../../nbs/core/site/03_sources.ipynb #064b6eef
+# %% ../../../nbs/core/site/03_sources.ipynb #3a224fc0
 def rooms(found: Modules) -> dict[str, list[str]]:
     "Sort the places of source notebooks into rooms, {room: its places}, both in reading order."
     from opml_wb.core.show.overview import PAPERS
@@ -209,9 +209,9 @@ def rooms(found: Modules) -> dict[str, list[str]]:
         return "\n".join(text(c) for c in nb["cells"] if c["cell_type"] == "markdown")
     def order(room):
         package, _, wing = room.partition("/")
-        named = re.search(rf"\b{wing}\b", prose_of(package)) if wing else None
         first = papers.index(package) if package in papers else len(papers)
-        return first, package, bool(wing), named.start() if named else 10**6, wing
+        named = prose_of(package).find(f"`{wing}`")
+        return first, package, bool(wing), named if named >= 0 else 10**6, wing
     out: dict[str, list[str]] = {}
     for where in found: out.setdefault(where.rpartition("/")[0] or "opml_wb", []).append(where)
     return {room: out[room] for room in sorted(out, key=order)}
@@ -234,7 +234,7 @@ def bench_list(found: list[Chapter]) -> str:
              "Each runs by `opml run bench/NAME`.")
     return "\n".join(["# Benches", "", words, "", *lines, "", contents(map(_here, found))])
 
-# %% ../../../nbs/core/site/03_sources.ipynb #b74371a4
+# %% ../../../nbs/core/site/03_sources.ipynb #749caf37
 def _cell(words: str) -> str: return words.replace("|", chr(92) + "|")
 
 def module_list(found: Modules, pages: Mapping[str, str]) -> str:
@@ -269,7 +269,7 @@ def _api_pages(src: Path, ours: Modules, pages: Mapping[str, str]) -> None:
         except ImportError as e:
             raise DocsError(f"{name} cannot be imported, so it has no page: {e}") from e
 
-# %% ../../../nbs/core/site/03_sources.ipynb #7de3666c
+# %% ../../../nbs/core/site/03_sources.ipynb #5156df8d
 def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]") -> None:
     """Lay out in folder `src` all that Sphinx needs.
 
