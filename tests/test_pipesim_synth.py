@@ -157,7 +157,7 @@ def test_one_week_tells_working_days_from_weekends_and_dates_are_refused():
 
 
 def test_philly_and_pmlb():
-    from opml_wb.pipesim.synth.traces import philly, pmlb
+    from opml_wb.pipesim.synth.public_traces import philly, pmlb
     real("pipesim/philly"), real("pipesim/pmlb")
     jobs, assets = philly(), pmlb()
     got = figures(ArrivalModel("ar1").fit(jobs.time), jobs.time.to_numpy())

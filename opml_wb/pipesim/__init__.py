@@ -11,33 +11,34 @@ from typing import TYPE_CHECKING
 from ..core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.pipesim.work.model import (
-        DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel)
-    from opml_wb.pipesim.work.workload import Workload
-    from opml_wb.pipesim.engines.policy import Allocator, Policy, PoolView
-    from opml_wb.pipesim.work.trace import Trace
-    from opml_wb.pipesim.engines.simulate import simulate
-    from opml_wb.pipesim.answers.runtime import Detector, Drift, cost_benefit, performance
-    from opml_wb.pipesim.engines.stream import Streamed, simulate_stream
+    from opml_wb.core.record.database import StoreError
+    from opml_wb.pipesim.answers import stats
+    from opml_wb.pipesim.answers.experiment import Experiment
     from opml_wb.pipesim.answers.plan import capacity_plan
+    from opml_wb.pipesim.answers.runtime import Detector, Drift, cost_benefit, performance
+    from opml_wb.pipesim.engines.policy import Allocator, Policy, PoolView
+    from opml_wb.pipesim.engines.simulate import simulate
+    from opml_wb.pipesim.engines.stream import Streamed, simulate_stream
+    from opml_wb.pipesim.stores.tables import TraceStore
     from opml_wb.pipesim.synth.arrivals import ArrivalModel
     from opml_wb.pipesim.synth.assets import AssetModel
     from opml_wb.pipesim.synth.durations import DurationModel
     from opml_wb.pipesim.synth.metrics import MetricModel
     from opml_wb.pipesim.synth.pipelines import PipelineModel
-    from opml_wb.pipesim.stores.parquet import StoreError, TraceStore
-    from opml_wb.pipesim.answers.experiment import Experiment
-    from opml_wb.pipesim.answers import stats
+    from opml_wb.pipesim.work.model import (
+        DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel)
+    from opml_wb.pipesim.work.trace import Trace
+    from opml_wb.pipesim.work.workload import Workload
 
 MOVED = {  # old module: where it is now
     "model": "work.model", "trace": "work.trace", "workload": "work.workload",
     "imports": "work.readers", "ageing": "work.ageing", "policy": "engines.policy",
-    "queues": "engines.queues", "reference": "engines.reference", "onsimpy": "engines.onsimpy",
+    "queues": "engines.reference", "reference": "engines.reference", "onsimpy": "engines.onsimpy",
     "heaps": "engines.heaps", "kernels": "engines.kernels", "engine": "engines.simulate",
-    "stream": "engines.stream", "gof": "synth.gof", "gaps": "synth.gaps",
+    "stream": "engines.stream", "gof": "synth.goodness_of_fit", "gaps": "synth.interarrival",
     "arrivals": "synth.arrivals", "assets": "synth.assets", "durations": "synth.durations",
     "metrics": "synth.metrics", "pipelines": "synth.pipelines", "calibrate": "synth.calibrate",
-    "placement": "synth.placement", "traces": "synth.traces", "stats": "answers.stats",
+    "placement": "synth.placement", "traces": "synth.public_traces", "stats": "answers.stats",
     "runtime": "answers.runtime", "plan": "answers.plan", "experiment": "answers.experiment",
     "ledger": "answers.ledger", "plots": "answers.plots", "dashboard": "answers.dashboard",
     "store": "stores.parquet", "influx": "stores.influx"}

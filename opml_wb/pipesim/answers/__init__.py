@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.pipesim.answers.runtime import Detector, Drift, performance, cost_benefit
-    from opml_wb.pipesim.answers.plan import capacity_plan
-    from opml_wb.pipesim.answers.experiment import measure, Experiment, swept, platform_of
-    from opml_wb.pipesim.answers.ledger import records, makespan, SweepModel
     from opml_wb.pipesim.answers.dashboard import Dashboard
+    from opml_wb.pipesim.answers.experiment import Experiment, measure, platform_of, swept
+    from opml_wb.pipesim.answers.ledger import SweepModel, makespan, records
+    from opml_wb.pipesim.answers.plan import capacity_plan
+    from opml_wb.pipesim.answers.runtime import Detector, Drift, cost_benefit, performance
 
 __getattr__, __dir__, __all__ = lazy(__name__)

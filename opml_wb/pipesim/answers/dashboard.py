@@ -6,15 +6,22 @@
 __all__ = ['MOST', 'PANELS', 'TITLES', 'SHOWN', 'thin', 'panel', 'draw', 'facts', 'kinds', 'Dashboard']
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #acdc312f
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
+
 from ...core.show import ui
+from ..stores.tables import TraceStore
+
+if TYPE_CHECKING: from plotly.graph_objects import Figure
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #19cf0a4c
 MOST = 2000
 
-def thin(t, y, most=MOST):
-    "At most `most` (>= 4) of the points (t f8 [n], y f8 [n]), the minimum and maximum of each bucket among them, in order."
+def thin(t: Sequence[float], y: Sequence[float], most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
+    "Keep at most `most` (>= 4) of the points (t f8 [n], y f8 [n]), the least and the greatest of each bucket among them."
     if most < 4: raise ValueError(f"most={most}: expected at least 4")
     t, y = np.asarray(t, float), np.asarray(y, float)
     if len(t) <= most: return t, y
@@ -26,77 +33,85 @@ def thin(t, y, most=MOST):
     return t[keep], y[keep]
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #eaa0c2f9
-PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None), ("read", "MB / s", None), ("wait", "wait, h", 1 / 3600))
-TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind", "Network traffic: read from the data store",
-          "Mean wait of pipelines, by arrival")
-
-def panel(store, metric, experiment, bin_s, scale):
-    "[(label, days f8 [<= 2000], values f8)] of one panel."
+def panel(store: TraceStore, metric: str, experiment: str, bin_s: float,
+          scale: float | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    "Query the lines of one panel: [(label, days f8 [<= 2000], values f8)]; `scale`: None for counts and bytes."
     df = store.series(metric, experiment, bin_s)
     factor = scale or {"arrivals": 3600 / bin_s, "read": 1e-6 / bin_s}[metric]
     groups = df.groupby("tag", observed=True) if "tag" in df else [("", df)]
     return [(str(tag), *thin(g.t / 86400, g.value * factor)) for tag, g in groups]
 
-def _dash(i): return ("solid", "dot")[i]
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #9503b361
+PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None), ("read", "MB / s", None),
+          ("wait", "wait, h", 1 / 3600))
+TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind", "Network traffic: read from the data store",
+          "Mean wait of pipelines, by arrival")
 
-def _lines(fig, store, row, names, bin_s):
-    "Add one panel: a colour per pool or kind (else per experiment), the second experiment dotted; returns the last day of it."
+def _lines(fig: "Figure", store: TraceStore, row: int, names: Sequence[str], bin_s: float) -> float:
+    "Add one panel: a colour per pool or kind (else per experiment), the second experiment dotted; returns its last day."
     (metric, unit, scale), last = PANELS[row - 1], 0.
     for i, name in enumerate(names):
+        legend = (row < 3 and i == 0) or (row == 4 and len(names) > 1)
         for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
             label, colour = (tag, ui.SERIES[k % 5]) if tag else (name, ui.SERIES[i])
-            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=(row < 3 and i == 0) or (row == 4 and len(names) > 1),
-                            mode="lines",
-                            line=dict(color=colour, width=1.4, dash=_dash(i)), row=row, col=1)
+            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=legend, mode="lines", row=row, col=1,
+                            line=dict(color=colour, width=1.4, dash=("solid", "dot")[i]))
             last = max(last, t.max(initial=0))
     fig.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
     return last
 
-def draw(store, experiments, bin_s=3600.):
-    """The four panels as one figure with linked time axes, from the first to the last arrival; experiments: one or two names, the second
-    dotted."""
+def draw(store: TraceStore, experiments: Sequence[str], bin_s: float = 3600.) -> "Figure":
+    """Draw the four panels as one figure with linked time axes, from the first to the last arrival.
+
+    experiments: one or two names, the second dotted; bin_s: s."""
     from plotly.subplots import make_subplots
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=.06, subplot_titles=TITLES)
-    fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50), hovermode="x unified", legend=dict(y=1.04))
+    fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50), hovermode="x unified",
+                      legend=dict(y=1.04))
     last = [_lines(fig, store, row, experiments, bin_s) for row in range(1, 5)][-1]
     fig.update_xaxes(range=[0, max(1.05 * last, bin_s / 86400)])
-    fig.update_xaxes(title_text="days since the beginning (zoom out for what runs on after the last arrival)", row=4, col=1)
+    said = "days since the beginning (zoom out for what runs on after the last arrival)"
+    fig.update_xaxes(title_text=said, row=4, col=1)
     return fig.update_annotations(font_size=13)
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #168c3b44
-SHOWN = {"wait_mean": "mean wait, s", "wait_p50": "median wait, s", "wait_p95": "95 % wait, s", "response_mean": "mean response, s",
-         "response_p95": "95 % response, s", "cost": "cost", "unfinished": "unfinished tasks"}
+SHOWN = {"wait_mean": "mean wait, s", "wait_p50": "median wait, s", "wait_p95": "95 % wait, s",
+         "response_mean": "mean response, s", "response_p95": "95 % response, s", "cost": "cost",
+         "unfinished": "unfinished tasks"}
 
-def facts(store, experiments):
-    "DataFrame of parameters and statistics, a column per experiment."
+def facts(store: TraceStore, experiments: Sequence[str]) -> pd.DataFrame:
+    "Tabulate parameters and statistics, a column per experiment."
     known, out = store.experiments(), {}
     for name in experiments:
-        a = known[name]
-        rows = {"policy": a["policy"], "engine": a["engine"], **{k: v for k, v in a["params"].items() if k not in ("policy", "engine")}}
-        rows |= {label: a["summary"][k] for k, label in SHOWN.items()}
-        out[name] = rows | {f"utilisation of {k[5:]}": v for k, v in a["summary"].items()
-                            if k.startswith("util_")} | {"digest": a["digest"][:12]}
+        about, summary = known[name], known[name]["summary"]
+        rows = {"policy": about["policy"], "engine": about["engine"]}
+        rows |= {k: v for k, v in about["params"].items() if k not in rows}
+        rows |= {label: summary[k] for k, label in SHOWN.items()}
+        rows |= {f"utilisation of {k[5:]}": v for k, v in summary.items() if k.startswith("util_")}
+        out[name] = rows | {"digest": about["digest"][:12]}
     return pd.DataFrame(out)
 
-def kinds(store, experiment):
-    "General statistics of task executions: DataFrame by kind: n, mean and 95 % of run time and wait, s."
+def kinds(store: TraceStore, experiment: str) -> pd.DataFrame:
+    "Tabulate task executions by kind: n, mean and 95 % of run time and wait, s."
     t = store.table("tasks", experiment)
     t["run"] = t.finish - t.start
-    return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", lambda x: x.quantile(.95)),
-                                 wait_mean=("wait", "mean"), wait_p95=("wait", lambda x: x.quantile(.95))).round(1)
+    def p95(x): return x.quantile(.95)
+    return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", p95),
+                                 wait_mean=("wait", "mean"), wait_p95=("wait", p95)).round(1)
 
-def _html(table): return ui.CSS + "<div class=opml>" + ui.table(["", *map(str, table.columns)],
-                                                                 [[str(i), *(ui.num(v) for v in row)] for i,
-                                                                  row in zip(table.index,
-                                                                             table.to_numpy(object).tolist())], set(range(1,
-                                                                                     1 + len(table.columns)))) + "</div>"
+def _html(table: pd.DataFrame) -> str:
+    rows = [[str(i), *map(ui.num, row)] for i, row in zip(table.index, table.to_numpy(object).tolist())]
+    figures = set(range(1, 1 + len(table.columns)))
+    return ui.CSS + "<div class=opml>" + ui.table(["", *map(str, table.columns)], rows, figures) + "</div>"
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #fae60088
 class Dashboard:
-    """Experiments of a TraceStore to look at and compare; shows itself in a notebook. `fig` is the plotly figure, `first`, `second`,
-    `bin` the
-    controls; a choice queries the store again. Raises ValueError when the store has none, or not those."""
-    def __init__(self, store, first=None, second=None, bin_h=None):
+    """Experiments of a TraceStore to look at and compare; shows itself in a notebook.
+
+    `fig` is the plotly figure, `first`, `second`, `bin` the controls; a choice queries the store again.
+    Raises ValueError when the store has none, or not those."""
+    def __init__(self, store: TraceStore, first: str | None = None, second: str | None = None,
+                 bin_h: int | None = None) -> None:
         import ipywidgets as w
         names = list(store.experiments())
         if not names: raise ValueError("dashboard: the store has no experiments")
@@ -111,18 +126,20 @@ class Dashboard:
         self.play = ui.play(self.fig, self._update, experiment=self.first, compare=self.second, bin=self.bin)
 
     @property
-    def chosen(self): return list(dict.fromkeys(n for n in (self.first.value, self.second.value) if n != "(none)"))
+    def chosen(self) -> list[str]:
+        "The names of the experiments that are shown, one or two."
+        return list(dict.fromkeys(n for n in (self.first.value, self.second.value) if n != "(none)"))
 
-    def _update(self, fig, experiment, compare, bin):
+    def _update(self, fig: "Figure", experiment: str, compare: str, bin: int) -> str:
         new = draw(self.store, self.chosen, 3600. * bin)
         fig.data = ()
         fig.add_traces(new.data)
         self.about.value = _html(facts(self.store, self.chosen))
         self.tasks.value = _html(kinds(self.store, experiment)) if hasattr(self.store, "table") else ""
-        return " against ".join(self.chosen) + (" (dotted)"
-                                                if len(self.chosen) > 1 else "") + f", {sum(len(s.x) for s in fig.data):,} points drawn"
+        dotted = " (dotted)" if len(self.chosen) > 1 else ""
+        return f"{' against '.join(self.chosen)}{dotted}, {sum(len(s.x) for s in fig.data):,} points drawn"
 
-    def _ipython_display_(self):
+    def _ipython_display_(self) -> None:
         import ipywidgets as w
         from IPython.display import display
         display(w.HBox([self.about, self.tasks], layout=w.Layout(flex_flow="row wrap", grid_gap="2em")))

@@ -6,84 +6,101 @@
 __all__ = ['DAYS', 'synthetic_week', 'figure3', 'figure2a', 'figure2b', 'quantiles', 'growth_figure', 'differences', 'worth']
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #85a1cfa4
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
+
 from ...core.show import ui
-from ..synth.arrivals import HOUR, WEEK, profile_stats
+from .stats import Paired
+from ..synth.arrivals import HOUR, WEEK, ArrivalModel, profile_stats
+from ..synth.calibrate import growth
+from ..synth.goodness_of_fit import GoF
+
+if TYPE_CHECKING: from plotly.graph_objects import Figure
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #60849bcb
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-
-def synthetic_week(model, weeks=60, seed=0):
-    "(mean, sd) f8 [168] of hourly counts over `weeks` sampled weeks."
-    counts = np.histogram(model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed)),
-                          HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
+def synthetic_week(model: ArrivalModel, weeks: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    "Sample `weeks` weeks: (mean, sd) f8 [168] of their hourly counts."
+    times = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed))
+    counts = np.histogram(times, HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
     return profile_stats(counts, np.arange(len(counts)) % WEEK)[:2]
 
-def _band(fig, row, model, weeks, seed, users):
-    "One panel of Figure 3."
-    hour, (mean, sd) = np.arange(WEEK), synthetic_week(model, weeks, seed)
-    upper, lower, at = users * (mean + sd), users * np.maximum(mean - sd, 0), dict(row=row, col=1)
-    shown, x = row == 1, np.concatenate([hour, hour[::-1]])
-    fig.add_scatter(x=x, y=np.concatenate([upper, lower[::-1]]), fill="toself", mode="lines", line_width=0,
-                    fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd", hoverinfo="skip", showlegend=shown, **at)
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #ad78f2d0
+DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+def _panel(fig: "Figure", row: int, model: ArrivalModel, mean: np.ndarray, sd: np.ndarray, users: float) -> None:
+    "One panel of Figure 3: the band of ours, the trace's points with bars, our mean, the overall mean."
+    at = dict(row=row, col=1, showlegend=row == 1)
+    hour = np.arange(WEEK)
+    band = users * np.concatenate([mean + sd, np.maximum(mean - sd, 0)[::-1]])
+    fig.add_scatter(x=np.concatenate([hour, hour[::-1]]), y=band, fill="toself", mode="lines", line_width=0,
+                    fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd", hoverinfo="skip", **at)
     bars = dict(type="data", array=users * np.nan_to_num(model.sd), color="rgba(213,94,0,.45)", thickness=1.2, width=0)
     fig.add_scatter(x=hour, y=users * model.profile, mode="markers", name="trace ± 1 sd",
-                    marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, showlegend=shown, **at)
-    fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean", line=dict(color=ui.COLOURS["ours"], width=1.6),
-                    showlegend=shown, **at)
-    line = dict(dash="dash", width=1.5, color=ui.COLOURS["paper"])
-    fig.add_scatter(x=[0, WEEK - 1], y=[users * model.profile.mean()] * 2, mode="lines",
-                    name=f"overall mean μ = {users * model.profile.mean():.1f}/h", line=line, showlegend=shown, **at)
+                    marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, **at)
+    fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean",
+                    line=dict(color=ui.COLOURS["ours"], width=1.6), **at)
+    overall = users * model.profile.mean()
+    fig.add_scatter(x=[0, WEEK - 1], y=[overall] * 2, mode="lines", name=f"overall mean μ = {overall:.1f}/h",
+                    line=dict(dash="dash", width=1.5, color=ui.COLOURS["paper"]), **at)
 
-def figure3(models, weeks=60, seed=0, users=1.):
-    """A panel for each of {title: ArrivalModel}: the trace's mean and sd (kept in the model) as points with bars, ours as a line in a
-    band, the overall mean dashed; `users`: a factor on all."""
+def figure3(models: Mapping[str, ArrivalModel], weeks: int = 60, seed: int = 0, users: float = 1.) -> "Figure":
+    """Draw a panel for each of {title: ArrivalModel}.
+
+    The trace's mean and sd (kept in the model) as points with bars, ours as a line in a band, the overall
+    mean dashed; `users`: a factor on all."""
     from plotly.subplots import make_subplots
     fig = make_subplots(len(models), 1, shared_xaxes=True, vertical_spacing=.12, subplot_titles=list(models))
     fig.update_layout(template=ui.template(), height=90 + 250 * len(models), margin_t=80, legend=dict(y=1.08))
-    for row, model in enumerate(models.values(), 1): _band(fig, row, model, weeks, seed, users)
+    for row, model in enumerate(models.values(), 1):
+        _panel(fig, row, model, *synthetic_week(model, weeks, seed), users)
     top = users * max(float(np.nanmax(m.profile + np.nan_to_num(m.sd))) for m in models.values())
     fig.update_yaxes(title_text="arrivals an hour", range=[0, 1.05 * top])
     return fig.update_xaxes(tickvals=24 * np.arange(7) + 12, ticktext=DAYS, range=[-1, WEEK])
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #c0374269
-def figure2a(records, fit):
-    "Preprocessing times of `calibrate` records (rows x cols against s), with the growth curve `fit` of `fit_growth`."
-    from opml_wb.pipesim.synth.calibrate import growth
+def figure2a(records: pd.DataFrame, fit: Mapping[str, float]) -> "Figure":
+    "Plot preprocessing times of `calibrate` records (rows x cols against s), with the growth curve of `fit_growth`."
     pre = records[records.kind == "preprocess"]
-    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330, xaxis_dtick=1,
-                    yaxis_dtick="D2")
+    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330,
+                    xaxis_dtick=1, yaxis_dtick="D2")
     fig.add_scatter(x=pre["size"], y=pre.dur, mode="markers", name="measured here",
                     marker=dict(color=ui.COLOURS["ours"], size=6, opacity=.6))
     x = np.geomspace(pre["size"].min(), pre["size"].max(), 100)
     label = f"{fit['a']:.2g} · {fit['b']:.2f}^ln(size) + {fit['c']:.2g}"
-    return fig.add_scatter(x=x, y=growth(fit, x), mode="lines", name=label, line=dict(color=ui.COLOURS["baseline"], width=2))
+    return fig.add_scatter(x=x, y=growth(fit, x), mode="lines", name=label,
+                           line=dict(color=ui.COLOURS["baseline"], width=2))
 
-def figure2b(records):
-    "Training times of `calibrate` records as distributions: a box per framework and third of the sizes."
+def figure2b(records: pd.DataFrame) -> "Figure":
+    "Plot training times of `calibrate` records as distributions: a box per framework and third of the sizes."
     train = records[records.kind == "train"]
     third = pd.qcut(train["size"], 3, labels=["small assets", "medium", "large"])
     fig = ui.figure("", "training, s", yaxis_type="log", boxmode="group", height=330)
-    for f, part in train.groupby("framework"): fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4,
-                                                           pointpos=0, marker_size=3, line_width=1.5)
-    return fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"]).update_yaxes(dtick="D2")
+    for f, part in train.groupby("framework"):
+        fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4, pointpos=0,
+                    marker_size=3, line_width=1.5)
+    fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"])
+    return fig.update_yaxes(dtick="D2")
 
-def quantiles(gofs, unit="s"):
-    "Quantile-quantile plot of {name: GoF} on log axes, the diagonal dashed."
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #6baa5649
+def quantiles(gofs: Mapping[str, GoF], unit: str = "s") -> "Figure":
+    "Plot quantiles against quantiles of {name: GoF} on log axes, the diagonal dashed."
     fig = ui.figure(f"trace, {unit}", f"ours, {unit}", xaxis_type="log", yaxis_type="log", height=380)
     low, high = np.inf, 0
     for name, g in gofs.items():
         keep = (np.asarray(g.qq) > 0).all(0)
         fig.add_scatter(x=g.qq[0][keep], y=g.qq[1][keep], mode="markers", name=name, marker_size=5)
         low, high = min(low, g.qq[:, keep].min()), max(high, g.qq[:, keep].max())
-    return fig.add_scatter(x=[low, high], y=[low, high], mode="lines", showlegend=False, line=dict(dash="dash", color=ui.COLOURS["muted"]))
+    return fig.add_scatter(x=[low, high], y=[low, high], mode="lines", showlegend=False,
+                           line=dict(dash="dash", color=ui.COLOURS["muted"]))
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #3881372e
-def growth_figure(plan):
-    "Median and 95 % response and 95 % wait against growth (rows of `capacity_plan`), unstable growths as open marks."
-    one = plan.groupby("growth").agg(wait_p95=("wait_p95", "first"), exec_p50=("exec_p50", "first"), exec_p95=("exec_p95", "first"),
-                                     stable=("stable", "all")).reset_index()
+def growth_figure(plan: pd.DataFrame) -> "Figure":
+    "Plot responses (median, 95 %) and waits (95 %) against growth (rows of `capacity_plan`), unstable growths as open marks."
+    columns = {n: (n, "first") for n in ("wait_p95", "exec_p50", "exec_p95")}
+    one = plan.groupby("growth").agg(**columns, stable=("stable", "all")).reset_index()
     fig = ui.figure("users, today = 1", "hours", yaxis_type="log", height=360)
     symbols = np.where(one.stable, "circle", "circle-open")
     for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"), ("wait_p95", "wait, 95 %")):
@@ -91,8 +108,8 @@ def growth_figure(plan):
                         marker=dict(symbol=symbols, size=10))
     return fig.update_xaxes(tickvals=one.growth).update_yaxes(dtick="D2")
 
-def differences(rows, unit="h"):
-    "{label: Paired} as points with 95 % intervals about a dashed zero; values are divided by 3600 where the unit is h."
+def differences(rows: Mapping[str, Paired], unit: str = "h") -> "Figure":
+    "Plot {label: Paired} as points with their intervals about a dashed zero; s are divided by 3600 where the unit is h."
     scale, names = (3600 if unit == "h" else 1), list(rows)
     fig = ui.figure(f"difference in mean wait, {unit}", "", height=110 + 34 * len(names), margin_l=10)
     half = dict(type="data", array=[r.half / scale for r in rows.values()], color=ui.COLOURS["ours"])
@@ -101,8 +118,8 @@ def differences(rows, unit="h"):
     fig.add_vline(x=0, line=dict(dash="dash", color=ui.COLOURS["muted"]))
     return fig.update_yaxes(autorange="reversed")
 
-def worth(curves, days):
-    "{policy: performance f8 [N]} of the models in service over days f8 [N]."
+def worth(curves: Mapping[str, np.ndarray], days: Sequence[float]) -> "Figure":
+    "Plot {policy: performance f8 [N]} of the models in service over days f8 [N]."
     fig = ui.figure("days", "mean performance of models in service", height=330)
     for name, y in curves.items(): fig.add_scatter(x=days, y=y, mode="lines", name=name)
     return fig

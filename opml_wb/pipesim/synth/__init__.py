@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.pipesim.synth.gof import compare, Fit, finite
     from opml_wb.pipesim.synth.arrivals import ArrivalModel, profile_stats
     from opml_wb.pipesim.synth.assets import AssetModel
+    from opml_wb.pipesim.synth.calibrate import fit_growth, grid, growth
     from opml_wb.pipesim.synth.durations import DurationModel
+    from opml_wb.pipesim.synth.goodness_of_fit import Fit, compare, finite
     from opml_wb.pipesim.synth.metrics import MetricModel
     from opml_wb.pipesim.synth.pipelines import PipelineModel
-    from opml_wb.pipesim.synth.calibrate import grid, fit_growth, growth
-    from opml_wb.pipesim.synth.traces import philly, pmlb, fit_default
+    from opml_wb.pipesim.synth.public_traces import fit_default, philly, pmlb
 
 __getattr__, __dir__, __all__ = lazy(__name__)

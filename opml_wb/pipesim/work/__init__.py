@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 from ...core.kit.lazy import lazy
 
+from . import readers  # gives Workload its `from_philly`, `from_swf`, ...
+
 if TYPE_CHECKING:  # imported at first use
+    from opml_wb.pipesim.work.ageing import (
+        first_passage, loss_between, most_triggers, next_tick, next_trigger)
+    from opml_wb.pipesim.work.checks import column, finite, need, need_all, number
     from opml_wb.pipesim.work.model import (
-        need, need_all, number, DataAsset, TrainedModel, Task, Pipeline, Pool, Link, Platform,
-        check)
+        DataAsset, Link, Pipeline, Platform, Pool, Task, TrainedModel, check)
     from opml_wb.pipesim.work.trace import Trace
     from opml_wb.pipesim.work.workload import Workload
-    from opml_wb.pipesim.work.ageing import first_passage, next_tick, loss_between, most_triggers
 
 __getattr__, __dir__, __all__ = lazy(__name__)
