@@ -8,7 +8,8 @@ import pytest
 
 from opml_wb.core.record import data
 from opml_wb.pipesim import ArrivalModel, AssetModel, DurationModel, Experiment, Link, PipelineModel, Platform, Pool, Workload, simulate
-from opml_wb.pipesim.synth.arrivals import MONDAY, WEEK, exponweib_ppf, profile_stats
+from opml_wb.pipesim.synth.arrivals import MONDAY, WEEK
+from opml_wb.pipesim.synth.interarrival import exponweib_ppf
 
 HOURS = np.arange(WEEK)
 OFFICE = (1 + .8 * np.sin(2 * np.pi * (HOURS % 24 - 6) / 24)) * np.where(HOURS < 120, 1, .4)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ...core.show import ui
 from ..stores.tables import TraceStore
@@ -21,7 +22,8 @@ if TYPE_CHECKING: from plotly.graph_objects import Figure
 MOST = 2000
 
 def thin(t: Sequence[float], y: Sequence[float], most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
-    "Keep at most `most` (>= 4) of the points (t f8 [n], y f8 [n]), the least and the greatest of each bucket among them."
+    """Keep at most `most` (>= 4) of the points (t f8 [n], y f8 [n]), the least and the greatest of
+    each bucket among them."""
     if most < 4: raise ValueError(f"most={most}: expected at least 4")
     t, y = np.asarray(t, float), np.asarray(y, float)
     if len(t) <= most: return t, y
@@ -35,39 +37,45 @@ def thin(t: Sequence[float], y: Sequence[float], most: int = MOST) -> tuple[np.n
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #eaa0c2f9
 def panel(store: TraceStore, metric: str, experiment: str, bin_s: float,
           scale: float | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    "Query the lines of one panel: [(label, days f8 [<= 2000], values f8)]; `scale`: None for counts and bytes."
+    """Query the lines of one panel: [(label, days f8 [<= 2000], values f8)].
+
+    `scale`: None for counts and bytes."""
     df = store.series(metric, experiment, bin_s)
     factor = scale or {"arrivals": 3600 / bin_s, "read": 1e-6 / bin_s}[metric]
     groups = df.groupby("tag", observed=True) if "tag" in df else [("", df)]
     return [(str(tag), *thin(g.t / 86400, g.value * factor)) for tag, g in groups]
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #9503b361
-PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None), ("read", "MB / s", None),
-          ("wait", "wait, h", 1 / 3600))
-TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind", "Network traffic: read from the data store",
-          "Mean wait of pipelines, by arrival")
+PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None),
+          ("read", "MB / s", None), ("wait", "wait, h", 1 / 3600))
+TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind",
+          "Network traffic: read from the data store", "Mean wait of pipelines, by arrival")
 
 def _lines(fig: "Figure", store: TraceStore, row: int, names: Sequence[str], bin_s: float) -> float:
-    "Add one panel: a colour per pool or kind (else per experiment), the second experiment dotted; returns its last day."
+    """Add one panel: a colour per pool or kind (else per experiment), the second experiment dotted.
+
+    Returns its last day."""
     (metric, unit, scale), last = PANELS[row - 1], 0.
     for i, name in enumerate(names):
         legend = (row < 3 and i == 0) or (row == 4 and len(names) > 1)
         for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
             label, colour = (tag, ui.SERIES[k % 5]) if tag else (name, ui.SERIES[i])
-            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=legend, mode="lines", row=row, col=1,
+            fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=legend,
+                            mode="lines", row=row, col=1,
                             line=dict(color=colour, width=1.4, dash=("solid", "dot")[i]))
             last = max(last, t.max(initial=0))
     fig.update_yaxes(title_text=unit, rangemode="tozero", row=row, col=1)
     return last
 
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #3045d498
 def draw(store: TraceStore, experiments: Sequence[str], bin_s: float = 3600.) -> "Figure":
     """Draw the four panels as one figure with linked time axes, from the first to the last arrival.
 
     experiments: one or two names, the second dotted; bin_s: s."""
     from plotly.subplots import make_subplots
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=.06, subplot_titles=TITLES)
-    fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50), hovermode="x unified",
-                      legend=dict(y=1.04))
+    fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50),
+                      hovermode="x unified", legend=dict(y=1.04))
     last = [_lines(fig, store, row, experiments, bin_s) for row in range(1, 5)][-1]
     fig.update_xaxes(range=[0, max(1.05 * last, bin_s / 86400)])
     said = "days since the beginning (zoom out for what runs on after the last arrival)"
@@ -91,6 +99,7 @@ def facts(store: TraceStore, experiments: Sequence[str]) -> pd.DataFrame:
         out[name] = rows | {"digest": about["digest"][:12]}
     return pd.DataFrame(out)
 
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #46436c72
 def kinds(store: TraceStore, experiment: str) -> pd.DataFrame:
     "Tabulate task executions by kind: n, mean and 95 % of run time and wait, s."
     t = store.table("tasks", experiment)
@@ -99,48 +108,62 @@ def kinds(store: TraceStore, experiment: str) -> pd.DataFrame:
     return t.groupby("kind").agg(n=("run", "size"), run_mean=("run", "mean"), run_p95=("run", p95),
                                  wait_mean=("wait", "mean"), wait_p95=("wait", p95)).round(1)
 
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #9505a35f
 def _html(table: pd.DataFrame) -> str:
-    rows = [[str(i), *map(ui.num, row)] for i, row in zip(table.index, table.to_numpy(object).tolist())]
+    rows = [[str(i), *map(ui.num, row)]
+            for i, row in zip(table.index, table.to_numpy(object).tolist())]
     figures = set(range(1, 1 + len(table.columns)))
-    return ui.CSS + "<div class=opml>" + ui.table(["", *map(str, table.columns)], rows, figures) + "</div>"
+    return ui.CSS + "<div class=opml>" + ui.table(["", *map(str, table.columns)], rows,
+                                                  figures) + "</div>"
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #fae60088
 class Dashboard:
     """Experiments of a TraceStore to look at and compare; shows itself in a notebook.
 
-    `fig` is the plotly figure, `first`, `second`, `bin` the controls; a choice queries the store again.
-    Raises ValueError when the store has none, or not those."""
+    `fig` is the plotly figure, `first`, `second`, `bin` the controls; a choice queries the store
+    again. Raises ValueError when the store has none, or not those."""
     def __init__(self, store: TraceStore, first: str | None = None, second: str | None = None,
                  bin_h: int | None = None) -> None:
         import ipywidgets as w
         names = list(store.experiments())
         if not names: raise ValueError("dashboard: the store has no experiments")
-        for n in (first, second):
-            if n is not None and n not in names:
-                raise ValueError(f"dashboard: experiment {n!r} is not in the store; there are: {', '.join(names)}")
+        for n in [n for n in (first, second) if n not in (None, *names)]:
+            said = f"dashboard: experiment {n!r} is not in the store"
+            raise ValueError(f"{said}; there are: {', '.join(names)}")
         self.store, self.names, self.about, self.tasks = store, names, w.HTML(), w.HTML()
         self.first = w.Dropdown(options=names, value=first or names[0], description="experiment")
-        self.second = w.Dropdown(options=["(none)", *names], value=second or "(none)", description="compare")
+        self.second = w.Dropdown(options=["(none)", *names], value=second or "(none)",
+                                 description="compare")
         self.bin = w.Dropdown(options=[1, 2, 4, 6, 12, 24], value=bin_h or 6, description="bin, h")
         self.fig = draw(store, self.chosen, 3600. * self.bin.value)
-        self.play = ui.play(self.fig, self._update, experiment=self.first, compare=self.second, bin=self.bin)
+        self.play = ui.play(self.fig, self._update, experiment=self.first, compare=self.second,
+                            bin=self.bin)
 
-    @property
-    def chosen(self) -> list[str]:
-        "The names of the experiments that are shown, one or two."
-        return list(dict.fromkeys(n for n in (self.first.value, self.second.value) if n != "(none)"))
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #c761a4ef
+@patch(as_prop=True)
+def chosen(self: Dashboard) -> list[str]:
+    "The names of the experiments that are shown, one or two."
+    return list(dict.fromkeys(n
+                              for n in (self.first.value, self.second.value) if n != "(none)"))
 
-    def _update(self, fig: "Figure", experiment: str, compare: str, bin: int) -> str:
-        new = draw(self.store, self.chosen, 3600. * bin)
-        fig.data = ()
-        fig.add_traces(new.data)
-        self.about.value = _html(facts(self.store, self.chosen))
-        self.tasks.value = _html(kinds(self.store, experiment)) if hasattr(self.store, "table") else ""
-        dotted = " (dotted)" if len(self.chosen) > 1 else ""
-        return f"{' against '.join(self.chosen)}{dotted}, {sum(len(s.x) for s in fig.data):,} points drawn"
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #2d368b41
+@patch
+def _update(self: Dashboard, fig: "Figure", experiment: str, compare: str, bin: int) -> str:
+    new = draw(self.store, self.chosen, 3600. * bin)
+    fig.data = ()
+    fig.add_traces(new.data)
+    self.about.value = _html(facts(self.store, self.chosen))
+    self.tasks.value = _html(kinds(self.store,
+                                   experiment)) if hasattr(self.store, "table") else ""
+    dotted = " (dotted)" if len(self.chosen) > 1 else ""
+    points = sum(len(s.x) for s in fig.data)
+    return f"{' against '.join(self.chosen)}{dotted}, {points:,} points drawn"
 
-    def _ipython_display_(self) -> None:
-        import ipywidgets as w
-        from IPython.display import display
-        display(w.HBox([self.about, self.tasks], layout=w.Layout(flex_flow="row wrap", grid_gap="2em")))
-        display(self.play)
+# %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #bcfcfe53
+@patch
+def _ipython_display_(self: Dashboard) -> None:
+    import ipywidgets as w
+    from IPython.display import display
+    display(w.HBox([self.about, self.tasks],
+                   layout=w.Layout(flex_flow="row wrap", grid_gap="2em")))
+    display(self.play)

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #d353bf43
 def measure(trace: Trace) -> dict[str, Any]:
-    """Measure one replication: `Trace.summary`, pipelines, wait_steady, rho, stable, digest, digest48.
+    """Measure one replication: `Trace.summary`, pipelines, wait_steady, rho, stable, digest,
+    digest48.
 
-    wait_steady: mean wait after warm-up (MSER-5); rho: the largest; stable: 1. or 0.; digest: hex; digest48:
-    its first 48 bits, a number."""
+    wait_steady: mean wait after warm-up (MSER-5); rho: the largest; stable: 1. or 0.; digest:
+    hex; digest48: its first 48 bits, a number."""
     wait = trace.wait[np.argsort(trace.workload.arrival, kind="stable")]
     rho = stats.load(trace.workload, trace.platform).rho.max() if len(wait) > 1 else 0.
     steady = wait[stats.mser5(wait):].mean() if len(wait) else math.nan
@@ -51,9 +52,9 @@ def measure(trace: Trace) -> dict[str, Any]:
 class Experiment:
     """Independent replications of a simulation.
 
-    source: PipelineModel, function (users, rng) -> Workload, or a Workload (the same in each replication);
-    platform; policy: name or Policy; days, users: of a PipelineModel's workload; engine, drift: as for
-    `simulate`."""
+    source: PipelineModel, function (users, rng) -> Workload, or a Workload (the same in each
+    replication); platform; policy: name or Policy; days, users: of a PipelineModel's workload;
+    engine, drift: as for `simulate`."""
     source: PipelineModel | Workload | Callable[[float, np.random.Generator], Workload]
     platform: Platform
     policy: str | Policy = "fifo"
@@ -67,33 +68,44 @@ class Experiment:
 
     def __post_init__(self) -> None:
         for n, least in (("replications", 1), ("seed", 0)):
-            need(is_whole(getattr(self, n), least), n, getattr(self, n), f"a whole number >= {least}")
+            need(is_whole(getattr(self, n), least), n, getattr(self, n),
+                 f"a whole number >= {least}")
         for n in ("days", "users"):
             value = getattr(self, n)
             need(np.isfinite(value) and value > 0, n, value, "a number > 0")
         need(isinstance(self.platform, Platform), "platform", self.platform, "a Platform")
         ok = isinstance(self.source, (PipelineModel, Workload)) or callable(self.source)
-        need(ok, "source", type(self.source).__name__, "a PipelineModel, a Workload or a function (users, rng) -> Workload")
+        need(ok, "source", type(self.source).__name__,
+             "a PipelineModel, a Workload or a function (users, rng) -> Workload")
 
-    def varied(self, **changes: Any) -> "Experiment":
-        "Copy the experiment with other fields."
-        return replace(self, **changes)
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #aed0d1f3
+@patch
+def varied(self: Experiment, **changes: Any) -> Experiment:
+    "Copy the experiment with other fields."
+    return replace(self, **changes)
 
-    def workload(self, replication: int = 0) -> Workload:
-        "Draw the Workload of one replication."
-        if isinstance(self.source, Workload): return self.source.scale(users=self.users, seed=self.seed)
-        draw = self.source.over(self.days * 86400) if isinstance(self.source, PipelineModel) else self.source
-        return draw(self.users, stats.rng_of(self.seed, replication))
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #acf7e1bc
+@patch
+def workload(self: Experiment, replication: int = 0) -> Workload:
+    "Draw the Workload of one replication."
+    if isinstance(self.source, Workload):
+        return self.source.scale(users=self.users, seed=self.seed)
+    draw = self.source.over(self.days
+                            * 86400) if isinstance(self.source, PipelineModel) else self.source
+    return draw(self.users, stats.rng_of(self.seed, replication))
 
-    def trace(self, replication: int = 0) -> Trace:
-        "Simulate one replication."
-        return simulate(self.workload(replication), self.platform, self.policy, engine=self.engine,
-                        seed=self.seed + replication, drift=self.drift)
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #047893bc
+@patch
+def trace(self: Experiment, replication: int = 0) -> Trace:
+    "Simulate one replication."
+    return simulate(self.workload(replication), self.platform, self.policy, engine=self.engine,
+                    seed=self.seed + replication, drift=self.drift)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #aaddc092
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The outcome of an Experiment: `frame` (a row per replication), `trace` (the first replication's), `experiment`.
+    """The outcome of an Experiment: `frame` (a row per replication), `trace` (the first
+    replication's), `experiment`.
 
     trace is None through the sweep engine."""
     frame: pd.DataFrame
@@ -103,34 +115,46 @@ class Result:
     @property
     def digest(self) -> str:
         "SHA-256 (hex) of the replications' digests."
-        return hashlib.sha256(",".join(str(int(d)) for d in self.frame.digest48).encode()).hexdigest()
+        return hashlib.sha256(",".join(str(int(d))
+                                       for d in self.frame.digest48).encode()).hexdigest()
 
     @property
     def stable(self) -> bool:
         "True where all replications are."
         return bool(self.frame.stable.all())
 
-    def interval(self, metric: str = "wait_mean", conf: float = .95) -> stats.Interval:
-        "Estimate the interval of a metric's mean over replications. Raises ValueError naming an unknown metric."
-        return stats.ci(self._column(metric), conf)
-
-    def minus(self, other: "Result", metric: str = "wait_mean", conf: float = .95) -> stats.Paired:
-        """Estimate the paired interval of this result's metric less that of `other` on the same workloads.
-
-        `.reduction`: what pairing saved in variance. Raises ValueError for other workloads."""
-        a, b = ((e.seed, e.days, e.users, len(r.frame)) for r in (self, other) for e in (r.experiment,))
-        same = a == b and self.experiment.source is other.experiment.source
-        need(same, "other", other.experiment, "an experiment on the same source, seed, days, users and replications")
-        return stats.paired_diff(self._column(metric), other._column(metric), conf)
-
-    def _column(self, metric: str) -> np.ndarray:
-        need(metric in self.frame, "metric", metric, f"one of {', '.join(self.frame)}")
-        return self.frame[metric].to_numpy(float)
-
     def __repr__(self) -> str:
         said = repr(self.interval()) if len(self.frame) > 1 else f"{self.frame.wait_mean[0]:.6g}"
         return (f"Result({self.experiment.name}: {len(self.frame)} replications, wait_mean {said} s"
                 f"{'' if self.stable else ', NOT stable'})")
+
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cfbd35cb
+@patch
+def interval(self: Result, metric: str = "wait_mean", conf: float = .95) -> stats.Interval:
+    """Estimate the interval of a metric's mean over replications.
+
+    Raises ValueError naming an unknown metric."""
+    return stats.ci(self._column(metric), conf)
+
+@patch
+def _column(self: Result, metric: str) -> np.ndarray:
+    need(metric in self.frame, "metric", metric, f"one of {', '.join(self.frame)}")
+    return self.frame[metric].to_numpy(float)
+
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #41296954
+@patch
+def minus(self: Result, other: Result, metric: str = "wait_mean",
+          conf: float = .95) -> stats.Paired:
+    """Estimate the paired interval of this result's metric less that of `other` on the same
+    workloads.
+
+    `.reduction`: what pairing saved in variance. Raises ValueError for other workloads."""
+    a, b = ((e.seed, e.days, e.users, len(r.frame)) for r in (self, other)
+            for e in (r.experiment,))
+    same = a == b and self.experiment.source is other.experiment.source
+    need(same, "other", other.experiment,
+         "an experiment on the same source, seed, days, users and replications")
+    return stats.paired_diff(self._column(metric), other._column(metric), conf)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #1a85b868
 @patch
@@ -138,7 +162,8 @@ def run(self: Experiment, jobs: int = 1, store: "TraceStore | None" = None,
         progress: Callable[[Iterable], Iterable] = iter) -> Result:
     """Run all replications in `jobs` threads: a Result, the same for any number of them.
 
-    store: a TraceStore that keeps the first replication's trace under `name`; progress: wraps the iteration."""
+    store: a TraceStore that keeps the first replication's trace under `name`; progress: wraps
+    the iteration."""
     need(is_whole(jobs, 1), "jobs", jobs, "a whole number >= 1")
     first = self.trace(0)
     with ThreadPoolExecutor(jobs) as pool:
@@ -151,22 +176,26 @@ def run(self: Experiment, jobs: int = 1, store: "TraceStore | None" = None,
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #56f24909
 def platform_json(platform: Platform) -> str:
     "Write a Platform's pools and link as JSON text, which `platform_of` reads."
-    pools = [[p.name, "inf" if p.capacity == math.inf else p.capacity, p.cost_per_h] for p in platform.pools]
+    pools = [[p.name, "inf" if p.capacity == math.inf else p.capacity, p.cost_per_h]
+             for p in platform.pools]
     return json.dumps({"pools": pools, "link": platform.link and asdict(platform.link)})
 
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #0e25619b
 def platform_of(text: str) -> Platform:
     "Read the Platform of `platform_json`."
     doc = json.loads(text)
-    def capacity(c): return math.inf if c == "inf" else [tuple(s) for s in c] if isinstance(c, list) else c
+    def capacity(c):
+        return math.inf if c == "inf" else [tuple(s) for s in c] if isinstance(c, list) else c
     pools = [Pool(name, capacity(c), cost) for name, c, cost in doc["pools"]]
     return Platform(pools, Link(**doc["link"]) if doc["link"] else None)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #bbeb0473
 def swept(experiment: Experiment, jobs: int = 2, executor: Any = None) -> Result:
-    """Run an Experiment's replications through the sweep engine; jobs, executor: as for `core.sweep.sweep`.
+    """Run an Experiment's replications through the sweep engine.
 
-    The source must be a PipelineModel and the policy a name, for a run has to be told them in words. Raises
-    ValueError, and RuntimeError for runs that failed."""
+    jobs, executor: as for `core.sweep.sweep`. The source must be a PipelineModel and the policy
+    a name, for a run has to be told them in words. Raises ValueError, and RuntimeError for runs
+    that failed."""
     from opml_wb.core.record.folder import home
     from opml_wb.core.sweep.driver import sweep
     e = experiment
@@ -176,11 +205,13 @@ def swept(experiment: Experiment, jobs: int = 2, executor: Any = None) -> Result
     file = home() / "pipesim" / f"model-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists(): write_text(file, text)
-    fixed = {"model": str(file), "platform": platform_json(e.platform), "policy": e.policy, "seed": int(e.seed),
-             "days": float(e.days), "users": float(e.users), "engine": e.engine}
+    fixed = {"model": str(file), "platform": platform_json(e.platform), "policy": e.policy,
+             "seed": int(e.seed), "days": float(e.days), "users": float(e.users),
+             "engine": e.engine}
     space = {"replication": list(range(e.replications)), **{k: [v] for k, v in fixed.items()}}
     rows = sorted(sweep("bench/pipesim_replication", space, jobs=jobs, executor=executor).runs,
                   key=lambda r: r.params["replication"])
     for r in rows:
-        if not r.ok: raise RuntimeError(f"replication {r.params['replication']}: {r.status}: {r.error}")
+        if not r.ok:
+            raise RuntimeError(f"replication {r.params['replication']}: {r.status}: {r.error}")
     return Result(pd.DataFrame([r.metrics for r in rows]), None, e)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..engines.simulate import simulate
 from ..synth.durations import DurationModel
@@ -25,13 +26,16 @@ def makespan(df: pd.DataFrame) -> float:
     "Measure `records` (see `work.readers`): seconds from the first beginning to the last end."
     return float(df.ended.max() - df.started.min())
 
+# %% ../../../nbs/pipesim/answers/05_ledger.ipynb #43555fc8
 def occupancy(df: pd.DataFrame) -> tuple[float, float]:
-    """Measure what runs of one worker take beside their notebooks: (overhead of each, start-up of the first), s.
+    """Measure what runs of one worker take beside their notebooks: (overhead of each, start-up of
+    the first), s.
 
     Raises ValueError for fewer than 3 runs, or for runs that overlap."""
     need(len(df) >= 3, "records", len(df), "at least 3 runs that have ended")
     between = df.started.to_numpy()[1:] - df.ended.to_numpy()[:-1]
-    need((between >= -.05).all(), "records", "overlapping runs", "runs of one worker, one after another")
+    need((between >= -.05).all(), "records", "overlapping runs",
+         "runs of one worker, one after another")
     first, *others = df.ended - df.started - df.seconds
     return float(np.median(others) + np.median(between)), float(max(0., first - np.median(others)))
 
@@ -39,31 +43,12 @@ def occupancy(df: pd.DataFrame) -> tuple[float, float]:
 class SweepModel(Fit):
     """A predictor of a sweep's makespan, fitted on the records of another sweep with one worker.
 
-    by, size: columns that a run's time goes with, as for DurationModel (`params.X`). After `fit`: startup and
-    overhead (s), durations."""
+    by, size: columns that a run's time goes with, as for DurationModel (`params.X`). After
+    `fit`: startup and overhead (s), durations."""
     _kept = ("durations", "startup", "overhead", "n")
 
     def __init__(self, by: str | Sequence[str] = (), size: str | bool = False) -> None:
         self.durations = DurationModel(by, size, "seconds")
-
-    def fit(self, df: pd.DataFrame) -> "SweepModel":
-        "Fit on `records` of at least 3 runs done one after another. Returns self. Raises ValueError."
-        df = df[df.ended.notna()].sort_values("started")
-        self.overhead, self.startup = occupancy(df)
-        self.n = len(df)
-        self.durations.fit(df)
-        self.fitted = True
-        return self
-
-    def predict(self, plan: pd.DataFrame, workers: int, rng: int | np.random.Generator = 0, draws: int = 200) -> np.ndarray:
-        "Predict makespans f8 [draws], s, of the trials `plan` (the columns by and size, in their order) on `workers` workers."
-        need(workers == int(workers) and workers >= 1, "workers", workers, "a whole number >= 1")
-        durations = self._fitted().durations
-        rng, pool = np.random.default_rng(rng), Platform(Pool("worker", int(workers)))
-        def once():
-            took = durations.sample(plan, rng) + self.overhead
-            return simulate(Workload.from_arrays(np.zeros(len(plan)), took, "worker"), pool).end
-        return self.startup + np.array([once() for _ in range(draws)])
 
     @classmethod
     def from_json(cls, source: str | Path | dict) -> "SweepModel":
@@ -71,3 +56,30 @@ class SweepModel(Fit):
         self = super().from_json(source)
         self.durations = DurationModel.from_json(self.durations)
         return self
+
+# %% ../../../nbs/pipesim/answers/05_ledger.ipynb #cc2527c5
+@patch
+def fit(self: SweepModel, df: pd.DataFrame) -> SweepModel:
+    """Fit on `records` of at least 3 runs done one after another. Returns self.
+
+    Raises ValueError."""
+    df = df[df.ended.notna()].sort_values("started")
+    self.overhead, self.startup = occupancy(df)
+    self.n = len(df)
+    self.durations.fit(df)
+    self.fitted = True
+    return self
+
+# %% ../../../nbs/pipesim/answers/05_ledger.ipynb #14910c1a
+@patch
+def predict(self: SweepModel, plan: pd.DataFrame, workers: int, rng: int | np.random.Generator = 0,
+            draws: int = 200) -> np.ndarray:
+    """Predict makespans f8 [draws], s, of the trials `plan` (the columns by and size, in their
+    order) on `workers` workers."""
+    need(workers == int(workers) and workers >= 1, "workers", workers, "a whole number >= 1")
+    durations = self._fitted().durations
+    rng, pool = np.random.default_rng(rng), Platform(Pool("worker", int(workers)))
+    def once():
+        took = durations.sample(plan, rng) + self.overhead
+        return simulate(Workload.from_arrays(np.zeros(len(plan)), took, "worker"), pool).end
+    return self.startup + np.array([once() for _ in range(draws)])

@@ -21,21 +21,30 @@ from ..work.checks import need, number
 from ..work.model import UNLIMITED, Platform, Pool
 from ..work.workload import Workload
 
-if TYPE_CHECKING: from opml_wb.pipesim.synth.pipelines import PipelineModel
+if TYPE_CHECKING:
+    from opml_wb.pipesim.synth.pipelines import PipelineModel
+    Source = Workload | PipelineModel | Callable[[float, np.random.Generator], Workload]
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #688e09db
-def draw_works(source: "Workload | PipelineModel | Callable[[float, np.random.Generator], Workload]", growth: Sequence[float],
-               replications: int, horizon: float, seed: int) -> dict[float, list[Workload]]:
-    "Draw {growth: a Workload for each replication}; nested, so that a larger growth has all the work of a smaller one."
+def draw_works(source: "Source", growth: Sequence[float], replications: int, horizon: float,
+               seed: int) -> dict[float, list[Workload]]:
+    """Draw {growth: a Workload for each replication}.
+
+    Nested, so that a larger growth has all the work of a smaller one."""
     if isinstance(source, Workload):
         runs = range(replications)
-        return {g: [source] if g == 1 else [source.scale(users=g, seed=seed + r) for r in runs] for g in growth}
+        return {g: [source] if g == 1 else [source.scale(users=g, seed=seed + r) for r in runs]
+                for g in growth}
     if hasattr(source, "over"): source = source.over(horizon)
-    need(callable(source), "workload_or_model", source, "a Workload, a PipelineModel, or a function (users, rng) -> Workload")
+    need(callable(source), "workload_or_model", source,
+         "a Workload, a PipelineModel, or a function (users, rng) -> Workload")
     most = max(growth)
     drawn = [source(most, rng_of(seed, r)) for r in range(replications)]
-    for w in drawn: need(isinstance(w, Workload), "workload_or_model(users, rng)", type(w).__name__, "a Workload")
-    return {g: [w.scale(users=g / most, seed=seed + r) for r, w in enumerate(drawn)] for g in growth}
+    for w in drawn:
+        need(isinstance(w, Workload), "workload_or_model(users, rng)", type(w).__name__,
+             "a Workload")
+    return {g: [w.scale(users=g / most, seed=seed + r) for r, w in enumerate(drawn)]
+            for g in growth}
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #026a7327
 def enlarged(pool: Pool, share: float = .1) -> list[tuple[float, float]]:
@@ -44,7 +53,8 @@ def enlarged(pool: Pool, share: float = .1) -> list[tuple[float, float]]:
     return [(t, math.inf if c >= UNLIMITED else more(c)) for t, c in pool.steps]
 
 def mean_times(works: Iterable[Workload], platform: Platform, policy: str | Policy) -> np.ndarray:
-    "Simulate, and average over replications: wait_p50, wait_p95, exec_p50, exec_p95, wait_mean of pipelines, f8 [5], s."
+    """Simulate, and average over replications: wait_p50, wait_p95, exec_p50, exec_p95, wait_mean of
+    pipelines, f8 [5], s."""
     rows = [(*np.quantile(t.wait, [.5, .95]), *np.quantile(t.response, [.5, .95]), t.wait.mean())
             for t in (simulate(w, platform, policy) for w in works)]
     return np.mean(rows, axis=0)
@@ -52,52 +62,62 @@ def mean_times(works: Iterable[Workload], platform: Platform, policy: str | Poli
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #d0e0c252
 def least_capacity(works: Sequence[Workload], platform: Platform, name: str, slo: float,
                    policy: str | Policy = "fifo") -> float:
-    """Find by bisection the smallest constant capacity of pool `name` that keeps the promise `slo` (s); NaN if none does.
+    """Find by bisection the smallest constant capacity of pool `name` that keeps the promise `slo`
+    (s); NaN if none does.
 
-    Kept: p95 of the pipelines' waits (mean over `works`) is at most `slo`, the other pools as they are."""
-    def widest(w): return w.units[np.array(w.pools)[w.pool] == name].max(initial=1) if w.n_tasks else 1
+    Kept: p95 of the pipelines' waits (mean over `works`) is at most `slo`, the other pools as
+    they are."""
+    def widest(w):
+        return w.units[np.array(w.pools)[w.pool] == name].max(initial=1) if w.n_tasks else 1
     def meets(c): return mean_times(works, platform.resized(**{name: c}), policy)[1] <= slo
     if not meets(math.inf): return math.nan
     least = max(int(widest(w)) for w in works)
-    low, high = least - 1, max(least, platform[name].steps[0][1] if platform[name].most < UNLIMITED else least)
+    low = least - 1
+    high = max(least, platform[name].steps[0][1] if platform[name].most < UNLIMITED else least)
     while not meets(high): low, high = high, 2 * high
     while high - low > 1: low, high = (low, mid) if meets(mid := (low + high) // 2) else (mid, high)
     return high
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #c3eed37a
-COLUMNS = ["growth", "pool", "rho", "wait_p50", "wait_p95", "exec_p50", "exec_p95", "gain", "bottleneck", "min_capacity",
-           "stable"]
+COLUMNS = ["growth", "pool", "rho", "wait_p50", "wait_p95", "exec_p50", "exec_p95", "gain",
+           "bottleneck", "min_capacity", "stable"]
 
-def _rows(growth: float, works: Sequence[Workload], platform: Platform, policy: str | Policy, slo: float | None) -> list[tuple]:
+def _rows(growth: float, works: Sequence[Workload], platform: Platform, policy: str | Policy,
+          slo: float | None) -> list[tuple]:
     "The plan's rows for one growth."
     base = mean_times(works, platform, policy)
     loads = pd.concat([load(w, platform) for w in works]).groupby("pool", sort=False)
     asked = loads.agg(rho=("rho", "mean"), stable=("stable", "all"))
-    gain = {p.name: base[4] - mean_times(works, platform.resized(**{p.name: enlarged(p)}), policy)[4] for p in platform.pools}
+    gain = {p.name: base[4] - mean_times(works, platform.resized(**{p.name: enlarged(p)}),
+                                         policy)[4] for p in platform.pools}
     worst = max(gain, key=gain.get)
-    def least(n): return math.nan if slo is None else least_capacity(works, platform, n, slo, policy)
-    return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, least(n), bool(asked.stable[n]))
-            for n in gain]
+    def least(n):
+        return math.nan if slo is None else least_capacity(works, platform, n, slo, policy)
+    return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, least(n),
+             bool(asked.stable[n])) for n in gain]
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #5f5928ca
-def capacity_plan(workload_or_model: "Workload | PipelineModel | Callable[[float, np.random.Generator], Workload]",
-                  platform: Platform, growth: Sequence[float] = (1.0, 1.1, 1.2), replications: int = 5,
-                  slo: float | None = None, *, policy: str | Policy = "fifo", horizon: float = 28 * 86400.0,
-                  seed: int = 0, jobs: int = 1) -> pd.DataFrame:
+def capacity_plan(workload_or_model: "Source", platform: Platform,
+                  growth: Sequence[float] = (1.0, 1.1, 1.2), replications: int = 5,
+                  slo: float | None = None, *, policy: str | Policy = "fifo",
+                  horizon: float = 28 * 86400.0, seed: int = 0, jobs: int = 1) -> pd.DataFrame:
     """Plan the capacity of a platform under growth: DataFrame, a row for each growth and pool.
 
-    workload_or_model: a Workload (scaled by `Workload.scale`), a function (users, rng) -> Workload, or a
-    PipelineModel, sampled for `horizon` s; growth: numbers of users, 1 = today; slo: s, p95 of waits to keep;
-    jobs: threads. Columns: growth, pool, rho (mean load of the pool), wait_p50/p95 and exec_p50/p95
-    (pipelines' waits, and times from arrival to end, s, mean over replications), gain (s of mean wait saved
-    by a tenth more of this pool, the same work), bottleneck (the pool with the largest gain, where there is
-    one), min_capacity (units of this pool that keep the slo, others as they are; NaN: none does, or no slo),
-    stable (rho < 1: else waits only say how long the trace was). Raises ValueError."""
+    workload_or_model: a Workload (scaled by `Workload.scale`), a function (users, rng) ->
+    Workload, or a PipelineModel, sampled for `horizon` s; growth: numbers of users, 1 = today;
+    slo: s, p95 of waits to keep; jobs: threads. Columns: growth, pool, rho (mean load of the
+    pool), wait_p50/p95 and exec_p50/p95 (pipelines' waits, and times from arrival to end, s,
+    mean over replications), gain (s of mean wait saved by a tenth more of this pool, the same
+    work), bottleneck (the pool with the largest gain, where there is one), min_capacity (units
+    of this pool that keep the slo, others as they are; NaN: none does, or no slo), stable (rho <
+    1: else waits only say how long the trace was). Raises ValueError."""
     growth = [number(g, "growth") for g in np.ravel(growth).tolist()]
     need(growth and min(growth) > 0, "growth", growth, "numbers > 0")
-    need(int(replications) == replications and replications >= 1, "replications", replications, "a whole number >= 1")
+    need(int(replications) == replications and replications >= 1, "replications", replications,
+         "a whole number >= 1")
     if slo is not None: number(slo, "slo")
-    works = draw_works(workload_or_model, growth, int(replications), number(horizon, "horizon"), seed)
+    works = draw_works(workload_or_model, growth, int(replications), number(horizon, "horizon"),
+                       seed)
     with ThreadPoolExecutor(jobs) as pool:
         rows = pool.map(lambda g: _rows(g, works[g], platform, policy, slo), growth)
         return pd.DataFrame([r for part in rows for r in part], columns=COLUMNS)

@@ -21,7 +21,8 @@ from ..synth.goodness_of_fit import GoF
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #60849bcb
-def synthetic_week(model: ArrivalModel, weeks: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def synthetic_week(model: ArrivalModel, weeks: int = 60,
+                   seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Sample `weeks` weeks: (mean, sd) f8 [168] of their hourly counts."
     times = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed))
     counts = np.histogram(times, HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
@@ -30,30 +31,39 @@ def synthetic_week(model: ArrivalModel, weeks: int = 60, seed: int = 0) -> tuple
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #ad78f2d0
 DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
-def _panel(fig: "Figure", row: int, model: ArrivalModel, mean: np.ndarray, sd: np.ndarray, users: float) -> None:
-    "One panel of Figure 3: the band of ours, the trace's points with bars, our mean, the overall mean."
+def _panel(fig: "Figure", row: int, model: ArrivalModel, mean: np.ndarray, sd: np.ndarray,
+           users: float) -> None:
+    """One panel of Figure 3: the band of ours, the trace's points with bars, our mean, the overall
+    mean."""
     at = dict(row=row, col=1, showlegend=row == 1)
     hour = np.arange(WEEK)
     band = users * np.concatenate([mean + sd, np.maximum(mean - sd, 0)[::-1]])
-    fig.add_scatter(x=np.concatenate([hour, hour[::-1]]), y=band, fill="toself", mode="lines", line_width=0,
-                    fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd", hoverinfo="skip", **at)
-    bars = dict(type="data", array=users * np.nan_to_num(model.sd), color="rgba(213,94,0,.45)", thickness=1.2, width=0)
+    fig.add_scatter(x=np.concatenate([hour, hour[::-1]]), y=band, fill="toself", mode="lines",
+                    line_width=0, fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd",
+                    hoverinfo="skip", **at)
+    bars = dict(type="data", array=users * np.nan_to_num(model.sd), color="rgba(213,94,0,.45)",
+                thickness=1.2, width=0)
     fig.add_scatter(x=hour, y=users * model.profile, mode="markers", name="trace ± 1 sd",
                     marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, **at)
     fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean",
                     line=dict(color=ui.COLOURS["ours"], width=1.6), **at)
     overall = users * model.profile.mean()
-    fig.add_scatter(x=[0, WEEK - 1], y=[overall] * 2, mode="lines", name=f"overall mean μ = {overall:.1f}/h",
+    fig.add_scatter(x=[0, WEEK - 1], y=[overall] * 2, mode="lines",
+                    name=f"overall mean μ = {overall:.1f}/h",
                     line=dict(dash="dash", width=1.5, color=ui.COLOURS["paper"]), **at)
 
-def figure3(models: Mapping[str, ArrivalModel], weeks: int = 60, seed: int = 0, users: float = 1.) -> "Figure":
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #8cad011a
+def figure3(models: Mapping[str, ArrivalModel], weeks: int = 60, seed: int = 0,
+            users: float = 1.) -> "Figure":
     """Draw a panel for each of {title: ArrivalModel}.
 
-    The trace's mean and sd (kept in the model) as points with bars, ours as a line in a band, the overall
-    mean dashed; `users`: a factor on all."""
+    The trace's mean and sd (kept in the model) as points with bars, ours as a line in a band,
+    the overall mean dashed; `users`: a factor on all."""
     from plotly.subplots import make_subplots
-    fig = make_subplots(len(models), 1, shared_xaxes=True, vertical_spacing=.12, subplot_titles=list(models))
-    fig.update_layout(template=ui.template(), height=90 + 250 * len(models), margin_t=80, legend=dict(y=1.08))
+    fig = make_subplots(len(models), 1, shared_xaxes=True, vertical_spacing=.12,
+                        subplot_titles=list(models))
+    fig.update_layout(template=ui.template(), height=90 + 250 * len(models), margin_t=80,
+                      legend=dict(y=1.08))
     for row, model in enumerate(models.values(), 1):
         _panel(fig, row, model, *synthetic_week(model, weeks, seed), users)
     top = users * max(float(np.nanmax(m.profile + np.nan_to_num(m.sd))) for m in models.values())
@@ -62,10 +72,11 @@ def figure3(models: Mapping[str, ArrivalModel], weeks: int = 60, seed: int = 0, 
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #c0374269
 def figure2a(records: pd.DataFrame, fit: Mapping[str, float]) -> "Figure":
-    "Plot preprocessing times of `calibrate` records (rows x cols against s), with the growth curve of `fit_growth`."
+    """Plot preprocessing times of `calibrate` records (rows x cols against s), with the growth
+    curve of `fit_growth`."""
     pre = records[records.kind == "preprocess"]
-    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log", yaxis_type="log", height=330,
-                    xaxis_dtick=1, yaxis_dtick="D2")
+    fig = ui.figure("asset size, rows × columns", "preprocessing, s", xaxis_type="log",
+                    yaxis_type="log", height=330, xaxis_dtick=1, yaxis_dtick="D2")
     fig.add_scatter(x=pre["size"], y=pre.dur, mode="markers", name="measured here",
                     marker=dict(color=ui.COLOURS["ours"], size=6, opacity=.6))
     x = np.geomspace(pre["size"].min(), pre["size"].max(), 100)
@@ -73,21 +84,24 @@ def figure2a(records: pd.DataFrame, fit: Mapping[str, float]) -> "Figure":
     return fig.add_scatter(x=x, y=growth(fit, x), mode="lines", name=label,
                            line=dict(color=ui.COLOURS["baseline"], width=2))
 
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #c2c5cd3a
 def figure2b(records: pd.DataFrame) -> "Figure":
-    "Plot training times of `calibrate` records as distributions: a box per framework and third of the sizes."
+    """Plot training times of `calibrate` records as distributions: a box per framework and third of
+    the sizes."""
     train = records[records.kind == "train"]
     third = pd.qcut(train["size"], 3, labels=["small assets", "medium", "large"])
     fig = ui.figure("", "training, s", yaxis_type="log", boxmode="group", height=330)
     for f, part in train.groupby("framework"):
-        fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4, pointpos=0,
-                    marker_size=3, line_width=1.5)
+        fig.add_box(x=third[part.index].astype(str), y=part.dur, name=f, boxpoints="all", jitter=.4,
+                    pointpos=0, marker_size=3, line_width=1.5)
     fig.update_xaxes(categoryorder="array", categoryarray=["small assets", "medium", "large"])
     return fig.update_yaxes(dtick="D2")
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #6baa5649
 def quantiles(gofs: Mapping[str, GoF], unit: str = "s") -> "Figure":
     "Plot quantiles against quantiles of {name: GoF} on log axes, the diagonal dashed."
-    fig = ui.figure(f"trace, {unit}", f"ours, {unit}", xaxis_type="log", yaxis_type="log", height=380)
+    fig = ui.figure(f"trace, {unit}", f"ours, {unit}", xaxis_type="log", yaxis_type="log",
+                    height=380)
     low, high = np.inf, 0
     for name, g in gofs.items():
         keep = (np.asarray(g.qq) > 0).all(0)
@@ -98,26 +112,34 @@ def quantiles(gofs: Mapping[str, GoF], unit: str = "s") -> "Figure":
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #3881372e
 def growth_figure(plan: pd.DataFrame) -> "Figure":
-    "Plot responses (median, 95 %) and waits (95 %) against growth (rows of `capacity_plan`), unstable growths as open marks."
+    """Plot responses (median, 95 %) and waits (95 %) against growth (rows of `capacity_plan`),
+    unstable growths as open marks."""
     columns = {n: (n, "first") for n in ("wait_p95", "exec_p50", "exec_p95")}
     one = plan.groupby("growth").agg(**columns, stable=("stable", "all")).reset_index()
     fig = ui.figure("users, today = 1", "hours", yaxis_type="log", height=360)
     symbols = np.where(one.stable, "circle", "circle-open")
-    for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"), ("wait_p95", "wait, 95 %")):
-        fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name, mode="lines+markers",
-                        marker=dict(symbol=symbols, size=10))
+    for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"),
+                    ("wait_p95", "wait, 95 %")):
+        fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name,
+                        mode="lines+markers", marker=dict(symbol=symbols, size=10))
     return fig.update_xaxes(tickvals=one.growth).update_yaxes(dtick="D2")
 
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #1ebdd5fe
 def differences(rows: Mapping[str, Paired], unit: str = "h") -> "Figure":
-    "Plot {label: Paired} as points with their intervals about a dashed zero; s are divided by 3600 where the unit is h."
+    """Plot {label: Paired} as points with their intervals about a dashed zero.
+
+    S are divided by 3600 where the unit is h."""
     scale, names = (3600 if unit == "h" else 1), list(rows)
-    fig = ui.figure(f"difference in mean wait, {unit}", "", height=110 + 34 * len(names), margin_l=10)
-    half = dict(type="data", array=[r.half / scale for r in rows.values()], color=ui.COLOURS["ours"])
-    fig.add_scatter(x=[r.mean / scale for r in rows.values()], y=names, mode="markers", error_x=half,
-                    marker=dict(size=9, color=ui.COLOURS["ours"]), showlegend=False)
+    fig = ui.figure(f"difference in mean wait, {unit}", "", height=110 + 34 * len(names),
+                    margin_l=10)
+    half = dict(type="data", array=[r.half / scale for r in rows.values()],
+                color=ui.COLOURS["ours"])
+    fig.add_scatter(x=[r.mean / scale for r in rows.values()], y=names, mode="markers",
+                    error_x=half, marker=dict(size=9, color=ui.COLOURS["ours"]), showlegend=False)
     fig.add_vline(x=0, line=dict(dash="dash", color=ui.COLOURS["muted"]))
     return fig.update_yaxes(autorange="reversed")
 
+# %% ../../../nbs/pipesim/answers/06_plots.ipynb #8a694c7f
 def worth(curves: Mapping[str, np.ndarray], days: Sequence[float]) -> "Figure":
     "Plot {policy: performance f8 [N]} of the models in service over days f8 [N]."
     fig = ui.figure("days", "mean performance of models in service", height=330)

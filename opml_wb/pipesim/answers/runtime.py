@@ -30,9 +30,9 @@ CAUSES = DIRECT + EVALUATED
 class Detector:
     """A trigger of retraining: `indicator` has moved by `threshold` > 0 since deployment.
 
-    It moves by `gain` for each unit of performance lost, which varies between models (`spread`: sd of its
-    log). `period`: s between evaluations, > 0 for drift, bias and robustness; 0 for confidence, which is
-    read off directly."""
+    It moves by `gain` for each unit of performance lost, which varies between models (`spread`:
+    sd of its log). `period`: s between evaluations, > 0 for drift, bias and robustness; 0 for
+    confidence, which is read off directly."""
     indicator: str
     threshold: float
     period: float = 0.0
@@ -41,26 +41,31 @@ class Detector:
 
     def __post_init__(self) -> None:
         need(self.indicator in CAUSES, "Detector.indicator", self.indicator, f"one of {CAUSES}")
-        for name in ("threshold", "period", "gain", "spread"): number(getattr(self, name), f"Detector.{name}")
+        for name in ("threshold", "period", "gain", "spread"):
+            number(getattr(self, name), f"Detector.{name}")
         for name in ("threshold", "gain"):
-            need(getattr(self, name) > 0, f"Detector.{name}", getattr(self, name), "a finite number > 0")
+            need(getattr(self, name) > 0, f"Detector.{name}", getattr(self, name),
+                 "a finite number > 0")
         direct = self.indicator in DIRECT
         need((self.period == 0) == direct, f"Detector.period of {self.indicator!r}", self.period,
              "0, it is read off directly" if direct else "> 0 s, it is evaluated")
 
+# %% ../../../nbs/pipesim/answers/02_runtime.ipynb #72a4031e
 STANDARD = (Detector("confidence", .10), Detector("drift", .05, 86400.0, spread=.3))
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #d45cfe29
 @dataclass(frozen=True)
 class Drift:
-    """How deployed models age, what watches them and what retrains them: an argument of `simulate(..., drift=Drift())`.
+    """The ageing of deployed models, their detectors and retraining: `simulate(...,
+    drift=Drift())`.
 
     decay_per_day: performance lost a day (median over models), `decay_spread` the sd of its log;
-    jumps_per_day: sudden shifts, exponential with mean `jump`, a share `shared` of which hits all models at
-    once; detectors; debounce: s > 0 between two triggers of a model; performance: of a new model where the
-    workload has no `perf`, `perf_spread` its sd at retraining; horizon: s, no trigger after it (None: the
-    last arrival); priority: of retraining pipelines (None: their model's); retrain: function (workload,
-    models i8 [R], rng) -> Workload of R pipelines, None: the model's last pipeline again."""
+    jumps_per_day: sudden shifts, exponential with mean `jump`, a share `shared` of which hits
+    all models at once; detectors; debounce: s > 0 between two triggers of a model; performance:
+    of a new model where the workload has no `perf`, `perf_spread` its sd at retraining; horizon:
+    s, no trigger after it (None: the last arrival); priority: of retraining pipelines (None:
+    their model's); retrain: function (workload, models i8 [R], rng) -> Workload of R pipelines,
+    None: the model's last pipeline again."""
     decay_per_day: float = .003
     decay_spread: float = .5
     jumps_per_day: float = .01
@@ -75,82 +80,104 @@ class Drift:
     retrain: Callable[[Workload, np.ndarray, np.random.Generator], Workload] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("decay_per_day", "decay_spread", "jumps_per_day", "jump", "shared", "debounce", "performance",
-                     "perf_spread"): number(getattr(self, name), f"Drift.{name}")
-        need(self.debounce > 0, "Drift.debounce", self.debounce, "s > 0, or one shift would trigger without end")
+        for name in ("decay_per_day", "decay_spread", "jumps_per_day", "jump", "shared", "debounce",
+                     "performance", "perf_spread"):
+            number(getattr(self, name), f"Drift.{name}")
+        need(self.debounce > 0, "Drift.debounce", self.debounce,
+             "s > 0, or one shift would trigger without end")
         for name in ("shared", "performance"):
-            need(getattr(self, name) <= 1, f"Drift.{name}", getattr(self, name), "a share of 0 .. 1")
+            need(getattr(self, name) <= 1, f"Drift.{name}", getattr(self, name),
+                 "a share of 0 .. 1")
         for d in self.detectors: need(isinstance(d, Detector), "Drift.detectors", d, "Detectors")
         if self.horizon is not None: number(self.horizon, "Drift.horizon")
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #8cf33d98
-def _shifts(drift: Drift, end: float, rng: np.random.Generator, share: float) -> tuple[np.ndarray, np.ndarray]:
+def _shifts(drift: Drift, end: float, rng: np.random.Generator,
+            share: float) -> tuple[np.ndarray, np.ndarray]:
     "Times (s, sorted) and sizes of sudden shifts until `end`, a share of all."
     n = rng.poisson(drift.jumps_per_day * share * end / 86400)
     return np.sort(rng.uniform(0, end, n)), rng.exponential(drift.jump, n)
 
+# %% ../../../nbs/pipesim/answers/02_runtime.ipynb #e0c4c204
 @dataclass(frozen=True, eq=False)
 class Lives:
     """The drawn ageing of M models with D detectors.
 
-    rate f8 [M] (loss, 1/s), limit f8 [M, D] (loss at which a detector fires), jumps: (t f8, size f8) of
-    each, rngs: a Generator of each."""
+    rate f8 [M] (loss, 1/s), limit f8 [M, D] (loss at which a detector fires), jumps: (t f8, size
+    f8) of each, rngs: a Generator of each."""
     rate: np.ndarray
     limit: np.ndarray
     jumps: list[tuple[np.ndarray, np.ndarray]]
     rngs: list[np.random.Generator]
 
-    @classmethod
-    def draw(cls, drift: Drift, models: np.ndarray, end: float, seed: int) -> "Lives":
-        "Draw the ageing of `models` (ids) until `end` (s)."
-        common = _shifts(drift, end, np.random.default_rng([seed, 1]), drift.shared)
-        life = cls(np.zeros(len(models)), np.zeros((len(models), len(drift.detectors))), [], [])
-        for i, m in enumerate(models):
-            rng = np.random.default_rng([seed, 2, int(m)])
-            life.rate[i] = drift.decay_per_day / 86400 * math.exp(drift.decay_spread * rng.standard_normal())
-            life.limit[i] = [d.threshold / (d.gain * math.exp(d.spread * rng.standard_normal())) for d in drift.detectors]
-            t, size = (np.concatenate(x) for x in zip(common, _shifts(drift, end, rng, 1 - drift.shared)))
-            order = np.argsort(t, kind="stable")
-            life.jumps.append((t[order], size[order]))
-            life.rngs.append(rng)
-        return life
+# %% ../../../nbs/pipesim/answers/02_runtime.ipynb #4101da79
+@patch(cls_method=True)
+def draw(cls: Lives, drift: Drift, models: np.ndarray, end: float, seed: int) -> Lives:
+    "Draw the ageing of `models` (ids) until `end` (s)."
+    common = _shifts(drift, end, np.random.default_rng([seed, 1]), drift.shared)
+    life = cls(np.zeros(len(models)), np.zeros((len(models), len(drift.detectors))), [], [])
+    for i, m in enumerate(models):
+        rng = np.random.default_rng([seed, 2, int(m)])
+        life.rate[i] = drift.decay_per_day / 86400 * math.exp(
+            drift.decay_spread * rng.standard_normal())
+        life.limit[i] = [d.threshold / (d.gain * math.exp(d.spread * rng.standard_normal()))
+                         for d in drift.detectors]
+        t, size = (np.concatenate(x)
+                   for x in zip(common, _shifts(drift, end, rng, 1 - drift.shared)))
+        order = np.argsort(t, kind="stable")
+        life.jumps.append((t[order], size[order]))
+        life.rngs.append(rng)
+    return life
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #3c016f23
 MOST = 3_000_000     # retraining pipelines that a run may prepare
 
-def _retrainings(drift: Drift, work: Workload, of: np.ndarray, last: np.ndarray, reached: np.ndarray,
-                 seed: int) -> Workload:
+def _retrainings(drift: Drift, work: Workload, of: np.ndarray, last: np.ndarray,
+                 reached: np.ndarray, seed: int) -> Workload:
     "The pipelines that retrain models `of` (codes i8 [R]) to the performance `reached` f8 [R]."
     rng = np.random.default_rng([seed, 3])
     again = work.take(last[of]) if drift.retrain is None else drift.retrain(work, of, rng)
-    need(len(again) == len(of), "Drift.retrain", len(again), f"a pipeline for each of {len(of)} retrainings")
-    priority = again.priority if drift.priority is None else np.full(again.n_tasks, float(drift.priority))
-    return replace(again, arrival=np.full(len(of), np.inf), model=of, perf=reached, priority=priority, observed=None)
+    need(len(again) == len(of), "Drift.retrain", len(again),
+         f"a pipeline for each of {len(of)} retrainings")
+    priority = again.priority if drift.priority is None else np.full(
+        again.n_tasks, float(drift.priority))
+    return replace(again, arrival=np.full(len(of), np.inf), model=of, perf=reached,
+                   priority=priority, observed=None)
 
-def _known(life: Lives, drift: Drift, slots: np.ndarray, pipelines: int, end: float) -> dict[str, Any]:
-    "The fields of kernels.Work about models, but for `model`; `slots`: retrainings prepared, i8 [M]."
+# %% ../../../nbs/pipesim/answers/02_runtime.ipynb #871a34bf
+def _known(life: Lives, drift: Drift, slots: np.ndarray, pipelines: int,
+           end: float) -> dict[str, Any]:
+    """The fields of kernels.Work about models, but for `model`.
+
+    `slots`: retrainings prepared, i8 [M]."""
     first = np.concatenate([[0], np.cumsum([len(t) for t, _ in life.jumps])]).astype(np.int64)
-    jump_t, jump_size = (np.concatenate(x) for x in zip(*life.jumps)) if life.jumps else (np.zeros(0), np.zeros(0))
+    jump_t, jump_size = (np.concatenate(x)
+                         for x in zip(*life.jumps)) if life.jumps else (np.zeros(0), np.zeros(0))
     slot_first = pipelines + np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
-    return dict(slot_first=slot_first, rate=life.rate, limit=life.limit, jump_first=first, jump_t=jump_t,
-                jump_size=jump_size, period=np.array([d.period for d in drift.detectors], np.float64),
+    return dict(slot_first=slot_first, rate=life.rate, limit=life.limit, jump_first=first,
+                jump_t=jump_t, jump_size=jump_size,
+                period=np.array([d.period for d in drift.detectors], np.float64),
                 debounce=float(drift.debounce), end=end)
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #faf1e069
 @patch
 def expand(self: Drift, work: Workload, seed: int) -> tuple[Workload, dict[str, Any]]:
-    """Add the retraining pipelines that may be triggered: (workload, what the engines need to know of models).
+    """Add the retraining pipelines that may be triggered: (workload, what the engines need to know
+    of models).
 
     They stand at its end, with arrival inf. Raises ValueError for more than MOST of them."""
     made = np.arange(len(work)) if work.model is None else work.model
     models, of = np.unique(made[made >= 0], return_inverse=True)
-    pipes, end = np.flatnonzero(made >= 0), work.horizon if self.horizon is None else float(self.horizon)
+    pipes = np.flatnonzero(made >= 0)
+    end = work.horizon if self.horizon is None else float(self.horizon)
     begun, last = np.full(len(models), np.inf), np.zeros(len(models), np.int64)
     np.minimum.at(begun, of, work.arrival[pipes])
     np.maximum.at(last, of, pipes)
-    life, period = Lives.draw(self, models, end, seed), np.array([d.period for d in self.detectors], np.float64)
+    life = Lives.draw(self, models, end, seed)
+    period = np.array([d.period for d in self.detectors], np.float64)
     slots = np.array([most_triggers(b, rate, limit, period, *jumps, self.debounce, end, MOST + 1)
-                      for b, rate, limit, jumps in zip(begun, life.rate, life.limit, life.jumps)], np.int64)
+                      for b, rate, limit, jumps in zip(begun, life.rate, life.limit, life.jumps)],
+                     np.int64)
     total, hint = int(slots.sum()), "raise the thresholds or the debounce"
     need(total <= MOST, "Drift", total, f"at most {MOST:,} retrainings; {hint}")
     codes = np.full(len(work), -1)
@@ -161,22 +188,27 @@ def expand(self: Drift, work: Workload, seed: int) -> tuple[Workload, dict[str, 
         new = [np.clip(perf[p] + self.perf_spread * rng.standard_normal(n), 0, 1)
                for p, n, rng in zip(last, slots, life.rngs)]
         of = np.repeat(np.arange(len(models)), slots)
-        grown = Workload.concat([grown, _retrainings(self, grown, of, last, np.concatenate(new), seed)])
+        grown = Workload.concat([grown,
+                                 _retrainings(self, grown, of, last, np.concatenate(new), seed)])
     return grown, dict(model=grown.model, **_known(life, self, slots, len(work), end))
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #17b6f5d5
 def _deployments(drift: Drift, ran: "Engine", work: Workload, kept: np.ndarray) -> pd.DataFrame:
-    "The deployments of a run, a row each; `kept`: bool [P], the pipelines that were triggered or came on their own."
+    """The deployments of a run, a row each.
+
+    `kept`: bool [P], the pipelines that were triggered or came on their own."""
     w, n = ran.w, len(work)
     deployed, triggered = np.asarray(ran.models.deployed)[:n], np.asarray(ran.models.triggered)[:n]
     at = np.flatnonzero(deployed <= w.end)
     at = at[np.lexsort((at, deployed[at], work.model[at]))]
     by, place = triggered[at], np.cumsum(kept) - 1
-    models = pd.DataFrame(dict(model=work.model[at], pipeline=place[at], triggered=np.where(by >= 0, w.arrival[at], np.nan),
+    models = pd.DataFrame(dict(model=work.model[at], pipeline=place[at],
+                               triggered=np.where(by >= 0, w.arrival[at], np.nan),
                                deployed=deployed[at], perf=work.perf[at]))
     models["cause"] = [drift.detectors[c].indicator if c >= 0 else "" for c in by]
     group = models.groupby("model")
-    models["generation"], models["retired"] = group.cumcount(), group.deployed.shift(-1).fillna(w.end)
+    models["generation"] = group.cumcount()
+    models["retired"] = group.deployed.shift(-1).fillna(w.end)
     lost = np.empty((len(models), 2))
     for i, (m, t, end) in enumerate(zip(models.model, models.deployed, models.retired)):
         jumps = slice(w.jump_first[m], w.jump_first[m + 1])
@@ -184,35 +216,40 @@ def _deployments(drift: Drift, ran: "Engine", work: Workload, kept: np.ndarray) 
     models["lost"], models["area"] = lost.T
     return models
 
+# %% ../../../nbs/pipesim/answers/02_runtime.ipynb #9439f926
 @patch
 def settle(self: Drift, trace: Trace, ran: "Engine", asked: int) -> Trace:
-    "Drop the retrainings that were never triggered from a trace, and add `models`; `asked`: pipelines of its own."
+    """Drop the retrainings that were never triggered from a trace, and add `models`.
+
+    `asked`: pipelines of its own."""
     work, arrival = trace.workload, np.asarray(ran.w.arrival, np.float64)[:len(trace.workload)]
     kept = (np.arange(len(work)) < asked) | (np.asarray(ran.models.triggered)[:len(work)] >= 0)
     tasks, slim = kept[work.pipeline], replace(work.keep(kept), arrival=arrival[kept])
-    return replace(trace, start=trace.start[tasks], finish=trace.finish[tasks], ready=trace.ready[tasks],
-                   workload=slim, models=_deployments(self, ran, work, kept))
+    return replace(trace, start=trace.start[tasks], finish=trace.finish[tasks],
+                   ready=trace.ready[tasks], workload=slim,
+                   models=_deployments(self, ran, work, kept))
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #c84ce7f3
 def performance(models: pd.DataFrame) -> dict[str, float]:
     """Sum up `Trace.models`: performance, loss, staleness, retrainings, delay_h.
 
-    Mean performance and mean loss over time and models, mean age of the model that serves (s), number of
-    retrainings, hours from trigger to deployment."""
+    Mean performance and mean loss over time and models, mean age of the model that serves (s),
+    number of retrainings, hours from trigger to deployment."""
     served = models.retired - models.deployed
     again = models[models.triggered.notna()]
     total = served.sum() or np.nan
     return dict(performance=float((models.perf * served - models.area).sum() / total),
-                loss=float(models.area.sum() / total), staleness=float((served ** 2 / 2).sum() / total),
-                retrainings=len(again),
-                delay_h=float((again.deployed - again.triggered).mean() / 3600) if len(again) else np.nan)
+                loss=float(models.area.sum() / total),
+                staleness=float((served ** 2 / 2).sum() / total), retrainings=len(again),
+                delay_h=float((again.deployed - again.triggered).mean() / 3600) if len(again)
+                else np.nan)
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #676d857e
 def cost_benefit(trace: Trace) -> pd.DataFrame:
     """Compare cost and improvement: a row for each retraining that was deployed.
 
-    model, pipeline, cause, cost (of the units it held), gain (performance now minus that of the model it
-    replaces, then), worth (gain x days that it served), gain_per_cost."""
+    model, pipeline, cause, cost (of the units it held), gain (performance now minus that of the
+    model it replaces, then), worth (gain x days that it served), gain_per_cost."""
     m = trace.models
     before = m.groupby("model")[["perf", "lost"]].shift(1)
     out = m.assign(cost=trace.cost[m.pipeline], gain=m.perf - (before.perf - before.lost))
@@ -223,12 +260,14 @@ def cost_benefit(trace: Trace) -> pd.DataFrame:
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #d15802ae
 def performance_at(models: pd.DataFrame, times: np.ndarray) -> np.ndarray:
-    """Average the performance of the models in service at `times` (f8 [N], s): f8 [N], NaN before the first.
+    """Average the performance of the models in service at `times` (f8 [N], s): f8 [N], NaN before
+    the first.
 
     A straight line between deployment and retirement."""
     total, count = np.zeros(len(times)), np.zeros(len(times))
     for r in models.itertuples():
         i, j = np.searchsorted(times, [r.deployed, r.retired])
-        total[i:j] += r.perf - r.lost * (np.asarray(times[i:j]) - r.deployed) / max(r.retired - r.deployed, 1e-12)
+        total[i:j] += r.perf - r.lost * (np.asarray(times[i:j])
+                                         - r.deployed) / max(r.retired - r.deployed, 1e-12)
         count[i:j] += 1
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

@@ -30,7 +30,8 @@ class Interval:
     n: int
     conf: float = .95
 
-    low, high = property(lambda self: self.mean - self.half), property(lambda self: self.mean + self.half)
+    low = property(lambda self: self.mean - self.half)
+    high = property(lambda self: self.mean + self.half)
 
     @property
     def rel(self) -> float:
@@ -39,19 +40,25 @@ class Interval:
 
     def __contains__(self, x: float) -> bool: return self.low <= x <= self.high
 
-    def __repr__(self) -> str: return f"{self.mean:.6g} +- {self.half:.2g} ({self.conf:.0%}, n = {self.n})"
+    def __repr__(self) -> str:
+        return f"{self.mean:.6g} +- {self.half:.2g} ({self.conf:.0%}, n = {self.n})"
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #93bf896f
 def rng_of(seed: int, replication: int, stream: int = 0) -> np.random.Generator:
-    "Make the generator of one replication and stream: the same whatever the order, the workers, the chunks."
+    """Make the generator of one replication and stream: the same whatever the order, the workers,
+    the chunks."""
     return np.random.default_rng(np.random.SeedSequence([seed, replication, stream]))
 
-def replicate(run: Callable[[np.random.Generator], float], replications: int, seed: int = 0) -> np.ndarray:
+def replicate(run: Callable[[np.random.Generator], float], replications: int,
+              seed: int = 0) -> np.ndarray:
     "Call `run(rng)` -> number once for each replication with its own generator: f8 [N]."
     return np.array([run(rng_of(seed, r)) for r in range(replications)], np.float64)
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #fd86e3b9
 def ci(values: ArrayLike, conf: float = .95) -> Interval:
-    "Estimate Student's interval of the mean of independent `values` (f8 [N], N >= 2, finite). Raises ValueError."
+    """Estimate Student's interval of the mean of independent `values` (f8 [N], N >= 2, finite).
+
+    Raises ValueError."""
     from scipy.stats import t
     x = np.asarray(values, np.float64)
     need(x.ndim == 1 and len(x) >= 2, "values", x.shape, "at least two replications, shape (N,)")
@@ -62,22 +69,27 @@ def ci(values: ArrayLike, conf: float = .95) -> Interval:
     return Interval(float(x.mean()), float(half), len(x), conf)
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #a7195344
-def run_until(run: Callable[[np.random.Generator], float], rel: float = .02, conf: float = .95, least: int = 10,
-              most: int = 1000, seed: int = 0) -> tuple[Interval, np.ndarray]:
-    """Replicate `run(rng)` until the half width is within `rel` of the mean: (Interval, values f8 [N]).
+def run_until(run: Callable[[np.random.Generator], float], rel: float = .02, conf: float = .95,
+              least: int = 10, most: int = 1000, seed: int = 0) -> tuple[Interval, np.ndarray]:
+    """Replicate `run(rng)` until the half width is within `rel` of the mean: (Interval, values f8
+    [N]).
 
     Between `least` and `most` times. Sequential procedure: Law (2015), section 9.4."""
     need(2 <= least <= most, "least", least, f"2 .. most ({most})")
     values = list(replicate(run, least, seed))
-    while (got := ci(values, conf)).rel > rel and len(values) < most: values.append(run(rng_of(seed, len(values))))
+    while (got := ci(values, conf)).rel > rel and len(values) < most:
+        values.append(run(rng_of(seed, len(values))))
     return got, np.array(values)
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #3d5cc1b3
 @dataclass(frozen=True)
 class Paired(Interval):
-    "An Interval of a difference; `reduction`: (var a + var b) / var (a - b), what common random numbers saved."
+    """An Interval of a difference.
+
+    `reduction`: (var a + var b) / var (a - b), what common random numbers saved."""
     reduction: float = math.nan
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #5b0ca829
 def paired_diff(a: ArrayLike, b: ArrayLike, conf: float = .95) -> Paired:
     "Estimate the interval of the mean of a - b over the same replications (f8 [N] each)."
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -88,9 +100,11 @@ def paired_diff(a: ArrayLike, b: ArrayLike, conf: float = .95) -> Paired:
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #a293cb6d
 def mser5(x: np.ndarray) -> int:
-    """Choose how many of the observations `x` (f8 [N], in order) to drop as warm-up: a multiple of 5, at most half.
+    """Choose how many of the observations `x` (f8 [N], in order) to drop as warm-up: a multiple of
+    5, at most half.
 
-    MSER-5 (White 1997): batch means of five, the cut with the smallest squared error of the rest."""
+    MSER-5 (White 1997): batch means of five, the cut with the smallest squared error of the
+    rest."""
     y = np.asarray(x, np.float64)[:len(x) // 5 * 5].reshape(-1, 5).mean(1)
     n = len(y)
     if n < 4: return 0
@@ -104,53 +118,69 @@ def capacity_until(steps: Iterable[tuple[float, float]], t: np.ndarray) -> np.nd
     "Sum up the unit-seconds that `steps` [(t, units)] offer from 0 to each of `t` (f8 [N])."
     begin = np.array([s for s, _ in steps], np.float64)
     units = np.array([float(min(c, UNLIMITED)) for _, c in steps])
-    return sum(u * (np.clip(t, b, e) - b) for b, e, u in zip(begin, np.append(begin[1:], np.inf), units))
+    return sum(u * (np.clip(t, b, e) - b)
+               for b, e, u in zip(begin, np.append(begin[1:], np.inf), units))
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #a7f1f385
 def _asked(workload: Workload, platform: Platform) -> list[tuple[str, list, np.ndarray]]:
     "(name, capacity steps, unit-seconds or bytes asked f8 [T]) of each pool, and of a shared link."
     at, w, link = check(platform, workload), workload, platform.link
-    asks = [(p.name, p.steps, np.where(at == k, w.units * w.dur, 0.0)) for k, p in enumerate(platform.pools)]
-    if link is not None and link.shared == "ps": asks.append(("link", [(0.0, link.bytes_per_s)], w.read + w.write))
+    asks = [(p.name, p.steps, np.where(at == k, w.units * w.dur, 0.0))
+            for k, p in enumerate(platform.pools)]
+    if link is not None and link.shared == "ps":
+        asks.append(("link", [(0.0, link.bytes_per_s)], w.read + w.write))
     return asks
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #c93dd7b3
 def load(workload: Workload, platform: Platform) -> pd.DataFrame:
     """Compare the work asked for with the capacity, before any simulation: DataFrame, a row a pool.
 
-    pool; rho: unit-seconds asked over unit-seconds there until the last arrival; peak: rho of the busiest
-    hour; over_h: hours whose new work exceeds the capacity; stable: rho < 1. A shared link is a row `link`."""
+    pool; rho: unit-seconds asked over unit-seconds there until the last arrival; peak: rho of
+    the busiest hour; over_h: hours whose new work exceeds the capacity; stable: rho < 1. A
+    shared link is a row `link`."""
     end = max(workload.horizon, 1e-9)
     hour = np.minimum(workload.arrival // 3600, end // 3600).astype(int)[workload.pipeline]
     hours, rows = np.arange(int(end // 3600) + 2) * 3600.0, []
     for name, steps, work in _asked(workload, platform):
         there = np.diff(capacity_until(steps, np.minimum(hours, max(end, 3600.0))))
-        new, whole = np.bincount(hour, work, len(there))[:len(there)], capacity_until(steps, np.array([end]))[0]
+        new = np.bincount(hour, work, len(there))[:len(there)]
+        whole = capacity_until(steps, np.array([end]))[0]
         rho = new.sum() / whole if whole else math.inf
         share = new / np.where(there > 0, there, np.nan)
-        rows.append((name, rho, np.nanmax(share, initial=0.0), int(np.nansum(share > 1)), bool(rho < 1)))
+        rows.append((name, rho, np.nanmax(share, initial=0.0), int(np.nansum(share > 1)),
+                     bool(rho < 1)))
     return pd.DataFrame(rows, columns=["pool", "rho", "peak", "over_h", "stable"])
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #1a02bd8d
 def unsteady(traces: Sequence[Trace]) -> str:
-    "Explain why there is no steady state: a pool with rho >= 1 in any trace, or tasks that have not ended; else ''."
+    """Explain why there is no steady state: a pool with rho >= 1 in any trace, or tasks that have
+    not ended; else ''."""
     for i, t in enumerate(traces):
         for r in load(t.workload, t.platform).itertuples() if len(t.workload) > 1 else ():
-            if not r.stable: return f"no steady state: pool {r.pool!r} has rho {r.rho:.3g} (replication {i})"
+            if not r.stable:
+                return f"no steady state: pool {r.pool!r} has rho {r.rho:.3g} (replication {i})"
     for i, t in enumerate(traces):
-        if t.unfinished: return f"no steady state: {t.unfinished} tasks have not ended (replication {i})"
+        if t.unfinished:
+            return f"no steady state: {t.unfinished} tasks have not ended (replication {i})"
     return ""
 
-def steady(traces: Iterable[Trace], metric: str = "wait", conf: float = .95, warmup: bool = True) -> dict[str, Any]:
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #24a4da79
+def steady(traces: Iterable[Trace], metric: str = "wait", conf: float = .95,
+           warmup: bool = True) -> dict[str, Any]:
     """Estimate a steady-state figure over replications: dict stable, note, interval, values, cut.
 
-    traces: of independent replications; metric: `wait`, `response` or `slowdown` of pipelines. interval: None
-    where unstable (note says why); values f8 [N]; cut: observations dropped by MSER-5, one a replication."""
-    need(metric in ("wait", "response", "slowdown"), "metric", metric, "'wait', 'response' or 'slowdown'")
+    traces: of independent replications; metric: `wait`, `response` or `slowdown` of pipelines.
+    interval: None where unstable (note says why); values f8 [N]; cut: observations dropped by
+    MSER-5, one a replication."""
+    need(metric in ("wait", "response", "slowdown"), "metric", metric,
+         "'wait', 'response' or 'slowdown'")
     traces = list(traces)
-    note, series = unsteady(traces), [getattr(t, metric)[np.argsort(t.workload.arrival, kind="stable")] for t in traces]
+    note = unsteady(traces)
+    series = [getattr(t, metric)[np.argsort(t.workload.arrival, kind="stable")] for t in traces]
     cut = [mser5(x) if warmup else 0 for x in series]
     values = np.array([x[c:].mean() for x, c in zip(series, cut)])
-    return dict(stable=not note, note=note, interval=None if note else ci(values, conf), values=values, cut=cut)
+    return dict(stable=not note, note=note, interval=None if note else ci(values, conf),
+                values=values, cut=cut)
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #33b7e89d
 def erlang_c(rate: float, mu: float, servers: int) -> float:
@@ -163,6 +193,7 @@ def erlang_c(rate: float, mu: float, servers: int) -> float:
     for k in range(1, servers + 1): b = a * b / (k + a * b)      # Erlang B, by recursion
     return b / (1 - (a / servers) * (1 - b))
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #5e5ad87c
 def mmc_wait(rate: float, mu: float, servers: int) -> float:
     "M/M/c: mean wait in the queue, s; inf where rho >= 1. Arguments: as of `erlang_c`."
     return erlang_c(rate, mu, servers) / (servers * mu - rate) if rate < servers * mu else math.inf
@@ -171,18 +202,26 @@ def mmc_wait(rate: float, mu: float, servers: int) -> float:
 def _rho(rate: float, mean: float) -> float: return number(rate, "rate") * number(mean, "mean")
 
 def pollaczek_khinchine(rate: float, mean: float, square: float) -> float:
-    "M/G/1: mean wait, s, with service of `mean` s and second moment `square` s2; inf where rho >= 1."
+    """M/G/1: mean wait, s, with service of `mean` s and second moment `square` s2.
+
+    Inf where rho >= 1."""
     rho = _rho(rate, mean)
     return rate * square / (2 * (1 - rho)) if rho < 1 else math.inf
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #d56ff77c
 def mm1_sjf(rate: float, mu: float) -> float:
     "M/M/1, shortest job first without preemption: mean wait, s; inf where rho >= 1 (Phipps 1956)."
     from scipy.integrate import quad
     if rate >= mu: return math.inf
-    def below(x): return rate / mu * (1 - math.exp(-mu * x) * (1 + mu * x))         # load of jobs up to x
-    return quad(lambda x: rate / mu ** 2 * mu * math.exp(-mu * x) / (1 - below(x)) ** 2, 0, 60 / mu, limit=200)[0]
+    # load of jobs up to x
+    def below(x): return rate / mu * (1 - math.exp(-mu * x) * (1 + mu * x))
+    return quad(lambda x: rate / mu ** 2 * mu * math.exp(-mu * x) / (1 - below(x)) ** 2, 0, 60 / mu,
+                limit=200)[0]
 
+# %% ../../../nbs/pipesim/answers/01_stats.ipynb #68681842
 def mg1_ps(rate: float, mean: float) -> float:
-    "M/G/1 with processor sharing: mean time in the system, s, whatever the distribution; inf where rho >= 1."
+    """M/G/1 with processor sharing: mean time in the system, s, whatever the distribution.
+
+    Inf where rho >= 1."""
     rho = _rho(rate, mean)
     return mean / (1 - rho) if rho < 1 else math.inf

@@ -17,7 +17,8 @@ from ..work.ageing import kernel
 if TYPE_CHECKING: from opml_wb.pipesim.engines.kernels import State, Work
 
 # %% ../../../nbs/pipesim/engines/02_heaps.ipynb #84b06932
-inlined = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False, forceinline=True)
+inlined = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False,
+               forceinline=True)
 
 @inlined
 def push(t: np.ndarray, ids: np.ndarray, size: int, when: float, what: int) -> None:
@@ -30,6 +31,7 @@ def push(t: np.ndarray, ids: np.ndarray, size: int, when: float, what: int) -> N
         i = up
     t[i], ids[i] = when, what
 
+# %% ../../../nbs/pipesim/engines/02_heaps.ipynb #adf5e270
 @inlined
 def pop(t: np.ndarray, ids: np.ndarray, size: int) -> int:
     "Take the smallest off the heap of `size` in t (f8), ids (i8); returns its id."
@@ -53,6 +55,7 @@ def comes_before(w: "Work", s: "State", a: int, b: int) -> bool:
     if s.ready[a] != s.ready[b]: return s.ready[a] < s.ready[b]
     return a < b
 
+# %% ../../../nbs/pipesim/engines/02_heaps.ipynb #0016e025
 @inlined
 def queue_push(w: "Work", s: "State", k: int, task: int) -> None:
     "Add `task` to the heap of pool k."
@@ -65,6 +68,7 @@ def queue_push(w: "Work", s: "State", k: int, task: int) -> None:
     q[i] = task
     s.q_size[k] += 1
 
+# %% ../../../nbs/pipesim/engines/02_heaps.ipynb #9ed66e93
 @inlined
 def queue_pop(w: "Work", s: "State", k: int) -> int:
     "Take the first task off the heap of pool k."
@@ -85,7 +89,8 @@ def queue_pop(w: "Work", s: "State", k: int) -> int:
 # %% ../../../nbs/pipesim/engines/02_heaps.ipynb #a804d963
 @kernel
 def list_insert(w: "Work", s: "State", k: int, task: int) -> None:
-    "Put `task` in its place in the list of pool k, searched from the tail, where newcomers mostly belong."
+    """Put `task` in its place in the list of pool k, searched from the tail, where newcomers mostly
+    belong."""
     head = len(w.units) + k
     at = s.prv[head]
     while at != head and comes_before(w, s, task, at): at = s.prv[at]
@@ -93,6 +98,7 @@ def list_insert(w: "Work", s: "State", k: int, task: int) -> None:
     s.nxt[at], s.prv[task], s.nxt[task], s.prv[after] = task, at, after, task
     s.q_size[k] += 1
 
+# %% ../../../nbs/pipesim/engines/02_heaps.ipynb #34d55b8a
 @kernel
 def list_remove(s: "State", k: int, task: int) -> None:
     "Take `task` off the list of pool k."
@@ -111,10 +117,12 @@ def run_insert(s: "State", k: int, task: int, end: float) -> None:
     s.run_end[i], s.run_id[i] = end, task
     s.r_size[k] += 1
 
+# %% ../../../nbs/pipesim/engines/02_heaps.ipynb #864a1767
 @kernel
 def run_remove(s: "State", k: int, task: int) -> None:
     "Take `task` from the running ones of pool k."
     i = s.q_first[k]
     while s.run_id[i] != task: i += 1
     s.r_size[k] -= 1
-    for j in range(i, s.q_first[k] + s.r_size[k]): s.run_end[j], s.run_id[j] = s.run_end[j + 1], s.run_id[j + 1]
+    for j in range(i, s.q_first[k] + s.r_size[k]):
+        s.run_end[j], s.run_id[j] = s.run_end[j + 1], s.run_id[j + 1]

@@ -17,27 +17,32 @@ from ..work.ageing import kernel, next_trigger
 
 # %% ../../../nbs/pipesim/engines/03_kernels.ipynb #ed46521d
 Work = namedtuple("Work", """
-    arrival by_arrival first owner pool units key hold lone dur read write child_first child step_t step_pool step_cap
-    backfill shared bytes_per_s latency model slot_first rate limit period jump_first jump_t jump_size debounce end""")
+    arrival by_arrival first owner pool units key hold lone dur read write child_first child
+    step_t step_pool step_cap backfill shared bytes_per_s latency model slot_first rate limit
+    period jump_first jump_t jump_size debounce end""")
 State = namedtuple("State", """
-    ready start finish phase missing left ev_t ev_id queue q_first q_size nxt prv run_end run_id r_size used cap waiting
-    link_v link_id dirty touched n x deployed due last slot cause triggered stash""")
+    ready start finish phase missing left ev_t ev_id queue q_first q_size nxt prv run_end run_id
+    r_size used cap waiting link_v link_id dirty touched n x deployed due last slot cause
+    triggered stash""")
 EVENTS, ARRIVED, STEPPED, SENDING, TOUCHED, DONE, STASHED = range(7)     # counters in State.n
-NOW, VIRTUAL, LAST, NEXT = range(4)                                      # times in State.x; the link's three
+NOW, VIRTUAL, LAST, NEXT = range(4)                       # times in State.x; the link's three
 WAITS, READ_LAG, READS, RUNS, WRITE_LAG, WRITES = range(6)               # State.phase
 
 # %% ../../../nbs/pipesim/engines/03_kernels.ipynb #98d31adc
 @kernel
 def _link_advance(w, s, t):
     if s.n[SENDING] == 0: s.x[VIRTUAL] = 0.0
-    else: s.x[VIRTUAL] = min(s.x[VIRTUAL] + (t - s.x[LAST]) * w.bytes_per_s / s.n[SENDING], s.link_v[0])
+    else:
+        s.x[VIRTUAL] = min(s.x[VIRTUAL] + (t - s.x[LAST]) * w.bytes_per_s / s.n[SENDING],
+                           s.link_v[0])
     s.x[LAST] = t
 
 @kernel
 def _link_next(w, s):
     "Note when the next transfer ends, as things are."
     n = s.n[SENDING]
-    s.x[NEXT] = s.x[LAST] + max(s.link_v[0] - s.x[VIRTUAL], 0.0) * n / w.bytes_per_s if n else np.inf
+    s.x[NEXT] = s.x[LAST] + max(s.link_v[0] - s.x[VIRTUAL],
+                                0.0) * n / w.bytes_per_s if n else np.inf
 
 @kernel
 def _link_enter(w, s, task, size, t):
@@ -103,8 +108,8 @@ def _deploy(w, s, p, t):
     if m < 0: return
     s.deployed[p] = t
     jumps = slice(w.jump_first[m], w.jump_first[m + 1])
-    s.due[m], s.cause[m] = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps], w.jump_size[jumps],
-                                        s.last[m] + w.debounce)
+    s.due[m], s.cause[m] = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps],
+                                        w.jump_size[jumps], s.last[m] + w.debounce)
     if s.due[m] < w.end: _at(s, s.due[m], len(w.units) + m)
 
 @kernel
@@ -141,7 +146,8 @@ def _go_on(w, s, task, t):
     elif phase == READS:
         s.phase[task] = RUNS
         _at(s, t + w.hold[task], task)
-    elif phase == RUNS and w.shared and w.write[task] > 0: _send(w, s, task, w.write[task], WRITE_LAG, t)
+    elif phase == RUNS and w.shared and w.write[task] > 0:
+        _send(w, s, task, w.write[task], WRITE_LAG, t)
     else: _end(w, s, task, t)
 
 # %% ../../../nbs/pipesim/engines/03_kernels.ipynb #ac1508cb
@@ -199,7 +205,8 @@ def _next(w, s):
 
 @inlined
 def _apply(w, s, t):
-    "All events of time t: transfers, ends, triggers (void where a deployment came as well), arrivals, resizes."
+    """All events of time t: transfers, ends, triggers (void where a deployment came as well),
+    arrivals, resizes."""
     while s.x[NEXT] == t:
         s.x[VIRTUAL], s.x[LAST] = s.link_v[0], t
         while s.n[SENDING] and s.link_v[0] <= s.x[VIRTUAL]:

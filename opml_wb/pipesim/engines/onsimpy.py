@@ -22,11 +22,12 @@ from .reference import Models, SharedLink, TaskQueue, listed
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #dd9d3f6f
 FIRST, TRIGGER, LAST = -1, 5, 9
 
-def at(env: simpy.Environment, t: float, priority: int = 1, call: Callable[[], Any] | None = None) -> simpy.Event:
+def at(env: simpy.Environment, t: float, priority: int = 1,
+       call: Callable[[], Any] | None = None) -> simpy.Event:
     """Make an event at exactly time t (s), and have it `call`.
 
-    `env.schedule` takes a delay, and now + delay cannot always be t: so it goes into SimPy's queue as
-    `schedule` would put it."""
+    `env.schedule` takes a delay, and now + delay cannot always be t: so it goes into SimPy's
+    queue as `schedule` would put it."""
     event = env.event()
     event._ok, event._value = True, None
     if call is not None: event.callbacks.append(lambda _: call())
@@ -35,7 +36,9 @@ def at(env: simpy.Environment, t: float, priority: int = 1, call: Callable[[], A
 
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #820d295f
 class LinkEvents:
-    "The shared link in SimPy: one pending event for the transfer that ends next; plans that were overtaken do nothing."
+    """The shared link in SimPy: one pending event for the transfer that ends next.
+
+    Plans that were overtaken do nothing."""
     def __init__(self, env: simpy.Environment, rate: float) -> None:
         self.env, self.shared, self.done = env, SharedLink(rate), {}
 
@@ -45,29 +48,37 @@ class LinkEvents:
         self.shared.enter(task, size, self.env.now)
         return event
 
-    def plan(self) -> None:
-        "Schedule the end of the next transfer."
-        when = self.shared.next
-        if when < math.inf: at(self.env, when, FIRST, lambda: self.leave(when))
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #8e9319db
+@patch
+def plan(self: LinkEvents) -> None:
+    "Schedule the end of the next transfer."
+    when = self.shared.next
+    if when < math.inf: at(self.env, when, FIRST, lambda: self.leave(when))
 
-    def leave(self, when: float) -> None:
-        "End the transfers that are through at `when` (s), if that still is the next end."
-        if when != self.shared.next: return
-        for task in self.shared.leave(): self.done.pop(task).succeed()
-        self.plan()
+@patch
+def leave(self: LinkEvents, when: float) -> None:
+    "End the transfers that are through at `when` (s), if that still is the next end."
+    if when != self.shared.next: return
+    for task in self.shared.leave(): self.done.pop(task).succeed()
+    self.plan()
 
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #de15816c
 class SimPyEngine:
     "An engine on SimPy for `w` (kernels.Work); `names` of its pools."
     def __init__(self, w: Work, names: Sequence[str]) -> None:
-        self.w, self.work, self.names, self.env, n = w, listed(w), names, simpy.Environment(), len(w.units)
-        self.start, self.finish, self.ready = np.full(n, np.nan), np.full(n, np.nan), np.full(n, np.nan)
+        self.w, self.work, self.names, self.env, n = w, listed(w), names, simpy.Environment(), len(
+            w.units)
+        self.start, self.finish = np.full(n, np.nan), np.full(n, np.nan)
+        self.ready = np.full(n, np.nan)
         self.queues = [TaskQueue(k, self.work) for k in range(len(names))]
         self.link, self.models = LinkEvents(self.env, float(w.bytes_per_s)), Models(w)
         self.touched, self.granted, self.done, self.left = set(), {}, 0, np.diff(w.first)
-        parent, order = np.repeat(np.arange(n), np.diff(w.child_first)), np.argsort(w.child, kind="stable")
-        self.parents = np.split(parent[order], np.cumsum(np.bincount(w.child, minlength=n))[:-1]) if n else []
-        for p in self.work.by_arrival: at(self.env, self.work.arrival[p], call=lambda p=p: self._arrive(p))
+        parent = np.repeat(np.arange(n), np.diff(w.child_first))
+        order = np.argsort(w.child, kind="stable")
+        self.parents = np.split(parent[order],
+                                np.cumsum(np.bincount(w.child, minlength=n))[:-1]) if n else []
+        for p in self.work.by_arrival:
+            at(self.env, self.work.arrival[p], call=lambda p=p: self._arrive(p))
         for t, k, units in zip(self.work.step_t, self.work.step_pool, self.work.step_cap):
             at(self.env, t, call=lambda k=k, units=units: self._resize(k, units))
 
@@ -78,7 +89,8 @@ def _arrive(self: SimPyEngine, p: int) -> None:
     for task in ended: self.env.process(self._task(task, p, ended))
 
 @patch
-def _task(self: SimPyEngine, task: int, p: int, ended: dict[int, simpy.Event]) -> Iterator[simpy.Event]:
+def _task(self: SimPyEngine, task: int, p: int,
+          ended: dict[int, simpy.Event]) -> Iterator[simpy.Event]:
     env, w, queue = self.env, self.work, self.queues[self.work.pool[task]]
     if len(self.parents[task]): yield env.all_of([ended[j] for j in self.parents[task].tolist()])
     self.ready[task] = env.now
@@ -96,7 +108,8 @@ def _task(self: SimPyEngine, task: int, p: int, ended: dict[int, simpy.Event]) -
     if not self.left[p]: self._deploy(p)
 
 @patch
-def _transfer(self: SimPyEngine, task: int, size: float, at_start: bool = False) -> Iterator[simpy.Event]:
+def _transfer(self: SimPyEngine, task: int, size: float,
+              at_start: bool = False) -> Iterator[simpy.Event]:
     if self.w.latency > 0: yield at(self.env, self.env.now + self.w.latency)
     sent = self.link.send(task, size)
     another = self.link.shared.next == self.env.now and not (at_start and self.w.latency == 0)
@@ -156,4 +169,5 @@ def resize(self: SimPyEngine, t: float, answer: Iterable[tuple[int, int]]) -> No
 def views(self: SimPyEngine) -> dict[str, PoolView]:
     "Return {name: PoolView} for an allocator."
     waiting = [sum(self.work.units[x[2]] for x in q.waiting) for q in self.queues]
-    return {n: PoolView(n, q.capacity, q.used, u) for n, q, u in zip(self.names, self.queues, waiting)}
+    return {n: PoolView(n, q.capacity, q.used, u)
+            for n, q, u in zip(self.names, self.queues, waiting)}

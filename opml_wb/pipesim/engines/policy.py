@@ -21,9 +21,11 @@ from ..work.workload import Workload
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #8cd152e1
 @dataclass
 class PoolView:
-    """A pool as a policy or an allocator sees it: `capacity`, `used` units, `waiting` units of the queue.
+    """A pool as a policy or an allocator sees it: `capacity`, `used` units, `waiting` units of the
+    queue.
 
-    `running`: task id -> start, s; `tasks`: the frame of `Workload.tasks` (both only for a policy)."""
+    `running`: task id -> start, s; `tasks`: the frame of `Workload.tasks` (both only for a
+    policy)."""
     name: str
     capacity: int
     used: int
@@ -35,24 +37,28 @@ class PoolView:
 
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #e7128f00
 class Policy:
-    """The order of a queue: `key(tasks) -> f8 [T]` (or scalar), smaller first; ties by time when ready, pipeline, task.
+    """The order of a queue: `key(tasks) -> f8 [T]` (or scalar), smaller first.
 
-    `tasks`: DataFrame of `Workload.tasks`. `backfill="easy"`: tasks behind the head may start if, by their
-    `est`, they do not delay it (EASY: Lifka 1995). Give `key` here or override it; override `round` for a
-    policy with a memory."""
-    def __init__(self, key: Callable[[pd.DataFrame], ArrayLike] | None = None, name: str | None = None,
-                 backfill: str | None = None) -> None:
+    Ties by time when ready, pipeline, task. `tasks`: DataFrame of `Workload.tasks`.
+    `backfill="easy"`: tasks behind the head may start if, by their `est`, they do not delay it
+    (EASY: Lifka 1995). Give `key` here or override it; override `round` for a policy with a
+    memory."""
+    def __init__(self, key: Callable[[pd.DataFrame], ArrayLike] | None = None,
+                 name: str | None = None, backfill: str | None = None) -> None:
         need(key is None or callable(key), "Policy.key", key, "a function of the tasks")
         need(backfill in (None, "easy"), "Policy.backfill", backfill, "None or 'easy'")
         if key is not None: self.key = key
-        self.name, self.backfill = name or getattr(key, "__name__", None) or type(self).__name__.lower(), backfill
+        self.name = name or getattr(key, "__name__", None) or type(self).__name__.lower()
+        self.backfill = backfill
 
     def key(self, tasks: pd.DataFrame) -> ArrayLike:
         "The keys of all tasks: f8 [T] or a scalar."
         return 0.0
 
     def round(self, now: float, queue: Sequence[int], pool: PoolView) -> Iterable[int]:
-        "Choose the tasks to start `now` (s), in order. `queue`: waiting task ids in the order of `key`."
+        """Choose the tasks to start `now` (s), in order.
+
+        `queue`: waiting task ids in the order of `key`."""
         raise NotImplementedError
 
     def __repr__(self) -> str: return f"Policy({self.name!r})"
@@ -66,9 +72,11 @@ def policy_of(policy: str | Policy | type[Policy]) -> Policy:
     "Return the Policy that a name or a Policy stands for; ValueError for others."
     if isinstance(policy, Policy): return policy
     if isinstance(policy, type) and issubclass(policy, Policy): return policy()
-    need(isinstance(policy, str) and policy in POLICIES, "policy", policy, f"a Policy or one of {list(POLICIES)}")
+    need(isinstance(policy, str) and policy in POLICIES, "policy", policy,
+         f"a Policy or one of {list(POLICIES)}")
     return POLICIES[policy]
 
+# %% ../../../nbs/pipesim/engines/01_policy.ipynb #3fa38931
 def is_static(policy: Policy) -> bool:
     "True for a policy that is its key and nothing else."
     return type(policy).round is Policy.round
@@ -76,7 +84,8 @@ def is_static(policy: Policy) -> bool:
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #c9ec63d1
 def keys(policy: Policy, workload: Workload) -> np.ndarray:
     "Compute the keys of a workload's tasks, f8 [T]; ValueError naming the task whose key is NaN."
-    own, what = "key" in vars(policy) or type(policy).key is not Policy.key, f"keys of policy {policy.name!r}"
+    own = "key" in vars(policy) or type(policy).key is not Policy.key
+    what = f"keys of policy {policy.name!r}"
     out = np.asarray(policy.key(workload.tasks) if own else 0.0, np.float64)
     ok = out.ndim == 0 or out.shape == (workload.n_tasks,)
     need(ok, what, out.shape, f"a scalar or shape ({workload.n_tasks},)")
@@ -86,11 +95,13 @@ def keys(policy: Policy, workload: Workload) -> np.ndarray:
 
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #14775f59
 class Allocator:
-    """Capacity that follows demand: every `period` s each pool gets what is used and waited for, `spare` units more.
+    """Capacity that follows demand: every `period` s each pool gets what is used and waited for,
+    `spare` units more.
 
-    Within `least` .. `most`; for the pools named in `pools` (None: all). Override `resize` for another rule."""
-    def __init__(self, period: float = 300.0, least: float = 1, most: float = math.inf, spare: float = 0,
-                 pools: Iterable[str] | None = None) -> None:
+    Within `least` .. `most`; for the pools named in `pools` (None: all). Override `resize` for
+    another rule."""
+    def __init__(self, period: float = 300.0, least: float = 1, most: float = math.inf,
+                 spare: float = 0, pools: Iterable[str] | None = None) -> None:
         self.period = number(period, "Allocator.period")
         need(self.period > 0, "Allocator.period", period, "a finite number > 0")
         need(0 <= least <= most, "Allocator.least", least, f"0 .. most ({most})")

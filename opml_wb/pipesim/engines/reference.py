@@ -22,7 +22,9 @@ from ..work.ageing import next_trigger
 
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #efeee29c
 class SharedLink:
-    "A link of `rate` bytes/s shared equally; `next` is when the next transfer ends (s, inf: none under way)."
+    """A link of `rate` bytes/s shared equally.
+
+    `next` is when the next transfer ends (s, inf: none under way)."""
     def __init__(self, rate: float) -> None:
         self.rate, self.heap, self.virtual, self.last, self.next = rate, [], 0.0, 0.0, math.inf
 
@@ -30,26 +32,32 @@ class SharedLink:
         left = max(self.heap[0][0] - self.virtual, 0.0) if self.heap else math.inf
         self.next = self.last + left * len(self.heap) / self.rate if self.heap else math.inf
 
-    def enter(self, task: int, size: float, t: float) -> None:
-        "Begin to send `size` bytes for `task` at t (s)."
-        if not self.heap: self.virtual = 0.0
-        else: self.virtual = min(self.virtual + (t - self.last) * self.rate / len(self.heap), self.heap[0][0])
-        self.last = t
-        heappush(self.heap, (self.virtual + size, task))
-        self._plan()
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #73c5c713
+@patch
+def enter(self: SharedLink, task: int, size: float, t: float) -> None:
+    "Begin to send `size` bytes for `task` at t (s)."
+    if not self.heap: self.virtual = 0.0
+    else:
+        self.virtual = min(self.virtual + (t - self.last) * self.rate / len(self.heap),
+                           self.heap[0][0])
+    self.last = t
+    heappush(self.heap, (self.virtual + size, task))
+    self._plan()
 
-    def leave(self) -> list[int]:
-        "End the transfers that are through at `next`; returns their tasks."
-        self.virtual, self.last, out = self.heap[0][0], self.next, []
-        while self.heap and self.heap[0][0] <= self.virtual: out.append(heappop(self.heap)[1])
-        self._plan()
-        return out
+@patch
+def leave(self: SharedLink) -> list[int]:
+    "End the transfers that are through at `next`; returns their tasks."
+    self.virtual, self.last, out = self.heap[0][0], self.next, []
+    while self.heap and self.heap[0][0] <= self.virtual: out.append(heappop(self.heap)[1])
+    self._plan()
+    return out
 
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #5e8e0d62
 def listed(w: Work) -> Work:
     "Copy `w` with lists in place of arrays."
     return Work(*(x.tolist() if isinstance(x, np.ndarray) else x for x in w))
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #fe3cada6
 class TaskQueue:
     """The waiting and the running tasks of pool `k` (its position); `work`: as of `listed`.
 
@@ -61,31 +69,55 @@ class TaskQueue:
 
     free = property(lambda self: self.capacity - self.used)
 
-    def add(self, task: int, t: float) -> None:
-        "Let `task` wait from t (s) on."
-        insort(self.waiting, (self.work.key[task], t, task))
-
-    def begin(self, entry: tuple[float, float, int], t: float) -> int:
-        "Start the task of `entry`, one of `waiting`, at t (s); returns it."
-        task = entry[2]
-        del self.waiting[bisect_left(self.waiting, entry)]
-        insort(self.running, (t + self.work.lone[task], task))
-        self.used += self.work.units[task]
-        return task
-
-    def end(self, task: int, start: float) -> None:
-        "Free the units of `task`, which began at `start` (s)."
-        del self.running[bisect_left(self.running, (start + self.work.lone[task], task))]
-        self.used -= self.work.units[task]
-
 Queue = TaskQueue  # the name before
+
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #c2b998f7
+@patch
+def add(self: TaskQueue, task: int, t: float) -> None:
+    "Let `task` wait from t (s) on."
+    insort(self.waiting, (self.work.key[task], t, task))
+
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #3fe885ce
+@patch
+def begin(self: TaskQueue, entry: tuple[float, float, int], t: float) -> int:
+    "Start the task of `entry`, one of `waiting`, at t (s); returns it."
+    task = entry[2]
+    del self.waiting[bisect_left(self.waiting, entry)]
+    insort(self.running, (t + self.work.lone[task], task))
+    self.used += self.work.units[task]
+    return task
+
+@patch
+def end(self: TaskQueue, task: int, start: float) -> None:
+    "Free the units of `task`, which began at `start` (s)."
+    del self.running[bisect_left(self.running, (start + self.work.lone[task], task))]
+    self.used -= self.work.units[task]
+
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #8f2574af
+@patch
+def reserve(self: TaskQueue, t: float) -> tuple[float, int]:
+    """Reserve for the head (EASY): (when by the estimates enough units will be free, units left
+    over then)."""
+    need, free = self.work.units[self.waiting[0][2]], self.free
+    for end, task in self.running:
+        free += self.work.units[task]
+        if free >= need:
+            shadow = max(t, end)
+            ended = self.running[:bisect_right(self.running, (shadow, math.inf))]
+            return shadow, self.free + sum(self.work.units[j] for _, j in ended) - need
+    steps = zip(self.work.step_t, self.work.step_pool, self.work.step_cap)
+    return next((when for when, k, units in steps if when > t and k == self.k and units >= need),
+                math.inf), 0
 
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #5ab6c2e1
 @patch
 def round(self: TaskQueue, t: float) -> list[int]:
-    "Start the tasks whose turn it is at t (s): heads while they fit, then backfilling. Returns them in order."
+    """Start the tasks whose turn it is at t (s): heads while they fit, then backfilling.
+
+    Returns them in order."""
     out = []
-    while self.waiting and self.work.units[self.waiting[0][2]] <= self.free: out.append(self.begin(self.waiting[0], t))
+    while self.waiting and self.work.units[self.waiting[0][2]] <= self.free:
+        out.append(self.begin(self.waiting[0], t))
     if not (self.work.backfill and self.waiting): return out
     shadow, extra = self.reserve(t)
     for entry in self.waiting[1:]:
@@ -96,47 +128,44 @@ def round(self: TaskQueue, t: float) -> list[int]:
         out.append(self.begin(entry, t))
     return out
 
-@patch
-def reserve(self: TaskQueue, t: float) -> tuple[float, int]:
-    "Reserve for the head (EASY): (when by the estimates enough units will be free, units left over then)."
-    need, free = self.work.units[self.waiting[0][2]], self.free
-    for end, task in self.running:
-        free += self.work.units[task]
-        if free >= need:
-            shadow = max(t, end)
-            ended = self.running[:bisect_right(self.running, (shadow, math.inf))]
-            return shadow, self.free + sum(self.work.units[j] for _, j in ended) - need
-    steps = zip(self.work.step_t, self.work.step_pool, self.work.step_cap)
-    return next((when for when, k, units in steps if when > t and k == self.k and units >= need), math.inf), 0
-
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #70c6632c
 class Models:
-    """The deployed models of a run: when each falls due for retraining, and which pipeline does it next.
+    """The deployed models of a run: when each falls due for retraining, and which pipeline does it
+    next.
 
-    due, last (trigger; s), cause, slot (next pipeline): one a model; deployed (s), triggered (by which
-    detector): one a pipeline."""
+    due, last (trigger; s), cause, slot (next pipeline): one a model; deployed (s), triggered (by
+    which detector): one a pipeline."""
     def __init__(self, w: Work) -> None:
         self.w, models, pipelines = w, len(w.rate), len(w.arrival)
         self.due, self.last, self.cause = [math.inf] * models, [-math.inf] * models, [-1] * models
-        self.slot, self.deployed, self.triggered = w.slot_first[:-1].tolist(), [math.nan] * pipelines, [-1] * pipelines
+        self.slot, self.deployed = w.slot_first[:-1].tolist(), [math.nan] * pipelines
+        self.triggered = [-1] * pipelines
 
-    def deploy(self, p: int, t: float) -> tuple[float, int]:
-        "Put the model of pipeline `p` into service at t (s): (when it is due, which model); (inf, -1) for none."
-        w, m = self.w, int(self.w.model[p]) if len(self.w.model) else -1
-        if m < 0: return math.inf, m
-        self.deployed[p], jumps = t, slice(w.jump_first[m], w.jump_first[m + 1])
-        due, cause = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps], w.jump_size[jumps],
-                                  self.last[m] + w.debounce)
-        self.due[m], self.cause[m] = float(due), cause
-        return (self.due[m], m) if due < w.end else (math.inf, m)
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #24686a8f
+@patch
+def deploy(self: Models, p: int, t: float) -> tuple[float, int]:
+    """Put the model of pipeline `p` into service at t (s): (when it is due, which model).
 
-    def trigger(self, m: int, t: float) -> int | None:
-        "Retrain model `m` at t (s): its next pipeline, or None where a later deployment has moved the date."
-        p = self.slot[m]
-        if self.due[m] != t or p == self.w.slot_first[m + 1]: return None
-        self.slot[m] += 1
-        self.due[m], self.last[m], self.w.arrival[p], self.triggered[p] = math.inf, t, t, self.cause[m]
-        return p
+    (inf, -1) for none."""
+    w, m = self.w, int(self.w.model[p]) if len(self.w.model) else -1
+    if m < 0: return math.inf, m
+    self.deployed[p], jumps = t, slice(w.jump_first[m], w.jump_first[m + 1])
+    due, cause = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps],
+                              w.jump_size[jumps], self.last[m] + w.debounce)
+    self.due[m], self.cause[m] = float(due), cause
+    return (self.due[m], m) if due < w.end else (math.inf, m)
+
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #1140cf35
+@patch
+def trigger(self: Models, m: int, t: float) -> int | None:
+    """Retrain model `m` at t (s): its next pipeline, or None where a later deployment has moved
+    the date."""
+    p = self.slot[m]
+    if self.due[m] != t or p == self.w.slot_first[m + 1]: return None
+    self.slot[m] += 1
+    self.due[m], self.last[m], self.w.arrival[p] = math.inf, t, t
+    self.triggered[p] = self.cause[m]
+    return p
 
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #aa5bd5de
 GOES_ON, TRIGGER, ARRIVES, RESIZE, STEP = range(5)     # ranks of events at one instant
@@ -145,15 +174,17 @@ OVER = -1.0                                            # a task's life, yielded 
 class PythonEngine:
     """An engine in plain Python for `w` (kernels.Work); `names` of its pools.
 
-    `order`: i8 [T], the workload's task ids in the engine's order; `policy`: with a `round`, or None;
-    `tasks`: the frame it sees."""
-    def __init__(self, w: Work, names: Sequence[str], order: np.ndarray, policy: Policy | None = None,
-                 tasks: pd.DataFrame | None = None) -> None:
-        self.w, self.work, self.names, self.order, self.policy, self.tasks = w, listed(w), names, order, policy, tasks
+    `order`: i8 [T], the workload's task ids in the engine's order; `policy`: with a `round`, or
+    None; `tasks`: the frame it sees."""
+    def __init__(self, w: Work, names: Sequence[str], order: np.ndarray,
+                 policy: Policy | None = None, tasks: pd.DataFrame | None = None) -> None:
+        self.w, self.work, self.names, self.order, self.policy, self.tasks = w, listed(
+            w), names, order, policy, tasks
         self.queues = [TaskQueue(k, self.work) for k in range(len(names))]
         self.link, self.models, n = SharedLink(float(w.bytes_per_s)), Models(w), len(w.units)
         self.ready, self.start, self.finish = [math.nan] * n, [math.nan] * n, [math.nan] * n
-        self.missing, self.left = np.bincount(w.child, minlength=n).tolist(), np.diff(w.first).tolist()
+        self.missing = np.bincount(w.child, minlength=n).tolist()
+        self.left = np.diff(w.first).tolist()
         self.now, self.done, self.touched, self.lives = 0.0, 0, set(), {}
         self.steps = list(zip(self.work.step_pool, self.work.step_cap))
         self.events = [(self.work.arrival[p], ARRIVES, p) for p in self.work.by_arrival]
@@ -224,13 +255,16 @@ def _step(self: PythonEngine, i: int) -> None:
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #5d416a50
 @patch
 def _asked(self: PythonEngine, q: TaskQueue) -> list[int]:
-    "Start the tasks that the policy's `round` chooses; ValueError where one doesn't wait here or doesn't fit."
+    """Start the tasks that the policy's `round` chooses.
+
+    ValueError where one doesn't wait here or doesn't fit."""
     if not q.waiting: return []
     name, ids, out = self.names[q.k], {int(self.order[x[2]]): x for x in q.waiting}, []
     running = {int(self.order[j]): self.start[j] for _, j in q.running}
     for task in self.policy.round(self.now, list(ids), self._view(q, running)):
         if task not in ids:
-            raise ValueError(f"policy {self.policy.name!r}: task {task} does not wait in pool {name!r} at t = {self.now:g}")
+            raise ValueError(f"policy {self.policy.name!r}: task {task} does not wait "
+                             f"in pool {name!r} at t = {self.now:g}")
         units = self.work.units[ids[task][2]]
         if units > q.free:
             raise ValueError(f"policy {self.policy.name!r}: task {task} needs {units} units, "
@@ -268,6 +302,7 @@ def run(self: PythonEngine, until: float) -> bool:
         self.now = t
         self._instant()
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #04c23428
 @patch
 def resize(self: PythonEngine, t: float, answer: Iterable[tuple[int, int]]) -> None:
     "Set capacities [(pool, units)] from t (s) on, before the platform's own steps."

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from fastcore.basics import patch
 
 from . import kernels
 from .kernels import State, Work
@@ -27,10 +28,13 @@ if TYPE_CHECKING: from opml_wb.pipesim.answers.runtime import Drift
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #124e1df3
 def _steps(platform: Platform) -> dict[str, np.ndarray]:
     "All capacity steps by time: step_t f8 [S], step_pool i8 [S], step_cap i8 [S]."
-    rows = sorted(((t, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps), key=lambda r: r[:2])
+    rows = sorted(((t, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps),
+                  key=lambda r: r[:2])
     t, pool, cap = zip(*rows)
-    return dict(step_t=np.array(t, np.float64), step_pool=np.array(pool, np.int64), step_cap=np.array(cap, np.int64))
+    return dict(step_t=np.array(t, np.float64), step_pool=np.array(pool, np.int64),
+                step_cap=np.array(cap, np.int64))
 
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #4318c593
 def _transfer(size: np.ndarray, link: Link | None) -> np.ndarray:
     "Seconds that `size` bytes (f8 [T]) take alone on the link."
     if link is None: return np.zeros(len(size))
@@ -43,16 +47,17 @@ def _children(edges: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.searchsorted(a[by], np.arange(len(place) + 1)), b[by]
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #8224a30a
-NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), rate=np.zeros(0), limit=np.zeros((0, 0)),
-                 period=np.zeros(0), jump_first=np.zeros(1, np.int64), jump_t=np.zeros(0), jump_size=np.zeros(0),
-                 debounce=0.0, end=0.0)
+NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), rate=np.zeros(0),
+                 limit=np.zeros((0, 0)), period=np.zeros(0), jump_first=np.zeros(1, np.int64),
+                 jump_t=np.zeros(0), jump_size=np.zeros(0), debounce=0.0, end=0.0)
 
-def prepare(work: Workload, platform: Platform, policy: Policy, models: dict[str, Any] | None = None,
+def prepare(work: Workload, platform: Platform, policy: Policy,
+            models: dict[str, Any] | None = None,
             exogenous: int | None = None) -> tuple[Work, np.ndarray]:
     """Make (kernels.Work, order i8 [T]: the workload's ids of the engine's tasks).
 
-    models: as of `Drift.expand`; exogenous: how many pipelines arrive on their own (None: all). Raises
-    ValueError naming the task that the platform cannot hold."""
+    models: as of `Drift.expand`; exogenous: how many pipelines arrive on their own (None: all).
+    Raises ValueError naming the task that the platform cannot hold."""
     at, key = check(platform, work), keys(policy, work)
     order = np.argsort(work.pipeline, kind="stable")
     place = np.empty(work.n_tasks, np.int64)
@@ -62,13 +67,16 @@ def prepare(work: Workload, platform: Platform, policy: Policy, models: dict[str
     shared = link is not None and link.shared == "ps"
     before, after = _transfer(work.read, link), _transfer(work.write, link)
     child_first, child = _children(work.edges, place)
-    w = Work(arrival=work.arrival.copy(), by_arrival=np.argsort(work.arrival[:exogenous], kind="stable"),
-             first=np.searchsorted(owner, np.arange(len(work) + 1)), owner=owner, pool=own(at), units=own(work.units),
-             key=own(key), hold=own(work.dur if shared else before + work.dur + after),
-             lone=own(before + work.est + after), dur=own(work.dur), read=own(work.read), write=own(work.write),
-             child_first=child_first, child=child, **_steps(platform), backfill=policy.backfill == "easy", shared=shared,
-             bytes_per_s=float(link.bytes_per_s if link else 1.0), latency=float(link.latency if link else 0.0),
-             **(models or NO_MODELS))
+    w = Work(arrival=work.arrival.copy(),
+             by_arrival=np.argsort(work.arrival[:exogenous], kind="stable"),
+             first=np.searchsorted(owner, np.arange(len(work) + 1)), owner=owner, pool=own(at),
+             units=own(work.units), key=own(key),
+             hold=own(work.dur if shared else before + work.dur + after),
+             lone=own(before + work.est + after), dur=own(work.dur), read=own(work.read),
+             write=own(work.write), child_first=child_first, child=child, **_steps(platform),
+             backfill=policy.backfill == "easy", shared=shared,
+             bytes_per_s=float(link.bytes_per_s if link else 1.0),
+             latency=float(link.latency if link else 0.0), **(models or NO_MODELS))
     return w, order
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #60a22117
@@ -79,44 +87,55 @@ def fresh(w: Work, n_pools: int) -> State:
     def ints(k): return np.zeros(k, np.int64)
     listed, sending = (n if w.backfill else 0), (n if w.shared else 1)
     ring = np.concatenate([ints(n), n + np.arange(n_pools)]) if w.backfill else ints(0)
-    return State(
-        ready=nan(n), start=nan(n), finish=nan(n), phase=np.zeros(n, np.int8), missing=np.bincount(w.child, minlength=n),
-        left=np.diff(w.first), ev_t=np.zeros(n + M + 1), ev_id=ints(n + M + 1), queue=ints(n),
-        q_first=np.concatenate([[0], np.cumsum(np.bincount(w.pool, minlength=n_pools))]), q_size=ints(n_pools),
-        nxt=ring, prv=ring.copy(), run_end=np.zeros(listed), run_id=ints(listed), r_size=ints(n_pools),
-        used=ints(n_pools), cap=ints(n_pools), waiting=ints(n_pools), link_v=np.zeros(sending), link_id=ints(sending),
-        dirty=np.zeros(n_pools, np.bool_), touched=ints(n_pools), n=ints(7), x=np.array([0., 0., 0., np.inf]),
-        deployed=nan(P), due=np.full(M, np.inf), last=np.full(M, -np.inf), slot=w.slot_first[:-1].copy(),
-        cause=ints(M) - 1, triggered=ints(P) - 1, stash=ints(M))
+    return State(ready=nan(n), start=nan(n), finish=nan(n), phase=np.zeros(n, np.int8),
+                 missing=np.bincount(w.child, minlength=n), left=np.diff(w.first),
+                 ev_t=np.zeros(n + M + 1), ev_id=ints(n + M + 1), queue=ints(n),
+                 q_first=np.concatenate([[0], np.cumsum(np.bincount(w.pool, minlength=n_pools))]),
+                 q_size=ints(n_pools), nxt=ring, prv=ring.copy(), run_end=np.zeros(listed),
+                 run_id=ints(listed), r_size=ints(n_pools), used=ints(n_pools), cap=ints(n_pools),
+                 waiting=ints(n_pools), link_v=np.zeros(sending), link_id=ints(sending),
+                 dirty=np.zeros(n_pools, np.bool_), touched=ints(n_pools), n=ints(7),
+                 x=np.array([0., 0., 0., np.inf]), deployed=nan(P), due=np.full(M, np.inf),
+                 last=np.full(M, -np.inf), slot=w.slot_first[:-1].copy(), cause=ints(M) - 1,
+                 triggered=ints(P) - 1, stash=ints(M))
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #7fe66855
 class NumbaEngine:
     "An engine that runs the compiled kernel on `w` (kernels.Work); `names` of its pools."
-    def __init__(self, w: Work, names: Sequence[str]) -> None: self.w, self.names, self.models = w, names, fresh(w, len(names))
+    def __init__(self, w: Work, names: Sequence[str]) -> None:
+        self.w, self.names, self.models = w, names, fresh(w, len(names))
 
     def __getattr__(self, name: str) -> Any: return getattr(self.models, name)
 
     done = property(lambda self: int(self.models.n[kernels.DONE]))
 
-    def run(self, until: float) -> bool:
-        "Simulate all instants before `until` (s); True while there is more to come."
-        return kernels.run(self.w, self.models, float(until))
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #0d50ebbc
+@patch
+def run(self: NumbaEngine, until: float) -> bool:
+    "Simulate all instants before `until` (s); True while there is more to come."
+    return kernels.run(self.w, self.models, float(until))
 
-    def resize(self, t: float, answer: Sequence[tuple[int, int]]) -> None:
-        "Set capacities [(pool, units)] from t (s) on, before the steps to come."
-        n, (ks, cs) = int(self.n[kernels.STEPPED]), np.array(answer, np.int64).reshape(-1, 2).T
-        new = dict(step_t=np.full(len(ks), float(t)), step_pool=ks, step_cap=cs)
-        self.w = self.w._replace(**{f: np.concatenate([v, getattr(self.w, f)[n:]]) for f, v in new.items()})
-        self.n[kernels.STEPPED] = 0
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #43e7d79e
+@patch
+def resize(self: NumbaEngine, t: float, answer: Sequence[tuple[int, int]]) -> None:
+    "Set capacities [(pool, units)] from t (s) on, before the steps to come."
+    n, (ks, cs) = int(self.n[kernels.STEPPED]), np.array(answer, np.int64).reshape(-1, 2).T
+    new = dict(step_t=np.full(len(ks), float(t)), step_pool=ks, step_cap=cs)
+    self.w = self.w._replace(**{f: np.concatenate([v, getattr(self.w, f)[n:]])
+                                for f, v in new.items()})
+    self.n[kernels.STEPPED] = 0
 
-    def views(self) -> dict[str, PoolView]:
-        "Return {name: PoolView} for an allocator."
-        units = np.stack([self.cap, self.used, self.waiting], 1).tolist()
-        return {name: PoolView(name, *u) for name, u in zip(self.names, units)}
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #4bda21a5
+@patch
+def views(self: NumbaEngine) -> dict[str, PoolView]:
+    "Return {name: PoolView} for an allocator."
+    units = np.stack([self.cap, self.used, self.waiting], 1).tolist()
+    return {name: PoolView(name, *u) for name, u in zip(self.names, units)}
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #ef5634cc
 class Engine(Protocol):
-    "The interface of the three engines: `w` (kernels.Work), `names` of pools, `models`, `done` tasks, and three methods."
+    """The interface of the three engines: `w` (kernels.Work), `names` of pools, `models`, `done`
+    tasks, and three methods."""
     w: Work
     names: Sequence[str]
     models: Any
@@ -134,8 +153,11 @@ def remaining(engine: Engine) -> int:
     triggers = int((np.asarray(models.due) < w.end).sum())
     return int(first[len(w.by_arrival)]) + begun - engine.done + triggers
 
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #6758077d
 class Ticks:
-    "Questions to `allocator` on behalf of `engine`; `log`: what it changed, (t, position of the pool, units)."
+    """Questions to `allocator` on behalf of `engine`.
+
+    `log`: what it changed, (t, position of the pool, units)."""
     def __init__(self, engine: Engine, allocator: Allocator) -> None:
         self.engine, self.allocator, self.log, self.still = engine, allocator, [], 0
 
@@ -151,8 +173,11 @@ class Ticks:
         return out
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #5719e4e7
-def drive(engine: Engine, allocator: Allocator | None, until: float) -> list[tuple[float, int, int]]:
-    "Run `engine` to `until` (s) with or without an allocator; returns what that changed: [(t, pool, units)]."
+def drive(engine: Engine, allocator: Allocator | None,
+          until: float) -> list[tuple[float, int, int]]:
+    """Run `engine` to `until` (s) with or without an allocator.
+
+    Returns what that changed: [(t, pool, units)]."""
     if allocator is None:
         engine.run(until)
         return []
@@ -169,14 +194,19 @@ def drive(engine: Engine, allocator: Allocator | None, until: float) -> list[tup
 ENGINES = ("auto", "numba", "python", "simpy")
 
 def chosen(engine: str, policy: Policy) -> str:
-    "Resolve the engine `auto`; ValueError for an unknown engine or one that can't take a policy with a memory."
+    """Resolve the engine `auto`.
+
+    ValueError for an unknown engine or one that can't take a policy with a memory."""
     need(engine in ENGINES, "engine", engine, f"one of {ENGINES}")
     if engine == "auto": return "numba" if is_static(policy) else "python"
     ok = is_static(policy) or engine == "python"
-    need(ok, f"engine for policy {policy.name!r}, which overrides round", engine, "'python' or 'auto'")
+    need(ok, f"engine for policy {policy.name!r}, which overrides round", engine,
+         "'python' or 'auto'")
     return engine
 
-def _engine(name: str, w: Work, platform: Platform, order: np.ndarray, policy: Policy, workload: Workload) -> Engine:
+# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #274b3c1e
+def _engine(name: str, w: Work, platform: Platform, order: np.ndarray, policy: Policy,
+            workload: Workload) -> Engine:
     "The engine that `name` stands for."
     if name == "numba": return NumbaEngine(w, platform.names)
     if name == "simpy":
@@ -192,10 +222,11 @@ def simulate(workload: Workload, platform: Platform, policy: str | Policy | type
              allocator: Allocator | None = None, until: float | None = None) -> Trace:
     """Simulate `workload` on `platform`: a Trace, with the start and the end of each task.
 
-    policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill on est), or a
-    Policy; engine: `numba`, `python`, `simpy`: the same bits, `auto` the quickest that can; drift: a Drift,
-    models age and are retrained (random, from `seed`); allocator: resizes pools; until: s, what starts later
-    is NaN. Raises ValueError before simulating, naming the task whose pool is unknown or never large enough."""
+    policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill
+    on est), or a Policy; engine: `numba`, `python`, `simpy`: the same bits, `auto` the quickest
+    that can; drift: a Drift, models age and are retrained (random, from `seed`); allocator:
+    resizes pools; until: s, what starts later is NaN. Raises ValueError before simulating,
+    naming the task whose pool is unknown or never large enough."""
     need(isinstance(workload, Workload), "workload", type(workload).__name__, "a Workload")
     policy, until = policy_of(policy), math.inf if until is None else until
     need(isinstance(until, (int, float)) and until > 0, "until", until, "a time > 0, s")

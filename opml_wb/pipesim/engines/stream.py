@@ -29,7 +29,8 @@ from ..work.model import Platform, ranges
 from ..work.workload import Workload
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #16bd5bfb
-TASKS = ("owner", "pool", "units", "key", "hold", "lone", "dur", "read", "write")      # of Work, one value a task
+# of Work, one value a task
+TASKS = ("owner", "pool", "units", "key", "hold", "lone", "dur", "read", "write")
 
 def renumbered(n: int, rows: np.ndarray) -> np.ndarray:
     "Number the `rows` that stay of n from 0 on: i8 [n], -1 for the others."
@@ -37,6 +38,7 @@ def renumbered(n: int, rows: np.ndarray) -> np.ndarray:
     at[rows] = np.arange(len(rows))
     return at
 
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #fb12c40e
 def kept_children(first: np.ndarray, child: np.ndarray, at: np.ndarray,
                   rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Edges (CSR) of tasks `rows` in new numbers `at` (-1: gone): (counts i8, child i8)."
@@ -46,18 +48,29 @@ def kept_children(first: np.ndarray, child: np.ndarray, at: np.ndarray,
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #66b4d815
 def merged_work(w: Work, new: Work, rows: np.ndarray, pipes: np.ndarray, arrived: int) -> Work:
-    "Join the tasks `rows` and pipelines `pipes` of `w`, of which `arrived` have arrived, with all of `new`."
+    """Join the tasks `rows` and pipelines `pipes` of `w`, of which `arrived` have arrived, with all
+    of `new`."""
     n, P = len(rows), len(pipes)
     at, pipe_at = renumbered(len(w.units), rows), renumbered(len(w.arrival), pipes)
     task = {f: np.concatenate([getattr(w, f)[rows], getattr(new, f)]) for f in TASKS}
     task["owner"] = np.concatenate([pipe_at[w.owner[rows]], new.owner + P])
     counts, child = kept_children(w.child_first, w.child, at, rows)
-    child_first = np.concatenate([[0], np.cumsum(np.concatenate([counts, np.diff(new.child_first)]))])
+    child_first = np.concatenate([[0],
+                                  np.cumsum(np.concatenate([counts, np.diff(new.child_first)]))])
     by_arrival = np.concatenate([pipe_at[w.by_arrival[arrived:]], new.by_arrival + P])
     arrival = np.concatenate([w.arrival[pipes], new.arrival])
     return new._replace(**task, arrival=arrival, by_arrival=by_arrival, child_first=child_first,
                         child=np.concatenate([child, new.child + n]),
                         first=np.searchsorted(task["owner"], np.arange(len(arrival) + 1)))
+
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #b9fe3637
+def _relink(s: State, t: State, old: int, new: int, at: np.ndarray) -> None:
+    "Copy the linked list with head `old` of `s` to head `new` of `t`, with the new numbers."
+    task, last = s.nxt[old], new
+    while task != old:
+        t.nxt[last], t.prv[at[task]] = at[task], last
+        task, last = s.nxt[task], at[task]
+    t.nxt[last], t.prv[new] = new, last
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #8013ded7
 def moved_state(w: Work, s: State, merged: Work, rows: np.ndarray, pipes: np.ndarray) -> State:
@@ -68,7 +81,8 @@ def moved_state(w: Work, s: State, merged: Work, rows: np.ndarray, pipes: np.nda
     e, k = s.n[EVENTS], s.n[SENDING]
     t.ev_t[:e], t.ev_id[:e] = s.ev_t[:e], at[s.ev_id[:e]]
     t.link_v[:k], t.link_id[:k] = s.link_v[:k], at[s.link_id[:k]]
-    for f in ("q_size", "r_size", "used", "cap", "waiting", "n", "x"): getattr(t, f)[:] = getattr(s, f)
+    for f in ("q_size", "r_size", "used", "cap", "waiting", "n", "x"):
+        getattr(t, f)[:] = getattr(s, f)
     t.n[ARRIVED] = 0
     for j in range(len(s.cap)):
         a, b, q, r = s.q_first[j], t.q_first[j], s.q_size[j], s.r_size[j]
@@ -77,67 +91,69 @@ def moved_state(w: Work, s: State, merged: Work, rows: np.ndarray, pipes: np.nda
         t.run_end[b:b + r], t.run_id[b:b + r] = s.run_end[a:a + r], at[s.run_id[a:a + r]]
     return t
 
-def _relink(s: State, t: State, old: int, new: int, at: np.ndarray) -> None:
-    "Copy the linked list with head `old` of `s` to head `new` of `t`, with the new numbers."
-    task, last = s.nxt[old], new
-    while task != old:
-        t.nxt[last], t.prv[at[task]] = at[task], last
-        task, last = s.nxt[task], at[task]
-    t.nxt[last], t.prv[new] = new, last
-
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #ce9ebfa1
 @dataclass
 class Chunk:
-    "A chunk that is not written yet: its first task's number, times f8 [3, T] (ready, start, finish), open tasks."
+    """A chunk that is not written yet: its first task's number, times f8 [3, T] (ready, start,
+    finish), open tasks."""
     first: int
     work: Workload
     times: np.ndarray
     open: int
 
-    def put(self, ids: np.ndarray, times: np.ndarray) -> None:
-        "Take over the times f8 [3, K] of those tasks i8 [K] that are its own."
-        mine = (ids >= self.first) & (ids < self.first + self.work.n_tasks)
-        self.times[:, ids[mine] - self.first] = times[:, mine]
-        self.open -= int(mine.sum())
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #686deed6
+@patch
+def put(self: Chunk, ids: np.ndarray, times: np.ndarray) -> None:
+    "Take over the times f8 [3, K] of those tasks i8 [K] that are its own."
+    mine = (ids >= self.first) & (ids < self.first + self.work.n_tasks)
+    self.times[:, ids[mine] - self.first] = times[:, mine]
+    self.open -= int(mine.sum())
 
-    def tables(self) -> dict[str, dict[str, np.ndarray]]:
-        "Tables `tasks` (ready, start, finish) and `pipelines` (arrival, wait, response), s."
-        owner, (ready, start, finish) = self.work.pipeline, self.times
-        wait, end = np.bincount(owner, start - ready, len(self.work)), np.full(len(self.work), -np.inf)
-        with np.errstate(invalid="ignore"): np.maximum.at(end, owner, finish)
-        arrival = self.work.arrival
-        return dict(tasks=dict(ready=ready, start=start, finish=finish),
-                    pipelines=dict(arrival=arrival, wait=wait, response=end - arrival))
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #2ee53496
+@patch
+def tables(self: Chunk) -> dict[str, dict[str, np.ndarray]]:
+    "Tables `tasks` (ready, start, finish) and `pipelines` (arrival, wait, response), s."
+    owner, (ready, start, finish) = self.work.pipeline, self.times
+    wait = np.bincount(owner, start - ready, len(self.work))
+    end = np.full(len(self.work), -np.inf)
+    with np.errstate(invalid="ignore"): np.maximum.at(end, owner, finish)
+    arrival = self.work.arrival
+    return dict(tasks=dict(ready=ready, start=start, finish=finish),
+                pipelines=dict(arrival=arrival, wait=wait, response=end - arrival))
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #26765721
 class Carry:
-    "A simulation under way: work and state of what is open, and the chunks that are not written yet."
+    """A simulation under way: work and state of what is open, and the chunks that are not written
+    yet."""
     def __init__(self) -> None:
         self.w = self.s = None
         self.ids, self.open, self.latest, self.waits = np.zeros(0, np.int64), [], 0.0, 0.0
         self.chunks = self.tasks = self.pipelines = self.parts = 0
 
-    def run(self, until: float) -> None:
-        "Go on to `until` (s) and put what has ended where it belongs."
-        if self.w is None: return
-        kernels.run(self.w, self.s, float(until))
-        done = np.flatnonzero(~np.isnan(self.s.finish))
-        times = np.stack([self.s.ready[done], self.s.start[done], self.s.finish[done]])
-        for chunk in self.open: chunk.put(self.ids[done], times)
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #4f3f3ce5
+@patch
+def run(self: Carry, until: float) -> None:
+    "Go on to `until` (s) and put what has ended where it belongs."
+    if self.w is None: return
+    kernels.run(self.w, self.s, float(until))
+    done = np.flatnonzero(~np.isnan(self.s.finish))
+    times = np.stack([self.s.ready[done], self.s.start[done], self.s.finish[done]])
+    for chunk in self.open: chunk.put(self.ids[done], times)
 
-    def add(self, work: Workload, platform: Platform, policy: Policy) -> None:
-        "Take in the next chunk, and leave behind what has ended."
-        new, order = prepare(work, platform, policy)
-        if self.w is None: self.w, self.s = new, fresh(new, len(platform.pools))
-        else:
-            w, s = self.w, self.s
-            rows, pipes = np.flatnonzero(np.isnan(s.finish)), np.flatnonzero(s.left > 0)
-            self.w = merged_work(w, new, rows, pipes, s.n[ARRIVED])
-            self.s, self.ids = moved_state(w, s, self.w, rows, pipes), self.ids[rows]
-        self.ids = np.concatenate([self.ids, order + self.tasks])
-        self.open.append(Chunk(self.tasks, work, np.full((3, work.n_tasks), np.nan), work.n_tasks))
-        self.tasks, self.pipelines = self.tasks + work.n_tasks, self.pipelines + len(work)
-        self.latest = max(self.latest, work.horizon)
+@patch
+def add(self: Carry, work: Workload, platform: Platform, policy: Policy) -> None:
+    "Take in the next chunk, and leave behind what has ended."
+    new, order = prepare(work, platform, policy)
+    if self.w is None: self.w, self.s = new, fresh(new, len(platform.pools))
+    else:
+        w, s = self.w, self.s
+        rows, pipes = np.flatnonzero(np.isnan(s.finish)), np.flatnonzero(s.left > 0)
+        self.w = merged_work(w, new, rows, pipes, s.n[ARRIVED])
+        self.s, self.ids = moved_state(w, s, self.w, rows, pipes), self.ids[rows]
+    self.ids = np.concatenate([self.ids, order + self.tasks])
+    self.open.append(Chunk(self.tasks, work, np.full((3, work.n_tasks), np.nan), work.n_tasks))
+    self.tasks, self.pipelines = self.tasks + work.n_tasks, self.pipelines + len(work)
+    self.latest = max(self.latest, work.horizon)
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #8e709ce8
 @patch
@@ -149,8 +165,10 @@ def flush(self: Carry, out: Path, everything: bool = False) -> None:
         for name, columns in tables.items():
             with replacing(out/f"{name}-{self.parts:06d}.parquet") as part:
                 pq.write_table(pa.table(columns), part, compression="zstd")
-        self.parts, self.waits = self.parts + 1, self.waits + float(np.nansum(tables["pipelines"]["wait"]))
+        self.parts = self.parts + 1
+        self.waits = self.waits + float(np.nansum(tables["pipelines"]["wait"]))
 
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #998e42a1
 def digest_of(out: Path, parts: int) -> str:
     "Hash as `Trace.digest` does, all starts, then all finishes, read back part by part."
     import pyarrow.parquet as pq
@@ -166,7 +184,8 @@ def digest_of(out: Path, parts: int) -> str:
 class Streamed:
     """A stream's results in folder `out`, as `simulate_stream` left them.
 
-    digest: as of a Trace in one piece; pipelines, tasks, unfinished: counts; wait_mean: of pipelines, s."""
+    digest: as of a Trace in one piece; pipelines, tasks, unfinished: counts; wait_mean: of
+    pipelines, s."""
     out: Path
     digest: str
     pipelines: int
@@ -174,19 +193,25 @@ class Streamed:
     wait_mean: float
     unfinished: int
 
-    def read(self, table: str = "pipelines", columns: list[str] | None = None) -> pd.DataFrame:
-        "Read a table (`pipelines`: arrival, wait, response; `tasks`: ready, start, finish; s), in order."
-        import pyarrow.parquet as pq
-        need(table in ("pipelines", "tasks"), "table", table, "'pipelines' or 'tasks'")
-        files = sorted(str(f) for f in Path(self.out).glob(f"{table}-*.parquet"))
-        return pq.ParquetDataset(files).read(columns).to_pandas()
-
     @classmethod
     def open(cls, out: str | os.PathLike) -> "Streamed":
-        "Open the finished stream in `out`; ValueError where there is none, or one that was broken off."
+        """Open the finished stream in `out`.
+
+        ValueError where there is none, or one that was broken off."""
         said = read_json(Path(out)/"stream.json", None)
         need(said is not None, "out", str(out), "a folder that simulate_stream has finished")
         return cls(Path(out), **said)
+
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #c74ba0f8
+@patch
+def read(self: Streamed, table: str = "pipelines",
+         columns: list[str] | None = None) -> pd.DataFrame:
+    """Read a table (`pipelines`: arrival, wait, response; `tasks`: ready, start, finish; s), in
+    order."""
+    import pyarrow.parquet as pq
+    need(table in ("pipelines", "tasks"), "table", table, "'pipelines' or 'tasks'")
+    files = sorted(str(f) for f in Path(self.out).glob(f"{table}-*.parquet"))
+    return pq.ParquetDataset(files).read(columns).to_pandas()
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #37bcbc6d
 def _begin(out: Path, resume: bool) -> Carry:
@@ -200,6 +225,7 @@ def _begin(out: Path, resume: bool) -> Carry:
          "a folder without a simulation in it (resume=True goes on with one that was broken off)")
     return Carry()
 
+# %% ../../../nbs/pipesim/engines/07_stream.ipynb #3a7d4ba1
 def _finish(out: Path, carry: Carry) -> Streamed:
     "Run to the end, write what is left, and say that the stream is whole."
     carry.run(math.inf)
@@ -213,13 +239,14 @@ def _finish(out: Path, carry: Carry) -> Streamed:
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #9eca7c29
 def simulate_stream(chunks: Iterable[Workload], platform: Platform, out: str | os.PathLike,
-                    policy: str | Policy | type[Policy] = "fifo", *, resume: bool = False) -> Streamed:
-    """Simulate an iterable of Workloads, each later than the one before, as one; results in Parquet files in `out`.
+                    policy: str | Policy | type[Policy] = "fifo", *,
+                    resume: bool = False) -> Streamed:
+    """Simulate an iterable of Workloads, each later than the one before, as one.
 
-    Returns Streamed; its digest is that of `simulate` on the whole, whatever the chunks. out: a new folder;
-    policy: a static one whose key looks at one task at a time; resume: go on after the last chunk that a
-    broken-off call took in (give the same chunks). Memory: a chunk and what is open. Raises ValueError
-    naming the chunk."""
+    Results in Parquet files in `out`. Returns Streamed; its digest is that of `simulate` on the
+    whole, whatever the chunks. out: a new folder; policy: a static one whose key looks at one
+    task at a time; resume: go on after the last chunk that a broken-off call took in (give the
+    same chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
     out, policy = Path(out), policy_of(policy)
     need(is_static(policy), "policy", policy, "a static one: the compiled engine streams")
     need(isinstance(platform, Platform), "platform", platform, "a Platform")
@@ -230,7 +257,8 @@ def simulate_stream(chunks: Iterable[Workload], platform: Platform, out: str | o
         if n < skip or not len(work): continue
         first = float(work.arrival.min())
         ok = n == 0 or first >= carry.latest
-        need(ok, f"chunk {n}: arrival", first, f"none before {carry.latest:g}, the last of the chunks before")
+        need(ok, f"chunk {n}: arrival", first,
+             f"none before {carry.latest:g}, the last of the chunks before")
         carry.run(first)
         carry.flush(out)
         try: carry.add(work, platform, policy)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from ...core.kit.lazy import lazy
 
-from . import influx, parquet  # give TraceStore their URLs
+from . import duckdb_file, influx, parquet  # give TraceStore their URLs
 
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.core.record.database import StoreError
     from opml_wb.pipesim.stores.influx import InfluxStore
-    from opml_wb.pipesim.stores.parquet import DuckStore, ParquetStore
+    from opml_wb.pipesim.stores.duckdb_file import DuckStore
+    from opml_wb.pipesim.stores.parquet import ParquetStore
     from opml_wb.pipesim.stores.tables import TraceStore
 
 __getattr__, __dir__, __all__ = lazy(__name__)

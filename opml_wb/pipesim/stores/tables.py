@@ -25,21 +25,27 @@ TASKS = ("pipeline", "kind", "pool", "units", "ready", "start", "finish", "wait"
 def tables(trace: Trace) -> dict[str, pd.DataFrame]:
     "Make the tables {tasks, pipelines, pools} of a Trace; times in s."
     tasks = trace.tasks[list(TASKS)].astype({"kind": str, "pool": str})
-    return {"tasks": tasks, "pipelines": trace.pipelines, "pools": trace.utilisation(3600.).astype({"pool": str})}
+    return {"tasks": tasks, "pipelines": trace.pipelines,
+            "pools": trace.utilisation(3600.).astype({"pool": str})}
 
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #bc7bcf3e
 def about(trace: Trace, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
     "Describe an experiment: {policy, engine, seed, digest, summary, params, link, version}."
     known = {n: getattr(trace, n) for n in ("policy", "engine", "seed", "digest")}
-    return known | {"summary": trace.summary(), "params": params or {}, "link": trace.platform.link is not None,
-                    "version": 1}
+    return known | {"summary": trace.summary(), "params": params or {},
+                    "link": trace.platform.link is not None, "version": 1}
 
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #1e543f5a
 def checked_name(name: str) -> str:
-    "Return an experiment's name: 1 to 100 letters, digits, `._-`, not beginning with a dot. Raises ValueError."
+    """Return an experiment's name: 1 to 100 letters, digits, `._-`, not beginning with a dot.
+
+    Raises ValueError."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"experiment={name!r}: expected 1 to 100 letters, digits, '._-', not beginning with '.'")
+        raise ValueError(f"experiment={name!r}: expected 1 to 100 letters, digits, '._-', "
+                         "not beginning with '.'")
     return name
 
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #6685057c
 def checked_table(name: str) -> str:
     "Return a table's name, one of TABLES. Raises ValueError."
     if name not in TABLES: raise ValueError(f"table={name!r}: expected tasks, pipelines or pools")
@@ -47,23 +53,34 @@ def checked_table(name: str) -> str:
 
 def unknown(experiment: str, known: Iterable[str], where: object) -> StoreError:
     "Make the error that says which experiments there are."
-    return StoreError(f"experiment {experiment!r}: not in {where}; there are: {', '.join(known) or 'none'}")
+    return StoreError(
+        f"experiment {experiment!r}: not in {where}; there are: {', '.join(known) or 'none'}")
 
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #9045e138
 def taken(experiment: str, where: object) -> StoreError:
     "Make the error that says that there is an experiment of this name."
-    return StoreError(f"experiment {experiment!r}: there is one already in {where}; replace=True writes over it")
+    return StoreError(
+        f"experiment {experiment!r}: there is one already in {where}; replace=True writes over it")
 
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #e3da6336
-METRICS = {                                                       # metric -> (table, time, value, aggregate, tag)
-    "wait": ("pipelines", "arrival", "wait", "avg", None), "response": ("pipelines", "arrival", "response", "avg", None),
-    "wait_p95": ("pipelines", "arrival", "wait", "p95", None), "pipelines": ("pipelines", "arrival", "wait", "count", None),
-    "arrivals": ("tasks", "ready", "wait", "count", "kind"), "task_wait": ("tasks", "ready", "wait", "avg", "pool"),
-    "read": ("tasks", "start", "read", "sum", None), "written": ("tasks", "finish", "write", "sum", None),
-    "utilisation": ("pools", "t", "share", "avg", "pool"), "busy": ("pools", "t", "busy", "avg", "pool")}
+METRICS = {                           # metric -> (table, time, value, aggregate, tag)
+    "wait": ("pipelines", "arrival", "wait", "avg", None),
+    "response": ("pipelines", "arrival", "response", "avg", None),
+    "wait_p95": ("pipelines", "arrival", "wait", "p95", None),
+    "pipelines": ("pipelines", "arrival", "wait", "count", None),
+    "arrivals": ("tasks", "ready", "wait", "count", "kind"),
+    "task_wait": ("tasks", "ready", "wait", "avg", "pool"),
+    "read": ("tasks", "start", "read", "sum", None),
+    "written": ("tasks", "finish", "write", "sum", None),
+    "utilisation": ("pools", "t", "share", "avg", "pool"),
+    "busy": ("pools", "t", "busy", "avg", "pool")}
 
 def metric_of(metric: str, bin_s: float) -> tuple[str, str, str, str, str | None]:
-    "Look a metric up: (table, time, value, aggregate, tag). Raises ValueError for an unknown one, or no bin."
-    if metric not in METRICS: raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
+    """Look a metric up: (table, time, value, aggregate, tag).
+
+    Raises ValueError for an unknown one, or no bin."""
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
     if not (0 < bin_s < float("inf")): raise ValueError(f"bin_s={bin_s!r}: expected seconds > 0")
     return METRICS[metric]
 
@@ -76,9 +93,20 @@ def sql(metric: str, bin_s: float, table: Mapping[str, str]) -> str:
     what = {"avg": f"avg({value})", "sum": f"sum({value})", "count": "cast(count(*) as double)",
             "p95": f"quantile_cont({value}, .95)"}[how]
     by, columns = (f", {tag} as tag", "1, 2") if tag else ("", "1")
-    return (f"select floor({t} / {bin_s!r}) * {bin_s!r} as t{by}, {what} as value from {table[name]} "
-            f"where {t} is not null and {value} is not null and not isnan({t}) and not isnan({value}) "
-            f"group by {columns} order by {columns}")
+    return (
+        f"select floor({t} / {bin_s!r}) * {bin_s!r} as t{by}, {what} as value from {table[name]} "
+        f"where {t} is not null and {value} is not null and not isnan({t}) and not isnan({value}) "
+        f"group by {columns} order by {columns}")
+
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #fc4ad4e5
+def _serves(where: str) -> "type[TraceStore]":
+    "The class that serves a store's URL."
+    scheme = where.partition(":")[0] if re.match(r"[a-z+]{2,}:", where) else ""
+    scheme = scheme or ("duckdb" if where.endswith((".duckdb", ".db")) else "parquet")
+    if scheme not in SCHEMES or not where:
+        raise ValueError(
+            f"store={where!r}: expected parquet:DIR, duckdb:FILE or influx://host:port/db")
+    return SCHEMES[scheme]
 
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #50185242
 SCHEMES: dict[str, type["TraceStore"]] = {}             # of a URL -> the class that serves it
@@ -86,9 +114,10 @@ SCHEMES: dict[str, type["TraceStore"]] = {}             # of a URL -> the class 
 class TraceStore:
     """Simulated traces by name, in the store that a URL names.
 
-    `TraceStore("parquet:DIR")` (also a bare path), `"duckdb:FILE"`, `"influx://[user:password@]host:port/db"`.
-    `write(trace, experiment, params=None, replace=False)`, `experiments()`, `series(metric, experiment,
-    bin_s)`, `remove(experiment)`. Raises ValueError for another URL."""
+    `TraceStore("parquet:DIR")` (also a bare path), `"duckdb:FILE"`,
+    `"influx://[user:password@]host:port/db"`. `write(trace, experiment, params=None,
+    replace=False)`, `experiments()`, `series(metric, experiment, bin_s)`, `remove(experiment)`.
+    Raises ValueError for another URL."""
     def __init_subclass__(cls, scheme: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if scheme: SCHEMES[scheme] = cls
@@ -96,14 +125,7 @@ class TraceStore:
     def __new__(cls, where: str | os.PathLike = "", *args: Any, **kwargs: Any) -> "TraceStore":
         return super().__new__(_serves(str(where)) if cls is TraceStore else cls)
 
-def _serves(where: str) -> type[TraceStore]:
-    "The class that serves a store's URL."
-    scheme = where.partition(":")[0] if re.match(r"[a-z+]{2,}:", where) else ""
-    scheme = scheme or ("duckdb" if where.endswith((".duckdb", ".db")) else "parquet")
-    if scheme not in SCHEMES or not where:
-        raise ValueError(f"store={where!r}: expected parquet:DIR, duckdb:FILE or influx://host:port/db")
-    return SCHEMES[scheme]
-
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #b3905153
 def local_path(where: str | os.PathLike, scheme: str) -> Path:
     "Return the absolute path in a store's URL."
     return Path(str(where).removeprefix(f"{scheme}:")).expanduser().absolute()

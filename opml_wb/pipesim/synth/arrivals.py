@@ -32,10 +32,14 @@ def _local(times: np.ndarray, tz: str | None) -> np.ndarray:
     at = pd.DatetimeIndex(whole.astype("M8[s]"), tz="UTC").tz_convert(tz).tz_localize(None)
     return at.to_numpy().astype("M8[s]").astype(float) + (times - whole)
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #14164c0c
 def hour_cells(times: np.ndarray, tz: str | None = None) -> np.ndarray:
-    "Find the cells (i8 [n] in 0 .. 167, Monday 0 h is 0) of epoch seconds f8 [n]; tz: IANA name, None: times are local."
+    """Find the cells (i8 [n] in 0 .. 167, Monday 0 h is 0) of epoch seconds f8 [n].
+
+    tz: IANA name, None: times are local."""
     return ((_local(times, tz) - MONDAY) // HOUR).astype(np.int64) % WEEK
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #c57873bf
 def hourly(times: np.ndarray, tz: str | None = None) -> tuple[float, np.ndarray, np.ndarray]:
     """Count sorted epoch seconds in every hour from the first to the last.
 
@@ -47,7 +51,9 @@ def hourly(times: np.ndarray, tz: str | None = None) -> tuple[float, np.ndarray,
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #e113ec1d
 def sorted_times(times_s: ArrayLike, tz: str | None) -> np.ndarray:
-    "Return epoch seconds as sorted f8 [n >= 2]; ValueError naming the row of a bad time, and for an unknown `tz`."
+    """Return epoch seconds as sorted f8 [n >= 2].
+
+    ValueError naming the row of a bad time, and for an unknown `tz`."""
     times = np.sort(finite(times_s, "times_s"))
     if len(times) < 2: raise ValueError(f"times_s: expected at least 2 arrivals, got {len(times)}")
     if tz is None: return times
@@ -60,15 +66,20 @@ def sorted_times(times_s: ArrayLike, tz: str | None) -> np.ndarray:
 def weekly_profile(counts: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, int]:
     """Average hourly counts by cell: (f8 [168], how many groups of cells were told apart).
 
-    168 from a week and a half on, 48 (hours of working days and of weekends) from a week on, 24 from a day
-    and a half on, else 1."""
+    168 from a week and a half on, 48 (hours of working days and of weekends) from a week on, 24
+    from a day and a half on, else 1."""
     c, n = np.arange(WEEK), len(counts)
-    group = c if n >= 1.5 * WEEK else c % 24 + 24 * (c >= 120) if n >= WEEK else c % 24 if n >= 36 else 0 * c
-    hours, total = np.bincount(group[cells], minlength=WEEK), np.bincount(group[cells], counts, WEEK)
-    return np.where(hours > 0, total / np.maximum(hours, 1), counts.mean())[group], int(group[-1]) + 1
+    group = c if n >= 1.5 * WEEK else c % 24 + 24 * (
+        c >= 120) if n >= WEEK else c % 24 if n >= 36 else 0 * c
+    hours = np.bincount(group[cells], minlength=WEEK)
+    total = np.bincount(group[cells], counts, WEEK)
+    return np.where(hours > 0, total / np.maximum(hours, 1),
+                    counts.mean())[group], int(group[-1]) + 1
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #1040e48f
 def profile_stats(counts: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Compute Figure 3 of hourly counts: (mean f8 [168], sd over weeks f8 [168], index of dispersion of the counts).
+    """Compute Figure 3 of hourly counts: (mean f8 [168], sd over weeks f8 [168], index of
+    dispersion of the counts).
 
     NaN where a cell has < 2 hours."""
     n = np.bincount(cells, minlength=WEEK)
@@ -78,13 +89,17 @@ def profile_stats(counts: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #0849d669
 def _moments(counts: np.ndarray, lam: np.ndarray, free: int) -> tuple[float, float]:
-    "Residual variance and lag-1 covariance sums of hourly counts about `lam`; `free`: cells estimated from these counts."
+    """Residual variance and lag-1 covariance sums of hourly counts about `lam`.
+
+    `free`: cells estimated from these counts."""
     r, k = counts - lam, np.sqrt(len(counts) / max(1, len(counts) - free))
     return k * (r @ r), k * (r[:-1] @ r[1:])
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #61a693e7
 def _gap_share(lam: np.ndarray, gap: tuple[float, float], rng: np.random.Generator,
                events: float = 300_000) -> tuple[float, float]:
-    "(residual variance, lag-1 covariance) per arrival that gaps alone give on the hourly rates `lam`."
+    """(residual variance, lag-1 covariance) per arrival that gaps alone give on the hourly rates
+    `lam`."""
     reps = int(np.clip(min(events / max(lam.sum(), 1), 1e6 / len(lam)), 1, 200))
     edges = np.concatenate([[0], np.cumsum(np.tile(lam, reps))])
     counts = np.histogram(renewal_times(edges[-1], gap, rng), np.unique(edges))[0]
@@ -92,8 +107,11 @@ def _gap_share(lam: np.ndarray, gap: tuple[float, float], rng: np.random.Generat
     var, cov = _moments(counts, rate, 0)
     return var / rate.sum(), cov / rate.sum()
 
-def _burst(counts: np.ndarray, lam: np.ndarray, free: int, share: tuple[float, float]) -> tuple[float, float]:
-    "(s2, phi) of the hourly multiplier from the moments of the counts, given the gaps' share (v, w)."
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #e5cc834d
+def _burst(counts: np.ndarray, lam: np.ndarray, free: int,
+           share: tuple[float, float]) -> tuple[float, float]:
+    """(s2, phi) of the hourly multiplier from the moments of the counts, given the gaps' share (v,
+    w)."""
     (var, cov), n2 = _moments(counts, lam, free), lam @ lam
     s2 = np.log1p(max(0., var - share[0] * lam.sum()) / n2)
     at_lag = np.log1p(max(0., cov - share[1] * lam.sum()) / max(lam[:-1] @ lam[1:], 1e-300))
@@ -101,14 +119,17 @@ def _burst(counts: np.ndarray, lam: np.ndarray, free: int, share: tuple[float, f
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #9bb47c1a
 def _innovations(n: int, rng: np.random.Generator) -> np.ndarray:
-    "Standard normals f8 [n], a Latin hypercube over weeks in each hour of the week: independent within any week."
+    """Standard normals f8 [n], a Latin hypercube over weeks in each hour of the week: independent
+    within any week."""
     from scipy.special import ndtri
     weeks = -(-n // WEEK)
     rank = rng.permuted(np.tile(np.arange(weeks), (WEEK, 1)), axis=1).T.ravel()[:n]
     return ndtri((rank + rng.random(n)) / weeks)
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #485c1de5
 def ar1(n: int, s2: float, phi: float, rng: np.random.Generator, burn: int = WEEK) -> np.ndarray:
-    "Draw multipliers exp(x - s2/2) f8 [n] of n hours, x a stationary AR(1) of variance s2 and lag-1 correlation phi; mean 1."
+    """Draw multipliers exp(x - s2/2) f8 [n] of n hours, x a stationary AR(1) of variance s2 and
+    lag-1 correlation phi; mean 1."""
     from scipy.signal import lfilter
     e = _innovations(n + burn, rng) * np.sqrt(s2 * (1 - phi ** 2))
     start = rng.standard_normal() * np.sqrt(s2)
@@ -118,7 +139,8 @@ def ar1(n: int, s2: float, phi: float, rng: np.random.Generator, burn: int = WEE
 def matched_rates(lam: np.ndarray, m: np.ndarray, s2: float) -> np.ndarray:
     """Multiply hourly rates lam by m f8 [H], and match the product's moments where it is long.
 
-    The total is that of lam (from 4 weeks on), the second moment exp(s2) times that of lam (from 26 weeks on)."""
+    The total is that of lam (from 4 weeks on), the second moment exp(s2) times that of lam (from
+    26 weeks on)."""
     if len(lam) < 4 * WEEK or (lam @ m) <= 0: return lam * m
     def scaled(power): p = m ** power; return lam * p * (lam.sum() / (lam @ p))
     if len(lam) < 26 * WEEK: return scaled(1.)
@@ -131,21 +153,27 @@ def matched_rates(lam: np.ndarray, m: np.ndarray, s2: float) -> np.ndarray:
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #3fa6b042
 def operational(times: np.ndarray, t0: float, rates: np.ndarray) -> np.ndarray:
     "Map epoch seconds to operational times f8 [n] under hourly `rates` that begin at t0 (epoch s)."
-    return np.interp(times - t0, HOUR * np.arange(len(rates) + 1), np.concatenate([[0], np.cumsum(rates)]))
+    return np.interp(times - t0, HOUR * np.arange(len(rates) + 1),
+                     np.concatenate([[0], np.cumsum(rates)]))
 
 def clock_times(u: np.ndarray, edges: np.ndarray, at: np.ndarray) -> np.ndarray:
-    "Map operational times u f8 [n] < edges[-1] to the clock, edges to `at` (s); hours of rate 0 receive none."
+    """Map operational times u f8 [n] < edges[-1] to the clock, edges to `at` (s).
+
+    Hours of rate 0 receive none."""
     i = np.minimum(np.searchsorted(edges, u, "right") - 1, len(edges) - 2)
     return at[i] + (u - edges[i]) / (edges[i + 1] - edges[i]) * (at[i + 1] - at[i])
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #38804d3d
 def _shrunk(counts: np.ndarray, lam: np.ndarray, s2: float) -> np.ndarray:
     "Posterior mean of the hourly rates."
     alpha = 1 / max(np.expm1(s2), 1e-9)
     return lam * (counts + alpha) / (lam + alpha)
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #dad8d9a6
 def _evened(gap: tuple[float, float], counts: np.ndarray, lam: np.ndarray, free: int,
             seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
-    "The gap (a, c), with c raised just so far that gaps alone do not scatter more than the counts, nor more than CV^2 = 8."
+    """The gap (a, c), with c raised just so far that gaps alone do not scatter more than the
+    counts, nor more than CV^2 = 8."""
     allowed, (a, c) = _moments(counts, lam, free)[0] / lam.sum(), gap
     for _ in range(16):
         share = _gap_share(lam, (a, c), np.random.default_rng(seed))
@@ -155,46 +183,53 @@ def _evened(gap: tuple[float, float], counts: np.ndarray, lam: np.ndarray, free:
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #aed50b86
 class ArrivalModel(Fit):
-    """A model of trigger times (paper, Figure 3 and section 2): profile, gaps, and bursts where `burst="ar1"`.
+    """A model of trigger times (paper, Figure 3 and section 2): profile, gaps, and bursts where
+    `burst="ar1"`.
 
-    A 168-cell profile, exponentiated-Weibull gaps in operational time, an AR(1) for the figure's error bars.
-    After `fit`: profile f8 [168] (arrivals an hour, Monday 0 h first), sd f8 [168] (of the trace's counts
-    over weeks; NaN from one week), gap (a, c), `plain` (the gap of a model without bursts), s2, phi, weeks,
-    n, tz."""
+    A 168-cell profile, exponentiated-Weibull gaps in operational time, an AR(1) for the figure's
+    error bars. After `fit`: profile f8 [168] (arrivals an hour, Monday 0 h first), sd f8 [168]
+    (of the trace's counts over weeks; NaN from one week), gap (a, c), `plain` (the gap of a
+    model without bursts), s2, phi, weeks, n, tz."""
     _kept = ("burst", "tz", "profile", "sd", "plain", "gap", "s2", "phi", "weeks", "n")
 
     def __init__(self, burst: str | None = None) -> None:
         if burst not in (None, "ar1"): raise ValueError(f"burst={burst!r}: expected None or 'ar1'")
         self.burst, self.tz, self.s2, self.phi = burst, None, 0., 0.
 
-    def fit(self, times_s: ArrayLike, tz: str | None = None) -> "ArrivalModel":
-        """Fit on times_s f8 [n >= 2] (epoch seconds, any order, ties allowed). Returns self.
-
-        tz: IANA name, None where they are local time. Raises ValueError naming the row of a time that isn't
-        finite, and for an unknown tz."""
-        times, self.tz = sorted_times(times_s, tz), tz
-        t0, counts, cells = hourly(times, tz)
-        self.profile, free = weekly_profile(counts, cells)
-        lam, spread = self.profile[cells], dither(times)
-        self.n, self.weeks, self.sd = len(times), len(counts) / WEEK, profile_stats(counts, cells)[1]
-        self.plain = self.gap = fit_exponweib(np.diff(operational(spread, t0, lam)))
-        if self.burst: self._fit_burst(spread, t0, counts, lam, free)
-        self.fitted = True
-        return self
-
-    def _fit_burst(self, times: np.ndarray, t0: float, counts: np.ndarray, lam: np.ndarray, free: int) -> None:
-        share = 1., 0.
-        for seed in range(2):
-            self.s2, self.phi = _burst(counts, lam, free, share)
-            gap = fit_exponweib(np.diff(operational(times, t0, _shrunk(counts, lam, self.s2))))
-            self.gap, share = _evened(gap, counts, lam, free, seed)
-        self.s2, self.phi = _burst(counts, lam, free, share)
-
     def __repr__(self) -> str:
         if not self.fitted: return f"ArrivalModel(burst={self.burst!r}), not fitted"
         burst = f", bursts s2={self.s2:.2f} phi={self.phi:.2f}" if self.burst else ""
         seen = f"{self.profile.mean():.2f} arrivals/h of {self.n:,} in {self.weeks:.1f} weeks"
         return f"ArrivalModel({seen}, gaps a={self.gap[0]:.2f} c={self.gap[1]:.2f}{burst})"
+
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #8e1b90ae
+@patch
+def fit(self: ArrivalModel, times_s: ArrayLike, tz: str | None = None) -> ArrivalModel:
+    """Fit on times_s f8 [n >= 2] (epoch seconds, any order, ties allowed). Returns self.
+
+    tz: IANA name, None where they are local time. Raises ValueError naming the row of a time
+    that isn't finite, and for an unknown tz."""
+    times, self.tz = sorted_times(times_s, tz), tz
+    t0, counts, cells = hourly(times, tz)
+    self.profile, free = weekly_profile(counts, cells)
+    lam, spread = self.profile[cells], dither(times)
+    self.n, self.weeks = len(times), len(counts) / WEEK
+    self.sd = profile_stats(counts, cells)[1]
+    self.plain = self.gap = fit_exponweib(np.diff(operational(spread, t0, lam)))
+    if self.burst: self._fit_burst(spread, t0, counts, lam, free)
+    self.fitted = True
+    return self
+
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #cb1a8b9a
+@patch
+def _fit_burst(self: ArrivalModel, times: np.ndarray, t0: float, counts: np.ndarray,
+               lam: np.ndarray, free: int) -> None:
+    share = 1., 0.
+    for seed in range(2):
+        self.s2, self.phi = _burst(counts, lam, free, share)
+        gap = fit_exponweib(np.diff(operational(times, t0, _shrunk(counts, lam, self.s2))))
+        self.gap, share = _evened(gap, counts, lam, free, seed)
+    self.s2, self.phi = _burst(counts, lam, free, share)
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #2ebe0e53
 @patch
@@ -207,19 +242,23 @@ def rates(self: ArrivalModel, hours: int, rng: np.random.Generator, first_cell: 
     if not self.burst or self.s2 == 0: return lam
     return matched_rates(lam, ar1(hours, self.s2, self.phi, rng), self.s2)
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #02f43820
 @patch
-def sample(self: ArrivalModel, horizon_s: float, rng: int | np.random.Generator, start: float | None = None) -> np.ndarray:
+def sample(self: ArrivalModel, horizon_s: float, rng: int | np.random.Generator,
+           start: float | None = None) -> np.ndarray:
     """Draw times f8 [n], sorted, in [0, horizon_s) seconds after `start`.
 
-    start: epoch s, in the model's tz with its clock changes; None: a Monday 00:00 local of weeks without any.
-    rng: Generator or seed. Raises ValueError for a horizon that isn't > 0 and finite, and before `fit`."""
+    start: epoch s, in the model's tz with its clock changes; None: a Monday 00:00 local of weeks
+    without any. rng: Generator or seed. Raises ValueError for a horizon that isn't > 0 and
+    finite, and before `fit`."""
     self._fitted()
     if not (is_number(horizon_s) and np.isfinite(horizon_s) and horizon_s > 0):
         raise ValueError(f"horizon_s={horizon_s!r}: expected seconds > 0")
     rng = np.random.default_rng(rng)
     skip = 0. if start is None else _local(np.array([float(start)]), self.tz)[0] % HOUR
     hours = int(np.ceil((skip + horizon_s) / HOUR))
-    cells = None if start is None else hour_cells(start - skip + HOUR * (np.arange(hours) + .5), self.tz)
+    cells = None if start is None else hour_cells(start - skip + HOUR * (np.arange(hours) + .5),
+                                                  self.tz)
     edges = np.concatenate([[0], np.cumsum(self.rates(hours, rng, cells=cells))])
     u = renewal_times(edges[-1], self.gap, rng, hours >= 4 * WEEK)
     t = clock_times(u, edges, HOUR * np.arange(hours + 1.)) - skip
@@ -233,28 +272,35 @@ def renewal(self: ArrivalModel) -> ArrivalModel:
     out.burst, out.gap, out.s2, out.phi = None, self.plain, 0., 0.
     return out
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #ad14f9f8
 @patch
 def scaled(self: ArrivalModel, users: float) -> ArrivalModel:
-    "Make the same model with `users` (> 0) times as many arrivals: the profile grows, its shape and the bursts stay."
-    if not (np.isfinite(users) and users > 0): raise ValueError(f"users={users!r}: expected a factor > 0")
+    """Make the same model with `users` (> 0) times as many arrivals: the profile grows, its shape
+    and the bursts stay."""
+    if not (np.isfinite(users) and users > 0):
+        raise ValueError(f"users={users!r}: expected a factor > 0")
     out = copy.copy(self._fitted())
     out.profile = self.profile * users
     return out
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #45460269
-BOUNDS = {"mean_rate": (.98, 1.02), "cell_mape": (0, .15), "cell_sd": (.75, 1.4), "dispersion": (.75, 1.35)}
+BOUNDS = {"mean_rate": (.98, 1.02), "cell_mape": (0, .15), "cell_sd": (.75, 1.4),
+          "dispersion": (.75, 1.35)}
 
-def arrival_gof(model: ArrivalModel, times: np.ndarray, weeks: int | None = None, seed: int = 0) -> GoF:
+def arrival_gof(model: ArrivalModel, times: np.ndarray, weeks: int | None = None,
+                seed: int = 0) -> GoF:
     """Compare a model's sample with a trace of sorted epoch seconds: a GoF.
 
-    Ratios synthetic / trace of mean_rate, cell_sd, dispersion (index of hourly counts), cell_mape (mean
-    absolute error of the 168 means), `ks`, `ad`, `qq` of the gaps in minutes; `failed`: which leave BOUNDS.
-    weeks: synthetic ones (None: as many as 3 million arrivals have, 100 to 400)."""
+    Ratios synthetic / trace of mean_rate, cell_sd, dispersion (index of hourly counts),
+    cell_mape (mean absolute error of the 168 means), `ks`, `ad`, `qq` of the gaps in minutes;
+    `failed`: which leave BOUNDS. weeks: synthetic ones (None: as many as 3 million arrivals
+    have, 100 to 400)."""
     weeks = weeks or int(np.clip(3e6 / max(1., model.profile.sum()), 100, 400))
     made = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed))
     hours = np.histogram(made, HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
     _, counts, cells = hourly(times, model.tz)
-    (mean, sd, disp), (mean2, sd2, disp2) = profile_stats(counts, cells), profile_stats(hours, np.arange(len(hours)) % WEEK)
+    (mean, sd, disp) = profile_stats(counts, cells)
+    (mean2, sd2, disp2) = profile_stats(hours, np.arange(len(hours)) % WEEK)
     seen = mean > 0
     several = seen & np.isfinite(sd)
     more = {"mean_rate": float(np.nanmean(mean2[np.isfinite(mean)]) / np.nanmean(mean)),
@@ -264,6 +310,7 @@ def arrival_gof(model: ArrivalModel, times: np.ndarray, weeks: int | None = None
     failed = [k for k, (lo, hi) in BOUNDS.items() if not lo <= more[k] <= hi]
     return compare(np.diff(dither(times)) / 60, np.diff(made[:500_000]) / 60, more, failed)
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #7324e80a
 @patch
 def gof(self: ArrivalModel, times_s: ArrayLike, weeks: int | None = None, seed: int = 0) -> GoF:
     "Compare with a trace (epoch seconds f8 [n], in the model's tz); see `arrival_gof`."

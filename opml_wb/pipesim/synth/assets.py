@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .goodness_of_fit import Fit, GoF, compare
 from ..work.checks import finite, need_columns
@@ -20,26 +21,31 @@ from ..work.checks import finite, need_columns
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #747e4a33
 @dataclass(frozen=True, eq=False)
 class AssetColumn:
-    "A column coded as numbers f8 [n]; levels: None for numbers, else the texts in order; whole: integers only."
+    """A column coded as numbers f8 [n]; levels: None for numbers, else the texts in order.
+
+    whole: integers only."""
     numbers: np.ndarray
     levels: list[str] | None
     whole: bool
 
-    @classmethod
-    def read(cls, values: pd.Series, name: str) -> "AssetColumn | None":
-        "Code a column; None for names, which are left out. Raises ValueError naming the row."
-        if values.dtype.kind in "biuf":
-            x = finite(values, name)
-            return cls(x, None, bool((x == np.round(x)).all()))
-        levels = sorted(values.dropna().astype(str).unique())
-        if len(levels) > max(2, min(50, len(values) / 5)): return None
-        if values.isna().any():
-            raise ValueError(f"{name}: row {int(np.flatnonzero(values.isna())[0])} is missing: expected one of {levels[:5]}")
-        return cls(np.searchsorted(levels, values.astype(str)).astype(float), levels, True)
+@patch(cls_method=True)
+def read(cls: AssetColumn, values: pd.Series, name: str) -> "AssetColumn | None":
+    "Code a column; None for names, which are left out. Raises ValueError naming the row."
+    if values.dtype.kind in "biuf":
+        x = finite(values, name)
+        return cls(x, None, bool((x == np.round(x)).all()))
+    levels = sorted(values.dropna().astype(str).unique())
+    if len(levels) > max(2, min(50, len(values) / 5)): return None
+    if values.isna().any():
+        row = int(np.flatnonzero(values.isna())[0])
+        raise ValueError(f"{name}: row {row} is missing: expected one of {levels[:5]}")
+    return cls(np.searchsorted(levels, values.astype(str)).astype(float), levels, True)
 
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #44b2bc0e
 def decoded(x: np.ndarray, levels: Sequence[str] | None, whole: bool) -> np.ndarray:
     "Turn numbers f8 [n] back into a column of texts, integers or numbers."
-    if levels is not None: return np.asarray(levels, object)[np.clip(np.round(x), 0, len(levels) - 1).astype(int)]
+    if levels is not None:
+        return np.asarray(levels, object)[np.clip(np.round(x), 0, len(levels) - 1).astype(int)]
     return np.round(x).astype(np.int64) if whole else x
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #86c0f1b1
@@ -49,37 +55,49 @@ def asset_columns(df: pd.DataFrame, columns: Sequence[str] | None) -> dict[str, 
     need_columns(df, columns or ())
     read = {str(c): AssetColumn.read(df[c], str(c)) for c in (columns or df.columns)}
     found = {c: column for c, column in read.items() if column}
-    if not found: raise ValueError("assets: the frame has no column of numbers or of repeating texts")
+    if not found:
+        raise ValueError("assets: the frame has no column of numbers or of repeating texts")
     return found
 
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #5ae645c3
 def has_atoms(x: np.ndarray, share: float = .02) -> bool:
     "True where single values of f8 [n] hold `share` of all rows or more (and 5 rows)."
     return np.unique(x, return_counts=True)[1].max() >= max(5, share * len(x))
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #0025cb3c
-def fit_gmm(y: np.ndarray, seed: int = 0, sizes: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> dict[str, np.ndarray]:
-    "Fit the Gaussian mixture with the least BIC over y f8 [n, d]: {weights [k], means [k, d], chol [k, d, d]}."
+def fit_gmm(y: np.ndarray, seed: int = 0,
+            sizes: Sequence[int] = (1, 2, 3, 4, 6, 8, 12)) -> dict[str, np.ndarray]:
+    """Fit the Gaussian mixture with the least BIC over y f8 [n, d]: {weights [k], means [k, d],
+    chol [k, d, d]}."""
     from sklearn.mixture import GaussianMixture
     fits = [GaussianMixture(k, random_state=seed, reg_covar=1e-4).fit(y) for k in sizes
             if k * (y.shape[1] + 1) * 3 <= len(y) or k == 1]
     best = min(fits, key=lambda g: g.bic(y))
-    return {"weights": best.weights_, "means": best.means_, "chol": np.linalg.cholesky(best.covariances_)}
+    return {"weights": best.weights_, "means": best.means_,
+            "chol": np.linalg.cholesky(best.covariances_)}
 
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #a616e309
 def sample_gmm(g: Mapping[str, Any], n: int, rng: np.random.Generator) -> np.ndarray:
     "Draw f8 [n, d] from the mixture of `fit_gmm`."
     k = rng.choice(len(g["weights"]), n, p=np.asarray(g["weights"]) / np.sum(g["weights"]))
-    return g["means"][k] + np.einsum("nij,nj->ni", g["chol"][k], rng.standard_normal((n, g["means"].shape[1])))
+    return g["means"][k] + np.einsum("nij,nj->ni", g["chol"][k],
+                                     rng.standard_normal((n, g["means"].shape[1])))
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #0efce22e
 def fit_copula(x: np.ndarray, rng: np.random.Generator, most: int = 4000) -> dict[str, np.ndarray]:
-    "Keep {ranks i8 [m, d], sorted f8 [m, d]} of x f8 [n, d], at most `most` rows; ranks of ties fall at random."
+    """Keep {ranks i8 [m, d], sorted f8 [m, d]} of x f8 [n, d], at most `most` rows.
+
+    Ranks of ties fall at random."""
     if len(x) > most: x = x[np.sort(rng.choice(len(x), most, replace=False))]
     jitter = rng.random(x.shape)
-    ranks = np.stack([np.argsort(np.lexsort((jitter[:, j], x[:, j]))) + 1 for j in range(x.shape[1])], 1)
+    ranks = np.stack(
+        [np.argsort(np.lexsort((jitter[:, j], x[:, j]))) + 1 for j in range(x.shape[1])], 1)
     return {"ranks": ranks, "sorted": np.sort(x, 0)}
 
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #6808a055
 def sample_copula(c: Mapping[str, Any], n: int, rng: np.random.Generator) -> np.ndarray:
-    "Draw f8 [n, d]: values that repeat in a column as they are, between others interpolated on the log scale."
+    """Draw f8 [n, d]: values that repeat in a column as they are, between others interpolated on
+    the log scale."""
     ranks, ordered = c["ranks"], c["sorted"]
     r = ranks[rng.integers(len(ranks), size=n)]
     u = rng.beta(r, len(ranks) + 1 - r)
@@ -88,47 +106,63 @@ def sample_copula(c: Mapping[str, Any], n: int, rng: np.random.Generator) -> np.
         x, low = ordered[:, j], min(0, ordered[0, j])
         near = np.minimum((u[:, j] * len(x)).astype(int), len(x) - 1)
         repeats = np.searchsorted(x, x, "right") - np.searchsorted(x, x) > 1
-        return np.where(repeats[near], x[near], np.expm1(np.interp(u[:, j], at, np.log1p(x - low))) + low)
+        return np.where(repeats[near], x[near],
+                        np.expm1(np.interp(u[:, j], at, np.log1p(x - low))) + low)
     return np.stack([quantile(j) for j in range(ordered.shape[1])], 1)
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #08fe8adf
 class AssetModel(Fit):
     """A model of data assets' metadata (paper, section 2): `method` "gmm", "copula", or "auto".
 
-    auto: copula where a margin has atoms, texts, or values below 0. After `fit`: columns {name: [levels or
-    None, whole]}, kind ("gmm" | "copula"), n."""
+    auto: copula where a margin has atoms, texts, or values below 0. After `fit`: columns {name:
+    [levels or None, whole]}, kind ("gmm" | "copula"), n."""
     _kept = ("method", "kind", "columns", "parts", "low", "high", "n")
 
     def __init__(self, method: str = "auto") -> None:
-        if method not in ("auto", "gmm", "copula"): raise ValueError(f"method={method!r}: expected auto, gmm or copula")
+        if method not in ("auto", "gmm", "copula"):
+            raise ValueError(f"method={method!r}: expected auto, gmm or copula")
         self.method = method
 
-    def fit(self, df: pd.DataFrame, columns: Sequence[str] | None = None, seed: int = 0) -> "AssetModel":
-        """Fit on a DataFrame, a row per asset. Returns self. Raises ValueError naming column and row.
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #f2ac00d7
+@patch
+def fit(self: AssetModel, df: pd.DataFrame, columns: Sequence[str] | None = None,
+        seed: int = 0) -> AssetModel:
+    """Fit on a DataFrame, a row per asset. Returns self.
 
-        columns: which (None: all numbers and repeating texts)."""
-        found = asset_columns(df, columns)
-        x = np.stack([f.numbers for f in found.values()], 1)
-        self.columns, self.n = {c: [f.levels, f.whole] for c, f in found.items()}, len(x)
-        self.low, self.high = x.min(0), x.max(0)
-        lumpy = any(f.levels is not None or f.numbers.min() < 0 or has_atoms(f.numbers) for f in found.values())
-        self.kind = self.method if self.method != "auto" else "copula" if lumpy else "gmm"
-        if self.kind == "copula": self.parts = fit_copula(x, np.random.default_rng(seed))
-        else: self.parts = fit_gmm(np.log(np.maximum(x, 0) + 1), seed)
-        self.fitted = True
-        return self
+    Raises ValueError naming column and row. columns: which (None: all numbers and repeating
+    texts)."""
+    found = asset_columns(df, columns)
+    x = np.stack([f.numbers for f in found.values()], 1)
+    self.columns, self.n = {c: [f.levels, f.whole] for c, f in found.items()}, len(x)
+    self.low, self.high = x.min(0), x.max(0)
+    lumpy = any(f.levels is not None or f.numbers.min() < 0 or has_atoms(f.numbers)
+                for f in found.values())
+    self.kind = self.method if self.method != "auto" else "copula" if lumpy else "gmm"
+    if self.kind == "copula": self.parts = fit_copula(x, np.random.default_rng(seed))
+    else: self.parts = fit_gmm(np.log(np.maximum(x, 0) + 1), seed)
+    self.fitted = True
+    return self
 
-    def sample(self, n: int, rng: int | np.random.Generator) -> pd.DataFrame:
-        "Draw n assets with the fitted columns, inside the ranges seen. rng: Generator or seed."
-        self._fitted()
-        if n != int(n) or n < 0: raise ValueError(f"n={n!r}: expected an integer >= 0")
-        n, rng = int(n), np.random.default_rng(rng)
-        x = sample_copula(self.parts, n, rng) if self.kind == "copula" else np.expm1(sample_gmm(self.parts, n, rng))
-        x = np.clip(x, self.low, self.high)
-        return pd.DataFrame({c: decoded(x[:, j], *self.columns[c]) for j, c in enumerate(self.columns)})
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #88b1f86f
+@patch
+def sample(self: AssetModel, n: int, rng: int | np.random.Generator) -> pd.DataFrame:
+    "Draw n assets with the fitted columns, inside the ranges seen. rng: Generator or seed."
+    self._fitted()
+    if n != int(n) or n < 0: raise ValueError(f"n={n!r}: expected an integer >= 0")
+    n, rng = int(n), np.random.default_rng(rng)
+    x = sample_copula(self.parts, n, rng) if self.kind == "copula" else np.expm1(
+        sample_gmm(self.parts, n, rng))
+    x = np.clip(x, self.low, self.high)
+    return pd.DataFrame({c: decoded(x[:, j], *self.columns[c])
+                         for j, c in enumerate(self.columns)})
 
-    def gof(self, df: pd.DataFrame, n: int = 20_000, seed: int = 0, bound: float = .1) -> dict[str, GoF]:
-        "Compare each margin of numbers with a DataFrame: {column: GoF}; ks above `bound` is named in `failed`."
-        made = self.sample(n, np.random.default_rng(seed))
-        margins = [c for c, (levels, _) in self.columns.items() if levels is None]
-        return {c: compare(finite(df[c], c), made[c].to_numpy(float), bound=bound) for c in margins}
+# %% ../../../nbs/pipesim/synth/04_assets.ipynb #862fbbc5
+@patch
+def gof(self: AssetModel, df: pd.DataFrame, n: int = 20_000, seed: int = 0,
+        bound: float = .1) -> dict[str, GoF]:
+    """Compare each margin of numbers with a DataFrame: {column: GoF}.
+
+    Ks above `bound` is named in `failed`."""
+    made = self.sample(n, np.random.default_rng(seed))
+    margins = [c for c, (levels, _) in self.columns.items() if levels is None]
+    return {c: compare(finite(df[c], c), made[c].to_numpy(float), bound=bound) for c in margins}

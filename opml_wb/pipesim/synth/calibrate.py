@@ -22,15 +22,18 @@ if TYPE_CHECKING: import torch
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #4064f52d
 def asset(rows: int, cols: int, rng: np.random.Generator) -> pd.DataFrame:
-    "Make a table of `rows` rows: cols - 1 numbers (one in twenty missing), a category, `y` (0, 1), a noisy function of both."
+    """Make a table of `rows` rows: cols - 1 numbers (one in twenty missing), a category, `y` (0,
+    1), a noisy function of both."""
     x = rng.standard_normal((rows, cols - 1)).astype(np.float32)
     group = rng.integers(0, 8, rows)
     score = x[:, 0] * x[:, 1 % (cols - 1)] + np.sin(2 * x[:, 2 % (cols - 1)])
     score = score + .5 * (group % 2) - .25 + .3 * rng.standard_normal(rows)
     x[rng.random(x.shape) < .05] = np.nan
     names = [f"x{i}" for i in range(cols - 1)]
-    return pd.DataFrame(x, columns=names).assign(group=np.array(list("abcdefgh"))[group], y=(score > 0).astype(np.int64))
+    return pd.DataFrame(x, columns=names).assign(group=np.array(list("abcdefgh"))[group],
+                                                 y=(score > 0).astype(np.int64))
 
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #ad1c9043
 def preprocess(df: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     "Fill, scale, one-hot: (X f4 [n, d], y i8 [n])."
     numbers = df.drop(columns=["group", "y"])
@@ -44,9 +47,11 @@ FRAMEWORKS = ("scikit-learn", "xgboost", "torch")
 
 def _network(d: int, hidden: int = 64) -> "torch.nn.Sequential":
     import torch
-    return torch.nn.Sequential(torch.nn.Linear(d, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2))
+    return torch.nn.Sequential(torch.nn.Linear(d, hidden), torch.nn.ReLU(),
+                               torch.nn.Linear(hidden, 2))
 
-def _train_torch(X: np.ndarray, y: np.ndarray, seed: int, epochs: int = 4, batch: int = 128) -> "torch.nn.Sequential":
+def _train_torch(X: np.ndarray, y: np.ndarray, seed: int, epochs: int = 4,
+                 batch: int = 128) -> "torch.nn.Sequential":
     import torch
     torch.manual_seed(seed)
     net, x, t = _network(X.shape[1]), torch.from_numpy(X), torch.from_numpy(y)
@@ -58,25 +63,40 @@ def _train_torch(X: np.ndarray, y: np.ndarray, seed: int, epochs: int = 4, batch
             step.step()
     return net.eval()
 
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #8db2a9a5
 def train(framework: str, X: np.ndarray, y: np.ndarray, seed: int = 0) -> Any:
     """Train a classifier of one of FRAMEWORKS in one thread.
 
-    A random forest of 24 trees (scikit-learn), 48 boosted trees (xgboost), a network with 64 hidden units
-    (torch). Raises ValueError."""
+    A random forest of 24 trees (scikit-learn), 48 boosted trees (xgboost), a network with 64
+    hidden units (torch). Raises ValueError."""
     if framework == "torch": return _train_torch(X, y, seed)
     if framework == "xgboost":
         from xgboost import XGBClassifier
         return XGBClassifier(n_estimators=48, max_depth=4, n_jobs=1, random_state=seed).fit(X, y)
-    if framework != "scikit-learn": raise ValueError(f"framework={framework!r}: expected scikit-learn, xgboost or torch")
+    if framework != "scikit-learn":
+        raise ValueError(f"framework={framework!r}: expected scikit-learn, xgboost or torch")
     from sklearn.ensemble import RandomForestClassifier
     return RandomForestClassifier(24, max_depth=10, n_jobs=1, random_state=seed).fit(X, y)
 
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #06a2c82b
 def validate(model: Any, X: np.ndarray, y: np.ndarray) -> float:
     "Measure the share of right answers."
     if hasattr(model, "predict"): return float((model.predict(X) == y).mean())
     import torch
     with torch.no_grad(): scores = model(torch.from_numpy(X).to(next(model.parameters()).dtype))
     return float((scores.argmax(1).numpy() == y).mean())
+
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #4edac813
+def _pruned(net: "torch.nn.Sequential") -> "torch.nn.Sequential":
+    import torch
+    into, out = net[0], net[2]
+    weight = into.weight.norm(dim=1) * out.weight.norm(dim=0)
+    keep = weight.topk(len(weight) // 2).indices
+    small = _network(into.in_features, len(keep))
+    with torch.no_grad():
+        small[0].weight.copy_(into.weight[keep]), small[0].bias.copy_(into.bias[keep])
+        small[2].weight.copy_(out.weight[:, keep]), small[2].bias.copy_(out.bias)
+    return small.to(torch.bfloat16).eval()
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #074b5521
 def compress(model: Any) -> Any:
@@ -92,30 +112,19 @@ def compress(model: Any) -> Any:
         return small.set_params(n_estimators=model.n_estimators // 2)
     return _pruned(model)
 
-def _pruned(net: "torch.nn.Sequential") -> "torch.nn.Sequential":
-    import torch
-    into, out = net[0], net[2]
-    weight = into.weight.norm(dim=1) * out.weight.norm(dim=0)
-    keep = weight.topk(len(weight) // 2).indices
-    small = _network(into.in_features, len(keep))
-    with torch.no_grad():
-        small[0].weight.copy_(into.weight[keep]), small[0].bias.copy_(into.bias[keep])
-        small[2].weight.copy_(out.weight[:, keep]), small[2].bias.copy_(out.bias)
-    return small.to(torch.bfloat16).eval()
-
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #12564f92
 def one_pipeline(framework: str, rows: int, cols: int, seed: int) -> list[dict[str, Any]]:
     """Run preprocess, train, validate, compress, validate once; a record per task.
 
-    {kind, framework, rows, cols, size, dur (CPU s, of which others' load on the machine is no part), perf,
-    bytes}."""
+    {kind, framework, rows, cols, size, dur (CPU s, of which others' load on the machine is no
+    part), perf, bytes}."""
     rng, out = np.random.default_rng(seed), []
     df, held = asset(rows, cols, rng), preprocess(asset(2000, cols, rng))
     def timed(kind, f):
         began = time.process_time()
         got = f()
-        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols, "size": rows * cols,
-                    "dur": time.process_time() - began})
+        out.append({"kind": kind, "framework": framework, "rows": rows, "cols": cols,
+                    "size": rows * cols, "dur": time.process_time() - began})
         return got
     X, y = timed("preprocess", lambda: preprocess(df))
     model = timed("train", lambda: train(framework, X, y, seed))
@@ -125,12 +134,14 @@ def one_pipeline(framework: str, rows: int, cols: int, seed: int) -> list[dict[s
     out[3].update(perf=validate(small, *held), bytes=len(pickle.dumps(small)))
     return out
 
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #5608caae
 def grid(smallest: int = 300, largest: int = 30_000, n: int = 6) -> np.ndarray:
     "Choose n row counts (i8), equally far apart on a log scale."
     return np.unique(np.geomspace(smallest, largest, n).astype(int))
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #ea4fb4a8
-def _checked(rows: Sequence[int], cols: Sequence[int], repeats: int, frameworks: Sequence[str]) -> None:
+def _checked(rows: Sequence[int], cols: Sequence[int], repeats: int,
+             frameworks: Sequence[str]) -> None:
     "ValueError naming the parameter that is out of bounds."
     for name, values, least in (("rows", rows, 50), ("cols", cols, 4), ("repeats", [repeats], 1)):
         if bad := [v for v in values if v != int(v) or v < least]:
@@ -138,18 +149,21 @@ def _checked(rows: Sequence[int], cols: Sequence[int], repeats: int, frameworks:
     if unknown := [f for f in frameworks if f not in FRAMEWORKS]:
         raise ValueError(f"frameworks: expected of {', '.join(FRAMEWORKS)}, got {unknown[0]!r}")
 
-def calibrate(rows: Sequence[int] | None = None, cols: Sequence[int] = (8, 24), frameworks: Sequence[str] = FRAMEWORKS,
-              repeats: int = 2, seed: int = 0, progress: Callable[[Iterable], Iterable] = iter) -> pd.DataFrame:
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #6ddf6252
+def calibrate(rows: Sequence[int] | None = None, cols: Sequence[int] = (8, 24),
+              frameworks: Sequence[str] = FRAMEWORKS, repeats: int = 2, seed: int = 0,
+              progress: Callable[[Iterable], Iterable] = iter) -> pd.DataFrame:
     """Run every framework over a grid of sizes; DataFrame of task records.
 
-    The order of runs is random, in one thread, after a warm-up. rows: sequence of row counts >= 50 (None:
-    `grid()`); cols: column counts >= 4; repeats >= 1; progress: wraps the iteration. Raises ValueError naming
-    the parameter."""
+    The order of runs is random, in one thread, after a warm-up. rows: sequence of row counts >=
+    50 (None: `grid()`); cols: column counts >= 4; repeats >= 1; progress: wraps the iteration.
+    Raises ValueError naming the parameter."""
     import torch
     from threadpoolctl import threadpool_limits
     rows = list(grid() if rows is None else rows)
     _checked(rows, cols, repeats, frameworks)
-    jobs = [(f, int(r), int(c), int(seed + k)) for f in frameworks for r in rows for c in cols for k in range(repeats)]
+    jobs = [(f, int(r), int(c), int(seed + k)) for f in frameworks for r in rows for c in cols
+            for k in range(repeats)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -166,15 +180,17 @@ def fit_growth(size: Sequence[float], dur: Sequence[float]) -> dict[str, float]:
     size: f8 [n] >= 1; dur: f8 [n] > 0 s, n >= 4. Raises ValueError."""
     from scipy.optimize import least_squares
     frame = pd.DataFrame({"size": size, "dur": dur})
-    x, t = np.log(np.maximum(column(frame, "size"), 1)), np.log(np.maximum(column(frame, "dur"), 1e-9))
+    x = np.log(np.maximum(column(frame, "size"), 1))
+    t = np.log(np.maximum(column(frame, "dur"), 1e-9))
     if len(x) < 4: raise ValueError(f"fit_growth: expected at least 4 rows, got {len(x)}")
     def curve(p): return np.logaddexp(p[0] + np.exp(p[1]) * x, p[2])
     starts = [[t.min() - s * x.mean(), np.log(s), t.min() - 1] for s in (.3, 1, 1.5)]
     best = min((least_squares(lambda p: curve(p) - t, s) for s in starts), key=lambda r: r.cost)
     rest, (a, b, c) = t - curve(best.x), np.exp(best.x)
-    return {"a": float(a), "b": float(np.exp(b)), "c": float(c), "r2": float(1 - rest.var() / t.var()),
-            "sd": float(rest.std())}
+    return {"a": float(a), "b": float(np.exp(b)), "c": float(c),
+            "r2": float(1 - rest.var() / t.var()), "sd": float(rest.std())}
 
+# %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #8708eb0c
 def growth(fit: Mapping[str, float], size: np.ndarray) -> np.ndarray:
     "Compute the seconds f8 [n] that the curve `fit` gives for sizes f8 [n]."
     return fit["a"] * fit["b"] ** np.log(np.maximum(size, 1)) + fit["c"]

@@ -23,7 +23,8 @@ LEVELS = np.unique(np.concatenate([[0, .001, .0025, .005, .01, .02], np.linspace
 THIN = 20
 
 def _line(x: np.ndarray, y: np.ndarray, above: Sequence[float], thin: float = THIN) -> np.ndarray:
-    """(level, slope) of log time y on centred log size x f8 [n], leaning on `above` (level, slope) where n is small.
+    """(level, slope) of log time y on centred log size x f8 [n], leaning on `above` (level, slope)
+    where n is small.
 
     The slope as if that were THIN rows, the level as if `thin`."""
     n, sxx = len(y), x @ x
@@ -31,13 +32,16 @@ def _line(x: np.ndarray, y: np.ndarray, above: Sequence[float], thin: float = TH
     w = n / (n + thin)
     return np.array([w * (y - slope * x).mean() + (1 - w) * above[0], slope])
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #e0cf97b5
 def _quantiles(r: np.ndarray, above: np.ndarray | None) -> np.ndarray:
-    "Residuals' quantiles at LEVELS (f8 [51]), positions (n + 1) u, leaning on `above` (None: on nothing)."
+    """Residuals' quantiles at LEVELS (f8 [51]), positions (n + 1) u, leaning on `above` (None: on
+    nothing)."""
     n = len(r)
     own = np.interp(LEVELS * (n + 1), np.arange(1, n + 1), np.sort(r))
     w = n ** 2 / (n ** 2 + THIN ** 2)               # a few rows say little of tails
     return own if above is None else w * own + (1 - w) * above
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #49f3e82e
 def _bins(x: np.ndarray, most: int = 3, least: int = 60) -> np.ndarray:
     "Inner edges of up to `most` bins of log size, each with `least` rows or more."
     k = min(most, len(x) // least)
@@ -48,10 +52,11 @@ def _bins(x: np.ndarray, most: int = 3, least: int = 60) -> np.ndarray:
 # %% ../../../nbs/pipesim/synth/05_durations.ipynb #54923dfb
 def fit_stratum(x: np.ndarray, y: np.ndarray, above: Sequence[float], above_q: np.ndarray | None,
                 thin: float = THIN) -> dict[str, Any]:
-    """Fit log times y on centred log sizes x f8 [n] of one stratum: {n, line [2], edges, table [bins + 1, levels]}.
+    """Fit log times y on centred log sizes x f8 [n] of one stratum: {n, line [2], edges, table
+    [bins + 1, levels]}.
 
-    Row 0 of the table: the quantiles of all its residuals; then a row per bin of size. `above`, `above_q`:
-    line and quantiles to lean on."""
+    Row 0 of the table: the quantiles of all its residuals; then a row per bin of size. `above`,
+    `above_q`: line and quantiles to lean on."""
     line = _line(x, y, above, thin)
     r, edges = y - line[0] - line[1] * x, _bins(x)
     where = np.searchsorted(edges, x, "right")
@@ -60,27 +65,34 @@ def fit_stratum(x: np.ndarray, y: np.ndarray, above: Sequence[float], above_q: n
     inner = r - centre[where]
     shape = _quantiles(inner, above_q)
     bins = (centre[b] + _quantiles(inner[where == b], shape) for b in range(len(n)))
-    return {"n": len(x), "line": line, "edges": edges, "table": np.stack([_quantiles(r, above_q), *bins])}
+    return {"n": len(x), "line": line, "edges": edges,
+            "table": np.stack([_quantiles(r, above_q), *bins])}
 
 # %% ../../../nbs/pipesim/synth/05_durations.ipynb #a19e235f
 def _level_weight(r: np.ndarray, parts: Sequence[np.ndarray]) -> float:
-    """The rows that the whole's level is worth to a stratum, at most THIN; parts: bool [n], one a stratum.
+    """The rows that the whole's level is worth to a stratum, at most THIN.
 
-    The scatter of r f8 [n] within strata over that between them."""
+    parts: bool [n], one a stratum. The scatter of r f8 [n] within strata over that between them."""
     n, mean = np.array([p.sum() for p in parts]), np.array([r[p].mean() for p in parts])
     within = sum(((r[p] - m) ** 2).sum() for p, m in zip(parts, mean)) / max(1, len(r) - len(parts))
     between = np.average((mean - r.mean()) ** 2, weights=n) - within * len(parts) / len(r)
     return float(np.clip(within / max(between, 1e-12), .01, THIN))
 
-def _within(x: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray], above: np.ndarray, thin: float) -> np.ndarray:
-    "Quantiles of what is left about each stratum's own line, all strata pooled, wider by what its level isn't known to."
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #352b6cca
+def _within(x: np.ndarray, y: np.ndarray, parts: Sequence[np.ndarray], above: np.ndarray,
+            thin: float) -> np.ndarray:
+    """Quantiles of what is left about each stratum's own line, all strata pooled, wider by what its
+    level isn't known to."""
     def left(x, y, w):
         a, b = _line(x, y, above, thin)
         return (y - a - b * x) * np.sqrt((len(y) + w) / (len(y) - w))
-    return _quantiles(np.concatenate([left(x[p], y[p], p.sum() / (p.sum() + thin)) for p in parts]), None)
+    return _quantiles(np.concatenate([left(x[p], y[p], p.sum() / (p.sum() + thin)) for p in parts]),
+                      None)
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #cfe2655b
 def fit_strata(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> dict[str, dict[str, Any]]:
-    "Fit all rows together (key '') and the stratum of each of `keys` (object [n]): {key: as of `fit_stratum`}."
+    """Fit all rows together (key '') and the stratum of each of `keys` (object [n]): {key: as of
+    `fit_stratum`}."""
     root = fit_stratum(x, y, (y.mean(), 0.), None)
     parts = {k: keys == k for k in np.unique(keys) if k}
     if not parts: return {"": root}
@@ -93,54 +105,71 @@ def fit_strata(x: np.ndarray, y: np.ndarray, keys: np.ndarray) -> dict[str, dict
 NAMES = {"target": ("dur", "duration", "duration_s", "seconds"), "size": ("size", "bytes", "rows")}
 
 def _named(df: pd.DataFrame, given: Any, role: str) -> Any:
-    "The column of a role: the one given, else the first of its usual names that the frame has, else None."
+    """The column of a role: the one given, else the first of its usual names that the frame has,
+    else None."""
     return given if given is not None else next((c for c in NAMES[role] if c in df), None)
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #482f2fc0
 class DurationModel(Fit):
-    """A model of task durations, stratified by the columns `by` and the column `size`; paper, Figure 2.
+    """A model of task durations, stratified by the columns `by` and the column `size`.
 
-    by: str or list, () for none; size: None: `size`, `bytes` or `rows` if the frame has one, False: none;
-    target: the column of seconds (None: `dur`, `duration`, `duration_s` or `seconds`)."""
+    paper, Figure 2. by: str or list, () for none; size: None: `size`, `bytes` or `rows` if the
+    frame has one, False: none; target: the column of seconds (None: `dur`, `duration`,
+    `duration_s` or `seconds`)."""
     _kept = ("by", "size", "target", "shift", "centre", "seen", "groups", "n")
 
-    def __init__(self, by: str | Sequence[str] | None = ("kind", "framework"), size: str | bool | None = None,
-                 target: str | None = None) -> None:
-        self.by, self.size, self.target = [by] if isinstance(by, str) else list(by or ()), size, target
+    def __init__(self, by: str | Sequence[str] | None = ("kind", "framework"),
+                 size: str | bool | None = None, target: str | None = None) -> None:
+        self.by, self.size = [by] if isinstance(by, str) else list(by or ()), size
+        self.target = target
 
-    def _keys(self, df: pd.DataFrame) -> np.ndarray:
-        "Text keys of the strata, object [n]."
-        need_columns(df, self.by)
-        if not self.by: return np.full(len(df), "", object)
-        texts = (df[c].astype(str).to_numpy(object) for c in self.by)
-        levels, codes = zip(*(np.unique(text, return_inverse=True) for text in texts))
-        rows, inverse = np.unique(np.stack(codes, 1), axis=0, return_inverse=True)
-        return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows], object)[inverse.ravel()]
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #70db3018
+@patch
+def _keys(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
+    "Text keys of the strata, object [n]."
+    need_columns(df, self.by)
+    if not self.by: return np.full(len(df), "", object)
+    texts = (df[c].astype(str).to_numpy(object) for c in self.by)
+    levels, codes = zip(*(np.unique(text, return_inverse=True) for text in texts))
+    rows, inverse = np.unique(np.stack(codes, 1), axis=0, return_inverse=True)
+    return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows],
+                    object)[inverse.ravel()]
 
-    def _logsize(self, df: pd.DataFrame) -> np.ndarray:
-        "Centred log size f8 [n], no further out than the sizes fitted on; zeros where the model has none."
-        return np.clip(np.log1p(column(df, self.size)), *self.seen) - self.centre if self.size else np.zeros(len(df))
+@patch
+def _logsize(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
+    """Centred log size f8 [n], no further out than the sizes fitted on.
 
-    def fit(self, df: pd.DataFrame) -> "DurationModel":
-        "Fit on a DataFrame, a row per task with seconds >= 0. Returns self. Raises ValueError naming column and row."
-        self.target = _named(df, self.target, "target")
-        if self.target is None:
-            there = ", ".join(map(str, df.columns))
-            raise ValueError(f"durations: expected a column {', '.join(NAMES['target'])}; the frame has {there}")
-        sizes = df.drop(columns=self.by, errors="ignore")
-        self.size = None if self.size is False else _named(sizes, self.size, "size")
-        d, keys = column(df, self.target), self._keys(df)
-        if len(d) < 2: raise ValueError(f"durations: expected at least 2 rows, got {len(d)}")
-        self.n, self.shift = len(d), float(1e-3 * np.median(d[d > 0])) if (d > 0).any() else 1e-3
-        logs = np.log1p(column(df, self.size)) if self.size else np.zeros(1)
-        self.centre, self.seen = float(logs.mean()), [float(logs.min()), float(logs.max())]
-        self.groups = fit_strata(self._logsize(df), np.log(d + self.shift), keys)
-        self.fitted = True
-        return self
+    Zeros where the model has none."""
+    return np.clip(np.log1p(column(df, self.size)),
+                   *self.seen) - self.centre if self.size else np.zeros(len(df))
+
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #5f5402b0
+@patch
+def fit(self: DurationModel, df: pd.DataFrame) -> DurationModel:
+    """Fit on a DataFrame, a row per task with seconds >= 0. Returns self.
+
+    Raises ValueError naming column and row."""
+    self.target = _named(df, self.target, "target")
+    if self.target is None:
+        there = ", ".join(map(str, df.columns))
+        raise ValueError(
+            f"durations: expected a column {', '.join(NAMES['target'])}; the frame has {there}")
+    sizes = df.drop(columns=self.by, errors="ignore")
+    self.size = None if self.size is False else _named(sizes, self.size, "size")
+    d, keys = column(df, self.target), self._keys(df)
+    if len(d) < 2: raise ValueError(f"durations: expected at least 2 rows, got {len(d)}")
+    self.n, self.shift = len(d), float(1e-3 * np.median(d[d > 0])) if (d > 0).any() else 1e-3
+    logs = np.log1p(column(df, self.size)) if self.size else np.zeros(1)
+    self.centre, self.seen = float(logs.mean()), [float(logs.min()), float(logs.max())]
+    self.groups = fit_strata(self._logsize(df), np.log(d + self.shift), keys)
+    self.fitted = True
+    return self
 
 # %% ../../../nbs/pipesim/synth/05_durations.ipynb #b9741073
 @patch
 def quantile(self: DurationModel, df: pd.DataFrame, u: ArrayLike) -> np.ndarray:
-    """Compute seconds f8 [n] at the levels u (f8 [n] or a number in 0 .. 1) of each row's distribution.
+    """Compute seconds f8 [n] at the levels u (f8 [n] or a number in 0 .. 1) of each row's
+    distribution.
 
     An unknown stratum is pooled over all."""
     self._fitted()
@@ -154,14 +183,18 @@ def quantile(self: DurationModel, df: pd.DataFrame, u: ArrayLike) -> np.ndarray:
             out[at] = g["line"][0] + g["line"][1] * x[at] + np.interp(u[at], LEVELS, g["table"][b])
     return np.maximum(np.exp(out) - self.shift, 0)
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #5e942370
 @patch
 def sample(self: DurationModel, df: pd.DataFrame, rng: int | np.random.Generator) -> np.ndarray:
-    "Draw seconds f8 [n], one for each row of a DataFrame with the columns `by` and `size`. rng: Generator or seed."
+    """Draw seconds f8 [n], one for each row of a DataFrame with the columns `by` and `size`. rng:
+    Generator or seed."""
     return self.quantile(df, np.random.default_rng(rng).random(len(df)))
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #2d28cbe5
 @patch
 def interval(self: DurationModel, df: pd.DataFrame, p: float) -> tuple[np.ndarray, np.ndarray]:
-    "Compute the central interval of level p (0 < p < 1) of each row: (low f8 [n], high f8 [n]) in seconds."
+    """Compute the central interval of level p (0 < p < 1) of each row: (low f8 [n], high f8 [n]) in
+    seconds."""
     if not 0 < p < 1: raise ValueError(f"p={p!r}: expected a level between 0 and 1")
     return self.quantile(df, (1 - p) / 2), self.quantile(df, (1 + p) / 2)
 

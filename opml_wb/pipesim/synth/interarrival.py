@@ -9,16 +9,20 @@ __all__ = ['exponweib_moment', 'exponweib_ppf', 'exponweib_cv2', 'fit_exponweib'
 import numpy as np
 
 # %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #d385f9ef
-_Z = np.linspace(-46, 6, 1561)                          # log of y = (x/s)^c: moments by the trapezoid rule
+# log of y = (x/s)^c: moments by the trapezoid rule
+_Z = np.linspace(-46, 6, 1561)
 
 def exponweib_moment(a: float, c: float, k: int = 1) -> float:
     "Compute E[X^k] of the exponentiated Weibull with scale 1 and shapes a, c > 0."
     y = np.exp(_Z)
     log_f = np.log(a) + (a - 1) * np.log(-np.expm1(-y)) - y + _Z
-    with np.errstate(over="ignore"): return float(np.exp(log_f + k / c * _Z).sum() * (_Z[1] - _Z[0]))
+    with np.errstate(over="ignore"):
+        return float(np.exp(log_f + k / c * _Z).sum() * (_Z[1] - _Z[0]))
 
+# %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #b1e2bedb
 def exponweib_ppf(u: np.ndarray, a: float, c: float) -> np.ndarray:
-    "Compute quantiles at u (f8, in 0 .. 1) of the exponentiated Weibull with shapes a, c and mean 1."
+    """Compute quantiles at u (f8, in 0 .. 1) of the exponentiated Weibull with shapes a, c and mean
+    1."""
     x = -np.log(-np.expm1(np.log(np.clip(u, 1e-300, 1 - 1e-16)) / a))
     return x ** (1 / c) / exponweib_moment(a, c)
 
@@ -32,16 +36,20 @@ def _minus_loglik(theta: np.ndarray, x: np.ndarray) -> float:
     log_s = -np.log(exponweib_moment(a, c))
     log_y = c * (np.log(x) - log_s)
     y = np.exp(np.minimum(log_y, 700))
-    return -np.mean(theta.sum() + (a - 1) * np.log(-np.expm1(-np.maximum(y, 1e-300))) + log_y - np.log(x) - y)
+    return -np.mean(theta.sum() + (a - 1) * np.log(-np.expm1(-np.maximum(y, 1e-300))) + log_y
+                    - np.log(x) - y)
 
+# %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #15f9c38c
 def fit_exponweib(gaps: np.ndarray, most: int = 20_000) -> tuple[float, float]:
-    """Fit shapes (a, c) by maximum likelihood on gaps f8 [n] > 0, divided by their mean; from several starts.
+    """Fit shapes (a, c) by maximum likelihood on gaps f8 [n] > 0, divided by their mean.
 
-    (1, 1) for fewer than 30. `most`: gaps that are looked at, evenly chosen."""
+    From several starts. (1, 1) for fewer than 30. `most`: gaps that are looked at, evenly
+    chosen."""
     from scipy.optimize import minimize
     x = np.asarray(gaps, float)
     if len(x) < 30 or np.ptp(x) == 0: return 1., 1.
-    x = np.maximum(x / x.mean(), 1e-4)                           # ties that the clock doesn't explain: batches
+    # ties that the clock doesn't explain: batches
+    x = np.maximum(x / x.mean(), 1e-4)
     x = x[:: max(1, len(x) // most)]
     bounds = [(np.log(.05), np.log(60)), (np.log(.15), np.log(5))]
     found = [minimize(_minus_loglik, np.log(s), (x,), "L-BFGS-B", bounds=bounds)
@@ -51,7 +59,8 @@ def fit_exponweib(gaps: np.ndarray, most: int = 20_000) -> tuple[float, float]:
 
 # %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #0b5d3038
 def grain(times: np.ndarray) -> float:
-    "Find the step of the clock in s: the smallest positive gap if 99 % of gaps are whole multiples of it, else 0."
+    """Find the step of the clock in s: the smallest positive gap if 99 % of gaps are whole
+    multiples of it, else 0."""
     gaps = np.diff(times)
     gaps = gaps[gaps > 1e-9]
     if len(gaps) < 2: return 0.
@@ -59,21 +68,25 @@ def grain(times: np.ndarray) -> float:
     whole = np.abs(gaps / step - np.round(gaps / step)) < 1e-6 * np.maximum(1, gaps / step)
     return float(step) if step >= 1e-3 and whole.mean() >= .99 else 0.
 
+# %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #1a0ee39f
 def dither(times: np.ndarray, seed: int = 0) -> np.ndarray:
     "Shift each of the sorted times (s) by a uniform share of the clock's grain, and sort again."
     g = min(grain(times), 3600.)
     return np.sort(times + g * np.random.default_rng(seed).random(len(times))) if g else times
 
 # %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #03a2a419
-def renewal_times(total: float, gap: tuple[float, float], rng: np.random.Generator, matched: bool = False) -> np.ndarray:
-    """Draw event times f8 in [0, total) of an equilibrium renewal process with unit-mean exponentiated-Weibull gaps.
+def renewal_times(total: float, gap: tuple[float, float], rng: np.random.Generator,
+                  matched: bool = False) -> np.ndarray:
+    """Draw event times f8 in [0, total) of an equilibrium renewal process with unit-mean
+    exponentiated-Weibull gaps.
 
     gap: its shapes (a, c); `matched`: as many events as expected."""
     if matched:
         t = np.cumsum(exponweib_ppf(rng.random(int(round(total)) + 1), *gap))
         return t[:-1] * (total / t[-1])
     grid = exponweib_ppf((np.arange(4096) + .5) / 4096, *gap)
-    first = rng.random() * rng.choice(grid, p=grid / grid.sum())               # of the gap in which one begins to look
+    # of the gap in which one begins to look
+    first = rng.random() * rng.choice(grid, p=grid / grid.sum())
     parts, at = [np.array([first])], first
     while at < total:
         parts.append(at + np.cumsum(exponweib_ppf(rng.random(int(total - at) + 64), *gap)))

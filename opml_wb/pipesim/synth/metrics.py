@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from .goodness_of_fit import Fit, GoF, compare
 from ..work.checks import column, need_columns
@@ -24,11 +25,13 @@ def shares(z: np.ndarray) -> np.ndarray:
     "Turn log odds f8 [n] into shares."
     return 1 / (1 + np.exp(-z))
 
+# %% ../../../nbs/pipesim/synth/06_metrics.ipynb #25f1f7ab
 def regress(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     "Fit {level, slope, sd} of y on x (f8 [n]) by least squares, the slope shrunk a little."
     xc = x - x.mean()
     slope = float(xc @ y / (xc @ xc + 1.))
-    return {"level": float(y.mean() - slope * x.mean()), "slope": slope, "sd": float((y - y.mean() - slope * xc).std())}
+    return {"level": float(y.mean() - slope * x.mean()), "slope": slope,
+            "sd": float((y - y.mean() - slope * xc).std())}
 
 def draw(m: Mapping[str, float], x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Draw y f8 [n] at x from the line `m` of `regress`."
@@ -36,48 +39,59 @@ def draw(m: Mapping[str, float], x: np.ndarray, rng: np.random.Generator) -> np.
 
 # %% ../../../nbs/pipesim/synth/06_metrics.ipynb #279a7991
 class MetricModel(Fit):
-    """A model of the performance (0 .. 1) and bytes of trained models, before and after compression.
+    """A model of the performance (0 .. 1) and bytes of trained models, before and after
+    compression.
 
     By framework and rows. After `fit`: models {framework: regressions}."""
     _kept = ("models", "n")
 
-    def fit(self, df: pd.DataFrame) -> "MetricModel":
-        """Fit on records with kind (train | compress), framework, rows, perf and bytes. Returns self.
+# %% ../../../nbs/pipesim/synth/06_metrics.ipynb #02219fc9
+@patch
+def fit(self: MetricModel, df: pd.DataFrame) -> MetricModel:
+    """Fit on records with kind (train | compress), framework, rows, perf and bytes.
 
-        Each compress record stands after its train record in the same order. Raises ValueError naming what
-        is missing."""
-        need_columns(df, ("kind", "framework", "rows", "perf", "bytes"))
-        self.models = {}
-        for f, part in df[df.kind.isin(["train", "compress"])].groupby("framework"):
-            full, small = part[part.kind == "train"], part[part.kind == "compress"]
-            if len(full) < 2 or len(full) != len(small):
-                raise ValueError(f"framework {f!r}: expected as many train as compress records, 2 or more; "
-                                 f"got {len(full)}, {len(small)}")
-            x = np.log(column(full, "rows"))
-            (p, b), (less, fewer) = ((log_odds(column(d, "perf")), np.log(column(d, "bytes"))) for d in (full, small))
-            self.models[str(f)] = {"perf": regress(x, p), "bytes": regress(x, b), "lost": regress(x, less - p),
-                                   "shrunk": regress(x, fewer - b)}
-        if not self.models: raise ValueError("metrics: expected records of kind train and compress")
-        self.n, self.fitted = int((df.kind == "train").sum()), True
-        return self
+    Returns self. Each compress record stands after its train record in the same order.
+    Raises ValueError naming what is missing."""
+    need_columns(df, ("kind", "framework", "rows", "perf", "bytes"))
+    self.models = {}
+    for f, part in df[df.kind.isin(["train", "compress"])].groupby("framework"):
+        full, small = part[part.kind == "train"], part[part.kind == "compress"]
+        if len(full) < 2 or len(full) != len(small):
+            raise ValueError(
+                f"framework {f!r}: expected as many train as compress records, 2 or more; "
+                f"got {len(full)}, {len(small)}")
+        x = np.log(column(full, "rows"))
+        (p, b), (less, fewer) = ((log_odds(column(d, "perf")), np.log(column(d, "bytes")))
+                                 for d in (full, small))
+        self.models[str(f)] = {"perf": regress(x, p), "bytes": regress(x, b),
+                               "lost": regress(x, less - p), "shrunk": regress(x, fewer - b)}
+    if not self.models: raise ValueError("metrics: expected records of kind train and compress")
+    self.n, self.fitted = int((df.kind == "train").sum()), True
+    return self
 
-    def sample(self, df: pd.DataFrame, rng: int | np.random.Generator) -> pd.DataFrame:
-        """Draw perf, bytes, perf_compressed, bytes_compressed for each row (framework, rows) of df.
+# %% ../../../nbs/pipesim/synth/06_metrics.ipynb #ee2028eb
+@patch
+def sample(self: MetricModel, df: pd.DataFrame, rng: int | np.random.Generator) -> pd.DataFrame:
+    """Draw perf, bytes, perf_compressed, bytes_compressed for each row (framework, rows) of df.
 
-        An unknown framework gets the first one's. rng: Generator or seed."""
-        self._fitted()
-        rng, x = np.random.default_rng(rng), np.log(np.maximum(column(df, "rows"), 1))
-        out, first = np.empty((4, len(df))), next(iter(self.models))
-        for f, rows in pd.Series(np.arange(len(df))).groupby(df.framework.astype(str).to_numpy()):
-            m, i = self.models.get(f, self.models[first]), rows.to_numpy()
-            p, b = draw(m["perf"], x[i], rng), draw(m["bytes"], x[i], rng)
-            less, fewer = draw(m["lost"], x[i], rng), draw(m["shrunk"], x[i], rng)
-            out[:, i] = shares(p), np.exp(b), shares(p + less), np.exp(b + fewer)
-        return pd.DataFrame(dict(zip(("perf", "bytes", "perf_compressed", "bytes_compressed"), out)))
+    An unknown framework gets the first one's. rng: Generator or seed."""
+    self._fitted()
+    rng, x = np.random.default_rng(rng), np.log(np.maximum(column(df, "rows"), 1))
+    out, first = np.empty((4, len(df))), next(iter(self.models))
+    for f, rows in pd.Series(np.arange(len(df))).groupby(df.framework.astype(str).to_numpy()):
+        m, i = self.models.get(f, self.models[first]), rows.to_numpy()
+        p, b = draw(m["perf"], x[i], rng), draw(m["bytes"], x[i], rng)
+        less, fewer = draw(m["lost"], x[i], rng), draw(m["shrunk"], x[i], rng)
+        out[:, i] = shares(p), np.exp(b), shares(p + less), np.exp(b + fewer)
+    return pd.DataFrame(dict(zip(("perf", "bytes", "perf_compressed", "bytes_compressed"),
+                                 out)))
 
-    def gof(self, df: pd.DataFrame, seed: int = 0) -> dict[str, GoF]:
-        "Compare performance and bytes with records: {perf, bytes}."
-        full = df[df.kind == "train"]
-        many = pd.concat([full] * max(1, 5000 // max(1, len(full))))
-        made = self.sample(many, np.random.default_rng(seed))
-        return {c: compare(column(full, c), made[c].to_numpy(), bound=.25) for c in ("perf", "bytes")}
+# %% ../../../nbs/pipesim/synth/06_metrics.ipynb #cc11dc64
+@patch
+def gof(self: MetricModel, df: pd.DataFrame, seed: int = 0) -> dict[str, GoF]:
+    "Compare performance and bytes with records: {perf, bytes}."
+    full = df[df.kind == "train"]
+    many = pd.concat([full] * max(1, 5000 // max(1, len(full))))
+    made = self.sample(many, np.random.default_rng(seed))
+    return {c: compare(column(full, c), made[c].to_numpy(), bound=.25)
+            for c in ("perf", "bytes")}

@@ -26,10 +26,14 @@ from ..work.workload import Workload
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #34127e05
 def structure(name: str, fan: int = 1) -> tuple[list[str], list[tuple[int, int]]]:
-    "Lay out (kinds, edges) of a pipeline `build`, `compress` or `retrain`; fan: trainings side by side. Raises ValueError."
+    """Lay out (kinds, edges) of a pipeline `build`, `compress` or `retrain`.
+
+    fan: trainings side by side. Raises ValueError."""
     first = {"build": ["preprocess"], "compress": ["preprocess"], "retrain": []}
-    if name not in first: raise ValueError(f"structure={name!r}: expected build, compress or retrain")
-    last = ["validate", "compress", "validate", "deploy"] if name == "compress" else ["validate", "deploy"]
+    if name not in first:
+        raise ValueError(f"structure={name!r}: expected build, compress or retrain")
+    last = ["validate", "compress", "validate",
+            "deploy"] if name == "compress" else ["validate", "deploy"]
     head = len(first[name])
     trains, after = range(head, head + fan), head + fan
     edges = [(0, t) for t in trains if head] + [(t, after) for t in trains]
@@ -37,8 +41,10 @@ def structure(name: str, fan: int = 1) -> tuple[list[str], list[tuple[int, int]]
     return first[name] + ["train"] * fan + last, edges
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #b6d6677c
-def assemble(names: Sequence[str], fans: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay out the tasks of pipelines with these structures (object [P]) and fans (i8 [P]), in pipeline order.
+def assemble(names: Sequence[str],
+             fans: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay out the tasks of pipelines with these structures (object [P]) and fans (i8 [P]), in
+    pipeline order.
 
     Returns (pipeline i8 [T], kind object [T], edges i8 [E, 2])."""
     keys = pd.Series(list(zip(names, fans)))
@@ -52,6 +58,7 @@ def assemble(names: Sequence[str], fans: Sequence[int]) -> tuple[np.ndarray, np.
     pipeline = np.repeat(np.arange(len(keys)), np.diff(first))
     return pipeline, kind, np.concatenate(edges) if edges else np.zeros((0, 2), np.int64)
 
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #192f31cb
 def parents(retrain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draw for each pipeline (bool [P]: is it a retraining) whose model it goes on with: i8 [P].
 
@@ -71,18 +78,21 @@ def as_shares(name: str, weights: Mapping[Any, float]) -> dict[str, float]:
         raise ValueError(f"{name}: expected shares >= 0, some above 0, got {weights}")
     return {str(k): float(v) / total for k, v in weights.items()}
 
-def link_bytes(kind: np.ndarray, data: np.ndarray, model: np.ndarray, final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #bf46d50d
+def link_bytes(kind: np.ndarray, data: np.ndarray, model: np.ndarray,
+               final: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute the (read, write) bytes f8 [T] of tasks over the link; kind: object [T].
 
-    An asset (`data` bytes) goes to and from preprocessing and into training, a tenth of it into validation;
-    models (`model` as trained, `final` as deployed) follow."""
+    An asset (`data` bytes) goes to and from preprocessing and into training, a tenth of it into
+    validation; models (`model` as trained, `final` as deployed) follow."""
     def choose(default, **of): return np.select([kind == k for k in of], list(of.values()), default)
     read = choose(final, preprocess=data, train=data, validate=.1 * data + model, compress=model)
     return read, choose(0., preprocess=data, train=model, compress=final)
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #d3e18ce0
 def duration_shares(calibration: pd.DataFrame) -> pd.DataFrame:
-    "Divide the times of `calibrate` records by their own pipeline's training: the records of other tasks, with `share`."
+    """Divide the times of `calibrate` records by their own pipeline's training: the records of
+    other tasks, with `share`."""
     took = calibration.kind.eq("train").cumsum()
     whole = calibration[calibration.kind == "train"].set_axis(range(1, int(took.max()) + 1)).dur
     order = np.where(calibration.kind == "preprocess", took + 1, took)
@@ -95,51 +105,63 @@ FAN = (.7, .2, .1)                                     # of 1, 2, 3 trainings, i
 POOLS = {"preprocess": "cpu", "train": "gpu", "validate": "cpu", "compress": "gpu", "deploy": "cpu"}
 
 class PipelineModel(Fit):
-    """A model of a platform's workload; `PipelineModel.default()` is the shipped one, `fit` makes one of your traces.
+    """A model of a platform's workload.
 
-    Arrivals, assets, training times, what other tasks take beside training, model metrics, and the mix of
-    structures, frameworks and gang sizes. structures, frameworks: {name: weight}; pools: {kind of task: pool};
-    deploy_s: duration of deployments, s."""
-    _parts = {"arrivals": ArrivalModel, "assets": AssetModel, "train": DurationModel, "shares": DurationModel,
-              "metrics": MetricModel}
+    `PipelineModel.default()` is the shipped one, `fit` makes one of your traces. Arrivals,
+    assets, training times, what other tasks take beside training, model metrics, and the mix of
+    structures, frameworks and gang sizes. structures, frameworks: {name: weight}; pools: {kind
+    of task: pool}; deploy_s: duration of deployments, s."""
+    _parts = {"arrivals": ArrivalModel, "assets": AssetModel, "train": DurationModel,
+              "shares": DurationModel, "metrics": MetricModel}
     _kept = (*_parts, "structures", "frameworks", "units", "pools", "deploy_s", "about")
 
-    def __init__(self, structures: Mapping[str, float] | None = None, frameworks: Mapping[str, float] | None = None,
+    def __init__(self, structures: Mapping[str, float] | None = None,
+                 frameworks: Mapping[str, float] | None = None,
                  pools: Mapping[str, str] | None = None, deploy_s: float = 5.) -> None:
         self.structures = as_shares("structures", structures or STRUCTURES)
         self.frameworks = frameworks and as_shares("frameworks", frameworks)
         for name in self.structures: structure(name)
         self.pools, self.deploy_s, self.about = {**POOLS, **(pools or {})}, float(deploy_s), {}
 
-    def fit(self, times_s: ArrayLike, assets: pd.DataFrame, train: pd.DataFrame, calibration: pd.DataFrame,
-            tz: str | None = None, burst: str | None = "ar1") -> "PipelineModel":
-        """Fit all parts. Returns self. Raises ValueError naming column and row.
-
-        times_s: epoch seconds of triggers f8 [n]; assets: DataFrame rows, cols; train: DataFrame dur (s) and
-        perhaps units, framework, size; calibration: records of `calibrate`; tz, burst: of ArrivalModel."""
-        self.arrivals, self.assets = ArrivalModel(burst).fit(times_s, tz), AssetModel().fit(assets, ["rows", "cols"])
-        self.train = DurationModel(by=[c for c in ("units", "framework") if c in train]).fit(train)
-        self.shares = DurationModel(size="size", target="share").fit(duration_shares(calibration))
-        self.metrics, seen = MetricModel().fit(calibration), dict(calibration.framework.value_counts())
-        self.frameworks = self.frameworks or as_shares("frameworks", seen)
-        gangs = train.units.value_counts(normalize=True) if "units" in train else {"1": 1.}
-        self.units = {str(k): float(v) for k, v in gangs.items()}
-        self.fitted = True
-        return self
-
     @classmethod
     def from_json(cls, source: str | Path | dict) -> "PipelineModel":
         "Read the model kept in JSON; see `Fit.from_json`."
         self = super().from_json(source)
-        for name, part in cls._parts.items(): setattr(self, name, part.from_json(getattr(self, name)))
-        for name in ("structures", "frameworks", "units"):                    # written with fewer digits
+        for name, part in cls._parts.items():
+            setattr(self, name, part.from_json(getattr(self, name)))
+        # written with fewer digits
+        for name in ("structures", "frameworks", "units"):
             setattr(self, name, as_shares(name, getattr(self, name)))
         return self
 
-    @classmethod
-    def default(cls) -> "PipelineModel":
-        "Read the shipped model: arrivals and training times of Philly, assets of PMLB, the rest calibrated (`data/README.md`)."
-        return cls.from_json(data.path("pipesim/default_model"))
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #c55c1deb
+@patch
+def fit(self: PipelineModel, times_s: ArrayLike, assets: pd.DataFrame, train: pd.DataFrame,
+        calibration: pd.DataFrame, tz: str | None = None,
+        burst: str | None = "ar1") -> PipelineModel:
+    """Fit all parts. Returns self. Raises ValueError naming column and row.
+
+    times_s: epoch seconds of triggers f8 [n]; assets: DataFrame rows, cols; train: DataFrame
+    dur (s) and perhaps units, framework, size; calibration: records of `calibrate`; tz,
+    burst: of ArrivalModel."""
+    self.arrivals = ArrivalModel(burst).fit(times_s, tz)
+    self.assets = AssetModel().fit(assets, ["rows", "cols"])
+    self.train = DurationModel(by=[c for c in ("units", "framework") if c in train]).fit(train)
+    self.shares = DurationModel(size="size", target="share").fit(duration_shares(calibration))
+    self.metrics = MetricModel().fit(calibration)
+    seen = dict(calibration.framework.value_counts())
+    self.frameworks = self.frameworks or as_shares("frameworks", seen)
+    gangs = train.units.value_counts(normalize=True) if "units" in train else {"1": 1.}
+    self.units = {str(k): float(v) for k, v in gangs.items()}
+    self.fitted = True
+    return self
+
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #8944240a
+@patch(cls_method=True)
+def default(cls: PipelineModel) -> PipelineModel:
+    """Read the shipped model: arrivals and training times of Philly, assets of PMLB, the rest
+    calibrated (`data/README.md`)."""
+    return cls.from_json(data.path("pipesim/default_model"))
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #096893b9
 @patch
@@ -157,10 +179,12 @@ def frame(self: PipelineModel, n: int, rngs: Sequence[np.random.Generator]) -> p
     out = out.iloc[origin].reset_index(drop=True).assign(structure=names, fan=fan, parent=origin)
     return out.assign(bytes=8. * out.rows * out.cols, size=out.rows * out.cols)
 
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #a5d22c51
 @patch
-def _durations(self: PipelineModel, tasks: pd.DataFrame, pipeline: np.ndarray, times: np.random.Generator,
-               shares: np.random.Generator) -> np.ndarray:
-    "Seconds f8 [T]: trainings drawn, other tasks a share of their pipeline's longest training, deployment `deploy_s`."
+def _durations(self: PipelineModel, tasks: pd.DataFrame, pipeline: np.ndarray,
+               times: np.random.Generator, shares: np.random.Generator) -> np.ndarray:
+    """Seconds f8 [T]: trainings drawn, other tasks a share of their pipeline's longest training,
+    deployment `deploy_s`."""
     is_train, out = (tasks.kind == "train").to_numpy(), np.full(len(tasks), self.deploy_s)
     out[is_train] = self.train.sample(tasks[is_train], times)
     longest = np.zeros(pipeline[-1] + 1 if len(pipeline) else 0)
@@ -183,17 +207,24 @@ def sample(self: PipelineModel, horizon_s: float, rng: int | np.random.Generator
     pipeline, kind, edges = assemble(p.structure.to_numpy(), p.fan.to_numpy())
     tasks = p.loc[pipeline, ["framework", "units", "size"]].reset_index(drop=True).assign(kind=kind)
     final = np.where(small, made.bytes_compressed, made.bytes)
-    read, write = link_bytes(kind, p.bytes.to_numpy()[pipeline], made.bytes.to_numpy()[pipeline], final[pipeline])
-    return Workload.from_arrays(
-        arrival, self._durations(tasks, pipeline, times, shares), np.array([self.pools[k] for k in kind], object).astype(str),
-        units=np.where(kind == "train", tasks.units, 1), pipeline=pipeline, edges=edges, read=read, write=write,
-        kind=kind.astype(str), model=p.parent.to_numpy(), perf=np.where(small, made.perf_compressed, made.perf))
+    read, write = link_bytes(kind, p.bytes.to_numpy()[pipeline], made.bytes.to_numpy()[pipeline],
+                             final[pipeline])
+    return Workload.from_arrays(arrival, self._durations(tasks, pipeline, times, shares),
+                                np.array([self.pools[k] for k in kind], object).astype(str),
+                                units=np.where(kind == "train", tasks.units, 1), pipeline=pipeline,
+                                edges=edges, read=read, write=write, kind=kind.astype(str),
+                                model=p.parent.to_numpy(),
+                                perf=np.where(small, made.perf_compressed, made.perf))
 
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #5334c038
 @patch
-def over(self: PipelineModel, horizon_s: float, start: float | None = None) -> Callable[[float, np.random.Generator], Workload]:
-    "Make a function (users, rng) -> Workload of that horizon (s), as `capacity_plan` and `Experiment` take it."
+def over(self: PipelineModel, horizon_s: float,
+         start: float | None = None) -> Callable[[float, np.random.Generator], Workload]:
+    """Make a function (users, rng) -> Workload of that horizon (s), as `capacity_plan` and
+    `Experiment` take it."""
     return lambda users, rng: self.sample(horizon_s, rng, users, start)
 
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #b85b51d3
 @patch
 def gof(self: PipelineModel, times_s: ArrayLike | None = None, assets: pd.DataFrame | None = None,
         train: pd.DataFrame | None = None) -> dict[str, Any]:

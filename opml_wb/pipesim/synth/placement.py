@@ -25,9 +25,9 @@ class Cluster:
 
     @classmethod
     def of(cls, df: pd.DataFrame, gpu_only: bool = True) -> "Cluster":
-        """Read a DataFrame with cpu_milli, memory_mib, gpu, model (Alibaba's openb nodes). Raises ValueError.
+        """Read a DataFrame with cpu_milli, memory_mib, gpu, model (Alibaba's openb nodes).
 
-        gpu_only: leave out nodes without GPUs."""
+        Raises ValueError. gpu_only: leave out nodes without GPUs."""
         gpus = column(df, "gpu").astype(np.int64)
         keep = gpus > 0 if gpu_only else np.ones(len(df), bool)
         if not keep.any(): raise ValueError("nodes: expected at least one with a GPU")
@@ -37,7 +37,8 @@ class Cluster:
 # %% ../../../nbs/pipesim/synth/09_placement.ipynb #61c839b4
 @dataclass(frozen=True, eq=False)
 class Demands:
-    """Tasks that ask for CPU (milli), memory (MiB) f8 [T], gpus i8 [T] and milli i8 [T] (1 .. 1000) of each GPU.
+    """Tasks that ask for CPU (milli), memory (MiB) f8 [T], gpus i8 [T] and milli i8 [T] (1 .. 1000)
+    of each GPU.
 
     allowed: bool [T, N], on which nodes."""
     cpu: np.ndarray
@@ -48,18 +49,23 @@ class Demands:
 
     @classmethod
     def of(cls, df: pd.DataFrame, cluster: Cluster) -> "Demands":
-        """Read a DataFrame cpu_milli, memory_mib, num_gpu, gpu_milli [, gpu_spec: models joined by |].
+        """Read a DataFrame cpu_milli, memory_mib, num_gpu, gpu_milli [, gpu_spec: models joined by
+        |].
 
         Raises ValueError naming the row that no empty node of the cluster could hold."""
-        cpu, memory, gpus = column(df, "cpu_milli"), column(df, "memory_mib"), column(df, "num_gpu").astype(np.int64)
+        cpu, memory = column(df, "cpu_milli"), column(df, "memory_mib")
+        gpus = column(df, "num_gpu").astype(np.int64)
         milli = np.where(gpus == 1, column(df, "gpu_milli"), 1000).astype(np.int64)
-        spec = df.gpu_spec.fillna("").astype(str).to_numpy() if "gpu_spec" in df else np.full(len(df), "")
+        spec = df.gpu_spec.fillna("").astype(str).to_numpy() if "gpu_spec" in df else np.full(
+            len(df), "")
         any_node = np.ones(len(cluster.model), bool)
         may = {s: np.isin(cluster.model, s.split("|")) if s else any_node for s in np.unique(spec)}
         allowed = np.array([may[s] for s in spec]).reshape(len(df), -1)
-        fits = allowed & (cluster.cpu >= cpu[:, None]) & (cluster.memory >= memory[:, None]) & (cluster.gpus >= gpus[:, None])
-        if not fits.any(1).all():
-            raise ValueError(f"task, row {int(np.argmin(fits.any(1)))}: no node of the cluster could hold it, even empty")
+        fits = allowed & (cluster.cpu >= cpu[:, None]) & (cluster.memory >= memory[:, None])
+        fits = (fits & (cluster.gpus >= gpus[:, None])).any(1)
+        if not fits.all():
+            raise ValueError(f"task, row {int(np.argmin(fits))}: no node of the cluster "
+                             "could hold it, even empty")
         return cls(cpu, memory, gpus, milli, allowed)
 
 # %% ../../../nbs/pipesim/synth/09_placement.ipynb #300347da
@@ -68,7 +74,9 @@ compiled = njit(cache="__file__" in globals())
 
 @compiled
 def gpus_that_fit(free: np.ndarray, n: int, milli: int) -> tuple[int, int]:
-    "Count the GPUs of a node (free milli i8 [G], the first n) that can hold `milli`; the tightest one."
+    """Count the GPUs of a node (free milli i8 [G], the first n) that can hold `milli`.
+
+    The tightest one."""
     count, tight = 0, -1
     for g in range(n):
         if free[g] >= milli:
@@ -76,16 +84,18 @@ def gpus_that_fit(free: np.ndarray, n: int, milli: int) -> tuple[int, int]:
             if tight < 0 or free[g] < free[tight]: tight = g
     return count, tight
 
+# %% ../../../nbs/pipesim/synth/09_placement.ipynb #50cf9fe9
 @compiled
-def left_over(c, m, gpus, free, tcpu, tmem, tgpu, tmilli, cpu, mem):
-    "What a task leaves of a node, over CPU, memory and GPU, as shares of the node."
+def left_over(c: float, m: float, gpus: int, free: int, tcpu: float, tmem: float, tgpu: int,
+              tmilli: int, cpu: float, mem: float) -> float:
+    "Sum up the shares of a node's CPU, memory and GPUs that are left beside a task."
     return (c - tcpu) / cpu + (m - tmem) / mem + (free - tgpu * tmilli) / (1000.0 * max(gpus, 1))
 
 # %% ../../../nbs/pipesim/synth/09_placement.ipynb #d91a601e
 @compiled
-def place_tasks(cpu: np.ndarray, mem: np.ndarray, gpus: np.ndarray, tcpu: np.ndarray, tmem: np.ndarray, tgpu: np.ndarray,
-                tmilli: np.ndarray, allowed: np.ndarray, row: np.ndarray, policy: int,
-                draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def place_tasks(cpu: np.ndarray, mem: np.ndarray, gpus: np.ndarray, tcpu: np.ndarray,
+                tmem: np.ndarray, tgpu: np.ndarray, tmilli: np.ndarray, allowed: np.ndarray,
+                row: np.ndarray, policy: int, draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Place tasks in order: (node of each i8 [T], -1: none; GPU milli allocated after each f8 [T])."
     N, T = len(cpu), len(tcpu)
     c, m, free = cpu.copy(), mem.copy(), np.zeros((N, gpus.max()), np.int64)
@@ -103,7 +113,8 @@ def place_tasks(cpu: np.ndarray, mem: np.ndarray, gpus: np.ndarray, tcpu: np.nda
             elif policy == 1: score = float(n)
             else:
                 idle = free[n].sum()
-                score = left_over(c[n], m[n], gpus[n], idle, tcpu[t], tmem[t], tgpu[t], tmilli[t], cpu[n], mem[n])
+                score = left_over(c[n], m[n], gpus[n], idle, tcpu[t], tmem[t], tgpu[t], tmilli[t],
+                                  cpu[n], mem[n])
                 if policy == 3:
                     shared = tgpu[t] == 1 and tmilli[t] < 1000 and free[n, tight] < 1000
                     score += 0.0 if shared else 10.0 if idle < 1000 * gpus[n] else 20.0
@@ -111,18 +122,24 @@ def place_tasks(cpu: np.ndarray, mem: np.ndarray, gpus: np.ndarray, tcpu: np.nda
         if at >= 0:
             c[at] -= tcpu[t]
             m[at] -= tmem[t]
-            for k in range(tgpu[t]): free[at, gpus_that_fit(free[at], gpus[at], tmilli[t])[1]] -= tmilli[t]
+            for k in range(tgpu[t]):
+                free[at, gpus_that_fit(free[at], gpus[at], tmilli[t])[1]] -= tmilli[t]
             total += tgpu[t] * tmilli[t]
             node[t] = at
         used[t] = total
     return node, used
 
-def place(tasks: pd.DataFrame, cluster: Cluster, policy: str = "best", load: float = 1.0, seed: int = 0) -> pd.DataFrame:
-    """Place a random sequence of tasks under a policy of POLICIES: DataFrame, a row per task in order.
+# %% ../../../nbs/pipesim/synth/09_placement.ipynb #ec755a77
+def place(tasks: pd.DataFrame, cluster: Cluster, policy: str = "best", load: float = 1.0,
+          seed: int = 0) -> pd.DataFrame:
+    """Place a random sequence of tasks under a policy of POLICIES: DataFrame, a row per task in
+    order.
 
-    Tasks are drawn from a DataFrame with replacement, until they ask for `load` times the cluster's GPUs.
-    Columns: node (-1: found none), asked, allocated (shares of the cluster's GPUs, cumulated). Raises ValueError."""
-    if policy not in POLICIES: raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
+    Tasks are drawn from a DataFrame with replacement, until they ask for `load` times the
+    cluster's GPUs. Columns: node (-1: found none), asked, allocated (shares of the cluster's
+    GPUs, cumulated). Raises ValueError."""
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy!r}: expected one of {', '.join(POLICIES)}")
     if not load > 0: raise ValueError(f"load={load!r}: expected a number > 0")
     d = Demands.of(tasks, cluster)
     rng, all_gpus, milli = np.random.default_rng(seed), 1000. * cluster.gpus.sum(), d.gpus * d.milli
@@ -131,6 +148,7 @@ def place(tasks: pd.DataFrame, cluster: Cluster, policy: str = "best", load: flo
     asked = np.cumsum(milli[row]) / all_gpus
     row = row[: int(np.searchsorted(asked, load)) + 1]
     draw = rng.random((len(row), 1 if policy != "random" else 509))
-    node, used = place_tasks(cluster.cpu, cluster.memory, cluster.gpus, d.cpu[row], d.memory[row], d.gpus[row], d.milli[row],
-                             d.allowed, row, POLICIES.index(policy), draw)
+    node, used = place_tasks(cluster.cpu, cluster.memory, cluster.gpus, d.cpu[row], d.memory[row],
+                             d.gpus[row], d.milli[row], d.allowed, row, POLICIES.index(policy),
+                             draw)
     return pd.DataFrame({"node": node, "asked": asked[: len(row)], "allocated": used / all_gpus})

@@ -29,11 +29,14 @@ def write_gz(text: bytes, file: str | os.PathLike) -> None:
     with open(file, "wb") as f, gzip.GzipFile("", "wb", 9, f, mtime=0) as g: g.write(text)
 
 def _download(url: str, sha256: str, bytes: int) -> bytes:
-    with tempfile.TemporaryDirectory() as d: return data.download(url, sha256, bytes, Path(d) / "raw").read_bytes()
+    with tempfile.TemporaryDirectory() as d:
+        return data.download(url, sha256, bytes, Path(d) / "raw").read_bytes()
 
-def make_philly(file: str | os.PathLike, url: str, sha256: str, bytes: int, begin: str = "2017-10-03",
-                end: str = "2017-11-14") -> None:
-    """Make `pipesim/philly` for the data registry: jobs of begin <= timestamp < end by time, as .csv.gz, without gpu_time.
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #5e24bbab
+def make_philly(file: str | os.PathLike, url: str, sha256: str, bytes: int,
+                begin: str = "2017-10-03", end: str = "2017-11-14") -> None:
+    """Make `pipesim/philly` for the data registry: jobs of begin <= timestamp < end by time, as
+    .csv.gz, without gpu_time.
 
     url, sha256, bytes: of the public file."""
     df = pd.read_csv(io.BytesIO(_download(url, sha256, bytes)), dtype={"duration": str})
@@ -50,7 +53,8 @@ def philly() -> pd.DataFrame:
     "Read Philly's jobs: time (epoch s of the local clock), dur (s), units (GPUs), cluster."
     df = pd.read_csv(data.path("pipesim/philly"))
     at = pd.to_datetime(df.timestamp).to_numpy().astype("M8[s]").astype(np.int64).astype(float)
-    return pd.DataFrame({"time": at, "dur": df.duration.astype(float), "units": df.num_gpus, "cluster": df.cluster})
+    return pd.DataFrame({"time": at, "dur": df.duration.astype(float), "units": df.num_gpus,
+                         "cluster": df.cluster})
 
 def pmlb() -> pd.DataFrame:
     "Read the metadata of PMLB's 450 data sets: rows, cols."
@@ -64,22 +68,29 @@ def rounded(v: Any) -> Any:
     if isinstance(v, list): return [rounded(x) for x in v]
     return float(f"{v:.5g}") if isinstance(v, float) else v
 
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #15f8b9eb
 def fit_default(seed: int = 0) -> tuple[PipelineModel, dict[str, dict[str, Any]]]:
     """Fit (PipelineModel, report) on Philly, PMLB and a calibration run here.
 
-    report: figures of each goodness of fit, margins on the fitted rows, training times on a random half held
-    back."""
+    report: figures of each goodness of fit, margins on the fitted rows, training times on a
+    random half held back."""
     jobs, assets = philly(), pmlb()
-    model = PipelineModel().fit(jobs.time, assets, jobs[["dur", "units"]], calibrate(seed=seed, repeats=3))
+    model = PipelineModel().fit(jobs.time, assets, jobs[["dur", "units"]],
+                                calibrate(seed=seed, repeats=3))
     half = np.random.default_rng(seed).random(len(jobs)) < .5
     held = DurationModel(by="units").fit(jobs[half]).gof(jobs[~half])
     report = {"arrivals": model.arrivals.gof(jobs.time.to_numpy()), "train": held,
               **{f"assets_{k}": g for k, g in model.assets.gof(assets).items()}}
-    return model, {k: {"n": g.n, "ks": g.ks, "ad": g.ad, **g.more, "failed": list(g.failed)} for k, g in report.items()}
+    return model, {k: {"n": g.n, "ks": g.ks, "ad": g.ad, **g.more, "failed": list(g.failed)}
+                   for k, g in report.items()}
 
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #541e4670
 def make_default(file: str | os.PathLike, seed: int = 0) -> None:
-    "Make `pipesim/default_model` for the data registry; made again it differs slightly, as measured times do."
+    """Make `pipesim/default_model` for the data registry.
+
+    Made again it differs slightly, as measured times do."""
     model, report = fit_default(seed)
-    model.about = {"arrivals and training times": "Philly, 2017-10-03 to 11-13 (CC BY 4.0)", "assets": "PMLB metadata (MIT)",
+    model.about = {"arrivals and training times": "Philly, 2017-10-03 to 11-13 (CC BY 4.0)",
+                   "assets": "PMLB metadata (MIT)",
                    "other tasks, metrics": "calibrated on this package's own runs", "gof": report}
     write_text(file, json.dumps(rounded(json.loads(model.to_json())), separators=(",", ":")) + "\n")

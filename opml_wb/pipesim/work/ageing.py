@@ -15,14 +15,16 @@ from numba import njit
 kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False)
 
 @kernel
-def first_passage(t0: float, rate: float, limit: float, jump_t: np.ndarray, jump_size: np.ndarray) -> float:
+def first_passage(t0: float, rate: float, limit: float, jump_t: np.ndarray,
+                  jump_size: np.ndarray) -> float:
     """Find when the loss of a model deployed at `t0` (s) reaches `limit` > 0: s, inf for never.
 
     It grows at `rate` (1/s) and by the jumps after t0 (f8 [J], times rising)."""
     lost, since = 0.0, t0
     for j in range(len(jump_t)):
         if jump_t[j] <= t0: continue
-        if rate > 0 and since + (limit - lost) / rate <= jump_t[j]: return since + (limit - lost) / rate
+        if rate > 0 and since + (limit - lost) / rate <= jump_t[j]:
+            return since + (limit - lost) / rate
         lost += rate * (jump_t[j] - since) + jump_size[j]
         since = jump_t[j]
         if lost >= limit: return since
@@ -54,7 +56,8 @@ def loss_between(t0: float, a: float, b: float, rate: float, jump_t: np.ndarray,
 @kernel
 def next_trigger(t: float, rate: float, limits: np.ndarray, periods: np.ndarray, jump_t: np.ndarray,
                  jump_size: np.ndarray, earliest: float) -> tuple[float, int]:
-    """Find when a model deployed at t (s) is to be retrained, not before `earliest`: (s, detector that says so).
+    """Find when a model deployed at t (s) is to be retrained, not before `earliest`: (s, detector
+    that says so).
 
     limits, periods: f8 [D], one a detector; (inf, -1) for never."""
     due, cause = np.inf, -1
@@ -65,11 +68,14 @@ def next_trigger(t: float, rate: float, limits: np.ndarray, periods: np.ndarray,
 
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #a5b618e1
 @kernel
-def most_triggers(t0: float, rate: float, limits: np.ndarray, periods: np.ndarray, jump_t: np.ndarray,
-                  jump_size: np.ndarray, debounce: float, end: float, most: int) -> int:
-    """Count the retrainings before `end` of a model deployed at t0 (s), each of which takes no time.
+def most_triggers(t0: float, rate: float, limits: np.ndarray, periods: np.ndarray,
+                  jump_t: np.ndarray, jump_size: np.ndarray, debounce: float, end: float,
+                  most: int) -> int:
+    """Count the retrainings before `end` of a model deployed at t0 (s), each of which takes no
+    time.
 
-    limits, periods: f8 [D], one a detector; debounce > 0 s between triggers. At `most` it stops counting."""
+    limits, periods: f8 [D], one a detector; debounce > 0 s between triggers. At `most` it stops
+    counting."""
     n, t = 0, t0
     due, _ = next_trigger(t, rate, limits, periods, jump_t, jump_size, -np.inf)
     while due < end and n < most:

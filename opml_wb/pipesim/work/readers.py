@@ -32,6 +32,7 @@ def read_text(path: str | os.PathLike) -> str:
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as ex:
         raise ValueError(f"{Path(path).name}: expected text or .gz, {ex}") from None
 
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #fbda79b0
 def read_table(path: str | os.PathLike, columns: Iterable[str]) -> pd.DataFrame:
     "Read a CSV file (.gz or not) that has `columns`; ValueError naming those that are missing."
     try: df = pd.read_csv(io.StringIO(read_text(path)))
@@ -41,7 +42,8 @@ def read_table(path: str | os.PathLike, columns: Iterable[str]) -> pd.DataFrame:
     return df
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #7d32accb
-def read_numbers(df: pd.DataFrame, name: str, file: str, low: float = 0.0, blank: bool = False) -> np.ndarray:
+def read_numbers(df: pd.DataFrame, name: str, file: str, low: float = 0.0,
+                 blank: bool = False) -> np.ndarray:
     "Read a column as f8 [N], at least `low`; ValueError naming the row. `blank`: NaN may stay."
     x = pd.to_numeric(df[name], errors="coerce").to_numpy(np.float64)
     absent = df[name].isna().to_numpy() if blank else np.zeros(len(x), bool)
@@ -50,20 +52,25 @@ def read_numbers(df: pd.DataFrame, name: str, file: str, low: float = 0.0, blank
     return x
 
 def _left_out(file: str, n: int, why: str) -> None:
-    if n: warnings.warn(f"{file}: {n} rows cannot be simulated and are left out: {why} (see Workload.counts)",
-                        stacklevel=3)
+    if n:
+        warnings.warn(
+            f"{file}: {n} rows cannot be simulated and are left out: {why} (see Workload.counts)",
+            stacklevel=3)
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #99bef462
 @patch(cls_method=True)
 def from_philly(cls: Workload, path: str | os.PathLike) -> Workload:
-    """Read Microsoft Philly jobs (CSV: timestamp, duration s, num_gpus): pool `gpu`, units = num_gpus.
+    """Read Microsoft Philly jobs (CSV: timestamp, duration s, num_gpus): pool `gpu`, units =
+    num_gpus.
 
-    t = 0 is midnight of the first day. Raises ValueError naming the row. Source: Jeon et al., ATC 2019 (as
-    cut by the authors of Sia, SOSP 2023). No status in it: nothing is known of failures."""
+    t = 0 is midnight of the first day. Raises ValueError naming the row. Source: Jeon et al.,
+    ATC 2019 (as cut by the authors of Sia, SOSP 2023). No status in it: nothing is known of
+    failures."""
     df, name = read_table(path, ("timestamp", "duration", "num_gpus")), Path(path).name
     when = pd.to_datetime(df.timestamp, errors="coerce")
     need_all(when.notna().to_numpy(), f"{name}: timestamp", df.timestamp.to_numpy(), "a time")
-    arrival = (when - when.min().normalize()).dt.total_seconds().to_numpy() if len(df) else np.zeros(0)
+    arrival = (when
+               - when.min().normalize()).dt.total_seconds().to_numpy() if len(df) else np.zeros(0)
     return cls.from_arrays(arrival, read_numbers(df, "duration", name), "gpu", kind="train",
                            units=read_numbers(df, "num_gpus", name, 1),
                            counts=dict(rows=len(df), used=len(df), failed=0, censored=0))
@@ -74,11 +81,14 @@ def _is_number(text: str) -> bool:
     except ValueError: return False
     return True
 
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #5ea5b539
 def _swf_rows(path: str | os.PathLike) -> np.ndarray:
     "The jobs of a file in the Standard Workload Format: f8 [N, 18]; ValueError naming the line."
     file, lines = Path(path).name, enumerate(read_text(path).splitlines(), 1)
-    rows = [(i, line.split()) for i, line in lines if line.strip() and not line.lstrip().startswith(";")]
-    for i, r in rows: need(len(r) == 18, f"{file}, line {i}", f"{len(r)} fields", "18 numbers (SWF)")
+    rows = [(i, line.split())
+            for i, line in lines if line.strip() and not line.lstrip().startswith(";")]
+    for i, r in rows:
+        need(len(r) == 18, f"{file}, line {i}", f"{len(r)} fields", "18 numbers (SWF)")
     try: x = np.array([r for _, r in rows], np.float64).reshape(-1, 18)
     except ValueError:
         i, word = next((i, v) for i, r in rows for v in r if not _is_number(v))
@@ -89,11 +99,13 @@ def _swf_rows(path: str | os.PathLike) -> np.ndarray:
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #402f0e6d
 @patch(cls_method=True)
 def from_swf(cls: Workload, path: str | os.PathLike) -> Workload:
-    """Read jobs in the Standard Workload Format: pool `cpu`, units = processors (allocated, else requested).
+    """Read jobs in the Standard Workload Format: pool `cpu`, units = processors (allocated, else
+    requested).
 
-    est = requested time where given; arrival as in the file, s; `observed`: waits. Failed and cancelled jobs
-    that ran are kept; those that never ran (no run time, no CPU time) are left out and counted. Raises
-    ValueError naming the line. Source: Feitelson, Parallel Workloads Archive."""
+    est = requested time where given; arrival as in the file, s; `observed`: waits. Failed and
+    cancelled jobs that ran are kept; those that never ran (no run time, no CPU time) are left
+    out and counted. Raises ValueError naming the line. Source: Feitelson, Parallel Workloads
+    Archive."""
     x = _swf_rows(path)
     submit, wait, run, cpu, status, asked = x[:, [1, 2, 3, 5, 10, 8]].T
     procs = np.where(x[:, 4] > 0, x[:, 4], x[:, 7])
@@ -102,9 +114,11 @@ def from_swf(cls: Workload, path: str | os.PathLike) -> Workload:
     counts = dict(rows=len(x), used=int(ok.sum()), failed=int((status == 0).sum()),
                   cancelled=int((status == 5).sum()), censored=int((ok & (run < 0)).sum()),
                   unscheduled=int((~ok).sum()))
-    _left_out(Path(path).name, counts["unscheduled"], "neither a run time nor CPU time, or no processors")
-    return cls.from_arrays(submit[ok], dur[ok], "cpu", units=procs[ok], est=np.where(asked > 0, asked, dur)[ok],
-                           kind="job", observed=np.where(wait >= 0, wait, np.nan)[ok], counts=counts)
+    _left_out(Path(path).name, counts["unscheduled"],
+              "neither a run time nor CPU time, or no processors")
+    return cls.from_arrays(submit[ok], dur[ok], "cpu", units=procs[ok],
+                           est=np.where(asked > 0, asked, dur)[ok], kind="job",
+                           observed=np.where(wait >= 0, wait, np.nan)[ok], counts=counts)
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #34e0e181
 def _field(record: Any, name: str, what: str) -> Any:
@@ -113,8 +127,11 @@ def _field(record: Any, name: str, what: str) -> Any:
     need(known and name in record, what, sorted(record) if known else record, f"a field {name!r}")
     return record[name]
 
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #11f179a6
 def _flow_tasks(flow: dict, file: str) -> tuple[list[dict], dict[str, dict], list[tuple[int, int]]]:
-    "(tasks, their executions by id, edges) of a WfFormat workflow; ValueError naming the task or the edge."
+    """(tasks, their executions by id, edges) of a WfFormat workflow.
+
+    ValueError naming the task or the edge."""
     tasks = _field(_field(flow, "specification", file), "tasks", file)
     need(isinstance(tasks, list), f"{file}: tasks", tasks, "a list")
     at = {_field(t, "id", f"{file}, a task"): i for i, t in enumerate(tasks)}
@@ -132,8 +149,8 @@ def _flow_tasks(flow: dict, file: str) -> tuple[list[dict], dict[str, dict], lis
 def from_wfformat(cls: Workload, path: str | os.PathLike) -> Workload:
     """Read a WfFormat (WfCommons, schema 1.5) instance as one pipeline at t = 0: pool `cpu`.
 
-    units = coreCount (1 where not said), read and write = bytes of its files (0 where not said). Raises
-    ValueError naming the task."""
+    units = coreCount (1 where not said), read and write = bytes of its files (0 where not said).
+    Raises ValueError naming the task."""
     file = Path(path).name
     try: flow = _field(json.loads(read_text(path)), "workflow", file)
     except json.JSONDecodeError as ex: raise ValueError(f"{file}: expected JSON, {ex}") from None
@@ -144,35 +161,41 @@ def from_wfformat(cls: Workload, path: str | os.PathLike) -> Workload:
         size[key] = number(f.get("sizeInBytes", 0), f"{file}, file {key!r}: sizeInBytes")
     def total(side): return [sum(size.get(f, 0.0) for f in t.get(side, ())) for t in tasks]
     runs = [ran[t["id"]] for t in tasks]
-    return cls.from_arrays([0.0], [_field(r, "runtimeInSeconds", f"{file}, task {r['id']!r}") for r in runs], "cpu",
-                           units=[r.get("coreCount") or 1 for r in runs], pipeline=np.zeros(len(runs), int),
-                           edges=edges, read=total("inputFiles"), write=total("outputFiles"),
-                           kind=[r.get("command", {}).get("program") or "task" for r in runs],
-                           counts=dict(rows=len(runs), used=len(runs), failed=0, censored=0))
+    return cls.from_arrays(
+        [0.0], [_field(r, "runtimeInSeconds", f"{file}, task {r['id']!r}") for r in runs], "cpu",
+        units=[r.get("coreCount") or 1 for r in runs], pipeline=np.zeros(len(runs), int),
+        edges=edges, read=total("inputFiles"), write=total("outputFiles"),
+        kind=[r.get("command", {}).get("program") or "task" for r in runs],
+        counts=dict(rows=len(runs), used=len(runs), failed=0, censored=0))
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #e0dc76ab
-OPENB = ("cpu_milli", "num_gpu", "gpu_milli", "pod_phase", "creation_time", "deletion_time", "scheduled_time")
+OPENB = ("cpu_milli", "num_gpu", "gpu_milli", "pod_phase", "creation_time", "deletion_time",
+         "scheduled_time")
 
 @patch(cls_method=True)
 def from_openb(cls: Workload, path: str | os.PathLike, milli: bool = False) -> Workload:
-    """Read Alibaba cluster-trace-gpu-v2023 pods (CSV): pool `gpu`, or pool `cpu` for pods without GPU.
+    """Read Alibaba cluster-trace-gpu-v2023 pods (CSV): pool `gpu`, or pool `cpu` for pods without
+    GPU.
 
-    units: GPUs (a share counts as one; `milli`: in thousandths), or ceil(cpu cores); t = creation_time, s;
-    dur = deletion - scheduled; `observed`: waits. Pods that were never scheduled are left out and counted;
-    failed and still running ones are kept and counted. Raises ValueError naming the row."""
+    units: GPUs (a share counts as one; `milli`: in thousandths), or ceil(cpu cores); t =
+    creation_time, s; dur = deletion - scheduled; `observed`: waits. Pods that were never
+    scheduled are left out and counted; failed and still running ones are kept and counted.
+    Raises ValueError naming the row."""
     df, file = read_table(path, OPENB), Path(path).name
     created, deleted, scheduled = (read_numbers(df, c + "_time", file, blank=c != "creation")
                                    for c in ("creation", "deletion", "scheduled"))
     ran, phase = ~np.isnan(scheduled) & ~np.isnan(deleted), df.pod_phase.astype(str)
     ordered = ~ran | ((deleted >= scheduled) & (scheduled >= created))
-    need_all(ordered, f"{file}: scheduled_time", df.scheduled_time.to_numpy(), "creation <= scheduled <= deletion")
+    need_all(ordered, f"{file}: scheduled_time", df.scheduled_time.to_numpy(),
+             "creation <= scheduled <= deletion")
     gpus, share, cpu = (read_numbers(df, c, file) for c in ("num_gpu", "gpu_milli", "cpu_milli"))
     units = np.where(gpus > 0, gpus * share if milli else gpus, np.ceil(np.maximum(cpu, 1) / 1000))
     counts = dict(rows=len(df), used=int(ran.sum()), failed=int((phase[ran] == "Failed").sum()),
                   censored=int((phase[ran] == "Running").sum()), unscheduled=int((~ran).sum()))
     _left_out(file, counts["unscheduled"], "never scheduled (Pending)")
-    return cls.from_arrays(created[ran], (deleted - scheduled)[ran], np.where(gpus > 0, "gpu", "cpu")[ran],
-                           units=units[ran], kind="pod", observed=(scheduled - created)[ran], counts=counts)
+    return cls.from_arrays(created[ran], (deleted - scheduled)[ran],
+                           np.where(gpus > 0, "gpu", "cpu")[ran], units=units[ran], kind="pod",
+                           observed=(scheduled - created)[ran], counts=counts)
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #c87ba209
 STAGES = dict(load_base="basemodel_update_latency", load_lora="lora_update_latency",
@@ -183,7 +206,8 @@ def _latency(folder: str | os.PathLike, name: str) -> pd.Series:
     found = sorted(Path(folder).glob(f"*{name}*.csv*"))
     need(len(found) == 1, f"{folder}: files *{name}*.csv", [f.name for f in found], "exactly one")
     df, file = read_table(found[0], ("timestamp_anon", "value", "container_ip")), found[0].name
-    df = df.assign(value=read_numbers(df, "value", file) / 1000, t=read_numbers(df, "timestamp_anon", file))
+    df = df.assign(value=read_numbers(df, "value", file) / 1000,
+                   t=read_numbers(df, "timestamp_anon", file))
     return df.groupby(["t", "container_ip"]).value.sum()
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #9d8912be
@@ -191,9 +215,10 @@ def _latency(folder: str | os.PathLike, name: str) -> pd.Series:
 def from_gentd26(cls: Workload, folder: str | os.PathLike, pool: str = "gpu") -> Workload:
     """Read Alibaba GenTD26 requests (a folder with its latency files): pool `pool`, one unit.
 
-    A request is a chain load_base -> load_lora -> load_controlnet -> infer of what it had; t = 0 at midnight
-    (UTC) of the first day. counts: rows, used, requests, unsplit (loads that exceed the whole), unmatched
-    (loads of no request, left out). Raises ValueError for a file that is missing, naming the row of a bad one."""
+    A request is a chain load_base -> load_lora -> load_controlnet -> infer of what it had; t = 0
+    at midnight (UTC) of the first day. counts: rows, used, requests, unsplit (loads that exceed
+    the whole), unmatched (loads of no request, left out). Raises ValueError for a file that is
+    missing, naming the row of a bad one."""
     whole = _latency(folder, "pipeline_inference_data")
     loads = {kind: _latency(folder, name) for kind, name in STAGES.items()}
     df = pd.DataFrame({k: v.reindex(whole.index) for k, v in loads.items()}).assign(infer=0.0)
@@ -205,11 +230,13 @@ def from_gentd26(cls: Workload, folder: str | os.PathLike, pool: str = "gpu") ->
     t = whole.index.get_level_values(0).to_numpy(np.float64)
     edges = np.flatnonzero(rows[:-1] == rows[1:])
     unmatched = sum(len(v.index.difference(whole.index)) for v in loads.values())
-    counts = dict(rows=len(whole) + sum(map(len, loads.values())), used=len(rows), requests=len(whole),
-                  unsplit=int((~split).sum()), unmatched=unmatched, failed=0, censored=0)
+    counts = dict(rows=len(whole) + sum(map(len, loads.values())), used=len(rows),
+                  requests=len(whole), unsplit=int((~split).sum()), unmatched=unmatched, failed=0,
+                  censored=0)
     _left_out(Path(folder).name, unmatched, "loads of no request")
-    return cls.from_arrays(t - (t.min() // 86400) * 86400 if len(t) else t, df.to_numpy()[rows, cols], pool,
-                           pipeline=rows, edges=np.stack([edges, edges + 1], 1), kind=np.array(df.columns)[cols],
+    return cls.from_arrays(t - (t.min() // 86400) * 86400 if len(t) else t,
+                           df.to_numpy()[rows, cols], pool, pipeline=rows,
+                           edges=np.stack([edges, edges + 1], 1), kind=np.array(df.columns)[cols],
                            counts=counts)
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #035a27c2
@@ -218,8 +245,8 @@ RUN = ("chapter", "status", "started", "ended", "seconds", "cpu")
 def records(chapter: str | None = None, root: str | os.PathLike | None = None) -> pd.DataFrame:
     """List the runs of the run store in order of beginning, one row a run; of `chapter`, or all.
 
-    Columns: chapter, status, started, ended (epoch s; NaN for runs that haven't ended), seconds (of the
-    notebook), cpu (s), params.X. root: the home folder (None: the workbench's)."""
+    Columns: chapter, status, started, ended (epoch s; NaN for runs that haven't ended), seconds
+    (of the notebook), cpu (s), params.X. root: the home folder (None: the workbench's)."""
     from opml_wb.core.record.store import Store
     rows = [{k: d.get(k) for k in RUN} | {f"params.{k}": v for k, v in d["params"].items()}
             for d in Store(root).ls(chapter=chapter)]
@@ -232,9 +259,9 @@ def from_runs(cls: Workload, chapter: str | None = None, root: str | os.PathLike
               df: pd.DataFrame | None = None) -> Workload:
     """Read the run store: one task a run, kind its chapter, pool `worker`.
 
-    Arrival: when it began (s since the first); duration: until its end. counts: rows, used, failed (used:
-    they took their time too), unfinished (no end: left out). df: `records` instead of the store's. Raises
-    ValueError when none has ended."""
+    Arrival: when it began (s since the first); duration: until its end. counts: rows, used,
+    failed (used: they took their time too), unfinished (no end: left out). df: `records` instead
+    of the store's. Raises ValueError when none has ended."""
     df = records(chapter, root) if df is None else df
     done = df[df.ended.notna()]
     counts = {"rows": len(df), "used": len(done), "failed": int((done.status != "done").sum()),
@@ -245,5 +272,6 @@ def from_runs(cls: Workload, chapter: str | None = None, root: str | os.PathLike
     return cls.from_arrays(finite(done.started - done.started.min(), "started"), took, "worker",
                            kind=done.chapter.to_numpy().astype(str), counts=counts)
 
-philly, swf, wfformat, openb, gentd26, runs = (  # the readers' names before
-    getattr(Workload, f"from_{n}") for n in ("philly", "swf", "wfformat", "openb", "gentd26", "runs"))
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #973e1f24
+philly, swf, wfformat = Workload.from_philly, Workload.from_swf, Workload.from_wfformat
+openb, gentd26, runs = Workload.from_openb, Workload.from_gentd26, Workload.from_runs  # before

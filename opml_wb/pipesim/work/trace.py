@@ -21,10 +21,11 @@ from .workload import Workload
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #4f5c5690
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """The times of a simulated workload: `ready`, `start`, `finish`, f8 [T], s, in the workload's task order.
+    """The times of a simulated workload: `ready`, `start`, `finish`, f8 [T], s, in the workload's
+    task order.
 
-    NaN for what never came to it. `capacity`: DataFrame t, pool, capacity as it was; `models`: see
-    `answers.runtime`."""
+    NaN for what never came to it. `capacity`: DataFrame t, pool, capacity as it was; `models`:
+    see `answers.runtime`."""
     start: np.ndarray
     finish: np.ndarray
     ready: np.ndarray
@@ -36,41 +37,53 @@ class Trace:
     capacity: pd.DataFrame
     models: pd.DataFrame | None = None
 
-    @property
-    def unfinished(self) -> int:
-        "The number of tasks that have not ended."
-        return int(np.isnan(self.finish).sum())
-
-    @property
-    def end(self) -> float:
-        "The end of the last task, s."
-        return float(np.nanmax(self.finish)) if np.isfinite(self.finish).any() else 0.0
-
-    @property
-    def digest(self) -> str:
-        "SHA-256 (hex) of start and finish as little-endian f8: equal for equal schedules."
-        return hashlib.sha256(self.start.astype("<f8").tobytes() + self.finish.astype("<f8").tobytes()).hexdigest()
-
     def __repr__(self) -> str:
         wait = np.nanmean(self.wait) if len(self.wait) else 0
         return f"Trace({len(self.workload):,} pipelines, {self.policy}, mean wait {wait:.4g} s)"
 
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #201ad74b
-def capacity_log(platform: Platform, changes: Iterable[tuple[float, int, int]] = ()) -> pd.DataFrame:
-    "Table the capacities of a run: DataFrame t, pool, capacity; `changes`: an allocator's (t, position of the pool, units)."
+def capacity_log(platform: Platform,
+                 changes: Iterable[tuple[float, int, int]] = ()) -> pd.DataFrame:
+    """Table the capacities of a run: DataFrame t, pool, capacity.
+
+    `changes`: an allocator's (t, position of the pool, units)."""
     rows = [(t, 0, k, c) for t, k, c in changes]
     rows += [(t, 1, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps]
     rows.sort(key=lambda r: r[:3])
-    return pd.DataFrame([(float(t), platform.names[k], c) for t, _, k, c in rows], columns=["t", "pool", "capacity"])
+    return pd.DataFrame([(float(t), platform.names[k], c) for t, _, k, c in rows],
+                        columns=["t", "pool", "capacity"])
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #943a5969
 @patch(cls_method=True)
 def of(cls: Trace, ran: Any, order: np.ndarray, workload: Workload, platform: Platform, policy: str,
        engine: str, seed: int, log: Iterable[tuple[float, int, int]]) -> Trace:
-    "Make the trace of an engine that has run; `order`: as of `prepare`; `log`: what an allocator changed."
+    """Make the trace of an engine that has run; `order`: as of `prepare`.
+
+    `log`: what an allocator changed."""
     back = np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
-    start, finish, ready = (np.asarray(getattr(ran, f), np.float64)[back] for f in ("start", "finish", "ready"))
-    return cls(start, finish, ready, workload, platform, policy, engine, seed, capacity_log(platform, log))
+    start, finish, ready = (np.asarray(getattr(ran, f), np.float64)[back]
+                            for f in ("start", "finish", "ready"))
+    return cls(start, finish, ready, workload, platform, policy, engine, seed,
+               capacity_log(platform, log))
+
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #1993a4ce
+@patch(as_prop=True)
+def unfinished(self: Trace) -> int:
+    "The number of tasks that have not ended."
+    return int(np.isnan(self.finish).sum())
+
+@patch(as_prop=True)
+def end(self: Trace) -> float:
+    "The end of the last task, s."
+    return float(np.nanmax(self.finish)) if np.isfinite(self.finish).any() else 0.0
+
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #30fc7230
+@patch(as_prop=True)
+def digest(self: Trace) -> str:
+    "SHA-256 (hex) of start and finish as little-endian f8: equal for equal schedules."
+    return hashlib.sha256(self.start.astype("<f8").tobytes()
+                          + self.finish.astype("<f8").tobytes()).hexdigest()
 
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #7fc74b92
 @patch(as_prop=True)
@@ -85,6 +98,7 @@ def finished(self: Trace) -> np.ndarray:
     with np.errstate(invalid="ignore"): np.maximum.at(out, self.workload.pipeline, self.finish)
     return out
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #132d2ea5
 @patch(as_prop=True)
 def response(self: Trace) -> np.ndarray:
     "From the arrival of a pipeline to the end of its last task, f8 [P], s."
@@ -93,21 +107,26 @@ def response(self: Trace) -> np.ndarray:
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #51cd4ae0
 @patch(as_prop=True)
 def slowdown(self: Trace) -> np.ndarray:
-    """Bounded slowdown, f8 [P]: the response over the run time without waiting, both at least 10 s (Feitelson 2001).
+    """Bounded slowdown, f8 [P]: the response over the run time without waiting, both at least 10 s
+    (Feitelson 2001).
 
     Of a pipeline whose tasks wait side by side it says too much, for waits are added up."""
     return np.maximum(self.response, 10) / np.maximum(self.response - self.wait, 10)
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #b01fbc2d
 @patch(as_prop=True)
 def cost(self: Trace) -> np.ndarray:
     "The price of a pipeline's units while it held them, f8 [P]."
     w = self.workload
-    rate = np.array([p.cost_per_h for p in self.platform.pools])[self.platform.find(w.pools)[w.pool]]
+    rate = np.array([p.cost_per_h
+                     for p in self.platform.pools])[self.platform.find(w.pools)[w.pool]]
     return np.bincount(w.pipeline, w.units * (self.finish - self.start) * rate / 3600, len(w))
 
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #bc793c37
 def area_until(t: np.ndarray, level: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    "Integrate a step function from 0 to each of `edges`; it rises by `level` (f8 [N]) at `t` (f8 [N])."
+    """Integrate a step function from 0 to each of `edges`.
+
+    It rises by `level` (f8 [N]) at `t` (f8 [N])."""
     order = np.argsort(t, kind="stable")
     t, height = t[order], np.cumsum(level[order])
     area = np.concatenate([[0.0], np.cumsum(height[:-1] * np.diff(t))])
@@ -117,7 +136,8 @@ def area_until(t: np.ndarray, level: np.ndarray, edges: np.ndarray) -> np.ndarra
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #a460bce8
 @patch
 def utilisation(self: Trace, bin_s: float = 3600.0) -> pd.DataFrame:
-    """Use of each pool in bins of `bin_s` seconds: DataFrame t (begin of the bin, s), pool, busy, capacity, share.
+    """Use of each pool in bins of `bin_s` seconds: DataFrame t (begin of the bin, s), pool, busy,
+    capacity, share.
 
     busy, capacity: mean units; share: busy / capacity, NaN without limit or capacity."""
     edges = np.arange(0, self.end + bin_s, bin_s) if self.end > 0 else np.array([0.0, bin_s])
@@ -126,33 +146,40 @@ def utilisation(self: Trace, bin_s: float = 3600.0) -> pd.DataFrame:
     stop = np.where(np.isnan(self.finish), edges[-1], self.finish)
     for k, name in enumerate(self.platform.names):
         of = (at == k) & ~np.isnan(self.start)
-        changes = np.concatenate([[0.0], self.start[of], stop[of]]), np.concatenate([[0], w.units[of], -w.units[of]])
+        changes = np.concatenate([[0.0], self.start[of],
+                                  stop[of]]), np.concatenate([[0], w.units[of], -w.units[of]])
         steps = self.capacity[self.capacity.pool == name]
         busy = np.diff(area_until(*changes, edges)) / bin_s
         there = area_until(steps.t.to_numpy(), np.diff(steps.capacity.to_numpy(), prepend=0), edges)
         cap = np.diff(there) / bin_s
         share = np.where((cap > 0) & (cap < UNLIMITED / 2), busy / np.maximum(cap, 1e-300), np.nan)
-        out.append(pd.DataFrame(dict(t=edges[:-1], pool=name, busy=busy, capacity=cap, share=share)))
+        out.append(pd.DataFrame(dict(t=edges[:-1], pool=name, busy=busy, capacity=cap,
+                                     share=share)))
     return pd.concat(out, ignore_index=True)
 
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #8d980e08
 @patch(as_prop=True)
 def tasks(self: Trace) -> pd.DataFrame:
     "One row a task: as `Workload.tasks`, with ready, start, finish, wait (s)."
-    times = dict(ready=self.ready, start=self.start, finish=self.finish, wait=self.start - self.ready)
+    times = dict(ready=self.ready, start=self.start, finish=self.finish,
+                 wait=self.start - self.ready)
     return self.workload.tasks.assign(**times)
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #a1e1e9e2
 @patch(as_prop=True)
 def pipelines(self: Trace) -> pd.DataFrame:
-    "One row a pipeline: arrival, finish, wait, response (s), slowdown, cost, model where there is one."
+    """One row a pipeline: arrival, finish, wait, response (s), slowdown, cost, model where there is
+    one."""
     out = dict(arrival=self.workload.arrival, finish=self.finished)
     out |= {n: getattr(self, n) for n in ("wait", "response", "slowdown", "cost")}
-    return pd.DataFrame(out if self.workload.model is None else {**out, "model": self.workload.model})
+    return pd.DataFrame(out if self.workload.model is None
+                        else {**out, "model": self.workload.model})
 
 # %% ../../../nbs/pipesim/work/05_trace.ipynb #3347f616
 @patch
 def summary(self: Trace) -> dict[str, float]:
-    """Sum up the whole run: waits and responses (mean, p50, p95, max; s), `util_<pool>`, cost, unfinished tasks.
+    """Sum up the whole run: waits and responses (mean, p50, p95, max; s), `util_<pool>`, cost,
+    unfinished tasks.
 
     The cost is that of what was used. Pipelines that have not ended are left out and counted."""
     out = {}
@@ -162,4 +189,5 @@ def summary(self: Trace) -> dict[str, float]:
         out |= dict(zip([f"{name}_{f}" for f in ("mean", "p50", "p95", "max")], found))
     whole = self.utilisation(max(self.end, 1e-9)).groupby("pool", sort=False).first()
     out |= {f"util_{n}": whole.share[n] for n in whole.index}
-    return {k: float(v) for k, v in out.items()} | dict(cost=float(np.nansum(self.cost)), unfinished=self.unfinished)
+    return {k: float(v) for k, v in out.items()} | dict(cost=float(np.nansum(self.cost)),
+                                                        unfinished=self.unfinished)

@@ -26,7 +26,8 @@ from .model import Pipeline, levels, ranges
 def checked_edges(edges: ArrayLike | None, pipeline: np.ndarray) -> np.ndarray:
     """Return `edges` as unique i8 [E, 2]; `pipeline`: i8 [T], the pipeline of each task.
 
-    Raises ValueError naming the row that is out of range, joins two pipelines, or closes a cycle."""
+    Raises ValueError naming the row that is out of range, joins two pipelines, or closes a
+    cycle."""
     n = len(pipeline)
     if edges is None or np.size(edges) == 0: return np.zeros((0, 2), np.int64)
     raw = np.asarray(edges)
@@ -44,12 +45,13 @@ PIPE = ("arrival", "model", "perf")
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader. Times are seconds, f8.
+    """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader.
 
-    arrival f8 [P]; dur, est, read, write (bytes), priority f8 [T]; pool i4 [T] into `pools` (names in
-    use); units, pipeline i8 [T]; edges i8 [E, 2]; kind i4 [T] into `kinds`; model i8 [P] (-1: none) and
-    perf f8 [P], or None: the model that a pipeline makes and its performance; observed f8 [T] or None:
-    waits in the trace; counts: what a reader found."""
+    Times are seconds, f8. arrival f8 [P]; dur, est, read, write (bytes), priority f8 [T]; pool
+    i4 [T] into `pools` (names in use); units, pipeline i8 [T]; edges i8 [E, 2]; kind i4 [T] into
+    `kinds`; model i8 [P] (-1: none) and perf f8 [P], or None: the model that a pipeline makes
+    and its performance; observed f8 [T] or None: waits in the trace; counts: what a reader
+    found."""
     arrival: np.ndarray
     dur: np.ndarray
     est: np.ndarray
@@ -79,16 +81,18 @@ class Workload:
         return float(self.arrival.max()) if len(self.arrival) else 0.0
 
     def __repr__(self) -> str:
-        return (f"Workload({len(self):,} pipelines, {self.n_tasks:,} tasks, pools {', '.join(self.pools)}, "
-                f"{self.horizon / 86400:.1f} days)")
+        return (f"Workload({len(self):,} pipelines, {self.n_tasks:,} tasks, "
+                f"pools {', '.join(self.pools)}, {self.horizon / 86400:.1f} days)")
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #eca3afc5
 def _per_task(value: ArrayLike, name: str, pipeline: np.ndarray, n_pipelines: int) -> np.ndarray:
     "Spread `value` (scalar, [T] or [P]) to f8 [T]; taken as [T] where both would do."
     n = len(pipeline)
-    if np.shape(value) != (n_pipelines,) or n == n_pipelines: return floats(value, name, n, low=-np.inf)
+    if np.shape(value) != (n_pipelines,) or n == n_pipelines:
+        return floats(value, name, n, low=-np.inf)
     return floats(value, name, n_pipelines, "pipeline", -np.inf)[pipeline]
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #9ce27f29
 def _owner(pipeline: ArrayLike | None, n: int, n_pipelines: int) -> np.ndarray:
     "Return the pipeline of each of `n` tasks, i8 [n]; every pipeline has one."
     if pipeline is None:
@@ -104,18 +108,20 @@ def _owner(pipeline: ArrayLike | None, n: int, n_pipelines: int) -> np.ndarray:
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #4f6aa720
 @patch(cls_method=True)
 def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLike, *,
-                units: ArrayLike = 1, pipeline: ArrayLike | None = None, edges: ArrayLike | None = None,
-                priority: ArrayLike | None = None, est: ArrayLike | None = None,
-                read: ArrayLike | None = None, write: ArrayLike | None = None, kind: ArrayLike = "task",
+                units: ArrayLike = 1, pipeline: ArrayLike | None = None,
+                edges: ArrayLike | None = None, priority: ArrayLike | None = None,
+                est: ArrayLike | None = None, read: ArrayLike | None = None,
+                write: ArrayLike | None = None, kind: ArrayLike = "task",
                 model: ArrayLike | None = None, perf: ArrayLike | None = None,
                 observed: ArrayLike | None = None, counts: dict | None = None) -> Workload:
     """Make a workload of P pipelines and T tasks.
 
-    arrival: f8 [P] s >= 0, in any order; dur: f8 [T] s >= 0; pool: name, or index into a platform's
-    pools, scalar or [T]; units: whole >= 1; pipeline: i8 [T] in 0 .. P - 1, None: one task each; edges:
-    i8 [E, 2] global task ids; priority: smaller first, scalar, [T] or [P]; est: f8 [T], the duration
-    that a scheduler believes, default dur; read, write: bytes over the link; kind: name, scalar or [T];
-    model i8 [P], perf f8 [P]: what pipelines make. Raises ValueError naming the field and the row."""
+    arrival: f8 [P] s >= 0, in any order; dur: f8 [T] s >= 0; pool: name, or index into a
+    platform's pools, scalar or [T]; units: whole >= 1; pipeline: i8 [T] in 0 .. P - 1, None: one
+    task each; edges: i8 [E, 2] global task ids; priority: smaller first, scalar, [T] or [P];
+    est: f8 [T], the duration that a scheduler believes, default dur; read, write: bytes over the
+    link; kind: name, scalar or [T]; model i8 [P], perf f8 [P]: what pipelines make. Raises
+    ValueError naming the field and the row."""
     need(np.ndim(arrival) == 1, "arrival", np.shape(arrival), "one value a pipeline, shape (P,)")
     need(np.ndim(dur) == 1, "dur", np.shape(dur), "one value a task, shape (T,)")
     P, n = len(arrival), len(dur)
@@ -125,9 +131,9 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
     return cls(arrival, dur, dur.copy() if est is None else floats(est, "est", n),
                floats(0 if read is None else read, "read", n),
                floats(0 if write is None else write, "write", n),
-               _per_task(0 if priority is None else priority, "priority", pipeline, P),
-               pool, wholes(units, "units", n, 1), pipeline, checked_edges(edges, pipeline), pools, kind, kinds,
-               None if model is None else wholes(model, "model", P, -1, row="pipeline"),
+               _per_task(0 if priority is None else priority, "priority", pipeline, P), pool,
+               wholes(units, "units", n, 1), pipeline, checked_edges(edges, pipeline), pools, kind,
+               kinds, None if model is None else wholes(model, "model", P, -1, row="pipeline"),
                None if perf is None else floats(perf, "perf", P, "pipeline"),
                None if observed is None else np.asarray(observed, np.float64), dict(counts or {}))
 
@@ -136,14 +142,17 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
 def from_pipelines(cls: Workload, pipelines: Iterable[Pipeline]) -> Workload:
     "Make a workload of `Pipeline`s (at least one)."
     pipelines = list(pipelines)
-    tasks, sizes = [t for p in pipelines for t in p.tasks], np.array([len(p.tasks) for p in pipelines], np.int64)
+    tasks, sizes = [t for p in pipelines
+                    for t in p.tasks], np.array([len(p.tasks) for p in pipelines], np.int64)
     begin = np.cumsum(sizes) - sizes
-    part = {n: [getattr(t, n) for t in tasks] for n in ("dur", "pool", "units", "read", "write", "kind")}
+    part = {n: [getattr(t, n) for t in tasks]
+            for n in ("dur", "pool", "units", "read", "write", "kind")}
     return cls.from_arrays([p.arrival for p in pipelines], **part,
                            est=[t.dur if t.est is None else t.est for t in tasks],
                            pipeline=np.repeat(np.arange(len(pipelines)), sizes),
                            priority=np.repeat([p.priority for p in pipelines], sizes),
-                           edges=[(b + i, b + j) for b, p in zip(begin, pipelines) for i, j in p.edges])
+                           edges=[(b + i, b + j) for b, p in zip(begin, pipelines)
+                                  for i, j in p.edges])
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #e2423bdc
 def _rows(work: Workload, tasks: np.ndarray, pipelines: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,6 +160,7 @@ def _rows(work: Workload, tasks: np.ndarray, pipelines: np.ndarray) -> dict[str,
     fields = {n: v[tasks] for n in TASK if (v := getattr(work, n)) is not None}
     return fields | {n: v[pipelines] for n in PIPE if (v := getattr(work, n)) is not None}
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #cd6c3e7a
 def _edges_of(work: Workload, order: np.ndarray, first: np.ndarray, ids: np.ndarray,
               begin: np.ndarray) -> np.ndarray:
     "The edges of pipelines `ids`, whose tasks are numbered from `begin` on."
@@ -162,6 +172,7 @@ def _edges_of(work: Workload, order: np.ndarray, first: np.ndarray, ids: np.ndar
     rows = by[ranges(at[ids], at[ids + 1])]
     return place[work.edges[rows]] + np.repeat(begin, at[ids + 1] - at[ids])[:, None]
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #9f621c86
 @patch
 def take(self: Workload, pipelines: ArrayLike) -> Workload:
     "Take the pipelines with these ids (i8 [K], may repeat) in this order, tasks in their order."
@@ -171,7 +182,8 @@ def take(self: Workload, pipelines: ArrayLike) -> Workload:
     counts = first[ids + 1] - first[ids]
     part = _rows(self, order[ranges(first[ids], first[ids + 1])], ids)
     part["pipeline"] = np.repeat(np.arange(len(ids)), counts)
-    return replace(self, **part, edges=_edges_of(self, order, first, ids, np.cumsum(counts) - counts))
+    return replace(self, **part,
+                   edges=_edges_of(self, order, first, ids, np.cumsum(counts) - counts))
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #0b3a611f
 @patch
@@ -192,6 +204,7 @@ def _merged(parts: Sequence[Workload], code: str, names: str) -> tuple[np.ndarra
     new = [np.array([at[n] for n in getattr(p, names)], np.int32)[getattr(p, code)] for p in parts]
     return np.concatenate(new), every
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #b0ef992d
 @patch(cls_method=True)
 def concat(cls: Workload, parts: Iterable[Workload]) -> Workload:
     """Join several workloads, pipelines and tasks numbered on.
@@ -204,30 +217,36 @@ def concat(cls: Workload, parts: Iterable[Workload]) -> Workload:
     shared = [n for n in TASK + PIPE if all(getattr(p, n) is not None for p in parts)]
     join = {n: np.concatenate([getattr(p, n) for p in parts]) for n in shared}
     join["pipeline"] = np.concatenate([p.pipeline + b for p, b in zip(parts, pipes)])
-    (join["pool"], pools), (join["kind"], kinds) = (_merged(parts, n, n + "s") for n in ("pool", "kind"))
-    counts = {k: sum(p.counts.get(k, 0) for p in parts) for k in dict.fromkeys(k for p in parts for k in p.counts)}
+    (join["pool"], pools), (join["kind"], kinds) = (_merged(parts, n, n + "s")
+                                                    for n in ("pool", "kind"))
+    counts = {k: sum(p.counts.get(k, 0) for p in parts)
+              for k in dict.fromkeys(k for p in parts for k in p.counts)}
     edges = np.concatenate([p.edges + b for p, b in zip(parts, tasks)])
     return cls(**join, edges=edges, pools=pools, kinds=kinds, counts=counts)
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #0ac93c31
 def _moved(work: Workload, turn: int, rng: np.random.Generator) -> np.ndarray:
-    """Arrivals f8 [P] of copy `turn`, inside the trace: moved round it by whole weeks or days, by up to half
-    an hour where there is but one day. So the load is that of `users`, whatever the trace's length."""
+    """Arrivals f8 [P] of copy `turn`, inside the trace: moved round it by whole weeks or days, by
+    up to half an hour where there is but one day. So the load is that of `users`, whatever the
+    trace's length."""
     span = work.horizon
     for unit in (604800, 86400):
         if (units := int(span // unit)) >= 2:
             turns, phase = np.divmod(work.arrival, unit)
-            return phase + unit * ((turns + 1 + (turn - 1) % (units - 1)) % ((span - phase) // unit + 1))
+            return phase + unit * ((turns + 1 + (turn - 1) % (units - 1))
+                                   % ((span - phase) // unit + 1))
     by = min(1800, span)
     return span - np.abs(span - np.abs(work.arrival + rng.uniform(-by, by, len(work))))
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #3102de51
 @patch
 def scale(self: Workload, users: float, seed: int = 0) -> Workload:
     """Make the workload of `users` (> 0) times as many users, arrivals in order.
 
-    Below 1 it is thinned; above, copies are laid over it. Nested: a smaller `users` with the same `seed`
-    gives a subset."""
-    need(np.ndim(users) == 0 and np.isfinite(users) and users > 0, "users", users, "a finite number > 0")
+    Below 1 it is thinned; above, copies are laid over it. Nested: a smaller `users` with the
+    same `seed` gives a subset."""
+    need(np.ndim(users) == 0 and np.isfinite(users) and users > 0, "users", users,
+         "a finite number > 0")
     if users == 1: return self
     rng = np.random.default_rng([seed, 0x5CA1E])
     kept, arrivals = [], []
@@ -246,13 +265,17 @@ def digest(self: Workload) -> str:
     h = hashlib.sha256(json.dumps([self.pools, self.kinds, len(self), self.n_tasks]).encode())
     for name in (*PIPE, *TASK[:-1], "edges"):
         if (v := getattr(self, name)) is not None:
-            h.update(name.encode() + np.ascontiguousarray(v).astype(v.dtype.newbyteorder("<")).tobytes())
+            h.update(name.encode()
+                     + np.ascontiguousarray(v).astype(v.dtype.newbyteorder("<")).tobytes())
     return h.hexdigest()
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #c747320a
 @patch(as_prop=True)
 def tasks(self: Workload) -> pd.DataFrame:
-    "One row a task: pipeline, units, dur, est, read, write, priority, kind, pool, arrival of its pipeline."
-    part = {n: getattr(self, n) for n in ("pipeline", "units", "dur", "est", "read", "write", "priority")}
+    """One row a task: pipeline, units, dur, est, read, write, priority, kind, pool, arrival of its
+    pipeline."""
+    part = {n: getattr(self, n)
+            for n in ("pipeline", "units", "dur", "est", "read", "write", "priority")}
     for name, code, names in (("kind", self.kind, self.kinds), ("pool", self.pool, self.pools)):
         part[name] = pd.Categorical.from_codes(code, names)
     return pd.DataFrame({**part, "arrival": self.arrival[self.pipeline]})
@@ -260,15 +283,20 @@ def tasks(self: Workload) -> pd.DataFrame:
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #a4322e35
 @patch
 def to_parquet(self: Workload, file: str | os.PathLike) -> Path:
-    "Write to the Parquet `file`: columns as lists in one row, all bits kept. It appears whole or not at all."
+    """Write to the Parquet `file`: columns as lists in one row, all bits kept.
+
+    It appears whole or not at all."""
     import pyarrow as pa, pyarrow.parquet as pq
     def column(v): return pa.array([v if v.size else []], pa.list_(pa.from_numpy_dtype(v.dtype)))
-    arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(self, n)) is not None} | {"edges": self.edges.ravel()}
+    arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(
+        self, n)) is not None} | {"edges": self.edges.ravel()}
     words = json.dumps({n: getattr(self, n) for n in ("pools", "kinds", "counts")})
-    table = pa.table({n: column(v) for n, v in arrays.items()}).replace_schema_metadata({"pipesim": words})
+    table = pa.table({n: column(v)
+                      for n, v in arrays.items()}).replace_schema_metadata({"pipesim": words})
     with replacing(file) as part: pq.write_table(table, part, compression="zstd")
     return Path(file)
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #ec39a933
 @patch(cls_method=True)
 def read_parquet(cls: Workload, file: str | os.PathLike) -> Workload:
     "Read the workload that `to_parquet` wrote; ValueError for another file."
@@ -276,6 +304,8 @@ def read_parquet(cls: Workload, file: str | os.PathLike) -> Workload:
     table = pq.read_table(file)
     words = (table.schema.metadata or {}).get(b"pipesim")
     need(words, "file", str(file), "a Parquet file written by Workload.to_parquet")
-    said, part = json.loads(words), {n: np.array(table[n].combine_chunks().values) for n in table.column_names}
+    said = json.loads(words)
+    part = {n: np.array(table[n].combine_chunks().values) for n in table.column_names}
     part["edges"] = part["edges"].reshape(-1, 2)
-    return cls(**part, pools=tuple(said["pools"]), kinds=tuple(said["kinds"]), counts=said["counts"])
+    return cls(**part, pools=tuple(said["pools"]), kinds=tuple(said["kinds"]),
+               counts=said["counts"])
