@@ -25,6 +25,7 @@ def _print_json(value: Any) -> None:
 def _records(frame: "pd.DataFrame") -> list[dict]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
+# %% ../../nbs/provenance/05_commands.ipynb #a70f046c
 def _print_table(rows: Iterable[Mapping], *columns: str) -> None:
     "Print dicts as a table of some of their columns."
     from opml_wb.core.show import terminal
@@ -36,6 +37,7 @@ def short_version(version: str) -> str:
     "A table's version whole, of a hash the first ten digits."
     return version if version.startswith("delta:") else version[:10]
 
+# %% ../../nbs/provenance/05_commands.ipynb #f56f81dd
 def cell(column: str, value: Any) -> str:
     "Spell a value for a table: ages for times, the first digits of a hash."
     if value is None: return ""
@@ -54,6 +56,7 @@ def summary(done: Mapping[str, Any]) -> str:
     how = f"{done['capture']}{', partial' if done['partial'] else ''}"
     return f"{told} ({how}): opml lineage {done['run']}"
 
+# %% ../../nbs/provenance/05_commands.ipynb #ac7924a0
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--json", "as_json", is_flag=True,
               help="Print one JSON object; the command's own output goes to standard error.")
@@ -88,6 +91,7 @@ def of_path(path: str | os.PathLike) -> list[dict[str, Any]]:
     rows = LineageReader().db.execute(VERSIONS, (name, name)).fetchall()
     return [dict(zip(("run", "op", "version", "pipeline", "started"), r)) for r in rows]
 
+# %% ../../nbs/provenance/05_commands.ipynb #b0683008
 def of_run(run: Any) -> dict[str, Any]:
     "A stage with its events, the runs whose output it used (`before`), and its users (`after`)."
     from opml_wb.provenance.ask.questions import maker, used, users
@@ -117,6 +121,7 @@ def lineage(what: str, as_json: bool, as_events: bool) -> None:
         else: click.echo(f"no run touched {os.path.realpath(what)}")
     else: _print_run(of_run(what), as_json)
 
+# %% ../../nbs/provenance/05_commands.ipynb #fe304239
 def _print_run(found: Mapping[str, Any], as_json: bool) -> None:
     if as_json: return _print_json(found)
     how = found["capture"] + ", partial" * found["partial"]
@@ -138,6 +143,7 @@ def impact(run: str, transitive: bool, as_json: bool) -> None:
     elif rows: _print_table(rows, "run", "op", "path", "version")
     else: click.echo("no run used what it made")
 
+# %% ../../nbs/provenance/05_commands.ipynb #257874f0
 @click.command()
 @click.argument("text", nargs=-1, required=True)
 @click.option("-n", "limit", default=20, show_default=True, help="At most so many, the newest.")
@@ -173,6 +179,7 @@ def check(run: str, as_json: bool) -> int:
 @click.group()
 def pipeline() -> None: "A pipeline as one file: code, parameters, input versions, environment."
 
+# %% ../../nbs/provenance/05_commands.ipynb #88142424
 @pipeline.command("export")
 @click.argument("words", nargs=-1, required=True, metavar="[RUN] FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
@@ -188,6 +195,7 @@ def export_(words: tuple[str, ...], as_json: bool) -> None:
     for i in (i for i in manifest["inputs"] if not i["place"]):
         click.echo(f"  not carried: {i['path']} at {short_version(i['version'])}")
 
+# %% ../../nbs/provenance/05_commands.ipynb #6c17d786
 def _newest() -> str:
     from opml_wb.core.record.store import Store
     done = next((d["id"] for d in Store().ls() if d["status"] == "done"), None)

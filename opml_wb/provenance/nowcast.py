@@ -89,6 +89,7 @@ def write_scripts(folder: str | os.PathLike) -> Path:
         (folder/f"{name}.csv").write_bytes(file.read_bytes())
     return folder
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #83b54650
 def traced(folder: str | os.PathLike, *words: str) -> dict[str, Any]:
     """Trace a Python script (its name and arguments) in `folder`: the JSON object of `opml trace`.
 
@@ -101,6 +102,7 @@ def traced(folder: str | os.PathLike, *words: str) -> dict[str, Any]:
         raise RuntimeError(f"opml trace {' '.join(words)} ended with code {done.returncode}: "
                            f"{done.stderr[-1000:]}") from None
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #62d66743
 def pipeline(folder: str | os.PathLike,
              stages: Mapping[str, list[str]] = STAGES) -> dict[str, dict[str, Any]]:
     "Trace `stages` {name: words} in order, with a progress bar: {name: answer of `opml trace`}."
@@ -116,6 +118,7 @@ def vintage_figure(store: "FeatureStore", series: str) -> "Figure":
     return fig.add_scatter(mode="lines+markers", name="as known then",
                            line=dict(color=ui.COLOURS["ours"]))
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #f2002976
 def show_known(fig: "Figure", store: "FeatureStore", series: str, known_at: "pd.Timestamp",
                months: int = 24, table: str = "series") -> str:
     "Draw the last `months` of `series` as known at `known_at` and now; the differences in words."
@@ -135,6 +138,7 @@ def show_known(fig: "Figure", store: "FeatureStore", series: str, known_at: "pd.
 # %% ../../nbs/provenance/04_nowcast.ipynb #99f69032
 CLASSES = ["input", "package", "code", "hardware"]
 Change = tuple[str, Callable[[bytes], bytes] | None]   # file, its new content (None: removed)
+
 CHANGES: dict[str, Change | None] = {
     "nothing": None,
     "a comment in ridge.py": ("ridge.py", lambda b: b + b"# a thought\n"),
@@ -143,6 +147,7 @@ CHANGES: dict[str, Change | None] = {
     "features.parquet is gone": ("features.parquet", None),
     "another pandas is installed": ("pandas", None)}
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #c9924c18
 @contextmanager
 def changed(folder: str | os.PathLike, what: str) -> Iterator[None]:
     "Change the folder (or this environment) by one of `CHANGES`, undone afterwards."
@@ -168,6 +173,7 @@ def check_figure(runs: Mapping[str, Any]) -> "Figure":
                            zmax=1, colorscale=colours, showscale=False, xgap=4, ygap=4,
                            texttemplate="%{text}", textfont_color="white")
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #099060b4
 def show_check(fig: "Figure", runs: Mapping[str, Any], found: Mapping[str, dict]) -> str:
     "Draw `found` {stage: answer of `check`}; returns it in words."
     def named(stage: str, kind: str) -> list[str]:
@@ -184,6 +190,7 @@ def differs(a: "pd.Series", b: "pd.Series") -> "pd.Series":
     "Mark (bool [n]) the rows in which two columns differ, nulls being equal."
     return ~((a == b) | (a.isna() & b.isna()))
 
+# %% ../../nbs/provenance/04_nowcast.ipynb #9bd0566b
 def leak_figure(labels: "pd.DataFrame", honest: "pd.Series", leaky: "pd.Series") -> "Figure":
     "Draw the rows of the join for each week, leaks in another colour; `labels` with column `date`."
     import pandas as pd

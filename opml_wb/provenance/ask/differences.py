@@ -35,6 +35,7 @@ def traced(doc: Mapping[str, Any]) -> bool:
     "True if the run document `doc` is that of a command (`opml trace`), not of a chapter."
     return "command" in doc
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #3e4aee8d
 def shorten(value: Any) -> str:
     "The first line of `value`, at most 60 characters of it."
     lines = str(value).strip().splitlines() or [""]
@@ -50,12 +51,14 @@ def version_now(path: str, kind: str = "file") -> str | None:
     last = log.last()
     return f"delta:{last['version'] if last else log.delta.version()}"
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #9c193b8e
 def _model_now(name: str) -> str | None:
     from opml_wb.core.record.models import ModelStore
     models = ModelStore()
     current = models.current(name) if name in models.names() else None
     return None if current is None else str(current)
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #2831961d
 def _inputs(events: Sequence[Mapping], code: bool) -> Iterator[dict]:
     "Differences among the artifacts that a stage used; `code`: also its source files, as code."
     kinds = {e["path"]: e["kind"] for e in events}
@@ -81,6 +84,7 @@ def packages(then: Mapping[str, str]) -> list[dict]:
     now = {name: installed_version(name) for name in then}
     return [difference("package", n, then[n], now[n]) for n in then if now[n] != then[n]]
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #c372bd2f
 def hardware(stage: Mapping[str, Any]) -> list[dict]:
     "Differences in machine and system; memory counts in GiB."
     then, now = ({"os": m.get("os"), **(m.get("hardware") or {})} for m in (stage, machine()))
@@ -95,6 +99,7 @@ def meaning(source: str) -> str:
     except (SyntaxError, ValueError): return source.strip()     # magics, other languages
     return ast.dump(tree) if tree.body else ""
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #bcb0f38a
 def _code_cells(nb: Mapping) -> list[tuple[int, str, str]]:
     "[(place in the notebook, source, meaning with relevant tags)] of the cells that do something."
     out = []
@@ -105,6 +110,7 @@ def _code_cells(nb: Mapping) -> list[tuple[int, str, str]]:
             out.append((i, text(cell), f"{sorted(deps.RELEVANT & tags)}{said}"))
     return out
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #061e4282
 def cell_changes(then: Mapping, now: Mapping) -> Iterator[dict]:
     """Differences between the code cells of two notebooks (dicts).
 
@@ -133,6 +139,7 @@ def _file_of(module: str, folder: Path) -> Path | None:
     path = Path(spec.origin) if spec and spec.origin else None
     return path if path and path.suffix == ".py" and path.exists() else None
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #61306c6d
 def _declared(doc: Mapping, plan: "Plan", known: Sequence[Mapping]) -> Iterator[dict]:
     "Differences in declared data and `log.input`s, but those that are `known` already."
     seen = {(d["then"], d["now"]) for d in known}
@@ -141,6 +148,7 @@ def _declared(doc: Mapping, plan: "Plan", known: Sequence[Mapping]) -> Iterator[
         new = None if now.get(name) == "absent" else now.get(name)
         if new != then and (then, new) not in seen: yield difference("input", name, then, new)
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #18b8f87e
 def _chapter(doc: Mapping, root: Path, known: Sequence[Mapping]) -> list[dict]:
     "Differences in the code and the declared data of a chapter's run."
     from opml_wb.core.cli.author import again
@@ -161,6 +169,7 @@ def check(run: Any) -> dict[str, Any]:
     watched, or not to its end, or a version was not recorded. Raises StoreError."""
     return check_in(LineageReader(), run)
 
+# %% ../../../nbs/provenance/ask/04_differences.ipynb #8cdfc634
 def check_in(reader: LineageReader, run: Any) -> dict[str, Any]:
     "`check` by a reader that is open already."
     stage = reader.stage(run)

@@ -32,6 +32,7 @@ def _text_tables(reader: LineageReader) -> Any:
             if not db.shared: db.execute(LITE)
     return db
 
+# %% ../../../nbs/provenance/ask/03_fulltext.ipynb #dd4e30be
 def words(text: str) -> list[str]:
     "Split `text` into words, in lower case: runs of letters and digits."
     return re.sub(r"[\W_]+", " ", text.lower()).split()
@@ -39,7 +40,9 @@ def words(text: str) -> list[str]:
 # %% ../../../nbs/provenance/ask/03_fulltext.ipynb #e2862b3b
 NEW = """select id, '' from run
 where status<>'running' and id not in (select run from prov_text)"""
+
 TAGS = "select thing, {group} as tags from prov_tag where kind='run' group by thing"
+
 RETAGGED = """select x.run, t.tags from prov_text x join ({tags}) t on t.thing=x.run
 where x.tags<>t.tags union select run, '' from prov_text
 where tags<>'' and run not in (select thing from prov_tag where kind='run')"""
@@ -55,6 +58,7 @@ def stale(db: Any) -> dict[str, str]:
 # %% ../../../nbs/provenance/ask/03_fulltext.ipynb #6e286655
 KEPT_OF_RUN = ("id", "key", "chapter", "status", "params", "preset", "source", "metrics", "claims",
                "error", "artifacts", "inputs")
+
 OF_STAGE = "select pipeline, code, commit_id, who, host, command from prov_stage where run=?"
 OF_EVENTS = "select path, target, kind, version from prov_event where run=? and part=0"
 OF_PACKAGES = "select name, version from prov_package where run=?"
@@ -92,9 +96,11 @@ FIND = {False: """select run from prov_words where prov_words match ?
                   order by rowid desc limit ?""",
         True: """select run from prov_text where words @@ to_tsquery('simple', ?)
                  order by run desc limit ?"""}
+
 ABOUT = """select r.id, coalesce(s.pipeline, r.chapter), r.status, s.who, r.started
 from run r left join prov_stage s on s.run=r.id where r.id in ({})"""
 
+# %% ../../../nbs/provenance/ask/03_fulltext.ipynb #53b692f5
 def search(text: str, limit: int = 20) -> "pd.DataFrame":
     """The newest `limit` runs in which all words of `text` occur, whole or as beginnings.
 

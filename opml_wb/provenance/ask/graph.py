@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastcore.basics import patch
+
 from ...core.show import ui
 from .questions import made, maker, reach, used
 from ..watch.lineage_db import LineageReader, text_of
@@ -31,21 +33,25 @@ class LineageGraph:
     artifacts: dict[tuple[str, str], str] = field(default_factory=dict)
     edges: set[tuple[Node, Node]] = field(default_factory=set)
 
-    def next(self, nodes: Iterable[Node], back: bool = False) -> set[Node]:
-        "The nodes one edge on from `nodes` (`back`: before them)."
-        return {a if back else b for a, b in self.edges if (b if back else a) in nodes}
+@patch
+def next(self: LineageGraph, nodes: Iterable[Node], back: bool = False) -> set[Node]:
+    "The nodes one edge on from `nodes` (`back`: before them)."
+    return {a if back else b for a, b in self.edges if (b if back else a) in nodes}
 
-    def footprint(self, run: str) -> set[Node]:
-        "The artifacts that `run` used or made."
-        return self.next({run}) | self.next({run}, back=True)
+@patch
+def footprint(self: LineageGraph, run: str) -> set[Node]:
+    "The artifacts that `run` used or made."
+    return self.next({run}) | self.next({run}, back=True)
 
-    def impact(self, run: str, transitive: bool = False) -> set[Node]:
-        "The stages that use an output of `run` (`transitive`: and so on), with their footprints."
-        users, todo = set(), {run}
-        while todo := self.next(self.next(todo)) - users - {run}:
-            users |= todo
-            if not transitive: break
-        return users | {n for u in users for n in self.footprint(u)}
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #5d4b74e4
+@patch
+def impact(self: LineageGraph, run: str, transitive: bool = False) -> set[Node]:
+    "The stages that use an output of `run` (`transitive`: and so on), with their footprints."
+    users, todo = set(), {run}
+    while todo := self.next(self.next(todo)) - users - {run}:
+        users |= todo
+        if not transitive: break
+    return users | {n for u in users for n in self.footprint(u)}
 
 Graph = LineageGraph   # the name before
 
@@ -61,6 +67,7 @@ def _before(reader: LineageReader, run: str) -> set[str]:
         todo += new
     return seen
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #42d9b7ee
 def build(run: Any, code: bool = False) -> LineageGraph:
     "The graph around `run` (Run, id, key); `code`: with source files. Raises StoreError."
     reader = LineageReader()
@@ -96,6 +103,7 @@ def columns(g: LineageGraph) -> dict[Node, int]:
             column[node] = max(0, first - 1)
     return column
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #894f2c94
 def places(g: LineageGraph) -> Places:
     "{node: (column, row)}; rows are centred."
     column, row = columns(g), {}
@@ -113,6 +121,7 @@ def short_version(version: str) -> str:
     "A table's version in words, of a hash the first seven digits."
     return f"version {version[6:]}" if version.startswith("delta:") else version[:7]
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #68a5bfa5
 def label(g: LineageGraph, node: Node) -> tuple[str, str]:
     "(short text, long text) of a node."
     if node in g.stages:
@@ -134,6 +143,7 @@ def views(g: LineageGraph) -> dict[str, set[Node]]:
             if users := g.impact(run, on): found[f"{words} of {name}"] = {run} | users
     return found
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #25aa626e
 def table_views(g: LineageGraph) -> dict[str, set[Node]]:
     "{version of a table: highlighted nodes}: its maker, its users, and everything that follows."
     tables = [a for a, kind in g.artifacts.items() if kind == "table"]
@@ -154,6 +164,7 @@ def shape(g: LineageGraph, node: Node) -> tuple[str, int, str]:
     if node not in g.stages: return SHAPES.get(g.artifacts[node], SHAPES["file"])
     return SHAPES["stage" if g.stages[node]["status"] == "done" else "failed"]
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #8ce02ff6
 def _lines(g: LineageGraph, at: Places, light: set[Node]) -> tuple[list, list]:
     "x and y of the edges between nodes of `light`."
     edges = [(at[a], at[b]) for a, b in sorted(g.edges, key=str) if a in light and b in light]
@@ -170,6 +181,7 @@ def _nodes(fig: "Figure", g: LineageGraph, at: Places) -> None:
                     text=[t for t, _ in texts], hovertext=[t for _, t in texts],
                     textposition="bottom center", textfont_size=11)
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #5f1abe34
 def _step(name: str, g: LineageGraph, at: Places, light: set[Node] | None) -> dict[str, Any]:
     "A button or a slider's step that highlights the nodes of `light` (None: all), and their edges."
     x, y = ([], []) if light is None else _lines(g, at, light)
@@ -203,6 +215,7 @@ def draw(g: LineageGraph, title: str = "Lineage") -> "Figure":
                   currentvalue=dict(prefix="table version: "))
     return fig.update_layout(sliders=[slider], height=fig.layout.height + 90, margin_b=90)
 
+# %% ../../../nbs/provenance/ask/08_graph.ipynb #14c32484
 def lineage_graph(run: Any, code: bool = False, title: str | None = None) -> "Figure":
     """Draw stages before and after `run` (Run, id, key), and the files that they used and made.
 

@@ -32,6 +32,7 @@ def facet(schema: str | None, **values: Any) -> dict[str, Any]:
     url = f"{FACETS}{schema}.json" if schema else f"{SPEC}#/$defs/RunFacet"
     return {"_producer": producer(), "_schemaURL": url, **values}
 
+# %% ../../../nbs/provenance/ask/06_openlineage.ipynb #3265391a
 def run_uuid(run: str) -> str:
     "The UUID of the run with id `run`, the same each time."
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:opml_wb:run:{run}"))
@@ -47,6 +48,7 @@ def datasets(host: str, artifacts: Iterable[tuple[str, str, float]]) -> list[dic
     return [{"namespace": f"file://{host}", "name": path, "facets": facets(version)}
             for path, version in latest.items()]
 
+# %% ../../../nbs/provenance/ask/06_openlineage.ipynb #8c998f29
 def _run_facets(reader: LineageReader, stage: Mapping, doc: Mapping) -> dict[str, Any]:
     "Python as the engine; environment, parameters and metrics as a facet of ours; the error."
     ours = {k: stage[k] for k in ("capture", "partial", "who", "os", "hardware")}

@@ -11,7 +11,6 @@ import hashlib, json, os, shutil, zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
 from ...core.kit.files import read_json, replacing
 from ...core.request import dependencies as deps
 from .differences import difference, packages, traced, version_now
@@ -20,7 +19,6 @@ from .reproduce import find_copy, needed
 from ..watch.environment import machine
 from ..watch.lineage_db import LineageReader, text_of
 from ..watch.versions import version_of
-
 FORMAT, MANIFEST, FILES = 1, "pipeline.json", "files"
 LIMIT = 100_000_000   # bytes of input data that travel along
 
@@ -40,6 +38,7 @@ def _code_files(doc: Mapping) -> list[str]:
     found = [deps.spec_of(m, [folder]) for m in own]
     return [s.origin for s in found if s and s.origin and os.path.isfile(s.origin)]
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #9174c95f
 def relative(value: Any, base: str, folder: str | os.PathLike) -> Any:
     "A parameter's `value`; of a path below `base` the way from the notebook's `folder`."
     if not isinstance(value, str) or not os.path.isabs(value): return value
@@ -63,6 +62,7 @@ def _notebook(doc: Mapping, base: str) -> bytes:
     opml["presets"] = {**(opml.get("presets") or {}), "imported": given}
     return json.dumps(nb, ensure_ascii=False, indent=1).encode()
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #1096c583
 def _stage(reader: LineageReader, run: str) -> dict[str, Any]:
     "A stage's entry in the manifest."
     doc, stage = reader.runs.get(run)[0], reader.stage(run)
@@ -84,6 +84,7 @@ def table_files(path: str, version: str) -> dict[str, str]:
     files = [str(p) for p in log if p.stem.isdigit() and int(p.stem) <= n] + data
     return {os.path.relpath(p, path): p for p in files} if all(map(os.path.exists, data)) else {}
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #6ece6779
 def _at(reader: LineageReader, path: str, version: str, kind: str) -> dict[str, str]:
     "{name below `path`, '' for itself: file with its content} of an artifact; {} if it is gone."
     if kind == "table": return table_files(path, version)
@@ -111,6 +112,7 @@ def _carried(reader: LineageReader, order: Sequence[str], base: str) -> tuple[di
             inputs[path] = path, version, kinds[path]
     return files, [_input(reader, *artifact, base, files) for artifact in inputs.values()]
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #c1b47346
 def _input(reader: LineageReader, path: str, version: str, kind: str, base: str,
            files: dict[str, str | bytes]) -> dict[str, Any]:
     "One input; it is added to `files` if it lies below `base` and is there in its version."
@@ -127,6 +129,7 @@ def pack(file: str | os.PathLike, content: Mapping[str, bytes]) -> None:
             entry = zipfile.ZipInfo(text_of(name), (1980, 1, 1, 0, 0, 0))
             z.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #63c13978
 def export(run: Any, file: str | os.PathLike) -> dict[str, Any]:
     """Write `run` (Run, id, key) and the stages before it to the zip `file`; returns its manifest.
 
@@ -181,6 +184,7 @@ def differences_here(manifest: Mapping[str, Any]) -> list[dict]:
     names = [k for k in ("arch", "cpu", "cores", "accelerators") if then.get(k) != now.get(k)]
     return found + [difference("hardware", k, then[k], now.get(k)) for k in names]
 
+# %% ../../../nbs/provenance/ask/07_pipeline.ipynb #22517621
 def command_of(stage: Mapping[str, Any], base: str, folder: Path) -> dict[str, Any]:
     "{cwd, words} that run a stage in `folder`, which stands for `base`."
     if stage["source"]:

@@ -50,9 +50,11 @@ def footprint(run: Any) -> "pd.DataFrame":
 USERS = """select distinct e.run, r.started, e.t from prov_event e join run r on r.id=e.run
 where e.path=? and e.run<>? and ((e.op in ('read', 'renamed') and e.version=?)
 or (e.op in ('modified', 'deleted') and e.was=?))"""
+
 MAKERS = """select e.run from prov_event e join run r on r.id=e.run
 where e.version=? and r.started<=? and e.run<>? and ((e.op in ('created', 'modified') and e.path=?)
 or (e.op='renamed' and e.target=?)) order by r.started desc limit 1"""
+
 SLACK = .5   # s: two processes' clocks, and a call that is reported before it is made
 
 def users(reader: LineageReader, run: str) -> list[str]:
@@ -64,6 +66,7 @@ def users(reader: LineageReader, run: str) -> list[str]:
             if began + (at or 0) >= started + (t or 0) - SLACK: out[user] = began
     return sorted(out, key=lambda r: (out[r], r))
 
+# %% ../../../nbs/provenance/ask/01_questions.ipynb #140f05ba
 def maker(reader: LineageReader, path: str, version: str, user: str) -> str | None:
     "Id of the run that made this version of `path` last before run `user` began, or None."
     started, name = reader.stage(user)["started"] + 1, text_of(path)
@@ -80,6 +83,7 @@ def reach(reader: LineageReader, run: str, transitive: bool = False) -> list[str
         if transitive: todo += new
     return list(seen)[1:]
 
+# %% ../../../nbs/provenance/ask/01_questions.ipynb #8589cce3
 def impact(run: Any, transitive: bool = False) -> "pd.DataFrame":
     """The footprints of the runs that use an output of `run`: DataFrame `run, op, path, version`.
 
@@ -91,6 +95,7 @@ def impact(run: Any, transitive: bool = False) -> "pd.DataFrame":
 # %% ../../../nbs/provenance/ask/01_questions.ipynb #521ac0ff
 USE = """(e.op in ('read', 'renamed') or (e.op in ('modified', 'deleted') and e.was is not null))
 and e.part=0"""
+
 MOST = f"""select e.path, count(distinct e.run), count(distinct coalesce(e.version, e.was)),
 max(r.started) from prov_event e join run r on r.id=e.run where {USE}
 group by e.path order by 2 desc, 4 desc, 1"""
@@ -118,6 +123,7 @@ def place(data: str | bytes | os.PathLike) -> str:
     found = registry.find(data) if data in registry.registry() else None
     return str(found or Path(data).expanduser().resolve())
 
+# %% ../../../nbs/provenance/ask/01_questions.ipynb #d2921ba6
 def latest_using(data: str | bytes | os.PathLike) -> dict[str, Any] | None:
     """The newest run that used the file or table `data` (path or registry name), or None.
 
@@ -129,9 +135,11 @@ def latest_using(data: str | bytes | os.PathLike) -> dict[str, Any] | None:
 # %% ../../../nbs/provenance/ask/01_questions.ipynb #2dee807d
 CODE = """select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=?
 order by r.started desc, s.run desc limit 1"""
+
 DONE = """select s.run, s.who, s.host, s.code, r.started from prov_stage s join run r on r.id=s.run
 where s.pipeline=? and r.status='done' and coalesce(s.code, '')=?
 order by r.started desc, s.run desc limit 1"""
+
 PIPELINES = "select distinct pipeline from prov_stage order by 1"
 
 def last_successful(pipeline: str) -> dict[str, Any] | None:

@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
 from ...core.record.database import StoreError
 from .differences import check, check_in, shorten, traced, version_now
 from .questions import maker, used
 from ..features.table import AT, Table
 from ..watch.lineage_db import LineageReader, native
 from ..watch.versions import version_of
-
 if TYPE_CHECKING: from opml_wb.core.engine.run import Run
 
 class ReproductionWarning(UserWarning): "The run cannot be expected to come out as it did."
@@ -33,6 +31,7 @@ def find_copy(reader: LineageReader, version: str) -> Path | None:
     places += [Path(native(p)) for p, in reader.db.execute(SEEN, (version,)).fetchall()]
     return next((p for p in places if version_of(p) == version), None)
 
+# %% ../../../nbs/provenance/ask/05_reproduce.ipynb #09424f6f
 def is_readable(path: str, version: str) -> bool:
     "True if the table at `path` can still be read at `version` (`delta:N`)."
     log, n = Table(path).fresh().log, int(version.partition(":")[2])
@@ -40,6 +39,7 @@ def is_readable(path: str, version: str) -> bool:
     try: return log.horizon() <= n <= log.delta.version()
     except (TypeError, ValueError): return n <= log.delta.version()      # of another tool
 
+# %% ../../../nbs/provenance/ask/05_reproduce.ipynb #38b2614d
 def at_hand(reader: LineageReader, path: str, version: str, kind: str) -> bool:
     "True if this version of an artifact is there, or comes back without executing anything."
     if version_now(path, kind) == version: return True
@@ -76,6 +76,7 @@ def _swap(path: str, copy: Path) -> list[tuple[str, str]]:
     os.replace(part, path)
     return there
 
+# %% ../../../nbs/provenance/ask/05_reproduce.ipynb #d3fd77e8
 @contextmanager
 def restored(reader: LineageReader, run: str) -> Iterator[list[tuple[str, str]]]:
     """Make the inputs of `run` for a while what they were: files are put in place, tables are read
@@ -115,6 +116,7 @@ def _again(reader: LineageReader, run: str) -> "Run":
         raise StoreError(f"run {run}: {' '.join(stage['command'])} could not be traced again "
                          f"(exit code {done.returncode})") from None
 
+# %% ../../../nbs/provenance/ask/05_reproduce.ipynb #52b33672
 def rerun(run: Any, from_failed: bool = True) -> "Run":
     """Execute `run` again with its parameters and today's code; returns the new Run.
 

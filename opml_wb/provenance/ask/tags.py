@@ -31,6 +31,7 @@ def tags_table(reader: LineageReader) -> Any:
             for record in read_lines(reader.root/TAGS): _retag(db, **record)
     return reader.db
 
+# %% ../../../nbs/provenance/ask/02_tags.ipynb #45b226eb
 def _retag(db: Any, kind: str, thing: str, tag: str, who: str, t: float,
            remove: bool = False) -> None:
     db.execute("delete from prov_tag where kind=? and thing=? and tag=?", (kind, thing, tag))
@@ -71,6 +72,7 @@ def in_production(reader: LineageReader, pipeline: str) -> str | None:
     row = tags_table(reader).execute(PRODUCTION, (pipeline,)).fetchone()
     return row and row[0]
 
+# %% ../../../nbs/provenance/ask/02_tags.ipynb #eb323264
 def _metric(metrics: Mapping[str, float], name: str, what: str) -> float:
     if name not in metrics:
         raise KeyError(f"{what} has no metric {name!r}; it has: {', '.join(metrics) or 'none'}")

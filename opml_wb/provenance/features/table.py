@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SMALL', 'AT', 'CONFIGURATION', 'NAME', 'HistoryError', 'CommitLog', 'Table', 'vacuumed', 'readable', 'Tables']
 
-# %% ../../../nbs/provenance/features/03_table.ipynb #6f24cabe
+# %% ../../../nbs/provenance/features/03_table.ipynb #856f3424
 import json, os, re, threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastcore.basics import patch
 from ...core.kit.words import nearest
 from .rows import RESERVED, instant
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SMALL = 16 << 20    # bytes: a table of up to that size is read once per version and kept in memory
 AT = "OPML_TABLES_AT"   # variable: JSON {real path: version} that a repeated run reads of a table
+
 CONFIGURATION = {"delta.logRetentionDuration": "interval 36500 days",  # else Delta forgets commits
                  "delta.enableExpiredLogCleanup": "false"}             # after a month
 
@@ -43,59 +45,70 @@ class CommitLog:
         self.path = Path(path)
         self.delta: "DeltaTable | None" = None
 
-    def fresh(self) -> "CommitLog":
-        "Take in the commits of others. Between two calls all of it is of one version."
-        from deltalake import DeltaTable
-        _mine()
-        if (at := self.fixed) is not None:
-            if self.delta is None or self.delta.version() != at:
-                self.delta = DeltaTable(str(self.path), version=at)
-        elif self.delta is not None: self.delta.update_incremental()
-        elif DeltaTable.is_deltatable(str(self.path)): self.delta = DeltaTable(str(self.path))
-        return self
+# %% ../../../nbs/provenance/features/03_table.ipynb #e1f4c981
+@patch
+def fresh(self: CommitLog) -> "CommitLog":
+    "Take in the commits of others. Between two calls all of it is of one version."
+    from deltalake import DeltaTable
+    _mine()
+    if (at := self.fixed) is not None:
+        if self.delta is None or self.delta.version() != at:
+            self.delta = DeltaTable(str(self.path), version=at)
+    elif self.delta is not None: self.delta.update_incremental()
+    elif DeltaTable.is_deltatable(str(self.path)): self.delta = DeltaTable(str(self.path))
+    return self
 
-    @property
-    def fixed(self) -> int | None:
-        "The version that a repeated run must see, else None."
-        said = os.environ.get(AT)
-        return json.loads(said).get(os.path.realpath(self.path)) if said else None
+# %% ../../../nbs/provenance/features/03_table.ipynb #ab9f9d2f
+@patch(as_prop=True)
+def fixed(self: CommitLog) -> int | None:
+    "The version that a repeated run must see, else None."
+    said = os.environ.get(AT)
+    return json.loads(said).get(os.path.realpath(self.path)) if said else None
 
-    def version(self) -> int:
-        "The newest version, -1 where there is none."
-        return -1 if self.fresh().delta is None else self.delta.version()
+@patch
+def version(self: CommitLog) -> int:
+    "The newest version, -1 where there is none."
+    return -1 if self.fresh().delta is None else self.delta.version()
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        "The description: {keys, event_time, horizon}. Raises ValueError for another tool's table."
-        said = self.delta.metadata().description or ""
-        if said.startswith("{"): return json.loads(said)
-        raise ValueError(f"{self.path} is a Delta table, but no feature table: "
-                         "another tool wrote it")
+# %% ../../../nbs/provenance/features/03_table.ipynb #b534b6b5
+@patch(as_prop=True)
+def meta(self: CommitLog) -> dict[str, Any]:
+    "The description: {keys, event_time, horizon}. Raises ValueError for another tool's table."
+    said = self.delta.metadata().description or ""
+    if said.startswith("{"): return json.loads(said)
+    raise ValueError(f"{self.path} is a Delta table, but no feature table: "
+                     "another tool wrote it")
 
-    def horizon(self) -> int:
-        "The oldest version that can be read."
-        return self.meta.get("horizon", {}).get("version", 0)
+@patch
+def horizon(self: CommitLog) -> int:
+    "The oldest version that can be read."
+    return self.meta.get("horizon", {}).get("version", 0)
 
-    def commits(self) -> list[dict[str, Any]]:
-        "The writes, oldest first: dicts `version, known_from, timestamp (ms), mode, rows, run`."
-        written = [c for c in self.delta.history() if "opml" in c]
-        return [{**json.loads(c["opml"]), **{k: c[k] for k in ("version", "timestamp")}}
-                for c in reversed(written)]
+# %% ../../../nbs/provenance/features/03_table.ipynb #80f68a7c
+@patch
+def commits(self: CommitLog) -> list[dict[str, Any]]:
+    "The writes, oldest first: dicts `version, known_from, timestamp (ms), mode, rows, run`."
+    written = [c for c in self.delta.history() if "opml" in c]
+    return [{**json.loads(c["opml"]), **{k: c[k] for k in ("version", "timestamp")}}
+            for c in reversed(written)]
 
-    def last(self) -> dict[str, Any] | None:
-        "The newest write; None where there is none of ours."
-        for limit in (4, None):
-            for c in self.delta.history(limit):
-                if "opml" in c: return {**json.loads(c["opml"]), "version": c["version"]}
-        return None
+@patch
+def last(self: CommitLog) -> dict[str, Any] | None:
+    "The newest write; None where there is none of ours."
+    for limit in (4, None):
+        for c in self.delta.history(limit):
+            if "opml" in c: return {**json.loads(c["opml"]), "version": c["version"]}
+    return None
 
-    def write(self, rows: "pa.Table", note: dict | None, **options: Any) -> None:
-        "Commit `rows` as the version after the one read last, or fail; `note` is kept with it."
-        from deltalake import CommitProperties, write_deltalake
-        kept = {"opml": json.dumps(note)} if note else {}
-        properties = CommitProperties(kept, max_commit_retries=0)
-        there = self.delta if self.delta is not None else str(self.path)
-        write_deltalake(there, rows, commit_properties=properties, **options)
+# %% ../../../nbs/provenance/features/03_table.ipynb #83d98419
+@patch
+def write(self: CommitLog, rows: "pa.Table", note: dict | None, **options: Any) -> None:
+    "Commit `rows` as the version after the one read last, or fail; `note` is kept with it."
+    from deltalake import CommitProperties, write_deltalake
+    kept = {"opml": json.dumps(note)} if note else {}
+    properties = CommitProperties(kept, max_commit_retries=0)
+    there = self.delta if self.delta is not None else str(self.path)
+    write_deltalake(there, rows, commit_properties=properties, **options)
 
 # %% ../../../nbs/provenance/features/03_table.ipynb #ee64d3c8
 def _limits(file: Mapping[str, Any], clocks: Iterable[str]) -> "ds.Expression":
@@ -120,59 +133,66 @@ class Table:
         self.log.fresh()
         return self
 
-    @property
-    def types(self) -> "dict[str, pa.DataType]":
-        "{column: arrow type}, reserved columns left out."
-        import pyarrow as pa
-        fields = pa.schema(self.log.delta.schema().to_arrow())
-        return {f.name: f.type for f in fields if f.name not in RESERVED}
+# %% ../../../nbs/provenance/features/03_table.ipynb #35884ca4
+@patch(as_prop=True)
+def types(self: Table) -> "dict[str, pa.DataType]":
+    "{column: arrow type}, reserved columns left out."
+    import pyarrow as pa
+    fields = pa.schema(self.log.delta.schema().to_arrow())
+    return {f.name: f.type for f in fields if f.name not in RESERVED}
 
-    def dataset(self) -> "ds.Dataset":
-        "The log as an arrow dataset, made once per version; a small one in memory."
-        import pyarrow as pa, pyarrow.dataset as ds
-        version = self.log.delta.version()
-        if self._kept is None or self._kept[0] != version:
-            files = pa.table(self.log.delta.get_add_actions(flatten=True)).to_pylist()
-            found = self._files(files)
-            small = sum(f["size_bytes"] for f in files) <= SMALL
-            self._kept = version, ds.dataset(found.to_table()) if small else found
-        return self._kept[1]
+@patch
+def dataset(self: Table) -> "ds.Dataset":
+    "The log as an arrow dataset, made once per version; a small one in memory."
+    import pyarrow as pa, pyarrow.dataset as ds
+    version = self.log.delta.version()
+    if self._kept is None or self._kept[0] != version:
+        files = pa.table(self.log.delta.get_add_actions(flatten=True)).to_pylist()
+        found = self._files(files)
+        small = sum(f["size_bytes"] for f in files) <= SMALL
+        self._kept = version, ds.dataset(found.to_table()) if small else found
+    return self._kept[1]
 
-    def _files(self, files: list[dict]) -> "ds.FileSystemDataset":
-        "The arrow dataset of `files` (add actions), each with its range by both clocks."
-        import pyarrow.dataset as ds
-        from pyarrow.fs import LocalFileSystem, SubTreeFileSystem  # Delta's goes through Python
-        place = SubTreeFileSystem(str(self.log.path.absolute()), LocalFileSystem())
-        found = self.log.delta.to_pyarrow_dataset(filesystem=place)
-        clocks = self.log.meta["event_time"], "_known_from"
-        limits, every = {f["path"]: _limits(f, clocks) for f in files}, ds.scalar(True)
-        parts = [found.format.make_fragment(p, place, limits.get(p, every)) for p in found.files]
-        return ds.FileSystemDataset(parts, found.schema, found.format, place)
+# %% ../../../nbs/provenance/features/03_table.ipynb #aceb565c
+@patch
+def _files(self: Table, files: list[dict]) -> "ds.FileSystemDataset":
+    "The arrow dataset of `files` (add actions), each with its range by both clocks."
+    import pyarrow.dataset as ds
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem  # Delta's goes through Python
+    place = SubTreeFileSystem(str(self.log.path.absolute()), LocalFileSystem())
+    found = self.log.delta.to_pyarrow_dataset(filesystem=place)
+    clocks = self.log.meta["event_time"], "_known_from"
+    limits, every = {f["path"]: _limits(f, clocks) for f in files}, ds.scalar(True)
+    parts = [found.format.make_fragment(p, place, limits.get(p, every)) for p in found.files]
+    return ds.FileSystemDataset(parts, found.schema, found.format, place)
 
-    def scan(self, columns: Sequence[str] = (), known_at: "pd.Timestamp | None" = None,
-             where: "ds.Expression | None" = None) -> "pa.Table":
-        """Read the rows of the log that were known at `known_at` (None: all).
+# %% ../../../nbs/provenance/features/03_table.ipynb #d0c260be
+@patch
+def scan(self: Table, columns: Sequence[str] = (), known_at: "pd.Timestamp | None" = None,
+         where: "ds.Expression | None" = None) -> "pa.Table":
+    """Read the rows of the log that were known at `known_at` (None: all).
 
-        `columns`: beside keys, event time, `_version` and `_op`; `where`: a dataset expression.
-        Raises HistoryError."""
-        import pyarrow.dataset as ds
-        meta = self.log.meta
-        if known_at is not None:
-            readable(self, known_at)
-            then = ds.field("_known_from") <= known_at.to_pydatetime()
-            where = then if where is None else where & then
-        names = dict.fromkeys([*meta["keys"], meta["event_time"], *columns, "_version", "_op"])
-        try: return self.dataset().to_table(columns=list(names), filter=where)
-        except FileNotFoundError as e:
-            raise HistoryError(f"{self.name}: a file of this version was removed while it was read "
-                               f"({e}); read again") from e
+    `columns`: beside keys, event time, `_version` and `_op`; `where`: a dataset expression.
+    Raises HistoryError."""
+    import pyarrow.dataset as ds
+    meta = self.log.meta
+    if known_at is not None:
+        readable(self, known_at)
+        then = ds.field("_known_from") <= known_at.to_pydatetime()
+        where = then if where is None else where & then
+    names = dict.fromkeys([*meta["keys"], meta["event_time"], *columns, "_version", "_op"])
+    try: return self.dataset().to_table(columns=list(names), filter=where)
+    except FileNotFoundError as e:
+        raise HistoryError(f"{self.name}: a file of this version was removed while it was read "
+                           f"({e}); read again") from e
 
-# %% ../../../nbs/provenance/features/03_table.ipynb #bf9f5981
+# %% ../../../nbs/provenance/features/03_table.ipynb #b4ee17f6
 def vacuumed(table: Table) -> "tuple[pd.Timestamp, pd.Timestamp] | None":
     "The span of time (from, before) whose history is gone, or None."
     if not (horizon := table.log.meta.get("horizon")): return None
     return instant(horizon["first"], "first"), instant(horizon["known_from"], "known_from")
 
+# %% ../../../nbs/provenance/features/03_table.ipynb #d6fe0847
 def readable(table: Table, known_at: "pd.Timestamp") -> None:
     "Refuse a time after the first write and before the horizon: its state is gone."
     gone = vacuumed(table)
@@ -192,33 +212,40 @@ class Tables:
             raise ValueError(f"root={str(root)!r}: Delta Lake reads paths as URLs: "
                              f"expected one without {' '.join(odd)}")
 
-    def names(self) -> list[str]:
-        "Names of the tables, sorted."
-        return sorted(p.parent.name for p in self.root.glob("*/_delta_log"))
+@patch
+def names(self: Tables) -> list[str]:
+    "Names of the tables, sorted."
+    return sorted(p.parent.name for p in self.root.glob("*/_delta_log"))
 
-    def open(self, name: str) -> Table:
-        "Table `name`, which may not be there yet. Raises ValueError for an impossible name."
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(f"table {name!r}: a name has letters, digits and _, a letter first")
-        if getattr(self._mine, "pid", None) != os.getpid():
-            self._mine.pid, self._mine.tables = os.getpid(), {}
-        return self._mine.tables.setdefault(name, Table(self.root/name))
+# %% ../../../nbs/provenance/features/03_table.ipynb #a970e54a
+@patch
+def open(self: Tables, name: str) -> Table:
+    "Table `name`, which may not be there yet. Raises ValueError for an impossible name."
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"table {name!r}: a name has letters, digits and _, a letter first")
+    if getattr(self._mine, "pid", None) != os.getpid():
+        self._mine.pid, self._mine.tables = os.getpid(), {}
+    return self._mine.tables.setdefault(name, Table(self.root/name))
 
-    def get(self, name: str) -> Table:
-        "Table `name`. Raises KeyError naming the nearest, ValueError for another tool's."
-        if isinstance(name, str) and NAME.fullmatch(name):
-            table = self.open(name).fresh()
-            if table.log.delta is not None and table.log.meta: return table
-        there = self.names()
-        near = nearest(name, there, .4) or ", ".join(there)
-        there = f"there is: {near}" if near else "it is empty"
-        raise KeyError(f"no table {name!r} in {self.root}; {there}")
+# %% ../../../nbs/provenance/features/03_table.ipynb #f980e8ad
+@patch
+def get(self: Tables, name: str) -> Table:
+    "Table `name`. Raises KeyError naming the nearest, ValueError for another tool's."
+    if isinstance(name, str) and NAME.fullmatch(name):
+        table = self.open(name).fresh()
+        if table.log.delta is not None and table.log.meta: return table
+    there = self.names()
+    near = nearest(name, there, .4) or ", ".join(there)
+    there = f"there is: {near}" if near else "it is empty"
+    raise KeyError(f"no table {name!r} in {self.root}; {there}")
 
-    def touched(self, op: str, table: Table, version: int | None = None) -> None:
-        "Report to the run that watches us which version of a table was read (once) or written."
-        from opml_wb.core.record.events import record
-        if version is None: version = table.log.last()["version"]
-        if (op, table.name, version) in self._told: return
-        self._told.add((op, table.name, version))
-        was = f"delta:{version - 1}" if op == "modified" else None
-        record(op, str(table.log.path), f"delta:{version}", kind="table", was=was)
+# %% ../../../nbs/provenance/features/03_table.ipynb #64f2026f
+@patch
+def touched(self: Tables, op: str, table: Table, version: int | None = None) -> None:
+    "Report to the run that watches us which version of a table was read (once) or written."
+    from opml_wb.core.record.events import record
+    if version is None: version = table.log.last()["version"]
+    if (op, table.name, version) in self._told: return
+    self._told.add((op, table.name, version))
+    was = f"delta:{version - 1}" if op == "modified" else None
+    record(op, str(table.log.path), f"delta:{version}", kind="table", was=was)

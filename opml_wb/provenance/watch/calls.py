@@ -10,10 +10,10 @@ __all__ = ['Found', 'CWD', 'NONE', 'NEWER', 'STEPS', 'opened', 'source_read', 'r
 import os, stat
 from collections.abc import Callable
 
+from fastcore.basics import patch
 from . import syscalls
 from .paths import AT_CWD, compiled, counted, look, may, source_of, within
 from .versions import mark_of
-
 Found = tuple[str, os.stat_result | None]  # absolute path, its stat or None
 
 def _may_change(path: str, thread: int) -> bool:
@@ -33,6 +33,7 @@ def opened(path: str, was: os.stat_result | None, flags: int, thread: int) -> di
     o = "w" if writes else "r" if access == os.O_RDONLY else "rw"
     return {"o": o, "p": path, "s": mark_of(was)}
 
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #73411769
 def source_read(path: str) -> dict | None:
     "The fact of loading the compiled file `path`: Python has read its source."
     source = source_of(path)
@@ -48,6 +49,7 @@ def removed(found: Found | None, thread: int) -> dict | None:
     if not counted(found[0]) or not _may_change(found[0], thread): return None
     return {"o": "rm", "p": found[0], "s": mark_of(found[1])}
 
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #d9f509fa
 def renamed(source: Found | None, to: Found | None, only_new: bool, thread: int) -> dict | None:
     """The fact of renaming `source` to `to`; `only_new`: refused when `to` is there.
 
@@ -71,6 +73,8 @@ def spelled(path: bytes) -> bool:
     return b"/../" not in path and b"//" not in path and b"/./" not in path
 
 CWD, NONE = "the working directory", "no flags"
+
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #ce7ab0af
 NEWER = {"unlink": (CWD, 0, NONE), "rename": (CWD, 0, CWD, 1, NONE), "link": (CWD, 0, CWD, 1, NONE),
          "symlink": (0, CWD, 1), "truncate": (CWD, 0), "execve": (CWD, 0), "mkdir": (CWD, 0)}
 
@@ -84,29 +88,37 @@ class Interpreter:
     def __init__(self) -> None:
         self.memory, self.names = syscalls.Memory(), syscalls.names()
 
-    def place(self, thread: int, folder: int, address: int, follow: bool = False) -> Found | None:
-        "Resolve the path at `address`; None if its folder isn't there."
-        text = self.memory.text(thread, address)
-        return look(within(thread, signed(folder), text), follow) if text else None
+@patch
+def place(self: Interpreter, thread: int, folder: int, address: int,
+          follow: bool = False) -> Found | None:
+    "Resolve the path at `address`; None if its folder isn't there."
+    text = self.memory.text(thread, address)
+    return look(within(thread, signed(folder), text), follow) if text else None
 
-    def opening(self, thread: int, call: str, a: tuple[int, ...]) -> tuple[int, int, int]:
-        "(folder, address, flags) of a call that opens."
-        if call == "open": return AT_CWD, a[0], a[1]
-        if call == "creat": return AT_CWD, a[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        flags = a[2] if call == "openat" else self.memory.number(thread, a[2])
-        return signed(a[0]), a[1], flags
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #dfd85e9f
+@patch
+def opening(self: Interpreter, thread: int, call: str, a: tuple[int, ...]) -> tuple[int, int, int]:
+    "(folder, address, flags) of a call that opens."
+    if call == "open": return AT_CWD, a[0], a[1]
+    if call == "creat": return AT_CWD, a[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    flags = a[2] if call == "openat" else self.memory.number(thread, a[2])
+    return signed(a[0]), a[1], flags
 
-    def open(self, thread: int, path: bytes, folder: int, flags: int) -> dict | None:
-        "The fact of opening `path`."
-        found = look(within(thread, folder, path), follow=not flags & os.O_NOFOLLOW)
-        if found is None: return None
-        return source_read(found[0]) if compiled(found[0]) else opened(*found, flags, thread)
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #d6ab1949
+@patch
+def open(self: Interpreter, thread: int, path: bytes, folder: int, flags: int) -> dict | None:
+    "The fact of opening `path`."
+    found = look(within(thread, folder, path), follow=not flags & os.O_NOFOLLOW)
+    if found is None: return None
+    return source_read(found[0]) if compiled(found[0]) else opened(*found, flags, thread)
 
-    def other(self, thread: int, call: str, a: tuple[int, ...]) -> dict | None:
-        "The fact of a call that doesn't open."
-        if call == "renameat": a = (*a[:4], 0)
-        elif not call.endswith(("at", "at2")): a = with_folders(call, a)
-        return STEPS[call.removesuffix("2").removesuffix("at")](self, thread, a)
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #cb8a089e
+@patch
+def other(self: Interpreter, thread: int, call: str, a: tuple[int, ...]) -> dict | None:
+    "The fact of a call that doesn't open."
+    if call == "renameat": a = (*a[:4], 0)
+    elif not call.endswith(("at", "at2")): a = with_folders(call, a)
+    return STEPS[call.removesuffix("2").removesuffix("at")](self, thread, a)
 
 # %% ../../../nbs/provenance/watch/06_calls.ipynb #ea25522c
 def _unlink(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ...core.kit.files import append
 from ...core.record import log
 from ...core.record.store import Store
@@ -39,6 +41,7 @@ def fall_back(intake: socket.socket | None, folder: Path, first: dict, order: di
             session.journal.write({"o": "watch", "how": "inotify+audit"})
     except OSError: pass  # the journal cannot be written: the run goes on without
 
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #7cf717e8
 def note(folder: Path, record: dict) -> None:
     "Append `record` to the journal in `folder`, if it can be written."
     try: append(folder/JOURNAL, record)
@@ -56,51 +59,62 @@ class Capture:
     intake: socket.socket | None = None  # to the watcher
     told: bool | None = None             # True if the kernel reports calls here
 
-    def check(self) -> None:
-        "Refuse a setting that means nothing, before a run begins."
-        wanted()
+@patch
+def check(self: Capture) -> None:
+    "Refuse a setting that means nothing, before a run begins."
+    wanted()
 
-    def prepare(self) -> list[int]:
-        "Start watcher and deputy; their pids."
-        if sys.platform != "linux": self.told = False; return []
-        self.intake, pids = daemons.start()
-        self.told = syscalls.supported()
-        environment.machine(), environment.packages(())  # looked up once, for all runs
-        return pids
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #c56c2e45
+@patch
+def prepare(self: Capture) -> list[int]:
+    "Start watcher and deputy; their pids."
+    if sys.platform != "linux": self.told = False; return []
+    self.intake, pids = daemons.start()
+    self.told = syscalls.supported()
+    environment.machine(), environment.packages(())  # looked up once, for all runs
+    return pids
 
-    @contextmanager
-    def __call__(self, folder: Path, request: Mapping) -> Iterator[None]:
-        if not wanted(): yield; return
-        try: self.begin(folder)
-        except Exception as e:  # no run fails for what we couldn't do
-            note(folder, {"o": "watch", "how": "off", "why": f"{type(e).__name__}: {e}"})
-        last = next(reversed(sys.modules))
-        try: yield
-        finally:
-            new = takewhile(lambda name: name != last, reversed(sys.modules))
-            note(folder, {"o": "libraries", "names": sorted({n.partition(".")[0] for n in new})})
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #ecfe3fa9
+@patch
+@contextmanager
+def __call__(self: Capture, folder: Path, request: Mapping) -> Iterator[None]:
+    if not wanted(): yield; return
+    try: self.begin(folder)
+    except Exception as e:  # no run fails for what we couldn't do
+        note(folder, {"o": "watch", "how": "off", "why": f"{type(e).__name__}: {e}"})
+    last = next(reversed(sys.modules))
+    try: yield
+    finally:
+        new = takewhile(lambda name: name != last, reversed(sys.modules))
+        note(folder, {"o": "libraries", "names": sorted({n.partition(".")[0] for n in new})})
 
-    def begin(self, folder: Path) -> None:
-        "Watch this process from now on, as well as can be."
-        began = float(os.environ.get(log.RUN_T0) or time.monotonic())
-        order = {"began": began, "skip": engines_own(folder)}
-        first = {"facts": environment.surroundings()}
-        if self.told is None: self.prepare()
-        intake, self.intake = self.intake, None  # those who end the run have their own
-        try: told = self.told and daemons.enter(intake, folder, first, **order)
-        except (syscalls.Unsupported, OSError): told = False
-        if not told: fall_back(intake, folder, first, order)
-        if intake: intake.close()
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #43515622
+@patch
+def begin(self: Capture, folder: Path) -> None:
+    "Watch this process from now on, as well as can be."
+    began = float(os.environ.get(log.RUN_T0) or time.monotonic())
+    order = {"began": began, "skip": engines_own(folder)}
+    first = {"facts": environment.surroundings()}
+    if self.told is None: self.prepare()
+    intake, self.intake = self.intake, None  # those who end the run have their own
+    try: told = self.told and daemons.enter(intake, folder, first, **order)
+    except (syscalls.Unsupported, OSError): told = False
+    if not told: fall_back(intake, folder, first, order)
+    if intake: intake.close()
 
-    def ended(self, folder: Path, request: Mapping) -> None:
-        "Reduce the journal to the document of the stage; beside the run."
-        if not (folder/JOURNAL).exists(): return
-        daemons.end(self.intake, folder/JOURNAL)
-        wait_for_end(folder/JOURNAL, 0 if self.intake else 2)
-        conclude(folder, request)
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #843a1a3a
+@patch
+def ended(self: Capture, folder: Path, request: Mapping) -> None:
+    "Reduce the journal to the document of the stage; beside the run."
+    if not (folder/JOURNAL).exists(): return
+    daemons.end(self.intake, folder/JOURNAL)
+    wait_for_end(folder/JOURNAL, 0 if self.intake else 2)
+    conclude(folder, request)
 
-    def indexed(self, home: Store, folder: Path) -> None:
-        "Add the run's events to the index of its home."
-        LineageDB(home, sync=False).put([folder])
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #d6c8f914
+@patch
+def indexed(self: Capture, home: Store, folder: Path) -> None:
+    "Add the run's events to the index of its home."
+    LineageDB(home, sync=False).put([folder])
 
 capture = Capture()

@@ -138,6 +138,7 @@ def preamble(rows: Iterable[Operation]) -> str:
     lines = dict.fromkeys(IMPORTS[row[1]] for row in rows if row[1])
     return "\n".join(["import os, subprocess", *lines])
 
+# %% ../../../nbs/provenance/watch/16_coverage.ipynb #a5d2b4ca
 def script(rows: Sequence[Operation]) -> str:
     "The operations `rows` as one script."
     return "\n".join([preamble(rows), *(row[2] for row in rows)]) + "\n"
@@ -152,6 +153,7 @@ pd.DataFrame({'a': [1, 2]}).to_csv('in.csv', index=False)
 for n in (2, 3, 4, 5): shutil.copy('in.csv', f'in{n}.csv')
 for name in ('over.txt', 'log.txt', 'name.txt', 'gone.txt'): open(name, 'w').write('before')
 """
+
 MAKERS = {
     "pyarrow": "pq.write_table(pa.table({'x': [1, 2, 3]}), 'in.parquet')\n"
                "for n in (2, 3, 4): shutil.copy('in.parquet', f'in{n}.parquet')",
@@ -168,6 +170,7 @@ MAKERS = {
     "deltalake": "table = pa.table({'x': [1]})\n"
                  "for n in ('table2', 'table3'): deltalake.write_deltalake(n, table)"}
 
+# %% ../../../nbs/provenance/watch/16_coverage.ipynb #ab41786c
 def prepare(folder: str | os.PathLike, rows: Iterable[Operation]) -> None:
     "Put into `folder` the files that `rows` read and change, by a process of its own."
     modules = dict.fromkeys(["pandas", *(row[1] for row in rows if row[1])])

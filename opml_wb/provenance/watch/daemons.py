@@ -90,6 +90,7 @@ def deputised(after: Callable[[], object] | None = None) -> tuple[socket.socket,
     deputy.close()
     return ours, Watcher(theirs, page, chief), pid
 
+# %% ../../../nbs/provenance/watch/09_daemons.ipynb #d26c7018
 def start() -> tuple[socket.socket, list[int]]:
     "Start watcher and deputy: (the socket that takes stages, [their pids])."
     ours, server, deputy = deputised()
@@ -110,6 +111,7 @@ def _send(intake: socket.socket, message: bytes, fds: list[int], read: int) -> b
     os.close(read)
     return said
 
+# %% ../../../nbs/provenance/watch/09_daemons.ipynb #03e0b92d
 def ask(intake: socket.socket, message: dict) -> bytes:
     "Send the watcher a message; its answer, a byte, or nothing when nobody is left."
     read, write = os.pipe()
@@ -141,6 +143,7 @@ def enter(intake: socket.socket, folder: Path, first: dict | None = None,
     os.close(listener)
     return said == b"k"
 
+# %% ../../../nbs/provenance/watch/09_daemons.ipynb #a69a6106
 def _answer_alone(listener: int) -> None:
     "Answer in a copy of this process, since nobody took the listener, so that nothing fails."
     if os.fork() == 0:

@@ -34,6 +34,7 @@ def engines_own(folder: Path) -> list[str]:
     own = [f"{os.path.realpath(home)}/{name}" for name in ENGINES] if home else []
     return [f"{os.path.realpath(folder)}/", *own]
 
+# %% ../../../nbs/provenance/watch/11_document.ipynb #f0801882
 def code_of(events: Sequence[Mapping], command: Sequence[str]) -> str:
     "The version (20 hex digits) of a traced pipeline: hash of its source files, or of the command."
     read = [e for e in events if e["op"] == "read" and e["path"].endswith(SOURCE)]
@@ -69,6 +70,7 @@ def conclude(folder: Path, request: Mapping[str, Any], **more: Any) -> dict[str,
     _add_inputs(folder, request, events)
     return doc
 
+# %% ../../../nbs/provenance/watch/11_document.ipynb #d687e649
 def document_of(folder: Path) -> dict[str, Any] | None:
     "Read the document of a run, made from the journal if nobody saw its end; None if unreadable."
     try:
@@ -88,6 +90,7 @@ def _covered(request: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]]:
     folders = tuple(f"{os.path.realpath(p)}/" for p in places if Path(p).is_dir())
     return {*named.values(), *(request.get("files") or {}).values()}, folders
 
+# %% ../../../nbs/provenance/watch/11_document.ipynb #d84986b6
 def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mapping]) -> None:
     "Add the files that the run read to its log as inputs."
     had, folders = _covered(request)

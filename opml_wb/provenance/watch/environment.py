@@ -42,6 +42,7 @@ def machine() -> dict[str, Any]:
         "memory": int(kilobytes.split()[0]) << 10 if kilobytes else None,
         "accelerators": _accelerators()}}
 
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #6602cc85
 @functools.lru_cache(None)
 def person() -> dict[str, str]:
     "{who, host}: the user and the machine's name."
@@ -55,6 +56,7 @@ def repository(folder: str | os.PathLike) -> Path | None:
     folder = Path(folder).absolute()
     return next((p for p in (folder, *folder.parents) if (p/".git").exists()), None)
 
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #f2fa8f4e
 def _git(root: Path, *words: str) -> bytes | None:
     "Output of git in `root`; None when it fails."
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
@@ -80,6 +82,7 @@ def commit(folder: str | os.PathLike) -> dict[str, str | None]:
     diff = _git(root, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
     return {"commit_id": head, "dirty": hashlib.sha256(diff).hexdigest() if diff else None}
 
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #22bab0d9
 def surroundings() -> dict[str, Any]:
     "Machine, user, commit and working directory of a stage that begins in this process."
     return {**machine(), **person(), **commit(os.getcwd()), "cwd": os.getcwd()}
@@ -94,6 +97,7 @@ def sources(notebook: str | os.PathLike | Mapping) -> str | None:
     cells = [[c["cell_type"], "".join(c["source"])] for c in own]
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #6ec8eaaa
 def packages(names: Iterable[str], root: Path | None = None) -> dict[str, str]:
     "{distribution: version} of imported `names` and opml_wb; `root`: the home (default: present)."
     from opml_wb.core.request import dependencies as deps

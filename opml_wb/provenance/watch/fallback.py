@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ...core.record.events import MARK
 from .calls import opened, removed, renamed
 from .paths import counted
@@ -26,6 +28,7 @@ def flags_of(mode: str, flags: int) -> int:
     if "+" in mode: base = os.O_RDWR | base & os.O_CREAT
     return base | (os.O_TRUNC if "w" in mode else 0)
 
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #a5f4b53a
 def seen(path: str | bytes | os.PathLike, folder: int | None = -1,
          follow: bool = True) -> tuple[str, os.stat_result | None]:
     "Resolve a path of this process: (absolute path, stat or None)."
@@ -78,6 +81,7 @@ def _link(session: Session, path: Any, to: Any, *folders: int) -> dict | None:
     name, was = seen(to, folders[-1] if folders else -1, False)
     return {"o": "w", "p": name} if not was and counted(name) else None
 
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #ea362ea0
 def _connect(session: Session, database: Any) -> dict | None:
     if os.fsdecode(database)[:1] in (":", ""): return None
     return _open(session, database, None, os.O_RDWR | os.O_CREAT)
@@ -121,45 +125,53 @@ class Inotify:
         if self.fd < 0: raise OSError(ctypes.get_errno(), "inotify")
         for root in roots: self.add(os.path.realpath(root), True)
 
-    def add(self, root: str, first: bool = False) -> None:
-        "Watch `root` and the folders below; `first`: the files there were there before."
-        for folder, names, files in os.walk(root):
-            names[:] = [n for n in names if n not in PASSED_OVER and counted(f"{folder}/{n}/")]
-            number = self.libc.inotify_add_watch(self.fd, os.fsencode(folder), WANTED)
-            if number < 0 or len(self.folders) > FOLDERS:
-                raise OSError(ctypes.get_errno(), "too many folders to watch")
-            self.folders[number] = folder
-            for path in (f"{folder}/{name}" for name in files):
-                if first: self.note(path)
-                else: self.take({"o": "w", "p": path})
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #d7ed7e3f
+@patch
+def add(self: Inotify, root: str, first: bool = False) -> None:
+    "Watch `root` and the folders below; `first`: the files there were there before."
+    for folder, names, files in os.walk(root):
+        names[:] = [n for n in names if n not in PASSED_OVER and counted(f"{folder}/{n}/")]
+        number = self.libc.inotify_add_watch(self.fd, os.fsencode(folder), WANTED)
+        if number < 0 or len(self.folders) > FOLDERS:
+            raise OSError(ctypes.get_errno(), "too many folders to watch")
+        self.folders[number] = folder
+        for path in (f"{folder}/{name}" for name in files):
+            if first: self.note(path)
+            else: self.take({"o": "w", "p": path})
 
-    def note(self, path: str) -> None:
-        "Remember a file that was there before."
-        try: found = os.lstat(path)
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #540d90fc
+@patch
+def note(self: Inotify, path: str) -> None:
+    "Remember a file that was there before."
+    try: found = os.lstat(path)
+    except OSError: return
+    if stat.S_ISREG(found.st_mode): self.before[path] = mark_of(found)
+
+@patch
+def take(self: Inotify, fact: dict) -> None:
+    "Write down `fact`, if its path counts."
+    if not counted(fact["p"]): return
+    if fact["p"] in self.before: fact["s"] = self.before[fact["p"]]
+    self.session.take({**fact, "late": 1}, None)
+
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #a05e09f5
+@patch
+def drain(self: Inotify) -> None:
+    "Take in what has happened since the last call."
+    while True:
+        try: data = os.read(self.fd, 1 << 16)
         except OSError: return
-        if stat.S_ISREG(found.st_mode): self.before[path] = mark_of(found)
+        for number, mask, cookie, name in notices(data):
+            if mask & OVERFLOW: self.session.journal.lost += 1
+            elif number in self.folders and name:
+                happened(self, f"{self.folders[number]}/{name}", mask, cookie)
 
-    def take(self, fact: dict) -> None:
-        "Write down `fact`, if its path counts."
-        if not counted(fact["p"]): return
-        if fact["p"] in self.before: fact["s"] = self.before[fact["p"]]
-        self.session.take({**fact, "late": 1}, None)
-
-    def drain(self) -> None:
-        "Take in what has happened since the last call."
-        while True:
-            try: data = os.read(self.fd, 1 << 16)
-            except OSError: return
-            for number, mask, cookie, name in notices(data):
-                if mask & OVERFLOW: self.session.journal.lost += 1
-                elif number in self.folders and name:
-                    happened(self, f"{self.folders[number]}/{name}", mask, cookie)
-
-    def close(self) -> None:
-        "Take in what has happened; the journal is whole."
-        self.drain()
-        self.session.end()
-        os.close(self.fd)
+@patch
+def close(self: Inotify) -> None:
+    "Take in what has happened; the journal is whole."
+    self.drain()
+    self.session.end()
+    os.close(self.fd)
 
 # %% ../../../nbs/provenance/watch/07_fallback.ipynb #b886e23f
 def notices(data: bytes) -> Iterable[tuple[int, int, int, str]]:
@@ -170,6 +182,7 @@ def notices(data: bytes) -> Iterable[tuple[int, int, int, str]]:
         yield number, mask, cookie, os.fsdecode(data[at + 16:at + 16 + size].rstrip(b"\0"))
         at += 16 + size
 
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #990af7ce
 def happened(watch: Inotify, path: str, mask: int, cookie: int) -> None:
     "Take in one event of inotify."
     if mask & FOLDER:

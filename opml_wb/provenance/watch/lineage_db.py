@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ...core.kit.files import append, write_json
 from ...core.record.database import StoreError
 from ...core.record.folder import LOG, finish
@@ -64,6 +66,7 @@ def stage_row(run: str, doc: Mapping) -> tuple:
     stage = {"partial": False, **doc["stage"]}
     return (run, *(_column(stage.get(name)) for name in STAGE))
 
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #3d257ae5
 def event_rows(run: str, doc: Mapping) -> Iterator[tuple]:
     "The rows of `prov_event` of a document."
     for n, e in enumerate(doc["events"]):
@@ -71,6 +74,7 @@ def event_rows(run: str, doc: Mapping) -> Iterator[tuple]:
         row = {"kind": "file", "part": False, **e, **paths}
         yield run, n, *(_column(row.get(name)) for name in EVENT)
 
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #69fee82b
 def event_of(row: Iterable) -> dict[str, Any]:
     "A row of `prov_event` (columns `EVENT`) as a dict."
     e = dict(zip(EVENT, row))
@@ -105,33 +109,38 @@ class LineageDB:
         _upgrade(self.db)
         if sync: self.sync()
 
-    def put(self, folders: Iterable[Path]) -> None:
-        "Index the documents in `folders` of runs, in one transaction."
-        docs = {f.name: d for f in folders if (d := document_of(f))}
-        packages = [(run, *p) for run, d in docs.items() for p in d["packages"].items()]
-        with self.db.writing("provenance") as db:
-            self.forget([(run,) for run in docs])
-            rows = [stage_row(run, d) for run, d in docs.items()]
-            db.executemany(_insert("prov_stage", 1 + len(STAGE)), rows)
-            for run, d in docs.items():
-                db.executemany(_insert("prov_event", 2 + len(EVENT)), list(event_rows(run, d)))
-            db.executemany(_insert("prov_package", 3), packages)
+@patch
+def put(self: LineageDB, folders: Iterable[Path]) -> None:
+    "Index the documents in `folders` of runs, in one transaction."
+    docs = {f.name: d for f in folders if (d := document_of(f))}
+    packages = [(run, *p) for run, d in docs.items() for p in d["packages"].items()]
+    with self.db.writing("provenance") as db:
+        self.forget([(run,) for run in docs])
+        rows = [stage_row(run, d) for run, d in docs.items()]
+        db.executemany(_insert("prov_stage", 1 + len(STAGE)), rows)
+        for run, d in docs.items():
+            db.executemany(_insert("prov_event", 2 + len(EVENT)), list(event_rows(run, d)))
+        db.executemany(_insert("prov_package", 3), packages)
 
-    def forget(self, runs: list[tuple[str]]) -> None:
-        "Remove the rows of `runs` [(id,)]; inside a transaction."
-        for table in CHILDREN: self.db.executemany(f"delete from {table} where run=?", runs)
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #ee480d02
+@patch
+def forget(self: LineageDB, runs: list[tuple[str]]) -> None:
+    "Remove the rows of `runs` [(id,)]; inside a transaction."
+    for table in CHILDREN: self.db.executemany(f"delete from {table} where run=?", runs)
 
-    def sync(self) -> None:
-        "Agree with the run store: forget runs that are gone, take in those that ended unindexed."
-        self.runs.settle()
-        find = "select run from prov_stage where run not in (select id from run)"
-        if gone := self.db.execute(find).fetchall():
-            with self.db.writing("provenance"): self.forget(gone)
-        find = ("select id from run where home=? and status<>'running' "
-                "and id not in (select run from prov_stage)")
-        missing = self.db.execute(find, (self.runs.home,)).fetchall()
-        folders = [f for run, in missing if (f := self.root/"runs"/run).is_dir()]
-        if folders: self.put(folders)
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #aabc5041
+@patch
+def sync(self: LineageDB) -> None:
+    "Agree with the run store: forget runs that are gone, take in those that ended unindexed."
+    self.runs.settle()
+    find = "select run from prov_stage where run not in (select id from run)"
+    if gone := self.db.execute(find).fetchall():
+        with self.db.writing("provenance"): self.forget(gone)
+    find = ("select id from run where home=? and status<>'running' "
+            "and id not in (select run from prov_stage)")
+    missing = self.db.execute(find, (self.runs.home,)).fetchall()
+    folders = [f for run, in missing if (f := self.root/"runs"/run).is_dir()]
+    if folders: self.put(folders)
 
 # %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #dc259fcd
 def record_stage(pipeline: str, *events: tuple, stage: Mapping = {}, packages: Mapping = {},
@@ -156,29 +165,37 @@ def record_stage(pipeline: str, *events: tuple, stage: Mapping = {}, packages: M
 # %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #40198492
 class LineageReader(LineageDB):
     "Read stages, events and packages; `run`: a Run, its id or key, or the first characters."
-    def name(self, run: Any) -> str:
-        "The id of `run`. Raises StoreError."
-        return self.runs.get(str(getattr(run, "doc", {}).get("id", run)))[0]["id"]
 
-    def stage(self, run: Any) -> dict[str, Any]:
-        "The columns of `prov_stage`, with the run's `chapter, status, started, seconds, cpu, rss`."
-        columns = ", ".join([f"s.{c}" for c in ("run", *STAGE)] + [f"r.{c}" for c in RUN])
-        find = f"select {columns} from prov_stage s join run r on r.id=s.run where s.run=?"
-        row = self.db.execute(find, (self.name(run),)).fetchone()
-        if row is None: raise StoreError(f"run {run!r} has not ended, or nothing is known of it")
-        stage = dict(zip(("run", *STAGE, *RUN), row))
-        for name in ("command", "hardware"): stage[name] = stage[name] and json.loads(stage[name])
-        return {**stage, "partial": bool(stage["partial"])}
+@patch
+def name(self: LineageReader, run: Any) -> str:
+    "The id of `run`. Raises StoreError."
+    return self.runs.get(str(getattr(run, "doc", {}).get("id", run)))[0]["id"]
 
-    def events(self, run: Any, parts: bool = False) -> list[dict[str, Any]]:
-        "The events of `run` in order; `parts`: also those of files inside tables."
-        find = f"select {', '.join(EVENT)} from prov_event where run=? and part<=? order by n"
-        rows = self.db.execute(find, (self.name(run), int(parts))).fetchall()
-        return [event_of(row) for row in rows]
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #f94ec4b4
+@patch
+def stage(self: LineageReader, run: Any) -> dict[str, Any]:
+    "The columns of `prov_stage`, with the run's `chapter, status, started, seconds, cpu, rss`."
+    columns = ", ".join([f"s.{c}" for c in ("run", *STAGE)] + [f"r.{c}" for c in RUN])
+    find = f"select {columns} from prov_stage s join run r on r.id=s.run where s.run=?"
+    row = self.db.execute(find, (self.name(run),)).fetchone()
+    if row is None: raise StoreError(f"run {run!r} has not ended, or nothing is known of it")
+    stage = dict(zip(("run", *STAGE, *RUN), row))
+    for name in ("command", "hardware"): stage[name] = stage[name] and json.loads(stage[name])
+    return {**stage, "partial": bool(stage["partial"])}
 
-    def packages(self, run: Any) -> dict[str, str]:
-        "{distribution: version} that `run` used."
-        find = "select name, version from prov_package where run=? order by name"
-        return dict(self.db.execute(find, (self.name(run),)).fetchall())
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #47ebb46c
+@patch
+def events(self: LineageReader, run: Any, parts: bool = False) -> list[dict[str, Any]]:
+    "The events of `run` in order; `parts`: also those of files inside tables."
+    find = f"select {', '.join(EVENT)} from prov_event where run=? and part<=? order by n"
+    rows = self.db.execute(find, (self.name(run), int(parts))).fetchall()
+    return [event_of(row) for row in rows]
+
+# %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #86ff0cc1
+@patch
+def packages(self: LineageReader, run: Any) -> dict[str, str]:
+    "{distribution: version} that `run` used."
+    find = "select name, version from prov_package where run=? order by name"
+    return dict(self.db.execute(find, (self.name(run),)).fetchall())
 
 Ledger, Reader = LineageDB, LineageReader   # the names before

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastcore.basics import patch
 from .versions import Hashes, mark_of
 
 @dataclass
@@ -34,21 +35,23 @@ class Names:
         self.nodes: list[Node] = []
         self.removed: dict[str, Node] = {}
 
-    def node(self, path: str, record: dict, made: bool = False) -> Node:
-        "The file that `path` names now; a new one of this name, else."
-        node = self.named.get(path)
-        if node is None:
-            node = self.removed.pop(path, None) if made else None
-            if node: node.now, node.wrote, node.gone = path, record, None  # removed, written anew
-            else: node = self.add(Node(None if made else path, path, record))
-            self.named[path] = node
-        if record.get("v") and node.was is None: node.was = record["v"]
-        return node
+@patch
+def add(self: Names, node: Node) -> Node:
+    "Take in a file; returns it."
+    self.nodes.append(node)
+    return node
 
-    def add(self, node: Node) -> Node:
-        "Take in a file; returns it."
-        self.nodes.append(node)
-        return node
+@patch
+def node(self: Names, path: str, record: dict, made: bool = False) -> Node:
+    "The file that `path` names now; a new one of this name, else."
+    node = self.named.get(path)
+    if node is None:
+        node = self.removed.pop(path, None) if made else None
+        if node: node.now, node.wrote, node.gone = path, record, None  # removed, written anew
+        else: node = self.add(Node(None if made else path, path, record))
+        self.named[path] = node
+    if record.get("v") and node.was is None: node.was = record["v"]
+    return node
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #ed78ced8
 def rename(names: Names, record: dict) -> None:
@@ -68,6 +71,7 @@ def rename(names: Names, record: dict) -> None:
     if node.start and node.start != to: node.gone = record
     names.named[to] = node
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #cf60422d
 def rename_folder(names: Names, record: dict) -> None:
     "Move every file below folder `p` along to `q`; a folder that was found is renamed itself."
     source, to = record["p"], record["q"]
@@ -86,36 +90,46 @@ class Files:
         self.told: list[dict] = []
         self.cell: int | None = None
 
-    def read(self, record: dict) -> None:
-        "Opened for reading; reading what the stage itself wrote uses nothing."
-        node = self.names.node(record["p"], record)
-        if not node.wrote and node.start: node.read = node.read or record
+@patch
+def read(self: Files, record: dict) -> None:
+    "Opened for reading; reading what the stage itself wrote uses nothing."
+    node = self.names.node(record["p"], record)
+    if not node.wrote and node.start: node.read = node.read or record
 
-    def write(self, record: dict) -> None:
-        "Opened for writing, or truncated."
-        node = self.names.node(record["p"], record, made="s" not in record)
-        node.wrote = node.wrote or record
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #283c893a
+@patch
+def write(self: Files, record: dict) -> None:
+    "Opened for writing, or truncated."
+    node = self.names.node(record["p"], record, made="s" not in record)
+    node.wrote = node.wrote or record
 
-    def read_write(self, record: dict) -> None:
-        "Opened for both; of a new file that is a write."
-        if "s" not in record: return self.write(record)
-        node = self.names.node(record["p"], record)
-        node.opened = node.opened or record
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #ae997905
+@patch
+def read_write(self: Files, record: dict) -> None:
+    "Opened for both; of a new file that is a write."
+    if "s" not in record: return self.write(record)
+    node = self.names.node(record["p"], record)
+    node.opened = node.opened or record
 
-    def remove(self, record: dict) -> None:
-        "Unlinked."
-        node = self.names.node(record["p"], record)
-        del self.names.named[record["p"]]
-        node.now, node.gone = None, record
-        if node.start: self.names.removed[node.start] = node
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #3819c82b
+@patch
+def remove(self: Files, record: dict) -> None:
+    "Unlinked."
+    node = self.names.node(record["p"], record)
+    del self.names.named[record["p"]]
+    node.now, node.gone = None, record
+    if node.start: self.names.removed[node.start] = node
 
-    def begin_cell(self, record: dict) -> None:
-        "A cell of the notebook begins."
-        self.cell = record["cell"]
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #97203c59
+@patch
+def begin_cell(self: Files, record: dict) -> None:
+    "A cell of the notebook begins."
+    self.cell = record["cell"]
 
-    def tell(self, record: dict) -> None:
-        "The program reports an operation."
-        self.told.append({**record["e"], **{k: record.get(k) for k in ("pid", "cell", "t")}})
+@patch
+def tell(self: Files, record: dict) -> None:
+    "The program reports an operation."
+    self.told.append({**record["e"], **{k: record.get(k) for k in ("pid", "cell", "t")}})
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #5138b323
 STEPS = {"r": Files.read, "w": Files.write, "rw": Files.read_write, "rm": Files.remove,
@@ -145,6 +159,7 @@ def _changed(node: Node) -> bool:
     except OSError: return True
     return seen is None or now[:4] != seen[:4]
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #1fd4eb28
 def outcome(node: Node) -> tuple[str, dict] | None:
     "(operation, the record with its process, cell and time), or None when nothing came of it."
     there = node.now is not None and os.path.lexists(node.now)
@@ -199,6 +214,7 @@ def tables(events: Iterable[dict]) -> list[dict]:
         found.setdefault(table, []).append((e["op"], int(commit[2]) if commit else -1, e))
     return [_table_event(table, rows) for table, rows in found.items()]
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #a509a398
 def _table_event(path: str, rows: list[tuple]) -> dict:
     "The event of the table at `path` from its files' (operation, commit number or -1, event)."
     made = [n for op, n, e in rows if op == "created" and n >= 0]

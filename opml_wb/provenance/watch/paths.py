@@ -28,6 +28,7 @@ def outside() -> tuple[bytes, ...]:
     own = [f"{p}/pyvenv.cfg" for p in prefixes] + [f"{folder}/" for folder in opml_wb.__path__]
     return tuple(os.fsencode(p) for p in (*SYSTEM, *inside, *own))
 
+# %% ../../../nbs/provenance/watch/02_paths.ipynb #ffa79e53
 def counts(path: bytes) -> bool:
     "True if `path` (absolute) is data or code of the user's own."
     return not path.startswith(outside()) and not LIBRARY.search(path)
@@ -55,6 +56,7 @@ def within(thread: int, folder: int, path: bytes) -> bytes:
     if path.startswith(b"/"): return path
     return b"/proc/%d/%s/%s" % (thread, b"cwd" if folder == AT_CWD else b"fd/%d" % folder, path)
 
+# %% ../../../nbs/provenance/watch/02_paths.ipynb #2d8d9dad
 def _named(path: bytes, flags: int = 0) -> tuple[str, os.stat_result]:
     "(absolute path, its os.stat_result) of the file that `path` leads to, all links resolved."
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)

@@ -9,6 +9,8 @@ __all__ = ['JOURNAL', 'RANK', 'process_of', 'ancestors', 'Journal', 'KnownPaths'
 import json, os, time
 from collections.abc import Iterable, Iterator
 
+from fastcore.basics import patch
+
 from .versions import INLINE, SMALL, with_version
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #319072b4
@@ -19,6 +21,7 @@ def process_of(thread: int) -> int:
         return int(text.partition(b"\nTgid:")[2].split(None, 1)[0])
     except (OSError, IndexError, ValueError): return thread
 
+# %% ../../../nbs/provenance/watch/05_session.ipynb #9e4a9f50
 def ancestors(pid: int) -> Iterator[int]:
     "Yield `pid`, its parent, and so on."
     while pid > 1:
@@ -37,18 +40,21 @@ class Journal:
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.path, self.lost, self.ended = str(path), 0, False
 
-    def write(self, record: dict) -> None:
-        "Append `record`; when the disk is full, it is counted as lost."
-        line = json.dumps(record).encode() + b"\n"
-        try:
-            if os.write(self.fd, line) != len(line): self.lost += 1
-        except OSError: self.lost += 1
+@patch
+def write(self: Journal, record: dict) -> None:
+    "Append `record`; when the disk is full, it is counted as lost."
+    line = json.dumps(record).encode() + b"\n"
+    try:
+        if os.write(self.fd, line) != len(line): self.lost += 1
+    except OSError: self.lost += 1
 
-    def end(self, why: str | None, libraries: Iterable[str]) -> None:
-        "Write the last line, which says that the journal is whole."
-        self.write({"o": "end", "lost": self.lost, "why": why, "libraries": sorted(libraries)})
-        self.ended = True
-        os.close(self.fd)
+# %% ../../../nbs/provenance/watch/05_session.ipynb #11859751
+@patch
+def end(self: Journal, why: str | None, libraries: Iterable[str]) -> None:
+    "Write the last line, which says that the journal is whole."
+    self.write({"o": "end", "lost": self.lost, "why": why, "libraries": sorted(libraries)})
+    self.ended = True
+    os.close(self.fd)
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #a4f82f3c
 RANK = {"r": 1, "rw": 2, "w": 3}
@@ -59,23 +65,28 @@ class KnownPaths:
         self.access: dict[str, int] = {}
         self.made: set[str] = set()
 
-    def leaving(self, fact: dict, path: str) -> dict:
-        "Add the version of the content that is about to go, unless the stage made it."
-        if path in self.made: return fact
-        return with_version(fact, path, INLINE if path in self.access else SMALL)
+@patch
+def leaving(self: KnownPaths, fact: dict, path: str) -> dict:
+    "Add the version of the content that is about to go, unless the stage made it."
+    if path in self.made: return fact
+    return with_version(fact, path, INLINE if path in self.access else SMALL)
 
-    def opened(self, fact: dict) -> dict | None:
-        "`fact` of an open as it is to be written down; None when the journal has it."
-        o, path = fact["o"], fact["p"]
-        if self.access.get(path, 0) >= RANK[o]: return None
-        if o == "w" and "s" not in fact: self.made.add(path)
-        if o != "r" and self.access.get(path) == RANK["r"]: fact = self.leaving(fact, path)
-        self.access[path] = RANK[o]
-        return fact
+# %% ../../../nbs/provenance/watch/05_session.ipynb #aa4e99b5
+@patch
+def opened(self: KnownPaths, fact: dict) -> dict | None:
+    "`fact` of an open as it is to be written down; None when the journal has it."
+    o, path = fact["o"], fact["p"]
+    if self.access.get(path, 0) >= RANK[o]: return None
+    if o == "w" and "s" not in fact: self.made.add(path)
+    if o != "r" and self.access.get(path) == RANK["r"]: fact = self.leaving(fact, path)
+    self.access[path] = RANK[o]
+    return fact
 
-    def forget(self, path: str) -> None:
-        "Nothing is known of `path` any more."
-        self.access.pop(path, None); self.made.discard(path)
+# %% ../../../nbs/provenance/watch/05_session.ipynb #8d14ff14
+@patch
+def forget(self: KnownPaths, path: str) -> None:
+    "Nothing is known of `path` any more."
+    self.access.pop(path, None); self.made.discard(path)
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #7acfad08
 def moved(paths: KnownPaths, fact: dict) -> dict:
@@ -106,47 +117,60 @@ class Session:
         self.why: str | None = None
         if first: self.journal.write(first)
 
-    def when(self, pid: int | None) -> dict:
-        "The process, its notebook cell, and the seconds since the beginning."
-        above = ancestors(pid) if self.cells and pid is not None else ()
-        cell = next((self.cells[p] for p in above if p in self.cells), None)
-        return {"pid": pid, "cell": cell, "t": round(time.monotonic() - self.began, 6)}
+# %% ../../../nbs/provenance/watch/05_session.ipynb #db23007c
+@patch
+def when(self: Session, pid: int | None) -> dict:
+    "The process, its notebook cell, and the seconds since the beginning."
+    above = ancestors(pid) if self.cells and pid is not None else ()
+    cell = next((self.cells[p] for p in above if p in self.cells), None)
+    return {"pid": pid, "cell": cell, "t": round(time.monotonic() - self.began, 6)}
 
-    def take(self, fact: dict, pid: int | None) -> None:
-        "Write down `fact` ({o, p, ...}) of process `pid`, unless the journal has it."
-        if self.journal.ended: return
-        for path in (fact["p"], fact.get("q", "")):
-            if path.startswith(self.skip) and "/artifacts/" not in path: return  # the engine's own
-        noted = self.noted(fact)
-        if noted: self.journal.write({**noted, **self.when(pid)})
+# %% ../../../nbs/provenance/watch/05_session.ipynb #062e28ee
+@patch
+def take(self: Session, fact: dict, pid: int | None) -> None:
+    "Write down `fact` ({o, p, ...}) of process `pid`, unless the journal has it."
+    if self.journal.ended: return
+    for path in (fact["p"], fact.get("q", "")):
+        if path.startswith(self.skip) and "/artifacts/" not in path: return  # the engine's own
+    noted = self.noted(fact)
+    if noted: self.journal.write({**noted, **self.when(pid)})
 
-    def noted(self, fact: dict) -> dict | None:
-        "`fact` as it is to be written down, or None."
-        o = fact["o"]
-        if o in RANK: return self.paths.opened(fact)
-        if o == "mk": self.paths.made.add(fact["p"]); return None
-        if o == "mv": return moved(self.paths, fact)
-        if o != "rm": return fact
-        fact = self.paths.leaving(fact, fact["p"])
-        self.paths.forget(fact["p"])
-        return fact
+# %% ../../../nbs/provenance/watch/05_session.ipynb #f9309f23
+@patch
+def noted(self: Session, fact: dict) -> dict | None:
+    "`fact` as it is to be written down, or None."
+    o = fact["o"]
+    if o in RANK: return self.paths.opened(fact)
+    if o == "mk": self.paths.made.add(fact["p"]); return None
+    if o == "mv": return moved(self.paths, fact)
+    if o != "rm": return fact
+    fact = self.paths.leaving(fact, fact["p"])
+    self.paths.forget(fact["p"])
+    return fact
 
-    def cell(self, pid: int, number: int | None, told: int) -> None:
-        "Cell `number` begins in `pid` (None: none runs), after `told` reported calls."
-        if number is None: self.cells.pop(pid, None)
-        else: self.cells[pid] = number
-        if not self.journal.ended:
-            self.journal.write({"o": "began", "cell": number, "told": told, "pid": pid})
+# %% ../../../nbs/provenance/watch/05_session.ipynb #3237722b
+@patch
+def cell(self: Session, pid: int, number: int | None, told: int) -> None:
+    "Cell `number` begins in `pid` (None: none runs), after `told` reported calls."
+    if number is None: self.cells.pop(pid, None)
+    else: self.cells[pid] = number
+    if not self.journal.ended:
+        self.journal.write({"o": "began", "cell": number, "told": told, "pid": pid})
 
-    def tell(self, event: dict, pid: int) -> None:
-        "Write down an operation that the program reports itself."
-        if not self.journal.ended: self.journal.write({"o": "rec", "e": event, **self.when(pid)})
+# %% ../../../nbs/provenance/watch/05_session.ipynb #578aa6f6
+@patch
+def tell(self: Session, event: dict, pid: int) -> None:
+    "Write down an operation that the program reports itself."
+    if not self.journal.ended: self.journal.write({"o": "rec", "e": event, **self.when(pid)})
 
-    def lose(self, error: Exception) -> None:
-        "Count a call of which nothing could be written down."
-        self.journal.lost += 1
-        self.why = f"{type(error).__name__}: {error}"
+@patch
+def lose(self: Session, error: Exception) -> None:
+    "Count a call of which nothing could be written down."
+    self.journal.lost += 1
+    self.why = f"{type(error).__name__}: {error}"
 
-    def end(self) -> None:
-        "Close the journal; it is whole."
-        if not self.journal.ended: self.journal.end(self.why, self.libraries)
+# %% ../../../nbs/provenance/watch/05_session.ipynb #8be4ddfe
+@patch
+def end(self: Session) -> None:
+    "Close the journal; it is whole."
+    if not self.journal.ended: self.journal.end(self.why, self.libraries)

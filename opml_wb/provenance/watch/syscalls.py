@@ -12,6 +12,8 @@ __all__ = ['LIBC', 'X86', 'ARM', 'ARCH', 'FLAGGED', 'UNTOLD', 'LOAD', 'JEQ', 'JS
 import ctypes, mmap, os, platform, struct
 from collections.abc import Mapping
 
+from fastcore.basics import patch
+
 try: import fcntl
 except ImportError: fcntl = None  # Windows
 LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
@@ -57,6 +59,7 @@ def program(audit: int, calls: Mapping[str, int]) -> bytes:
 
 # %% ../../../nbs/provenance/watch/01_syscalls.ipynb #f347c597
 class Unsupported(OSError): "This system doesn't allow seccomp user notification."
+
 class Watched(OSError): "Another watcher has this process already."
 
 class Program(ctypes.Structure):
@@ -110,11 +113,13 @@ def page() -> mmap.mmap:
     "Make memory that copies of this process share, for one notification."
     return mmap.mmap(-1, PAGE)
 
+# %% ../../../nbs/provenance/watch/01_syscalls.ipynb #7ffd78b5
 def sharpen(listener: int) -> None:
     "Let the answer wake the asker on the same core, where the kernel can (since 6.6)."
     try: fcntl.ioctl(listener, FLAGS, 1)
     except OSError: pass
 
+# %% ../../../nbs/provenance/watch/01_syscalls.ipynb #701ba51a
 def receive(listener: int, page: mmap.mmap) -> tuple[int, int, int, tuple[int, ...]] | None:
     "Read the next notification: (id, thread, call, six arguments); None when its process has died."
     page[:80] = EMPTY
@@ -147,23 +152,26 @@ class Memory:
         self.pointers = ctypes.byref(self.here), ctypes.byref(self.there)
         self.call = LIBC.process_vm_readv
 
-    def text(self, thread: int, address: int) -> bytes:
-        "Read the bytes at `address` up to the first zero, at most `PAGE`. Raises PermissionError."
-        self.there.base = address
-        for size in (256, PAGE):
-            self.there.size = self.here.size = size
-            got = self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0)
-            if got < 0: raise _unreadable(thread)
-            text, end, _ = self.buffer[:got].partition(b"\0")
-            if end: return text
-        return text
+@patch
+def text(self: Memory, thread: int, address: int) -> bytes:
+    "Read the bytes at `address` up to the first zero, at most `PAGE`. Raises PermissionError."
+    self.there.base = address
+    for size in (256, PAGE):
+        self.there.size = self.here.size = size
+        got = self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0)
+        if got < 0: raise _unreadable(thread)
+        text, end, _ = self.buffer[:got].partition(b"\0")
+        if end: return text
+    return text
 
-    def number(self, thread: int, address: int) -> int:
-        "Read the 64 bits at `address` of process `thread`. Raises PermissionError."
-        self.there.base, self.there.size, self.here.size = address, 8, 8
-        if self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0) != 8:
-            raise _unreadable(thread)
-        return int.from_bytes(self.buffer[:8], "little")
+# %% ../../../nbs/provenance/watch/01_syscalls.ipynb #d4befe3b
+@patch
+def number(self: Memory, thread: int, address: int) -> int:
+    "Read the 64 bits at `address` of process `thread`. Raises PermissionError."
+    self.there.base, self.there.size, self.here.size = address, 8, 8
+    if self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0) != 8:
+        raise _unreadable(thread)
+    return int.from_bytes(self.buffer[:8], "little")
 
 def _unreadable(thread: int) -> PermissionError:
     return PermissionError(ctypes.get_errno(), f"the memory of process {thread} cannot be read")

@@ -36,6 +36,7 @@ def script_of(command: Sequence[str]) -> tuple[str, str | None]:
             return os.path.basename(word), os.path.abspath(word)
     return os.path.basename(command[0]), shutil.which(command[0])
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #4a1351c1
 def request_of(command: Sequence[str]) -> dict[str, Any]:
     "The request of a trace; each has a key of its own, so that no later one replaces it."
     name, source = script_of(command)
@@ -69,6 +70,7 @@ def _fall_back(intake: socket.socket, folder: Path, first: dict, order: dict) ->
     path = os.pathsep.join(filter(None, [str(folder/"site"), os.environ.get("PYTHONPATH")]))
     return {"OPML_AUDIT": journal, "PYTHONPATH": path}
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #a8f319a9
 def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, str]:
     "Enter the stage as well as can be; the variables that the command needs for it."
     order = {"began": began, "skip": engines_own(folder)}
@@ -94,6 +96,7 @@ def _become(command: list[str], intake: socket.socket, folder: Path, env: dict[s
         os.write(2, f"opml trace: {command[0]}: {why}\n".encode("utf-8", "backslashreplace"))
         os._exit(127 if missing else 126)
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #3413cfaf
 @contextmanager
 def _passing_signals(pid: int) -> Iterator[None]:
     "Pass on the signals that are sent to this process only; Ctrl-C reaches the command by itself."
@@ -119,6 +122,7 @@ def error_of(code: int | None) -> dict[str, Any] | None:
     none = dict.fromkeys(("cell", "line", "signal"))
     return {"kind": kind, "ename": name, "evalue": words, **none, "exitcode": code}
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #175a8415
 def _last_word(folder: Path, request: Mapping, code: int | None, seconds: float,
                usage: "struct_rusage | None") -> dict[str, Any]:
     "Write document and `run.json` of a command that ended with `code`; the document."
@@ -131,6 +135,7 @@ def _last_word(folder: Path, request: Mapping, code: int | None, seconds: float,
     finish(folder, status=status, error=error_of(code), seconds=seconds, cpu=cpu, rss=rss)
     return doc
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #b25c2d2a
 def _orphaned(folder: Path, request: Mapping, began: float) -> None:
     "The deputy's last act: say how the run ended, if nobody is left to do so."
     doc = read_json(folder/REQUEST)
@@ -148,6 +153,7 @@ def _unrecorded(code: int, began: float, **more: Any) -> dict[str, Any]:
     return {"run": None, "capture": "off", "partial": True, "exit": code, "seconds": seconds,
             "events": [], **more}
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #36c645f4
 def unwatched(command: Sequence[str], to_stderr: bool = False) -> dict[str, Any]:
     "Just run `command`, unwatched; as `watch` returns it."
     began = time.monotonic()
@@ -171,6 +177,7 @@ def _serve(server: watching.Watcher, pid: int, folder: Path) -> "tuple[int, stru
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code, usage
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #398aa60c
 def _index(home: Store, folder: Path) -> None:
     "Add the run to the index; when that fails, the next question takes it in from its folder."
     try:

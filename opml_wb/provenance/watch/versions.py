@@ -11,6 +11,7 @@ import functools, hashlib, os, sqlite3, stat
 from pathlib import Path
 from time import time_ns
 
+from fastcore.basics import patch
 from ...core.kit.files import sha256
 
 # bytes up to which a content that was read, or any other, is hashed while the call waits
@@ -35,8 +36,10 @@ def with_version(fact: dict, path: str, most: int) -> dict:
 # %% ../../../nbs/provenance/watch/03_versions.ipynb #d8f33b4a
 PRAGMAS = "pragma journal_mode=wal", "pragma synchronous=off"
 SETTLED = 50_000_000  # ns after which a file's times tell whether it has changed
+
 TABLE = """create table if not exists
 hash(dev, ino, size, mtime, ctime, sha256, primary key(dev, ino)) without rowid"""
+
 FIND = "select sha256 from hash where dev=? and ino=? and size=? and mtime=? and ctime=?"
 
 class Hashes:
@@ -50,31 +53,37 @@ class Hashes:
             self.db = db
         except sqlite3.Error: pass
 
-    def version(self, path: str, mark: list[int] | None = None) -> str | None:
-        "The version of `path`; None when it isn't readable, no file, or not the content of `mark`."
-        try: before = os.lstat(path)
-        except (OSError, ValueError): return None
-        if not (stat.S_ISREG(before.st_mode) or stat.S_ISLNK(before.st_mode)): return None
-        now = mark_of(before)
-        if mark and now[:4] != mark[:4]: return None
-        return self.known(now) or self.hash(path, now)
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #de964df9
+@patch
+def version(self: Hashes, path: str, mark: list[int] | None = None) -> str | None:
+    "The version of `path`; None when it isn't readable, no file, or not the content of `mark`."
+    try: before = os.lstat(path)
+    except (OSError, ValueError): return None
+    if not (stat.S_ISREG(before.st_mode) or stat.S_ISLNK(before.st_mode)): return None
+    now = mark_of(before)
+    if mark and now[:4] != mark[:4]: return None
+    return self.known(now) or self.hash(path, now)
 
-    def known(self, mark: list[int]) -> str | None:
-        "The version remembered for a file with this `mark`, or None."
-        try: row = self.db.execute(FIND, mark).fetchone() if self.db else None
-        except sqlite3.Error: return None
-        return row[0] if row else None
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #4fd885e2
+@patch
+def known(self: Hashes, mark: list[int]) -> str | None:
+    "The version remembered for a file with this `mark`, or None."
+    try: row = self.db.execute(FIND, mark).fetchone() if self.db else None
+    except sqlite3.Error: return None
+    return row[0] if row else None
 
-    def hash(self, path: str, mark: list[int]) -> str | None:
-        "Read `path` and remember its version; None when it isn't readable or changes meanwhile."
-        began = time_ns()
-        try: found, after = digest(path), mark_of(os.lstat(path))
-        except OSError: return None
-        if after != mark: return None
-        if self.db and began - mark[4] > SETTLED:
-            try: self.db.execute("insert or replace into hash values(?,?,?,?,?,?)", (*mark, found))
-            except sqlite3.Error: pass
-        return found
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #77e0b716
+@patch
+def hash(self: Hashes, path: str, mark: list[int]) -> str | None:
+    "Read `path` and remember its version; None when it isn't readable or changes meanwhile."
+    began = time_ns()
+    try: found, after = digest(path), mark_of(os.lstat(path))
+    except OSError: return None
+    if after != mark: return None
+    if self.db and began - mark[4] > SETTLED:
+        try: self.db.execute("insert or replace into hash values(?,?,?,?,?,?)", (*mark, found))
+        except sqlite3.Error: pass
+    return found
 
 # %% ../../../nbs/provenance/watch/03_versions.ipynb #96b02a1d
 @functools.lru_cache(4)
@@ -84,6 +93,7 @@ def hashes(root: str | os.PathLike | None = None) -> Hashes:
     try: return Hashes(Path(root or home())/"hashes.db")
     except OSError: return Hashes()
 
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #0b0b1055
 def version_of(path: str | os.PathLike, root: str | os.PathLike | None = None) -> str | None:
     """The version (SHA-256, hex) of file `path` now, None when it isn't readable or no file.
 

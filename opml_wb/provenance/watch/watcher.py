@@ -11,6 +11,8 @@ import json, mmap, os, select, socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fastcore.basics import patch
+
 from ...core.record.events import MARK as TEXT_MARK
 from . import syscalls
 from .calls import Interpreter, spelled
@@ -30,57 +32,66 @@ class Listener:
         self.nested: dict[int, Session] = {}   # by the process that began the stage
         self.seen: set[bytes] = set()          # paths that were opened for reading
 
-    def sessions(self, pid: int) -> Iterator[Session]:
-        "The sessions that hear of process `pid`."
-        if self.session: yield self.session
-        if not self.nested: return
-        above = set(ancestors(pid))
-        for root, session in self.nested.items():
-            if root in above: yield session
+@patch
+def sessions(self: Listener, pid: int) -> Iterator[Session]:
+    "The sessions that hear of process `pid`."
+    if self.session: yield self.session
+    if not self.nested: return
+    above = set(ancestors(pid))
+    for root, session in self.nested.items():
+        if root in above: yield session
 
-    def all(self) -> list[Session]:
-        "All sessions, with those of the stages inside."
-        return [s for s in (self.session, *self.nested.values()) if s]
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #31e781f5
+@patch
+def all(self: Listener) -> list[Session]:
+    "All sessions, with those of the stages inside."
+    return [s for s in (self.session, *self.nested.values()) if s]
 
-    def nest(self, pid: int, order: dict) -> None:
-        "A stage inside this one begins with process `pid`."
-        self.nested[pid] = Session(**{**order, "first": {**order["first"], "how": "nested"}})
-        self.seen.clear()
+@patch
+def nest(self: Listener, pid: int, order: dict) -> None:
+    "A stage inside this one begins with process `pid`."
+    self.nested[pid] = Session(**{**order, "first": {**order["first"], "how": "nested"}})
+    self.seen.clear()
 
-    def denest(self, journal: str) -> None:
-        "The stage of `journal`, inside this one, has ended."
-        for root, session in list(self.nested.items()):
-            if session.journal.path == journal: session.end(); del self.nested[root]
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #dce65b74
+@patch
+def denest(self: Listener, journal: str) -> None:
+    "The stage of `journal`, inside this one, has ended."
+    for root, session in list(self.nested.items()):
+        if session.journal.path == journal: session.end(); del self.nested[root]
 
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #deed17d0
 class NoteTaker:
     "Write a reported call into the sessions of its listener."
     def __init__(self) -> None: self.read = Interpreter()
 
-    def take(self, listener: Listener, ident: int, thread: int, call: str | None,
-             a: tuple[int, ...]) -> None:
-        "Take note of one call, before it is made."
-        if call in OPENS: fact = self.opening(listener, thread, call, a)
-        else:
-            fact = self.read.other(thread, call, a)
-            listener.seen.clear()
-        if fact and syscalls.valid(listener.fd, ident):
-            pid = process_of(thread)
-            for session in listener.sessions(pid): session.take(fact, pid)
+@patch
+def take(self: NoteTaker, listener: Listener, ident: int, thread: int, call: str | None,
+         a: tuple[int, ...]) -> None:
+    "Take note of one call, before it is made."
+    if call in OPENS: fact = self.opening(listener, thread, call, a)
+    else:
+        fact = self.read.other(thread, call, a)
+        listener.seen.clear()
+    if fact and syscalls.valid(listener.fd, ident):
+        pid = process_of(thread)
+        for session in listener.sessions(pid): session.take(fact, pid)
 
-    def opening(self, listener: Listener, thread: int, call: str,
-                a: tuple[int, ...]) -> dict | None:
-        "The fact of a call that opens."
-        folder, address, flags = self.read.opening(thread, call, a)
-        path = self.read.memory.text(thread, address)
-        whole = path.startswith(b"/") and spelled(path)
-        if whole and path in listener.seen and not flags & (os.O_ACCMODE | os.O_TRUNC): return None
-        if path.startswith(MARK):
-            return marked(listener, thread, path[len(MARK):].decode("utf-8", "replace"))
-        if whole and not counts(path): return note_library(listener, path)
-        fact = self.read.open(thread, path, folder, flags)
-        if fact and whole and fact["o"] == "r": listener.seen.add(path)
-        return fact
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #836602be
+@patch
+def opening(self: NoteTaker, listener: Listener, thread: int, call: str,
+            a: tuple[int, ...]) -> dict | None:
+    "The fact of a call that opens."
+    folder, address, flags = self.read.opening(thread, call, a)
+    path = self.read.memory.text(thread, address)
+    whole = path.startswith(b"/") and spelled(path)
+    if whole and path in listener.seen and not flags & (os.O_ACCMODE | os.O_TRUNC): return None
+    if path.startswith(MARK):
+        return marked(listener, thread, path[len(MARK):].decode("utf-8", "replace"))
+    if whole and not counts(path): return note_library(listener, path)
+    fact = self.read.open(thread, path, folder, flags)
+    if fact and whole and fact["o"] == "r": listener.seen.add(path)
+    return fact
 
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #f0730bdd
 def note_library(listener: Listener, path: bytes) -> None:
@@ -91,6 +102,7 @@ def note_library(listener: Listener, path: bytes) -> None:
     library = name.partition(b".")[0].decode("ascii", "replace")
     for session in listener.all(): session.libraries.add(library)
 
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #5c1c6bab
 def marked(listener: Listener, thread: int, text: str) -> None:
     "Take in what the watched process reports itself (`core.events`)."
     kind, _, text = text.partition("/")
@@ -132,49 +144,58 @@ class Watcher:
         self.poll = select.poll()
         self.poll.register(intake, select.POLLIN)
 
-    def until(self, fd: int) -> None:
-        "Serve until descriptor `fd` has something."
-        self.last = fd
-        self.poll.register(fd, select.POLLIN)
+@patch
+def until(self: Watcher, fd: int) -> None:
+    "Serve until descriptor `fd` has something."
+    self.last = fd
+    self.poll.register(fd, select.POLLIN)
 
-    def serve(self) -> None:
-        "Answer and obey."
-        while self.last is not None or self.intake or self.listeners:
-            for fd, event in self.poll.poll():
-                if fd == self.last: return
-                if fd in self.folders: self.folders[fd].drain()
-                elif fd in self.listeners:
-                    if event & select.POLLIN: self.answer(self.listeners[fd])
-                    else: self.drop(fd)
-                elif self.intake and fd == self.intake.fileno(): obey(self)
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #5a41f1ca
+@patch
+def serve(self: Watcher) -> None:
+    "Answer and obey."
+    while self.last is not None or self.intake or self.listeners:
+        for fd, event in self.poll.poll():
+            if fd == self.last: return
+            if fd in self.folders: self.folders[fd].drain()
+            elif fd in self.listeners:
+                if event & select.POLLIN: self.answer(self.listeners[fd])
+                else: self.drop(fd)
+            elif self.intake and fd == self.intake.fileno(): obey(self)
 
-    def answer(self, listener: Listener) -> None:
-        "Receive one call, and let it go on whatever happens here."
-        told = syscalls.receive(listener.fd, self.page)
-        if told is None: return
-        ident, thread, number, a = told
-        listener.told += 1
-        try:
-            if listener.session or listener.nested:
-                self.notes.take(listener, ident, thread, self.notes.read.names.get(number), a)
-        except Exception as e:
-            for session in listener.all(): session.lose(e)
-        finally: syscalls.go_on(listener.fd, ident)
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #9d31a8dd
+@patch
+def answer(self: Watcher, listener: Listener) -> None:
+    "Receive one call, and let it go on whatever happens here."
+    told = syscalls.receive(listener.fd, self.page)
+    if told is None: return
+    ident, thread, number, a = told
+    listener.told += 1
+    try:
+        if listener.session or listener.nested:
+            self.notes.take(listener, ident, thread, self.notes.read.names.get(number), a)
+    except Exception as e:
+        for session in listener.all(): session.lose(e)
+    finally: syscalls.go_on(listener.fd, ident)
 
-    def drop(self, fd: int) -> None:
-        "Close the listener `fd`, of which no process lives any more."
-        listener = self.listeners.pop(fd)
-        self.poll.unregister(fd)
-        os.close(fd)
-        self.deputy.tell({"do": "gone", "journal": listener.order["path"]})
-        for session in listener.all(): session.end()
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #b8d9b7d1
+@patch
+def drop(self: Watcher, fd: int) -> None:
+    "Close the listener `fd`, of which no process lives any more."
+    listener = self.listeners.pop(fd)
+    self.poll.unregister(fd)
+    os.close(fd)
+    self.deputy.tell({"do": "gone", "journal": listener.order["path"]})
+    for session in listener.all(): session.end()
 
-    def leave(self) -> None:
-        "Let the deputy serve from now on."
-        for fd in self.listeners: os.close(fd)
-        self.listeners = {}
-        self.deputy.close()
-        if self.intake: self.intake.close()
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #36b9ca8b
+@patch
+def leave(self: Watcher) -> None:
+    "Let the deputy serve from now on."
+    for fd in self.listeners: os.close(fd)
+    self.listeners = {}
+    self.deputy.close()
+    if self.intake: self.intake.close()
 
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #910d0fb2
 def obey(watcher: Watcher) -> None:
@@ -195,6 +216,7 @@ def obey(watcher: Watcher) -> None:
     except OSError: pass
     os.close(fds[-1])
 
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #dd43ccf2
 def begin(watcher: Watcher, order: dict, fd: int, took_over: bool = False) -> None:
     "Serve listener `fd` for the stage that `order` (arguments of a Session) describes."
     syscalls.sharpen(fd)
@@ -218,6 +240,7 @@ def end(watcher: Watcher, message: dict) -> None:
         watcher.poll.unregister(fd)
         watcher.folders.pop(fd).close()
 
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #5a154e98
 def watch_roots(watcher: Watcher, message: dict) -> None:
     "Watch folders by inotify for a stage, where calls aren't reported."
     from opml_wb.provenance.watch.fallback import Inotify
