@@ -69,7 +69,8 @@ def trace(as_json: bool, kernel: bool, command: tuple[str, ...]) -> int | None:
     The exit code is the command's."""
     if kernel:
         from opml_wb.provenance.watch.traced_kernel import install
-        return click.echo(f"installed in {install()}")
+        click.echo(f"installed in {install()}")
+        return None
     if not command: raise click.UsageError("expected a command: opml trace -- python train.py")
     from opml_wb.provenance.watch.capture import wanted
     from opml_wb.provenance.watch.trace import unwatched, watch

@@ -121,7 +121,7 @@ def cell_changes(then: Mapping, now: Mapping) -> Iterator[dict]:
         if tag == "equal": continue
         for n in range(max(i2 - i1, j2 - j1)):
             old, new = (a[i1 + n] if i1 + n < i2 else None), (b[j1 + n] if j1 + n < j2 else None)
-            name = f"cell {new[0]}" if new else f"cell {old[0]} then"
+            name = f"cell {new[0]}" if new else f"cell {old[0]} then" if old else ""
             yield difference("code", name, old and old[1], new and new[1])
 
 # %% ../../../nbs/provenance/ask/04_differences.ipynb #5e6912bf

@@ -20,7 +20,7 @@ from ..watch.lineage_db import LineageReader, text_of
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 
-Node = str | tuple[str, str]   # a run, or (path, version)
+Node = Any   # a run (str), or (path, version)
 Places = dict[Node, tuple[int, float]]
 
 # %% ../../../nbs/provenance/ask/08_graph.ipynb #6c1079bf
@@ -47,7 +47,8 @@ def footprint(self: LineageGraph, run: str) -> set[Node]:
 @patch
 def impact(self: LineageGraph, run: str, transitive: bool = False) -> set[Node]:
     "The stages that use an output of `run` (`transitive`: and so on), with their footprints."
-    users, todo = set(), {run}
+    users: set[Node] = set()
+    todo = {run}
     while todo := self.next(self.next(todo)) - users - {run}:
         users |= todo
         if not transitive: break
@@ -77,7 +78,7 @@ def build(run: Any, code: bool = False) -> LineageGraph:
     for r in runs:
         events = reader.events(r)
         kinds = {e[name]: e["kind"] for e in events for name in ("path", "target")}
-        edges = [((p, v), r) for p, v, _ in used(events)]
+        edges: list[tuple[Node, Node]] = [((p, v), r) for p, v, _ in used(events)]
         edges += [(r, (p, v)) for p, v, _ in made(events)]
         for edge in edges:
             artifact = edge[1] if edge[0] == r else edge[0]
@@ -106,7 +107,8 @@ def columns(g: LineageGraph) -> dict[Node, int]:
 # %% ../../../nbs/provenance/ask/08_graph.ipynb #894f2c94
 def places(g: LineageGraph) -> Places:
     "{node: (column, row)}; rows are centred."
-    column, row = columns(g), {}
+    column = columns(g)
+    row: dict[Node, float] = {}
     for c in sorted(set(column.values())):
         near = {}
         for n in (n for n in column if column[n] == c):

@@ -53,7 +53,7 @@ def _notebook(doc: Mapping, base: str) -> bytes:
     The run's parameters are its preset `imported`."""
     nb = read_json(Path(doc["notebook"]))
     own = [c for c in nb["cells"] if "injected-parameters" not in (c["metadata"].get("tags") or ())]
-    empty = {"outputs": [], "execution_count": None}
+    empty: dict[str, Any] = {"outputs": [], "execution_count": None}
     nb["cells"] = [{**c, **empty} if c["cell_type"] == "code" else c for c in own]
     nb["metadata"].pop("opml_run", None)
     folder = Path(doc["source"]).parent

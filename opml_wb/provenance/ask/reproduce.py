@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ...core.record.database import StoreError
-from .differences import check, check_in, shorten, traced, version_now
+from .differences import (  # noqa: F401
+    check, check_in, shorten, traced, version_now)
 from .questions import maker, used
 from ..features.table import AT, Table
 from ..watch.lineage_db import LineageReader, native

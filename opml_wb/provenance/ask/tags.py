@@ -55,8 +55,8 @@ def tag(thing: Any, *tags: str, remove: bool = False) -> list[str]:
         if not isinstance(t, str) or not t.strip(): raise ValueError(f"tag {t!r}: expected a text")
     reader = LineageReader()
     (kind, name), db = _thing(reader, thing), tags_table(reader)
-    same = {"kind": kind, "thing": name, "who": person()["who"], "t": time.time(), "remove": remove}
-    records = [{**same, "tag": t} for t in tags]
+    about: dict[str, Any] = {"kind": kind, "thing": name, "who": person()["who"]}
+    records = [{**about, "tag": t, "t": time.time(), "remove": remove} for t in tags]
     for r in records: append(reader.root/TAGS, r)
     with db.writing("provenance"):
         for r in records: _retag(db, **r)

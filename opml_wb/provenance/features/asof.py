@@ -7,7 +7,7 @@ __all__ = ['codes', 'among', 'holding', 'newest', 'held', 'ranks', 'earlier', 'C
 
 # %% ../../../nbs/provenance/features/02_asof.ipynb #5ddc100a
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING: import pyarrow as pa
 def codes(columns: "Iterable[pa.ChunkedArray | pa.Array]") -> np.ndarray:
     "Equal numbers (int64 [n]) for equal rows of `columns` (one or more, no nulls)."
     import pandas as pd
-    out: np.ndarray | int = 0
+    out: Any = 0
     for column in columns:
         if hasattr(column, "combine_chunks"): column = column.combine_chunks()
         encoded = column.dictionary_encode()

@@ -8,7 +8,6 @@ __all__ = ['check_version', 'change_feed', 'PinnedError', 'Pins', 'new_horizon',
 # %% ../../../nbs/provenance/features/05_history.ipynb #9790fd08
 import json, re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +129,6 @@ def remove_history(table: Table, version: int) -> int:
     log = table.log
     retried(lambda: _move_horizon(table, version), log.version)
     dropped = retried(lambda: _rewrite(table, version), log.version)
-    options = {"dry_run": False, "enforce_retention_duration": False}
-    retried(lambda: log.delta.vacuum(0, **options), log.version)
+    def sweep() -> list: return log.delta.vacuum(0, False, enforce_retention_duration=False)
+    retried(sweep, log.version)
     return dropped

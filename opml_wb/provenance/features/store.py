@@ -19,7 +19,7 @@ from .commit import commit, retried
 from .history import (
     PinnedError, Pins, change_feed, check_version, needed_rows, new_horizon, remove_history)
 from .rows import OPS, instant
-from .table import HistoryError, Tables, readable
+from .table import HistoryError, Tables, readable  # noqa: F401
 
 if TYPE_CHECKING: import pandas as pd
 

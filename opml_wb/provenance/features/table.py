@@ -43,7 +43,7 @@ class CommitLog:
     "The Delta table in folder `path`, as of the last `fresh()`: its commits and its description."
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self.delta: "DeltaTable | None" = None
+        self.delta: "DeltaTable | Any" = None   # None: there is no table yet
 
 # %% ../../../nbs/provenance/features/03_table.ipynb #e1f4c981
 @patch

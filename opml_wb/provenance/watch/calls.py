@@ -146,11 +146,11 @@ def _symlink(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
 # %% ../../../nbs/provenance/watch/06_calls.ipynb #b4616550
 def _truncate(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
     found = read.place(thread, AT_CWD, a[1], follow=True)
-    return opened(*found, os.O_WRONLY, thread) if found and found[1] else None
+    return opened(found[0], found[1], os.O_WRONLY, thread) if found and found[1] else None
 
 def _execve(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
     found = read.place(thread, a[0], a[1], follow=True)
-    return opened(*found, os.O_RDONLY, thread) if found and found[1] else None
+    return opened(found[0], found[1], os.O_RDONLY, thread) if found and found[1] else None
 
 STEPS: dict[str, Callable[[Interpreter, int, tuple[int, ...]], dict | None]] = {
     "unlink": _unlink, "rename": _rename, "link": _link, "mkdir": _mkdir, "symlink": _symlink,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -93,11 +94,11 @@ def __call__(self: Capture, folder: Path, request: Mapping) -> Iterator[None]:
 def begin(self: Capture, folder: Path) -> None:
     "Watch this process from now on, as well as can be."
     began = float(os.environ.get(log.RUN_T0) or time.monotonic())
-    order = {"began": began, "skip": engines_own(folder)}
+    order: dict[str, Any] = {"began": began, "skip": engines_own(folder)}
     first = {"facts": environment.surroundings()}
     if self.told is None: self.prepare()
     intake, self.intake = self.intake, None  # those who end the run have their own
-    try: told = self.told and daemons.enter(intake, folder, first, **order)
+    try: told = self.told and intake and daemons.enter(intake, folder, first, **order)
     except (syscalls.Unsupported, OSError): told = False
     if not told: fall_back(intake, folder, first, order)
     if intake: intake.close()

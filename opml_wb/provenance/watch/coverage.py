@@ -9,7 +9,6 @@ __all__ = ['Operation', 'READ', 'WRITE', 'FRAMES', 'DATABASES', 'MODELS', 'PROCE
 # %% ../../../nbs/provenance/watch/16_coverage.ipynb #b63520f1
 import importlib.util, os, subprocess, sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 Operation = tuple[str, str, str, dict[str, str]]  # name, module, code, {file: operation}
 READ, WRITE = "read", "created"

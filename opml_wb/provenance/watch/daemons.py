@@ -94,7 +94,7 @@ def deputised(after: Callable[[], object] | None = None) -> tuple[socket.socket,
 def start() -> tuple[socket.socket, list[int]]:
     "Start watcher and deputy: (the socket that takes stages, [their pids])."
     ours, server, deputy = deputised()
-    ends = server.intake, server.deputy.socket
+    ends = [s for s in (server.intake, server.deputy.socket) if s]
     pid = orphan([s.fileno() for s in ends], server.serve)
     for s in ends: s.close()
     return ours, [deputy, pid]
@@ -129,15 +129,16 @@ def enter(intake: socket.socket, folder: Path, first: dict | None = None,
 
     `first`: more of the journal's first line; `skip`, `began`: see `Session`.
     Raises Unsupported where the kernel reports no calls."""
-    order = {"path": str(folder/JOURNAL), "began": time.monotonic() if began is None else began,
-             "skip": list(skip), "first": {"o": "watch", "how": "seccomp", **(first or {})}}
+    line = {"o": "watch", "how": "seccomp", **(first or {})}
+    order = {"path": str(folder/JOURNAL), "skip": list(skip), "first": line,
+             "began": time.monotonic() if began is None else began}
     message, (read, write) = json.dumps({"do": "begin", "order": order}).encode(), os.pipe()
     _let_read()
     try: listener = syscalls.install()
     except syscalls.Watched:
         os.close(read); os.close(write)
         mark("nest", json.dumps(order))
-        return os.path.exists(order["path"])
+        return (folder/JOURNAL).exists()
     said = _send(intake, message, [listener, write], read)
     if not said: _answer_alone(listener)
     os.close(listener)

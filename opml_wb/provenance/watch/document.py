@@ -38,7 +38,7 @@ def engines_own(folder: Path) -> list[str]:
 def code_of(events: Sequence[Mapping], command: Sequence[str]) -> str:
     "The version (20 hex digits) of a traced pipeline: hash of its source files, or of the command."
     read = [e for e in events if e["op"] == "read" and e["path"].endswith(SOURCE)]
-    files = sorted((e["path"], e["version"]) for e in read)
+    files: list = sorted((e["path"], e["version"]) for e in read)
     return hashlib.sha256(json.dumps(files or list(command)).encode()).hexdigest()[:20]
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #8c53c1f5

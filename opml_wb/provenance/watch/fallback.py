@@ -8,7 +8,7 @@ __all__ = ['AUDITED', 'MODIFY', 'WRITTEN', 'OPENED', 'FROM', 'TO', 'CREATED', 'D
 
 # %% ../../../nbs/provenance/watch/07_fallback.ipynb #f2f83edf
 import ctypes, json, os, stat, struct, sys, threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ class Audit:
 def _open(session: Session, path: Any, mode: str | None, flags: int) -> dict | None:
     if not isinstance(path, (str, bytes, os.PathLike)): return None
     path = os.path.abspath(os.fsdecode(path))
-    if path.startswith(MARK): return _marked(session, path[len(MARK):])
+    if path.startswith(MARK):
+        _marked(session, path[len(MARK):])
+        return None
     name, was = seen(path)
     return opened(name, was, flags_of(mode, flags) if mode else flags, os.getpid())
 
@@ -93,8 +95,9 @@ def _remove(session: Session, path: Any, folder: int = -1) -> dict | None:
 def _truncate(session: Session, path: Any, length: int) -> dict | None:
     return None if isinstance(path, int) else opened(*seen(path), os.O_WRONLY, os.getpid())
 
-AUDITED = {"open": _open, "os.remove": _remove, "os.rename": _rename, "os.link": _link,
-           "os.symlink": _link, "os.truncate": _truncate, "sqlite3.connect": _connect}
+AUDITED: dict[str, Callable[..., dict | None]] = {
+    "open": _open, "os.remove": _remove, "os.rename": _rename, "os.link": _link,
+    "os.symlink": _link, "os.truncate": _truncate, "sqlite3.connect": _connect}
 
 # %% ../../../nbs/provenance/watch/07_fallback.ipynb #f5ad9056
 def audit(folder: str | os.PathLike, first: dict | None = None, skip: Iterable[str] = (),

@@ -47,9 +47,9 @@ EVENT = "op", "path", "target", "version", "was", "kind", "part", "pid", "cell",
 RUN = "chapter", "status", "started", "seconds", "cpu", "rss"    # of the run, that a stage has too
 
 # %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #00fe362c
-def text_of(path: str | None) -> str | None:
+def text_of(path: str) -> str:
     "Spell a path (surrogates for bytes that aren't UTF-8) as a database can hold it."
-    return None if path is None else path.encode("utf-8", "backslashreplace").decode()
+    return path.encode("utf-8", "backslashreplace").decode()
 
 def native(text: str) -> str:
     "Undo `text_of`."
@@ -70,7 +70,7 @@ def stage_row(run: str, doc: Mapping) -> tuple:
 def event_rows(run: str, doc: Mapping) -> Iterator[tuple]:
     "The rows of `prov_event` of a document."
     for n, e in enumerate(doc["events"]):
-        paths = {"path": text_of(e["path"]), "target": text_of(e.get("target"))}
+        paths = {k: e[k] and text_of(e[k]) for k in ("path", "target") if k in e}
         row = {"kind": "file", "part": False, **e, **paths}
         yield run, n, *(_column(row.get(name)) for name in EVENT)
 

@@ -8,7 +8,6 @@ __all__ = ['SYSTEM', 'LIBRARY', 'CACHED', 'PARTS', 'AT_CWD', 'outside', 'counts'
 
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #5e9d29da
 import functools, os, re, sys
-from pathlib import Path
 
 import opml_wb
 

@@ -50,7 +50,7 @@ def write(self: Journal, record: dict) -> None:
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #11859751
 @patch
-def end(self: Journal, why: str | None, libraries: Iterable[str]) -> None:
+def close(self: Journal, why: str | None, libraries: Iterable[str]) -> None:
     "Write the last line, which says that the journal is whole."
     self.write({"o": "end", "lost": self.lost, "why": why, "libraries": sorted(libraries)})
     self.ended = True
@@ -173,4 +173,4 @@ def lose(self: Session, error: Exception) -> None:
 @patch
 def end(self: Session) -> None:
     "Close the journal; it is whole."
-    if not self.journal.ended: self.journal.end(self.why, self.libraries)
+    if not self.journal.ended: self.journal.close(self.why, self.libraries)

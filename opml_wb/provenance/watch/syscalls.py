@@ -11,12 +11,13 @@ __all__ = ['LIBC', 'X86', 'ARM', 'ARCH', 'FLAGGED', 'UNTOLD', 'LOAD', 'JEQ', 'JS
 # %% ../../../nbs/provenance/watch/01_syscalls.ipynb #0e751017
 import ctypes, mmap, os, platform, struct
 from collections.abc import Mapping
+from typing import Any
 
 from fastcore.basics import patch
 
 try: import fcntl
-except ImportError: fcntl = None  # Windows
-LIBC = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+except ImportError: fcntl = None  # type: ignore[assignment]  # Windows
+LIBC: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 X86 = dict(open=2, rename=82, mkdir=83, creat=85, link=86, unlink=87, symlink=88, truncate=76,
            execve=59, openat=257, mkdirat=258, unlinkat=263, renameat=264, linkat=265,
@@ -36,7 +37,8 @@ def table() -> tuple[int, int, dict[str, int]] | None:
 
 def names() -> dict[int, str]:
     "{number: name} of the reported calls."
-    return {n: name for name, n in table()[2].items()}
+    known = table()
+    return {n: name for name, n in known[2].items()} if known else {}
 
 # %% ../../../nbs/provenance/watch/01_syscalls.ipynb #0af09f9b
 LOAD, JEQ, JSET, RET = 0x20, 0x15, 0x45, 0x06
@@ -69,9 +71,9 @@ class Program(ctypes.Structure):
 NEW_LISTENER, SPEC_ALLOW = 8, 4  # the second: no slowing against Spectre
 KILLABLE = 32                    # no signal interrupts a call that is reported (since 5.19)
 
-def _seccomp(operation: int, flags: int, arg: object) -> tuple[int, int]:
-    "(result, errno) of the system call `seccomp`."
-    result = LIBC.syscall(table()[1], operation, flags, arg)
+def _seccomp(number: int, operation: int, flags: int, arg: object) -> tuple[int, int]:
+    "(result, errno) of the system call `seccomp`, which has `number`."
+    result = LIBC.syscall(number, operation, flags, arg)
     return result, ctypes.get_errno() if result < 0 else 0
 
 # %% ../../../nbs/provenance/watch/01_syscalls.ipynb #753946aa
@@ -79,13 +81,15 @@ def install() -> int:
     """Report the calls of this thread and of all that it starts; returns the listener's descriptor.
 
     Raises Unsupported where the system refuses, Watched when there is a listener already."""
-    if table() is None: raise Unsupported(f"no table of system calls for {platform.machine()}")
-    code = program(table()[0], table()[2])
+    known = table()
+    if known is None: raise Unsupported(f"no table of system calls for {platform.machine()}")
+    audit, number, calls = known
+    code = program(audit, calls)
     text = ctypes.create_string_buffer(code, len(code))
     argument = ctypes.byref(Program(len(code) // 8, ctypes.addressof(text)))
     flags = NEW_LISTENER | SPEC_ALLOW | KILLABLE
     for _ in range(3):
-        fd, error = _seccomp(1, flags, argument)
+        fd, error = _seccomp(number, 1, flags, argument)
         if fd >= 0: return fd
         if error == 16: raise Watched(error, "this process is watched already")
         if error == 13: LIBC.prctl(38, 1, 0, 0, 0)  # EACCES: give up on gaining rights, then again
@@ -171,7 +175,7 @@ def number(self: Memory, thread: int, address: int) -> int:
     self.there.base, self.there.size, self.here.size = address, 8, 8
     if self.call(thread, self.pointers[0], 1, self.pointers[1], 1, 0) != 8:
         raise _unreadable(thread)
-    return int.from_bytes(self.buffer[:8], "little")
+    return int.from_bytes(self.buffer.raw[:8], "little")
 
 def _unreadable(thread: int) -> PermissionError:
     return PermissionError(ctypes.get_errno(), f"the memory of process {thread} cannot be read")

@@ -6,7 +6,7 @@
 __all__ = ['AUDITOR', 'LOST', 'script_of', 'request_of', 'error_of', 'shown', 'unwatched', 'watch']
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #c4e904a2
-import os, secrets, shutil, signal, socket, subprocess, sys, threading, time
+import os, secrets, shutil, signal, socket, subprocess, threading, time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +73,7 @@ def _fall_back(intake: socket.socket, folder: Path, first: dict, order: dict) ->
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #a8f319a9
 def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, str]:
     "Enter the stage as well as can be; the variables that the command needs for it."
-    order = {"began": began, "skip": engines_own(folder)}
+    order: dict[str, Any] = {"began": began, "skip": engines_own(folder)}
     first = {"facts": environment.surroundings()}
     try: told = daemons.enter(intake, folder, first, **order)
     except syscalls.Unsupported: told = False
@@ -102,8 +102,9 @@ def _passing_signals(pid: int) -> Iterator[None]:
     "Pass on the signals that are sent to this process only; Ctrl-C reaches the command by itself."
     if threading.current_thread() is not threading.main_thread(): yield; return
     given_on = lambda number, frame: os.kill(pid, number)
-    plan = {signal.SIGINT: signal.SIG_IGN, signal.SIGQUIT: signal.SIG_IGN, signal.SIGTERM: given_on,
-            signal.SIGHUP: given_on}
+    plan: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.SIG_IGN, signal.SIGQUIT: signal.SIG_IGN,
+        signal.SIGTERM: given_on, signal.SIGHUP: given_on}
     before = {sig: signal.signal(sig, handler) for sig, handler in plan.items()}
     try: yield
     finally:

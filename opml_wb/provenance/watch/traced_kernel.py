@@ -39,8 +39,8 @@ def load_ipython_extension(shell: "InteractiveShell") -> None:
     "Report each cell of `shell` to the watcher: the extension that the traced kernel loads."
     def begin(info: object) -> None:
         # newer IPython has raised `execution_count` already
-        number = len(shell.history_manager.input_hist_parsed)
-        if info.store_history: events.cell(number)
+        cells = shell.history_manager.input_hist_parsed if shell.history_manager else ()
+        if info.store_history: events.cell(len(cells))
     def end(result: object) -> None:
         if result.info.store_history: events.cell()
     shell.events.register("pre_run_cell", begin)

@@ -24,7 +24,7 @@ def mark_of(found: os.stat_result) -> list[int]:
 def digest(path: str | os.PathLike) -> str:
     "SHA-256 (hex) of file `path`, of a link that of its target's name; raises OSError."
     if not os.path.islink(path): return sha256(path)
-    return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+    return hashlib.sha256(os.fsencode(os.readlink(str(path)))).hexdigest()
 
 # %% ../../../nbs/provenance/watch/03_versions.ipynb #3f6cfef9
 def with_version(fact: dict, path: str, most: int) -> dict:
@@ -87,14 +87,14 @@ def hash(self: Hashes, path: str, mark: list[int]) -> str | None:
 
 # %% ../../../nbs/provenance/watch/03_versions.ipynb #96b02a1d
 @functools.lru_cache(4)
-def hashes(root: str | os.PathLike | None = None) -> Hashes:
+def hashes(root: str | Path | None = None) -> Hashes:
     "The `Hashes` of the home in folder `root` (default: the present one)."
     from opml_wb.core.record.folder import home
     try: return Hashes(Path(root or home())/"hashes.db")
     except OSError: return Hashes()
 
 # %% ../../../nbs/provenance/watch/03_versions.ipynb #0b0b1055
-def version_of(path: str | os.PathLike, root: str | os.PathLike | None = None) -> str | None:
+def version_of(path: str | os.PathLike, root: str | Path | None = None) -> str | None:
     """The version (SHA-256, hex) of file `path` now, None when it isn't readable or no file.
 
     `root`: the home that remembers it (default: the present one)."""

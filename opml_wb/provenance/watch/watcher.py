@@ -87,8 +87,11 @@ def opening(self: NoteTaker, listener: Listener, thread: int, call: str,
     whole = path.startswith(b"/") and spelled(path)
     if whole and path in listener.seen and not flags & (os.O_ACCMODE | os.O_TRUNC): return None
     if path.startswith(MARK):
-        return marked(listener, thread, path[len(MARK):].decode("utf-8", "replace"))
-    if whole and not counts(path): return note_library(listener, path)
+        marked(listener, thread, path[len(MARK):].decode("utf-8", "replace"))
+        return None
+    if whole and not counts(path):
+        note_library(listener, path)
+        return None
     fact = self.read.open(thread, path, folder, flags)
     if fact and whole and fact["o"] == "r": listener.seen.add(path)
     return fact
@@ -200,7 +203,7 @@ def leave(self: Watcher) -> None:
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #910d0fb2
 def obey(watcher: Watcher) -> None:
     "Take one message from the intake; a closed intake brings no more."
-    intake = watcher.intake
+    if (intake := watcher.intake) is None: return
     try: text, fds, _, _ = socket.recv_fds(intake, 1 << 16, 4)
     except OSError: text, fds = b"", []
     if not text:
