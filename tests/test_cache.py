@@ -283,7 +283,7 @@ log.metric("loss", rng.random(), step=5)
 '''
 
 
-def test_three_ways_give_the_same_record(opml, notebook, tmp_path):
+def test_three_ways_give_the_same_record(home, typed, notebook, tmp_path):
     (tmp_path / "in.txt").write_text("input")
     nb = notebook(f"seed: int = 0  # of the generator\nname = ''\npath = {str(tmp_path / 'in.txt')!r}", "# prose", BODY, name="three")
     name, papermill = "xx é \"q\"\n'x'", Path(sys.executable).with_name("papermill")
@@ -291,7 +291,7 @@ def test_three_ways_give_the_same_record(opml, notebook, tmp_path):
         done = subprocess.run([papermill, *engine, nb, tmp_path / f"{out}.ipynb", "-p", "seed", "3", "-p", "name", name, "--no-progress-bar"],
                               capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = opml("run", nb, "seed=3", "-p", "name", name, "--json")
+    done = typed("run", nb, "seed=3", "-p", "name", name, "--json")
     ours = json.loads(done.stdout)
     records = [log.read(path) for path in (tmp_path / "stock.ipynb", tmp_path / "engine.ipynb", ours["notebook"])]
     for record in records:
@@ -307,9 +307,9 @@ def test_three_ways_give_the_same_record(opml, notebook, tmp_path):
         assert [c.metadata.get("tags") for c in nb.cells][:2] == [["parameters"], ["injected-parameters"]]
 
 
-def test_stock_papermill_gives_the_unseeded_engine_the_seed_of_the_run(opml, notebook, tmp_path):
+def test_stock_papermill_gives_the_unseeded_engine_the_seed_of_the_run(home, typed, notebook, tmp_path):
     nb = notebook("n = 1", DRAW, name="draws")
     papermill = Path(sys.executable).with_name("papermill")
     subprocess.run([papermill, "--engine", "opml", nb, tmp_path / "out.ipynb", "-p", "n", "2", "--no-progress-bar"], check=True,
                    cwd=tmp_path, capture_output=True)
-    assert log.read(tmp_path / "out.ipynb")["metrics"] == json.loads(opml("run", nb, "n=2", "--json").stdout)["metrics"]
+    assert log.read(tmp_path / "out.ipynb")["metrics"] == json.loads(typed("run", nb, "n=2", "--json").stdout)["metrics"]

@@ -14,7 +14,9 @@ from typing import Any
 
 # %% ../../../nbs/core/kit/03_procs.ipynb #7021ce3f
 def boot() -> str:
-    "Name this machine (or container) since its last start, so that a process id means something."
+    """Name this machine (or container) since its last start.
+
+    A process id means something only together with it."""
     try:
         started = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return started + os.readlink("/proc/self/ns/pid")
