@@ -14,21 +14,20 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty
 
 import nbformat
-import papermill
 import pytest
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from opml_wb.core.kit.files import read_json, write_json
 from opml_wb.core.record import store
 from opml_wb.core.engine.zygote import Zygote
 
 HERE = Path(__file__).parent/"notebooks"
-PAPERMILL = Path(papermill.__file__).parent/"tests"/"notebooks"
+PAPERMILL = Path(find_spec("papermill").origin).parent/"tests"/"notebooks"
 LIBRARIES = ("anywidget", "ipywidgets", "joblib", "matplotlib.pyplot", "numpy", "pandas", "plotly.graph_objects", "tqdm.auto")
 NOT_COMPARED = {
     "Interrupt.ipynb": "an endless loop that nbclient's suite interrupts",
@@ -96,8 +95,9 @@ def stock(nb, cwd):
 
 
 def executed(nb, cwd):
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     nb = nbformat.reads(json.dumps(nb), as_version=4)
-    client = Stock(nb, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
+    client = stock_client()(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(cwd)}})
     client.log.setLevel("CRITICAL")
     env = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # with it, a kernel captures no descriptors
     try: client.execute(env=env)
@@ -107,19 +107,24 @@ def executed(nb, cwd):
     return nb, None
 
 
-class Stock(NotebookClient):
+@lru_cache(None)
+def stock_client():
     "nbclient, which may sleep until its timeout when it answers an Output widget while it waits: here it looks again."
-    async def async_start_new_kernel_client(self):
-        kc = await super().async_start_new_kernel_client()
-        wait = kc.shell_channel.get_msg
-        async def get_msg(timeout=None):
-            until = time.monotonic() + (timeout or 3600)
-            while True:
-                try: return await wait(timeout=.2)
-                except Empty:
-                    if time.monotonic() > until: raise
-        kc.shell_channel.get_msg = get_msg
-        return kc
+    from nbclient import NotebookClient
+
+    class Stock(NotebookClient):
+        async def async_start_new_kernel_client(self):
+            kc = await super().async_start_new_kernel_client()
+            wait = kc.shell_channel.get_msg
+            async def get_msg(timeout=None):
+                until = time.monotonic() + (timeout or 3600)
+                while True:
+                    try: return await wait(timeout=.2)
+                    except Empty:
+                        if time.monotonic() > until: raise
+            kc.shell_channel.get_msg = get_msg
+            return kc
+    return Stock
 
 
 def ours(zygote, nb, cwd, run):
@@ -127,7 +132,7 @@ def ours(zygote, nb, cwd, run):
     (run/store.NOTEBOOK).write_text(json.dumps(nb), "utf-8")
     write_json(run/store.REQUEST, {"id": run.name, "key": "k", "chapter": "fidelity", "params": {}})
     env = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    zygote.submit(dict(id=str(run), dir=str(run), cwd=str(cwd), env=env, seed=1, timeout=120, mem=None, injected=None,
+    zygote.submit(dict(id=str(run), dir=str(run), cwd=str(cwd), env=env, seed=1, timeout=600, mem=None, injected=None,
                        hooks=[])).result()
     error = read_json(run/store.RUN)["error"]
     done = nbformat.read(run/store.NOTEBOOK, as_version=4)
@@ -166,6 +171,8 @@ def shown(nb, cwd):
     for cell in nb.cells:
         cell = {**cell, "metadata": {**cell.metadata, "execution": sorted(cell.metadata.get("execution", {}))}}
         if cell["cell_type"] == "code": cell["outputs"] = joined(cell["outputs"])
+        if "either-order" in cell["metadata"].get("tags", []):  # a kernel reads each stream in a thread of its own
+            cell["outputs"] = joined(sorted(cell["outputs"], key=lambda o: o.get("name", "")))
         cell.pop("id", None)
         cells.append(mask(cell))
     meta = {k: v for k, v in nb.metadata.items() if k not in ("opml_run", "widgets")}

@@ -6,9 +6,8 @@ import sys
 import threading
 
 import nbformat
-import numpy as np
-import papermill
 import pytest
+from test_faults import home, zygotes  # noqa: F401 (fixtures)
 
 from opml_wb import log
 from opml_wb.core.engine.run import run
@@ -61,6 +60,7 @@ def test_imports_that_cannot_be_seen_are_watched(home, notebook, tmp_path, code)
 
 
 def test_a_rerun_of_an_executed_notebook_tells_the_new_figures(home, notebook, tmp_path):
+    import papermill
     r = run(notebook("i = 0", L + "log.metric('i', i)"), i=1)
     for engine in (None, "opml"):
         papermill.execute_notebook(str(r.notebook), str(tmp_path / "out.ipynb"), {"i": 9}, engine_name=engine, progress_bar=False)
@@ -71,9 +71,9 @@ def test_a_rerun_of_an_executed_notebook_tells_the_new_figures(home, notebook, t
 def test_many_threads_and_a_large_environment(home, notebook, monkeypatch):
     monkeypatch.setenv("LARGE", "x" * 100_000)
     nb, out = notebook("n = 1", L + "log.metric('n', n)"), {}
-    threads = [threading.Thread(target=lambda i=i: out.update({i: run(nb, n=i, timeout=60).metrics["n"]})) for i in range(8)]
+    threads = [threading.Thread(target=lambda i=i: out.update({i: run(nb, n=i, timeout=300).metrics["n"]})) for i in range(8)]
     for t in threads: t.start()
-    for t in threads: t.join(120)
+    for t in threads: t.join(300)
     assert out == {i: i for i in range(8)}
 
 
@@ -122,16 +122,17 @@ def test_a_module_in_another_encoding(home, notebook, tmp_path):
     ("import os\nif os.fork() == 0: raise ValueError\nos.wait()", "done", None),
 ])
 def test_runs_that_harm_themselves(home, notebook, code, status, error):
-    r = run(notebook("n = 1", code), timeout=30)
+    r = run(notebook("n = 1", code), timeout=120)
     assert r.status == status, (r.status, r.error)
     for name, value in (error or {}).items(): assert r.error[name] == value, r.error
     assert Store(home).ls()[0]["status"] == status
 
 
 def test_numbers_of_every_kind(home, notebook):
+    import numpy as np
     code = L + ("import enum, numpy as np\nclass E(enum.IntEnum): A = 1\nlog.metric('e', E.A); log.metric('big', 2**64); log.metric('f', np.float32(.5))\n"
                 "log.claim('c', paper=1, measured=1, tol=np.float32(.1))")
-    r = run(notebook("n = 1", code), timeout=np.float32(60), mem_gb=np.int64(2))
+    r = run(notebook("n = 1", code), timeout=np.float32(300), mem_gb=np.int64(2))
     assert (r.status, r.metrics) == ("done", {"e": 1, "big": 2**64, "f": .5}), r.error
 
 
@@ -140,6 +141,7 @@ def test_names_of_artifacts_are_those_given(home, notebook, tmp_path):
     nb = notebook("n = 1", code)
     r = run(nb)
     assert {k: v.suffix for k, v in r.artifacts.items()} == {"res": ".parquet", "cfg": ".json"}
+    import papermill
     papermill.execute_notebook(str(nb), str(tmp_path / "out.ipynb"), progress_bar=False)
     assert set(log.read(tmp_path / "out.ipynb")["artifacts"]) == {"res", "cfg"}
 

@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..kit.files import append, read_json, write_json, write_text
-from ..record import progress, store
+from ..kit.files import read_json, write_json, write_text
+from ..record import store
 from ..request.plugin import around, offered
-from .ending import explain, last_cell, source_index, status_of
+from .child import cell_teller
+from .ending import conclude, last_cell, source_index
 
 if TYPE_CHECKING:
     import psutil
@@ -23,25 +24,17 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 # %% ../../../nbs/core/engine/08_jupyter.ipynb #b1fcdf34
-def _hooks(nb: "NotebookNode", folder: Path, injected: int | None) -> tuple[Callable, Callable]:
-    "nbclient's hooks of a cell: one records that it begins, one saves the notebook after it."
-    code = [i for i, c in enumerate(nb.cells) if c.cell_type == "code"]
-    def starts(cell: "NotebookNode", cell_index: int, **_: Any) -> None:
-        progress.cell(source_index(cell_index, injected))
-        append(folder/store.PROGRESS,
-               {"cell": cell_index, "nth": code.index(cell_index) + 1, "of": len(code)})
+def _client(nb: "NotebookNode", spec: Mapping[str, Any]) -> "NotebookClient":
+    "nbclient's client for `nb`, which records that a cell begins, and saves the notebook after it."
+    from nbclient import NotebookClient
+    folder = Path(spec["dir"])
+    tell = cell_teller(folder, nb, spec["injected"])
     def ends(**_: Any) -> None:
         import nbformat
         write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
-    return starts, ends
-
-# %% ../../../nbs/core/engine/08_jupyter.ipynb #fcfe1cfa
-def _client(nb: "NotebookNode", spec: Mapping[str, Any]) -> "NotebookClient":
-    "nbclient's client for `nb`, with our hooks."
-    from nbclient import NotebookClient
-    starts, ends = _hooks(nb, Path(spec["dir"]), spec["injected"])
     return NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": spec["cwd"]}},
-                          timeout=None, on_cell_execute=starts, on_cell_executed=ends)
+                          timeout=None, on_cell_execute=lambda cell_index, **_: tell(cell_index),
+                          on_cell_executed=ends)
 
 # %% ../../../nbs/core/engine/08_jupyter.ipynb #f07e4249
 SEED = "from opml_wb.core.engine.isolation import seed_everything as _s; _s({}); del _s"
@@ -144,11 +137,8 @@ def _finish(process: subprocess.Popen, spec: Mapping[str, Any], asked: threading
         code, reason, peak, cpu, seconds = _follow(process, spec, asked)
         folder = Path(spec["dir"])
         outcome = read_json(folder/store.OUTCOME, None)
-        status, error = status_of(code, outcome, reason, False, bool(spec["mem"]))
-        if error:
-            error = explain(error, spec)
-            if outcome is None: error["cell"] = last_cell(folder)
-            error["cell"] = source_index(error["cell"], spec["injected"])
+        status, error = conclude(spec, code, outcome, reason)
+        if error: error["cell"] = source_index(error["cell"], spec["injected"])
         request = read_json(folder/store.REQUEST)
         for ended in offered(spec.get("hooks") or (), "ended"): ended(folder, request)
         (folder/"spec.json").unlink(missing_ok=True)

@@ -19,8 +19,7 @@ from ..kit.procs import (
 from ..record import store
 from ..request.plugin import offered
 from .child import child
-from .ending import (
-    crash_line, explain, last_cell, source_index, starved, status_of)
+from .ending import conclude, source_index
 from .isolation import pools  # also told here: its place before
 
 if TYPE_CHECKING: from IPython.core.interactiveshell import InteractiveShell
@@ -82,16 +81,9 @@ def _ended(spec: Mapping[str, Any]) -> None:
 def finish(spec: Mapping[str, Any], watched: "Supervisor", starved_by_kernel: bool,
            seconds: float) -> None:
     "Write the record of an ended run: its notebook, if it could not do so itself, then `run.json`."
-    folder, limited = Path(spec["dir"]), bool(spec["mem"])
+    folder = Path(spec["dir"])
     outcome = read_json(folder/store.OUTCOME, None)
-    status, error = status_of(
-        watched.status or 0, outcome, watched.reason, starved_by_kernel, limited)
-    if error:
-        error = explain(error, spec)
-        if outcome is None:
-            error["cell"], error["line"] = last_cell(folder), crash_line(folder)
-            if status == "failed" and limited and starved(folder):
-                status, error["kind"] = "oom", "memory"
+    status, error = conclude(spec, watched.status or 0, outcome, watched.reason, starved_by_kernel)
     if outcome is None or outcome["kind"] == "engine": _save_what_was_shown(folder, error)
     if error: error["cell"] = source_index(error["cell"], spec["injected"])
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
