@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from opml_wb.core.record.data import path
-from opml_wb.riann.graph import hnsw as graph
-from opml_wb.riann.lab.bench import DefaultHNSW
+from opml_wb.riann.lab.arms import DefaultHNSW
 from opml_wb.riann.graph.exact import ground_truth, recall
 from opml_wb.riann.graph.hnsw import DynamicHNSW
+from opml_wb.riann.graph.kernels import TOP, WAIT
 
 
 @pytest.fixture(scope="module")
@@ -25,25 +25,25 @@ def sift():
 
 def state(g):
     "Everything that the index knows, as bytes."
-    arrays = [a[:g._used] for k, a in g._g._asdict().items() if k not in ("U", "meta", "table")]
-    return (b"".join(a.tobytes() for a in arrays), g._g.U[:g._rows].tobytes(), g._g.meta.tobytes(),
-            dict(zip(*map(np.ndarray.tolist, g._at.items()))), list(g._free), g._used, g._rows, g._dead, g._cursor, None if g._doomed is None else g._doomed.tobytes())
+    arrays = [a[:g.memory.used] for k, a in g.memory.arrays._asdict().items() if k not in ("U", "meta", "table")]
+    return (b"".join(a.tobytes() for a in arrays), g.memory.arrays.U[:g.memory.rows].tobytes(), g.memory.arrays.meta.tobytes(),
+            dict(zip(*map(np.ndarray.tolist, g.memory.directory.items()))), list(g.memory.free), g.memory.used, g.memory.rows, g.memory.dead, g.links.cursor, None if g.links.doomed is None else g.links.doomed.tobytes())
 
 
 def sound(g):
     "Links lead to nodes, within their degree, never to themselves, twice, or to a free slot."
-    a = g._g
-    dead = {int(v) for v in np.flatnonzero((a.level[:g._used] < 0) & (a.level[:g._used] >= ~graph.TOP))}
-    assert sorted(g._wait) == np.flatnonzero(a.level[:g._used] == graph.WAIT).tolist()
-    assert len(dead) == g._dead and not dead & set(g._free)
-    for v in np.flatnonzero(a.level[:g._used] >= 0):
+    a = g.memory.arrays
+    dead = {int(v) for v in np.flatnonzero((a.level[:g.memory.used] < 0) & (a.level[:g.memory.used] >= ~TOP))}
+    assert sorted(g.memory.pending) == np.flatnonzero(a.level[:g.memory.used] == WAIT).tolist()
+    assert len(dead) == g.memory.dead and not dead & set(g.memory.free)
+    for v in np.flatnonzero(a.level[:g.memory.used] >= 0):
         for layer in range(a.level[v] + 1):
             row = a.L0[v] if layer == 0 else a.U[a.up[v] + layer - 1]
             links = row[1:1 + row[0]].tolist()
             assert row[0] <= a.deg[v] * (1 if layer else 2) and len(set(links)) == len(links) and int(v) not in links
             assert all(a.level[w] >= layer or (w in dead and ~a.level[w] >= layer) for w in links)
-    ids, slots = g._at.items()
-    assert sorted(slots) == sorted(set(range(g._used)) - set(g._free) - dead) and len(ids) == len(g)
+    ids, slots = g.memory.directory.items()
+    assert sorted(slots) == sorted(set(range(g.memory.used)) - set(g.memory.free) - dead) and len(ids) == len(g)
     assert (a.ids[slots] == ids).all()
 
 
@@ -113,11 +113,11 @@ for i in range(0, 4000, 50):
         have = sorted({*have} - {*out.tolist()})
     g.search(x[:5], 9, 20)
 assert set(g.search(x[:1], 4000, 1)[0][0].tolist()) - {-1} <= set(have)
-try: g._g.X[0, 16]
+try: g.memory.arrays.X[0, 16]
 except IndexError: print("checked")
 """
     env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1800)   # compiles all kernels anew
     assert out.stdout.strip() == "checked", out.stderr[-2000:]
 
 
@@ -145,9 +145,9 @@ def test_linking_in_pieces_gives_the_graph_of_one_insertion(sift):
 def test_properties_alternate_on_one_index(sift):
     x, n = sift[0], len(sift[0])
     g, peer = DynamicHNSW(128, capacity=n), DefaultHNSW(128, capacity=n, deg=8, cand=20)
-    arrays = list(g._g)
+    arrays = list(g.memory.arrays)
     for j, i in enumerate(range(0, n, 500)): g.insert(x[i:i + 500], range(i, i + 500), *((8, 20), (32, 100))[j % 2])
-    assert all(a is b for a, b in zip(arrays, g._g))
+    assert all(a is b for a, b in zip(arrays, g.memory.arrays))
     deg = g.degrees(np.arange(n)).reshape(-1, 500)
     assert deg[::2].max() == 16 and deg[1::2].max() > 32 and deg[1::2].max() <= 64
     peer.insert(x, np.arange(n))
@@ -221,13 +221,13 @@ def test_k_live_ones_come_when_nine_in_ten_are_removed(sift):
         assert recall(ids, true) > least
     marked, pieces, whole = (DynamicHNSW(128) for _ in range(3))
     for g in marked, pieces, whole: g.insert(x, np.arange(3000), 16, 60)
-    marked._mark(order[:2700])
+    marked.links.mark(order[:2700])
     check(marked, .98)
     for i in range(0, 2700, 50): pieces.remove(order[i:i + 50])
     check(pieces, .98)
     while pieces.repair(1e-3): sound(pieces)
     check(pieces, .98)
-    assert pieces._dead == 0 and len(pieces._free) == 2700
+    assert pieces.memory.dead == 0 and len(pieces.memory.free) == 2700
     whole.remove(order[:2700])
     sound(whole)
     check(whole, .98)
@@ -242,8 +242,8 @@ def test_the_sweep_goes_on_through_insertions_and_repairs(sift):
         out = rng.permutation(len(have))[:rng.integers(1, 30)]
         g.remove([have[i] for i in out])
         have = [v for i, v in enumerate(have) if i not in set(out.tolist())]
-        swept += g._doomed is not None
-        if rng.random() < .3: g._gate.alone(g._advance, int(rng.integers(1, 400)))
+        swept += g.links.doomed is not None
+        if rng.random() < .3: g.gate.alone(g.links.advance, int(rng.integers(1, 400)))
         n = int(rng.integers(1, 30))
         g.insert(x[np.arange(nxt, nxt + n) % 6000], range(nxt, nxt + n), 8, 30)
         have, nxt = have + list(range(nxt, nxt + n)), nxt + n
@@ -259,10 +259,10 @@ def test_the_entry_point_may_go_again_and_again(sift):
     g.insert(x, range(600), 4, 30)
     left = set(range(600))
     while len(left) > 5:
-        out = int(g._g.ids[g._g.meta[0]])
+        out = int(g.memory.arrays.ids[g.memory.arrays.meta[0]])
         g.remove([out])
         left.discard(out)
-        assert g._g.level[g._g.meta[0]] >= 0
+        assert g.memory.arrays.level[g.memory.arrays.meta[0]] >= 0
     sound(g)
     assert set(g.search(x[:1], 5, 10)[0][0].tolist()) == left
 
@@ -284,7 +284,7 @@ def test_bad_input_changes_nothing(sift):
     g.insert(x[:50], range(50), 8, 20)
     g.insert(x[:3], range(50, 53), 8, 20)
     g.remove([7, 51])
-    before, arrays, nan = state(g), list(g._g), x[:100].copy()
+    before, arrays, nan = state(g), list(g.memory.arrays), x[:100].copy()
     nan[60, 3] = np.nan
     ids = np.arange(100, 200)
     cases = [((nan, ids, 8, 20), "row 60"), ((x[:100], np.r_[ids[:-1], 3], 8, 20), "row 99"),
@@ -295,7 +295,7 @@ def test_bad_input_changes_nothing(sift):
         with pytest.raises(ValueError, match=says): g.insert(*args)
     for bad in [7], [1, 2, 1], [], [1.5], ["a"]:
         with pytest.raises(ValueError): g.remove(bad)
-    assert state(g) == before and all(a is b for a, b in zip(arrays, g._g))
+    assert state(g) == before and all(a is b for a, b in zip(arrays, g.memory.arrays))
 
 
 def test_threads_search_while_one_inserts_and_removes(sift):
@@ -331,7 +331,7 @@ def test_a_search_under_way_sees_nothing_of_what_comes_after_growth(sift):
     x, _ = sift
     g = DynamicHNSW(128, capacity=512)
     g.insert(x[:500], range(500), 8, 30)
-    old = g._g
+    old = g.memory.arrays
     g.insert(x[500:625], range(500, 625), 8, 30)
     assert len(old.ids) == 512 and old.table.max() <= 500 and old.L0[:, 1:].max() < 500 and old.U[:, 1:].max() < 500
 
@@ -367,9 +367,9 @@ def test_the_search_marks_may_wrap(sift):
     x, g = sift[0][:500], DynamicHNSW(128)
     g.insert(x, range(500), 8, 30)
     want = g.search(x, 3, 30)
-    g._spare[:] = [(2**32 - 200, s) for _, s in g._spare]
+    g.memory.spare[:] = [(2**32 - 200, s) for _, s in g.memory.spare]
     for _ in range(2): assert (g.search(x[:150], 3, 30)[0] == want[0][:150]).all()
-    assert (g.search(x, 3, 30)[0] == want[0]).all() and g._spare[-1][0] < 2000
+    assert (g.search(x, 3, 30)[0] == want[0]).all() and g.memory.spare[-1][0] < 2000
 
 
 def test_a_stored_vector_is_found_however_hastily_it_was_linked(sift):

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from opml_wb.riann.disk import store as S, wal as W
-from opml_wb.riann.disk.store import Damaged, Locked, Store, StoreError, verify
+from opml_wb.riann.disk import generation as G, wal as W
+from opml_wb.riann.disk.store import Damaged, IndexStore, Locked, StoreError, verify
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and flock")
 REST = {"LOCK", "MANIFEST.json"}
@@ -65,12 +65,12 @@ def same(got, want):
 
 
 def reopened(path, big=300, **options):
-    with Store.open(path, create=False, **options) as log: return contents(log, big)
+    with IndexStore.open(path, create=False, **options) as log: return contents(log, big)
 
 
 def goes_on(path):
     "The folder is in order, takes another operation and gives it back; how many operations it stood for before."
-    with Store.open(path, create=False, fsync="none") as log:
+    with IndexStore.open(path, create=False, fsync="none") as log:
         n = contents(log)
         generation = log.generation
         assert set(os.listdir(path)) == {"LOCK", f"wal-{generation}.log"} | ({"MANIFEST.json", f"gen-{generation}"} if generation else set())
@@ -157,7 +157,7 @@ def every_kill(prepare, action, tmp_path):
 
 
 def filled(path, saves=(3,), upto=5):
-    with Store.open(path, fsync="none") as log:
+    with IndexStore.open(path, fsync="none") as log:
         for i in range(1, upto + 1):
             put(log, i)
             if i in saves: keep(log, i)
@@ -166,11 +166,11 @@ def filled(path, saves=(3,), upto=5):
 @pytest.mark.slow
 def test_killed_at_every_step_of_a_save(tmp_path):
     def save(path):
-        with Store.open(path) as log: keep(log, 5)
+        with IndexStore.open(path) as log: keep(log, 5)
     seen = set()
     for path, where in every_kill(filled, save, tmp_path):
-        with Store.open(path, readonly=True) as log: assert contents(log) == 5, where
-        with Store.open(path) as log: seen.add(log.generation)
+        with IndexStore.open(path, readonly=True) as log: assert contents(log) == 5, where
+        with IndexStore.open(path) as log: seen.add(log.generation)
         assert goes_on(path) == 5, where
     assert seen == {1, 2}
 
@@ -178,19 +178,19 @@ def test_killed_at_every_step_of_a_save(tmp_path):
 @pytest.mark.slow
 def test_killed_at_every_step_of_the_first_save(tmp_path):
     def save(path):
-        with Store.open(path) as log: keep(log, 5)
+        with IndexStore.open(path) as log: keep(log, 5)
     for path, where in every_kill(lambda path: filled(path, ()), save, tmp_path): assert goes_on(path) == 5, where
 
 
 def test_killed_at_every_step_of_the_creation(tmp_path):
-    for path, where in every_kill(lambda path: None, lambda path: Store.open(path / "deep").close(), tmp_path):
-        Store.open(path / "deep").close()
+    for path, where in every_kill(lambda path: None, lambda path: IndexStore.open(path / "deep").close(), tmp_path):
+        IndexStore.open(path / "deep").close()
         assert goes_on(path / "deep") == 0, where
 
 
 def test_killed_at_every_step_of_an_append(tmp_path):
     def add(path):
-        with Store.open(path) as log: put(log, 6)
+        with IndexStore.open(path) as log: put(log, 6)
     found = [goes_on(path) for path, where in every_kill(filled, add, tmp_path)]
     assert set(found) == {5, 6} and found == sorted(found)
 
@@ -199,12 +199,12 @@ def test_killed_at_every_step_of_a_recovery(tmp_path):
     "Opening a folder where a torn record, a half-made generation and the remains of an old one lie."
     def wreck(path):
         filled(path)
-        with open(path / "wal-1.log", "ab") as f: f.write(b"".join(W._record(6, "add", payload(6), "{}"))[:100])
+        with open(path / "wal-1.log", "ab") as f: f.write(b"".join(W.encode_record(6, "add", payload(6), "{}"))[:100])
         shutil.copytree(path / "gen-1", path / "gen-2")
         shutil.copytree(path / "gen-1", path / "gen-0")
         for name in ("wal-2.log", "wal-0.log", "wal-2.log.part", "MANIFEST.json.part"): (path / name).write_bytes(b"rest")
         (path / "MANIFEST.old.json").write_bytes(b"{}")
-    for path, where in every_kill(wreck, lambda path: Store.open(path).close(), tmp_path): assert goes_on(path) == 5, where
+    for path, where in every_kill(wreck, lambda path: IndexStore.open(path).close(), tmp_path): assert goes_on(path) == 5, where
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
@@ -214,12 +214,12 @@ def test_every_call_fails_once(tmp_path, verb, code):
     def act(log): put(log, 6) if verb == "append" else keep(log, 5)
     filled(tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "count")
-    with Store.open(tmp_path / "count") as log: calls = count_calls(lambda: act(log))
+    with IndexStore.open(tmp_path / "count") as log: calls = count_calls(lambda: act(log))
     outcomes = set()
     for step, name in enumerate(calls):
         path = tmp_path / f"{step}"
         shutil.copytree(tmp_path / "model", path)
-        log, seen = Store.open(path), iter(range(1 << 30))
+        log, seen = IndexStore.open(path), iter(range(1 << 30))
         def hook(name, call, args):
             if next(seen) != step: return call()
             if name == "writev": call(args[0], half(args[1]))
@@ -275,7 +275,7 @@ def test_power_cut_after_every_call(tmp_path):
     path, states, acknowledged = tmp_path / "store", [], []
     filled(path, (), 2)
     n = 2
-    with power(path, states), Store.open(path) as log:
+    with power(path, states), IndexStore.open(path) as log:
         for verb in "aasaassa":
             if verb == "a": put(log, n + 1)
             else: keep(log, n)
@@ -293,7 +293,7 @@ def test_power_cut_without_fsync_loses_something(tmp_path):
     "The model above can tell: under fsync='none' acknowledged operations vanish."
     path, states = tmp_path / "store", []
     filled(path, (), 2)
-    with power(path, states), Store.open(path, fsync="none") as log:
+    with power(path, states), IndexStore.open(path, fsync="none") as log:
         put(log, 3)
         lay_out(tmp_path / "cut", states[-1])
     assert goes_on(tmp_path / "cut") == 2
@@ -302,7 +302,7 @@ def test_power_cut_without_fsync_loses_something(tmp_path):
 def writer(path, pipe, seed):
     "Append and save for ever, telling what begins and what is done."
     rng = random.Random(seed)
-    with Store.open(path, fsync=rng.choice(["batch", "none"])) as log:
+    with IndexStore.open(path, fsync=rng.choice(["batch", "none"])) as log:
         n = log.seq
         while True:
             os.write(pipe, b"b%d\n" % (n + 1))
@@ -317,7 +317,7 @@ def writer(path, pipe, seed):
 def test_killed_at_random_thirty_times(tmp_path):
     "One folder, thirty writers in turn, each killed at a random instant; operations of up to 2 MB."
     path, rng, generations = tmp_path / "store", random.Random(7), set()
-    Store.open(path).close()
+    IndexStore.open(path).close()
     n = 0
     for turn in range(30):
         out, pipe = os.pipe()
@@ -334,7 +334,7 @@ def test_killed_at_random_thirty_times(tmp_path):
         lines = [line for line in told.decode().split("\n")[:-1]]
         done = max([n, *[int(line[1:]) for line in lines if line[0] == "d"]])
         begun = max(int(line[1:]) for line in lines if line[0] == "b")
-        with Store.open(path) as log:   # the lock went with the process
+        with IndexStore.open(path) as log:   # the lock went with the process
             generations.add(log.generation)
             n = contents(log, 30_000)
         assert done <= n <= max(begun, done), turn
@@ -345,9 +345,9 @@ def test_killed_at_random_thirty_times(tmp_path):
 def test_a_flipped_bit_anywhere_in_the_log(tmp_path):
     "An error that names file and record; in the last record, whose acknowledgement nobody can know, a warning."
     path, small = tmp_path / "store", dict(x=np.arange(3, dtype=np.float32), ids=np.arange(3))
-    with Store.open(path) as log:
+    with IndexStore.open(path) as log:
         log.save(small, {})
-        starts = [W._START]
+        starts = [W.START]
         for i in range(3): log.append("add", small, {"i": i}); starts.append(log.bytes)
     file = path / "wal-1.log"
     whole = file.read_bytes()
@@ -357,11 +357,11 @@ def test_a_flipped_bit_anywhere_in_the_log(tmp_path):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:])
             record = next((s for s in reversed(starts) if s <= at), 0)
             if at < starts[2]:
-                with pytest.raises(StoreError, match="wal-1.log") as e: Store.open(path)
+                with pytest.raises(StoreError, match="wal-1.log") as e: IndexStore.open(path)
                 if isinstance(e.value, Damaged): assert (e.value.file, e.value.offset) == (file, record)
                 else: assert 8 <= at < 12   # a newer format?
             else:
-                with pytest.warns(RuntimeWarning, match=f"byte {starts[2]}: .*dropped"), Store.open(path, readonly=True) as log:
+                with pytest.warns(RuntimeWarning, match=f"byte {starts[2]}: .*dropped"), IndexStore.open(path, readonly=True) as log:
                     assert [meta["i"] for _, _, meta in log.replay()] == [0, 1] and log.torn.kind == "last"
     file.write_bytes(whole)
     assert verify(path)["ok"]
@@ -371,20 +371,20 @@ def test_unchecked_opening_finds_damage_when_it_is_read(tmp_path):
     "With check=False the data of all but the last operation waits for replay to be verified."
     path = tmp_path / "store"
     filled(path)
-    with Store.open(path) as log: first, last = W._records(log._log.fd, log._log.first)
+    with IndexStore.open(path) as log: first, last = W.read_records(log._log.fd, log._log.first)
     file, whole = path / "wal-1.log", (path / "wal-1.log").read_bytes()
     file.write_bytes(whole[:first.end - 1] + bytes([whole[first.end - 1] ^ 1]) + whole[first.end:])
-    with pytest.raises(Damaged): Store.open(path)
-    with Store.open(path, check=False) as log, pytest.raises(Damaged, match=f"wal-1.log, byte {first.offset}: record 4"): list(log.replay())
+    with pytest.raises(Damaged): IndexStore.open(path)
+    with IndexStore.open(path, check=False) as log, pytest.raises(Damaged, match=f"wal-1.log, byte {first.offset}: record 4"): list(log.replay())
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.warns(RuntimeWarning, match=f"byte {last.offset}"), Store.open(path, check=False) as log: assert contents(log) == 4
+    with pytest.warns(RuntimeWarning, match=f"byte {last.offset}"), IndexStore.open(path, check=False) as log: assert contents(log) == 4
     assert goes_on(path) == 4
 
 
 @pytest.mark.slow
 def test_a_flipped_bit_anywhere_in_manifest_and_snapshot(tmp_path):
     path = tmp_path / "store"
-    with Store.open(path) as log:
+    with IndexStore.open(path) as log:
         log.save(dict(x=np.arange(3, dtype=np.float32), ids=np.arange(3), none=np.zeros((0, 4))), {"deg": 16, "name": "a"})
         log.append("add", {}, {})
     for file in [path / "MANIFEST.json", *sorted((path / "gen-1").iterdir())]:
@@ -392,53 +392,53 @@ def test_a_flipped_bit_anywhere_in_manifest_and_snapshot(tmp_path):
         for at in range(len(whole)):
             for bit in (1, 128):
                 file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1:])
-                with pytest.raises(StoreError, match=file.name): Store.open(path, readonly=True)
+                with pytest.raises(StoreError, match=file.name): IndexStore.open(path, readonly=True)
                 report = None
                 try: report = verify(path)
                 except StoreError as e: assert "newer" in str(e)
                 assert report is None or (not report["ok"] and report["problems"][0]["file"] == str(file))
         for data in (b"", whole[:-1], whole + b"!"):
             file.write_bytes(data)
-            with pytest.raises(Damaged, match=file.name): Store.open(path)
+            with pytest.raises(Damaged, match=file.name): IndexStore.open(path)
         file.unlink()
-        with pytest.raises(Damaged, match=file.name + ".*is missing"): Store.open(path)
+        with pytest.raises(Damaged, match=file.name + ".*is missing"): IndexStore.open(path)
         file.write_bytes(whole)
     (path / "wal-1.log").unlink()
-    with pytest.raises(Damaged, match="wal-1.log.*is missing"): Store.open(path)
+    with pytest.raises(Damaged, match="wal-1.log.*is missing"): IndexStore.open(path)
 
 
 def test_a_log_cut_at_every_byte(tmp_path):
     path = tmp_path / "store"
-    with Store.open(path) as log:
+    with IndexStore.open(path) as log:
         ends = [log.bytes]
         for i in range(3): log.append("add", dict(ids=np.arange(i)), {"i": i}); ends.append(log.bytes)
     file = path / "wal-0.log"
     whole = file.read_bytes()
     for size in range(len(whole) + 1):
         file.write_bytes(whole[:size])
-        if size < W._START:
-            with pytest.raises(Damaged, match="wal-0.log, byte 0"): Store.open(path)
+        if size < W.START:
+            with pytest.raises(Damaged, match="wal-0.log, byte 0"): IndexStore.open(path)
             continue
         n = sum(e <= size for e in ends) - 1
-        with warnings.catch_warnings(), Store.open(path) as log:
+        with warnings.catch_warnings(), IndexStore.open(path) as log:
             warnings.simplefilter("error")
             assert [meta["i"] for _, _, meta in log.replay()] == list(range(n)) and log.seq == n
             assert (log.torn and log.torn[:3]) == (None if size in ends else (ends[n], size - ends[n], "cut"))
             log.append("add", dict(ids=np.arange(9)), {"i": n})
-        with Store.open(path) as log: assert [meta["i"] for _, _, meta in log.replay()] == list(range(n + 1)) and not log.torn
+        with IndexStore.open(path) as log: assert [meta["i"] for _, _, meta in log.replay()] == list(range(n + 1)) and not log.torn
 
 
 def test_salvage_keeps_what_precedes_the_damage(tmp_path):
     filled(tmp_path / "store", (2,), 6)
     file = tmp_path / "store" / "wal-1.log"
-    with Store.open(tmp_path / "store") as log: offsets = [r.offset for r in W._records(log._log.fd, log._log.first)]
+    with IndexStore.open(tmp_path / "store") as log: offsets = [r.offset for r in W.read_records(log._log.fd, log._log.first)]
     data = bytearray(file.read_bytes())
     data[offsets[2] + 8] ^= 1   # the length of operation 5
     file.write_bytes(data)
-    with pytest.raises(Damaged, match="the 2 operations before it") as e: Store.open(tmp_path / "store")
+    with pytest.raises(Damaged, match="the 2 operations before it") as e: IndexStore.open(tmp_path / "store")
     assert e.value.offset == offsets[2]
     assert verify(tmp_path / "store")["problems"] == [dict(file=str(file), offset=offsets[2], problem="the head of a record fails its checksum")]
-    with pytest.warns(RuntimeWarning, match=f"byte {offsets[2]}"), Store.open(tmp_path / "store", salvage=True) as log: assert contents(log) == 4
+    with pytest.warns(RuntimeWarning, match=f"byte {offsets[2]}"), IndexStore.open(tmp_path / "store", salvage=True) as log: assert contents(log) == 4
     assert goes_on(tmp_path / "store") == 4
 
 
@@ -451,7 +451,7 @@ def published_but_not_swept(path):
         if name == "replace" and Path(args[1]).name == "MANIFEST.json": die()
         return done
     def child():
-        with Store.open(path) as log, at_each_call(hook): keep(log, 5)
+        with IndexStore.open(path) as log, at_each_call(hook): keep(log, 5)
     assert os.WTERMSIG(forked(child)) == signal.SIGKILL
     assert {"gen-1", "gen-2", "MANIFEST.old.json"} <= set(os.listdir(path))
 
@@ -463,9 +463,9 @@ def test_half_a_manifest_gives_the_previous_generation(tmp_path):
         path = tmp_path / f"{i}"
         shutil.copytree(tmp_path / "model", path)
         os.truncate(path / "MANIFEST.json", n)
-        with Store.open(path, readonly=True) as log: assert (log.generation, contents(log)) == (1, 5)
+        with IndexStore.open(path, readonly=True) as log: assert (log.generation, contents(log)) == (1, 5)
         assert goes_on(path) == 5
-        with Store.open(path) as log:
+        with IndexStore.open(path) as log:
             assert log.generation == 1
             keep(log, log.seq)
         assert goes_on(path) == 6
@@ -476,26 +476,26 @@ def test_half_a_manifest_after_more_operations_is_an_error(tmp_path):
     published_but_not_swept(tmp_path / "store")
     def child():
         def hook(name, call, args): return call() if name != "unlink" else None
-        with at_each_call(hook), Store.open(tmp_path / "store") as log: put(log, 6)
+        with at_each_call(hook), IndexStore.open(tmp_path / "store") as log: put(log, 6)
     assert forked(child) == 0
     assert "gen-1" in os.listdir(tmp_path / "store")
     os.truncate(tmp_path / "store" / "MANIFEST.json", 50)
-    with pytest.raises(Damaged, match="MANIFEST.json: this is not a manifest"): Store.open(tmp_path / "store")
+    with pytest.raises(Damaged, match="MANIFEST.json: this is not a manifest"): IndexStore.open(tmp_path / "store")
 
 
 def test_a_newer_format_is_refused(tmp_path):
     path = tmp_path / "store"
     filled(path)
-    doc = S._decode(path / "MANIFEST.json")
-    (path / "MANIFEST.json").write_bytes(S._encode({**doc, "format": 2}))
-    for call in (lambda: Store.open(path), lambda: Store.open(path, readonly=True), lambda: verify(path)):
+    doc = G.decode(path / "MANIFEST.json")
+    (path / "MANIFEST.json").write_bytes(G.encode({**doc, "format": 2}))
+    for call in (lambda: IndexStore.open(path), lambda: IndexStore.open(path, readonly=True), lambda: verify(path)):
         with pytest.raises(StoreError, match="MANIFEST.json: format 2 is newer than 1.*update opml_wb"): call()
     before = sorted(os.listdir(path))
     assert before == sorted({*REST, "gen-1", "wal-1.log"})
-    (path / "MANIFEST.json").write_bytes(S._encode(doc))
+    (path / "MANIFEST.json").write_bytes(G.encode(doc))
     raw = (path / "wal-1.log").read_bytes()
-    (path / "wal-1.log").write_bytes(W._sealed(W._HEADER.pack(b"RIANNLOG", 3, 1, 3)) + raw[W._START:])
-    with pytest.raises(StoreError, match="wal-1.log: format 3 is newer"): Store.open(path)
+    (path / "wal-1.log").write_bytes(W.sealed(W.HEADER.pack(b"RIANNLOG", 3, 1, 3)) + raw[W.START:])
+    with pytest.raises(StoreError, match="wal-1.log: format 3 is newer"): IndexStore.open(path)
 
 
 def limited(size, action):
@@ -510,7 +510,7 @@ def test_file_size_limit(tmp_path):
     "The system writes part of the record and refuses the rest: it is cut off again, smaller ones still fit."
     path = tmp_path / "store"
     def child():
-        with Store.open(path) as log:
+        with IndexStore.open(path) as log:
             log.append("add", dict(x=np.zeros(10_000)), {})
             size = log.bytes
             for x in (np.zeros(20_000), np.zeros(50_000)):
@@ -521,7 +521,7 @@ def test_file_size_limit(tmp_path):
             assert log.append("add", dict(x=np.zeros(10)), {}) == 2
             log.save(dict(x=np.zeros(12_000)), {})
     limited(120_000, child)
-    with Store.open(path) as log: assert log.generation == 1 and len(log.snapshot[0]["x"]) == 12_000
+    with IndexStore.open(path) as log: assert log.generation == 1 and len(log.snapshot[0]["x"]) == 12_000
 
 
 @pytest.fixture
@@ -536,16 +536,16 @@ def small_disk(tmp_path):
 
 def test_disk_full(small_disk):
     path, block = small_disk / "store", dict(x=np.ones((100, 128), np.float32))
-    log = Store.open(path)
+    log = IndexStore.open(path)
     with pytest.raises(OSError) as e:
         while True: log.append("add", block, {})
     assert e.value.errno == errno.ENOSPC and log.seq > 20
     n = log.seq
     with pytest.raises(OSError): log.save(block, {})
     assert [meta for _, _, meta in log.replay()] == [{}] * n
-    with Store.open(path, readonly=True) as reader: assert reader.seq == n and reader.torn is None
+    with IndexStore.open(path, readonly=True) as reader: assert reader.seq == n and reader.torn is None
     log.close()
-    log = Store.open(path)   # also opens on a full disk
+    log = IndexStore.open(path)   # also opens on a full disk
     assert log.append("add", {}, {}) == n + 1
     log.close()
     assert verify(path)["operations"] == n + 1
@@ -553,7 +553,7 @@ def test_disk_full(small_disk):
 
 def test_a_save_without_room_and_then_with(small_disk):
     path, filler = small_disk / "store", small_disk / "filler"
-    log = Store.open(path)
+    log = IndexStore.open(path)
     put(log, 1)
     filler.write_bytes(b"0" * 1_500_000)
     with pytest.raises(OSError) as e: log.save(dict(x=np.ones(200_000)), {})
@@ -567,15 +567,15 @@ def test_a_save_without_room_and_then_with(small_disk):
 
 def test_two_writers(tmp_path):
     path = tmp_path / "store"
-    code = f"import time; from opml_wb.riann.disk.store import Store; s = Store.open({str(path)!r}); print('open', flush=True); time.sleep(60)"
+    code = f"import time; from opml_wb.riann.disk.store import IndexStore; s = IndexStore.open({str(path)!r}); print('open', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(Locked, match=rf"process {other.pid} writes to this store"): Store.open(path)
-        with Store.open(path, readonly=True) as reader: assert reader.seq == 0
+        with pytest.raises(Locked, match=rf"process {other.pid} writes to this store"): IndexStore.open(path)
+        with IndexStore.open(path, readonly=True) as reader: assert reader.seq == 0
         other.kill()
         other.wait()
-        Store.open(path).close()
+        IndexStore.open(path).close()
     finally:
         other.kill()
         other.wait()
@@ -591,7 +591,7 @@ def test_many_open_at_once(tmp_path):
         try:
             os.close(go)
             os.read(gate, 1)
-            log = Store.open(tmp_path / "store")
+            log = IndexStore.open(tmp_path / "store")
             os.write(told, b"w" if not log.closed else b"?")
             time.sleep(60)
         except Locked: os.write(told, b"l")
@@ -608,7 +608,7 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
     "The writer is killed, the child that it forked lives on: the store is free; and the child cannot write to it."
     out, told = os.pipe()
     def parent():
-        log = Store.open(tmp_path / "store")
+        log = IndexStore.open(tmp_path / "store")
         put(log, 1)
         child = os.fork()
         if child:
@@ -625,7 +625,7 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
     child = next(int(line) for line in said.split() if line.isdigit())
     try:
         assert b"which forked this one: open it anew" in said
-        with pytest.raises(Locked, match=f"process {pid} "): Store.open(tmp_path / "store")   # the child didn't release it
+        with pytest.raises(Locked, match=f"process {pid} "): IndexStore.open(tmp_path / "store")   # the child didn't release it
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)   # dead, and its number not yet free
         assert goes_on(tmp_path / "store") == 1
@@ -635,22 +635,22 @@ def test_a_fork_does_not_hold_the_lock(tmp_path):
 
 
 def test_forgotten_stores_let_go(tmp_path):
-    log = Store.open(tmp_path / "store")
+    log = IndexStore.open(tmp_path / "store")
     del log
-    Store.open(tmp_path / "store").close()
+    IndexStore.open(tmp_path / "store").close()
 
 
 def test_readers_beside_a_writer(tmp_path):
     "While a process appends and saves without pause, every opening is consistent, and none goes back in time."
     path = tmp_path / "store"
     out, pipe = os.pipe()
-    Store.open(path).close()
+    IndexStore.open(path).close()
     pid = os.fork()
     if not pid: writer(path, os.open(os.devnull, os.O_WRONLY), 3)
     try:
         last, opened, end = 0, 0, time.monotonic() + 3
         while time.monotonic() < end:
-            with Store.open(path, readonly=True, check=bool(opened % 2)) as log:
+            with IndexStore.open(path, readonly=True, check=bool(opened % 2)) as log:
                 seen = [meta["i"] for _, _, meta in log.replay()]
                 start = log.snapshot[1]["upto"] if log.snapshot else 0
                 assert seen == list(range(start + 1, start + 1 + len(seen))) and start + len(seen) >= max(last, log.seq)
@@ -667,7 +667,7 @@ def test_readers_beside_a_writer(tmp_path):
 
 def test_an_interrupt_in_mid_write(tmp_path):
     "Ctrl-C during an append: undone; the next one follows the last whole record."
-    with Store.open(tmp_path / "store") as log:
+    with IndexStore.open(tmp_path / "store") as log:
         put(log, 1)
         def hook(name, call, args):
             if name != "writev": return call()
@@ -682,7 +682,7 @@ def test_an_interrupt_in_mid_write(tmp_path):
 
 def test_an_undo_that_fails_is_made_up_for(tmp_path):
     "Neither the write nor the cut succeeds: the next append cuts first."
-    with Store.open(tmp_path / "store") as log:
+    with IndexStore.open(tmp_path / "store") as log:
         put(log, 1)
         def hook(name, call, args):
             if name not in ("writev", "ftruncate"): return call()
@@ -699,7 +699,7 @@ def test_threads_append_at_once(tmp_path):
     def hook(name, call, args):
         if name == "writev": time.sleep(.001)   # the others' turn
         return call()
-    with at_each_call(hook), Store.open(tmp_path / "store", fsync="none") as log:
+    with at_each_call(hook), IndexStore.open(tmp_path / "store", fsync="none") as log:
         numbers = []
         def work(t):
             for i in range(50): numbers.append(log.append("add", dict(ids=np.full(20, t)), {"t": t, "i": i}))
@@ -713,7 +713,7 @@ def test_threads_append_at_once(tmp_path):
 
 
 def test_what_was_read_outlives_a_save_and_a_close(tmp_path):
-    with Store.open(tmp_path / "store") as log:
+    with IndexStore.open(tmp_path / "store") as log:
         put(log, 1)
         operations = log.replay()
         keep(log, 1)
@@ -731,14 +731,14 @@ def test_foreign_files_are_left_alone(tmp_path):
     filled(path)
     for name in ("notes.txt", "gen-1.bak", "wal-9.log.old"): (path / name).write_text("mine")
     (path / "gen-1" / "more.txt").write_text("mine")
-    with Store.open(path) as log: keep(log, 5)
+    with IndexStore.open(path) as log: keep(log, 5)
     assert {"notes.txt", "gen-1.bak", "wal-9.log.old"} <= set(os.listdir(path))
 
 
 def test_a_manifest_gone_is_not_an_empty_store(tmp_path):
     filled(tmp_path / "store")
     (tmp_path / "store" / "MANIFEST.json").unlink()
-    with pytest.raises(Damaged, match="MANIFEST.json: is missing"): Store.open(tmp_path / "store")
+    with pytest.raises(Damaged, match="MANIFEST.json: is missing"): IndexStore.open(tmp_path / "store")
     assert {"gen-1", "wal-1.log"} <= set(os.listdir(tmp_path / "store"))
 
 
@@ -755,12 +755,12 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 def test_everything_comes_back(tmp_path_factory, arrays, meta, op, turned):
     path = tmp_path_factory.mktemp("any") / "store"
     if turned: arrays = {k: a.T for k, a in arrays.items()}
-    with Store.open(path, fsync="none") as log:
+    with IndexStore.open(path, fsync="none") as log:
         log.append(op, arrays, meta)
         log.save(arrays, meta)
         log.append(op, arrays, meta)
         log.append(op, {}, {})
-    with Store.open(path, readonly=True) as log:
+    with IndexStore.open(path, readonly=True) as log:
         first, second = log.replay()
         assert (first[0], first[2], second) == (op, meta, (op, {}, {})) and log.snapshot[1] == meta
         same(first[1], arrays)

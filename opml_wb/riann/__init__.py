@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING
 from ..core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.riann.index import Riann, Requirement
+    from opml_wb.riann.index import Riann
+    from opml_wb.riann.graph.exact import ground_truth
     from opml_wb.riann.graph.hnsw import DynamicHNSW
-    from opml_wb.riann.models.timemodel import TimeModel
+    from opml_wb.riann.models.annealing import Rung, anneal, ladder
+    from opml_wb.riann.models.plan import Infeasible, Plan, Report, Requirement
     from opml_wb.riann.models.recall import RecallModel
+    from opml_wb.riann.models.timemodel import TimeModel, profile
+    from opml_wb.riann.disk.store import IndexStore, verify
 
 MOVED = {  # old module: where it is now
     "checks": "graph.checks", "locks": "graph.locks", "kernels": "graph.kernels",
-    "directory": "graph.directory", "memory": "graph.memory", "nodes": "graph.nodes",
+    "directory": "graph.directory", "memory": "graph.memory", "nodes": "graph.links",
     "exact": "graph.exact", "timemodel": "models.timemodel", "trees": "models.trees",
-    "recall": "models.recall", "plan": "models.plan", "planner": "models.planner",
+    "recall": "models.recall", "plan": "models.plan", "planner": "models.plan",
     "wal": "disk.wal", "store": "disk.store", "snapshot": "disk.snapshot", "moving": "linking",
     "churn": "lab.churn", "bench": "lab.bench"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.riann.disk.store import Locked, Store, verify
+    from opml_wb.riann.disk.store import IndexStore, Locked, Store, verify
     from opml_wb.riann.disk.snapshot import freeze, thaw
+    from opml_wb.riann.disk.wal import Damaged
 
 __getattr__, __dir__, __all__ = lazy(__name__)
