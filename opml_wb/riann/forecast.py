@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLAT', 'Entry', 'Forecast']
 
-# %% ../../nbs/riann/06_forecast.ipynb #64669939
+# %% ../../nbs/riann/06_forecast.ipynb #fd199581
 import math
 import numpy as np
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from .models.plan import Plan
 
 FLAT = "so few that all are compared"
 
-# %% ../../nbs/riann/06_forecast.ipynb #f92783cb
+# %% ../../nbs/riann/06_forecast.ipynb #74dc21c1
 class Entry:
     """The time to take a batch in, before anything is linked: learned, wall seconds.
 
@@ -34,34 +34,13 @@ class Entry:
         if op == "add": self.batch_s += more
         else: self.removal_s = max(0, self.removal_s + more / n)
 
-# %% ../../nbs/riann/06_forecast.ipynb #174069aa
+# %% ../../nbs/riann/06_forecast.ipynb #5669fe50
 class Forecast:
     "Predictions for the batches of one index. linker: Linker. entry: Entry."
     def __init__(self, linker: Linker) -> None:
         self.linker, self.entry = linker, Entry(linker.graph.dim)
 
-    def plan(self, n: int, limit: float | None, op: str = "add", asked: bool = True) -> Plan:
-        """Plan a batch of `n` vectors due in `limit` wall seconds; its query time only if `asked`
-        for or required."""
-        linker, planner, copy = self.linker, self.linker.planner, self.entry.of(n, op)
-        now, waiting = len(linker.graph), linker.graph.waiting
-        total = now + (n if op == "add" else 0)
-        if waiting == now and total <= linker.flat_below:
-            return self._judged(0, 0, 0, copy, total * planner.scan_s, 1., limit)
-        waiting += n
-        linked = total - waiting / 2   # halfway
-        if limit is None:
-            r, t = planner.rungs(total)[0], copy + linker.pace.wall(planner.usual(linked)) * waiting
-        else:
-            rungs, costs = linker.costs(total, linked)
-            times = copy + linker.pace.wall(costs) * waiting
-            fits = np.flatnonzero(times + GUARD_S <= limit)
-            i = int(fits[0]) if len(fits) else int(np.argmin(times))
-            r, t = rungs[i], float(times[i])
-        ask = asked or planner.need.query_s
-        t_query = planner.query(r.cand_q, linker.layers_at(total, r)) if ask else math.nan
-        return self._judged(r.deg, r.cand, r.cand_q, t, t_query, r.recall, limit)
-
+# %% ../../nbs/riann/06_forecast.ipynb #35125115
 @patch
 def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_query: float,
             recall: float,
@@ -79,3 +58,27 @@ def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_
         why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
     else: ok = True
     return Plan(deg, cand, cand_q, t_index, t_query, recall, ok, why)
+
+# %% ../../nbs/riann/06_forecast.ipynb #d4ad63d0
+@patch
+def plan(self: Forecast, n: int, limit: float | None, op: str = "add", asked: bool = True) -> Plan:
+    """Plan a batch of `n` vectors due in `limit` wall seconds; its query time only if `asked` for
+    or required."""
+    linker, planner, copy = self.linker, self.linker.planner, self.entry.of(n, op)
+    now, waiting = len(linker.graph), linker.graph.waiting
+    total = now + (n if op == "add" else 0)
+    if waiting == now and total <= linker.flat_below:
+        return self._judged(0, 0, 0, copy, total * planner.scan_s, 1., limit)
+    waiting += n
+    linked = total - waiting / 2   # halfway
+    if limit is None:
+        r, t = planner.rungs(total)[0], copy + linker.pace.wall(planner.usual(linked)) * waiting
+    else:
+        rungs, costs = linker.costs(total, linked)
+        times = copy + linker.pace.wall(costs) * waiting
+        fits = np.flatnonzero(times + GUARD_S <= limit)
+        i = int(fits[0]) if len(fits) else int(np.argmin(times))
+        r, t = rungs[i], float(times[i])
+    ask = asked or planner.need.query_s
+    t_query = planner.query(r.cand_q, linker.layers_at(total, r)) if ask else math.nan
+    return self._judged(r.deg, r.cand, r.cand_q, t, t_query, r.recall, limit)

@@ -39,12 +39,13 @@ def _here():
     shall give equal indexes."""
     return TimeModel.load().calibrate()
 
+# %% ../../nbs/riann/07_index.ipynb #fd4ce639
 def _of_linker(name):
     "A property of an index that is its linker's attribute `name`."
-    return property(lambda self: getattr(self.linker, name), lambda self,
-                    value: setattr(self.linker, name, value))
+    return property(lambda self: getattr(self.linker, name),
+                    lambda self, value: setattr(self.linker, name, value))
 
-# %% ../../nbs/riann/07_index.ipynb #3fa19e93
+# %% ../../nbs/riann/07_index.ipynb #c6e6d7b8
 class Riann:
     """Nearest neighbours, indexed batch by batch within deadlines.
 
@@ -84,23 +85,6 @@ class Riann:
         self.store = store
         self.save()
 
-    def _prepare(self, graph, requirement, seed, flat_below, time_model, recall_model, closed_loop):
-        from opml_wb.riann.models.recall import RecallModel
-        if time_model is not None and not getattr(time_model, "facts", None):
-            raise ValueError(
-                "time_model: expected one that is fitted, as profile(sample) gives, got "
-                f"{time_model!r}")
-        if recall_model is not None and not isinstance(recall_model, RecallModel):
-            raise ValueError(f"recall_model: expected a RecallModel, got {recall_model!r}")
-        warm()
-        self.graph, self.requirement, self.store, self.closed = graph, requirement, None, False
-        self._own = time_model   # saved with the index
-        planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
-        flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
-        self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
-        self.forecast, self._lock = Forecast(self.linker), threading.RLock()
-        planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
-
     planner, pace, flat_below, tail_limit = map(_of_linker, ("planner", "pace", "flat_below",
                                                              "tail_limit"))
     dim = property(lambda self: self.graph.dim, doc="Length of a vector.")
@@ -113,6 +97,26 @@ class Riann:
     def __repr__(self) -> str:
         return (f"Riann(dim={self.dim}, metric={self.metric!r}): {len(self)} vectors, "
                 f"{self.graph.waiting} of them not in the graph; {self.requirement}")
+
+# %% ../../nbs/riann/07_index.ipynb #d30d85fc
+@patch
+def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, recall_model,
+             closed_loop):
+    from opml_wb.riann.models.recall import RecallModel
+    if time_model is not None and not getattr(time_model, "facts", None):
+        raise ValueError(
+            "time_model: expected one that is fitted, as profile(sample) gives, got "
+            f"{time_model!r}")
+    if recall_model is not None and not isinstance(recall_model, RecallModel):
+        raise ValueError(f"recall_model: expected a RecallModel, got {recall_model!r}")
+    warm()
+    self.graph, self.requirement, self.store, self.closed = graph, requirement, None, False
+    self._own = time_model   # saved with the index
+    planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
+    flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
+    self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
+    self.forecast, self._lock = Forecast(self.linker), threading.RLock()
+    planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
 
 # %% ../../nbs/riann/07_index.ipynb #82b3cb9a
 @patch
@@ -138,6 +142,7 @@ def _copied(self: Riann, x: Any, ids: Any) -> Report | None:
     entry.learn(len(x), "add", took)
     return Report(took, True, total, [], soon, time.thread_time() - cpu, True, FLAT)
 
+# %% ../../nbs/riann/07_index.ipynb #c166acf8
 @patch
 def update(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None = None) -> Report:
     """Give vectors that are in the index new values, all or none: as `add`, with ids that are
@@ -146,7 +151,7 @@ def update(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None =
     A search meanwhile may find neither the old values nor the new."""
     return self._batch("update", x, ids, deadline_s)
 
-# %% ../../nbs/riann/07_index.ipynb #577f802f
+# %% ../../nbs/riann/07_index.ipynb #6a1204a0
 @patch
 def _deadline(self: Riann, deadline_s: float | None) -> float | None:
     return self.requirement.deadline_s if deadline_s is None else number("deadline_s", deadline_s,
@@ -171,6 +176,7 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
     finally:
         if paused: gc.enable()
 
+# %% ../../nbs/riann/07_index.ipynb #bd49c94a
 @patch
 def _enter(self: Riann, op: str, x: Any, ids: Any, limit: float | None) -> Plan:
     "Check, write down and place a batch; the plan for it."
@@ -191,11 +197,12 @@ def _enter(self: Riann, op: str, x: Any, ids: Any, limit: float | None) -> Plan:
             intake.put(x, ids)
     return plan
 
-# %% ../../nbs/riann/07_index.ipynb #e38cd873
+# %% ../../nbs/riann/07_index.ipynb #06c919b0
 @patch
 def _is_open(self: Riann) -> None:
     if self.closed: raise ValueError("this index is closed; Riann.open(path) opens it again")
 
+# %% ../../nbs/riann/07_index.ipynb #331b8043
 @patch
 def _write(self: Riann, op: str, **arrays: np.ndarray) -> None:
     if self.store: self.store.append(op, arrays, {})
@@ -216,7 +223,7 @@ def _do(self: Riann, op: str, ids: np.ndarray, x: np.ndarray | None = None) -> N
     if len(there): self.graph.remove(there)
     if op != "remove": self.graph.intake.put(x, ids)
 
-# %% ../../nbs/riann/07_index.ipynb #5b42d8e7
+# %% ../../nbs/riann/07_index.ipynb #c3ce7a03
 @patch
 def search(self: Riann, q: ArrayLike, k: int | None = None,
            ef: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -237,7 +244,7 @@ def _beam(self: Riann) -> int:
     top = planner.rungs(max(len(self), 1))[0]
     return int(top.cand_q * max(.5, 1 - self.graph.waiting * planner.scan_s / top.t_query))
 
-# %% ../../nbs/riann/07_index.ipynb #aec1a131
+# %% ../../nbs/riann/07_index.ipynb #8af05af3
 @patch
 def plan(self: Riann, n: int, deadline_s: float | None = None) -> Plan:
     """Predict what would be done with a batch of `n` vectors now, and what would come of it.
@@ -245,6 +252,7 @@ def plan(self: Riann, n: int, deadline_s: float | None = None) -> Plan:
     Errors: ValueError naming the parameter."""
     with self._lock: return self.forecast.plan(integer("n", n, 1), self._deadline(deadline_s))
 
+# %% ../../nbs/riann/07_index.ipynb #6600d7e0
 @patch
 def require(self: Riann, requirement: Requirement) -> None:
     "Ask something else from now on. The graph stays."
@@ -254,7 +262,7 @@ def require(self: Riann, requirement: Requirement) -> None:
     planner = Planner(requirement, now.times, now.recalls, now.seed)
     with self._lock: self.requirement, self.planner = requirement, planner
 
-# %% ../../nbs/riann/07_index.ipynb #496370e9
+# %% ../../nbs/riann/07_index.ipynb #83c8f8f8
 @patch
 def drain(self: Riann, budget_s: float) -> Report:
     """Use `budget_s` wall seconds of idle time: link what waits, link again what was linked in
@@ -271,7 +279,7 @@ def drain(self: Riann, budget_s: float) -> Report:
         return Report(wall, wall <= budget_s, self.graph.waiting, chunks, budget_s, clock.spent,
                       True, f"{again} linked again")
 
-# %% ../../nbs/riann/07_index.ipynb #ccf7e889
+# %% ../../nbs/riann/07_index.ipynb #788c5509
 @patch
 def remove(self: Riann, ids: ArrayLike) -> None:
     """Take vectors out: ids int[n], all in the index. Errors: ValueError naming the first row at
@@ -282,7 +290,7 @@ def remove(self: Riann, ids: ArrayLike) -> None:
         self._write("remove", ids=named)
         self._do("remove", ids=named)
 
-# %% ../../nbs/riann/07_index.ipynb #1ae6e334
+# %% ../../nbs/riann/07_index.ipynb #ed96005c
 @patch
 def save(self: Riann) -> None:
     """Write a snapshot, so that `open` has no log to go through. Errors: ValueError for an index
@@ -305,6 +313,7 @@ def close(self: Riann) -> None:
         if self.store: self.store.close()
         self.closed = True
 
+# %% ../../nbs/riann/07_index.ipynb #4e3b8aa1
 @patch(cls_method=True)
 def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = None,
          recall_model: "RecallModel | None" = None, closed_loop: bool = True) -> Riann:
@@ -334,7 +343,7 @@ def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = 
     self.store = store
     return self
 
-# %% ../../nbs/riann/07_index.ipynb #ab3cf082
+# %% ../../nbs/riann/07_index.ipynb #1cabd60a
 @patch
 def profile(self: Riann, sample: ArrayLike, budget_s: float = 3) -> TimeModel:
     """Fit the time model to one's own vectors and this machine, in about `budget_s` seconds.

@@ -50,7 +50,7 @@ class Clock:
         "The most wall seconds that are held back for a stall."
         return (self.limit or 0) / 5
 
-# %% ../../nbs/riann/05_linking.ipynb #53b71f0c
+# %% ../../nbs/riann/05_linking.ipynb #f6bfdda5
 class Linker:
     """The link of pending vectors into a graph: how many at a time, with which property.
 
@@ -67,13 +67,14 @@ class Linker:
         "True if no graph is needed."
         return self.graph.waiting == len(self.graph) <= self.flat_below
 
-# %% ../../nbs/riann/05_linking.ipynb #92261f01
+# %% ../../nbs/riann/05_linking.ipynb #5443935c
 @patch
 def layers_at(self: Linker, n: float, rung: Rung) -> "Layers":
     "The graph's layers if it has about `n` vectors already, else those that it will have."
     if n <= 1.25 * (len(self.graph) - self.graph.waiting): return self.graph.census(200)
     return self.planner.times.layers(rung.cand, rung.deg, max(1, int(n)))
 
+# %% ../../nbs/riann/05_linking.ipynb #0e4e25dc
 @patch
 def costs(self: Linker, total: int, n: float) -> tuple[list[Rung], np.ndarray]:
     """Rungs for an index of `total` vectors, and CPU seconds per vector of each while about `n` are
@@ -106,12 +107,7 @@ def _timed(self: Linker, predicted: float, work: Callable, *args: Any) -> None:
     cost = work(*args)
     self.pace.see(predicted, cost.cpu_s, time.perf_counter() - wall)
 
-# %% ../../nbs/riann/05_linking.ipynb #4c53a993
-@patch
-def link(self: Linker, clock: Clock) -> Chunks:
-    "Link until nothing waits or the deadline is near."
-    return self._link_all() if clock.limit is None else self._link_until(clock)
-
+# %% ../../nbs/riann/05_linking.ipynb #f516f07a
 @patch
 def _link_until(self: Linker, clock: Clock) -> Chunks:
     chunks: Chunks = []
@@ -127,6 +123,7 @@ def _link_until(self: Linker, clock: Clock) -> Chunks:
         chunks.append((rung.deg, rung.cand, pick[1]))
     return chunks
 
+# %% ../../nbs/riann/05_linking.ipynb #0785df92
 @patch
 def _link_all(self: Linker) -> Chunks:
     chunks: Chunks = []
@@ -138,12 +135,18 @@ def _link_all(self: Linker) -> Chunks:
         chunks.append((rung.deg, rung.cand, m))
     return chunks
 
-# %% ../../nbs/riann/05_linking.ipynb #d3127a85
+@patch
+def link(self: Linker, clock: Clock) -> Chunks:
+    "Link until nothing waits or the deadline is near."
+    return self._link_all() if clock.limit is None else self._link_until(clock)
+
+# %% ../../nbs/riann/05_linking.ipynb #33ca7a92
 def linked_below(graph: DynamicHNSW, cand: float) -> np.ndarray:
     "Find the ids of the linked vectors that had fewer than `cand` candidates, i64[n]."
     g, n = graph.memory.arrays, graph.memory.used
     return g.ids[:n][(g.level[:n] >= 0) & (g.cand[:n] < cand)]
 
+# %% ../../nbs/riann/05_linking.ipynb #b3a1dcca
 @patch
 def relink(self: Linker, clock: Clock) -> int:
     "Look again for links of nodes that were linked in haste, oldest first; how many."

@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'OLD', 'LOCK', 'EMPTY', 'OURS', 'create', 'beside', 'publish', 'replace', 'encode', 'decode', 'gen_folder',
            'wal_file', 'is_store', 'newest', 'heal', 'sweep', 'write_array', 'read_array', 'read_snapshot']
 
-# %% ../../../nbs/riann/disk/02_generation.ipynb #95dea756
+# %% ../../../nbs/riann/disk/02_generation.ipynb #3f875752
 import json, os, re, zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +34,7 @@ def create(file: Path, parts: Sequence) -> tuple[int, int]:
     finally: os.close(fd)
     return size, crc_of(parts)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #1ff2c2ec
 def beside(file: Path, data: bytes) -> None:
     "Write `data` to a file beside `file`, for `publish`."
     create(file.with_name(file.name + ".part"), [data])
@@ -53,6 +54,7 @@ def encode(doc: Mapping[str, Any]) -> bytes:
     "A manifest as bytes."
     return json.dumps({**doc, "crc32": zlib.crc32(json.dumps(doc).encode())}).encode() + b"\n"
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #6c0b2d52
 def decode(file: Path) -> dict[str, Any]:
     "Read the manifest in `file`. Raises FileNotFoundError, Damaged, StoreError."
     raw = file.read_bytes()
@@ -77,6 +79,7 @@ def is_store(names: Iterable[str]) -> bool:
     "True if a folder of these names holds a store."
     return any(re.fullmatch(r"MANIFEST(\.old)?\.json|wal-\d+\.log|gen-\d+", n) for n in names)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #3583e6be
 def newest(path: Path) -> dict[str, Any]:
     """Read the manifest of the newest valid generation; generation 0 has an empty snapshot and no
     file. Raises Damaged."""
@@ -93,7 +96,7 @@ def newest(path: Path) -> dict[str, Any]:
         raise fault or Damaged(path/MANIFEST, None, "is missing")
     return doc
 
-# %% ../../../nbs/riann/disk/02_generation.ipynb #16576b62
+# %% ../../../nbs/riann/disk/02_generation.ipynb #55cb62f2
 def heal(path: Path, doc: Mapping[str, Any]) -> None:
     "Make MANIFEST.json name the generation that stands."
     now = path/MANIFEST
@@ -101,6 +104,7 @@ def heal(path: Path, doc: Mapping[str, Any]) -> None:
         if doc["generation"]: replace(now, encode(doc))
         else: now.unlink(); fsync(path)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #1a073b91
 def sweep(path: Path, doc: Mapping[str, Any]) -> None:
     "Remove what belongs to another generation; what cannot go now goes next time."
     keep = {LOCK, MANIFEST, gen_folder(path, doc).name, wal_file(path, doc).name}
@@ -122,6 +126,7 @@ def write_array(file: Path, a: np.ndarray) -> dict[str, int]:
     size, crc = create(file, [head.getbuffer(), raw_bytes(a)])
     return dict(bytes=size, crc32=crc)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #783fc9ef
 def read_array(file: Path, said: Mapping[str, int], check: bool) -> np.ndarray:
     "Map the array in `file`, read-only, if it is what the manifest said. Raises Damaged."
     try:
@@ -134,6 +139,7 @@ def read_array(file: Path, said: Mapping[str, int], check: bool) -> np.ndarray:
     except FileNotFoundError: raise Damaged(file, None, "is missing") from None
     except ValueError as e: raise Damaged(file, 0, str(e)) from None
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #763b8f24
 def read_snapshot(path: Path, doc: Mapping[str, Any],
                   check: bool = True) -> tuple[dict[str, np.ndarray], Any] | None:
     "Read a generation's snapshot: (arrays, meta), None in generation 0. Raises Damaged."

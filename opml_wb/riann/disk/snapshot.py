@@ -20,6 +20,8 @@ def freeze(graph: DynamicHNSW) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Turn a graph into (arrays, meta): views of its memory, to be written before it changes, and
     JSON values.
 
+    arrays: a row per slot of X, L0, up, level, deg, cand, ids, twin and has; U, the upper rows;
+    slots in wait, free and doomed.
     The caller keeps writers away meanwhile."""
     m, links = graph.memory, graph.links
     g, n, none = m.arrays, m.used, links.doomed is None
@@ -38,6 +40,18 @@ def _copies(level, twin):
         v = twin[v]
     return np.concatenate(out) if out else np.zeros(0, int)
 
+def _enter(graph, n):
+    "Fill the directory and the table of a graph of `n` slots, and count its removed nodes."
+    m, g = graph.memory, graph.memory.arrays
+    level = g.level[:n]
+    known = np.concatenate([np.flatnonzero((level >= 0) | (level == WAIT)),
+                            _copies(level, g.twin[:n])])
+    if m.directory.add(g.ids[known], known) >= 0:
+        raise ValueError("ids: one is negative, or there twice")
+    m.arrays = m.rehash()
+    m.dead = int(((level < 0) & (level >= ~TOP)).sum())
+
+# %% ../../../nbs/riann/disk/04_snapshot.ipynb #8e91b94e
 def thaw(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any],
          capacity: int = 0) -> DynamicHNSW:
     """Make the graph that `freeze` saw; `capacity`: vectors to have room for.
@@ -60,14 +74,3 @@ def thaw(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any],
         graph.links.doomed, graph.links.cursor = a["doomed"].astype(np.int64), meta["sweep"]
     _enter(graph, n)
     return graph
-
-def _enter(graph, n):
-    "Fill the directory and the table of a graph of `n` slots, and count its removed nodes."
-    m, g = graph.memory, graph.memory.arrays
-    level = g.level[:n]
-    known = np.concatenate([np.flatnonzero((level >= 0) | (level == WAIT)),
-                            _copies(level, g.twin[:n])])
-    if m.directory.add(g.ids[known], known) >= 0:
-        raise ValueError("ids: one is negative, or there twice")
-    m.arrays = m.rehash()
-    m.dead = int(((level < 0) & (level >= ~TOP)).sum())

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
+from fastcore.basics import patch
 
 from ...core.record.database import StoreError
 
@@ -48,7 +49,7 @@ def _array(name, a):
             "can")
     return np.asarray(a, order="C")
 
-# %% ../../../nbs/riann/disk/01_wal.ipynb #afaccba2
+# %% ../../../nbs/riann/disk/01_wal.ipynb #fe7af577
 def _json(meta):
     "`meta` as JSON, or ValueError."
     try:
@@ -61,6 +62,7 @@ def _json(meta):
             "tuples")
     return text
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #6f38edb8
 def checked(arrays: dict[str, np.ndarray],
             meta: dict[str, Any]) -> tuple[dict[str, np.ndarray], str]:
     "Arrays in C order and metadata as JSON, or ValueError naming the entry at fault."
@@ -86,6 +88,7 @@ def crc_of(parts: Sequence) -> int:
     for p in parts: crc = zlib.crc32(p, crc)
     return crc
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #1b3c1df0
 def write_all(fd: int, parts: Sequence) -> int:
     "Write all buffers; the number of bytes."
     left = [memoryview(p) for p in parts if len(p)]
@@ -119,7 +122,7 @@ def _head_of(raw):
     return _RECORD.unpack(raw[:-_SEAL])[1:] if raw[
         :4] == _MAGIC and sealed(raw[:-_SEAL]) == raw else None
 
-# %% ../../../nbs/riann/disk/01_wal.ipynb #e15995ae
+# %% ../../../nbs/riann/disk/01_wal.ipynb #34c3aaf9
 def _pad(n): return bytes(-n % _ALIGN)
 
 def encode_record(seq: int, op: str, arrays: Mapping[str, np.ndarray], meta: str) -> list:
@@ -131,6 +134,7 @@ def encode_record(seq: int, op: str, arrays: Mapping[str, np.ndarray], meta: str
     return [sealed(_RECORD.pack(_MAGIC, len(text), sum(map(len, parts)), seq, crc_of(parts))),
             *parts]
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #29dcf46c
 def operation(text: int, payload: np.ndarray) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
     """(op, arrays, meta) of a record: `payload` u8[n], whose first `text` bytes are JSON; the
     arrays are views of it."""
@@ -160,7 +164,7 @@ class Record(NamedTuple):
     text: int
     payload: Any
 
-# %% ../../../nbs/riann/disk/01_wal.ipynb #92ac1558
+# %% ../../../nbs/riann/disk/01_wal.ipynb #3b825277
 def _read_at(fd, n, at):
     "`n` bytes from byte `at`, u8[n], or fewer at the end of the file."
     buf, got = np.empty(n, np.uint8), 0
@@ -175,6 +179,7 @@ def _another(fd, at, seq):
             if head and head[2] > seq: return True
     return False
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #1ee38733
 def next_record(fd: int, at: int, seq: int, size: int, check: bool) -> Record | Fault:
     """Read the Record at byte `at` of a log of `size` bytes, where number `seq` is
     due; or the Fault."""
@@ -193,6 +198,7 @@ def next_record(fd: int, at: int, seq: int, size: int, check: bool) -> Record | 
         return fault("damaged" if end < size else "last", f"record {seq} fails its checksum")
     return Record(at, end, number, text, payload)
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #71ffa4eb
 def read_records(fd: int, seq: int, size: int | None = None,
                  check: bool = True) -> Iterator[Record | Fault]:
     """The whole records after number `seq` in the first `size` bytes of a log; at the end the
@@ -220,40 +226,44 @@ class Log:
         if raw[:8] == b"RIANNLOG" and version > FORMAT: raise newer(self.file, version)
         raise Damaged(self.file, 0, f"this is not the log of generation {doc['generation']}")
 
-    def find_end(self, check: bool) -> Fault | None:
-        """Read to the end, the data of all records (`check`) or only of the last; the Fault met
-        there, if any."""
-        last: Record | None = None
-        size = os.fstat(self.fd).st_size
-        r: Record | Fault | None
-        for r in read_records(self.fd, self.first, size, check):
-            if isinstance(r, Fault): break
-            self.mark, last = (r.end, r.seq), r
-        else: r = None
-        again = next_record(self.fd, last.offset, last.seq, size,
-                            True) if last and not check else None
-        if last is None or not isinstance(again, Fault): return r
-        self.mark = last.offset, last.seq - 1
-        return again
-
-    def trim(self) -> None:
-        "Cut off what follows the last whole record."
-        if os.fstat(self.fd).st_size != self.mark[0]: os.ftruncate(self.fd, self.mark[0])
-
-    def append(self, op: str, arrays: Mapping[str, np.ndarray], meta: str, durable: bool) -> int:
-        "Add a record, `durable`: on the disk; its number."
-        self.trim()
-        end, seq = self.mark
-        try:
-            n = write_all(self.fd, encode_record(seq + 1, op, arrays, meta))
-            if durable: flush(self.fd)
-            self.mark = end + n, seq + 1
-        except BaseException:
-            with suppress(OSError): self.trim()
-            raise
-        return seq + 1
-
     def close(self) -> None:
         "Let go of the file; what counts was flushed before."
         fd, self.fd = self.fd, -1
         with suppress(OSError): os.close(fd)
+
+# %% ../../../nbs/riann/disk/01_wal.ipynb #14bb3d50
+@patch
+def find_end(self: Log, check: bool) -> Fault | None:
+    """Read to the end, the data of all records (`check`) or only of the last; the
+    Fault met there, if any."""
+    last: Record | None = None
+    size = os.fstat(self.fd).st_size
+    r: Record | Fault | None
+    for r in read_records(self.fd, self.first, size, check):
+        if isinstance(r, Fault): break
+        self.mark, last = (r.end, r.seq), r
+    else: r = None
+    again = next_record(self.fd, last.offset, last.seq, size, True) if last and not check else None
+    if last is None or not isinstance(again, Fault): return r
+    self.mark = last.offset, last.seq - 1
+    return again
+
+# %% ../../../nbs/riann/disk/01_wal.ipynb #35179108
+@patch
+def trim(self: Log) -> None:
+    "Cut off what follows the last whole record."
+    if os.fstat(self.fd).st_size != self.mark[0]: os.ftruncate(self.fd, self.mark[0])
+
+@patch
+def append(self: Log, op: str, arrays: Mapping[str, np.ndarray], meta: str, durable: bool) -> int:
+    "Add a record, `durable`: on the disk; its number."
+    self.trim()
+    end, seq = self.mark
+    try:
+        n = write_all(self.fd, encode_record(seq + 1, op, arrays, meta))
+        if durable: flush(self.fd)
+        self.mark = end + n, seq + 1
+    except BaseException:
+        with suppress(OSError): self.trim()
+        raise
+    return seq + 1

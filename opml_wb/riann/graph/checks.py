@@ -25,6 +25,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
         raise ValueError(f"{name}: expected an integer {bound}, got {value!r}")
     return n
 
+# %% ../../../nbs/riann/graph/01_checks.ipynb #97d22ec3
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     "Return `value` as a finite float in (low, high]; ValueError naming it where it is none."
     try: v = float(value)
@@ -34,7 +35,7 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
         raise ValueError(f"{name}: expected a number > {low:g}{bound}, got {value!r}")
     return v
 
-# %% ../../../nbs/riann/graph/01_checks.ipynb #16022ff7
+# %% ../../../nbs/riann/graph/01_checks.ipynb #084c19d3
 _F32, _I64 = np.dtype(np.float32), np.dtype(np.int64)
 _LAYOUT: Any = "CAW"   # contiguous, aligned, writeable
 
@@ -51,7 +52,7 @@ def matrix(name: str, x: ArrayLike, dim: int) -> np.ndarray:
         with np.errstate(over="ignore", invalid="ignore"): a = a.astype(np.float32)
     return a if a.flags.carray else np.require(a, np.float32, _LAYOUT)
 
-# %% ../../../nbs/riann/graph/01_checks.ipynb #9d3aaec9
+# %% ../../../nbs/riann/graph/01_checks.ipynb #666826de
 FARTHEST = 8e37   # squared length of the longest vector: distances stay below float32's largest
 
 def vectors(name: str, x: ArrayLike, dim: int, metric: str) -> tuple[np.ndarray, Fault]:
@@ -65,6 +66,7 @@ def vectors(name: str, x: ArrayLike, dim: int, metric: str) -> tuple[np.ndarray,
     if cosine: a = (a / np.sqrt(sq)[:, None]).astype(np.float32)
     return a, None
 
+# %% ../../../nbs/riann/graph/01_checks.ipynb #2608aa87
 def _fault(a: np.ndarray, sq: np.ndarray, cosine: bool) -> Fault:
     "Find the first row that has no distance, and say why."
     row = int((~((sq > 0) & (sq < np.inf)) if cosine else ~(sq <= FARTHEST)).argmax())
@@ -82,6 +84,7 @@ def integers(ids: ArrayLike, n: int | None = None) -> np.ndarray:
     if a.dtype.kind not in "iu": raise ValueError(f"ids: expected integers, got {a.dtype}")
     return a if a.dtype is _I64 and a.flags.carray else np.require(a, np.int64, _LAYOUT)
 
+# %% ../../../nbs/riann/graph/01_checks.ipynb #df60523e
 def misnamed(ids: ArrayLike, n: int | None = None) -> Fault:
     "Find the first row of `ids` that is out of range or there twice."
     integers(ids, n)

@@ -29,7 +29,7 @@ def _seek(id, table):
     while table[i, 0] != EMPTY and table[i, 0] != id: i = (i + 1) & mask
     return i
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #67141d56
+# %% ../../../nbs/riann/graph/04_directory.ipynb #a37ef039
 @kernel
 def _find(ids, table, out):
     "To `out` the slot of each id, -1 where it has none."
@@ -37,7 +37,7 @@ def _find(ids, table, out):
         i = _seek(max(0, ids[j]), table)
         out[j] = table[i, 1] if 0 <= ids[j] == table[i, 0] else -1
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #ebedc8b6
+# %% ../../../nbs/riann/graph/04_directory.ipynb #2514642a
 @kernel
 def drop_ids(ids: np.ndarray, table: np.ndarray) -> None:
     "Remove ids that are there, and move up what a gap would cut off."
@@ -56,7 +56,7 @@ def drop_ids(ids: np.ndarray, table: np.ndarray) -> None:
             table[i, 0], table[i, 1], i = table[j, 0], table[j, 1], j
     table[-1, 0] -= len(ids)
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #16dc08aa
+# %% ../../../nbs/riann/graph/04_directory.ipynb #2ca1f569
 @kernel
 def enter_ids(ids: np.ndarray, slots: np.ndarray, table: np.ndarray) -> int:
     """Enter all ids with their slots; or none, if one is negative or there already:
@@ -100,7 +100,7 @@ class Directory:
         _find(ids, self.table, out)
         return out
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #299adea5
+# %% ../../../nbs/riann/graph/04_directory.ipynb #8da613b4
 @patch
 def add(self: Directory, ids: np.ndarray, slots: np.ndarray) -> int:
     """Enter ids under their slots; or none of them, if one is negative, here already, or twice in
@@ -110,6 +110,7 @@ def add(self: Directory, ids: np.ndarray, slots: np.ndarray) -> int:
     if 2 * (len(self) + len(ids)) >= len(self.table): self._grow(len(self) + len(ids))
     return enter_ids(ids, slots, self.table)
 
+# %% ../../../nbs/riann/graph/04_directory.ipynb #44086aa3
 @patch
 def _grow(self: Directory, n: int) -> None:
     table = self._empty(1 << (4 * n - 1).bit_length())
@@ -122,12 +123,13 @@ def items(self: Directory) -> tuple[np.ndarray, np.ndarray]:
     here = self.table[:-1][self.table[:-1, 0] != EMPTY]
     return here[:, 0].copy(), here[:, 1].copy()
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #7b6cd2f4
+# %% ../../../nbs/riann/graph/04_directory.ipynb #138d7be4
 @patch
 def drop(self: Directory, ids: np.ndarray) -> None:
     "Remove ids that are here, all different."
     drop_ids(ids, self.table)
 
+# %% ../../../nbs/riann/graph/04_directory.ipynb #40327260
 @patch
 def move(self: Directory, id: int, slot: int) -> None:
     "Let an id that is here have another slot."

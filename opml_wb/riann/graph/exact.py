@@ -28,6 +28,7 @@ def _pair(base, query, k, metric):
     return (a / np.linalg.norm(a, axis=1, keepdims=True) if metric == "cosine" else a
             for a in (base, query))
 
+# %% ../../../nbs/riann/graph/09_exact.ipynb #2b931e11
 def ground_truth(base: ArrayLike, query: ArrayLike, k: int = 10, metric: str = "l2",
                  block: int = 2**24) -> tuple[np.ndarray, np.ndarray]:
     """Find the exact `k` nearest of `base` for each query; ties go to the lower row.
@@ -57,13 +58,14 @@ def recall(found: ArrayLike, truth: ArrayLike) -> float:
     hit = (truth[:, :, None] == found[:, None, :]).any(-1) & (truth >= 0)
     return float(hit.sum() / max(1, (truth >= 0).sum()))
 
-# %% ../../../nbs/riann/graph/09_exact.ipynb #67a418fe
+# %% ../../../nbs/riann/graph/09_exact.ipynb #444fd9de
 def _merged(old, new, k):
     "The `k` nearest of two (ids, dist)."
     ids, dist = (np.concatenate(p, 1) for p in zip(old, new))
     order = np.argsort(dist, 1, kind="stable")[:, :k]
     return tuple(np.take_along_axis(a, order, 1) for a in (ids, dist))
 
+# %% ../../../nbs/riann/graph/09_exact.ipynb #82c0ee38
 def truth_after(x: np.ndarray, cuts: Sequence[int] | np.ndarray, query: np.ndarray, k: int = 10,
                 metric: str = "l2") -> list[np.ndarray]:
     """Find the true neighbours after each batch `x[cuts[i]:cuts[i + 1]]`: list of

@@ -47,17 +47,6 @@ class DynamicHNSW:
         self.intake = Intake(self.memory, metric, self.writer)
         self.links = Links(self.memory, metric != "l2")
 
-    @property
-    def capacity(self) -> int:
-        "Vectors that fit before the arrays double."
-        return self.memory.capacity
-
-    @property
-    def waiting(self) -> int:
-        "Vectors that are found by comparing, as they are not linked yet."
-        ends = self.memory.queue[1]
-        return int(ends[2] - ends[1])
-
     def __len__(self) -> int: return len(self.memory.directory)
     def __contains__(self, id: Any) -> bool: return id in self.memory.directory
     def __reduce__(self) -> NoReturn:
@@ -67,7 +56,30 @@ class DynamicHNSW:
         about = f"dim={self.dim}, metric={self.metric!r}, capacity={self.capacity}"
         return f"DynamicHNSW({about}): {len(self)} vectors"
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #44970678
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #6c4980ef
+@patch(as_prop=True)
+def capacity(self: DynamicHNSW) -> int:
+    "Vectors that fit before the arrays double."
+    return self.memory.capacity
+
+@patch(as_prop=True)
+def waiting(self: DynamicHNSW) -> int:
+    "Vectors that are found by comparing, as they are not linked yet."
+    ends = self.memory.queue[1]
+    return int(ends[2] - ends[1])
+
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #7a9bc9e4
+@patch
+def _properties(self: DynamicHNSW, deg: int, cand: int) -> tuple[int, int]:
+    return integer("deg", deg, 2, self.max_deg), integer("cand", cand, 1, 2**31 - 1)
+
+@patch
+def _join(self: DynamicHNSW, slots: np.ndarray, deg: int, cand: int) -> list[int]:
+    "Link occupied slots; [hops, distances]."
+    if not len(slots): return [0, 0]
+    return self.links.link(slots, INSERT, self.memory.settle(slots, deg, cand))
+
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #a858a545
 @patch
 def insert(self: DynamicHNSW, x: ArrayLike, ids: ArrayLike, deg: int, cand: int) -> Work:
     """Insert vectors with `deg` links (twice that at the bottom, as HNSW's M) chosen among `cand`
@@ -85,17 +97,7 @@ def insert(self: DynamicHNSW, x: ArrayLike, ids: ArrayLike, deg: int, cand: int)
         hops, dists = self._join(slots, deg, cand)
     return Work(hops, dists, time.thread_time() - t)
 
-@patch
-def _properties(self: DynamicHNSW, deg: int, cand: int) -> tuple[int, int]:
-    return integer("deg", deg, 2, self.max_deg), integer("cand", cand, 1, 2**31 - 1)
-
-@patch
-def _join(self: DynamicHNSW, slots: np.ndarray, deg: int, cand: int) -> list[int]:
-    "Link occupied slots; [hops, distances]."
-    if not len(slots): return [0, 0]
-    return self.links.link(slots, INSERT, self.memory.settle(slots, deg, cand))
-
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #c892c9be
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #47963b30
 @patch
 def search(self: DynamicHNSW, q: ArrayLike, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
     """Find the nearest neighbours of each query.
@@ -121,7 +123,7 @@ def search(self: DynamicHNSW, q: ArrayLike, k: int, ef: int) -> tuple[np.ndarray
         m.spare.append((tag, s))
     return ids, far
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #2af2007f
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #f421359d
 @patch
 def degrees(self: DynamicHNSW, ids: ArrayLike, layer: int = 0) -> np.ndarray:
     """Number of links of each vector's node, i32[n]; 0 in layers above its own.
@@ -135,13 +137,14 @@ def degrees(self: DynamicHNSW, ids: ArrayLike, layer: int = 0) -> np.ndarray:
         row = np.minimum(g.up[v] + layer, len(g.U)) - 1
         return np.where(g.level[v] >= layer, g.U[row, 0], 0).astype(np.int32)
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #3ce96c5a
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #964bf71c
 @patch
 def census(self: DynamicHNSW, sample: int = 0) -> np.ndarray:
     """Count linked nodes of each layer and their links in all, bottom first, from about `sample`
     nodes (0: all): f64[layers, 2]."""
     with self.writer: return count_layers(self.memory.arrays, self.memory.used, sample)
 
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #22c55cf7
 @patch
 def layers(self: DynamicHNSW, sample: int | None = None) -> list[tuple[int, int]]:
     """[(n, sum_deg), ...], bottom first: linked nodes of each layer and their links in all, for the
@@ -163,6 +166,7 @@ def place(self: DynamicHNSW, x: ArrayLike, ids: ArrayLike) -> None:
     if not self.intake.take(a, integers(ids, len(a))):
         with self.writer: self.memory.hold(*self.intake.written(a, ids))
 
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #85568a16
 @patch
 def link(self: DynamicHNSW, deg: int, cand: int, n: int | None = None) -> Work:
     """Link the `n` vectors that have waited longest (None: all that wait) with `deg` links among
@@ -177,7 +181,7 @@ def link(self: DynamicHNSW, deg: int, cand: int, n: int | None = None) -> Work:
         self.memory.queue[1][1] += len(slots)
     return Work(hops, dists, time.thread_time() - t)
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #295f47db
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #24e1ed4f
 @patch
 def relink(self: DynamicHNSW, ids: ArrayLike, deg: int, cand: int) -> Work:
     """Look again for neighbours of vectors that were linked with poorer properties; links that they
@@ -195,7 +199,7 @@ def relink(self: DynamicHNSW, ids: ArrayLike, deg: int, cand: int) -> Work:
         hops, dists = self.links.link(slots, RELINK)
     return Work(hops, dists, time.thread_time() - t)
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #2f7a2e17
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #5e906066
 @patch
 def remove(self: DynamicHNSW, ids: ArrayLike) -> None:
     """Take vectors out: no search that begins afterwards returns them, and their ids may be
@@ -213,7 +217,7 @@ def remove(self: DynamicHNSW, ids: ArrayLike) -> None:
         if 4 * len(named) > 3 * linked: return self.gate.alone(self.links.rebuild, named)
         for i in range(0, len(named), 256): self.gate.alone(self.links.remove, named[i:i + 256])
 
-# %% ../../../nbs/riann/graph/08_hnsw.ipynb #77b6a1f6
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #081c4f29
 @patch
 def repair(self: DynamicHNSW, budget_s: float | None = None) -> int:
     """Go on freeing the memory of removed vectors, in idle time; `remove` does so by itself, if
@@ -237,6 +241,7 @@ def is_warm() -> bool:
         except (AttributeError, OSError): return False
     return all(map(ready, (insert_slots, search_rows, bury, sweep)))
 
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #4d9751e7
 def warm() -> float:
     """Compile the kernels (or load them from numba's cache) for every metric; the CPU
     seconds it took."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['take', 'Intake']
 
-# %% ../../../nbs/riann/graph/07_intake.ipynb #4dbdfcfc
+# %% ../../../nbs/riann/graph/07_intake.ipynb #099bc409
 import numpy as np
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
@@ -61,7 +61,7 @@ class Intake:
                              m.dim, self.metric == "cosine", most)
             except Exception: return 0   # no such kernel; the slow way says what is wrong
 
-# %% ../../../nbs/riann/graph/07_intake.ipynb #0c52e29a
+# %% ../../../nbs/riann/graph/07_intake.ipynb #110aec5d
 @patch
 def _refuse(self: Intake, x: np.ndarray, ids: ArrayLike, new: bool = True) -> None:
     "Raise ValueError for the first row at fault, if there is any."
@@ -75,6 +75,7 @@ def _astray(self: Intake, ids: ArrayLike, new: bool) -> Fault:
     return next(((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
                  for i, v in enumerate(np.asarray(ids).tolist()) if (v in known) == new), None)
 
+# %% ../../../nbs/riann/graph/07_intake.ipynb #18f9c140
 @patch
 def _all_here(self: Intake, ids: np.ndarray) -> bool:
     return len(np.unique(ids)) == len(ids) and bool((self.memory.directory.find(ids) >= 0).all())
@@ -86,6 +87,7 @@ def known(self: Intake, ids: ArrayLike) -> np.ndarray:
     if not self._all_here(named): refuse(ids=misnamed(ids) or self._astray(named, new=False))
     return named
 
+# %% ../../../nbs/riann/graph/07_intake.ipynb #508d34a2
 @patch
 def checked(self: Intake, x: ArrayLike, ids: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Return vectors f32[n, dim] and ids i64[n] that are all here; ValueError for the
@@ -96,7 +98,7 @@ def checked(self: Intake, x: ArrayLike, ids: ArrayLike) -> tuple[np.ndarray, np.
         self._refuse(matrix("x", x, self.memory.dim), ids, new=False)
     return a, named
 
-# %% ../../../nbs/riann/graph/07_intake.ipynb #34618e80
+# %% ../../../nbs/riann/graph/07_intake.ipynb #4463426c
 @patch
 def written(self: Intake, x: ArrayLike, ids: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Check a new batch, enter its ids, and write its vectors into free slots, which nobody sees
@@ -114,6 +116,7 @@ def written(self: Intake, x: ArrayLike, ids: ArrayLike) -> tuple[np.ndarray, np.
     self._refuse(a, ids)
     raise ValueError("x, ids: refused")   # not reached: one of them was at fault
 
+# %% ../../../nbs/riann/graph/07_intake.ipynb #d4c5a64a
 @patch
 def put(self: Intake, x: np.ndarray, ids: np.ndarray) -> None:
     "Let vectors wait that were checked before: x f32[n, dim], ids i64[n]."

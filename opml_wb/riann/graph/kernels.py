@@ -65,7 +65,7 @@ def _prefetch(typing, a, i, k):
         return context.get_dummy_value()
     return types.void(a, i, k), code
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #0f9df1ae
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #bc8c6314
 @inlined
 def _fetch(A, i):
     "Ask for row `A[i]`, its first KiB."
@@ -109,7 +109,7 @@ def _far(key):
     return np.uint32(b ^ (np.uint32(0x80000000) if b >> np.uint32(31)
                           else np.uint32(0xFFFFFFFF))).view(np.float32)
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #d48a0947
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #697711f2
 MOST = np.uint64(2**64 - 1)   # above all keys
 
 @inlined
@@ -143,7 +143,7 @@ def _top(g, v):
     l = np.int64(g.level[v])
     return l if l >= 0 else ~l
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #20ba8a18
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #e47ce0e1
 @inlined
 def _descend(g, ip, A, j, entry, stop, s):
     """Walk from slot `entry` and its top layer towards `A[j]`, down to layer `stop`;
@@ -215,7 +215,7 @@ def _diverse(X, ip, keys, left, k, chosen, far):
         n += far[j] > _far(keys[left[j]])
     return n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #0cf3e1bf
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #4bdadc6a
 @kernel
 def _select(g, ip, keys, n, cap, out, s):
     "At most `cap` diverse live slots of the ascending `keys[:n]`, as keys in `out[:m]`; m."
@@ -254,7 +254,7 @@ def _write(L, r, keys, n):
     for i in range(n): L[r, i + 1] = _slot(keys[i])
     L[r, 0] = n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #a7f619b2
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #de5196c1
 @inlined
 def _connect(g, ip, v, d, w, l, s):
     "Give slot `v` a link to slot `w` at distance `d` in layer `l`, pruning if `v` is full."
@@ -286,7 +286,7 @@ def _hash(A, j):
     h = (h ^ h >> np.uint64(32)) * np.uint64(0x9E3779B97F4A7C15)
     return h ^ h >> np.uint64(32)
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #4ca89894
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #e024927c
 @kernel
 def _find(g, A, j, hash, but):
     "The linked slot, other than `but`, that holds the very vector `A[j]` of this hash, or -1."
@@ -312,7 +312,7 @@ def note(g: Graph, slots: np.ndarray) -> None:
     "Enter linked `slots` into the table, which has room."
     for v in slots: _enter(g.table, v, _hash(g.X, v))
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #374b9745
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #37179775
 @kernel
 def _share(g, v, w):
     "Let slot `v` share the node of slot `w`."
@@ -329,7 +329,7 @@ def _without(pool, n, v):
             return n - 1
     return n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #8edbc985
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #388f7ddf
 @kernel
 def _seek(g, ip, v, lev, cand, tag, s):
     """Choose the links of slot `v` in layers `lev` .. 0: `s.picked[l, :s.count[l]]`. The tag;
@@ -344,7 +344,7 @@ def _seek(g, ip, v, lev, cand, tag, s):
         s.count[l] = _select(g, ip, s.pool, n, g.deg[v], s.picked[l], s)
     return tag, True
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #56b982d4
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #29c02c07
 @kernel
 def _link_up(g, ip, v, lev, mode, s):
     """Write what `_seek` chose, both ways; from below: who finds `v` in one layer can
@@ -359,7 +359,7 @@ def _link_up(g, ip, v, lev, mode, s):
                 a, b = (np.uint32(v), w) if back else (w, np.uint32(v))
                 _connect(g, ip, a, d, b, l, s)
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #279f7a70
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #0798bbb1
 @kernel
 def insert_slots(g: Graph, ip: bool, slots: np.ndarray, levels: np.ndarray, mode: int, tag: int,
                  s: Scratch) -> int:
@@ -391,7 +391,7 @@ def _offer(pool, n, ef, key):
     _put(pool, n, key)
     return max(n, min(n + 1, ef))
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #03baf0a5
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #a3052de8
 @kernel
 def _join_waiting(g, ip, Q, j, wait, n, ef, tag, s):
     "Compare `Q[j]` with the slots `wait` that the beam has not met; n of `s.pool` afterwards."
@@ -404,7 +404,7 @@ def _join_waiting(g, ip, Q, j, wait, n, ef, tag, s):
     s.work[1] += len(wait)
     return n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #f6050858
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #a5631ace
 @kernel
 def _scan(g, ip, Q, j, n, ef, s):
     "The `ef` of slots `0 .. n-1` nearest to `Q[j]`, as keys in `s.pool`; how many."
@@ -437,7 +437,7 @@ def _emit(g, n, k, j, ids, far, twice, s):
             v = np.int64(g.twin[v])
     return c
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #e70121bd
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #51d36281
 @kernel
 def search_rows(g: Graph, ip: bool, Q: np.ndarray, k: int, ef: int, used: int, live: int,
                 wait: np.ndarray, ids: np.ndarray, far: np.ndarray, tag: int, s: Scratch) -> int:
@@ -465,7 +465,7 @@ def _drop(L, r, w):
     L[r, 0] = m
     return m < n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #71669bad
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #8b6bc02c
 @kernel
 def _add(g, v, w, l):
     "Give slot `v` a link to slot `w` in layer `l`, if there is room and none."
@@ -498,7 +498,7 @@ def _ring(g, ip, w, l, tag, s):
     s.work[1] += m * (m - 1) // 2
     return m
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #fd3f59da
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #d00f3adf
 @inlined
 def _between(gap, i, j, m):
     "True if one of the `m` is nearer to both `i` and `j` than they are to each other."
@@ -506,7 +506,7 @@ def _between(gap, i, j, m):
     for k in range(m): n += (gap[i, k] < d) & (gap[j, k] < d) & (k != i)
     return n > 0
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #d7d52902
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #8906d3c3
 @kernel
 def _bridge(g, ip, w, l, tag, s):
     "Lead the ways through the removed slot `w` in layer `l` past it; the last tag used."
@@ -527,7 +527,7 @@ def _bridge(g, ip, w, l, tag, s):
         _add(g, near[best], near[i], l)
     return tag + m
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #0b7ed57b
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #198c2f78
 @kernel
 def bury(g: Graph, ip: bool, slots: np.ndarray, tag: int, s: Scratch) -> int:
     "Bridge the removed `slots` in all their layers; the last tag used."
@@ -564,7 +564,7 @@ def _mend(g, ip, p, l, tag, s):
         _add(g, p, _slot(s.pool[i]), l)
         if level[p] >= 0: _add(g, _slot(s.pool[i]), p, l)
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #a0efeb54
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #01ce1b25
 @kernel
 def sweep(g: Graph, ip: bool, a: int, b: int, tag: int, s: Scratch) -> int:
     "Mend slots `a .. b-1`, removed ones too: a way may still lead through them; the last tag used."
@@ -575,7 +575,7 @@ def sweep(g: Graph, ip: bool, a: int, b: int, tag: int, s: Scratch) -> int:
             _mend(g, ip, np.uint32(p), l, tag, s)
     return tag
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #86910200
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #464152b5
 @kernel
 def inward(g: Graph, n: int, count: np.ndarray) -> None:
     "Add to `count` the bottom links that reach each of slots `0 .. n-1` from live ones."
@@ -583,7 +583,7 @@ def inward(g: Graph, n: int, count: np.ndarray) -> None:
         if g.level[p] < 0: continue
         for i in range(1, g.L0[p, 0] + 1): count[g.L0[p, i]] += 1
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #43cd5eb3
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #8fdaa7a3
 @kernel
 def touch(ip: bool, x: np.ndarray, rows: np.ndarray, q: np.ndarray) -> np.float32:
     "Sum the distances of `x[rows]` to `q[0]`, in the order and with the prefetches of a search."
@@ -601,7 +601,7 @@ def keep(keys: np.ndarray, pool: np.ndarray) -> int:
     for k in keys: n = _offer(pool, n, len(pool), k)
     return n
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #739d34b4
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #61b9a217
 @kernel
 def probe(g: Graph, ip: bool, q: np.ndarray, ef: int, degs: np.ndarray, tag: int, s: Scratch,
           work: np.ndarray) -> int:

@@ -41,7 +41,7 @@ class Links:
         m.spare.append((tag, s))
         return work
 
-# %% ../../../nbs/riann/graph/06_links.ipynb #b66de668
+# %% ../../../nbs/riann/graph/06_links.ipynb #4fd1c937
 @patch
 def mark(self: Links, ids: np.ndarray) -> np.ndarray:
     """Forget `ids`, so that no search returns them; the slots of nodes that are
@@ -57,6 +57,7 @@ def mark(self: Links, ids: np.ndarray) -> np.ndarray:
     m.dead += len(gone) + len(more)
     return np.append(gone, more).astype(np.int64)
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #433cf363
 @patch
 def _forget(self: Links, id: int) -> int:
     """Forget an id that waits or has copies; the slot of its node if that is removed
@@ -80,7 +81,7 @@ def _forget(self: Links, id: int) -> int:
     m.free.append(u)
     return -1
 
-# %% ../../../nbs/riann/graph/06_links.ipynb #a58e9f84
+# %% ../../../nbs/riann/graph/06_links.ipynb #db75edcb
 @patch
 def _removed(self: Links) -> np.ndarray:
     "Find the removed nodes that still hold a slot."
@@ -99,6 +100,7 @@ def advance(self: Links, steps: int) -> int:
     if b == m.used: self._finish()
     return b - a
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #dd91e575
 @patch
 def _finish(self: Links) -> None:
     """Free the doomed, to which nothing leads any more, and link anew the nodes that
@@ -117,7 +119,7 @@ def _release(self: Links, dead: np.ndarray) -> None:
     self.memory.dead -= len(dead)
     self.memory.free += dead.tolist()
 
-# %% ../../../nbs/riann/graph/06_links.ipynb #b7527f36
+# %% ../../../nbs/riann/graph/06_links.ipynb #e84827a5
 @patch
 def remove(self: Links, ids: np.ndarray) -> None:
     "Remove `ids`: their neighbours are linked past them, and the sweep moves on."
@@ -136,6 +138,7 @@ def _clear(self: Links) -> None:
     self.memory.clear()
     self.doomed, self.cursor = None, 0
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #7d36fe0f
 @patch
 def _enter(self: Links) -> None:
     "Let searches begin at a live node of the highest layer, at one with links if there is any."
@@ -144,7 +147,7 @@ def _enter(self: Links) -> None:
     best = np.where(linked, level, -1).argmax()
     g.meta[0] = best if linked[best] and level[best] >= 0 else level.argmax()
 
-# %% ../../../nbs/riann/graph/06_links.ipynb #aebd335f
+# %% ../../../nbs/riann/graph/06_links.ipynb #acfb0e9e
 @patch
 def rebuild(self: Links, ids: np.ndarray) -> None:
     "Remove `ids` where few remain: link those anew."

@@ -23,6 +23,7 @@ def _hashed(key, ids, deg, level):
         z = (z ^ z >> np.uint64(31)) * np.uint64(0x9E3779B97F4A7C15)
         level[j] = min(-np.log((np.float64(z >> np.uint64(11)) + 1) / 2**53) / np.log(deg), TOP)
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #f50337f9
 def levels(seed: int, ids: np.ndarray, deg: int) -> np.ndarray:
     "Draw the top layer of each id, i8[n]: geometric with factor 1/deg, from a hash of seed and id."
     level = np.empty(len(ids), np.int8)
@@ -43,15 +44,17 @@ def _grown(a, n):
     b[:len(a)] = a
     return b
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #0e080718
 def round_up(n: int, m: int) -> int:
     "The least multiple of `m` that is at least `n`."
     return -(-n // m) * m
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #f22297ec
+# %% ../../../nbs/riann/graph/05_memory.ipynb #331dedb3
 def _table(n):
     "An empty table of vectors with room for `n`: see `kernels._find`."
     return np.zeros(1 << (4 * n - 1).bit_length(), np.uint32)
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #a2a873d9
 def allocated(dim: int, max_deg: int, capacity: int) -> Graph:
     "Make the arrays of an empty graph with room for `capacity` vectors."
     flat = dict(up="i4", level="i1", deg="i4", cand="i4", ids="i8", twin="i4")
@@ -73,7 +76,7 @@ def _raise(g, slots, level, has, rows, deg, cand):
         elif l > 0: g.U[g.up[v]:g.up[v] + l, 0] = 0
     return rows
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #38981d11
+# %% ../../../nbs/riann/graph/05_memory.ipynb #ba2a270b
 @njit(**fast)
 def count_layers(g: Graph, used: int, sample: int) -> np.ndarray:
     """Count nodes of each layer and their links in all, these from about `sample` nodes, spread
@@ -114,6 +117,7 @@ class Memory:
         # the first batches find their memory mapped
         for a in (*self.arrays, self.queue[0]): a[:4096] = 0
         self.spare: list[tuple[int, Scratch]] = []
+        self.free: list[int] = []
         self.rows = self.noted = 0
         self.clear()
 
@@ -129,18 +133,20 @@ class Memory:
     @used.setter
     def used(self, n: int) -> None: self.queue[1][0] = n
 
-    def clear(self) -> None:
-        "Forget all nodes, keep the arrays."
-        g, n = self.arrays, self.used
-        g.L0[:n, 0], g.cand[:n], g.U[:self.rows, 0], g.meta[:] = 0, 0, 0, -1
-        if self.noted: g.table[:] = 0
-        self.directory.clear()
-        self.free: list[int] = []
-        self.rows = self.noted = self.dead = 0
-        self.queue[1][:] = 0
-        self.has = np.zeros(self.capacity, np.int8)
+# %% ../../../nbs/riann/graph/05_memory.ipynb #5f0160ae
+@patch
+def clear(self: Memory) -> None:
+    "Forget all nodes, keep the arrays."
+    g, n = self.arrays, self.used
+    g.L0[:n, 0], g.cand[:n], g.U[:self.rows, 0], g.meta[:] = 0, 0, 0, -1
+    if self.noted: g.table[:] = 0
+    self.directory.clear()
+    self.free = []
+    self.rows = self.noted = self.dead = 0
+    self.queue[1][:] = 0
+    self.has = np.zeros(self.capacity, np.int8)
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #5158eef3
+# %% ../../../nbs/riann/graph/05_memory.ipynb #5b36cfa6
 @patch
 def reserve(self: Memory, slots: int, rows: int) -> None:
     "Double the arrays until there is room for `slots` and upper `rows`. ValueError beyond 2**31."
@@ -156,6 +162,7 @@ def reserve(self: Memory, slots: int, rows: int) -> None:
         new["table"], self.has = g.table.copy(), _grown(self.has, cap)
     self.arrays = g._replace(**new)
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #d2a9ff1f
 @patch
 def room(self: Memory, n: int) -> np.ndarray:
     "Find `n` free slots, some of them used before: i64[n]. They stay free until `occupy`."
@@ -164,7 +171,7 @@ def room(self: Memory, n: int) -> np.ndarray:
     if b > len(self.arrays.ids): self.reserve(b, self.rows)
     return np.array(old + list(range(a, b))) if old else np.arange(a, b)
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #0a3f0abb
+# %% ../../../nbs/riann/graph/05_memory.ipynb #cd3ba0b3
 @patch
 def occupy(self: Memory, slots: np.ndarray, ids: np.ndarray) -> None:
     """Let vectors that were written to the slots of `room` be there, unlinked, under `ids`, which
@@ -177,6 +184,7 @@ def occupy(self: Memory, slots: np.ndarray, ids: np.ndarray) -> None:
     else: g.ids[self.used:n], g.twin[self.used:n], g.level[self.used:n] = ids, -1, WAIT
     self.used = max(self.used, n)
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #5a6d393d
 @patch
 def settle(self: Memory, slots: np.ndarray, deg: int, cand: int) -> np.ndarray:
     """Give occupied slots their properties and the upper rows that their levels need;
@@ -186,7 +194,7 @@ def settle(self: Memory, slots: np.ndarray, deg: int, cand: int) -> np.ndarray:
     self.rows = _raise(self.arrays, slots, level, self.has, self.rows, deg, cand)
     return level
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #6aeeb3f8
+# %% ../../../nbs/riann/graph/05_memory.ipynb #769b7b95
 @patch(as_prop=True)
 def pending(self: Memory) -> np.ndarray:
     "Slots that are occupied and not linked, oldest first: i64[n]."
@@ -200,6 +208,7 @@ def queue_anew(self: Memory, slots: np.ndarray) -> None:
     line[:len(slots)] = slots
     self.queue = line, np.array([self.used, 0, len(slots)])   # at once, for searches meanwhile
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #79544628
 @patch
 def hold(self: Memory, slots: np.ndarray, ids: np.ndarray) -> None:
     "Occupy slots that were written, and let them wait."
@@ -210,7 +219,7 @@ def hold(self: Memory, slots: np.ndarray, ids: np.ndarray) -> None:
     line[ends[2]:ends[2] + len(slots)] = slots
     ends[2] += len(slots)
 
-# %% ../../../nbs/riann/graph/05_memory.ipynb #6ebad5ac
+# %% ../../../nbs/riann/graph/05_memory.ipynb #f6ac221f
 @patch
 def rehash(self: Memory, more: int = 0) -> Graph:
     """Make the arrays with a table of their own that knows all linked vectors and has room for
@@ -223,6 +232,14 @@ def rehash(self: Memory, more: int = 0) -> Graph:
     note(g, live)
     self.noted = len(live)
     return g
+
+# %% ../../../nbs/riann/graph/05_memory.ipynb #526e5abc
+def _scratch(slots, n, m):
+    z = np.zeros
+    return Scratch(z(slots, np.uint32), z(n, np.uint64), z(m, np.uint32), z(m, np.float32),
+                   z(m, np.uint64), z(m, np.uint64), z((TOP + 1, m), np.uint64),
+                   z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32),
+                   z(BLOCK + 1, np.int32))
 
 @patch
 def scratch(self: Memory, g: Graph, n: int, steps: int) -> tuple[int, Scratch]:
@@ -238,10 +255,3 @@ def scratch(self: Memory, g: Graph, n: int, steps: int) -> tuple[int, Scratch]:
         tag = 0
     s.work[:] = 0
     return tag, s
-
-def _scratch(slots, n, m):
-    z = np.zeros
-    return Scratch(z(slots, np.uint32), z(n, np.uint64), z(m, np.uint32), z(m, np.float32),
-                   z(m, np.uint64), z(m, np.uint64), z((TOP + 1, m), np.uint64),
-                   z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32),
-                   z(BLOCK + 1, np.int32))

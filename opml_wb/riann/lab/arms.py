@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DEFAULT', 'peer', 'DefaultHNSW', 'Arm', 'Planned', 'Busy']
 
-# %% ../../../nbs/riann/lab/01_arms.ipynb #84921482
+# %% ../../../nbs/riann/lab/01_arms.ipynb #131e12de
 import subprocess, sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 import numpy as np
+from fastcore.basics import patch
 
 from ..graph.hnsw import DynamicHNSW
 from ..index import Riann
@@ -26,6 +27,7 @@ def peer() -> Any:
                           "install one (g++, clang or MSVC), then `pip install hnswlib`") from e
     return hnswlib
 
+# %% ../../../nbs/riann/lab/01_arms.ipynb #4fb3d051
 class DefaultHNSW:
     """hnswlib with the properties it is used with by default; they cannot change once it exists.
 
@@ -41,21 +43,25 @@ class DefaultHNSW:
 
     def __len__(self) -> int: return self.index.get_current_count()
 
-    def insert(self, x: np.ndarray, ids: np.ndarray, deg: int | None = None,
-               cand: int | None = None) -> None:
-        "Index f32[n, dim] under int[n] ids. Errors: ValueError if other properties are asked for."
-        if (deg or self.deg, cand or self.cand) != (self.deg, self.cand):
-            raise ValueError(
-                f"deg, cand: hnswlib fixed them at {self.deg}, {self.cand}, got {deg}, {cand}")
-        full = len(self) + len(x)
-        if full > self.index.get_max_elements(): self.index.resize_index(max(full, 2 * len(self)))
-        self.index.add_items(x, ids, num_threads=1)
+# %% ../../../nbs/riann/lab/01_arms.ipynb #23a2a873
+@patch
+def insert(self: DefaultHNSW, x: np.ndarray, ids: np.ndarray, deg: int | None = None,
+           cand: int | None = None) -> None:
+    "Index f32[n, dim] under int[n] ids. Errors: ValueError if other properties are asked for."
+    if (deg or self.deg, cand or self.cand) != (self.deg, self.cand):
+        raise ValueError(
+            f"deg, cand: hnswlib fixed them at {self.deg}, {self.cand}, got {deg}, {cand}")
+    full = len(self) + len(x)
+    if full > self.index.get_max_elements(): self.index.resize_index(max(full, 2 * len(self)))
+    self.index.add_items(x, ids, num_threads=1)
 
-    def search(self, q: np.ndarray, k: int = 10, ef: int = 50) -> tuple[np.ndarray, np.ndarray]:
-        "Find the nearest `k`: (ids i64[m, k], dist f32[m, k])."
-        self.index.set_ef(max(ef, k))
-        ids, dist = self.index.knn_query(q, k, num_threads=1)
-        return ids.astype(np.int64), dist
+@patch
+def search(self: DefaultHNSW, q: np.ndarray, k: int = 10,
+           ef: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    "Find the nearest `k`: (ids i64[m, k], dist f32[m, k])."
+    self.index.set_ef(max(ef, k))
+    ids, dist = self.index.knn_query(q, k, num_threads=1)
+    return ids.astype(np.int64), dist
 
 # %% ../../../nbs/riann/lab/01_arms.ipynb #e9582386
 class _Fixed:
@@ -66,6 +72,7 @@ class _Fixed:
         return [(self.arm.deg, self.arm.cand, len(x))], 0
     def search(self, q, k): return self.index.search(q, k, self.arm.ef)
 
+# %% ../../../nbs/riann/lab/01_arms.ipynb #1a09f0b2
 @dataclass(frozen=True)
 class Arm:
     """A way to index with one property throughout.

@@ -149,6 +149,7 @@ def oracle_grid(data: Data, sizes: Sequence[int], grid: Mapping[str, Sequence[in
         if progress: progress(i + 1, len(pairs))
     return pd.DataFrame(rows, columns=["seed", "deg", "cand", "ef", "index_s", "query_s", "recall"])
 
+# %% ../../../nbs/riann/lab/03_bench.ipynb #6e3d5401
 def optimum(grid: "pd.DataFrame", least_recall: float, most_query_s: float = np.inf) -> "pd.Series":
     """The fastest row of `oracle_grid` that reaches the recall within the query time. Errors:
     ValueError if none does."""
@@ -169,6 +170,7 @@ def _built(arms, x, query, k, seed, repeats):
     spent = [[timed(index.search, query, k)[1] for index in live] for _ in range(repeats)]
     return [recall(index.search(query, k)[0], truth) for index in live], np.median(spent, 0)
 
+# %% ../../../nbs/riann/lab/03_bench.ipynb #e8b48bd6
 def best_fixed(data: Data, sizes: Sequence[int], grid: "pd.DataFrame", k: int = 10,
                repeats: int = 5, finalists: int = 5,
                lost: float = .002, slower: float = 1.1, usual: Arm = DEFAULT) -> Arm:

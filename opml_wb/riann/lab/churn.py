@@ -25,7 +25,7 @@ if TYPE_CHECKING: import pandas as pd
 
 Runbook = str | os.PathLike | Mapping[str, Any]   # a YAML file, or what it holds
 
-# %% ../../../nbs/riann/lab/04_churn.ipynb #42d3d229
+# %% ../../../nbs/riann/lab/04_churn.ipynb #a50a8520
 @dataclass(frozen=True)
 class Step:
     """A step of a runbook. op: insert, delete, replace or search. tags: range of names. rows: range
@@ -48,7 +48,7 @@ def _range(where, step, low, high):
     if a >= b: raise ValueError(f"{where}: {high}: expected more than {low} ({a}), got {b}")
     return range(a, b)
 
-# %% ../../../nbs/riann/lab/04_churn.ipynb #49017595
+# %% ../../../nbs/riann/lab/04_churn.ipynb #da4fb420
 def _step(where, step):
     "The Step that a mapping of the runbook says, or ValueError."
     if not isinstance(step, dict) or step.get("operation") not in FIELDS:
@@ -80,6 +80,7 @@ def _load(runbook):
             f"{runbook}: expected a mapping of data set names, got {type(book).__name__}")
     return book
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #8eb8e2bb
 def read_runbook(runbook: Runbook, dataset: str | None = None) -> tuple[list[Step], int]:
     """Read (steps, max_pts) of a runbook: its steps, and how many vectors may be live at once.
 
@@ -124,6 +125,7 @@ def _tags_fit(where, step, row, size, most):
         raise ValueError(
             f"{where}: {(row >= 0).sum() + len(live)} vectors are live, max_pts is {most}")
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #6ec30894
 def rows_after(steps: Sequence[Step], most: int, size: int, k: int) -> list[np.ndarray]:
     """Follow each step: list of i64[size], the row of each tag, or -1. ValueError for the first
     step that doesn't fit."""
@@ -213,6 +215,7 @@ class BuiltAnew(InPlace):
         self.index.insert(np.array(list(self.live.values())), list(self.live), self.arm.deg,
                           self.arm.cand)
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #a2b1670c
 @dataclass(frozen=True)
 class ChurnArm:
     """A contestant. name: its label. deg, cand: construction properties. ef: beam of a query.
@@ -238,6 +241,22 @@ def _play(index, step, base, query, k, truth, row):
     args = (tags,) if step.op == "delete" else (x, tags)
     return len(tags), timed(getattr(index, step.op), *args)[1], np.nan, np.nan, 0
 
+def _truth(base, query, k, metric, row):
+    live = np.flatnonzero(row >= 0)
+    return live[ground_truth(base[row[live]], query, k, metric)[0]]
+
+def _medians(seen, arms):
+    "The DataFrame of `churn_runbook`: medians over repeats, arms in order."
+    import pandas as pd
+    columns = ["arm", "step", "op", "n", "cpu_s", "query_s", "recall", "gone"]
+    df = pd.DataFrame([(*key, *np.median(v, 0)) for key, v in seen.items()], columns=columns)
+    df.insert(5, "per_point_s", df.cpu_s / df.n)
+    order = {a: i for i, a in enumerate(arms)}
+    df = df.astype(dict(n=int, gone=int))
+    return df.sort_values(["arm", "step"], key=lambda c: c.map(order) if c.name == "arm" else c,
+                          ignore_index=True)
+
+# %% ../../../nbs/riann/lab/04_churn.ipynb #b3bf86ae
 def churn_runbook(runbook: Runbook, base: ArrayLike, query: ArrayLike,
                   arms: Sequence[ChurnArm] = ARMS, k: int = 10,
                   dataset: str | None = None, metric: str = "l2", seed: int = 0, repeats: int = 1,
@@ -273,21 +292,6 @@ def churn_runbook(runbook: Runbook, base: ArrayLike, query: ArrayLike,
                                 []).append(_play(index, s, b, q, k, truth[i], rows[i]))
             if progress: progress(r * len(steps) + i + 1, repeats * len(steps))
     return _medians(seen, [a.name for a in arms])
-
-def _truth(base, query, k, metric, row):
-    live = np.flatnonzero(row >= 0)
-    return live[ground_truth(base[row[live]], query, k, metric)[0]]
-
-def _medians(seen, arms):
-    "The DataFrame of `churn_runbook`: medians over repeats, arms in order."
-    import pandas as pd
-    columns = ["arm", "step", "op", "n", "cpu_s", "query_s", "recall", "gone"]
-    df = pd.DataFrame([(*key, *np.median(v, 0)) for key, v in seen.items()], columns=columns)
-    df.insert(5, "per_point_s", df.cpu_s / df.n)
-    order = {a: i for i, a in enumerate(arms)}
-    df = df.astype(dict(n=int, gone=int))
-    return df.sort_values(["arm", "step"], key=lambda c: c.map(order) if c.name == "arm" else c,
-                          ignore_index=True)
 
 # %% ../../../nbs/riann/lab/04_churn.ipynb #cc4f2248
 def replacing(n: int, rows: int, times: float = 6, batch: int = 200, search_every: float = 1.,
@@ -331,7 +335,8 @@ def summary(df: "pd.DataFrame") -> "pd.DataFrame":
     query_us and query_us_after, recall and recall_after
     (first and last search)."""
     import pandas as pd
-    names = "insert_us replace_us ratio build_us query_us query_us_after recall recall_after".split()
+    names = ("insert_us", "replace_us", "ratio", "build_us", "query_us", "query_us_after", "recall",
+             "recall_after")
     out = {}
     for arm, part in df.groupby("arm", sort=False):
         first, search = part[part.op == "insert"], part[part.op == "search"]

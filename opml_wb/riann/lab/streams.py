@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arms', 'Progress', 'COLUMNS', 'timed', 'shuffled', 'stream_checked', 'stream']
 
-# %% ../../../nbs/riann/lab/02_streams.ipynb #3a70d144
+# %% ../../../nbs/riann/lab/02_streams.ipynb #e2487d93
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ def timed(f: Callable, *args: Any) -> tuple[float, float, Any]:
     out = f(*args)
     return time.perf_counter() - wall, time.thread_time() - cpu, out
 
+# %% ../../../nbs/riann/lab/02_streams.ipynb #4fae8165
 def shuffled(base: np.ndarray, sizes: Sequence[int], seed: int) -> np.ndarray:
     "The first rows of `base` in random order, as many as batches of `sizes` take."
     return base[np.random.default_rng(seed).permutation(len(base))[:sum(sizes)]]
@@ -55,6 +56,7 @@ def stream_checked(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms
     if len({a.name for a in arms}) < len(arms): raise ValueError("arms: two have the same name")
     return b, q
 
+# %% ../../../nbs/riann/lab/02_streams.ipynb #8bcce42e
 def _due(arms, deadline_s):
     "The deadline of each arm, NaN for none."
     each = deadline_s if isinstance(deadline_s, Mapping) else {a.name: deadline_s for a in arms}
@@ -63,7 +65,7 @@ def _due(arms, deadline_s):
             raise ValueError(f"deadline_s: expected seconds above 0, got {s!r}")
     return {a.name: each.get(a.name) or np.nan for a in arms}
 
-# %% ../../../nbs/riann/lab/02_streams.ipynb #47170587
+# %% ../../../nbs/riann/lab/02_streams.ipynb #32e59e31
 def _play(live, cuts, x, query, k, due, truth, load, busy):
     "Rows of `COLUMNS`, one step at a time, of arms in turn; queried if the `truth` is known."
     ids = np.arange(cuts[-1])
@@ -80,6 +82,17 @@ def _play(live, cuts, x, query, k, due, truth, load, busy):
             row[8:10] = q / len(query), recall(found, truth[s])
         yield rows
 
+# %% ../../../nbs/riann/lab/02_streams.ipynb #ddda366a
+def _medians(rows, names):
+    "A DataFrame of rows of `COLUMNS`, with the medians over repeats, arms in order."
+    import pandas as pd
+    df = pd.DataFrame(rows, columns=COLUMNS)
+    df["arm"] = pd.Categorical(df.arm, names)
+    how = {c: "median" if c != "satisfied" else "min" for c in COLUMNS[2:]}
+    df = df.groupby(["arm", "step"], as_index=False, observed=True).agg(how)
+    return df.astype(dict(arm=str, satisfied=bool, batch=int, n=int))
+
+# %% ../../../nbs/riann/lab/02_streams.ipynb #8fb72bf2
 def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, k: int = 10,
            seed: int = 0,
            repeats: int = 1, metric: str = "l2", deadline_s: float | Mapping[str, float]
@@ -116,12 +129,3 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
                     if progress: progress(len(rows), repeats * len(sizes) * len(arms))
             busy.set(0)
     return _medians(rows, [a.name for a in arms])
-
-def _medians(rows, names):
-    "A DataFrame of rows of `COLUMNS`, with the medians over repeats, arms in order."
-    import pandas as pd
-    df = pd.DataFrame(rows, columns=COLUMNS)
-    df["arm"] = pd.Categorical(df.arm, names)
-    how = {c: "median" if c != "satisfied" else "min" for c in COLUMNS[2:]}
-    df = df.groupby(["arm", "step"], as_index=False, observed=True).agg(how)
-    return df.astype(dict(arm=str, satisfied=bool, batch=int, n=int))

@@ -6,9 +6,10 @@
 __all__ = ['DEFAULT', 'SPACE', 'N_RANGE', 'MISSES', 'EARLY', 'WIDE', 'DEPTH', 'Rung', 'engine', 'size_of_space', 'Surface',
            'anneal', 'ladder']
 
-# %% ../../../nbs/riann/models/06_annealing.ipynb #a86a8332
+# %% ../../../nbs/riann/models/06_annealing.ipynb #4e88f31b
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
+from fastcore.basics import patch
 
 from ..graph.checks import integer
 
@@ -36,6 +37,7 @@ class Rung(NamedTuple):
     t_index: float
     t_query: float
 
+# %% ../../../nbs/riann/models/06_annealing.ipynb #5890153b
 def engine(n: float) -> float:
     """So many times our engine's CPU may go into a query of `n` vectors as the default's properties
     take of it.
@@ -83,15 +85,16 @@ class Surface:
                     self.times.expected_index_time(cand, deg, self.layers or graph),
                     self.times.query_time(cand_q, deg, graph))
 
-    def widest(self, deg: int, cand: int, query_s: float) -> int:
-        """The largest cand_q whose queries take at most `query_s`; the least there is
-        where none does."""
-        low, high, graph = self.low_q, max(self.low_q, SPACE["cand_q"][1]), self.graph(deg, cand)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.times.query_time(middle, deg, graph) <= query_s: low = middle
-            else: high = middle - 1
-        return low
+# %% ../../../nbs/riann/models/06_annealing.ipynb #ea3df9d7
+@patch
+def widest(self: Surface, deg: int, cand: int, query_s: float) -> int:
+    "The largest cand_q whose queries take at most `query_s`; the least there is where none does."
+    low, high, graph = self.low_q, max(self.low_q, SPACE["cand_q"][1]), self.graph(deg, cand)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if self.times.query_time(middle, deg, graph) <= query_s: low = middle
+        else: high = middle - 1
+    return low
 
 # %% ../../../nbs/riann/models/06_annealing.ipynb #748969b1
 def _energy(r, deadline, recall, query_s):
@@ -105,6 +108,7 @@ def _energy(r, deadline, recall, query_s):
     # the cheapest that is good enough
     return 20 * broken + 20 * lost + np.log(r.t_index) + .01 * np.log(r.t_query)
 
+# %% ../../../nbs/riann/models/06_annealing.ipynb #2861b451
 def _step(rng, here, heat):
     """A neighbour of the property (deg, cand, cand_q): one or two of them changed, by
     less as it cools."""
@@ -117,7 +121,7 @@ def _step(rng, here, heat):
     there[0] = min(there[0], 2 * there[1])
     return tuple(there)
 
-# %% ../../../nbs/riann/models/06_annealing.ipynb #dd5b1962
+# %% ../../../nbs/riann/models/06_annealing.ipynb #ce08e96e
 def _cool(surface, steps, seed, deadline, recall, query_s, start):
     "The best Rung that one cooling meets."
     rng, seen = np.random.default_rng(seed), {}
@@ -135,6 +139,7 @@ def _cool(surface, steps, seed, deadline, recall, query_s, start):
         if look(here)[0] < look(best)[0]: best = here
     return look(best)[1]
 
+# %% ../../../nbs/riann/models/06_annealing.ipynb #eea35296
 def anneal(recall_model: "RecallModel", time_model: "TimeModel", require: "Requirement | Any",
            n: int, batch: int,
            steps: int = 1500, seed: int = 0, state: "State | None" = None,
@@ -181,7 +186,7 @@ def _front(rungs):
         if not out or r.recall > out[-1].recall + 1e-6: out.append(r)
     return out[::-1]
 
-# %% ../../../nbs/riann/models/06_annealing.ipynb #bbcc6d4f
+# %% ../../../nbs/riann/models/06_annealing.ipynb #46a55256
 def _climb(surface, target, floor, seed, size=10, steps=400):
     """Annealed properties [(deg, cand)] for an index of this size: the cheapest of recall `target`,
     then what smaller budgets buy."""
@@ -199,6 +204,7 @@ def _climb(surface, target, floor, seed, size=10, steps=400):
     # nearer ones cannot be told from it
     return [r[:2] for r in rungs if r is top or r.recall >= floor and r.t_index < .95 * top.t_index]
 
+# %% ../../../nbs/riann/models/06_annealing.ipynb #a9a53403
 def ladder(recall_model: "RecallModel", time_model: "TimeModel", n: int, recall: float = .97,
            k: int = 10,
            seed: int = 0, lid: float | None = None, query_s: float | None = None) -> list[Rung]:

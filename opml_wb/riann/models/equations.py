@@ -87,7 +87,7 @@ def searched(cand, d, n, p_h, p_nu):
     hops = min(n, c + max(0., p_h[0] + p_h[1] * log_c + p_h[2] * log_d + p_h[3] * np.log(n)))
     return hops, min(n, hops * np.exp(_poly3(p_nu, log_d, log_c, np.log(np.log2(1 + n / c)))))
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #34f54441
+# %% ../../../nbs/riann/models/01_equations.ipynb #c12deffb
 @kernel
 def passed(d, n, p):
     "(hops, distances) of the greedy walk through a layer."
@@ -95,7 +95,7 @@ def passed(d, n, p):
     hops = max(1., p[0] + p[1] * np.log(n))
     return hops, hops * d
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #b3acac1f
+# %% ../../../nbs/riann/models/01_equations.ipynb #b44a3b15
 @kernel
 def between(table, a, b):
     """`table` between its grid points: rows at log2 2, 3, ..., columns at 1, 1.5, 2, ...; rows go
@@ -106,7 +106,7 @@ def between(table, a, b):
     return ((1 - x) * ((1 - y) * table[i, j] + y * table[i, j + 1]) + x
             * ((1 - y) * table[i + 1, j] + y * table[i + 1, j + 1]))
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #852ceafa
+# %% ../../../nbs/riann/models/01_equations.ipynb #54ea07ba
 @kernel
 def linked(cand, deg, cap, d, n, choose, chosen, p):
     """(links m of one new node; distances to choose them, and to prune those it links to, who have

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
+from fastcore.basics import patch
 
 from ..graph.checks import integer, number
 from .annealing import DEFAULT, Rung, engine, ladder
@@ -65,6 +66,7 @@ class Plan(NamedTuple):
         if not self.feasible: raise Infeasible(self.reason)
         return self
 
+# %% ../../../nbs/riann/models/08_plan.ipynb #f145cb3e
 class Report(NamedTuple):
     """The account of a batch. elapsed_s: wall seconds from call to return. satisfied: whether the
     deadline was kept.
@@ -108,25 +110,26 @@ class Pace:
         "Wall seconds to expect for predicted CPU `seconds` (number or array)."
         return seconds * (self.slow / self.share)
 
-    def see(self, predicted: float, cpu: float, wall: float) -> None:
-        "Take in a chunk of work: predicted and real CPU seconds, wall seconds."
-        # a laptop that slept says nothing of the load
-        wall = min(wall, cpu + 2 * self.memory_s)
-        keep = math.exp(-wall / self.memory_s)
-        # the machine's speed changes less than its load
-        slower = math.exp(-cpu / (5 * self.memory_s))
-        self._cpu, self._wall = self._cpu * keep + cpu, self._wall * keep + wall
-        self._predicted, self._ran = self._predicted * slower + predicted, self._ran * slower + cpu
-        if self.closed_loop: self.stall = max(self.stall * keep, wall - cpu)
+# %% ../../../nbs/riann/models/08_plan.ipynb #456f5638
+@patch
+def see(self: Pace, predicted: float, cpu: float, wall: float) -> None:
+    "Take in a chunk of work: predicted and real CPU seconds, wall seconds."
+    wall = min(wall, cpu + 2 * self.memory_s)       # a laptop that slept says nothing of the load
+    keep = math.exp(-wall / self.memory_s)
+    slower = math.exp(-cpu / (5 * self.memory_s))   # the machine's speed changes less than its load
+    self._cpu, self._wall = self._cpu * keep + cpu, self._wall * keep + wall
+    self._predicted, self._ran = self._predicted * slower + predicted, self._ran * slower + cpu
+    if self.closed_loop: self.stall = max(self.stall * keep, wall - cpu)
 
-    def doubt(self) -> None:
-        """Halve the learned slowdown when nothing was measured: nothing seemed to fit, so nothing
-        new was seen."""
-        self._wall, self._ran = min(self._wall,
-                                    (self._wall + self._cpu) / 2), min(self._ran,
-                                                                       (self._ran
-                                                                        + self._predicted) / 2)
-        self.stall /= 2
+@patch
+def doubt(self: Pace) -> None:
+    """Halve the learned slowdown when nothing was measured: nothing seemed to fit, so nothing new
+    was seen."""
+    self._wall, self._ran = min(self._wall,
+                                (self._wall + self._cpu) / 2), min(self._ran,
+                                                                   (self._ran
+                                                                    + self._predicted) / 2)
+    self.stall /= 2
 
 # %% ../../../nbs/riann/models/08_plan.ipynb #21511cdf
 SCAN = 1.2   # cost of a vector in a scan, in distances to vectors at hand
@@ -157,34 +160,38 @@ class Planner:
         "The ladder for an index of `n` vectors, best first."
         return self._ladders[self._size(n)]
 
-    def costs(self, n: float, layers: "Layers") -> np.ndarray:
-        "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
-        deg, cand = self._arrays[self._size(n)]
-        # checked already
-        return self.times.counts(cand, deg, np.asarray(layers if len(layers) else [(0, 0)],
-                                                       float))[:, 0]
+# %% ../../../nbs/riann/models/08_plan.ipynb #8f0d7b80
+@patch
+def costs(self: Planner, n: float, layers: "Layers") -> np.ndarray:
+    "CPU seconds per vector that each rung is predicted to take, f64[rungs]."
+    deg, cand = self._arrays[self._size(n)]
+    # checked already
+    return self.times.counts(cand, deg, np.asarray(layers if len(layers) else [(0, 0)],
+                                                   float))[:, 0]
 
-    def usual(self, n: float) -> float:
-        """CPU seconds per vector of the first rung, in a graph of about `n` vectors that were
-        linked so: all there is to know where no deadline asks for another."""
-        x = max(7, math.log2(max(n, 1)))
-        i = min(max(10, int(x)), 14)
-        a, b = self._ladders[i][0].t_index, self._ladders[i + 1][0].t_index
-        return a + (b - a) * (x - i)
+@patch
+def usual(self: Planner, n: float) -> float:
+    """CPU seconds per vector of the first rung, in a graph of about `n` vectors that were linked
+    so: all there is to know where no deadline asks for another."""
+    x = max(7, math.log2(max(n, 1)))
+    i = min(max(10, int(x)), 14)
+    a, b = self._ladders[i][0].t_index, self._ladders[i + 1][0].t_index
+    return a + (b - a) * (x - i)
 
-    def query(self, cand_q: float, layers: "Layers", waiting: int = 0) -> float:
-        "CPU seconds per query, with `waiting` vectors to compare with."
-        return (self.times.query_time(cand_q, 0, layers) if len(layers)
-                else 0) + waiting * self.scan_s
+@patch
+def query(self: Planner, cand_q: float, layers: "Layers", waiting: int = 0) -> float:
+    "CPU seconds per query, with `waiting` vectors to compare with."
+    return (self.times.query_time(cand_q, 0, layers) if len(layers) else 0) + waiting * self.scan_s
 
-    def flat_below(self) -> int:
-        """Vectors up to which comparing with all costs no more than a search in a graph: the first
-        rung's or, if that is less, the default HNSW's."""
-        sizes = np.unique(np.geomspace(64, 2**15, 64).astype(int)).tolist()
-        def searched(n, deg, cand, ef):
-            return self.times.query_time(ef, deg, self.times.layers(cand, deg, n))
-        def least(n):
-            return min(searched(n, *self.rungs(n)[0][:3]), engine(n) * searched(n, *DEFAULT))
-        slower = [n * self.scan_s > least(n) for n in sizes]
-        if not any(slower): return sizes[-1]
-        return sizes[slower.index(True) - 1] if not slower[0] else 0
+# %% ../../../nbs/riann/models/08_plan.ipynb #9bb19cd3
+@patch
+def flat_below(self: Planner) -> int:
+    """Vectors up to which comparing with all costs no more than a search in a graph: the first
+    rung's or, if that is less, the default HNSW's."""
+    sizes = np.unique(np.geomspace(64, 2**15, 64).astype(int)).tolist()
+    def searched(n, deg, cand, ef):
+        return self.times.query_time(ef, deg, self.times.layers(cand, deg, n))
+    def least(n): return min(searched(n, *self.rungs(n)[0][:3]), engine(n) * searched(n, *DEFAULT))
+    slower = [n * self.scan_s > least(n) for n in sizes]
+    if not any(slower): return sizes[-1]
+    return sizes[slower.index(True) - 1] if not slower[0] else 0

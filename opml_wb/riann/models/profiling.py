@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'RUNGS', 'DEGS', 'BEAMS', 'measure', 'bookkeeping', 'beam_counts', 'observe', 'fitted']
 
-# %% ../../../nbs/riann/models/02_profiling.ipynb #e497602b
+# %% ../../../nbs/riann/models/02_profiling.ipynb #095438fe
 import time
 from typing import Any
 import numpy as np
@@ -72,6 +72,7 @@ def beam_counts(index: DynamicHNSW, q: np.ndarray, ef: int) -> tuple[np.ndarray,
     counts = work / len(q)
     return counts[:4], counts[4:].reshape(-1, 2)
 
+# %% ../../../nbs/riann/models/02_profiling.ipynb #81382693
 def _queried(index, q, ef):
     "CPU seconds of a query."
     t = time.thread_time()
@@ -85,6 +86,17 @@ def _warm(x, q, metric):
     spare.insert(x[:64], range(64), 4, 12)
     beam_counts(spare, q[:2], 10)
 
+def _inserted(x, index, own, size, rung, other):
+    "Rows of an index that grows to `size`, the last tenth with `other` properties."
+    old, cut = len(index), size - size // 10
+    for a, b, (deg, cand) in ((old, cut, rung), (cut, size, other)):
+        before = index.layers()
+        work = index.insert(x[a:b], range(a + 1, b + 1), deg, cand)
+        if a == old: own += range(a + 1, b + 1)
+        yield deg, cand, b - a, before, index.layers(), work, index.degrees(
+            own).mean() if a == old else 0.
+
+# %% ../../../nbs/riann/models/02_profiling.ipynb #67731702
 def observe(x: np.ndarray, q: np.ndarray, metric: str, budget_s: float,
             seed: int) -> tuple[list, list]:
     """Grow graphs and count: rows (deg, cand, m, layers before, layers after, Work, degree) and
@@ -107,16 +119,6 @@ def observe(x: np.ndarray, q: np.ndarray, metric: str, budget_s: float,
             beams += [(ef, index.layers(), *beam_counts(index, q, ef), s)
                       for ef, s in zip(BEAMS, spent)]
     return inserts, beams
-
-def _inserted(x, index, own, size, rung, other):
-    "Rows of an index that grows to `size`, the last tenth with `other` properties."
-    old, cut = len(index), size - size // 10
-    for a, b, (deg, cand) in ((old, cut, rung), (cut, size, other)):
-        before = index.layers()
-        work = index.insert(x[a:b], range(a + 1, b + 1), deg, cand)
-        if a == old: own += range(a + 1, b + 1)
-        yield deg, cand, b - a, before, index.layers(), work, index.degrees(
-            own).mean() if a == old else 0.
 
 # %% ../../../nbs/riann/models/02_profiling.ipynb #939e8137
 def _spread(cand, n):
@@ -157,10 +159,10 @@ def _expected(deg, cand, layers, p):
     `p` has none."""
     out = units(*columns(cand, deg), layers, 0, np.arange(5.), np.zeros(5), 0., np.zeros(3),
                  *(p[k] for k in ("hops", "nu", "greedy", "choose", "chosen")),
-                 p.get("prune", np.zeros(10)))
+                p.get("prune", np.zeros(10)))
     return out[0, [1, 3, 4]]
 
-# %% ../../../nbs/riann/models/02_profiling.ipynb #449d9c81
+# %% ../../../nbs/riann/models/02_profiling.ipynb #aa16aae9
 def _fit_links(inserts, p):
     "Coefficients prune, degree from the insertions and the rest `p` of the model."
     rows = [r for r in inserts if r[3]]
@@ -188,7 +190,7 @@ def _fit_rest(t, known, a):
         keep = miss <= max(.1, 3 * np.median(miss))
     return more
 
-# %% ../../../nbs/riann/models/02_profiling.ipynb #8037342a
+# %% ../../../nbs/riann/models/02_profiling.ipynb #6050847b
 def _fit_time(inserts, beams, touch, keep, p):
     """extra and query: what bookkeeping adds to a distance, a hop, a node and a link; to a
     distance, a hop and a query; in units of `keep`."""
@@ -206,7 +208,7 @@ def _fit_time(inserts, beams, touch, keep, p):
                       np.stack([dists, hops, np.ones(len(t))], 1) * keep)
     return dict(extra=extra.tolist(), query=query.tolist())
 
-# %% ../../../nbs/riann/models/02_profiling.ipynb #a1137c21
+# %% ../../../nbs/riann/models/02_profiling.ipynb #57714c8a
 def fitted(x: np.ndarray, metric: str, budget_s: float, seed: int) -> dict[str, Any]:
     """Profile vectors f32[n, dim], the first 64 as queries: the facts of a time model, but for
     those of the machine's name."""

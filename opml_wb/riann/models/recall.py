@@ -48,7 +48,7 @@ def _smooth(x):
                      n * lid / 10], 1)
     return np.minimum(x[:, LEFT], x[:, RIGHT] + SHIFT), free
 
-# %% ../../../nbs/riann/models/07_recall.ipynb #045a9138
+# %% ../../../nbs/riann/models/07_recall.ipynb #8b094f65
 def _curve(x, recall):
     """Weights of the curve: f64[52], by least squares in the logit, where an error in recall weighs
     alike everywhere."""
@@ -85,28 +85,30 @@ class RecallModel:
 
     def _recall(self, x): return self.trees.predict(x, _margin(self.curve, x)).astype(float)
 
-    def predict(self, deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLike, n: ArrayLike,
-                k: ArrayLike = 10,
-                batch: int | None = None, state: State | None = None,
-                lid: float | None = None) -> Any:
-        """Predict recall@k after a batch has been indexed with `deg` and `cand`, of queries with a
-        beam of `cand_q`.
+# %% ../../../nbs/riann/models/07_recall.ipynb #fed9f6d7
+@patch
+def predict(self: RecallModel, deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLike, n: ArrayLike,
+            k: ArrayLike = 10,
+            batch: int | None = None, state: State | None = None, lid: float | None = None) -> Any:
+    """Predict recall@k after a batch has been indexed with `deg` and `cand`, of queries with a beam
+    of `cand_q`.
 
-        deg, cand, cand_q, n: arrays[m] or numbers; n: vectors in the index then. batch: vectors in
-        the batch; state: State before it (None: the whole index is indexed so). What waits in the
-        state is found exactly. Returns f64[m], or float."""
-        x = features(deg, cand, np.maximum(cand_q, k), n, self.lid if lid is None else lid, k,
-                     batch, state)
-        wait = state.waiting / np.asarray(n, float) if state else 0.
-        r = wait + (1 - wait) * self._recall(np.atleast_2d(x))
-        return float(r[0]) if x.ndim == 1 else r
+    deg, cand, cand_q, n: arrays[m] or numbers; n: vectors in the index then. batch: vectors in the
+    batch; state: State before it (None: the whole index is indexed so). What waits in the state is
+    found exactly. Returns f64[m], or float."""
+    x = features(deg, cand, np.maximum(cand_q, k), n, self.lid if lid is None else lid, k, batch,
+                 state)
+    wait = state.waiting / np.asarray(n, float) if state else 0.
+    r = wait + (1 - wait) * self._recall(np.atleast_2d(x))
+    return float(r[0]) if x.ndim == 1 else r
 
-# %% ../../../nbs/riann/models/07_recall.ipynb #237ac750
+# %% ../../../nbs/riann/models/07_recall.ipynb #a3e1dfb5
 @patch
 def arrays(self: RecallModel) -> dict[str, np.ndarray]:
     "Give all of it as named arrays; `from_arrays` reads them."
     return self.trees.arrays() | dict(curve=self.curve, lid=np.float64(self.lid), rungs=self.rungs)
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #ceccb03e
 @patch(cls_method=True)
 def from_arrays(cls: RecallModel, a: Mapping[str, np.ndarray]) -> RecallModel:
     "Read back from `arrays`. Errors: ValueError where one is missing or damaged."
@@ -125,12 +127,13 @@ def load(cls: RecallModel, file: str | os.PathLike | None = None) -> RecallModel
     ValueError where it is something else."""
     return cls.from_arrays(load_arrays(file or data_path("riann/recall_model")))
 
-# %% ../../../nbs/riann/models/07_recall.ipynb #22ebf90a
+# %% ../../../nbs/riann/models/07_recall.ipynb #f13b773e
 def _design(frame):
     "Features of a DataFrame of `collect`: f32[rows, 13]."
     columns = frame[["deg", "cand", "cand_q", "n", "lid", "k", "batch", "state"]]
     return np.stack([features(*row) for row in columns.itertuples(index=False)])
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #d159ad5d
 @patch(cls_method=True)
 def fit(cls: RecallModel, frame: "pd.DataFrame", rounds: int = 300, seed: int = 0,
         lid: float | None = None) -> RecallModel:
@@ -168,6 +171,7 @@ def _pool(held_out, near):
     view = np.repeat(np.arange(len(parts)), [len(p[0]) for p in parts])
     return tuple(a[source % 2 == held_out] for a in (rows, source, view))
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #158eaeb3
 def training_frame(part: int, groups: int, streams: int = 7, held_out: bool = False,
                    near: bool = False,
                    progress: Callable[[int, int], None] | None = None) -> "pd.DataFrame":
@@ -194,7 +198,7 @@ def training_frame(part: int, groups: int, streams: int = 7, held_out: bool = Fa
         if progress: progress(g + 1, groups)
     return pd.concat(out, ignore_index=True)
 
-# %% ../../../nbs/riann/models/07_recall.ipynb #f767cfba
+# %% ../../../nbs/riann/models/07_recall.ipynb #3d6b8029
 def make(file: str | os.PathLike) -> None:
     """Make the registered model: train on profile runs of all kinds and on those near what may turn
     out best, then look for the ladders.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES', 'RISING', 'State', 'features', 'schedule', 'collect']
 
-# %% ../../../nbs/riann/models/05_runs.ipynb #14d74f41
+# %% ../../../nbs/riann/models/05_runs.ipynb #bb5c78ad
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% ../../../nbs/riann/models/05_runs.ipynb #4ebc3f3c
 class State(NamedTuple):
-    """What the graph holds before a batch.
+    """The contents of a graph before a batch.
 
     n: linked nodes. deg, cand: means over them of log2 of the properties they were linked with.
     waiting: vectors not linked yet."""
@@ -72,6 +72,7 @@ def _likely(rng):
     if rng.random() < 1 / 6: return DEFAULT[:2]
     return int(np.exp2(rng.uniform(3.33, 5.5))), int(np.exp2(rng.uniform(3.33, 5.2)))
 
+# %% ../../../nbs/riann/models/05_runs.ipynb #189c459c
 def schedule(rng: np.random.Generator, rows: int,
              near: bool = False) -> list[tuple[int, int, int, bool]]:
     "Draw a stream's insertions: (end row, deg, cand, whether to measure after it)."
@@ -92,7 +93,17 @@ def schedule(rng: np.random.Generator, rows: int,
         at = end
     return out
 
-# %% ../../../nbs/riann/models/05_runs.ipynb #e4e0fa27
+# %% ../../../nbs/riann/models/05_runs.ipynb #cf0fefc2
+def _asked(index, query, cand_q, ks, truth):
+    "Rows of what one beam finds."
+    (_, above, hops, dists), _ = beam_counts(index, query[:32], cand_q)
+    found = index.search(query, min(max(ks), cand_q), cand_q)[0]
+    for k in ks:
+        if k <= cand_q:
+            yield dict(cand_q=cand_q, k=k, recall=recall(found[:, :k], truth[:, :k]), hops=hops,
+                       dists=above + dists)
+
+# %% ../../../nbs/riann/models/05_runs.ipynb #e9cd36ca
 def _run(x, order, query, plan, rng, ks, beams, least):
     """Index `x` by `plan`; a row per measured checkpoint, beam (from `least`) and k. order: all
     rows for each query, nearest first."""
@@ -109,15 +120,7 @@ def _run(x, order, query, plan, rng, ks, beams, least):
         for cand_q in np.exp2(rng.uniform(np.log2(least), np.log2(200), beams)).astype(int):
             yield from (same | row for row in _asked(index, query, int(cand_q), ks, truth))
 
-def _asked(index, query, cand_q, ks, truth):
-    "Rows of what one beam finds."
-    (_, above, hops, dists), _ = beam_counts(index, query[:32], cand_q)
-    found = index.search(query, min(max(ks), cand_q), cand_q)[0]
-    for k in ks:
-        if k <= cand_q:
-            yield dict(cand_q=cand_q, k=k, recall=recall(found[:, :k], truth[:, :k]), hops=hops,
-                       dists=above + dists)
-
+# %% ../../../nbs/riann/models/05_runs.ipynb #5b4893c8
 def collect(x: ArrayLike, query: ArrayLike, streams: int = 50, ks: tuple[int, ...] = (1, 10, 50),
             beams: int = 3,
             seed: int = 0, near: bool = False, progress: Callable[[int, int], None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COEFFICIENTS', 'TimeModel', 'profile', 'training_vectors', 'make']
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #e699e32f
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #decf69d3
 import json, os, platform
 from collections.abc import Callable
 from pathlib import Path
@@ -48,19 +48,22 @@ class TimeModel:
         t = self.counts(*columns(cand, deg), a, lp)[:, 0]
         return t if np.ndim(cand) or np.ndim(deg) else float(t[0])
 
-    def query_time(self, cand_q: float, deg: float, layers: Layers, literal: bool = False) -> float:
-        """Predict seconds of one query with a beam of `cand_q`, in a graph whose next point would
-        have `deg` links.
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #85da023f
+@patch
+def query_time(self: TimeModel, cand_q: float, deg: float, layers: Layers,
+               literal: bool = False) -> float:
+    """Predict seconds of one query with a beam of `cand_q`, in a graph whose next point would have
+    `deg` links.
 
-        layers: [(n, sum of degrees), ...], bottom first. literal: the paper's equation 2; otherwise
-        the links that are there count, not `deg`."""
-        a = checked(layers)
-        if literal or self.facts is None: return self.paper.query(cand_q, deg, a.tolist())
-        dists, hops = self.query_work(cand_q, a)
-        cold = np.interp(np.log(max(a[0, 0], 1)), self._size, self._cold)
-        return float(cold * (dists + hops) + self._query @ [dists, hops, 1])
+    layers: [(n, sum of degrees), ...], bottom first. literal: the paper's equation 2; otherwise the
+    links that are there count, not `deg`."""
+    a = checked(layers)
+    if literal or self.facts is None: return self.paper.query(cand_q, deg, a.tolist())
+    dists, hops = self.query_work(cand_q, a)
+    cold = np.interp(np.log(max(a[0, 0], 1)), self._size, self._cold)
+    return float(cold * (dists + hops) + self._query @ [dists, hops, 1])
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #be2573f9
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #4ef5253c
 @patch
 def expected_index_time(self: TimeModel, cand: ArrayLike, deg: ArrayLike, layers: Layers) -> Any:
     """Predict mean seconds to index one point, over the layers it may get: layer l or higher with
@@ -96,6 +99,7 @@ def _coefficients(facts):
         raise ValueError("not a time model: coefficients missing")
     return facts, p, n
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #a607ae99
 @patch(cls_method=True)
 def from_dict(cls: TimeModel, facts: dict[str, Any]) -> TimeModel:
     """Make a model from the facts of a fitted one, as `to_dict` gives them. Errors: ValueError
@@ -116,13 +120,14 @@ def from_dict(cls: TimeModel, facts: dict[str, Any]) -> TimeModel:
                            lambda deg: float(self._rest[::2] @ links(deg)[::-1]))
     return self
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #068132f5
 @patch
 def T_d(self: TimeModel, n: ArrayLike) -> Any:
     """Seconds of one distance to one of `n` vectors, with its share of the bookkeeping: from the
     table, by log n."""
     return np.interp(np.log(np.maximum(n, 1)), self._size, self._touch)
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #5be0d2d8
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #ecfeee2f
 @patch
 def to_dict(self: TimeModel) -> dict[str, Any]:
     """Give the facts of a fitted model: JSON values. Errors: ValueError for a model of own
@@ -144,6 +149,7 @@ def load(cls: TimeModel, file: str | os.PathLike | None = None) -> TimeModel:
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{file}: not a time model") from None
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #946e4c15
 @patch
 def calibrate(self: TimeModel, seed: int = 0) -> TimeModel:
     """This model with `T_d`, and the time of bookkeeping, measured anew on this machine, in under
@@ -155,7 +161,7 @@ def calibrate(self: TimeModel, seed: int = 0) -> TimeModel:
                                                   machine=platform.processor()
                                                   or platform.machine()))
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #23e694f6
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #0f0edbae
 @patch
 def counts(self: TimeModel, cand: np.ndarray, deg: np.ndarray, layers: np.ndarray,
            lp: int = 0) -> np.ndarray:
@@ -173,6 +179,7 @@ def expected_work(self: TimeModel, cand: ArrayLike, deg: ArrayLike,
     out = self.counts(*columns(cand, deg), checked(layers))
     return out[:, 1], out[:, 2]
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #3b9bef62
 @patch
 def query_work(self: TimeModel, cand_q: float, layers: Layers) -> tuple[float, float]:
     "Predict distances and hops of one query with a beam of `cand_q`; a fitted model only."
@@ -182,6 +189,7 @@ def query_work(self: TimeModel, cand_q: float, layers: Layers) -> tuple[float, f
             *(passed(s / max(n, 1), n, p_g) for n, s in a[1:])]
     return sum(x for _, x in rows), sum(h for h, _ in rows)
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #1eced7d1
 @patch
 def layers(self: TimeModel, cand: float, deg: float, n: float) -> list[tuple[float, float]]:
     """Predict the layers that `n` points inserted with `cand` and `deg` will have, [(n, sum of

@@ -96,7 +96,7 @@ def _flat(trees):
                  join("split_conditions", np.float32), left, right,
                  np.where(join("default_left", bool), left, right)), roots
 
-# %% ../../../nbs/riann/models/04_trees.ipynb #524781b5
+# %% ../../../nbs/riann/models/04_trees.ipynb #f3e9a147
 def _check(nodes, roots, width):
     """ValueError unless every walk ends in a leaf: children lie behind their parent, features
     inside a row."""
@@ -126,23 +126,24 @@ class FlatTrees:
 
     def __len__(self) -> int: return len(self.roots)
 
-    def predict(self, x: ArrayLike, margin: ArrayLike | None = None) -> Any:
-        """Predict what `Booster.predict` returns, to the last bit.
+# %% ../../../nbs/riann/models/04_trees.ipynb #901cf4dd
+@patch
+def predict(self: FlatTrees, x: ArrayLike, margin: ArrayLike | None = None) -> Any:
+    """Predict what `Booster.predict` returns, to the last bit.
 
-        x: [n, width] of any real type (taken as f32; NaN: missing), or one row [width]. margin: [n]
-        (or one number), what the sum begins with instead of `base_score` (XGBoost's `base_margin`).
-        Returns f32[n], or one f32. Errors: ValueError for another shape."""
-        a = np.asarray(x, np.float32)
-        rows = a[None] if a.ndim == 1 else a
-        if rows.ndim != 2 or rows.shape[1] != self.width:
-            raise ValueError(
-                f"x: expected [n, {self.width}] or [{self.width}], got {list(a.shape)}")
-        out = np.full(len(rows), self._start if margin is None else margin, np.float32)
-        _walk(self.nodes, self.roots, rows, out)
-        if self._logistic: _sigmoid(out)
-        return out if a.ndim > 1 else out[0]
+    x: [n, width] of any real type (taken as f32; NaN: missing), or one row [width]. margin: [n] (or
+    one number), what the sum begins with instead of `base_score` (XGBoost's `base_margin`).
+    Returns f32[n], or one f32. Errors: ValueError for another shape."""
+    a = np.asarray(x, np.float32)
+    rows = a[None] if a.ndim == 1 else a
+    if rows.ndim != 2 or rows.shape[1] != self.width:
+        raise ValueError(f"x: expected [n, {self.width}] or [{self.width}], got {list(a.shape)}")
+    out = np.full(len(rows), self._start if margin is None else margin, np.float32)
+    _walk(self.nodes, self.roots, rows, out)
+    if self._logistic: _sigmoid(out)
+    return out if a.ndim > 1 else out[0]
 
-# %% ../../../nbs/riann/models/04_trees.ipynb #fecd6b9b
+# %% ../../../nbs/riann/models/04_trees.ipynb #2d035bfd
 @patch(cls_method=True)
 def from_json(cls: FlatTrees, model: bytes | str) -> FlatTrees:
     """Read what `booster.save_raw("json")` returned.
@@ -156,12 +157,13 @@ def from_json(cls: FlatTrees, model: bytes | str) -> FlatTrees:
     return cls(*_flat(trees), base, objective, int(shape["num_feature"]),  # type: ignore[operator]
                learner.get("feature_names", ()))
 
+# %% ../../../nbs/riann/models/04_trees.ipynb #2599667d
 @patch(cls_method=True)
 def from_booster(cls: FlatTrees, booster: "xgboost.Booster | xgboost.XGBModel") -> FlatTrees:
     "Read a trained `xgboost.Booster` (or a scikit-learn style XGBModel). Errors: as `from_json`."
     return cls.from_json(bytes(getattr(booster, "get_booster", lambda: booster)().save_raw("json")))
 
-# %% ../../../nbs/riann/models/04_trees.ipynb #c9f65f40
+# %% ../../../nbs/riann/models/04_trees.ipynb #fb40c626
 @patch
 def arrays(self: FlatTrees) -> dict[str, np.ndarray]:
     "Give all of it as named arrays, as `np.savez` takes them; `from_arrays` reads them."
@@ -169,6 +171,7 @@ def arrays(self: FlatTrees) -> dict[str, np.ndarray]:
     return dict(self.nodes._asdict(), roots=self.roots, base=self.base,
                 about=np.array(json.dumps(about)))
 
+# %% ../../../nbs/riann/models/04_trees.ipynb #a52482bd
 @patch(cls_method=True)
 def from_arrays(cls: FlatTrees, a: Mapping[str, np.ndarray]) -> FlatTrees:
     "Read back from `arrays`. Errors: ValueError where one is missing or damaged."
@@ -179,7 +182,7 @@ def from_arrays(cls: FlatTrees, a: Mapping[str, np.ndarray]) -> FlatTrees:
         return cls(nodes, roots, a["base"], **about)  # type: ignore[operator]
     except (KeyError, TypeError) as e: raise ValueError(f"model: not FlatTrees ({e})") from None
 
-# %% ../../../nbs/riann/models/04_trees.ipynb #11127ae7
+# %% ../../../nbs/riann/models/04_trees.ipynb #ae2a975c
 def save_arrays(arrays: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
     "Write named arrays to one .npz file, whole or not at all."
     with replacing(file) as part, open(part, "wb") as f:
