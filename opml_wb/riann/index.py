@@ -18,8 +18,7 @@ from .forecast import FLAT, Forecast
 from .graph.checks import integer, integers, matrix, number
 from .graph.hnsw import DynamicHNSW, warm
 from .linking import Clock, Linker
-from .models.plan import Infeasible  # noqa: F401
-from .models.plan import Pace, Plan, Planner, Report, Requirement
+from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
 from .models.timemodel import TimeModel, profile as profiled
 
 if TYPE_CHECKING: from opml_wb.riann.models.recall import RecallModel

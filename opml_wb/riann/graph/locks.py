@@ -15,11 +15,16 @@ from typing import Any
 _SIGINT = int(signal.SIGINT)
 
 class Writer:
-    "The writers' lock: a Ctrl-C that comes while it is held is delivered when it is let go, so nothing is left half done."
+    """The writers' lock: a Ctrl-C that comes while it is held is delivered when it is let go.
+
+    So nothing is left half done. Its thread may take it again.
+    lock: the lock itself, for a step that nothing can interrupt.
+    before: the handlers of Ctrl-C that it stands in for, one for each time that it is held.
+    late: the Ctrl-Cs that came meanwhile."""
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.before: list = []   # handlers of Ctrl-C to put back
-        self.late: list = []     # Ctrl-Cs that came meanwhile
+        self.before: list = []
+        self.late: list = []
 
     def _later(self, sig: int, frame: FrameType | None) -> None: self.late.append((sig, frame))
 
@@ -41,9 +46,12 @@ class Writer:
             late, self.late = self.late, []
             handler(*late[-1])
 
-# %% ../../../nbs/riann/graph/02_locks.ipynb #d56100c3
+# %% ../../../nbs/riann/graph/02_locks.ipynb #c2475551
 class Gate:
-    "A gate that lets many in at once, or one alone."
+    """A gate that lets many in at once, or one alone.
+
+    free: the condition that is told when it gets empty.
+    inside: how many are in. waiting: how many want to be alone, for whom newcomers wait."""
     def __init__(self) -> None:
         self.free = threading.Condition()
         self.inside = self.waiting = 0

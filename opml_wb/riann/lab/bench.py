@@ -13,10 +13,9 @@ import numpy as np
 from ..graph.exact import ground_truth, recall
 from ..graph.hnsw import DynamicHNSW
 from ..index import Requirement
-from .arms import DEFAULT, Arm, Planned
-from .arms import Busy, DefaultHNSW  # noqa: F401
-from .streams import COLUMNS  # noqa: F401
-from .streams import Arms, Progress, shuffled, stream, stream_checked, timed
+from .arms import DEFAULT, Arm, Busy, DefaultHNSW, Planned
+from .streams import (COLUMNS, Arms, Progress, shuffled, stream, stream_checked,
+                                       timed)
 
 if TYPE_CHECKING: import pandas as pd
 

@@ -19,7 +19,7 @@ from ...core.record.data import path as data_path
 from ..graph.checks import integer, vectors
 from .equations import (Equations, Layers, between, checked, columns, linked,
                                             monomials, passed, searched, units)
-from .profiling import bookkeeping, fitted, measure
+from .profiling import BEAMS, DEGS, RUNGS, SIZES, bookkeeping, fitted, measure
 
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #5393bedb
 class TimeModel:
