@@ -19,9 +19,10 @@ def connection() -> socket.socket:
     return socket.socket(fileno=int(sys.argv[1]))
 
 def fork(work: Callable[[], int | None], failed: int = 71) -> int:
-    """Fork a child that calls `work` and exits with what that returns (None: 0); returns the child's pid.
+    """Fork a child that calls `work` and exits with what that returns (None: 0).
 
-    An exception of `work` is printed to standard error, and the child exits with the code `failed`."""
+    An exception of `work` is printed to standard error, and the child exits with the code `failed`.
+    Returns the child's pid."""
     pid = os.fork()
     if pid: return pid
     code = failed
@@ -37,23 +38,24 @@ def with_package(path: str | None) -> str:
 class ForkServer:
     """A started fork server: its `process` (a Popen) and the socket `conn` to it.
 
-    entry: `module:function`, called in the new process; it gets the socket's other end by `connection()`.
-    env: environment variables beside this process's. kind: of the socket, SOCK_STREAM or SOCK_SEQPACKET.
+    entry: `module:function`, called in the new process; it gets the socket's other end by
+    `connection()`. env: environment variables beside this process's. kind: of the socket,
+    SOCK_STREAM or SOCK_SEQPACKET.
     log: keep its standard output and error for `said`; else they go where this process's go.
     options: further arguments of `subprocess.Popen`, such as `cwd` or `start_new_session`."""
 
-    def __init__(self, entry: str, env: Mapping[str, str] | None = None, kind: int = socket.SOCK_STREAM,
-                 log: bool = True, **options: Any) -> None:
+    def __init__(self, entry: str, env: Mapping[str, str] | None = None,
+                 kind: int = socket.SOCK_STREAM, log: bool = True, **options: Any) -> None:
         module, function = entry.split(":")
         self.conn, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self.log = tempfile.TemporaryFile() if log else None
         env = {**os.environ, **(env or {})}
         env["PYTHONPATH"] = with_package(env.get("PYTHONPATH"))
         with theirs:
+            code, fd = f"from {module} import {function}; {function}()", theirs.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from {module} import {function}; {function}()", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], env=env, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-                **options)
+                [sys.executable, "-c", code, str(fd)], pass_fds=[fd], env=env,
+                stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, **options)
 
     def said(self, most: int = 4000) -> str:
         "Read the last `most` bytes that the server and its children wrote to the standard streams."
@@ -67,7 +69,7 @@ class ForkServer:
         return self.process.poll() is None
 
     def close(self, seconds: float = 8) -> None:
-        "Close the connection, upon which the server exits; one that is there after `seconds` is killed."
+        "Close the connection, so that the server exits; it is killed if it hasn't in `seconds`."
         try: self.conn.shutdown(socket.SHUT_RDWR)
         except OSError: pass
         try: self.process.wait(seconds)

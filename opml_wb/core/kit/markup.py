@@ -20,11 +20,12 @@ COLOURS = {
     "muted": "#797979",      # grey: text, axes, everything that steps back
 }
 SERIES = [COLOURS[c] for c in ("ours", "baseline", "good", "paper", "muted")]
-VERDICTS = {"exceeded": ("▲", "good"), "reproduced": ("✓", "ours"), "not reproduced": ("✗", "baseline")}
+VERDICTS = {"exceeded": ("▲", "good"), "reproduced": ("✓", "ours"),
+            "not reproduced": ("✗", "baseline")}
 
 # %% ../../../nbs/core/kit/06_markup.ipynb #e8925907
 def num(v: Any) -> str:
-    "Write a number for people: 4 significant digits, thousands apart; text stays text, None is a dash."
+    "Write a number for people: 4 significant digits, thousands apart; text stays, None is a dash."
     if v is None: return "–"
     if isinstance(v, bool) or not isinstance(v, (int, float)): return str(v)
     if isinstance(v, int): return f"{v:,}"
@@ -32,15 +33,17 @@ def num(v: Any) -> str:
 
 def written(v: Any) -> str:
     "Write a parameter's value as one would type it: 12345 stays 12345, text has no quotes."
-    return v if isinstance(v, str) else "none" if v is None else json.dumps(v, ensure_ascii=False, default=str)
+    if isinstance(v, str): return v
+    return "none" if v is None else json.dumps(v, ensure_ascii=False, default=str)
 
 # %% ../../../nbs/core/kit/06_markup.ipynb #0a4c8594
 CSS = """<style>.opml{color:var(--jp-content-font-color1,inherit);max-width:60em;
 font:13px/1.5 var(--jp-content-font-family,system-ui,sans-serif)}
 .opml table{border-collapse:collapse;margin:.4em 0;color:inherit;font-size:13px}
 .opml tr{background:none!important}
-.opml th,.opml td{text-align:left!important;vertical-align:top;padding:3px 12px 3px 0;max-width:34em;
-white-space:normal;border:0;border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35))}
+.opml th,.opml td{text-align:left!important;vertical-align:top;padding:3px 12px 3px 0;
+max-width:34em;white-space:normal;border:0;
+border-bottom:1px solid var(--jp-border-color2,rgba(128,128,128,.35))}
 .opml th{font-weight:600}
 .opml .n{text-align:right!important;font-variant-numeric:tabular-nums;white-space:nowrap}
 .opml .m{color:var(--jp-content-font-color2,#797979)}.opml pre{white-space:pre-wrap}
@@ -71,7 +74,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence], figures: Container[int]
 
 # %% ../../../nbs/core/kit/06_markup.ipynb #9eabab88
 def spark(values: Iterable, width: int = 120, height: int = 22) -> str:
-    "Draw a series of numbers as a small line, in SVG of `width` by `height` px; '' for fewer than two finite ones."
+    "Draw a series of numbers as a small line, in SVG (px); '' for fewer than two finite ones."
     values = [v for v in map(float, values) if math.isfinite(v)]
     if len(values) < 2: return ""
     values = values[::max(1, len(values) // width)]
@@ -79,5 +82,6 @@ def spark(values: Iterable, width: int = 120, height: int = 22) -> str:
     gap = (width - 2) / max(1, len(values) - 1)
     points = " ".join(f"{i * gap + 1:.1f},{height - 2 - (v - lo) / span * (height - 4):.1f}"
                       for i, v in enumerate(values))
-    line = f'<polyline fill="none" stroke="{COLOURS["ours"]}" stroke-width="1.5" points="{points}"/>'
+    style = f'fill="none" stroke="{COLOURS["ours"]}" stroke-width="1.5"'
+    line = f'<polyline {style} points="{points}"/>'
     return f'<svg width="{width}" height="{height}">{line}</svg>'

@@ -22,7 +22,8 @@ class ClaimsTable:
         rows = [[c["name"], num(c.get("paper")), num(c.get("measured")), c.get("unit") or "",
                  c.get("verdict") or ""] for c in self.claims]
         if not any(c.get("chapter") for c in self.claims): return [head, *rows]
-        return [["chapter", *head], *([c.get("chapter") or "", *r] for c, r in zip(self.claims, rows))]
+        of = (c.get("chapter") or "" for c in self.claims)
+        return [["chapter", *head], *([chapter, *r] for chapter, r in zip(of, rows))]
 
     def _repr_html_(self) -> str:
         def verdict(v):
@@ -31,7 +32,8 @@ class ClaimsTable:
         def why(claim): return (f"<span class=m>{escape(claim.get('why') or '')}</span>",)
         head, *rows = self._rows()
         rows = [[*r[:-1], verdict(r[-1]), why(c)] for r, c in zip(rows, self.claims)]
-        return f"{CSS}<div class=opml>{table([*head, 'why'], rows, {len(head) - 4, len(head) - 3})}</div>"
+        figures = table([*head, "why"], rows, {len(head) - 4, len(head) - 3})
+        return f"{CSS}<div class=opml>{figures}</div>"
 
     def __repr__(self) -> str:
         rows = self._rows()
@@ -49,15 +51,16 @@ def claims_table(claims: Iterable[dict]) -> ClaimsTable:
 
 # %% ../../../nbs/core/record/10_card.ipynb #9d359e65
 def _error(e: dict | None) -> str:
-    "A run's error in HTML: what happened, where, and how it ended."
+    "Write a run's error in HTML: what happened, where, and how it ended."
     if not e: return ""
     what = ": ".join(str(e[k]) for k in ("ename", "evalue") if e.get(k))
-    where = ", ".join(f"{k} {e[k]}" for k in ("cell", "line", "signal", "exitcode") if e.get(k) is not None)
+    told = [k for k in ("cell", "line", "signal", "exitcode") if e.get(k) is not None]
+    where = ", ".join(f"{k} {e[k]}" for k in told)
     return (f'<div>{tag(e.get("kind") or "error", "baseline")} <span class=m>{escape(where)}</span>'
             f'<pre>{escape(what)}</pre></div>')
 
 def cost(run: dict) -> str:
-    "A run's cost in words, of its document: `12.3 s · 15.1 s of CPU · 391 MiB`; '' when nothing is known."
+    "Say what a run cost: `12.3 s · 15.1 s of CPU · 391 MiB`; '' when nothing is known."
     units = ("seconds", ""), ("cpu", " of CPU")
     parts = [f"{run[k]:,.1f} s{unit}" for k, unit in units if run.get(k) is not None]
     return " · ".join(parts + ([f"{run['rss'] / 2**20:,.0f} MiB"] if run.get("rss") else []))
@@ -75,11 +78,14 @@ def _tables(run: dict) -> str:
 def run_card(run: dict) -> str:
     """Write the HTML of a run's document; what is missing in it is left out.
 
-    `run`: `{key, status, chapter, params, metrics, claims, notebook, dir, seconds, cpu, rss, error}`; seconds and cpu
-    in s, rss in bytes; error: None or `{kind, ename, evalue, cell, line, signal, exitcode}`."""
+    `run`: `{key, status, chapter, params, metrics, claims, notebook, dir, seconds, cpu, rss,
+    error}`; seconds and cpu in s, rss in bytes; error: None or `{kind, ename, evalue, cell, line, signal,
+    exitcode}`."""
     def text(k): return escape(str(run.get(k) or ""))
-    status = tag(run.get("status") or "", "good" if run.get("status") in ("done", "cached") else "baseline")
-    head = f"<b>{text('chapter')}</b> <code>{text('key')}</code> {status} <span class=m>{cost(run)}</span>"
+    said = run.get("status") or ""
+    status = tag(said, "good" if said in ("done", "cached") else "baseline")
+    head = f"<b>{text('chapter')}</b> <code>{text('key')}</code> {status} "
+    head += f"<span class=m>{cost(run)}</span>"
     claims = claims_table(run["claims"])._repr_html_() if run.get("claims") else ""
     where = f"<span class=m>{text('notebook') or text('dir')}</span>"
     body = f"{head}{_error(run.get('error'))}{claims}{_tables(run)}{where}"
