@@ -79,8 +79,8 @@ def run_card(run: dict) -> str:
     """Write the HTML of a run's document; what is missing in it is left out.
 
     `run`: `{key, status, chapter, params, metrics, claims, notebook, dir, seconds, cpu, rss,
-    error}`; seconds and cpu in s, rss in bytes; error: None or `{kind, ename, evalue, cell, line, signal,
-    exitcode}`."""
+    error}`; seconds and cpu in s, rss in bytes; error: None or `{kind, ename, evalue, cell, line,
+    signal, exitcode}`."""
     def text(k): return escape(str(run.get(k) or ""))
     said = run.get("status") or ""
     status = tag(said, "good" if said in ("done", "cached") else "baseline")
