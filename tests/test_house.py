@@ -14,7 +14,7 @@ import house
 import pytest
 from conftest import ROOT
 
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_static"} & set(p.parts))
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_static", "_templates"} & set(p.parts))
 CHAPTERS = sorted((ROOT / "nbs" / "chapters").glob("*.ipynb")) + sorted((ROOT / "nbs" / "bench").glob("*.ipynb"))
 BIN = Path(sys.executable).parent
 LONG = "kernels",   # notebooks of compiled kernels: one cell is one compiled unit

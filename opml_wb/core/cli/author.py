@@ -42,6 +42,7 @@ def _numbered() -> Path | None:
     root = folder.parents[1]
     return folder if folder.parent.name == "nbs" and root in (here, *here.parents) else None
 
+# %% ../../../nbs/core/cli/05_author.ipynb #c8e9b31a
 def new_place(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, bool]:
     """Find the place of a new chapter: (path of its notebook, True when the home must keep its
     name)."""
@@ -118,6 +119,7 @@ def since(doc: Mapping, plan: "Plan") -> dict[str, Any]:
     from opml_wb.core.show.compare import differences
     return differences(doc, {**plan.request(), "nb": plan.chapter.nb})
 
+# %% ../../../nbs/core/cli/05_author.ipynb #5423d64c
 def rerun(key: str, *, watch: Callable[[Path], None] | None = None,
           home: store.Store | None = None) -> "tuple[Run, dict[str, Any]]":
     """Repeat the newest run of `key` (its first characters are enough; an id names one run

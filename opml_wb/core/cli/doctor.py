@@ -61,6 +61,7 @@ def cores(path: str | os.PathLike = "/sys/fs/cgroup") -> float:
         return min(count, quota / period)
     return float(count)
 
+# %% ../../../nbs/core/cli/06_doctor.ipynb #a0935418
 def memory(path: str | os.PathLike = "/sys/fs/cgroup") -> tuple[int, int]:
     "Measure the memory: (bytes that may be used, bytes available now)."
     import psutil

@@ -97,6 +97,7 @@ def data_verify(name: str | None) -> int:
     for r in rows: click.echo(f"{r['status']:8} {r['name']}")
     return 1 if any(r["status"] == "bad" for r in rows) else 0
 
+# %% ../../../nbs/core/cli/04_housekeeping.ipynb #37953b46
 @data.command("rm")
 @click.argument("name")
 def data_rm(name: str) -> None:

@@ -16,6 +16,11 @@ from ..show import terminal
 if TYPE_CHECKING:
     from opml_wb.core.sweep.study import Sweep
 
+PRESET = click.option("--preset", help="A named set of parameters of the chapter (`opml params "
+                                       "CHAPTER` lists them).")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
+MEM = "Stop when its processes hold more than G GiB of private memory."
+
 # %% ../../../nbs/core/cli/02_running.ipynb #de0a8dad
 def pairs(words: Iterable[str], given: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
     """Read {name: text} from `name=value` words and from (name, value) pairs `given`.
@@ -30,12 +35,6 @@ def pairs(words: Iterable[str], given: Iterable[tuple[str, str]] = ()) -> dict[s
         if name in out: raise click.UsageError(f"parameter {name!r} is given twice")
         out[name] = value
     return out
-
-# %% ../../../nbs/core/cli/02_running.ipynb #16a172f1
-PRESET = click.option("--preset", help="A named set of parameters of the chapter (`opml params "
-                                       "CHAPTER` lists them).")
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
-MEM = "Stop when its processes hold more than G GiB of private memory."
 
 # %% ../../../nbs/core/cli/02_running.ipynb #51b0394b
 @click.command()

@@ -118,6 +118,7 @@ def _told(error: BaseException) -> str:
     "The message of an error."
     return error.format_message() if isinstance(error, click.ClickException) else str(error)
 
+# %% ../../../nbs/core/cli/01_verbs.ipynb #7788d892
 def refuse(error: Exception, argv: Sequence[str]) -> int:
     "Tell of bad use: on stderr, with `--json` as an object on stdout; returns the exit code 2."
     if "--json" in argv:
@@ -164,6 +165,7 @@ def _called(argv: list[str]) -> int:
         from opml_wb.core.record.data import DataError
         return refuse(e, argv) if isinstance(e, DataError) else broken(e, argv)
 
+# %% ../../../nbs/core/cli/01_verbs.ipynb #8299cc9c
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command `opml` with the arguments `argv` (default: the process's), and end the
     process with its exit code."""

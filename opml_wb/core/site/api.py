@@ -43,6 +43,7 @@ def function_of(found: Any) -> Callable:
         found = getattr(found, name, None) or found
     return inspect.unwrap(found)
 
+# %% ../../../nbs/core/site/02_api.ipynb #d7dfba98
 def definition(function: Callable) -> Any:
     """Read the definition of a function from its source: its ast node.
 
@@ -61,6 +62,7 @@ def arguments(function: Callable) -> str:
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
     return f"({ast.unparse(node.args)}){returns}"
 
+# %% ../../../nbs/core/site/02_api.ipynb #90cbb78e
 def bound(arguments: str) -> str:
     "Take away the first parameter, which a call of a method doesn't give."
     return re.sub(r"^\(\w+(: ?(\"[^\"]*\"|'[^']*'|[\w.]+))?(, /)?(, )?", "(", arguments)
@@ -70,6 +72,7 @@ def directive(kind: str, head: str, lines: Iterable[str], fence: int = 6) -> str
     "Write an object of the Python domain in Markdown: a directive with its signature and content."
     return "\n".join([f"{'`' * fence}{{py:{kind}}} {head}", *lines, "`" * fence])
 
+# %% ../../../nbs/core/site/02_api.ipynb #5eb8d4a2
 def documented(kind: str, name: str, found: Any) -> str:
     "Document a `function`, `method` or `property` in Markdown; `found`: the object of that name."
     function = function_of(found)
@@ -108,11 +111,13 @@ def parameters_of(cls: type) -> str:
     if not inspect.isfunction(init) or not init.__module__.startswith(package): return ""
     return bound(arguments(function_of(init))).removesuffix(" -> None")
 
+# %% ../../../nbs/core/site/02_api.ipynb #c2c3bb6f
 def member(a: inspect.Attribute, before: str = "") -> str:
     "Document one of `members` in Markdown; `before`: what stands before its name (`Class.`)."
     kind = "property" if isinstance(a.object, property | cached_property) else "method"
     return documented(kind, before + a.name, a.object)
 
+# %% ../../../nbs/core/site/02_api.ipynb #43c4537a
 def class_(cls: type, elsewhere: Collection[str] = ()) -> str:
     """Document a class with its methods in Markdown, but for the methods that stand `elsewhere` on
     the page."""
@@ -139,6 +144,7 @@ def _names(nodes: Iterable[Any]) -> list[str]:
     def targets(n): return [t.id for t in getattr(n, "targets", ()) if isinstance(t, ast.Name)]
     return [name for n in nodes for name in ([n.name] if hasattr(n, "name") else targets(n))]
 
+# %% ../../../nbs/core/site/02_api.ipynb #8f4ab3c0
 def _fold(source: str) -> dict:
     "Source that is folded under the names of what it defines."
     names = _names(ast.parse(source).body)
@@ -146,6 +152,7 @@ def _fold(source: str) -> dict:
     return code(source, tags=["hide-input"],
                 mystnb={"code_prompt_show": title, "code_prompt_hide": "Hide the source"})
 
+# %% ../../../nbs/core/site/02_api.ipynb #36d455fc
 def joined(cells: list[dict], new: list[dict]) -> list[dict]:
     "Add cells to cells; folds of private things that follow each other become one."
     folds = [c for c in (*cells[-1:], *new) if c["metadata"].get("mystnb")]

@@ -106,6 +106,7 @@ def _sphinx(src: Path, site: Path, trees: Path) -> None:
     if build_main([*strict, "-d", str(trees), str(src), str(site)]):
         raise DocsError("Sphinx found the faults above; the site was left as it was")
 
+# %% ../../../nbs/core/site/04_build.ipynb #819692e2
 def _say_large(site: Path, say: Callable[[str], None]) -> None:
     "Name the pages that are too large to load quickly."
     for p in site.rglob("*.html"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDGETS', 'ASSETS', 'HINT', 'Modules', 'DocsError', 'assets', 'nbs', 'clone', 'slug', 'place', 'bar', 'about',
-           'contents', 'computed', 'guide_files', 'write_guide', 'title', 'modules', 'rooms', 'chapter_list',
+           'contents', 'computed', 'guide_files', 'title', 'write_guide', 'modules', 'rooms', 'chapter_list',
            'bench_list', 'module_list', 'page_names', 'sources']
 
 # %% ../../../nbs/core/site/03_sources.ipynb #c4c1fbbf
@@ -57,6 +57,7 @@ def nbs() -> Path:
                         "build the site from a clone of the repository")
     return found
 
+# %% ../../../nbs/core/site/03_sources.ipynb #958d8f58
 def clone() -> Path | None:
     "Find the clone that this package is in; None when it was installed from a wheel."
     found = folder_of("chapters").parent
@@ -70,6 +71,7 @@ def slug(name: str) -> str:
     "Turn a name into a part of an address."
     return "/".join(re.sub(r"[^\w.-]+", "-", part).strip(".-") or "x" for part in name.split("/"))
 
+# %% ../../../nbs/core/site/03_sources.ipynb #2ecb9371
 def place(chapter: Chapter) -> str:
     "Name the page of a chapter."
     return slug(chapter.name if chapter.name.startswith("bench/") else f"chapters/{chapter.name}")
@@ -98,6 +100,7 @@ def _write(path: Path, content: str | dict) -> None:
     written = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     write_text(path, written, durable=False)
 
+# %% ../../../nbs/core/site/03_sources.ipynb #1368b9fc
 def _chapter_pages(src: Path, found: Iterable[Chapter], runs: "Mapping[str, Run | None]",
                    pages: Mapping[str, str],
                    places: Mapping[str, str]) -> None:
@@ -117,6 +120,7 @@ def about(nb: dict) -> str:
     quote = re.search(r"^((?:>.*\n?)+)", first, re.M)
     return re.sub(r"^>\s?", "", quote[1], flags=re.M).replace("\n", " ").strip() if quote else ""
 
+# %% ../../../nbs/core/site/03_sources.ipynb #fbc79782
 def contents(entries: Iterable[str], caption: str = "") -> str:
     "Write a toctree that is seen at the side only, of pages."
     named = [f":caption: {caption}"] if caption else []
@@ -135,6 +139,7 @@ def _output(source: str, names: dict) -> list[dict]:
     out = {"output_type": "execute_result", "execution_count": None, "metadata": {}, "data": data}
     return [out] if data else []
 
+# %% ../../../nbs/core/site/03_sources.ipynb #58fa9f09
 def computed(nb: dict) -> dict:
     "Compute the code cells of a notebook in this process, and hide their input; last values only."
     names = {"__name__": "__main__"}
@@ -161,6 +166,17 @@ def guide_files(root: Path) -> list[Path]:
     "List the hand-written pages below the folder of notebooks `root`, in their order."
     return sorted(p for p in (root/"guide").glob("*") if p.suffix in (".md", ".ipynb"))
 
+# %% ../../../nbs/core/site/03_sources.ipynb #d4222f23
+def title(path: Path) -> str:
+    "Find the first heading of a page, Markdown or a notebook; its file's name without one."
+    whole = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        whole = "\n".join(text(c) for c in json.loads(whole)["cells"]
+                          if c["cell_type"] == "markdown")
+    head = re.search(r"^# +(.+?)\s*$", whole, re.M)
+    return head[1] if head else path.stem
+
+# %% ../../../nbs/core/site/03_sources.ipynb #19b57bcf
 def write_guide(src: Path, root: Path, pages: Mapping[str, str]) -> None:
     """Write the pages of the guide to `src`, and the page that lists them by their titles.
 
@@ -176,15 +192,6 @@ def write_guide(src: Path, root: Path, pages: Mapping[str, str]) -> None:
     listed = "\n".join(f"- [{title(p)}]({p.name})" for p in found)
     _write(src/"guide"/"index.md", f"# Guide\n\n{listed}\n\n{contents(p.stem for p in found)}")
 
-def title(path: Path) -> str:
-    "Find the first heading of a page, Markdown or a notebook; its file's name without one."
-    whole = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        whole = "\n".join(text(c) for c in json.loads(whole)["cells"]
-                          if c["cell_type"] == "markdown")
-    head = re.search(r"^# +(.+?)\s*$", whole, re.M)
-    return head[1] if head else path.stem
-
 # %% ../../../nbs/core/site/03_sources.ipynb #21366aca
 Modules = dict[str, tuple[str, dict]]  # {place below nbs/: (module, notebook)}
 
@@ -192,6 +199,7 @@ def _where(path: Path, root: Path) -> str:
     "The place of a notebook below `root`, else its path."
     return path.relative_to(root).as_posix() if root in path.parents else str(path)
 
+# %% ../../../nbs/core/site/03_sources.ipynb #1fc7d1ef
 def modules(root: Path) -> Modules:
     "Find the source notebooks below `root`."
     found = [p for p in sorted(root.rglob("*.ipynb"))
@@ -227,6 +235,7 @@ def chapter_list(found: list[Chapter]) -> str:
              "its limits.")
     return f"# Chapters\n\n{words}\n\n{cards}\n\n{contents(map(_here, found))}"
 
+# %% ../../../nbs/core/site/03_sources.ipynb #e60d0f01
 def bench_list(found: list[Chapter]) -> str:
     "Write the page that lists the benches with their questions, in Markdown."
     lines = [f"- **[{c.title}]({_here(c)}.ipynb)** {about(c.nb)}" for c in found]
@@ -237,6 +246,7 @@ def bench_list(found: list[Chapter]) -> str:
 # %% ../../../nbs/core/site/03_sources.ipynb #749caf37
 def _cell(words: str) -> str: return words.replace("|", chr(92) + "|")
 
+# %% ../../../nbs/core/site/03_sources.ipynb #f989b71f
 def module_list(found: Modules, pages: Mapping[str, str]) -> str:
     "Write the page of the API in Markdown: a table of modules for each room."
     lines = ["# API", "", "Each page is a source notebook: prose, what is exported and its source, "
@@ -262,6 +272,7 @@ def page_names(root: Path, found: Iterable[Chapter], ours: Modules) -> dict[str,
             **{w: f"api/{name.removeprefix('opml_wb.').replace('.', '/')}"
                for w, (name, _) in ours.items()}}
 
+# %% ../../../nbs/core/site/03_sources.ipynb #95ae46dd
 def _api_pages(src: Path, ours: Modules, pages: Mapping[str, str]) -> None:
     "Write the page of each module. Raises DocsError that names the module that cannot be imported."
     for where, (name, nb) in ours.items():
