@@ -3,17 +3,17 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from opml_wb.core.kit.files import write_json
-from opml_wb.core.record import data, store
+from opml_wb.core.record import data
 from opml_wb.core.engine.run import run
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
-from opml_wb.provenance.watch.lineage_db import LineageReader
+from opml_wb.provenance.watch.lineage_db import LineageReader, record_stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
 PY = [sys.executable, "-S", "-E", "-c"]
@@ -286,13 +286,37 @@ def test_paths_that_are_not_utf8_pass_every_question(trace, home, opml, tmp_path
 def test_postgres_answers_the_same(postgres, tmp_path, monkeypatch):
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OPML_STORE", postgres)
-    home, runs = store.Store(), {}
-    for name, events in (("clean", [("created", "/d/clean.csv", "5f")]), ("fit", [("read", "/d/clean.csv", "5f"), ("created", "/d/model", "6a")])):
-        folder, runs[name] = home.begin({"key": name * 5, "chapter": name, "params": {"seed": 1}})
-        write_json(folder / "provenance.json", {"stage": {"pipeline": name, "capture": "seccomp", "who": "ann", "code": "c"}, "events": [{"op": o, "path": p, "version": v, "t": .1} for o, p, v in events]})
-        store.finish(folder, status="done", error=None, seconds=1, cpu=1, rss=1)
-        home.index(folder)
+    stage, runs = {"who": "ann", "code": "c"}, {}
+    runs["clean"] = record_stage("clean", ("created", "/d/clean.csv", "5f"), stage=stage, params={"seed": 1})
+    runs["fit"] = record_stage("fit", ("read", "/d/clean.csv", "5f"), ("created", "/d/model", "6a"), stage=stage, params={"seed": 1})
     tag(runs["fit"], "good one")
     assert set(impact(runs["clean"]).run) == {runs["fit"]}
     assert [search(t).run.tolist() for t in ("clean.csv mod", "good", "ann")] == [[runs["fit"]], [runs["fit"]], [runs["fit"], runs["clean"]]]
     assert (last_successful("fit")["who"], latest_using("/d/clean.csv")["run"], most_used().runs.tolist()) == ("ann", runs["fit"], [1])
+
+
+def test_a_home_and_a_lake_of_before_still_open(tmp_path, monkeypatch):
+    "Two traces, tags, words and a vacuumed table with a pin, written by the version before the modules were renamed."
+    import pandas as pd
+    with tarfile.open(Path(__file__).with_name("provenance_home.tar.xz")) as old: old.extractall(tmp_path, filter="data")
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    reader = LineageReader()
+    fit, clean = (d["id"] for d in reader.runs.ls())
+    assert touched(footprint(clean)) == [("created", "mid.csv"), ("read", "in.csv")] and set(impact(clean).run) == {fit}
+    assert (tag(fit), search("kept").run.tolist(), reader.stage(fit)["who"]) == (["kept"], [fit], "ann")
+    files = {name: (tmp_path / "home" / name).read_bytes() for name in ("tags.jsonl", f"runs/{fit}/provenance.json")}
+    for end in ("", "-wal", "-shm"): (tmp_path / "home" / f"opml.db{end}").unlink(missing_ok=True)
+    assert set(impact(clean).run) == {fit} and tag(fit) == ["kept"]                  # from the folders alone
+    assert files == {name: (tmp_path / "home" / name).read_bytes() for name in files}
+    fs, day = FeatureStore(tmp_path / "lake"), pd.Timestamp("2020-01-01", tz="UTC")
+    assert fs.history("t").readable.tolist() == [False, True, True] and fs.pins("t") == [(2, fit)]
+    assert [fs.value("t", 1, "x", day, day + pd.Timedelta(days=n)) for n in (1, 2)] == [1., 2.]
+    with pytest.raises(LookupError, match="vacuumed"): fs.value("t", 1, "x", day, day)
+    assert fs.write("t", pd.DataFrame({"id": [1], "t": day, "x": [9.]}), "id", "t") > 2 and fs.value("t", 1, "x", day) == 9.
+
+
+def test_old_module_paths_lead_to_the_new_modules():
+    from importlib import import_module
+    for old, name in (("files", "version_of"), ("store", "Ledger"), ("store", "Reader"), ("tracer", "enter"), ("facts", "machine"), ("net", "events"),
+                      ("verbs", "lineage"), ("commits", "PinnedError"), ("reproduce", "check"), ("kernel", "install"), ("graph", "Graph")):
+        assert hasattr(import_module(f"opml_wb.provenance.{old}"), name), old
