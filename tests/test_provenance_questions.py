@@ -320,3 +320,4 @@ def test_old_module_paths_lead_to_the_new_modules():
     for old, name in (("files", "version_of"), ("store", "Ledger"), ("store", "Reader"), ("tracer", "enter"), ("facts", "machine"), ("net", "events"),
                       ("verbs", "lineage"), ("commits", "PinnedError"), ("reproduce", "check"), ("kernel", "install"), ("graph", "Graph")):
         assert hasattr(import_module(f"opml_wb.provenance.{old}"), name), old
+    assert subprocess.run([sys.executable, "-m", "opml_wb.provenance.kernel"]).returncode == 0      # a kernelspec of before starts so

@@ -13,7 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, resolve_name
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 # %% ../../../nbs/core/kit/04_lazy.ipynb #5316fe9b
@@ -77,6 +77,11 @@ class _Forwarded(Loader):
     def exec_module(self, module: ModuleType) -> None:
         "Execute nothing again; the import system has just overwritten the module's spec."
         module.__spec__ = self.spec
+
+    def get_code(self, name: str) -> CodeType:
+        "Code for `python -m` with the old name, as in a Jupyter kernel that was installed before."
+        run = f"runpy.run_module({self.target!r}, run_name='__main__', alter_sys=True)"
+        return compile(f"import runpy; {run}", name, "exec")
 
 class Forward(MetaPathFinder):
     "An import finder for modules that moved: {old full name: new full name} in `names`."
