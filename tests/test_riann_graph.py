@@ -23,6 +23,11 @@ def sift():
     return base[pick].astype(np.float32), query[:300].astype(np.float32)
 
 
+def near(x):
+    "Queries near the vectors `x` and equal to none: the table of stored vectors cannot answer for the graph."
+    return x + np.random.default_rng(9).integers(-3, 4, x.shape).astype(np.float32)
+
+
 def state(g):
     "Everything that the index knows, as bytes."
     arrays = [a[:g.memory.used] for k, a in g.memory.arrays._asdict().items() if k not in ("U", "meta", "table")]
@@ -151,8 +156,8 @@ def test_properties_alternate_on_one_index(sift):
     deg = g.degrees(np.arange(n)).reshape(-1, 500)
     assert deg[::2].max() == 16 and deg[1::2].max() > 32 and deg[1::2].max() <= 64
     peer.insert(x, np.arange(n))
-    self_found = [(s.search(x, 1, 100)[1] == 0).mean() for s in (g, peer)]
-    assert self_found[0] >= self_found[1]
+    found = [(s.search(near(x), 1, 100)[0][:, 0] == np.arange(n)).mean() for s in (g, peer)]
+    assert found[0] >= found[1] - .001
 
 
 @pytest.mark.parametrize("deg, cand", [(16, 100), (32, 50), (8, 20)])
@@ -204,8 +209,8 @@ def test_churn_does_not_wear_the_graph_out(sift, deg, cand):
     found = g.search(q, 10, 50)[0]
     assert np.isin(found, ids).all() and g.capacity == 2400
     assert recall(found, true) > recall(new.search(q, 10, 50)[0], true) - (.005 if cand > 20 else .02)
-    self_found = [(h.search(x[row], 1, 50)[1][:, 0] == 0).mean() for h in (g, new)]
-    assert self_found[0] >= min(.998, self_found[1] - .002)
+    own = [(h.search(near(x[row]), 1, 50)[0][:, 0] == ids).mean() for h in (g, new)]
+    assert own[0] >= min(.998, own[1] - .005)
 
 
 def test_k_live_ones_come_when_nine_in_ten_are_removed(sift):
@@ -251,7 +256,8 @@ def test_the_sweep_goes_on_through_insertions_and_repairs(sift):
     assert swept > 20 and g.repair() == 0 and g.repair(0) == 0
     sound(g)
     rows = np.array(have) % 6000
-    assert (g.search(x[rows], 1, 60)[1][:, 0] == 0).mean() > .99
+    found = g.search(near(x[rows]), 1, 60)[0][:, 0]
+    assert (x[found % 6000] == x[rows]).all(1).mean() > .99
 
 
 def test_the_entry_point_may_go_again_and_again(sift):
@@ -276,7 +282,7 @@ def test_recall_survives_one_large_removal(sift, share):
     g.remove(np.arange(kept[0]))
     sound(g)
     assert recall(g.search(q, 10, 80)[0], kept[ground_truth(x[kept], q, 10)[0]]) > .97
-    assert (g.search(x[kept], 1, 80)[0][:, 0] == kept).mean() > .99
+    assert (g.search(near(x[kept]), 1, 80)[0][:, 0] == kept).mean() > .99
 
 
 def test_bad_input_changes_nothing(sift):

@@ -200,40 +200,46 @@ def test_no_xgboost_where_it_is_used(sift, tmp_path):
     assert done.stdout.strip() == "[]", done.stderr[-2000:]
 
 
-WRITER = """
-import sys, json, numpy as np
-from opml_wb.riann.index import Riann
-folder, start = sys.argv[1], int(sys.argv[2])
-x = np.random.default_rng(7).normal(size=(60_000, 16)).astype(np.float32)
-index = Riann.open(folder) if start else Riann(16, path=folder, flat_below=500)
-print(json.dumps(["ready"]), flush=True)
-rng, i = np.random.default_rng(start), start
-while True:
-    n = int(rng.integers(1, 60))
-    index.add(x[i:i + n], range(i, i + n), deadline_s=.02)
-    print(json.dumps(["add", i, n]), flush=True)
-    i += n
-    if rng.random() < .1:
-        gone = [i - 1]
-        index.remove(gone)
-        print(json.dumps(["remove", i - 1]), flush=True)
-    if rng.random() < .05: index.save()
-"""
+def write_for_ever(folder, start, pipe):
+    "Open the index and add, remove, save without pause; each operation is told in a line when it is done."
+    x = np.random.default_rng(7).normal(size=(60_000, 16)).astype(np.float32)
+    def tell(*what): os.write(pipe, json.dumps(what).encode() + b"\n")
+    index = Riann.open(folder) if start else Riann(16, path=folder, flat_below=500)
+    tell("ready")
+    rng, i = np.random.default_rng(start), start
+    while True:
+        n = int(rng.integers(1, 60))
+        index.add(x[i:i + n], range(i, i + n), deadline_s=.02)
+        tell("add", i, n)
+        i += n
+        if rng.random() < .1:
+            index.remove([i - 1])
+            tell("remove", i - 1)
+        if rng.random() < .05: index.save()
 
 
 def test_killed_at_any_moment(tmp_path):
     "20 x kill -9: every acknowledged batch is there, whole; the one in flight is there wholly or not at all."
     x = np.random.default_rng(7).normal(size=(60_000, 16)).astype(np.float32)
     rng, known, start = np.random.default_rng(1), set(), 0
+    Riann(16)                                                 # models and kernels are ready before the fork
     for turn in range(20):
-        kid = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / "i", str(start)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert kid.stdout.readline().startswith('["ready"'), kid.stderr.read()[-2000:]
+        out, pipe = os.pipe()
+        kid = os.fork()
+        if not kid:
+            try: write_for_ever(tmp_path / "i", start, pipe)
+            finally: os._exit(1)
+        os.close(pipe)
+        told = os.read(out, 1 << 16)
+        assert told.startswith(b'["ready"')
         time.sleep(rng.uniform(.01, .3))
-        kid.send_signal(signal.SIGKILL)
-        out, err = kid.stdout.read(), kid.stderr.read()       # not communicate(): it forgets what came along with the first line
-        assert kid.wait() == -signal.SIGKILL, err
+        os.kill(kid, signal.SIGKILL)
+        assert os.waitpid(kid, 0)[1] == signal.SIGKILL
+        while more := os.read(out, 1 << 16): told += more
+        os.close(out)
+        lines = [json.loads(line) for line in told.splitlines(True) if line.endswith(b"\n")]
         last = start
-        for op, *a in map(json.loads, filter(lambda line: line.endswith("]\n") or line.endswith("]"), out.splitlines())):
+        for op, *a in lines[1:]:
             if op == "add":
                 known |= set(range(a[0], a[0] + a[1]))
                 last = sum(a)
