@@ -7,16 +7,16 @@ __all__ = ['PRELOADABLE', 'ALONG', 'NEEDED', 'MAIN', 'MOST', 'preloadable', 'alo
            'Zygote', 'zygote', 'close_all']
 
 # %% ../../../nbs/core/engine/07_zygote.ipynb #54e5e0a7
-import atexit, gc, importlib, json, os, select, signal, socket, threading, time
+import atexit, gc, importlib, json, os, select, signal, socket, threading, time, traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastcore.basics import patch
 
 import opml_wb
-from ..kit.forks import ForkServer, connection, fork
+from ..kit.forks import ForkServer, connection
 from ..kit.procs import PR_SET_CHILD_SUBREAPER, descendants, kill_all, prctl
 
 if TYPE_CHECKING: from IPython.core.interactiveshell import InteractiveShell
@@ -86,16 +86,24 @@ def obey(self: ZygoteLoop, request: dict[str, Any]) -> None:
     if "stop" in request:
         for pid, run_id in self.runs.items():
             if run_id == request["stop"]: os.kill(pid, signal.SIGTERM)
-    else: self.runs[fork(lambda: self.become_supervisor(request))] = request["id"]
+        return
+    pid = os.fork()  # not by kit's `fork`: its frames would count in the notebook's recursion limit
+    if pid == 0: self.become_supervisor(request)
+    self.runs[pid] = request["id"]
 
 # %% ../../../nbs/core/engine/07_zygote.ipynb #7821d708
 @patch
-def become_supervisor(self: ZygoteLoop, spec: dict[str, Any]) -> None:
-    "Watch the run `spec`, in the forked child, after which that exits."
-    signal.set_wakeup_fd(-1)
-    for s in (self.conn, self.wake, self._wakeup): s.close()
-    from opml_wb.core.engine.supervise import supervise
-    supervise(spec, self.shell)
+def become_supervisor(self: ZygoteLoop, spec: dict[str, Any]) -> NoReturn:
+    "Watch the run `spec`, in the forked child, which then exits."
+    code = 71
+    try:
+        signal.set_wakeup_fd(-1)
+        for s in (self.conn, self.wake, self._wakeup): s.close()
+        from opml_wb.core.engine.supervise import supervise
+        supervise(spec, self.shell)
+        code = 0
+    except BaseException: traceback.print_exc()
+    os._exit(code)
 
 # %% ../../../nbs/core/engine/07_zygote.ipynb #27bed279
 @patch
@@ -239,6 +247,7 @@ def _listen(self: Zygote) -> None:
     error = ZygoteError(f"the zygote died:\n{said}")
     for future in (left or {}).values(): future.set_exception(error)
 
+# %% ../../../nbs/core/engine/07_zygote.ipynb #e3783a86
 @patch
 def submit(self: Zygote, spec: dict[str, Any]) -> Future:
     "Start the run that `spec` describes; a Future of its supervisor's exit code."
