@@ -3,23 +3,19 @@ import ctypes
 import hashlib
 import json
 import os
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
 from conftest import until
 
 from opml_wb.core.kit.files import read_lines
-from opml_wb.core.record import store
 from opml_wb.core.engine.run import run
 from opml_wb.provenance.watch import coverage, outcomes, syscalls
 from opml_wb.provenance.watch.session import JOURNAL
