@@ -18,7 +18,7 @@ from ..kit.files import read_json, remove, replacing, write_json, write_text
 from ..kit.words import is_number
 from ..record import artifacts, store
 from ..request import dependencies as deps, params as _params
-from ..request.chapter import find
+from ..request.chapter import Chapter, find
 from ..request.plugin import offered, run_hooks
 from .isolation import SURROUNDINGS, seed_of
 from .result import Run
@@ -44,7 +44,7 @@ class RunRequest:
     Attributes: `chapter`, `params` (all of them), `given` (those that were asked for), `deps` (what
     the run depends on), `key`, and the limits. Raises ChapterError or ParamError."""
 
-    def __init__(self, chapter: str | int | os.PathLike, params: Mapping[str, Any] | None = None,
+    def __init__(self, chapter: Chapter | str | int | Path, params: Mapping[str, Any] | None = None,
                  text: Mapping[str, str] | None = None, preset: str | None = None,
                  timeout: float | None = None, mem_gb: float | None = None) -> None:
         self.chapter, self.preset = find(chapter), preset
@@ -235,7 +235,7 @@ def execute(plan: RunRequest, *, force: bool = False, watch: Callable[[Path], No
     return Run(home.placed(read_json(folder/store.RUN)))
 
 # %% ../../../nbs/core/engine/10_run.ipynb #53782d68
-def run(chapter: str | int | os.PathLike, params: dict[str, Any] | None = None, *,
+def run(chapter: Chapter | str | int | Path, params: dict[str, Any] | None = None, *,
         preset: str | None = None, force: bool = False, timeout: float | None = None,
         mem_gb: float | None = None, **more: Any) -> Run:
     """Run a chapter and record it; the same run is answered from the store.

@@ -20,7 +20,7 @@ from ..record import store
 from ..request.plugin import offered
 from .child import child
 from .ending import conclude, source_index
-from .isolation import pools  # also told here: its place before
+from .isolation import pools  # noqa: F401 (its place before)
 
 if TYPE_CHECKING: from IPython.core.interactiveshell import InteractiveShell
 

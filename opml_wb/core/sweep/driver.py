@@ -10,13 +10,14 @@ import math, signal, threading, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
 from ..record import store
 from ..request.canonical import ParamError
+from ..request.chapter import Chapter
 from ..engine.result import Run
 from . import executors
 from .live import State, headline, live, table
@@ -263,7 +264,7 @@ def drive(order: SweepSpec, *, jobs: int = 2, executor: Any = None,
     finally: place.close()
 
 # %% ../../../nbs/core/sweep/09_driver.ipynb #c55cb23e
-def sweep(chapter: str | int | PathLike, space: Mapping[str, Any], *, n: int | None = None,
+def sweep(chapter: Chapter | str | int | Path, space: Mapping[str, Any], *, n: int | None = None,
           sampler: str = "grid", objective: str | Sequence[str] | None = None,
           direction: str | Sequence[str] = "minimize", jobs: int = 2, executor: Any = None,
           pruner: Any = None, seed: int = 0, preset: str | None = None,

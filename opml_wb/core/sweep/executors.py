@@ -23,7 +23,8 @@ from ..request.canonical import ParamError
 from ..engine import jupyter
 from ..engine.isolation import SURROUNDINGS, pools
 from ..engine.run import RunRequest, start_here
-from .worker import THREADS, check_code, stop_run, version, work, zygotes
+from .worker import (  # noqa: F401 (`check_code` was here before)
+    THREADS, check_code, stop_run, version, work, zygotes)
 
 if TYPE_CHECKING: import distributed
 

@@ -8,7 +8,7 @@ __all__ = ['Order', 'logged', 'no_objective', 'whole', 'goals', 'SweepSpec']
 # %% ../../../nbs/core/sweep/04_spec.ipynb #dadda370
 import ast
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from fastcore.basics import patch
@@ -97,7 +97,7 @@ class SweepSpec:
     direction)]; `objective` and `direction` (a text, or a list of several); `id` (20 hex digits).
     Raises ParamError or ChapterError, before anything is recorded."""
 
-    def __init__(self, chapter: str | int | PathLike, given: Mapping[str, Any] | None = None,
+    def __init__(self, chapter: Chapter | str | int | Path, given: Mapping[str, Any] | None = None,
                  text: Mapping[str, str] | None = None, *, n: int | None = None,
                  sampler: str = "grid", objective: str | Sequence[str] | None = None,
                  direction: str | Sequence[str] = "minimize", seed: int = 0, pruner: Any = None,

@@ -19,7 +19,7 @@ from ..kit.procs import boot, born, ended
 from ..record import store
 from ..record.database import explained
 from ..record.folder import TRIALS
-from ..record.index import restore  # also told here: its place before
+from ..record.index import restore  # noqa: F401 (its place before)
 
 BEAT, SILENT, SETTLING = 5.0, 30.0, 10.0  # s: between beats; until a lock is dead; for a run to end
 COLUMNS = ("number", "status", "point", "key", "run", "attrs", "owner", "host", "pid", "born",

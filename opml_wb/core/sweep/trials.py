@@ -9,7 +9,6 @@ __all__ = ['WINDOW', 'points', 'Job', 'Trials']
 import json, time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
