@@ -177,8 +177,9 @@ class Symbols:
         "Document the public name that a statement (ast node) defines, '' when it defines none."
         [name, *_] = _names([node]) or ["_"]
         if name.startswith("_"): return ""
-        if cls := self.own(patched(node)):
-            return next(member(a, f"{cls.__name__}.") for a in members(cls) if a.name == name)
+        if to := patched(node):  # of a class of another module: its page has the method
+            cls = self.own(to)
+            return next((member(a, f"{to}.") for a in members(cls) if a.name == name), "") if cls else ""
         found, is_function = self.own(name), isinstance(node,
                                                         ast.FunctionDef | ast.AsyncFunctionDef)
         if inspect.isclass(found): return class_(found, {m for c, m in self.later if c == name})
