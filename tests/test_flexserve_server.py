@@ -6,46 +6,45 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import socket
-import subprocess
-import sys
+import struct
 import threading
-import time
+import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
 import pytest
-import torch
+from conftest import until
 from PIL import Image
 
 from opml_wb.core.record.models import ModelStore
-from opml_wb.flexserve.serve import load
-from opml_wb.flexserve.model import zoo
-from opml_wb.flexserve.model.bundle import Bundle
-from opml_wb.flexserve.serve.client import Client, ServerError, encoded
-from opml_wb.flexserve.model.engine import Engine
-from opml_wb.flexserve.model.policy import Policy
-from opml_wb.flexserve.serve.server import Server
+from opml_wb.flexserve import Bundle, Client, Engine, Policy
+from opml_wb.flexserve.serve import Server, ServerError, encoded
+from opml_wb.flexserve.serve.load_test import closed, form, predict
 
 ODD = '''
 import os, time, torch
 from torch import nn
 class Odd(nn.Module):
-    "Dark or light by the mean; takes `seconds` an image; a white picture ends the process, a black one is refused."
-    def __init__(self, seconds):
+    "Dark or light by the mean; waits for file `gate`; a white picture ends the process, a black one is refused."
+    def __init__(self, gate, seen):
         super().__init__()
-        self.seconds, self.one = seconds, nn.Parameter(torch.ones(1))
+        self.gate, self.seen, self.one = gate, seen, nn.Parameter(torch.ones(1))
     def forward(self, x):
-        time.sleep(self.seconds * len(x))
         mean = x.mean(dim=(1, 2, 3))
+        if self.seen:
+            with open(self.seen, "a") as f: f.writelines(f"{round(float(m) * 255)}\\n" for m in mean)
+        while self.gate and not os.path.exists(self.gate): time.sleep(.01)
         if bool((mean > .99).any()): os._exit(9)
         if bool((mean == 0).any()): raise RuntimeError("black")
         return torch.stack([1 - mean, mean], 1) * self.one
-def odd(seconds=0., once=None):
-    "`once`: a file whose presence ends the process that loads, one time."
+def odd(gate=None, seen=None, once=None):
+    "`seen`: a file of the brightness of each picture; `once`: a file whose presence ends the process that loads, one time."
     if once and os.path.exists(once): os.remove(once); os._exit(3)
-    return Odd(seconds)
+    return Odd(gate, seen)
 '''
 RAW = {"mean": [0, 0, 0], "std": [1, 1, 1]}
 
@@ -60,9 +59,21 @@ PICTURES = [noise(i) for i in range(60)]
 FILES = [encoded(p) for p in PICTURES]
 
 
+def odd_bundle(folder, name, **kwargs):
+    "Publish and promote a bundle whose architecture is the module above."
+    import torch
+    spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": kwargs, "weights": {"one": torch.ones(1)}, "classes": ["dark", "light"],
+             "transform": RAW}]
+    bundle = Bundle.create(folder / name, spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"])
+    store = ModelStore(folder / "home" / "models")
+    store.promote(name, store.publish(name, bundle.dir))
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A home with two versions of `faces` (two networks), and `odd` and `slow`, whose architecture is a module of this test."
+    "A home with two versions of `faces` (two networks), and `odd` and `gated`, whose architecture is a module of this test."
+    import torch
+    from opml_wb.flexserve.model import zoo
     folder, patch = tmp_path_factory.mktemp("flexserve"), pytest.MonkeyPatch()
     (folder / "odd_arch.py").write_text(ODD)
     patch.setenv("OPML_HOME", str(folder / "home"))
@@ -75,11 +86,9 @@ def place(tmp_path_factory):
         spec = [{"name": n, "arch": f"opml_wb.flexserve.model.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["no", "yes"],
                  "provenance": {"seed": seed}} for n in names]
         store.publish("faces", Bundle.create(folder / f"faces{seed}", spec, golden=PICTURES[:4], name="faces").dir)
-    for name, seconds in (("odd", 0.), ("slow", .02)):
-        spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"seconds": seconds}, "weights": {"one": torch.ones(1)},
-                 "classes": ["dark", "light"], "transform": RAW}]
-        store.publish(name, Bundle.create(folder / name, spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"]).dir)
-        store.promote(name, 1)
+    odd_bundle(folder, "odd")
+    (folder / "gate").touch()
+    odd_bundle(folder, "gated", gate=str(folder / "gate"), seen=str(folder / "seen"))
     store.promote("faces", 1)
     yield folder
     patch.undo()
@@ -105,18 +114,41 @@ def settle(server, version=1):
     "Pin `version` and wait until it is served."
     client = Client(server.url)
     client.pin(version)
-    until = time.time() + 20
-    while client.provenance()["version"] != version and time.time() < until: time.sleep(.05)
+    assert until(lambda: client.provenance()["version"] == version, 60)
     return client
 
 
-def run(url, ask, clients, seconds, **how): return asyncio.run(load.closed(url, ask, clients, seconds, **how))
+def run(url, ask, clients): return asyncio.run(closed(url, ask, clients, 600))
 
 
-def mixed(path="/batch", **headers):
-    "ask(client, n) for `load.closed`: requests of 1, 2, 4, 8 of FILES; the key says which."
-    made = {n: [((k, n), load.form(FILES[k:k + n], path, **headers)) for k in range(0, 52, 3)] for n in (1, 2, 4, 8)}
-    return lambda client, n: made[(1, 2, 4, 8)[(client + n) % 4]][(5 * client + n) % 18]
+MADE = {n: [((k, n), form(FILES[k:k + n])) for k in range(0, 52, 3)] for n in (1, 2, 4, 8)}
+
+
+def mixed(client, n):
+    "Requests of 1, 2, 4, 8 of FILES in turn, for `closed`; the key says which."
+    return MADE[(1, 2, 4, 8)[(client + n) % 4]][(5 * client + n) % 18]
+
+
+@contextmanager
+def loaded(url, clients):
+    "Clients that ask all the while, in a thread: the replies, complete at the end of the block, and the requests sent so far."
+    replies, sent, end = [], [], threading.Event()
+    def ask(client, n):
+        sent.append(client)
+        return None if end.is_set() else mixed(client, n)
+    thread = threading.Thread(target=lambda: replies.extend(run(url, ask, clients)))
+    thread.start()
+    try:
+        assert until(lambda: len(sent) > 3 * clients, 60)
+        yield replies, sent
+    finally:
+        end.set()
+        thread.join()
+
+
+def metric(url, name):
+    "A value of /metrics; 0 when it isn't there."
+    return sum(float(line.split()[-1]) for line in Client(url).metrics().splitlines() if line.startswith(name))
 
 
 def wrong(replies, right):
@@ -134,7 +166,7 @@ def test_published_endpoints(faces, right):
     assert client.call("GET", "/models") == {"model 0": "mlp", "model 1": "convnet"}
     while at < 60:
         n = rng.choice([1, 2, 5, 13])
-        body = load.form(FILES[at:at + n]).partition(b"\r\n\r\n")[2]
+        body = form(FILES[at:at + n]).partition(b"\r\n\r\n")[2]
         answer = client.call("POST", "/batch", body, "multipart/form-data; boundary=load")
         assert list(answer) == ["mlp", "convnet"] and answer == {m: row[at:at + n] for m, row in right[1].items()}
         at += n
@@ -163,6 +195,7 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
     """Four published nets in random batches, under 16 clients: accuracies and probabilities of a plain PyTorch loop; policies give the
     FN and FP that counting gives."""
     from opml_wb.flexserve.model.data import cifar, cifar_models
+    import torch
     files, truth = cifar()
     files, truth, models = files[::10], truth[::10], cifar_models()
     bundle = Bundle.create(tmp_path / "cifar", models, golden=files[:3])
@@ -179,8 +212,8 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
     with Server("cifar", home=tmp_path / "home", engine="torch") as server:
         cuts = np.unique(np.random.default_rng(1).integers(1, len(files), 30)).tolist()
         parts = list(zip([0, *cuts], [*cuts, len(files)]))
-        replies = run(server.url, lambda c, n: (parts[16 * n + c], load.predict(files[slice(*parts[16 * n + c])], probs=True))
-                      if 16 * n + c < len(parts) else None, 16, 60)
+        replies = run(server.url, lambda c, n: (parts[16 * n + c], predict(files[slice(*parts[16 * n + c])], probs=True))
+                      if 16 * n + c < len(parts) else None, 16)
         said = [r.json() for r in sorted(replies, key=lambda r: r.key)]
         assert list(said[0]["models"]) == ["resnet20", "resnet32", "resnet44", "resnet56"]
         for name, p in plain.items():
@@ -197,17 +230,20 @@ def test_cifar_networks_as_in_a_plain_loop(place, tmp_path):
             assert (int((cat & ~result).sum()), int((~cat & result).sum())) == (int((cat & ~seen).sum()), int((~cat & seen).sum())), spec
 
 
-def ask(url, method, path, body=b"", **headers):
+def ask(url, method, path, body=b"", limit=20, **headers):
     "(status, headers, body) of one exchange on a connection of its own."
     at = url.rpartition(":")[2]
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + "".join(f"{k.replace('_', '-')}: {v}\r\n" for k,
                                                                                      v in headers.items())
     if "Transfer_Encoding" not in headers and "Content_Length" not in headers: head += f"Content-Length: {len(body)}\r\n"
-    with socket.create_connection(("127.0.0.1", int(at)), 20) as s:
+    with socket.create_connection(("127.0.0.1", int(at)), limit) as s:
         try: s.sendall(head.encode("latin1") + b"\r\n" + body)
         except OSError: pass  # refused while we sent: the answer is there
         data = b""
-        while more := s.recv(1 << 16): data += more
+        try:
+            while more := s.recv(1 << 16): data += more
+        except ConnectionResetError: pass  # cut while we sent
+    if not data: return 0, {}, b""
     top, _, rest = data.partition(b"\r\n\r\n")
     lines = top.decode("latin1").split("\r\n")
     return int(lines[0].split()[1]), {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}, rest
@@ -226,7 +262,6 @@ def animated():
 
 def bomb():
     "A PNG that says it has 60,000 x 60,000 pixels."
-    import struct, zlib
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0,
                                                              0)) + chunk(b"IDAT", zlib.compress(b"0" * 1000)) + chunk(b"IEND", b"")
@@ -260,6 +295,12 @@ PARTS = [  # one part of a multipart /batch and the answer's code
     (image("RGB", kind="BMP"), 200), (image("RGB", kind="WEBP"), 200)]
 
 
+MULTI = {"Content_Type": "multipart/form-data; boundary=load"}
+
+
+def body(images): return form(images).partition(b"\r\n\r\n")[2]
+
+
 def test_json_input(faces):
     "The table of bad and odd JSON: each its code, an error in words."
     settle(faces)
@@ -273,25 +314,21 @@ def test_pictures(faces):
     "Broken pictures are 422 with their place; every picture that can be read is answered."
     settle(faces)
     for data, code in PARTS:
-        began = time.perf_counter()
-        request = load.form([FILES[0], data])
-        status, _, answer = ask(faces.url, "POST", "/batch", request.partition(b"\r\n\r\n")[2],
-                                Content_Type="multipart/form-data; boundary=load")
+        status, _, answer = ask(faces.url, "POST", "/batch", body([FILES[0], data]), **MULTI)
         assert status == code, (data[:30], status, answer)
-        if code == 422: assert [e["index"] for e in json.loads(answer)["errors"]] == [1] and time.perf_counter() - began < 3
+        if code == 422: assert [e["index"] for e in json.loads(answer)["errors"]] == [1]
 
 
 def test_odd_requests(faces):
     "Wrong types, fields, sizes, methods, paths."
     settle(faces)
-    multi = {"Content_Type": "multipart/form-data; boundary=load"}
-    body = load.form([FILES[0]]).partition(b"\r\n\r\n")[2]
-    other = body.replace(b'name="file"', b'name="image"')
+    multi, one = MULTI, body(FILES[:1])
+    other = one.replace(b'name="file"', b'name="image"')
     cases = [("POST", "/batch", b"", {}, 415), ("POST", "/batch", b"{}", {"Content_Type": "application/json"}, 415),
-             ("POST", "/batch", b"", multi, 400), ("POST", "/batch", body[:-9], multi, 400),
-             ("POST", "/batch", other, multi, 422), ("POST", "/batch", body, {"Content_Type": "multipart/form-data"}, 400),
-             ("POST", "/classify", load.form(FILES[:2]).partition(b"\r\n\r\n")[2], multi, 422),
-             ("POST", "/batch", load.form(FILES[:1] * 300).partition(b"\r\n\r\n")[2], multi, 413),
+             ("POST", "/batch", b"", multi, 400), ("POST", "/batch", one[:-9], multi, 400),
+             ("POST", "/batch", other, multi, 422), ("POST", "/batch", one, {"Content_Type": "multipart/form-data"}, 400),
+             ("POST", "/classify", body(FILES[:2]), multi, 422),
+             ("POST", "/batch", body(FILES[:1] * 300), multi, 413),
              ("POST", "/v1/predict", FILES[0], {"Content_Type": "application/octet-stream"}, 200),
              ("POST", "/v1/predict?policy=or&target=yes&lazy=1", FILES[0], {"Content_Type": "image/png"}, 200),
              ("POST", "/v1/predict?policy=threshold&target=yes&threshold=nan", FILES[0], {"Content_Type": "image/png"}, 422),
@@ -316,32 +353,30 @@ def test_odd_requests(faces):
 def test_sizes_and_slow_clients(faces):
     "A body over the limit is 413, told or found; one that doesn't come is 408; headers a byte at a time are cut."
     settle(faces)
-    assert ask(faces.url, "POST", "/v1/predict", b"x" * (65 << 20), Content_Type="image/png")[0] == 413
-    assert ask(faces.url, "POST", "/v1/predict", b"little", Content_Type="image/png", Content_Length=1 << 40)[0] == 413    # told, not sent
-    chunks = b"".join(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" for _ in range(66)) + b"0\r\n\r\n"
-    assert ask(faces.url, "POST", "/v1/predict", chunks, Content_Type="image/png", Transfer_Encoding="chunked")[0] == 413
-    began = time.monotonic()
-    assert ask(faces.url, "POST", "/v1/predict", b"half", Content_Type="image/png",
-               Content_Length="9000")[0] == 408 and time.monotonic() - began < 10
+    def refused(data, **headers):  # on a busy machine it may be cut before all is sent: then nobody says why
+        return until(lambda: ask(faces.url, "POST", "/v1/predict", data, Content_Type="image/png", **headers)[0] == 413, 60)
+    assert refused(b"x" * (65 << 20)) and refused(b"little", Content_Length=1 << 40)    # sent; told, not sent
+    assert refused(b"".join(b"100000\r\n" + b"x" * (1 << 20) + b"\r\n" for _ in range(66)) + b"0\r\n\r\n", Transfer_Encoding="chunked")
+    assert ask(faces.url, "POST", "/v1/predict", b"half", Content_Type="image/png", Content_Length="9000")[0] == 408
     with socket.create_connection(("127.0.0.1", int(faces.url.rpartition(":")[2])), 20) as s:
-        began = time.monotonic()
+        sent, head = 0, b"GET /models HTTP/1.1\r\nHost: x\r\n" * 99
         try:
-            for byte in b"GET /models HTTP/1.1\r\nHost: x\r\n" * 9: s.sendall(bytes([byte])); time.sleep(.05)
+            while sent < len(head) and not select.select([s], [], [], .05)[0]: sent += s.send(head[sent:sent + 1])
         except OSError: pass
-        assert time.monotonic() - began < 8
+        assert 0 < sent < len(head)
 
 
 def test_concurrent_clients_get_what_each_would_alone(faces, right):
     "Clients that ask at once get what each would get alone."
     settle(faces)
-    assert not wrong(run(faces.url, mixed(), 8, 1.5), right)
+    assert not wrong(run(faces.url, lambda client, n: mixed(client, n) if n < 20 else None, 8), right)
 
 
 def test_garbage_beside_good(faces, right):
     "Eight clients send pictures, one sends garbage: they 200, it 422, nobody else suffers."
     settle(faces)
-    good, bad = mixed(), load.form([b"garbage"])
-    replies = run(faces.url, lambda client, n: ("bad", bad) if client == 8 else good(client, n), 9, 2)
+    bad = "bad", form([b"garbage"])
+    replies = run(faces.url, lambda client, n: None if n == 20 else bad if client == 8 else mixed(client, n), 9)
     theirs = [r for r in replies if r.key == "bad"]
     assert theirs and {r.status for r in theirs} == {422}
     assert not wrong([r for r in replies if r.key != "bad"], right)
@@ -414,16 +449,17 @@ def test_schemathesis(faces):
 def test_swap_under_load(faces, right, place):
     "Pin and rollback again and again while clients ask: nothing fails, and the models in an answer are those of the version it names."
     settle(faces)
-    digests, replies = {str(v): Bundle.load(place / f"faces{v}").digest for v in (1, 2)}, []
-    loader = threading.Thread(target=lambda: replies.extend(run(faces.url, mixed(), 6, 7)))
-    loader.start()
-    for version in (2, 1, 2): settle(faces, version)
-    client = Client(faces.url)
-    assert client.rollback()["version"] == 1
-    loader.join()
+    digests, client = {str(v): Bundle.load(place / f"faces{v}").digest for v in (1, 2)}, Client(faces.url)
+    with loaded(faces.url, 6) as (replies, sent):
+        for version in (2, 1, 2):
+            settle(faces, version)
+            seen = len(sent)
+            assert until(lambda: len(sent) > seen + 12, 60)
+        assert client.rollback()["version"] == 1
+        assert until(lambda: client.provenance()["version"] == 1, 60)
     assert not wrong(replies, right)
-    assert {r.headers["x-version"] for r in replies} == {"1", "2"} and all(r.headers["x-digest"] == digests[r.headers["x-version"]]
-                                                                           for r in replies)
+    versions = [r.headers["x-version"] for r in replies]
+    assert set(versions) == {"1", "2"} and [r.headers["x-digest"] for r in replies] == [digests[v] for v in versions]
     history = client.versions()["history"]
     assert [h["op"] for h in history].count("pin") >= 4 and history[-1]["op"] in ("rollback", "mark_stable")
 
@@ -446,20 +482,15 @@ def test_flipped_byte_is_not_served(place, right):
 def test_killed_workers_lose_nothing(place, right):
     "A random worker is killed again and again, one is stopped: clients that don't retry get every answer, and the right one."
     with Server("faces", engine="torch", watchdog_s=1) as server:
-        replies, done = [], threading.Event()
-        loader = threading.Thread(target=lambda: (replies.extend(run(server.url, mixed(), 8, 8)), done.set()))
-        loader.start()
-        rng, kills = random.Random(3), 0
-        while not done.wait(1.2):
-            if workers := server.workers():
-                os.kill(rng.choice(workers), signal.SIGSTOP if kills == 2 else signal.SIGKILL)
-                kills += 1
-        loader.join()
-        assert kills >= 4 and not wrong(replies, right)
-        assert "flexserve_worker_restarts_total" in Client(server.url).metrics()
-        until = time.time() + 20
-        while len(server.workers()) < 2 and time.time() < until: time.sleep(.1)
-        assert len(server.workers()) == 2
+        rng = random.Random(3)
+        with loaded(server.url, 8) as (replies, sent):
+            for kill in range(5):
+                assert until(lambda: metric(server.url, "flexserve_workers ") == 2, 60)
+                seen, victim = len(sent), rng.choice(server.workers())
+                os.kill(victim, signal.SIGSTOP if kill == 2 else signal.SIGKILL)
+                assert until(lambda: victim not in server.workers() and len(sent) > seen + 16, 60)
+        assert not wrong(replies, right)
+        assert until(lambda: metric(server.url, "flexserve_worker_restarts_total") >= 5 and len(server.workers()) == 2, 60)
 
 
 def test_poison(place):
@@ -475,57 +506,83 @@ def test_poison(place):
         assert client.batch([picture(20)]).models == {"odd": ["dark"]}
 
 
-def test_overload(place):
-    "Three times what can be done, 200 ms to do it: what is taken comes in time, the rest is told at once when to come again."
-    capacity = 2 / .02  # images a second: two workers, 20 ms an image
-    with Server("slow", engine="torch", allow="odd_arch", deadline_ms=200) as server:
-        request = load.form([picture(20)])
-        run(server.url, lambda c, n: (0, request) if n < 10 else None, 4, 5)  # the server learns how long a batch takes
-        replies = asyncio.run(load.paced(server.url, lambda n: (1, request), 3 * capacity, 5))
-    ok, no = [r for r in replies if r.status == 200], [r for r in replies if r.status != 200]
-    late = [r for r in no if r.status == 504]  # taken, but other processes had the machine
-    assert {r.status for r in no} <= {503, 504} and len(late) <= .02 * len(replies) and all(int(r.headers["retry-after"]) >= 1 for r in no
-                                                                                            if r.status == 503)
-    assert np.percentile([r.seconds for r in ok], 99) <= .4 and np.median([r.seconds for r in no]) < .1
-    assert len(ok) >= .6 * capacity * 5  # the bench measures it on a quiet machine; here others may run
+@pytest.fixture(scope="module")
+def gated(place):
+    "A server with one worker, whose model waits for a file: (server, close the gate, open it, brightness of pictures seen since)."
+    gate, log = place / "gate", place / "seen"
+    def shut(): gate.unlink(); log.unlink(missing_ok=True)
+    def seen(): return list(map(int, log.read_text().split())) if log.exists() else []
+    with Server("gated", engine="torch", allow="odd_arch", workers=1, watchdog_s=600) as server:
+        try: yield server, shut, gate.touch, seen
+        finally: gate.touch()
 
 
-def test_deadline_and_client_that_leaves(place):
-    "A request whose deadline passes is 504; one whose client has gone is dropped from the queue."
-    with Server("slow", engine="torch", allow="odd_arch", workers=1, max_batch=1) as server:
-        long = load.form([picture(20)] * 50)
-        at = ("127.0.0.1", int(server.url.rpartition(":")[2]))
-        sockets = [socket.create_connection(at) for _ in range(20)]
-        for s in sockets: s.sendall(long)
-        waiting = lambda: float(next(line for line in Client(server.url).metrics().splitlines()
-                                     if line.startswith("flexserve_waiting_images ")).split()[1])
-        until = time.time() + 10
-        while waiting() < 200 and time.time() < until: time.sleep(.1)
-        assert waiting() >= 200
-        with pytest.raises(ServerError) as e: Client(server.url).batch([picture(20)], deadline_ms=300)
-        assert e.value.status in (503, 504)
-        for s in sockets: s.close()
-        until = time.time() + 5
-        while waiting() > 0 and time.time() < until: time.sleep(.1)
-        assert waiting() == 0
+def test_overload(gated):
+    """More than can be done in time: what is accepted waits its turn and is answered, the rest is told at once when to come again, while
+    the model computes nothing. Who gets through how soon is measured by `opml run bench/flexserve`."""
+    server, shut, open_gate, seen = gated
+    shut()
+    long = MULTI | {"X_Deadline_Ms": 600_000, "limit": 600}
+    accepted, threads, values = {}, [], [20, 230, 60, 200, 90, 180]
+    def send(key, images):
+        def work(): accepted[key] = ask(server.url, "POST", "/batch", body(images), **long)
+        threads.append(threading.Thread(target=work))
+        threads[-1].start()
+    def waiting(): return metric(server.url, "flexserve_waiting_images ")
+    send(values[0], [picture(values[0], 8)])
+    assert until(seen, 60)                                          # the worker has it, and stands at the gate
+    for n, value in enumerate(values[1:], 1):
+        send(value, [picture(value, 8)])
+        assert until(lambda: waiting() == n, 60)
+    many = [picture(40, 8)] * 250
+    for n in range(1, 17):                                          # up to 4,005 of at most 4,096 images
+        send(f"many {n}", many)
+        assert until(lambda: waiting() == 5 + 250 * n, 60)
+    status, headers, answer = ask(server.url, "POST", "/batch", body(many), **long)
+    assert (status, json.loads(answer)["error"]) == (503, "the queue is full") and int(headers["retry-after"]) >= 1
+    for _ in range(20):
+        status, headers, answer = ask(server.url, "POST", "/batch", body([picture(20, 8)]), **MULTI, X_Deadline_Ms=200)
+        assert status == 503 and "the deadline is 0.2 s" in json.loads(answer)["error"] and int(headers["retry-after"]) >= 1
+    assert seen() == values[:1] and waiting() == 4005 and not accepted
+    assert metric(server.url, 'flexserve_rejected_total{why="overloaded"}') == 21
+    open_gate()
+    for t in threads: t.join()
+    assert {a[0] for a in accepted.values()} == {200} and len(accepted) == 22          # nothing is lost
+    for value in values: assert json.loads(accepted[value][2]) == {"odd": ["light" if value > 127 else "dark"]}
+    assert all(json.loads(accepted[f"many {n}"][2]) == {"odd": ["dark"] * 250} for n in range(1, 17))
+    assert seen()[:6] == values and len(seen()) == 4006 and waiting() == 0            # in their order, each once
+
+
+def test_deadline_and_client_that_leaves(gated):
+    "A request whose deadline cannot be kept is 503 or 504; one whose client has gone is dropped from the queue, and never computed."
+    server, shut, open_gate, seen = gated
+    shut()
+    before, sockets = metric(server.url, 'flexserve_requests_total{code="400",route="/batch"}'), []
+    for _ in range(20):
+        sockets.append(socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))))
+        sockets[-1].sendall(form([picture(20, 8)] * 50))
+    assert until(lambda: metric(server.url, "flexserve_waiting_images ") >= 900, 60)
+    with pytest.raises(ServerError) as e: Client(server.url).batch([picture(20, 8)], deadline_ms=300)
+    assert e.value.status in (503, 504)
+    for s in sockets: s.close()
+    assert until(lambda: metric(server.url, 'flexserve_requests_total{code="400",route="/batch"}') == before + 20, 60)
+    open_gate()
+    assert until(lambda: metric(server.url, "flexserve_waiting_images ") == 0, 60)
+    assert Client(server.url).batch([picture(20, 8)]).models == {"odd": ["dark"]} and len(seen()) < 100
 
 
 def test_sigterm_drains(place, right):
     "SIGTERM under load: not ready, what was taken is answered, exit code 0."
-    with Server("faces", engine="torch", lame_s=1) as server:
-        replies = []
-        loader = threading.Thread(target=lambda: replies.extend(run(server.url, mixed(), 8, 6)))
-        loader.start()
-        time.sleep(1.5)
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(.4)
-        assert ask(server.url, "GET", "/health/ready")[0] == 503 and ask(server.url, "GET", "/health/live")[0] == 200
-        assert server.process.wait(20) == 0
-        loader.join()
+    with Server("faces", engine="torch", lame_s=4) as server:
+        with loaded(server.url, 8) as (replies, sent):
+            server.process.send_signal(signal.SIGTERM)
+            assert until(lambda: ask(server.url, "GET", "/health/ready")[0] == 503, 4)
+            assert ask(server.url, "GET", "/health/live")[0] == 200
+            assert server.process.wait(60) == 0
     lost = [r for r in replies if r.status == 0]
     # after the end nobody is taken: refused, or, between the last accept and the close of the socket, reset by the kernel before we saw it
     assert len([r for r in lost if "ConnectionRefusedError" not in r.why]) <= 1, {r.why for r in lost}
-    assert len(replies) - len(lost) > 20 and not wrong([r for r in replies if r.status], right)
+    assert len(replies) - len(lost) > 16 and not wrong([r for r in replies if r.status], right)
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]
                 and "opml_wb.flexserve.serve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
 
@@ -549,6 +606,8 @@ def test_command_line(place, opml, home, tmp_path):
     "pack, publish, diff, rollback, pin, and errors in one line."
     from click.testing import CliRunner
     from opml_wb.flexserve.serve.cli import flexserve
+    import torch
+    from opml_wb.flexserve.model import zoo
     def typed(*words): return CliRunner().invoke(flexserve, list(map(str, words)))
     (tmp_path / "some").mkdir()
     for i in range(20): (tmp_path / "some" / f"{i:02d}.png").write_bytes(FILES[i])
@@ -585,10 +644,7 @@ def test_command_line(place, opml, home, tmp_path):
 def test_a_worker_that_dies_while_it_loads(place):
     "It is tried again: one death doesn't refuse a version; one that says why it cannot load refuses it at once."
     mark = place / "once"
-    spec = [{"name": "odd", "arch": "odd_arch:odd", "kwargs": {"once": str(mark)}, "weights": {"one": torch.ones(1)},
-             "classes": ["dark", "light"], "transform": RAW}]
-    store, path = ModelStore(), Bundle.create(place / "flaky", spec, golden=[np.full((8, 8, 3), 9, np.uint8)], allow=["odd_arch"]).dir
-    store.promote("flaky", store.publish("flaky", path))
+    odd_bundle(place, "flaky", once=str(mark))
     mark.touch()
     with Server("flaky", engine="torch", allow="odd_arch", workers=1) as server:
         assert not mark.exists() and Client(server.url).batch([picture(20)]).models == {"odd": ["dark"]}
@@ -596,12 +652,12 @@ def test_a_worker_that_dies_while_it_loads(place):
 
 
 def test_a_killed_front_leaves_no_process(place):
-    "kill -9 of the front: nursery and workers go with it."
+    "kill -9 of the front: launcher and workers go with it."
     server = Server("odd", engine="torch", allow="odd_arch", workers=1)
     below = server.tree()[1:]
     assert len(below) == 2
     server.process.kill(); server.process.wait()
-    assert not psutil.wait_procs(below, 10)[1]
+    assert not psutil.wait_procs(below, 60)[1]
 
 
 @pytest.mark.slow
@@ -614,19 +670,15 @@ def test_follows_the_store(place, opml, home):
         store = ModelStore(home / "models")
         v = store.publish("faces", place / "faces2")
         store.promote("faces", v)
-        until = time.time() + 15
-        while client.provenance()["version"] != v and time.time() < until: time.sleep(.05)
+        assert until(lambda: client.provenance()["version"] == v, 60)
         said = client.provenance()
-        assert said["version"] == v and [m["name"] for m in said["models"]] == ["mlp", "patch_mixer"]
+        assert [m["name"] for m in said["models"]] == ["mlp", "patch_mixer"]
         assert said["models"][0]["provenance"] == {"seed": 2}
         (home / "junk").mkdir()
         (home / "junk" / "bundle.json").write_text("{}")
         store.promote("faces", store.publish("faces", home / "junk"))
-        until = time.time() + 10
-        while not json.loads(ask(server.url, "GET", "/health/ready")[2])["error"] and time.time() < until: time.sleep(.05)
-        assert client.provenance()["version"] == v and "version 3" in json.loads(ask(server.url, "GET", "/health/ready")[2])["error"]
-
-
+        def error(): return json.loads(ask(server.url, "GET", "/health/ready")[2])["error"]
+        assert until(error, 60) and "version 3" in error() and client.provenance()["version"] == v
 
 
 @pytest.mark.slow

@@ -25,9 +25,10 @@ MOVED = {  # old module: where it is now
     "images": "model.images", "weights": "model.weights", "zoo": "model.zoo",
     "bundle": "model.bundle", "ensemble": "model.ensemble", "onnx": "model.onnx",
     "policy": "model.policy", "engine": "model.engine", "frontier": "model.evaluation",
-    "diff": "model.evaluation", "data": "model.data", "batching": "serve.batching",
-    "worker": "serve.worker", "metrics": "serve.metrics", "pool": "serve.pool",
-    "request": "serve.request", "openapi": "serve.openapi", "oip": "serve.oip",
-    "http": "serve.http", "auth": "serve.auth", "client": "serve.client", "load": "serve.load",
-    "ray_app": "serve.ray_app", "cli": "serve.cli", "track": "tracking"}
+    "diff": "model.evaluation", "data": "model.data", "track": "tracking",
+    "batching": "serve.batching", "worker": "serve.worker", "metrics": "serve.metrics",
+    "pool": "serve.pool", "request": "serve.request", "openapi": "serve.openapi",
+    "oip": "serve.oip", "http": "serve.http", "auth": "serve.settings", "server": "serve.server",
+    "client": "serve.client", "load": "serve.load_test", "ray_app": "serve.ray_app",
+    "cli": "serve.cli"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from opml_wb.flexserve.serve.client import Client
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #89c62fe4
+# %% ../../nbs/flexserve/02_cockpit.ipynb #7c885fa8
 @dataclass(frozen=True)
 class Kept:
     """An answer about B pictures, kept: `models` (M names), `classes` (C), `labels` (M, B),
@@ -63,7 +63,7 @@ def ask(client: "Engine | Client", images: Sequence,
         said = names, a["classes"], labels, probs, a["version"], a["digest"]
     return Kept(*said, (time.perf_counter() - began) * 1e3, known, list(images))
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #09b9879e
+# %% ../../nbs/flexserve/02_cockpit.ipynb #acaf14af
 MODES = {"votes": "k_of_n", "mean probability": "mean", "highest probability": "max",
          "lowest probability": "min"}
 
@@ -76,7 +76,7 @@ def policy(mode: str, level: float, target: str, models: int) -> Policy:
     return Policy.parse({"kind": "k_of_n", "target": target,
                          "k": max(1, math.ceil(level / 100 * models - 1e-9))})
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #1ee40e7c
+# %% ../../nbs/flexserve/02_cockpit.ipynb #3836e96e
 def decide(kept: Kept, mode: str, level: float, target: str) -> tuple[Policy, Verdict,
                                                                       dict[str, float] | None]:
     """Compute (Policy, Verdict, counts against the truth or None) for a kept answer; no request
@@ -85,7 +85,7 @@ def decide(kept: Kept, mode: str, level: float, target: str) -> tuple[Policy, Ve
     verdict = p.apply(kept.labels, kept.probs, models=kept.models, classes=kept.classes)
     return p, verdict, None if kept.truth is None else counts(verdict.result, kept.truth, target)
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #692b4859
+# %% ../../nbs/flexserve/02_cockpit.ipynb #dd5cf6e5
 def thumbnail(image: bytes | str | os.PathLike | np.ndarray, size: int = 40) -> str:
     "Make an HTML image of bytes, a path or an (H, W, 3) uint8 array, enlarged without blur."
     from PIL import Image
@@ -98,13 +98,13 @@ def thumbnail(image: bytes | str | os.PathLike | np.ndarray, size: int = 40) -> 
     style = f"height:{size}px;image-rendering:pixelated"
     return f'<img alt="" style="{style}" src="data:image/png;base64,{data}">'
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #815d7833
-def _page(inside: str) -> str:
+# %% ../../nbs/flexserve/02_cockpit.ipynb #58bf78de
+def _page(inside):
     "Wrap HTML in the workbench's style."
     return f"{ui.CSS}<div class=opml>{inside}</div>"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #578519cc
-def _mark(text: object, colour: str) -> str:
+# %% ../../nbs/flexserve/02_cockpit.ipynb #1090d033
+def _mark(text, colour):
     "Underline a text in one of the palette's colours."
     return f'<span style="border-bottom:3px solid {ui.COLOURS[colour]}">{escape(str(text))}</span>'
 
@@ -114,10 +114,10 @@ def contested(kept: Kept) -> np.ndarray:
     agree = [max(np.unique(column.astype(str), return_counts=True)[1]) for column in kept.labels.T]
     return np.argsort(agree, kind="stable")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #5981c211
-def _row_html(kept: Kept, verdict: Verdict, target: str, b: int) -> str:
+# %% ../../nbs/flexserve/02_cockpit.ipynb #47037575
+def _row_html(kept, verdict, target, b):
     "Make the table's row of picture `b`."
-    def answer(m: int, c: str) -> str:
+    def answer(m, c):
         said = _mark(c, "good") if c == target else escape(str(c))
         return f"<td>{said} <span class=m>{kept.probs[m, b].max():.2f}</span></td>"
     word, truth = "present" if verdict.result[b] else "absent", ""
@@ -127,7 +127,7 @@ def _row_html(kept: Kept, verdict: Verdict, target: str, b: int) -> str:
     answers = "".join(answer(m, c) for m, c in enumerate(kept.labels[:, b]))
     return f"<tr><td>{thumbnail(kept.images[b])}</td>{answers}<td>{word}</td>{truth}</tr>"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #6dd81d4f
+# %% ../../nbs/flexserve/02_cockpit.ipynb #35d46c02
 def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int]) -> str:
     """Make the table picture x model.
 
@@ -140,7 +140,7 @@ def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int]) -
     more = f"<span class=m>{len(kept.images)} pictures, {lines.count('<tr>')} shown</span>"
     return _page(f"<table><tr>{head}</tr>{lines}</table>{more}")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #ffd6de86
+# %% ../../nbs/flexserve/02_cockpit.ipynb #33a2b568
 def models_html(kept: Kept, target: str) -> str:
     """Make a table of each model alone: its misses, false alarms, sensitivity and precision; ''
     without a truth."""
@@ -155,7 +155,7 @@ def models_html(kept: Kept, target: str) -> str:
         lines += f"<tr><td>{escape(name)}</td>{cells}</tr>"
     return _page(f"<table>{head}{lines}</table>")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #92621aa3
+# %% ../../nbs/flexserve/02_cockpit.ipynb #3bf3311d
 LINES = {"votes": ("k_of_n", "good"), "mean probability": ("mean_prob", "ours"),
          "highest probability": ("max_prob", "baseline"),
          "lowest probability": ("min_prob", "paper")}
@@ -214,7 +214,7 @@ def camera(took: Callable[[bytes], Any]) -> "anywidget.AnyWidget":
     widget.observe(lambda change: took(base64.b64decode(change["new"])), "shot")
     return widget
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #5429f246
+# %% ../../nbs/flexserve/02_cockpit.ipynb #bc19c2b0
 class FlexCockpit:
     """A form that asks `client` (a Client, or an Engine) about pictures and walks along its
     answers' frontier.
@@ -255,13 +255,15 @@ class FlexCockpit:
         self.play._moved(None)
         return True
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-        display(self.box, self.play, self.models, self.table)
-
-# %% ../../nbs/flexserve/02_cockpit.ipynb #dd78875e
+# %% ../../nbs/flexserve/02_cockpit.ipynb #5429f246
 @patch
-def _widgets(self: FlexCockpit, frames: bool) -> None:
+def _ipython_display_(self: FlexCockpit):
+    from IPython.display import display
+    display(self.box, self.play, self.models, self.table)
+
+# %% ../../nbs/flexserve/02_cockpit.ipynb #a90d7fec
+@patch
+def _widgets(self: FlexCockpit, frames):
     "Make the form; `frames`: with a slider through them."
     import ipywidgets as w
     self.badge, self.table, self.models = w.HTML(), w.HTML(), w.HTML()
@@ -283,17 +285,17 @@ def _widgets(self: FlexCockpit, frames: bool) -> None:
                                           description="target"),
                         mode=w.Dropdown(options=list(MODES), description="by"))
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #df06db97
+# %% ../../nbs/flexserve/02_cockpit.ipynb #10b441fb
 @patch
-def _operate(self: FlexCockpit, verb: str) -> None:
+def _operate(self: FlexCockpit, verb):
     "Act on an operator's button; the pictures are asked about again."
     try: getattr(self.client, verb)()
     except Exception as e: self.badge.value = escape(f"{type(e).__name__}: {e}")
     else: self.kept and self.ask(self.kept.images, self.kept.truth)
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #15254721
+# %% ../../nbs/flexserve/02_cockpit.ipynb #5a32d38a
 @patch
-def _move(self: FlexCockpit, fig: "go.Figure", target: str, mode: str, level: int) -> str:
+def _move(self: FlexCockpit, fig, target, mode, level):
     "Recompute the verdicts from the kept answer; the words to show."
     if self.kept is None or target not in self.kept.classes: return "no pictures yet"
     if target != self.drawn:
@@ -312,9 +314,9 @@ def _move(self: FlexCockpit, fig: "go.Figure", target: str, mode: str, level: in
     shares = f"sensitivity {c['sensitivity']:.3f}, precision {c['precision']:.3f}"
     return f"{rule}: {c['FN']} missed, {c['FP']} false alarms; {shares}"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #1e9d9604
+# %% ../../nbs/flexserve/02_cockpit.ipynb #be62130a
 @patch
-def _show_rows(self: FlexCockpit) -> None:
+def _show_rows(self: FlexCockpit):
     "Show the table of the frames from the slider's on, or of the contested pictures."
     k, verdict = self.kept, self.verdict
     if k is None or verdict is None or len(verdict.result) != len(k.images): return

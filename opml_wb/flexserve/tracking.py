@@ -16,8 +16,8 @@ from ..core.kit.words import check_whole
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #efffba49
-def _seen(labels: Any, target: str | None, ndim: int, shape: str) -> np.ndarray:
+# %% ../../nbs/flexserve/01_tracking.ipynb #c4ad9cd5
+def _seen(labels, target, ndim, shape):
     "Turn presences, or class names to compare with `target`, into booleans of `ndim` dimensions."
     a = np.asarray(labels, object) if target is not None else np.asarray(labels)
     if a.ndim != ndim or 0 in a.shape[1:]:
@@ -28,14 +28,14 @@ def _seen(labels: Any, target: str | None, ndim: int, shape: str) -> np.ndarray:
     return a.astype(bool)
 
 # %% ../../nbs/flexserve/01_tracking.ipynb #7d307c62
-def _times(t: Any, n: int) -> np.ndarray:
+def _times(t, n):
     "Check `n` ascending times in s; 0, 1, 2, ... when none are given."
     t = np.arange(n, dtype=float) if t is None else np.asarray(t, float)
     if t.shape != (n,) or not np.isfinite(t).all() or (np.diff(t) <= 0).any():
         raise ValueError(f"t: expected {n} finite times in s, each later than the one before")
     return t
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #ae2bf7bb
+# %% ../../nbs/flexserve/01_tracking.ipynb #b77d74c2
 def presence(labels: Any, t: Sequence[float] | None = None, min_run: int = 2,
              target: str | None = None,
              max_gap: int = 0) -> "pd.DataFrame":
@@ -59,7 +59,7 @@ def tiles(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
     return [tile for band in np.array_split(image, rows, axis=0)
             for tile in np.array_split(band, cols, axis=1)]
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #66f36210
+# %% ../../nbs/flexserve/01_tracking.ipynb #03f0865a
 @dataclass(frozen=True)
 class Movement:
     """A movement through a grid: `path` a DataFrame [t, row, col] (s, cells) of the frames that
@@ -73,23 +73,23 @@ class Movement:
     enters: str | None
     leaves: str | None
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #38947a64
+# %% ../../nbs/flexserve/01_tracking.ipynb #db9a565b
 WAYS = "right", "up right", "up", "up left", "left", "down left", "down", "down right"
 
-def _side(row: float, col: float, shape: tuple[int, int]) -> str | None:
+def _side(row, col, shape):
     "Find the side of the grid whose outermost tiles (row, col) lies in; None inside."
     gaps = {"left": col, "right": shape[1] - 1 - col, "top": row, "bottom": shape[0] - 1 - row}
     side = min(gaps, key=gaps.__getitem__)
     return side if gaps[side] <= .5 else None
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #7f56bce7
-def _slope(t: np.ndarray, x: np.ndarray) -> float:
+# %% ../../nbs/flexserve/01_tracking.ipynb #72ba58bd
+def _slope(t, x):
     """Compute the median of the slopes between all pairs of points (Theil-Sen): one false alarm
     doesn't turn the line."""
     i, j = np.triu_indices(len(t), 1)
     return float(np.median((x[j] - x[i]) / (t[j] - t[i]))) if len(t) > 1 else 0.
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #9d8906f0
+# %% ../../nbs/flexserve/01_tracking.ipynb #64986396
 def movement(grid: Any, t: Sequence[float] | None = None,
              target: str | None = None) -> Movement | None:
     """Estimate the movement of the target through the tiles; None when it was never seen.

@@ -7,7 +7,7 @@ __all__ = ['MANIFEST', 'GOLDEN', 'FORMAT', 'FIELDS', 'canonical', 'Bundle']
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #2e8ae9eb
 import hashlib, json, os, re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,26 +22,26 @@ from .weights import (BundleError, allowed, build, fill, import_torch,
 
 if TYPE_CHECKING: import torch
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #f85e9e52
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #777610f0
 MANIFEST, GOLDEN, FORMAT = "bundle.json", "golden.safetensors", 1
 
 FIELDS = "name", "arch", "kwargs", "weights", "classes", "transform", "provenance"
 
-def _plain(field: str, value: Any) -> Any:
+def _plain(field, value):
     "Check that JSON can hold `value`; a copy of it."
     try: return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as e:
         raise BundleError(f"{field}: expected JSON values: {e}") from None
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #b9f7f688
-def _name(field: str, value: Any) -> str:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #2d7b99d4
+def _name(field, value):
     "Check a name: printable text of at most 200 characters."
     if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
         raise BundleError(f"{field}: expected printable text, got {value!r:.80}")
     return value
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #255904f4
-def _classes(field: str, value: Any) -> list[str]:
+def _classes(field, value):
     "Check a list of different class names."
     if not isinstance(value, (list, tuple)) or not value:
         raise BundleError(f"{field}: expected a list of class names, got {value!r:.80}")
@@ -49,8 +49,8 @@ def _classes(field: str, value: Any) -> list[str]:
     if len(set(value)) < len(value): raise BundleError(f"{field}: a name is there twice")
     return list(value)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #2d4ea00f
-def _entry(i: int, model: Any) -> dict[str, Any]:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #83de0cf7
+def _entry(i, model):
     "Check one entry of `create`'s `models`; the manifest's part of it, without its weights."
     where = f"models[{i}]"
     if not isinstance(model, dict):
@@ -68,8 +68,8 @@ def _entry(i: int, model: Any) -> dict[str, Any]:
             "classes": _classes(f"{where}.classes", model["classes"]), "transform": transform,
             **free}
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #a9e856cf
-def _entries(models: Any) -> list[dict[str, Any]]:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #79b6cfe7
+def _entries(models):
     "Check all entries; their names must differ."
     if not isinstance(models, (list, tuple)) or not models:
         raise BundleError(f"models: expected a list of dicts, got {models!r:.80}")
@@ -79,8 +79,7 @@ def _entries(models: Any) -> list[dict[str, Any]]:
     return entries
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #ed32b112
-def _state(weights: Any, entry: Mapping[str, Any], allow: Iterable[str]) -> dict[str,
-                                                                                 "torch.Tensor"]:
+def _state(weights, entry, allow):
     """Read the tensors of `weights`: a state dict, or the path of a safetensors file or a legacy
     checkpoint."""
     if isinstance(weights, dict): return tensors(weights)
@@ -94,8 +93,8 @@ def _state(weights: Any, entry: Mapping[str, Any], allow: Iterable[str]) -> dict
     except Exception as e:
         raise BundleError(f"weights: {path} isn't a safetensors file: {e}") from e
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #e5bd62d8
-def _picture(i: int, image: Any) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #52020e05
+def _picture(i, image):
     "Read golden picture `i`: bytes, a path, or (H, W, 3) uint8."
     if isinstance(image, (str, Path)): image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray)): image = decode(bytes(image))
@@ -106,8 +105,8 @@ def _picture(i: int, image: Any) -> np.ndarray:
         raise BundleError(f"golden[{i}]: expected bytes, a path, or (H, W, 3) uint8, got {got}")
     return np.ascontiguousarray(image)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #346225d6
-def _pictures(golden: Any) -> tuple[list[np.ndarray], list[str] | None]:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #719934fb
+def _pictures(golden):
     "Read the golden set as given: (list of (H, W, 3) uint8, labels or None)."
     if golden is None: return [], None
     images, labels = (golden["images"],
@@ -118,8 +117,7 @@ def _pictures(golden: Any) -> tuple[list[np.ndarray], list[str] | None]:
     return out, None if labels is None else [str(label) for label in labels]
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #67c0bd12
-def _answers(module: "torch.nn.Module", entry: Mapping[str, Any],
-             images: Sequence[np.ndarray]) -> tuple[dict[str, list] | None, int]:
+def _answers(module, entry, images):
     "Ask a model about the golden pictures: its `{labels, margin}` and its cost in operations."
     from opml_wb.flexserve.model.ensemble import flops, probabilities
     transform = Transform.parse(entry["transform"])
@@ -136,22 +134,21 @@ def _answers(module: "torch.nn.Module", entry: Mapping[str, Any],
             "margin": [round(float(m), 5) for m in margin]}
     return said if images else None, flops(module, inputs[0])
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #0a11cd0b
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #25f6983f
 def canonical(value: Any) -> bytes:
     "Write a JSON `value` in its one canonical form: sorted keys, no spaces, UTF-8."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False,
                       allow_nan=False).encode()
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #6546068c
-def _save(arrays: Mapping[str, Any], path: Path, save: Callable) -> dict[str, Any]:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #0a625754
+def _save(arrays, path, save):
     "Write a safetensors file, flushed; its manifest entry."
     save(arrays, path)
     fsync(path)
     return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #cccef140
-def _pack(folder: Path, entries: list[dict], weights: Iterable, images: Sequence[np.ndarray],
-          allow: Iterable[str]) -> dict[str, dict | None]:
+def _pack(folder, entries, weights, images, allow):
     """Write each model's weights into `folder` and complete its entry; the golden set's answers
     by model."""
     from safetensors.torch import save_file
@@ -166,17 +163,16 @@ def _pack(folder: Path, entries: list[dict], weights: Iterable, images: Sequence
         entry["weights"] = _save(copies, folder/f"{i:02d}-{safe}.safetensors", save_file)
     return answers
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #e4baa881
-def _golden(folder: Path, images: Sequence[np.ndarray], labels: list[str] | None,
-            answers: Mapping[str, Any]) -> dict[str, Any] | None:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #65addcdc
+def _golden(folder, images, labels, answers):
     "Write the golden pictures; their manifest entry, None without any."
     if not images: return None
     from safetensors.numpy import save_file
     arrays = {f"{i:06d}": image for i, image in enumerate(images)}
     return {**_save(arrays, folder/GOLDEN, save_file), "labels": labels, "answers": answers}
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #3664f218
-def _judge(path: Path, manifest: Any, allow: Iterable[str]) -> None:
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #8b403fb8
+def _judge(path, manifest, allow):
     """BundleError unless `manifest` is one that `create` could have written and its modules are
     allowed."""
     try:
@@ -215,7 +211,7 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({self.name!r}, {[m['name'] for m in self.models]}, {self.digest[:12]})"
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #ffd0a360
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #73123c74
 @patch(cls_method=True)
 def load(cls: Bundle, dir: str | os.PathLike, allow: Iterable[str] = ()) -> Bundle:
     """Open the bundle in folder `dir`; `allow`: modules that it may name besides those known to
@@ -229,7 +225,7 @@ def load(cls: Bundle, dir: str | os.PathLike, allow: Iterable[str] = ()) -> Bund
     _judge(folder/MANIFEST, manifest, allow)
     return Bundle(folder, manifest, allow)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #8cb7d721
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #f7964586
 @patch(cls_method=True)
 def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, Any]],
            golden: Any = None,
@@ -257,14 +253,14 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     permit(allow)
     return Bundle.load(folder, allow)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #36433545
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #43a29527
 @patch
 def files(self: Bundle) -> list[dict[str, Any]]:
     "List {file, sha256, bytes} of all that the manifest names."
     return [m["weights"]
             for m in self.models] + ([self.manifest["golden"]] if self.manifest["golden"] else [])
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #df4d0c8d
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #a71a3fd5
 @patch
 def verify(self: Bundle) -> str:
     """Hash every file again; the digest.
@@ -279,7 +275,7 @@ def verify(self: Bundle) -> str:
         raise BundleError(f"{self.dir/MANIFEST} has changed since it was loaded")
     return self.digest
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #9cbc7803
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #859f1349
 @patch
 def golden(self: Bundle) -> tuple[list[np.ndarray], list[str] | None]:
     """Read (pictures as a list of (H, W, 3) uint8, their true class names or None); ([], None)
@@ -289,7 +285,7 @@ def golden(self: Bundle) -> tuple[list[np.ndarray], list[str] | None]:
     found = load_file(self.dir/self.manifest["golden"]["file"])
     return [found[key] for key in sorted(found)], self.manifest["golden"]["labels"]
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #47ba5842
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #0e7edd5d
 @patch
 def module(self: Bundle, name: str) -> "torch.nn.Module":
     """Build the torch module of model `name`, on weights that all processes share (mapped from
@@ -302,7 +298,7 @@ def module(self: Bundle, name: str) -> "torch.nn.Module":
     return fill(build(entry["arch"], entry["kwargs"], self.allow),
                 load_file(self.dir/entry["weights"]["file"]))
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #b7541f85
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #9dfa1f4c
 @patch
 def transforms(self: Bundle) -> tuple[list[Transform], list[int]]:
     """Find (the distinct transforms, for each model the index of its own): an ensemble

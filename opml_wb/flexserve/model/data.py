@@ -15,12 +15,12 @@ import numpy as np
 
 from ...core.record import data
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #152d700d
+# %% ../../../nbs/flexserve/model/10_data.ipynb #12dd2ed7
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 NORMAL = {"mean": [.485, .456, .406], "std": [.229, .224, .225]}
 
-def _grey(values: np.ndarray, top: float) -> np.ndarray:
+def _grey(values, top):
     "Turn (N, H, W) values from 0 to `top` into (N, H, W, 3) uint8."
     return np.repeat((values / top * 255).clip(0, 255).round().astype(np.uint8)[..., None], 3,
                      axis=3)
@@ -44,14 +44,14 @@ def pictures(name: str) -> tuple[np.ndarray, np.ndarray]:
     found = lfw_subset()
     return _grey(found, found.max()), np.array(["face"] * 100 + ["other"] * 100, object)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #8b29f3e0
+# %% ../../../nbs/flexserve/model/10_data.ipynb #8310a848
 def make(file: str | os.PathLike, part: str, url: str, **source: Any) -> None:
     """Make a file of the data registry: `part` is a network (its checkpoint at `url` becomes
     safetensors) or `pictures` (a zip of JPEGs)."""
     _jpegs(file, url, **source) if part == "pictures" else _weights(file, part, url, **source)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #bc9b7e53
-def _weights(file: str | os.PathLike, arch: str, url: str, sha256: str, bytes: int) -> None:
+# %% ../../../nbs/flexserve/model/10_data.ipynb #dab5154c
+def _weights(file, arch, url, sha256, bytes):
     "Write a published checkpoint as a safetensors file: names without `module.`, no counters."
     from safetensors.torch import save_file
     from opml_wb.flexserve.model.weights import ZOO, import_torch
@@ -63,7 +63,7 @@ def _weights(file: str | os.PathLike, arch: str, url: str, sha256: str, bytes: i
               {"classes": ",".join(CIFAR), "license": "BSD-2-Clause", "arch": arch, "source": said})
 
 # %% ../../../nbs/flexserve/model/10_data.ipynb #3235f5d2
-def _jpegs(file: str | os.PathLike, url: str, each: int) -> None:
+def _jpegs(file, url, each):
     "Write the first `each` test pictures of every class, as they are published, in one zip."
     from urllib.request import urlopen
     with zipfile.ZipFile(file, "w") as z:
@@ -71,7 +71,7 @@ def _jpegs(file: str | os.PathLike, url: str, each: int) -> None:
             with urlopen(f"{url}/{name}", timeout=30) as got:
                 z.writestr(zipfile.ZipInfo(name, (2019, 3, 31, 6, 35, 38)), got.read())
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #eca76fbc
+# %% ../../../nbs/flexserve/model/10_data.ipynb #8f96c93f
 def cifar() -> tuple[list[bytes], np.ndarray]:
     """Load (600 JPEGs, their class names (600,) object): CIFAR-10 test pictures; fetched if they
     aren't here."""
@@ -79,7 +79,7 @@ def cifar() -> tuple[list[bytes], np.ndarray]:
         names = sorted(n for n in z.namelist() if n.endswith(".jpg"))
         return [z.read(n) for n in names], np.array([n.split("/")[0] for n in names], object)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #97b939d3
+# %% ../../../nbs/flexserve/model/10_data.ipynb #3cd198a3
 def cifar_models(sizes: Sequence[int] = (20, 32, 44, 56)) -> list[dict[str, Any]]:
     """Make entries for `Bundle.create` of the published CIFAR-10 residual nets, fetched if they
     aren't here."""

@@ -7,7 +7,7 @@ __all__ = ['ENGINES', 'MOST', 'NEAR', 'EngineError', 'Answer', 'choose', 'Engine
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #6d3e0c80
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Answer:
 
     def __iter__(self) -> Iterator[np.ndarray]: return iter((self.labels, self.probs))
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #d033725e
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #0cc059a2
 def choose(bundle: Bundle, engine: str, device: str) -> tuple[str, str, dict[str, Any] | None]:
     """Choose the runtime of `bundle`: (kind: torch, onnx or onnx-int8, why, proof or None).
 
@@ -64,8 +64,7 @@ def choose(bundle: Bundle, engine: str, device: str) -> tuple[str, str, dict[str
     return proof["kind"], proof["why"], proof
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #b35d2e8c
-def _backend(bundle: Bundle, kind: str, inputs: Sequence[int], threads: int,
-             device: str) -> Backend:
+def _backend(bundle, kind, inputs, threads, device):
     "Load the runtime `kind`; EngineError when the device isn't there."
     if kind != "torch": return OnnxBackend(place(bundle, kind), inputs, threads)
     from opml_wb.flexserve.model.ensemble import TorchBackend
@@ -109,13 +108,13 @@ class Engine:
         if engine not in ENGINES:
             raise EngineError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
         check_whole("threads", threads, 1, error=EngineError)
-        found = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, allow)
+        found: Any = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle, allow)
         if verify: found.verify()
         kind, why, proof = choose(found, engine, device)
         backend = _backend(found, kind, found.transforms()[1], threads, device)
         return cls(found, backend, kind, why, proof, device)
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #d4feae93
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #e0382c93
 @patch
 def describe(self: Engine) -> dict[str, Any]:
     """Describe the engine as JSON values: {ensemble, digest, engine, why, parity, device, classes,
@@ -130,10 +129,9 @@ def describe(self: Engine) -> dict[str, Any]:
             "why": self.why, "parity": self.parity,
             "device": self.device, "classes": self.classes, "models": models}
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #9bc09e14
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #ad3c6d53
 @patch
-def _batches(self: Engine, images: Sequence[np.ndarray],
-             rows: Sequence[int]) -> list[tuple[np.ndarray, list]]:
+def _batches(self: Engine, images, rows):
     """Transform and group: [(indices, [one (b, 3, h, w) for each transform, None where no row
     needs it])], at most MOST pictures each."""
     used = {self.inputs[i] for i in rows}
@@ -148,8 +146,7 @@ def _batches(self: Engine, images: Sequence[np.ndarray],
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #6849a6cc
 @patch
-def _run(self: Engine, part: tuple[np.ndarray, list], rows: Sequence[int], labels: np.ndarray,
-         probs: np.ndarray) -> None:
+def _run(self: Engine, part, rows, labels, probs):
     """Run models `rows` on a batch; their answers are written into `labels` and `probs` (all
     models, all pictures)."""
     index, batches = part
@@ -159,9 +156,9 @@ def _run(self: Engine, part: tuple[np.ndarray, list], rows: Sequence[int], label
         probs[i, index[:, None], self._columns[i]] = p
         labels[i, index] = [names[k] for k in p.argmax(axis=1)]
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #2314f360
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #da257a1e
 @patch
-def _hits(self: Engine, target: str | None, rows: Sequence[int]) -> list[float]:
+def _hits(self: Engine, target, rows):
     """Read the share of golden pictures on which each model sees the target; without a golden
     set one class in all."""
     golden = self.bundle.manifest["golden"]
@@ -171,8 +168,7 @@ def _hits(self: Engine, target: str | None, rows: Sequence[int]) -> list[float]:
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #e44998d9
 @patch
-def _lazily(self: Engine, policy: Policy, parts: list, rows: list[int], labels: np.ndarray,
-            probs: np.ndarray) -> list[int]:
+def _lazily(self: Engine, policy, parts, rows, labels, probs):
     "Ask as few models as the verdicts need; the rows in the order in which they were asked."
     asked = [rows[i] for i in policy.rows([self.names[i] for i in rows], len(rows))]
     order = [asked[i] for i in policy.plan(self.flops[asked], self._hits(policy.target, asked))]
@@ -189,8 +185,8 @@ def _lazily(self: Engine, policy: Policy, parts: list, rows: list[int], labels: 
                 self._run((index[keep], kept), [row], labels, probs)
     return order
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #9cd31eb8
-def _pictures(images: Iterable[np.ndarray]) -> list[np.ndarray]:
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #58198fa7
+def _pictures(images):
     "Check that each is a picture (H, W, 3) uint8."
     images = list(images)
     for i, image in enumerate(images):
@@ -202,14 +198,14 @@ def _pictures(images: Iterable[np.ndarray]) -> list[np.ndarray]:
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #50c3cb0c
 @patch
-def _rows(self: Engine, want: Collection[str] | None) -> list[int]:
+def _rows(self: Engine, want):
     "Find the rows of the models named in `want`."
     if want is None: return list(range(len(self.names)))
     wanted = {index_of(name, self.names, "models") for name in want}
     if not wanted: raise PolicyError("models: none is wanted: expected names of models")
     return sorted(wanted)
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #3b676f24
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #77db97b7
 @patch
 def infer(self: Engine, images: Iterable[np.ndarray], want: Collection[str] | None = None,
           policy: Policy | Mapping[str, Any] | None = None, lazy: bool = False) -> Answer:
@@ -218,15 +214,15 @@ def infer(self: Engine, images: Iterable[np.ndarray], want: Collection[str] | No
     `want`: names of the models to ask (default: all); `policy`: a Policy or its dict; `lazy`:
     ask only until the policy's verdict is settled. Raises PolicyError for a policy or name that
     doesn't fit, ValueError for what isn't a picture; before any work is done."""
-    images, rows = _pictures(images), self._rows(want)
+    pictures, rows = _pictures(images), self._rows(want)
     names = [self.names[i] for i in rows]
     policy = None if policy is None else Policy.parse(policy)
     if lazy and policy is None:
         raise PolicyError("lazy: needs a policy, whose verdict says what can be skipped")
     if policy: policy.check(names, self.classes)
-    labels = np.full((len(self.names), len(images)), None, object)
+    labels: np.ndarray = np.full((len(self.names), len(pictures)), None, object)
     probs = np.full((*labels.shape, len(self.classes)), np.nan, np.float32)
-    parts, order = self._batches(images, rows), None
+    parts, order = self._batches(pictures, rows), None
     if lazy: order = [rows.index(i) for i in self._lazily(policy, parts, rows, labels, probs)]
     else:
         for part in parts: self._run(part, rows, labels, probs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
 from .bundle import Bundle
@@ -30,12 +31,12 @@ def counts(present: ArrayLike, truth: ArrayLike, target: str) -> dict[str, float
     Shares are NaN where undefined."""
     yes, real = np.asarray(present, bool), np.asarray(truth, object) == target
     tp, fp, fn, tn = (int((a & b).sum()) for a in (yes, ~yes) for b in (real, ~real))
-    def share(a: int, b: int) -> float: return a / b if b else float("nan")
+    def share(a, b): return a / b if b else float("nan")
     return dict(TP=tp, FP=fp, FN=fn, TN=tn, sensitivity=share(tp, tp + fn),
                 specificity=share(tn, tn + fp),
                 precision=share(tp, tp + fp))
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #1d6b062b
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #e37e6f36
 def sweep(labels: np.ndarray, probs: np.ndarray | None, truth: ArrayLike, target: str,
           classes: Sequence[str] | None = None,
           thresholds: Iterable[float] = np.arange(1, 20) / 20) -> "pd.DataFrame":
@@ -52,12 +53,12 @@ def sweep(labels: np.ndarray, probs: np.ndarray | None, truth: ArrayLike, target
                          ("min_prob", "min")) if probs is not None else ():
         points += [(name, float(t), {"kind": "threshold", "reduce": reduce, "threshold": float(t)})
                    for t in thresholds]
-    def result(spec: dict) -> np.ndarray:
+    def result(spec):
         return Policy.parse({**spec, "target": target}).apply(labels, probs, classes=classes).result
     return pd.DataFrame([dict(policy=name, param=param, **counts(result(spec), truth, target))
                          for name, param, spec in points])
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #a4b3c05f
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #a97f001a
 def confusion(labels: ArrayLike, truth: ArrayLike, classes: Sequence[str]) -> "pd.DataFrame":
     "Count one model's `labels` (B,) (rows) against the true classes (columns): DataFrame (C, C)."
     import pandas as pd
@@ -83,7 +84,7 @@ def per_class(labels: Iterable[ArrayLike], truth: ArrayLike, models: Sequence[st
                  for c, r, s, n in zip(classes, right, said_so, real)]
     return pd.DataFrame(rows)
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #44736ceb
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #1449f6fd
 @dataclass(frozen=True)
 class Flips:
     """A report of the answers that change between two versions of an ensemble on `images` pictures.
@@ -97,11 +98,6 @@ class Flips:
     added: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
 
-    @property
-    def pictures(self) -> list[int]:
-        "Indices of the pictures on which anything changes, sorted."
-        return sorted(int(i) for i in self.table.picture.unique())
-
     def per_class(self) -> "pd.DataFrame":
         """Count the changes: DataFrame [model, old, new, flips, examples], most frequent first,
         with the first three pictures."""
@@ -109,11 +105,18 @@ class Flips:
         found = grouped.agg(flips="count", examples=lambda p: sorted(p)[:3]).reset_index()
         return found.sort_values(["flips", "model"], ascending=[False, True], ignore_index=True)
 
-    def _repr_html_(self) -> str: return self.per_class().to_html(index=False)
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #34591b38
+@patch(as_prop=True)
+def pictures(self: Flips) -> list[int]:
+    "Indices of the pictures on which anything changes, sorted."
+    return sorted(int(i) for i in self.table.picture.unique())
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #3bc1398e
-def _changes(model: str, was: Sequence, now: Sequence, p_was: Sequence[float] | None = None,
-             p_now: Sequence[float] | None = None) -> list[dict[str, Any]]:
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #44736ceb
+@patch
+def _repr_html_(self: Flips): return self.per_class().to_html(index=False)
+
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #63b78b1c
+def _changes(model, was, now, p_was=None, p_now=None):
     """Make the rows of pictures whose answer differs; `was`, `now`: (B,) answers, `p_...`: their
     probabilities or None."""
     return [{"picture": i, "model": model, "old": a, "new": b,

@@ -35,14 +35,14 @@ class Reject:
     code: str
     reason: str
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #00b0c570
-def _grey16(im: Image.Image) -> Image.Image:
+# %% ../../../nbs/flexserve/model/01_images.ipynb #2af5d847
+def _grey16(im):
     "Reduce 16-bit grey to 8 bits: the high byte."
     return Image.fromarray((np.clip(np.asarray(im, float), 0,
                                     65535) / 257).round().astype(np.uint8))
 
 # %% ../../../nbs/flexserve/model/01_images.ipynb #785fb711
-def _rgb(im: Image.Image) -> Image.Image:
+def _rgb(im):
     "Convert any Pillow image to RGB."
     if im.mode == "RGB": return im
     if im.mode in ("I", "F") or im.mode.startswith("I;16"): return _grey16(im).convert("RGB")
@@ -51,8 +51,8 @@ def _rgb(im: Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new("RGBA", im.size, "white"), im).convert("RGB")
     return im.convert("RGB")
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #28c9f73d
-def _opened(data: bytes, limits: Limits) -> np.ndarray | Reject:
+# %% ../../../nbs/flexserve/model/01_images.ipynb #328fcc8f
+def _opened(data, limits):
     "Decode `data` after its size was judged; raises what Pillow raises."
     im = Image.open(io.BytesIO(data), formats=FORMATS)
     if im.width * im.height > limits.max_pixels:
@@ -62,7 +62,7 @@ def _opened(data: bytes, limits: Limits) -> np.ndarray | Reject:
     im.load()
     return np.ascontiguousarray(_rgb(ImageOps.exif_transpose(im)))
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #4964a658
+# %% ../../../nbs/flexserve/model/01_images.ipynb #e3e05d15
 def decode(data: bytes, limits: Limits = Limits()) -> np.ndarray | Reject:
     """Decode `data` (JPEG, PNG, WebP, BMP, GIF) to (H, W, 3) uint8; a `Reject` when it can't be
     taken.
@@ -101,8 +101,8 @@ def from_tensor(array: np.ndarray) -> list[np.ndarray]:
         raise ValueError("pictures: floats must be finite and from 0 to 1")
     return list(np.ascontiguousarray((a * 255).round().astype(np.uint8)))
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #b7a00810
-def _size(name: str, value: Any) -> int | tuple[int, int] | None:
+# %% ../../../nbs/flexserve/model/01_images.ipynb #479fe85f
+def _size(name, value):
     "Check a size: an int (the shorter edge), a (height, width), or None."
     if value is None or is_whole(value, 1) and value <= 4096: return value
     pair = tuple(value) if isinstance(value, (list, tuple)) else ()
@@ -111,21 +111,21 @@ def _size(name: str, value: Any) -> int | tuple[int, int] | None:
     raise ValueError(f"transform: {name}: expected {want}, got {value!r:.80}")
 
 # %% ../../../nbs/flexserve/model/01_images.ipynb #1c2960bd
-def _triple(name: str, value: Any) -> tuple[float, ...]:
+def _triple(name, value):
     "Check a number for each of three channels."
     v = tuple(float(x) for x in value) if isinstance(value, (list, tuple, np.ndarray)) else ()
     if len(v) != 3 or not all(map(math.isfinite, v)) or name == "std" and min(v) <= 0:
         raise ValueError(f"transform: {name}: expected three numbers, got {value!r:.80}")
     return v
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #15ac41f5
-def _shorter(width: int, height: int, edge: int) -> tuple[int, int]:
+# %% ../../../nbs/flexserve/model/01_images.ipynb #91288a46
+def _shorter(width, height, edge):
     "Scale (width, height) to a shorter edge of `edge` pixels, as torchvision rounds it."
     if width <= height: return edge, int(edge * height / width)
     return int(edge * width / height), edge
 
 # %% ../../../nbs/flexserve/model/01_images.ipynb #c8bbbb34
-def _resized(image: np.ndarray, size: int | tuple) -> np.ndarray:
+def _resized(image, size):
     "Resize (H, W, 3) uint8 to a shorter edge or a (height, width)."
     h, w = image.shape[:2]
     new = _shorter(w, h, size) if isinstance(size, int) else (size[1], size[0])
@@ -134,8 +134,8 @@ def _resized(image: np.ndarray, size: int | tuple) -> np.ndarray:
         raise ValueError(f"a picture of {w} x {h} would become {new[0]} x {new[1]}")
     return np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BILINEAR))
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #31d557d9
-def _cropped(image: np.ndarray, size: int | tuple) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/01_images.ipynb #2196efb4
+def _cropped(image, size):
     "Cut out the centre of `size`, with black around it where the picture is smaller."
     h, w = (size, size) if isinstance(size, int) else size
     have_h, have_w = image.shape[:2]
@@ -147,7 +147,7 @@ def _cropped(image: np.ndarray, size: int | tuple) -> np.ndarray:
     top, left = round((have_h - h) / 2), round((have_w - w) / 2)
     return image[top:top + h, left:left + w]
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #ba917df0
+# %% ../../../nbs/flexserve/model/01_images.ipynb #2856edc0
 @dataclass(frozen=True)
 class Transform:
     """A transformation of a picture to a tensor: `resize` (the shorter edge, or (height, width)),
@@ -186,7 +186,7 @@ class Transform:
         mean, scale = (np.float32(255) * np.array(v, np.float32) for v in (self.mean, self.std))
         return ((image.astype(np.float32) - mean) / scale).transpose(2, 0, 1)
 
-# %% ../../../nbs/flexserve/model/01_images.ipynb #25811334
+# %% ../../../nbs/flexserve/model/01_images.ipynb #b0c64b7e
 def by_shape(inputs: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
     "Group tensors that may differ in size: [(indices, stacked (b, 3, h, w))]."
     groups: dict[tuple, list[int]] = {}

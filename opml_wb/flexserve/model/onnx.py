@@ -7,7 +7,7 @@ __all__ = ['MOST', 'PROOF', 'softmax', 'place', 'Backend', 'OnnxBackend', 'conve
 
 # %% ../../../nbs/flexserve/model/06_onnx.ipynb #2c1e4ccf
 import json, os, shutil, subprocess, sys, time, warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from ...core.record.folder import home
 from .bundle import Bundle, BundleError
 from .images import Transform, by_shape
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #7a3e9e17
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #e227067c
 MOST = 1e-3            # the largest difference of a probability that passes for rounding
 
 PROOF = "proof.json"
@@ -64,7 +64,7 @@ class OnnxBackend:
         return [self.sessions[i].run(None, {"x": batches[self.inputs[i]]})[0] for i in rows]
 
 # %% ../../../nbs/flexserve/model/06_onnx.ipynb #7682ecc7
-def _export(bundle: Bundle, i: int, tensor: np.ndarray, path: Path) -> None:
+def _export(bundle, i, tensor, path):
     """Write model `i` as an ONNX graph for batches of pictures like `tensor` (3, h, w), any
     number of them."""
     import torch
@@ -76,8 +76,8 @@ def _export(bundle: Bundle, i: int, tensor: np.ndarray, path: Path) -> None:
         torch.onnx.export(bundle.module(bundle.models[i]["name"]), given, str(path), dynamo=False,
                           input_names=["x"], output_names=["y"], dynamic_axes=axes)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #bc52d2e1
-def _quantize(path: Path, tensors: Sequence[np.ndarray]) -> None:
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #9c545e15
+def _quantize(path, tensors):
     "Make the graph at `path` compute in 8 bits, per channel, its ranges calibrated on `tensors`."
     from onnxruntime.quantization import (CalibrationDataReader, QuantFormat, QuantType,
                                           quantize_static)
@@ -86,7 +86,7 @@ def _quantize(path: Path, tensors: Sequence[np.ndarray]) -> None:
     class OnnxCalibration(CalibrationDataReader):
         def __init__(self) -> None:
             self.batches = iter([{"x": batch} for _, batch in by_shape(tensors)])
-        def get_next(self) -> dict | None: return next(self.batches, None)
+        def get_next(self): return next(self.batches, None)
 
     ready = path.with_suffix(".ready")
     quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
@@ -95,9 +95,8 @@ def _quantize(path: Path, tensors: Sequence[np.ndarray]) -> None:
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     ready.unlink()
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #0df69b0e
-def _probabilities(backend: Backend, i: int, tensors: Sequence[np.ndarray],
-                   inputs: Sequence[int]) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #2800b2fe
+def _probabilities(backend, i, tensors, inputs):
     "Compute (B, classes) probabilities of model `i`."
     out: list[Any] = [None] * len(tensors)
     for index, batch in by_shape(tensors):
@@ -105,8 +104,8 @@ def _probabilities(backend: Backend, i: int, tensors: Sequence[np.ndarray],
         for j, p in zip(index, softmax(backend.forward(batches, [i])[0])): out[j] = p
     return np.stack(out)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #6fdb2be1
-def _cpu(backend: Backend, i: int, tensor: np.ndarray, inputs: Sequence[int]) -> float:
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #8b2d13b3
+def _cpu(backend, i, tensor, inputs):
     "Measure the CPU seconds of model `i` on four copies of `tensor`."
     batches = [np.stack([tensor] * 4) if k == inputs[i] else None for k in range(max(inputs) + 1)]
     began = time.process_time()
@@ -114,8 +113,7 @@ def _cpu(backend: Backend, i: int, tensor: np.ndarray, inputs: Sequence[int]) ->
     return time.process_time() - began
 
 # %% ../../../nbs/flexserve/model/06_onnx.ipynb #7ec5e44f
-def _compare(i: int, tensors: Sequence[np.ndarray], inputs: Sequence[int], plain: Backend,
-             fast: Backend) -> dict[str, float]:
+def _compare(i, tensors, inputs, plain, fast):
     "Compare model `i` on two backends: {agreement, max_diff, speedup} of answers and CPU time."
     p, q = (_probabilities(b, i, tensors, inputs) for b in (plain, fast))
     times = np.array([[_cpu(b, i, tensors[0], inputs) for b in (plain, fast)] for _ in range(15)])
@@ -124,7 +122,7 @@ def _compare(i: int, tensors: Sequence[np.ndarray], inputs: Sequence[int], plain
             "speedup": round(float(np.median(times[:, 0]) / max(np.median(times[:, 1]), 1e-9)), 3)}
 
 # %% ../../../nbs/flexserve/model/06_onnx.ipynb #aa832702
-def _judged(kind: str, images: int, models: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _judged(kind, images, models):
     "Make the proof: the comparison, and the reason for or against the conversion."
     slow = [name for name, m in models.items() if m["speedup"] <= 1]
     wrong = [name for name, m in models.items() if m["agreement"] < 1 or m["max_diff"] > MOST]
@@ -140,7 +138,7 @@ def _judged(kind: str, images: int, models: Mapping[str, Mapping[str, float]]) -
                f"the speed")
     return {"kind": kind, "ok": ok, "why": why, "images": images, "models": models}
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #6398a0a6
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #b62e3f6e
 def convert(bundle: Bundle, kind: str, folder: Path) -> dict[str, Any]:
     """Convert `bundle` into `folder` and compare it with PyTorch on the golden set; the proof.
     Imports torch.
@@ -160,15 +158,15 @@ def convert(bundle: Bundle, kind: str, folder: Path) -> dict[str, Any]:
               for i, m in enumerate(bundle.models)}
     return _judged(kind, len(images) - half, models)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #b037ab94
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #26d31ff3
 def convert_process(folder: str, kind: str, allow: str, part: str) -> None:
     """Convert in a process of its own: arguments are texts (`allow`: JSON), the proof is written
     into folder `part`."""
     proof, out = convert(Bundle.load(folder, json.loads(allow)), kind, Path(part)), Path(part)
     write_json(out/PROOF, {**proof, "files": {f.name: sha256(f) for f in out.glob("*.onnx")}})
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #479fe11a
-def _convert_aside(bundle: Bundle, kind: str, part: Path) -> None:
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #19ba733e
+def _convert_aside(bundle, kind, part):
     "Run `convert_process` in a child. Raises BundleError with the last line that it said."
     code = ("import sys; from opml_wb.flexserve.model.onnx import convert_process; "
             "convert_process(*sys.argv[1:])")
@@ -183,7 +181,7 @@ def _convert_aside(bundle: Bundle, kind: str, part: Path) -> None:
         raise BundleError(f"{kind}: the conversion failed: {said:.300}")
 
 # %% ../../../nbs/flexserve/model/06_onnx.ipynb #dc5ae9c1
-def _kept(goal: Path) -> dict[str, Any] | None:
+def _kept(goal):
     """Read the proof in folder `goal`, if there is one and its graphs are those that it was made
     of; else remove the folder."""
     proof = read_json(goal/PROOF, None)
@@ -192,7 +190,7 @@ def _kept(goal: Path) -> dict[str, Any] | None:
     shutil.rmtree(goal, ignore_errors=True)
     return None
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #1bc07b5a
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #c09036e4
 def prepare(bundle: Bundle, kind: str = "onnx") -> dict[str, Any]:
     """Prove that `bundle` may run on ONNX Runtime; the proof is made if it isn't there.
 

@@ -44,8 +44,8 @@ class Verdict:
     score: np.ndarray
     decided_by: np.ndarray
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #55947dc3
-def _expected(word: Any, known: Sequence[str]) -> str:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #d2ed43e7
+def _expected(word, known):
     "Words to end a message: the nearest of `known`, or all of them."
     close = nearest(word, known)
     return f"did you mean {close!r}?" if close else f"expected one of {', '.join(known)}"
@@ -60,30 +60,22 @@ def index_of(name: str, known: Sequence[str], field: str) -> int:
         raise PolicyError(f"{field}: there is no {name!r}: "
                           f"{_expected(name, list(known))}") from None
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #2c5f7ee7
-def _must(ok: bool, field: str, expected: str, value: Any) -> None:
-    "PolicyError unless `ok`."
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #488c6445
+def _must(ok, field, expected, value):
     if not ok: raise PolicyError(f"{field}: expected {expected}, got {value!r:.80}")
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #63f7a55c
-def _text(field: str, value: Any) -> str:
-    "Check a printable text."
+def _text(field, value):
     _must(isinstance(value, str) and value != "" and value.isprintable(), field, "printable text",
           value)
     return value
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #a67e7a81
-def _share(field: str, value: Any) -> float:
-    "Check a number from 0 to 1."
-    return check_number(field, value, 0, 1, error=PolicyError)
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #afb9e29f
+def _share(field, value): return check_number(field, value, 0, 1, error=PolicyError)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #9ed7f1bf
-def _count(field: str, value: Any) -> int:
-    "Check a whole number from 1."
-    return check_whole(field, value, 1, error=PolicyError)
+def _count(field, value): return check_whole(field, value, 1, error=PolicyError)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #447dc415
-def _weights(field: str, value: Any) -> dict[str, float]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #20ce1e5b
+def _weights(field, value):
     "Check {model: weight} with a finite sum above 0."
     _must(isinstance(value, dict) and len(value) > 0, field, "{model: weight}", value)
     for name, w in value.items():
@@ -95,8 +87,8 @@ def _weights(field: str, value: Any) -> dict[str, float]:
         raise PolicyError(f"{field}: they add up to {total}: expected a finite sum above 0")
     return {name: float(w) for name, w in value.items()}
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #f5be5a50
-def _models(field: str, value: Any) -> tuple[str, ...]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #4a66d890
+def _models(field, value):
     "Check a list of different model names."
     _must(isinstance(value, (list, tuple)) and len(value) > 0, field, "a list of model names",
           value)
@@ -105,9 +97,8 @@ def _models(field: str, value: Any) -> tuple[str, ...]:
         raise PolicyError(f"{field}: a name is there twice in {value!r:.200}")
     return tuple(value)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #3e5904eb
-def _reduce(field: str, value: Any) -> str:
-    "Check the name of a reduction."
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #3ca0eaf7
+def _reduce(field, value):
     if not isinstance(value, str) or value not in REDUCE:
         raise PolicyError(f"{field}: {value!r:.80}: {_expected(value, list(REDUCE))}")
     return value
@@ -117,7 +108,7 @@ JUDGE: dict[str, Callable[[str, Any], Any]] = {
     "target": _text, "k": _count, "weights": _weights, "threshold": _share, "reduce": _reduce,
     "models": _models}
 
-def _parsed(spec: Any) -> dict[str, Any]:
+def _parsed(spec):
     "Check the fields of a policy given as a dict."
     _must(isinstance(spec, dict), "policy", "an object such as {'kind': 'or', 'target': 'cat'}",
           spec)
@@ -167,16 +158,16 @@ class Policy:
 
     @property
     def elects(self) -> bool:
-        "True when it names a class, rather than say whether a target is present."
+        "True when it names a class, not whether a target is present."
         return self.target is None
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #8bebce7c
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #ab785add
 @patch
 def needed(self: Policy, n: int) -> int:
     "Count the yes votes among `n` models that make the target present."
     return {"or": 1, "and": n, "majority": n // 2 + 1, "k_of_n": self.k or 0}[self.kind]
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #5d195df2
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #3fc47103
 @patch
 def rows(self: Policy, models: Sequence[str] | None, n: int) -> list[int]:
     "Find the indices of the models that are asked, among `n` in all, named `models` (or None)."
@@ -200,19 +191,18 @@ def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = N
     for name in asked if weights else ():
         if name not in weights: raise PolicyError(f"weights: none for model {name!r}")
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #6e1fa005
-def _names(labels: np.ndarray, probs: Any, classes: Sequence[str] | None) -> list[str | None]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #efa693a6
+def _names(labels, probs, classes):
     """Name the class of each column of `probs`: `classes`, or learned from the labels, which are
     their maxima; None where unknown."""
     if classes is not None: return list(classes)
     asked = np.array([label is not None for label in labels.ravel()]).reshape(labels.shape)
-    names: list[str | None] = [None] * probs.shape[2]
+    names = [None] * probs.shape[2]
     for column, label in zip(probs[asked].argmax(-1), labels[asked]): names[column] = label
     return names
 
 # %% ../../../nbs/flexserve/model/07_policy.ipynb #c9c35f3b
-def _column(target: str | None, labels: np.ndarray, probs: Any,
-            classes: Sequence[str] | None) -> int:
+def _column(target, labels, probs, classes):
     "Find the column of `target` in `probs`."
     names = _names(labels, probs, classes)
     if target not in names:
@@ -220,9 +210,8 @@ def _column(target: str | None, labels: np.ndarray, probs: Any,
                           f"`classes`")
     return names.index(target)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #dca1e9eb
-def _given(policy: Policy, labels: Any, probs: Any, models: Sequence[str] | None,
-           classes: Sequence[str] | None) -> tuple[np.ndarray, Any, list[str]]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #38ff037f
+def _given(policy, labels, probs, models, classes):
     """Check the answers: (labels (M, B) object, probs (M, B, C) or None, model names) of the
     models that are asked."""
     labels = np.asarray(labels, object)
@@ -243,44 +232,43 @@ def _given(policy: Policy, labels: Any, probs: Any, models: Sequence[str] | None
     rows = policy.rows(models, len(labels))
     return labels[rows], None if probs is None else probs[rows], [names[i] for i in rows]
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #8417babe
-def _evidence(policy: Policy, labels: np.ndarray, probs: Any,
-              classes: Sequence[str] | None) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #57e2d75f
+def _evidence(policy, labels, probs, classes):
     "Compute (M, B) float in [0, 1], NaN where a model has not been asked."
     if policy.kind in ("threshold", "mean_prob"):
         return probs[:, :, _column(policy.target, labels, probs, classes)]
     known = np.array([[label is not None for label in row] for row in labels])
     return np.where(known, labels == policy.target, np.nan).astype(float)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #02c8c767
-def _score(policy: Policy, x: np.ndarray, names: Sequence[str]) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #87920beb
+def _score(policy, x, names):
     "Compute (B,) float, which is compared with the cut, over the answers that are there."
     if policy.kind != "weighted": return REDUCE[policy.reduce](x, axis=0)
     w = np.array([(policy.weights or {})[name] for name in names])[:, None]
     return np.nansum(w * x, axis=0) / np.maximum((w * ~np.isnan(x)).sum(axis=0), 1e-300)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #2d2844a9
-def _cut(policy: Policy, n: int) -> float:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #b6462189
+def _cut(policy, n):
     "The score from which the target is present, of `n` models."
     return (policy.needed(n) / n if policy.kind in VOTES else policy.threshold) - TIE
 
 # %% ../../../nbs/flexserve/model/07_policy.ipynb #96354de4
-def _settled(policy: Policy, x: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def _settled(policy, x, names):
     """Find (B,) bool, where the verdict is the same for any open answers: for all of them 0 and
     all of them 1."""
     low, high = (_score(policy, np.where(np.isnan(x), fill, x), names) >= _cut(policy, len(x))
                  for fill in (0., 1.))
     return low == high
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #34452d33
-def _counts(labels: np.ndarray) -> tuple[list[str], np.ndarray]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #dbff0208
+def _counts(labels):
     "Count votes: (classes in the order in which the models name them, votes (C, B))."
     known = list(dict.fromkeys(label for label in labels.ravel() if label is not None))
     return known, np.array([(labels == name).sum(axis=0)
                             for name in known]).reshape(len(known), labels.shape[1])
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #bc283c46
-def _leads(labels: np.ndarray) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #0437f1cc
+def _leads(labels):
     "Find (B,) bool, where one class leads by more than the votes that are out."
     out = np.array([[label is None for label in row] for row in labels]).sum(axis=0)
     _, votes = _counts(labels)
@@ -289,7 +277,7 @@ def _leads(labels: np.ndarray) -> np.ndarray:
     return (ranked[-1] - ranked[-2] > out) | (out == 0)
 
 # %% ../../../nbs/flexserve/model/07_policy.ipynb #f9769a10
-def _elected(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _elected(labels):
     """Elect (class names (B,), share of the votes given (B,)) by most votes.
 
     A tie goes to the class that the earliest model names."""
@@ -301,9 +289,8 @@ def _elected(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
            for b in range(labels.shape[1])]
     return np.array(won, object), best / given
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #c687b6f7
-def _over(policy: Policy, labels: np.ndarray, probs: Any, classes: Sequence[str] | None,
-          names: Sequence[str]) -> np.ndarray:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #11e4fedd
+def _over(policy, labels, probs, classes, names):
     "Find (B,) bool, where the verdict can no longer change, of checked answers."
     if policy.kind == "vote": return _leads(labels)
     if policy.elects: return ~np.isnan(probs).any(axis=(0, 2))
@@ -320,9 +307,8 @@ def decided(self: Policy, labels: Any, probs: Any = None, *, models: Sequence[st
     labels, probs, names = _given(self, labels, probs, models, classes)
     return _over(self, labels, probs, classes, names)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #05930868
-def _result(policy: Policy, labels: np.ndarray, probs: Any, classes: Sequence[str] | None,
-            names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #e09b9649
+def _result(policy, labels, probs, classes, names):
     "Compute (result (B,), score (B,)) of all that is known."
     if policy.kind == "vote":
         won, share = _elected(labels)
@@ -341,8 +327,7 @@ def _result(policy: Policy, labels: np.ndarray, probs: Any, classes: Sequence[st
                   names) >= _cut(policy, len(x)), _score(policy, x, names)
 
 # %% ../../../nbs/flexserve/model/07_policy.ipynb #ed1acb89
-def _deciders(policy: Policy, labels: np.ndarray, probs: Any, classes: Sequence[str] | None,
-              names: Sequence[str], order: Sequence[int]) -> np.ndarray:
+def _deciders(policy, labels, probs, classes, names, order):
     "Find (B,) int: the position of the model, asked in `order`, after which each verdict stood."
     by, open_ = np.full(labels.shape[1], order[-1]), np.ones(labels.shape[1], bool)
     seen, p = np.full_like(labels, None), None if probs is None else np.full_like(probs, np.nan)
@@ -371,10 +356,10 @@ def apply(self: Policy, labels: Any, probs: Any = None, *, models: Sequence[str]
                        np.zeros(0, int))
     if not _over(self, labels, probs, classes, names).all():
         raise PolicyError("labels: an answer is missing that the verdict depends on")
-    order = range(len(labels)) if order is None else [all_rows.index(i)
-                                                      for i in order if i in all_rows]
-    result, score = _result(self, labels, probs, classes, names)
-    by = _deciders(self, labels, probs, classes, names, order)
+    asked = all_rows if order is None else order
+    order = [all_rows.index(i) for i in asked if i in all_rows]
+    given = self, labels, probs, classes, names
+    (result, score), by = _result(*given), _deciders(*given, order)
     return Verdict(result, score.astype(np.float32), np.array(all_rows)[by])
 
 # %% ../../../nbs/flexserve/model/07_policy.ipynb #356f2e13

@@ -16,7 +16,7 @@ from ...core.record.folder import home
 
 if TYPE_CHECKING: import torch
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #8a48810a
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #7250427e
 ZOO = "opml_wb.flexserve.model.zoo"
 
 ZOOS = {ZOO, "opml_wb.flexserve.zoo"}    # bundles made before name the module where it was
@@ -42,8 +42,8 @@ def permit(modules: Iterable[str]) -> None:
         home().mkdir(parents=True, exist_ok=True)
         write_text(home()/"flexserve_allow", "\n".join(sorted(allowed(modules) - ZOOS)) + "\n")
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #2b0d204f
-def _factory(arch: str, allow: Iterable[str]) -> Callable:
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #77f28208
+def _factory(arch, allow):
     "Find the function that `arch` ('package.module:function') names, if its module is allowed."
     if not isinstance(arch, str) or not re.fullmatch(r"[\w.]+:\w+", arch):
         raise BundleError(f"arch: expected 'package.module:function', got {arch!r:.100}")
@@ -55,7 +55,7 @@ def _factory(arch: str, allow: Iterable[str]) -> Callable:
     except (ImportError, AttributeError) as e:
         raise BundleError(f"arch: {arch!r} cannot be found: {e}") from e
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #d74e2adc
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #512ee892
 def build(arch: str | Callable, kwargs: Mapping[str, Any] | None = None,
           allow: Iterable[str] = ()) -> "torch.nn.Module":
     """Build the torch module that `arch` gives for `kwargs`, in eval mode, its weights as
@@ -70,7 +70,7 @@ def build(arch: str | Callable, kwargs: Mapping[str, Any] | None = None,
     return module.eval()
 
 # %% ../../../nbs/flexserve/model/02_weights.ipynb #63c60fbd
-def _unpickled(path: str | os.PathLike) -> Any:
+def _unpickled(path):
     "Read the state dict of a checkpoint, as tensors only; BundleError for any other pickle."
     import torch
     try: found = torch.load(path, map_location="cpu", weights_only=True)
@@ -83,7 +83,7 @@ def _unpickled(path: str | os.PathLike) -> Any:
         if isinstance(found, dict) and isinstance(found.get(key), dict): return found[key]
     return found
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #7e1e7d0c
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #fd76d65a
 def tensors(state: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """Check `state` and give it as {name: contiguous CPU tensor}, without counters of batches.
 
@@ -97,7 +97,7 @@ def tensors(state: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()
             if not name.endswith("num_batches_tracked")}
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #ed029a20
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #dcabb0bf
 def fill(module: "torch.nn.Module", state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":
     """Give `module` the tensors of `state` themselves, not copies.
 
@@ -114,7 +114,7 @@ def fill(module: "torch.nn.Module", state: Mapping[str, "torch.Tensor"]) -> "tor
     module.load_state_dict(state, strict=False, assign=True)
     return module.requires_grad_(False)
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #12184387
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #de372646
 def import_torch(path: str | os.PathLike, arch: str | Callable, strip: str = "module.", *,
                  kwargs: Mapping[str, Any] | None = None,
                  allow: Iterable[str] = ()) -> dict[str, "torch.Tensor"]:

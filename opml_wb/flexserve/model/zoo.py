@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #7c0e2a54
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ac5908c5
 class _OptionA(nn.Module):
     "A shortcut without parameters: every second pixel, channels padded with zeros on both sides."
     def __init__(self, width: int) -> None:
@@ -40,6 +40,10 @@ class _Block(nn.Module):
 class CifarResNet(nn.Module):
     """A residual net for (B, 3, H, W) float pictures of about 32 x 32, `blocks` a stage; gives
     (B, classes) logits."""
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -55,27 +59,26 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean(dim=(2, 3)))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #bc90b2b2
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #58b0a274
 def cifar_resnet20(classes: int = 10) -> CifarResNet:
     "Build ResNet-20 for (B, 3, 32, 32): 3 blocks in each of three stages."
     return CifarResNet(3, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #0b6a4c8e
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #7d7aff5f
 def cifar_resnet32(classes: int = 10) -> CifarResNet:
     "Build ResNet-32 for (B, 3, 32, 32): 5 blocks in each of three stages."
     return CifarResNet(5, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ae9fe2b3
 def cifar_resnet44(classes: int = 10) -> CifarResNet:
     "Build ResNet-44 for (B, 3, 32, 32): 7 blocks in each of three stages."
     return CifarResNet(7, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #3af92c2f
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ec08483b
 def cifar_resnet56(classes: int = 10) -> CifarResNet:
     "Build ResNet-56 for (B, 3, 32, 32): 9 blocks in each of three stages."
     return CifarResNet(9, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #e2735d69
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #7e99b6d3
 def mlp(size: int = 24, classes: int = 2, width: int = 64) -> nn.Sequential:
     "Build a perceptron of one hidden layer on all pixels of (B, 3, size, size)."
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, width), nn.ReLU(),
@@ -91,7 +94,7 @@ def convnet(classes: int = 2, width: int = 12) -> nn.Sequential:
         inside = width << i
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #50b55d80
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ca65e1f5
 class PatchMixer(nn.Module):
     """A network whose embedded patches are mixed over places, then over channels (Tolstikhin et
     al. 2021); (B, 3, size, size)."""
@@ -112,7 +115,7 @@ class PatchMixer(nn.Module):
         x = x + self.channels(self.norms[1](x))
         return self.head(self.norms[2](x).mean(dim=1))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #1b9f3b27
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #c18b46e5
 def patch_mixer(size: int = 24, patch: int = 6, classes: int = 2, width: int = 32) -> PatchMixer:
     "Build a PatchMixer for (B, 3, size, size)."
     return PatchMixer(size, patch, classes, width)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.serve.server import Patience, bound, serve, Running, Server
     from opml_wb.flexserve.serve.client import ServerError, encoded, Client
     from opml_wb.flexserve.serve.ray_app import deployment
+    from opml_wb.flexserve.serve.settings import Settings, Tokens
     from opml_wb.flexserve.serve.cli import flexserve
 
 __getattr__, __dir__, __all__ = lazy(__name__)
