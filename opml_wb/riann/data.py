@@ -33,6 +33,7 @@ def _home(package):
     "The folder of an installed package."
     return Path(getattr(find_spec(package), "origin")).parent
 
+# %% ../../nbs/riann/02_data.ipynb #c614db16
 def photographs() -> list[Path]:
     """Find the photographs, in the order of `PHOTOS`; ImportError naming the extra where
     scikit-image is absent."""
@@ -54,6 +55,7 @@ def _describe(photo: Path, contrast_threshold: float, view: Callable | None = No
                                                                                   None)
     return np.empty((0, 128), np.uint8) if d is None else np.rint(d).astype(np.uint8)
 
+# %% ../../nbs/riann/02_data.ipynb #b0a6db37
 def _unique(x: np.ndarray) -> np.ndarray:
     "Positions of the first occurrence of each row, ascending."
     return np.sort(np.unique(x, axis=0, return_index=True)[1])
@@ -99,6 +101,7 @@ def _shipped() -> tuple[np.ndarray, np.ndarray]:
     held[np.random.default_rng(1).permutation(len(rows))[:N_QUERY]] = True
     return rows[~held], rows[held]
 
+# %% ../../nbs/riann/02_data.ipynb #d511882c
 def _full() -> np.ndarray:
     "The full set: uint8 [51000, 128] in photograph order, none equal to a shipped query."
     rows, _, _ = sift_from_photos(contrast_threshold=FULL_CONTRAST)
@@ -121,6 +124,7 @@ def _docstrings(file: Path) -> Iterator[str]:
         if isinstance(node, (ast.Module, ast.ClassDef,
                              ast.FunctionDef)) and (text := ast.get_docstring(node)): yield text
 
+# %% ../../nbs/riann/02_data.ipynb #d329a6e7
 def paragraphs(packages: Sequence[str] = TEXTS) -> list[str]:
     """Find paragraphs of at least 12 words, each once, in the packages' docstrings, tests and
     examples left out; about 15 s."""
@@ -133,6 +137,7 @@ def paragraphs(packages: Sequence[str] = TEXTS) -> list[str]:
                 if len(words) >= 12 and ">>>" not in words: seen.setdefault(" ".join(words), None)
     return list(seen)
 
+# %% ../../nbs/riann/02_data.ipynb #9547aa91
 def text_vectors(texts: list[str], dim: int = 64) -> np.ndarray:
     """Turn texts into unit vectors float32 [n, dim]: TF-IDF and truncated SVD; texts of unknown
     words only are left out, so n <= len(texts)."""

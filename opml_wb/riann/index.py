@@ -32,6 +32,7 @@ def _shipped(seed):
     from opml_wb.riann.models.recall import RecallModel
     return RecallModel.load()
 
+# %% ../../nbs/riann/07_index.ipynb #5ffbdc54
 @functools.cache
 def _here():
     """The shipped time model with this machine's time of a distance, measured once: equal calls
@@ -117,63 +118,38 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
     self.forecast, self._lock = Forecast(self.linker), threading.RLock()
     planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
 
-# %% ../../nbs/riann/07_index.ipynb #82b3cb9a
-@patch
-def add(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None = None) -> Report:
-    """Index a batch; every vector of it is found from the moment of return.
-
-    x: f32[n, dim]. ids: int[n], >= 0, new. deadline_s: wall seconds from call to return (None: the
-    requirement's).
-    Returns Report. Errors: ValueError naming the parameter or the first row at fault, StoreError
-    and OSError of the disk; then nothing is indexed."""
-    need = self.requirement
-    quick = deadline_s is self.store is need.deadline_s is need.query_s is None and not self.closed
-    return (self._copied(x, ids) if quick else None) or self._batch("add", x, ids, deadline_s)
-
-@patch
-def _copied(self: Riann, x: Any, ids: Any) -> Report | None:
-    """Report on a batch that is as the kernels want it and of which a copy is all there is to do;
-    else None, and nothing is done."""
-    begun, cpu = time.perf_counter(), time.thread_time()
-    if not (total := self.graph.intake.take(x, ids, self.linker.flat_below)): return None
-    entry = self.forecast.entry
-    soon, took = entry.of(len(x)), time.perf_counter() - begun
-    entry.learn(len(x), "add", took)
-    return Report(took, True, total, [], soon, time.thread_time() - cpu, True, FLAT)
-
-# %% ../../nbs/riann/07_index.ipynb #c166acf8
-@patch
-def update(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None = None) -> Report:
-    """Give vectors that are in the index new values, all or none: as `add`, with ids that are
-    there.
-
-    A search meanwhile may find neither the old values nor the new."""
-    return self._batch("update", x, ids, deadline_s)
-
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
 @patch
 def _deadline(self: Riann, deadline_s: float | None) -> float | None:
     return self.requirement.deadline_s if deadline_s is None else number("deadline_s", deadline_s,
                                                                          0)
 
+# %% ../../nbs/riann/07_index.ipynb #06c919b0
 @patch
-def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> Report:
-    clock = Clock(self._deadline(deadline_s))
-    # no garbage collection before the deadline
-    paused = clock.limit is not None and gc.isenabled()
-    if paused: gc.disable()
-    try:
-        with self._lock:
-            waited = clock.wall   # for another writer
-            plan = self._enter(op, x, ids, clock.limit)
-            self.forecast.entry.learn(len(x), op, clock.wall - waited)
-            chunks = self.linker.link(clock) if plan.deg else []
-            wall = clock.wall
-            kept = clock.limit is None or wall <= clock.limit
-            return Report(wall, kept, self.graph.waiting, chunks, plan.t_index, clock.spent,
-                          plan.feasible, plan.reason)
-    finally:
-        if paused: gc.enable()
+def _is_open(self: Riann) -> None:
+    if self.closed: raise ValueError("this index is closed; Riann.open(path) opens it again")
+
+# %% ../../nbs/riann/07_index.ipynb #331b8043
+@patch
+def _write(self: Riann, op: str, **arrays: np.ndarray) -> None:
+    if self.store: self.store.append(op, arrays, {})
+
+@patch
+def _log_entered(self: Riann, x: np.ndarray, ids: np.ndarray) -> None:
+    "Write down an addition whose ids are entered already, unless the disk refuses."
+    try: self._write("add", x=x, ids=ids)
+    except BaseException:
+        self.graph.memory.directory.drop(ids)
+        raise
+
+# %% ../../nbs/riann/07_index.ipynb #9995dd62
+@patch
+def _do(self: Riann, op: str, ids: np.ndarray, x: np.ndarray | None = None) -> None:
+    """Carry out an operation that was written down, also one that was written twice as an interrupt
+    kept it from being carried out."""
+    there = ids[self.graph.memory.directory.find(ids) >= 0]
+    if len(there): self.graph.remove(there)
+    if op != "remove": self.graph.intake.put(x, ids)
 
 # %% ../../nbs/riann/07_index.ipynb #bd49c94a
 @patch
@@ -196,31 +172,59 @@ def _enter(self: Riann, op: str, x: Any, ids: Any, limit: float | None) -> Plan:
             intake.put(x, ids)
     return plan
 
-# %% ../../nbs/riann/07_index.ipynb #06c919b0
+# %% ../../nbs/riann/07_index.ipynb #0c8cc6c7
 @patch
-def _is_open(self: Riann) -> None:
-    if self.closed: raise ValueError("this index is closed; Riann.open(path) opens it again")
+def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> Report:
+    clock = Clock(self._deadline(deadline_s))
+    # no garbage collection before the deadline
+    paused = clock.limit is not None and gc.isenabled()
+    if paused: gc.disable()
+    try:
+        with self._lock:
+            waited = clock.wall   # for another writer
+            plan = self._enter(op, x, ids, clock.limit)
+            self.forecast.entry.learn(len(x), op, clock.wall - waited)
+            chunks = self.linker.link(clock) if plan.deg else []
+            wall = clock.wall
+            kept = clock.limit is None or wall <= clock.limit
+            return Report(wall, kept, self.graph.waiting, chunks, plan.t_index, clock.spent,
+                          plan.feasible, plan.reason)
+    finally:
+        if paused: gc.enable()
 
-# %% ../../nbs/riann/07_index.ipynb #331b8043
+# %% ../../nbs/riann/07_index.ipynb #d96e04d2
 @patch
-def _write(self: Riann, op: str, **arrays: np.ndarray) -> None:
-    if self.store: self.store.append(op, arrays, {})
+def _copied(self: Riann, x: Any, ids: Any) -> Report | None:
+    """Report on a batch that is as the kernels want it and of which a copy is all there is to do;
+    else None, and nothing is done."""
+    begun, cpu = time.perf_counter(), time.thread_time()
+    if not (total := self.graph.intake.take(x, ids, self.linker.flat_below)): return None
+    entry = self.forecast.entry
+    soon, took = entry.of(len(x)), time.perf_counter() - begun
+    entry.learn(len(x), "add", took)
+    return Report(took, True, total, [], soon, time.thread_time() - cpu, True, FLAT)
 
+# %% ../../nbs/riann/07_index.ipynb #82b3cb9a
 @patch
-def _log_entered(self: Riann, x: np.ndarray, ids: np.ndarray) -> None:
-    "Write down an addition whose ids are entered already, unless the disk refuses."
-    try: self._write("add", x=x, ids=ids)
-    except BaseException:
-        self.graph.memory.directory.drop(ids)
-        raise
+def add(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None = None) -> Report:
+    """Index a batch; every vector of it is found from the moment of return.
 
+    x: f32[n, dim]. ids: int[n], >= 0, new. deadline_s: wall seconds from call to return (None: the
+    requirement's).
+    Returns Report. Errors: ValueError naming the parameter or the first row at fault, StoreError
+    and OSError of the disk; then nothing is indexed."""
+    need = self.requirement
+    quick = deadline_s is self.store is need.deadline_s is need.query_s is None and not self.closed
+    return (self._copied(x, ids) if quick else None) or self._batch("add", x, ids, deadline_s)
+
+# %% ../../nbs/riann/07_index.ipynb #c166acf8
 @patch
-def _do(self: Riann, op: str, ids: np.ndarray, x: np.ndarray | None = None) -> None:
-    """Carry out an operation that was written down, also one that was written twice as an interrupt
-    kept it from being carried out."""
-    there = ids[self.graph.memory.directory.find(ids) >= 0]
-    if len(there): self.graph.remove(there)
-    if op != "remove": self.graph.intake.put(x, ids)
+def update(self: Riann, x: ArrayLike, ids: ArrayLike, deadline_s: float | None = None) -> Report:
+    """Give vectors that are in the index new values, all or none: as `add`, with ids that are
+    there.
+
+    A search meanwhile may find neither the old values nor the new."""
+    return self._batch("update", x, ids, deadline_s)
 
 # %% ../../nbs/riann/07_index.ipynb #c3ce7a03
 @patch
@@ -235,6 +239,7 @@ def search(self: Riann, q: ArrayLike, k: int | None = None,
     k = integer("k", self.requirement.k if k is None else k, 1, 2**31 - 1)
     return self.graph.search(q, k, max(k, self._beam()) if ef is None else ef)
 
+# %% ../../nbs/riann/07_index.ipynb #7dc48fb9
 @patch
 def _beam(self: Riann) -> int:
     """Beam of a search: the first rung's, less what comparing with the vectors that wait takes of
@@ -305,6 +310,7 @@ def save(self: Riann) -> None:
         self.store.save(arrays, dict(graph=meta, requirement=need, seed=self.planner.seed,
                                      flat_below=self.flat_below, time_model=times))
 
+# %% ../../nbs/riann/07_index.ipynb #6d1b7237
 @patch
 def close(self: Riann) -> None:
     "Let go of the folder; nothing is lost. Searches go on, writes are refused afterwards."

@@ -100,6 +100,7 @@ def _chunk(self: Linker, costs: np.ndarray, clock: Clock) -> tuple[int, int] | N
     over = waiting - self.tail_limit   # too long a tail is the greater evil than a missed deadline
     return (int(np.argmin(costs)), min(over, n)) if over > 0 else None
 
+# %% ../../nbs/riann/05_linking.ipynb #6775d990
 @patch
 def _timed(self: Linker, predicted: float, work: Callable, *args: Any) -> None:
     "Do some work of the graph's and let the pace know what it took."

@@ -44,6 +44,7 @@ def publish(file: Path) -> None:
     os.replace(file.with_name(file.name + ".part"), file)
     fsync(file.parent)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #c48049c6
 def replace(file: Path, data: bytes) -> None:
     "Write `data` to `file`, whole or not at all."
     beside(file, data)
@@ -75,6 +76,7 @@ def wal_file(path: Path, doc: Mapping[str, Any]) -> Path:
     "The log of a generation."
     return path/f"wal-{doc['generation']}.log"
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #f928cd59
 def is_store(names: Iterable[str]) -> bool:
     "True if a folder of these names holds a store."
     return any(re.fullmatch(r"MANIFEST(\.old)?\.json|wal-\d+\.log|gen-\d+", n) for n in names)
@@ -104,6 +106,13 @@ def heal(path: Path, doc: Mapping[str, Any]) -> None:
         if doc["generation"]: replace(now, encode(doc))
         else: now.unlink(); fsync(path)
 
+# %% ../../../nbs/riann/disk/02_generation.ipynb #5a23f2ff
+def _remove(file):
+    with suppress(OSError):
+        if file.is_symlink() or not file.is_dir(): return os.unlink(file)
+        for array in file.iterdir(): os.unlink(array)
+        os.rmdir(file)
+
 # %% ../../../nbs/riann/disk/02_generation.ipynb #1a073b91
 def sweep(path: Path, doc: Mapping[str, Any]) -> None:
     "Remove what belongs to another generation; what cannot go now goes next time."
@@ -111,12 +120,6 @@ def sweep(path: Path, doc: Mapping[str, Any]) -> None:
     with suppress(OSError):
         for file in sorted(path.iterdir()):
             if file.name not in keep and OURS.fullmatch(file.name): _remove(file)
-
-def _remove(file):
-    with suppress(OSError):
-        if file.is_symlink() or not file.is_dir(): return os.unlink(file)
-        for array in file.iterdir(): os.unlink(array)
-        os.rmdir(file)
 
 # %% ../../../nbs/riann/disk/02_generation.ipynb #42472cbe
 def write_array(file: Path, a: np.ndarray) -> dict[str, int]:

@@ -40,6 +40,7 @@ def _copies(level, twin):
         v = twin[v]
     return np.concatenate(out) if out else np.zeros(0, int)
 
+# %% ../../../nbs/riann/disk/04_snapshot.ipynb #8854750d
 def _enter(graph, n):
     "Fill the directory and the table of a graph of `n` slots, and count its removed nodes."
     m, g = graph.memory, graph.memory.arrays

@@ -198,6 +198,7 @@ def _release(self: IndexStore, why: str) -> None:
     if self._lock is not None:
         with suppress(OSError): os.close(self._lock)
 
+# %% ../../../nbs/riann/disk/03_store.ipynb #41798a64
 @patch
 def close(self: IndexStore) -> None:
     "Let go of the folder. Closing twice is fine."

@@ -27,6 +27,7 @@ class Damaged(StoreError):
         self.file, self.offset, self.why = file, offset, why
         super().__init__(f"{file}{'' if offset is None else f', byte {offset}'}: {why}")
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #98ad7a91
 def newer(file: Path, version: int) -> StoreError:
     "Make the error for a file whose format is newer than ours."
     return StoreError(
@@ -99,6 +100,7 @@ def write_all(fd: int, parts: Sequence) -> int:
         if n: left[0] = left[0][n:]
     return size
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #91c7842c
 def flush(fd: int) -> None:
     "Force the file's bytes to the disk."
     os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
@@ -117,6 +119,7 @@ def header(doc: Mapping[str, Any]) -> bytes:
     "The first bytes of the log of a generation, whose manifest is `doc`."
     return sealed(HEADER.pack(b"RIANNLOG", FORMAT, doc["generation"], doc["seq"]))
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #cedd2be4
 def _head_of(raw):
     "(bytes of JSON, bytes of all, number, crc32) of a record's head; None if damaged."
     return _RECORD.unpack(raw[:-_SEAL])[1:] if raw[
@@ -155,6 +158,7 @@ class Fault(NamedTuple):
     kind: str
     why: str
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #12cdea9c
 class Record(NamedTuple):
     """A whole record: its first byte, the first byte after it, its number, bytes of JSON, and
     payload u8[n] (None if not read)."""
@@ -171,6 +175,7 @@ def _read_at(fd, n, at):
     while got < n and (more := os.preadv(fd, [raw_bytes(buf)[got:]], at + got)): got += more
     return buf[:got]
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #d9d399fd
 def _another(fd, at, seq):
     "Does the head of a record above number `seq` lie anywhere after byte `at`?"
     with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as m:
@@ -254,6 +259,7 @@ def trim(self: Log) -> None:
     "Cut off what follows the last whole record."
     if os.fstat(self.fd).st_size != self.mark[0]: os.ftruncate(self.fd, self.mark[0])
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #476b64e9
 @patch
 def append(self: Log, op: str, arrays: Mapping[str, np.ndarray], meta: str, durable: bool) -> int:
     "Add a record, `durable`: on the disk; its number."

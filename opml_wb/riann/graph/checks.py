@@ -55,6 +55,13 @@ def matrix(name: str, x: ArrayLike, dim: int) -> np.ndarray:
 # %% ../../../nbs/riann/graph/01_checks.ipynb #666826de
 FARTHEST = 8e37   # squared length of the longest vector: distances stay below float32's largest
 
+def _fault(a: np.ndarray, sq: np.ndarray, cosine: bool) -> Fault:
+    "Find the first row that has no distance, and say why."
+    row = int((~((sq > 0) & (sq < np.inf)) if cosine else ~(sq <= FARTHEST)).argmax())
+    if not np.isfinite(a[row]).all(): return row, "NaN or infinity"
+    return row, "the zero vector has no cosine" if cosine else "too large for float32 distances"
+
+# %% ../../../nbs/riann/graph/01_checks.ipynb #1c1fcf6b
 def vectors(name: str, x: ArrayLike, dim: int, metric: str) -> tuple[np.ndarray, Fault]:
     "Return `x` as f32[n, dim], of unit length for cosine, and the first row without a distance."
     a = matrix(name, x, dim)
@@ -65,13 +72,6 @@ def vectors(name: str, x: ArrayLike, dim: int, metric: str) -> tuple[np.ndarray,
         return a, _fault(a, sq, cosine)
     if cosine: a = (a / np.sqrt(sq)[:, None]).astype(np.float32)
     return a, None
-
-# %% ../../../nbs/riann/graph/01_checks.ipynb #2608aa87
-def _fault(a: np.ndarray, sq: np.ndarray, cosine: bool) -> Fault:
-    "Find the first row that has no distance, and say why."
-    row = int((~((sq > 0) & (sq < np.inf)) if cosine else ~(sq <= FARTHEST)).argmax())
-    if not np.isfinite(a[row]).all(): return row, "NaN or infinity"
-    return row, "the zero vector has no cosine" if cosine else "too large for float32 distances"
 
 # %% ../../../nbs/riann/graph/01_checks.ipynb #9d69dced
 def integers(ids: ArrayLike, n: int | None = None) -> np.ndarray:

@@ -21,6 +21,7 @@ def _home(id, mask):
     h = np.uint64(id) * np.uint64(0x9E3779B97F4A7C15)
     return np.int64((h ^ h >> np.uint64(32)) & np.uint64(mask))
 
+# %% ../../../nbs/riann/graph/04_directory.ipynb #549c8481
 @kernel
 def _seek(id, table):
     "The row of `id`, or the empty one where it would be."
@@ -100,16 +101,6 @@ class Directory:
         _find(ids, self.table, out)
         return out
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #8da613b4
-@patch
-def add(self: Directory, ids: np.ndarray, slots: np.ndarray) -> int:
-    """Enter ids under their slots; or none of them, if one is negative, here already, or twice in
-    `ids`.
-
-    Returns -1, or the row of that one."""
-    if 2 * (len(self) + len(ids)) >= len(self.table): self._grow(len(self) + len(ids))
-    return enter_ids(ids, slots, self.table)
-
 # %% ../../../nbs/riann/graph/04_directory.ipynb #44086aa3
 @patch
 def _grow(self: Directory, n: int) -> None:
@@ -122,6 +113,16 @@ def items(self: Directory) -> tuple[np.ndarray, np.ndarray]:
     "All ids and their slots, i64[n] each, in no order."
     here = self.table[:-1][self.table[:-1, 0] != EMPTY]
     return here[:, 0].copy(), here[:, 1].copy()
+
+# %% ../../../nbs/riann/graph/04_directory.ipynb #8da613b4
+@patch
+def add(self: Directory, ids: np.ndarray, slots: np.ndarray) -> int:
+    """Enter ids under their slots; or none of them, if one is negative, here already, or twice in
+    `ids`.
+
+    Returns -1, or the row of that one."""
+    if 2 * (len(self) + len(ids)) >= len(self.table): self._grow(len(self) + len(ids))
+    return enter_ids(ids, slots, self.table)
 
 # %% ../../../nbs/riann/graph/04_directory.ipynb #138d7be4
 @patch

@@ -16,6 +16,7 @@ def _distances(base, query, metric):
     if metric != "l2": return 1 - inner
     return np.maximum((query ** 2).sum(1)[:, None] - 2 * inner + (base ** 2).sum(1), 0)
 
+# %% ../../../nbs/riann/graph/09_exact.ipynb #b49ac307
 def _pair(base, query, k, metric):
     "Check the arguments of `ground_truth`; base and query as f64, of unit length for cosine."
     if metric not in ("l2", "cosine", "ip"):

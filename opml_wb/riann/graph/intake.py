@@ -61,19 +61,20 @@ class Intake:
                              m.dim, self.metric == "cosine", most)
             except Exception: return 0   # no such kernel; the slow way says what is wrong
 
-# %% ../../../nbs/riann/graph/07_intake.ipynb #110aec5d
-@patch
-def _refuse(self: Intake, x: np.ndarray, ids: ArrayLike, new: bool = True) -> None:
-    "Raise ValueError for the first row at fault, if there is any."
-    bad = vectors("x", x, self.memory.dim, self.metric)[1]
-    refuse(x=bad, ids=misnamed(ids, len(x)) or self._astray(ids, new))
-
+# %% ../../../nbs/riann/graph/07_intake.ipynb #931aff05
 @patch
 def _astray(self: Intake, ids: ArrayLike, new: bool) -> Fault:
     "Find the first of `ids` that is here already (`new`), or is not here."
     known = self.memory.directory
     return next(((i, f"id {v} is {'in the index already' if new else 'not in the index'}")
                  for i, v in enumerate(np.asarray(ids).tolist()) if (v in known) == new), None)
+
+# %% ../../../nbs/riann/graph/07_intake.ipynb #110aec5d
+@patch
+def _refuse(self: Intake, x: np.ndarray, ids: ArrayLike, new: bool = True) -> None:
+    "Raise ValueError for the first row at fault, if there is any."
+    bad = vectors("x", x, self.memory.dim, self.metric)[1]
+    refuse(x=bad, ids=misnamed(ids, len(x)) or self._astray(ids, new))
 
 # %% ../../../nbs/riann/graph/07_intake.ipynb #18f9c140
 @patch

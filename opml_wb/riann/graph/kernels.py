@@ -100,6 +100,7 @@ def _key(d, v):
     b ^= np.uint64(0xFFFFFFFF) if b >> np.uint64(31) else np.uint64(0x80000000)
     return b << np.uint64(32) | np.uint64(v) << np.uint64(1)
 
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #26609607
 @kernel
 def _slot(key): return np.uint32(key) >> np.uint32(1)
 
@@ -300,6 +301,7 @@ def _find(g, A, j, hash, but):
         i = (i + np.uint64(1)) & mask
     return np.int64(-1)
 
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #3e248cfc
 @kernel
 def _enter(table, v, hash):
     mask = np.uint64(len(table) - 1)
@@ -422,6 +424,7 @@ def _had(row, c, id):
         if row[i] == id: return True
     return False
 
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #05491312
 @kernel
 def _emit(g, n, k, j, ids, far, twice, s):
     """Write the vectors of the first `n` keys to row `j`, at most `k`, none twice if that can be;
@@ -594,6 +597,7 @@ def touch(ip: bool, x: np.ndarray, rows: np.ndarray, q: np.ndarray) -> np.float3
         for i in range(a, b): s += _dist(x, rows[i], q, 0, ip)
     return s
 
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #ca25ff58
 @kernel
 def keep(keys: np.ndarray, pool: np.ndarray) -> int:
     "Offer all `keys` to the sorted `pool`; how many it holds then."

@@ -41,22 +41,6 @@ class Links:
         m.spare.append((tag, s))
         return work
 
-# %% ../../../nbs/riann/graph/06_links.ipynb #4fd1c937
-@patch
-def mark(self: Links, ids: np.ndarray) -> np.ndarray:
-    """Forget `ids`, so that no search returns them; the slots of nodes that are
-    removed ones now, i64[n]."""
-    m = self.memory
-    g, slots = m.arrays, m.directory.find(ids)
-    alone = (g.level[slots] >= 0) & (g.twin[slots] < 0)
-    gone = slots[alone]
-    g.level[gone] = ~g.level[gone]
-    m.directory.drop(ids[alone])
-    more = [v for i in ids[~alone] if (v := self._forget(i)) >= 0]
-    if not (waits := g.level[m.pending] == WAIT).all(): m.queue_anew(m.pending[waits])
-    m.dead += len(gone) + len(more)
-    return np.append(gone, more).astype(np.int64)
-
 # %% ../../../nbs/riann/graph/06_links.ipynb #433cf363
 @patch
 def _forget(self: Links, id: int) -> int:
@@ -81,6 +65,22 @@ def _forget(self: Links, id: int) -> int:
     m.free.append(u)
     return -1
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #4fd1c937
+@patch
+def mark(self: Links, ids: np.ndarray) -> np.ndarray:
+    """Forget `ids`, so that no search returns them; the slots of nodes that are
+    removed ones now, i64[n]."""
+    m = self.memory
+    g, slots = m.arrays, m.directory.find(ids)
+    alone = (g.level[slots] >= 0) & (g.twin[slots] < 0)
+    gone = slots[alone]
+    g.level[gone] = ~g.level[gone]
+    m.directory.drop(ids[alone])
+    more = [v for i in ids[~alone] if (v := self._forget(i)) >= 0]
+    if not (waits := g.level[m.pending] == WAIT).all(): m.queue_anew(m.pending[waits])
+    m.dead += len(gone) + len(more)
+    return np.append(gone, more).astype(np.int64)
+
 # %% ../../../nbs/riann/graph/06_links.ipynb #db75edcb
 @patch
 def _removed(self: Links) -> np.ndarray:
@@ -88,6 +88,7 @@ def _removed(self: Links) -> np.ndarray:
     level = self.memory.arrays.level[:self.memory.used]
     return np.flatnonzero((level < 0) & (level >= ~TOP))
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #a08ea7eb
 @patch
 def advance(self: Links, steps: int) -> int:
     "Move the sweep on by at most `steps` slots, from the start if none is on; how many."
@@ -113,11 +114,18 @@ def _finish(self: Links) -> None:
     if len(lost): self.link(lost, RELINK)
     self._release(self.doomed)
 
+# %% ../../../nbs/riann/graph/06_links.ipynb #7be811da
 @patch
 def _release(self: Links, dead: np.ndarray) -> None:
     self.memory.arrays.level[dead], self.doomed = GONE, None
     self.memory.dead -= len(dead)
     self.memory.free += dead.tolist()
+
+# %% ../../../nbs/riann/graph/06_links.ipynb #3a1000af
+@patch
+def _clear(self: Links) -> None:
+    self.memory.clear()
+    self.doomed, self.cursor = None, 0
 
 # %% ../../../nbs/riann/graph/06_links.ipynb #e84827a5
 @patch
@@ -132,11 +140,6 @@ def remove(self: Links, ids: np.ndarray) -> None:
     steps = PACE * len(gone)
     while steps > 0 and (self.doomed is not None or m.dead * DEBT > m.used - len(m.free)):
         steps -= self.advance(steps)
-
-@patch
-def _clear(self: Links) -> None:
-    self.memory.clear()
-    self.doomed, self.cursor = None, 0
 
 # %% ../../../nbs/riann/graph/06_links.ipynb #7d36fe0f
 @patch

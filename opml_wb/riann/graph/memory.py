@@ -38,6 +38,7 @@ def aligned(shape: tuple, dtype: np.dtype | type | str) -> np.ndarray:
     off = -a.ctypes.data % 64
     return a[off:off + n].view(dtype).reshape(shape)
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #95821810
 def _grown(a, n):
     "Copy `a` into an array of `n` rows."
     b = aligned((n, *a.shape[1:]), a.dtype)
@@ -201,6 +202,7 @@ def pending(self: Memory) -> np.ndarray:
     line, (_, a, b) = self.queue
     return line[a:b]
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #f672a90b
 @patch
 def queue_anew(self: Memory, slots: np.ndarray) -> None:
     "Let `slots` be all that wait."
@@ -241,6 +243,7 @@ def _scratch(slots, n, m):
                    z(TOP + 1, int), z(2, int), z((NEAR, NEAR), np.float32), z(NEAR, np.int32),
                    z(BLOCK + 1, np.int32))
 
+# %% ../../../nbs/riann/graph/05_memory.ipynb #32070365
 @patch
 def scratch(self: Memory, g: Graph, n: int, steps: int) -> tuple[int, Scratch]:
     """Lend working memory for beams of `n` and at most `steps` tags: (last tag, Scratch), to go

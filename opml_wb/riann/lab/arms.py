@@ -55,6 +55,7 @@ def insert(self: DefaultHNSW, x: np.ndarray, ids: np.ndarray, deg: int | None = 
     if full > self.index.get_max_elements(): self.index.resize_index(max(full, 2 * len(self)))
     self.index.add_items(x, ids, num_threads=1)
 
+# %% ../../../nbs/riann/lab/01_arms.ipynb #3b8c479c
 @patch
 def search(self: DefaultHNSW, q: np.ndarray, k: int = 10,
            ef: int = 50) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +102,7 @@ class _Planning:
         return report.chunks, report.deferred
     def search(self, q, k): return self.index.search(q, k)
 
+# %% ../../../nbs/riann/lab/01_arms.ipynb #f2b5a2f3
 @dataclass(frozen=True)
 class Planned:
     """RIANN as an arm.

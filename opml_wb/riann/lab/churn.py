@@ -34,6 +34,7 @@ class Step:
     tags: range = range(0)
     rows: range = range(0)
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #44fbcc1c
 FIELDS: dict[str, tuple[str, ...]] = dict(insert=("start", "end"), delete=("start", "end"),
                                           search=(),
                                           replace=("tags_start", "tags_end", "ids_start",
@@ -241,10 +242,12 @@ def _play(index, step, base, query, k, truth, row):
     args = (tags,) if step.op == "delete" else (x, tags)
     return len(tags), timed(getattr(index, step.op), *args)[1], np.nan, np.nan, 0
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #cf904177
 def _truth(base, query, k, metric, row):
     live = np.flatnonzero(row >= 0)
     return live[ground_truth(base[row[live]], query, k, metric)[0]]
 
+# %% ../../../nbs/riann/lab/04_churn.ipynb #ec6baa98
 def _medians(seen, arms):
     "The DataFrame of `churn_runbook`: medians over repeats, arms in order."
     import pandas as pd

@@ -46,6 +46,7 @@ def engine(n: float) -> float:
     (50,000), as both wait for memory alike; a twentieth less than that."""
     return float(2.05 - .1 * np.log2(np.clip(n, *N_RANGE) / 1024))
 
+# %% ../../../nbs/riann/models/06_annealing.ipynb #63c71789
 def size_of_space() -> int:
     "Count the properties that there are to choose from."
     return int(np.prod([high - low + 1 for low, high in SPACE.values()]))

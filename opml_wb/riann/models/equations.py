@@ -21,6 +21,7 @@ def _call(v):
     "Let a number stand for the function that is always that number."
     return v if callable(v) else lambda *_: v
 
+# %% ../../../nbs/riann/models/01_equations.ipynb #a55b80a9
 class Equations:
     """The paper's model, to the letter.
 
@@ -57,6 +58,7 @@ def checked(layers: Layers) -> np.ndarray:
             f"layers: expected [(n, sum of degrees), ...] from the bottom up, got {layers!r}")
     return a
 
+# %% ../../../nbs/riann/models/01_equations.ipynb #c352b7d3
 def columns(cand: ArrayLike, deg: ArrayLike) -> list[np.ndarray]:
     "Return numbers or arrays as f64[m] each."
     return [a.astype(float).ravel() for a in np.broadcast_arrays(cand, deg)]

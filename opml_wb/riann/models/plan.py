@@ -45,6 +45,7 @@ class Requirement:
 class Infeasible(ValueError):
     "A requirement that no property meets: the message says which, and by how much."
 
+# %% ../../../nbs/riann/models/08_plan.ipynb #a14f80c8
 class Plan(NamedTuple):
     """The answer to a requirement, before a batch is indexed. deg, cand: construction properties;
     cand_q: beam of a query (0 where all vectors are compared).
@@ -121,6 +122,7 @@ def see(self: Pace, predicted: float, cpu: float, wall: float) -> None:
     self._predicted, self._ran = self._predicted * slower + predicted, self._ran * slower + cpu
     if self.closed_loop: self.stall = max(self.stall * keep, wall - cpu)
 
+# %% ../../../nbs/riann/models/08_plan.ipynb #f381de38
 @patch
 def doubt(self: Pace) -> None:
     """Halve the learned slowdown when nothing was measured: nothing seemed to fit, so nothing new
@@ -169,6 +171,7 @@ def costs(self: Planner, n: float, layers: "Layers") -> np.ndarray:
     return self.times.counts(cand, deg, np.asarray(layers if len(layers) else [(0, 0)],
                                                    float))[:, 0]
 
+# %% ../../../nbs/riann/models/08_plan.ipynb #0691823a
 @patch
 def usual(self: Planner, n: float) -> float:
     """CPU seconds per vector of the first rung, in a graph of about `n` vectors that were linked
@@ -178,6 +181,7 @@ def usual(self: Planner, n: float) -> float:
     a, b = self._ladders[i][0].t_index, self._ladders[i + 1][0].t_index
     return a + (b - a) * (x - i)
 
+# %% ../../../nbs/riann/models/08_plan.ipynb #ef02f627
 @patch
 def query(self: Planner, cand_q: float, layers: "Layers", waiting: int = 0) -> float:
     "CPU seconds per query, with `waiting` vectors to compare with."

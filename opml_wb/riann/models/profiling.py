@@ -19,6 +19,16 @@ from .equations import between, columns, monomials, units
 # %% ../../../nbs/riann/models/02_profiling.ipynb #b1abcd20
 SIZES = np.array([256, 1024, 4096, 16384, 65536])
 
+def _least_touch(ip, x, rows, q):
+    times = []
+    # the first is left out: it only fetches
+    for r in (np.arange(rows.max() + 1, dtype=np.uint32), *rows):
+        t = time.thread_time()
+        touch(ip, x, r, q)
+        times.append((time.thread_time() - t) / len(r))
+    return min(times[1:])   # undisturbed
+
+# %% ../../../nbs/riann/models/02_profiling.ipynb #48d14499
 def measure(dim: int, metric: str = "l2", sizes: np.ndarray = SIZES, seed: int = 0) -> np.ndarray:
     """Measure seconds of this thread per distance, f64[len(sizes)], to vectors at random places
     among each number of them.
@@ -30,15 +40,6 @@ def measure(dim: int, metric: str = "l2", sizes: np.ndarray = SIZES, seed: int =
     touch(ip, x, np.arange(2, dtype=np.uint32), q)
     return np.array([_least_touch(ip, x, rng.integers(0, n, (8, max(4096, n // 4)), np.uint32), q)
                      for n in sizes])
-
-def _least_touch(ip, x, rows, q):
-    times = []
-    # the first is left out: it only fetches
-    for r in (np.arange(rows.max() + 1, dtype=np.uint32), *rows):
-        t = time.thread_time()
-        touch(ip, x, r, q)
-        times.append((time.thread_time() - t) / len(r))
-    return min(times[1:])   # undisturbed
 
 # %% ../../../nbs/riann/models/02_profiling.ipynb #01de4bc6
 def bookkeeping(seed: int = 0) -> float:
@@ -154,6 +155,7 @@ def _middle(a, b):
     a = a + [(0, 0)] * (len(b) - len(a))
     return (np.array(a, float) + np.array(b[:len(a)])) / 2
 
+# %% ../../../nbs/riann/models/02_profiling.ipynb #fb2a4964
 def _expected(deg, cand, layers, p):
     """Expected distances of an insertion, all and for links only, and links; without pruning where
     `p` has none."""

@@ -40,8 +40,9 @@ def _bends():
 LEFT, RIGHT, SHIFT = _bends()
 LEFT, RIGHT = LEFT.astype(int), RIGHT.astype(int)
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #cf97f3aa
 def _smooth(x):
-    """The terms of the curve: rising ones f64[rows, 43], and free ones f64[rows, 9] of size, k,
+    """The terms of the curve: rising ones f64[rows, 42], and free ones f64[rows, 9] of size, k,
     share and dimension."""
     # the last column is b where there is none
     x = np.column_stack([x, np.zeros(len(x))]).astype(float)
@@ -50,9 +51,9 @@ def _smooth(x):
                      n * lid / 10], 1)
     return np.minimum(x[:, LEFT], x[:, RIGHT] + SHIFT), free
 
-# %% ../../../nbs/riann/models/07_recall.ipynb #8b094f65
+# %% ../../../nbs/riann/models/07_recall.ipynb #2400686f
 def _curve(x, recall):
-    """Weights of the curve: f64[52], by least squares in the logit, where an error in recall weighs
+    """Weights of the curve: f64[51], by least squares in the logit, where an error in recall weighs
     alike everywhere."""
     up, free = _smooth(x)
     p = np.clip(recall, .05, .9997)
@@ -62,6 +63,7 @@ def _curve(x, recall):
              maxiter=10_000)[0]
     return np.append(w[:-18], w[-18:-9] - w[-9:])
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #e0eaddd7
 def _margin(curve, x): return np.hstack(_smooth(x)) @ curve
 
 # %% ../../../nbs/riann/models/07_recall.ipynb #f9e947c5
@@ -72,7 +74,7 @@ PARAMS = dict(objective="reg:logistic", max_depth=4, learning_rate=.06, min_chil
 class RecallModel:
     """Predicts recall@k of an index before a batch is indexed.
 
-    Made by `fit`, or `load` (shipped: SIFT). curve: f64[52], weights of the smooth part. trees:
+    Made by `fit`, or `load` (shipped: SIFT). curve: f64[51], weights of the smooth part. trees:
     FlatTrees over `FEATURES`, for the rest. lid: local intrinsic dimension to assume. rungs: i64[m,
     4], ladders found before: (log2 n, k, deg, cand).
     Source: RIANN, section 2, "Domain-specific statistical prediction model"."""
@@ -155,6 +157,7 @@ def fit(cls: RecallModel, frame: "pd.DataFrame", rounds: int = 300, seed: int = 
     trees = FlatTrees.from_booster(xgb.train(PARAMS | dict(seed=seed), data, rounds))
     return cls(curve, trees, frame.lid.mean() if lid is None else lid)  # type: ignore[operator]
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #6b0a06c3
 @patch
 def error(self: RecallModel, frame: "pd.DataFrame") -> np.ndarray:
     "Predicted less measured recall of each row of a DataFrame of `collect`: f64[rows]."
@@ -166,6 +169,7 @@ def _reduced(grey): return np.ascontiguousarray(grey[::2, ::2])
 
 VIEWS = None, _mirrored, _reduced
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #0694240d
 def _pool(held_out, near):
     "SIFT of half of the photographs: u8[n, 128], and of each the photograph and which view of it."
     from opml_wb.riann.data import sift_from_photos
@@ -212,6 +216,7 @@ def make(file: str | os.PathLike) -> None:
     _ship(pd.concat([training_frame(1, 54), training_frame(31, 120, near=True)],
                     ignore_index=True)).save(file)
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #b6097eaf
 def _ship(frame):
     "A RecallModel of `frame` with its ladders, by the shipped time model."
     model, times = RecallModel.fit(frame), TimeModel.load()

@@ -63,6 +63,12 @@ def query_time(self: TimeModel, cand_q: float, deg: float, layers: Layers,
     cold = np.interp(np.log(max(a[0, 0], 1)), self._size, self._cold)
     return float(cold * (dists + hops) + self._query @ [dists, hops, 1])
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #bbd224dd
+@patch
+def _expected(self: TimeModel, cand, deg, layers):
+    share = -np.diff([float(deg) ** -l for l in range(len(layers))] + [0])
+    return sum(p * self.paper.index(cand, deg, layers, l + 1) for l, p in enumerate(share))
+
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #4ef5253c
 @patch
 def expected_index_time(self: TimeModel, cand: ArrayLike, deg: ArrayLike, layers: Layers) -> Any:
@@ -76,11 +82,6 @@ def expected_index_time(self: TimeModel, cand: ArrayLike, deg: ArrayLike, layers
         t = np.array([self._expected(c, g, a.tolist()) for c, g in np.broadcast(cand, deg)])
     else: t = self.counts(*columns(cand, deg), a, 0)[:, 0]
     return t if np.ndim(cand) or np.ndim(deg) else float(t[0])
-
-@patch
-def _expected(self: TimeModel, cand, deg, layers):
-    share = -np.diff([float(deg) ** -l for l in range(len(layers))] + [0])
-    return sum(p * self.paper.index(cand, deg, layers, l + 1) for l, p in enumerate(share))
 
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #6fc43863
 COEFFICIENTS = dict(hops=(4,), nu=(10,), greedy=(2,), choose=(7, 11), chosen=(7, 11), prune=(10,),
@@ -98,6 +99,13 @@ def _coefficients(facts):
     if any(p[k].shape != shape for k, shape in COEFFICIENTS.items()):
         raise ValueError("not a time model: coefficients missing")
     return facts, p, n
+
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #068132f5
+@patch
+def T_d(self: TimeModel, n: ArrayLike) -> Any:
+    """Seconds of one distance to one of `n` vectors, with its share of the bookkeeping: from the
+    table, by log n."""
+    return np.interp(np.log(np.maximum(n, 1)), self._size, self._touch)
 
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #a607ae99
 @patch(cls_method=True)
@@ -120,13 +128,6 @@ def from_dict(cls: TimeModel, facts: dict[str, Any]) -> TimeModel:
                            lambda deg: float(self._rest[::2] @ links(deg)[::-1]))
     return self
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #068132f5
-@patch
-def T_d(self: TimeModel, n: ArrayLike) -> Any:
-    """Seconds of one distance to one of `n` vectors, with its share of the bookkeeping: from the
-    table, by log n."""
-    return np.interp(np.log(np.maximum(n, 1)), self._size, self._touch)
-
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #ecfeee2f
 @patch
 def to_dict(self: TimeModel) -> dict[str, Any]:
@@ -136,6 +137,7 @@ def to_dict(self: TimeModel) -> dict[str, Any]:
         raise ValueError("only a fitted model can be written: this one has functions of its own")
     return dict(self.facts)
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #27bda039
 @patch
 def save(self: TimeModel, file: str | os.PathLike) -> None:
     "Write the facts as JSON, whole or not at all."
@@ -171,6 +173,7 @@ def counts(self: TimeModel, cand: np.ndarray, deg: np.ndarray, layers: np.ndarra
     cand, deg: f64[m]. layers: f64[l, 2], l > 0. lp: its layer, 0: the expectation."""
     return units(cand, deg, layers, lp, self._size, self._touch, self._hop, self._rest, *self._p)
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #d7fb3f49
 @patch
 def expected_work(self: TimeModel, cand: ArrayLike, deg: ArrayLike,
                   layers: Layers) -> tuple[np.ndarray, np.ndarray]:
@@ -230,6 +233,7 @@ def training_vectors(contrast_threshold: float = .001) -> np.ndarray:
     rows, source, _ = sift_from_photos(contrast_threshold=contrast_threshold)
     return np.random.default_rng(0).permutation(rows[source % 2 == 0]).astype(np.float32)
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #88ca76db
 def make(file: str | os.PathLike) -> None:
     """Make the registered model: profile the training photographs on this machine,
     and write it to `file`."""

@@ -48,6 +48,7 @@ def _walk(nodes, roots, x, out):
 
 # %% ../../../nbs/riann/models/04_trees.ipynb #faf1d0ad
 _PLAIN = ("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "binary:logitraw")
+
 _LOGISTIC = ("reg:logistic", "binary:logistic")
 
 @njit(**_compiled)
@@ -56,6 +57,7 @@ def _sigmoid(s):
     for i in range(len(s)):
         s[i] = np.float32(1) / (np.float32(math.exp(min(-s[i], np.float32(88.7)))) + np.float32(1))
 
+# %% ../../../nbs/riann/models/04_trees.ipynb #790f53c8
 def _margin(base, objective):
     "`base_score` as the sum begins with it."
     return np.float32(-math.log(np.float32(1) / base
@@ -196,6 +198,7 @@ def load_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
         except (OSError, EOFError, TypeError, ValueError, BadZipFile) as e:
             raise ValueError(f"{file}: not FlatTrees ({e})") from None
 
+# %% ../../../nbs/riann/models/04_trees.ipynb #d01b7f47
 @patch
 def save(self: FlatTrees, file: str | os.PathLike) -> None:
     "Write one .npz file, whole or not at all."
