@@ -203,7 +203,8 @@ def executemany(self: Postgres, sql: str, rows: Iterable[Sequence]) -> None:
 
 # %% ../../../nbs/core/record/02_database.ipynb #85e0ef48
 @patch
-def ready(self: Postgres) -> None: pass
+def ready(self: Postgres) -> None:
+    "Do nothing: a server lets readers and writers work at the same time."
 
 @patch
 def version(self: Postgres) -> int:
