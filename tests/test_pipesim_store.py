@@ -1,18 +1,14 @@
 """The trace store: killed writers, other processes, and InfluxDB."""
 import os
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from opml_wb.pipesim import Platform, Pool, Workload, simulate
-from opml_wb.pipesim.stores.influx import InfluxStore
-from opml_wb.pipesim.stores.parquet import METRICS, ParquetStore, StoreError, TraceStore
+from opml_wb.pipesim import StoreError
 from conftest import free_ports, until
 
 WRITER = """
@@ -32,6 +28,7 @@ for i in range(10_000):
 
 def days(n=4000, seed=0, ties=True):
     "Two days of one-task pipelines on two pools, times with ties."
+    from opml_wb.pipesim import Platform, Pool, Workload, simulate
     rng = np.random.default_rng(seed)
     arrival = np.sort(rng.random(n) * 2 * 86400)
     work = Workload.from_arrays(np.floor(arrival) if ties else arrival, rng.exponential(600, n), rng.choice(["cpu", "gpu"], n), kind=rng.choice(["train", "a b,c=d"], n),
@@ -39,36 +36,47 @@ def days(n=4000, seed=0, ties=True):
     return simulate(work, Platform([Pool("cpu", 12), Pool("gpu", 13)]))
 
 
-@pytest.mark.parametrize("scheme,moments", [("parquet", [.02, .15, .3, .5]), ("duckdb", [.3, 1.])])
+def store_at(where):
+    from opml_wb.pipesim import TraceStore
+    return TraceStore(where)
+
+
+def killed_writer(n, where, ready):
+    "A process that writes experiments of `n` pipelines, killed when `ready(its lines)` returns: `ready`, then the number of each write."
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(n), where], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "ready\n"
+    ready(writer.stdout)
+    writer.kill()
+    writer.communicate()
+
+
+@pytest.mark.parametrize("scheme,moments", [("parquet", [(0, .02), (1, .01), (2, .03), (3, .06)]), ("duckdb", [(0, .1), (1, .1)])])
 def test_sigkill_while_writing_lists_no_half_experiment(tmp_path, scheme, moments):
-    "Writers killed at several moments; every experiment that is listed has all its rows, and the store goes on."
+    "Writers killed at several moments (writes done, s into the next); every experiment that is listed has all its rows, and the store goes on."
     where, n, seen = f"{scheme}:{tmp_path}/store", 20_000, set()
-    for moment in moments:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(n), where], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout.readline() == "ready\n"
-        time.sleep(moment)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        store = TraceStore(where)
+    for writes, moment in moments:
+        killed_writer(n, where, lambda lines: ([lines.readline() for _ in range(writes)], time.sleep(moment)))
+        store = store_at(where)
         for name, about in store.experiments().items():
             seen.add(name)
             assert len(store.table("tasks", name)) == len(store.table("pipelines", name)) == n
             assert store.series("wait", name, 1e9).value[0] == pytest.approx(about["summary"]["wait_mean"], rel=1e-9, abs=1e-12)
     assert seen
-    TraceStore(where).write(days(), "after")
-    assert "after" in TraceStore(where).experiments()
+    store.write(days(), "after")
+    assert "after" in store.experiments()
     if scheme == "parquet": assert not [f for f in os.listdir(tmp_path / "store") if f.startswith(".")]
 
 
 def test_writers_of_one_name_leave_one_whole_experiment(tmp_path):
-    store, traces = ParquetStore(tmp_path), [days(seed=i) for i in range(4)]
+    store, traces = store_at(tmp_path), [days(seed=i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool: list(pool.map(lambda t: [store.write(t, "x", replace=True) for _ in range(4)], traces))
     assert os.listdir(tmp_path) == ["x"] and len(store.table("tasks", "x")) == 4000
     assert store.experiments()["x"]["digest"] in {t.digest for t in traces}
 
 
 def test_a_disk_without_room_leaves_nothing(tmp_path, monkeypatch):
-    store = ParquetStore(tmp_path)
+    import pandas as pd
+    store = store_at(tmp_path)
     def full(*a, **k): raise OSError(28, "No space left on device")
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     with pytest.raises(StoreError, match="'x' was not kept.*No space left"): store.write(days(), "x")
@@ -77,18 +85,19 @@ def test_a_disk_without_room_leaves_nothing(tmp_path, monkeypatch):
 
 def test_duckdb_says_that_another_process_has_the_file(tmp_path):
     where = f"duckdb:{tmp_path}/t.duckdb"
-    TraceStore(where).write(days(), "x")
+    store_at(where).write(days(), "x")
     holder = subprocess.Popen([sys.executable, "-c", f"import duckdb, time; db = duckdb.connect('{tmp_path}/t.duckdb'); print(1, flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
-        with pytest.raises(StoreError, match="one process at a time"): TraceStore(where).experiments()
+        with pytest.raises(StoreError, match="one process at a time"): store_at(where).experiments()
     finally: holder.kill(); holder.wait()
 
 
 def test_influx_round_trip(influx_server, tmp_path):
     "Every metric comes back as the Parquet store has it, hourly mean wait to 1e-6, with ties and names that need escaping."
-    trace, url = days(), f"{influx_server}/round"
-    influx, parquet = TraceStore(url), ParquetStore(tmp_path)
+    from opml_wb.pipesim.stores.tables import METRICS
+    trace = days()
+    influx, parquet = store_at(f"{influx_server}/round"), store_at(tmp_path)
     influx.write(trace, "fifo", {"days": 2})
     parquet.write(trace, "fifo")
     for metric in METRICS:
@@ -110,12 +119,9 @@ def test_influx_round_trip(influx_server, tmp_path):
 
 def test_influx_killed_writer_is_not_listed(influx_server):
     url = f"{influx_server}/killed"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, "200000", url], stdout=subprocess.PIPE, text=True)
-    assert writer.stdout.readline() == "ready\n"
-    store = TraceStore(url)
-    assert until(lambda: store.server.ask("show databases") and store.server.ask("select count(wait) from pipelines_arrival"), 30)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    store = store_at(url)
+    def half(lines): assert until(lambda: store.server.ask("show databases") and store.server.ask("select count(wait) from pipelines_arrival"), 120)
+    killed_writer(200_000, url, half)
     assert store.experiments() == {}
     trace = days()
     store.write(trace, "e0")
@@ -124,13 +130,14 @@ def test_influx_killed_writer_is_not_listed(influx_server):
 
 def test_influx_down_keeps_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    from opml_wb.pipesim.stores.influx import InfluxStore
     trace, url = days(n=100), f"influx://127.0.0.1:{free_ports(1)[0]}/x"
     with pytest.raises(StoreError, match=f"{url}: cannot be reached: .*kept in parquet:{tmp_path}/home/traces/fifo"): InfluxStore(url, pause=.01).write(trace, "fifo")
-    assert TraceStore(f"parquet:{tmp_path}/home/traces").experiments()["fifo"]["digest"] == trace.digest
+    assert store_at(f"parquet:{tmp_path}/home/traces").experiments()["fifo"]["digest"] == trace.digest
 
 
 def test_influx_refuses_with_its_own_words(influx_server, tmp_path):
-    store = InfluxStore(f"{influx_server}/words", keep=tmp_path)
+    store = store_at(f"{influx_server}/words")
     store.server.ask('create database "words"')
     with pytest.raises(StoreError, match="answers 400: .*unable to parse"): store.server.send(["nonsense"])
     with pytest.raises(StoreError, match="answers 400|error parsing query"): store.server.ask("selekt")
