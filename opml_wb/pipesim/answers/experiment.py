@@ -6,9 +6,7 @@
 __all__ = ['measure', 'Experiment', 'Result', 'platform_json', 'platform_of', 'swept']
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #e844dbac
-import hashlib
-import json
-import math
+import hashlib, json, math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace

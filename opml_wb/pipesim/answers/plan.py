@@ -52,6 +52,7 @@ def enlarged(pool: Pool, share: float = .1) -> list[tuple[float, float]]:
     def more(c): return c + max(1, math.ceil(c * share - 1e-9)) if c else 0
     return [(t, math.inf if c >= UNLIMITED else more(c)) for t, c in pool.steps]
 
+# %% ../../../nbs/pipesim/answers/03_plan.ipynb #4a11970d
 def mean_times(works: Iterable[Workload], platform: Platform, policy: str | Policy) -> np.ndarray:
     """Simulate, and average over replications: wait_p50, wait_p95, exec_p50, exec_p95, wait_mean of
     pipelines, f8 [5], s."""

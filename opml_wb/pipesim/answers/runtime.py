@@ -118,8 +118,8 @@ def draw(cls: Lives, drift: Drift, models: np.ndarray, end: float, seed: int) ->
     life = cls(np.zeros(len(models)), np.zeros((len(models), len(drift.detectors))), [], [])
     for i, m in enumerate(models):
         rng = np.random.default_rng([seed, 2, int(m)])
-        life.rate[i] = drift.decay_per_day / 86400 * math.exp(
-            drift.decay_spread * rng.standard_normal())
+        varied = math.exp(drift.decay_spread * rng.standard_normal())
+        life.rate[i] = drift.decay_per_day / 86400 * varied
         life.limit[i] = [d.threshold / (d.gain * math.exp(d.spread * rng.standard_normal()))
                          for d in drift.detectors]
         t, size = (np.concatenate(x)
@@ -139,8 +139,8 @@ def _retrainings(drift: Drift, work: Workload, of: np.ndarray, last: np.ndarray,
     again = work.take(last[of]) if drift.retrain is None else drift.retrain(work, of, rng)
     need(len(again) == len(of), "Drift.retrain", len(again),
          f"a pipeline for each of {len(of)} retrainings")
-    priority = again.priority if drift.priority is None else np.full(
-        again.n_tasks, float(drift.priority))
+    priority = again.priority
+    if drift.priority is not None: priority = np.full(again.n_tasks, float(drift.priority))
     return replace(again, arrival=np.full(len(of), np.inf), model=of, perf=reached,
                    priority=priority, observed=None)
 

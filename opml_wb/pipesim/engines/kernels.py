@@ -37,6 +37,7 @@ def _link_advance(w, s, t):
                            s.link_v[0])
     s.x[LAST] = t
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #080b9b0e
 @kernel
 def _link_next(w, s):
     "Note when the next transfer ends, as things are."
@@ -44,6 +45,7 @@ def _link_next(w, s):
     s.x[NEXT] = s.x[LAST] + max(s.link_v[0] - s.x[VIRTUAL],
                                 0.0) * n / w.bytes_per_s if n else np.inf
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #b1ae7c0b
 @kernel
 def _link_enter(w, s, task, size, t):
     _link_advance(w, s, t)
@@ -57,6 +59,7 @@ def _at(s, t, what):
     push(s.ev_t, s.ev_id, s.n[EVENTS], t, what)
     s.n[EVENTS] += 1
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #66440ccf
 @inlined
 def _touch(s, k):
     if not s.dirty[k]:
@@ -64,6 +67,7 @@ def _touch(s, k):
         s.touched[s.n[TOUCHED]] = k
         s.n[TOUCHED] += 1
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #95680986
 @inlined
 def _ready(w, s, task, t):
     s.ready[task] = t
@@ -73,6 +77,7 @@ def _ready(w, s, task, t):
     else: queue_push(w, s, k, task)
     _touch(s, k)
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #666dd0c8
 @inlined
 def _arrive(w, s, p, t):
     for task in range(w.first[p], w.first[p + 1]):
@@ -89,6 +94,7 @@ def _send(w, s, task, size, lag, t):
         s.phase[task] = lag + 1
         _link_enter(w, s, task, size, t)
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #f4669fbd
 @inlined
 def _start(w, s, task, t):
     k = w.pool[task]
@@ -112,6 +118,7 @@ def _deploy(w, s, p, t):
                                         w.jump_size[jumps], s.last[m] + w.debounce)
     if s.due[m] < w.end: _at(s, s.due[m], len(w.units) + m)
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #e4aadc7e
 @kernel
 def _trigger(w, s, m, t):
     "Retrain model m, unless a later deployment has moved the date."
@@ -136,6 +143,7 @@ def _end(w, s, task, t):
     s.left[p] -= 1
     if s.left[p] == 0 and len(w.model): _deploy(w, s, p, t)
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #91ef1d40
 @inlined
 def _go_on(w, s, task, t):
     "Begin the next phase of a task whose phase has ended at t."
@@ -187,6 +195,7 @@ def _backfill(w, s, k, t):
             _start(w, s, task, t)
         task = after
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #aa536c47
 @inlined
 def _round(w, s, k, t):
     if w.backfill: _backfill(w, s, k, t)
@@ -203,6 +212,7 @@ def _next(w, s):
     if s.n[STEPPED] < len(w.step_t): t = min(t, w.step_t[s.n[STEPPED]])
     return t
 
+# %% ../../../nbs/pipesim/engines/03_kernels.ipynb #9e376452
 @inlined
 def _apply(w, s, t):
     """All events of time t: transfers, ends, triggers (void where a deployment came as well),

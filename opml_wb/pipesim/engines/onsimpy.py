@@ -40,7 +40,8 @@ class LinkEvents:
 
     Plans that were overtaken do nothing."""
     def __init__(self, env: simpy.Environment, rate: float) -> None:
-        self.env, self.shared, self.done = env, SharedLink(rate), {}
+        self.env, self.shared = env, SharedLink(rate)
+        self.done: dict[int, simpy.Event] = {}
 
     def send(self, task: int, size: float) -> simpy.Event:
         "Begin to send `size` bytes for `task`; the event of its end."
@@ -55,6 +56,7 @@ def plan(self: LinkEvents) -> None:
     when = self.shared.next
     if when < math.inf: at(self.env, when, FIRST, lambda: self.leave(when))
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #669c3c95
 @patch
 def leave(self: LinkEvents, when: float) -> None:
     "End the transfers that are through at `when` (s), if that still is the next end."
@@ -66,17 +68,17 @@ def leave(self: LinkEvents, when: float) -> None:
 class SimPyEngine:
     "An engine on SimPy for `w` (kernels.Work); `names` of its pools."
     def __init__(self, w: Work, names: Sequence[str]) -> None:
-        self.w, self.work, self.names, self.env, n = w, listed(w), names, simpy.Environment(), len(
-            w.units)
-        self.start, self.finish = np.full(n, np.nan), np.full(n, np.nan)
-        self.ready = np.full(n, np.nan)
+        self.w, self.work, self.names, self.env = w, listed(w), names, simpy.Environment()
+        n = len(w.units)
+        self.ready, self.start, self.finish = (np.full(n, np.nan) for _ in range(3))
         self.queues = [TaskQueue(k, self.work) for k in range(len(names))]
         self.link, self.models = LinkEvents(self.env, float(w.bytes_per_s)), Models(w)
-        self.touched, self.granted, self.done, self.left = set(), {}, 0, np.diff(w.first)
+        self.touched, self.done, self.left = set[int | None](), 0, np.diff(w.first)
+        self.granted: dict[int, simpy.Event] = {}
         parent = np.repeat(np.arange(n), np.diff(w.child_first))
         order = np.argsort(w.child, kind="stable")
-        self.parents = np.split(parent[order],
-                                np.cumsum(np.bincount(w.child, minlength=n))[:-1]) if n else []
+        ends = np.cumsum(np.bincount(w.child, minlength=n))[:-1]
+        self.parents = np.split(parent[order], ends) if n else []
         for p in self.work.by_arrival:
             at(self.env, self.work.arrival[p], call=lambda p=p: self._arrive(p))
         for t, k, units in zip(self.work.step_t, self.work.step_pool, self.work.step_cap):
@@ -88,6 +90,7 @@ def _arrive(self: SimPyEngine, p: int) -> None:
     ended = {task: self.env.event() for task in range(self.work.first[p], self.work.first[p + 1])}
     for task in ended: self.env.process(self._task(task, p, ended))
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #0554c8a8
 @patch
 def _task(self: SimPyEngine, task: int, p: int,
           ended: dict[int, simpy.Event]) -> Iterator[simpy.Event]:
@@ -107,6 +110,7 @@ def _task(self: SimPyEngine, task: int, p: int,
     self.left[p] -= 1
     if not self.left[p]: self._deploy(p)
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #9c56026e
 @patch
 def _transfer(self: SimPyEngine, task: int, size: float,
               at_start: bool = False) -> Iterator[simpy.Event]:
@@ -125,12 +129,14 @@ def _request(self: SimPyEngine, queue: TaskQueue, task: int) -> simpy.Event:
     self._touch(queue.k)
     return event
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #27af2d62
 @patch
 def _touch(self: SimPyEngine, k: int | None) -> None:
     "Ask for a round of pool k at the end of this instant."
     if not self.touched: at(self.env, self.env.now, LAST, self._rounds)
     self.touched.add(k)
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #dead12d5
 @patch
 def _rounds(self: SimPyEngine) -> None:
     touched, self.touched = self.touched, set()
@@ -138,6 +144,7 @@ def _rounds(self: SimPyEngine) -> None:
         for task in self.queues[k].round(self.env.now): self.granted.pop(task).succeed()
     while self.link.shared.next == self.env.now: self.link.leave(self.env.now)
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #3013de46
 @patch
 def _resize(self: SimPyEngine, k: int, units: int) -> None:
     self.queues[k].capacity = units
@@ -165,6 +172,7 @@ def resize(self: SimPyEngine, t: float, answer: Iterable[tuple[int, int]]) -> No
     "Set capacities [(pool, units)] at t (s), to which it has run, before the platform's own steps."
     for k, units in answer: self._resize(k, units)
 
+# %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #89054194
 @patch
 def views(self: SimPyEngine) -> dict[str, PoolView]:
     "Return {name: PoolView} for an allocator."

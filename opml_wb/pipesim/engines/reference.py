@@ -26,11 +26,14 @@ class SharedLink:
 
     `next` is when the next transfer ends (s, inf: none under way)."""
     def __init__(self, rate: float) -> None:
-        self.rate, self.heap, self.virtual, self.last, self.next = rate, [], 0.0, 0.0, math.inf
+        self.rate, self.virtual, self.last, self.next = rate, 0.0, 0.0, math.inf
+        self.heap: list[tuple[float, int]] = []
 
     def _plan(self) -> None:
-        left = max(self.heap[0][0] - self.virtual, 0.0) if self.heap else math.inf
-        self.next = self.last + left * len(self.heap) / self.rate if self.heap else math.inf
+        self.next = math.inf
+        if self.heap:
+            left = max(self.heap[0][0] - self.virtual, 0.0)
+            self.next = self.last + left * len(self.heap) / self.rate
 
 # %% ../../../nbs/pipesim/engines/04_reference.ipynb #73c5c713
 @patch
@@ -44,6 +47,7 @@ def enter(self: SharedLink, task: int, size: float, t: float) -> None:
     heappush(self.heap, (self.virtual + size, task))
     self._plan()
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #46f80fbb
 @patch
 def leave(self: SharedLink) -> list[int]:
     "End the transfers that are through at `next`; returns their tasks."
@@ -87,6 +91,7 @@ def begin(self: TaskQueue, entry: tuple[float, float, int], t: float) -> int:
     self.used += self.work.units[task]
     return task
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #c1ef84a8
 @patch
 def end(self: TaskQueue, task: int, start: float) -> None:
     "Free the units of `task`, which began at `start` (s)."
@@ -178,14 +183,15 @@ class PythonEngine:
     None; `tasks`: the frame it sees."""
     def __init__(self, w: Work, names: Sequence[str], order: np.ndarray,
                  policy: Policy | None = None, tasks: pd.DataFrame | None = None) -> None:
-        self.w, self.work, self.names, self.order, self.policy, self.tasks = w, listed(
-            w), names, order, policy, tasks
+        self.w, self.work, self.names = w, listed(w), names
+        self.order, self.policy, self.tasks = order, policy, tasks
         self.queues = [TaskQueue(k, self.work) for k in range(len(names))]
         self.link, self.models, n = SharedLink(float(w.bytes_per_s)), Models(w), len(w.units)
         self.ready, self.start, self.finish = [math.nan] * n, [math.nan] * n, [math.nan] * n
         self.missing = np.bincount(w.child, minlength=n).tolist()
         self.left = np.diff(w.first).tolist()
-        self.now, self.done, self.touched, self.lives = 0.0, 0, set(), {}
+        self.now, self.done, self.touched = 0.0, 0, set[int]()
+        self.lives: dict[int, Iterator[float | None]] = {}
         self.steps = list(zip(self.work.step_pool, self.work.step_cap))
         self.events = [(self.work.arrival[p], ARRIVES, p) for p in self.work.by_arrival]
         self.events += [(t, STEP, i) for i, t in enumerate(self.work.step_t)]
@@ -199,12 +205,14 @@ def _life(self: PythonEngine, task: int) -> Iterator[float | None]:
     yield self.now + w.hold[task]
     if w.shared and w.write[task] > 0: yield from self._transfer(task, w.write[task])
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #21735aad
 @patch
 def _transfer(self: PythonEngine, task: int, size: float) -> Iterator[float | None]:
     if self.w.latency > 0: yield self.now + self.w.latency
     self.link.enter(task, size, self.now)
     yield None
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #948e173c
 @patch
 def _go_on(self: PythonEngine, task: int) -> None:
     "Live on to the next wait, or end."
@@ -229,6 +237,7 @@ def _end(self: PythonEngine, task: int) -> None:
     due, model = self.models.deploy(p, self.now)
     if due < math.inf: heappush(self.events, (due, TRIGGER, model))
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #b09d510e
 @patch
 def _wait(self: PythonEngine, task: int) -> None:
     self.ready[task] = self.now
@@ -246,6 +255,7 @@ def _trigger(self: PythonEngine, m: int) -> None:
     p = self.models.trigger(m, self.now)
     if p is not None: self._arrive(p)
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #5c2c100e
 @patch
 def _step(self: PythonEngine, i: int) -> None:
     k, units = self.steps[i]
@@ -272,6 +282,7 @@ def _asked(self: PythonEngine, q: TaskQueue) -> list[int]:
         out.append(q.begin(ids.pop(task), self.now))
     return out
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #40b29114
 @patch
 def _view(self: PythonEngine, q: TaskQueue, running: Mapping[int, float] | None = None) -> PoolView:
     waiting = sum(self.work.units[x[2]] for x in q.waiting)
@@ -293,6 +304,7 @@ def _instant(self: PythonEngine) -> None:
             self.start[task], self.lives[task] = t, self._life(task)
             self._go_on(task)
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #f92ef8c8
 @patch
 def run(self: PythonEngine, until: float) -> bool:
     "Simulate all instants before `until` (s); True while there is more to come."
@@ -310,6 +322,7 @@ def resize(self: PythonEngine, t: float, answer: Iterable[tuple[int, int]]) -> N
         heappush(self.events, (t, RESIZE, len(self.steps)))
         self.steps.append((k, units))
 
+# %% ../../../nbs/pipesim/engines/04_reference.ipynb #dc735012
 @patch
 def views(self: PythonEngine) -> dict[str, PoolView]:
     "Return {name: PoolView} for an allocator."

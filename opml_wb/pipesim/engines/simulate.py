@@ -159,7 +159,8 @@ class Ticks:
 
     `log`: what it changed, (t, position of the pool, units)."""
     def __init__(self, engine: Engine, allocator: Allocator) -> None:
-        self.engine, self.allocator, self.log, self.still = engine, allocator, [], 0
+        self.engine, self.allocator, self.still = engine, allocator, 0
+        self.log: list[tuple[float, int, int]] = []
 
     def __call__(self, t: float) -> list[tuple[int, int]] | None:
         "Ask at t (s): [(position of the pool, units)] that change, None when it is over."

@@ -7,10 +7,7 @@ __all__ = ['TASKS', 'renumbered', 'kept_children', 'merged_work', 'moved_state',
            'simulate_stream']
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #4f275b5d
-import hashlib
-import math
-import os
-import pickle
+import hashlib, math, os, pickle
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,8 +123,10 @@ class Carry:
     """A simulation under way: work and state of what is open, and the chunks that are not written
     yet."""
     def __init__(self) -> None:
-        self.w = self.s = None
-        self.ids, self.open, self.latest, self.waits = np.zeros(0, np.int64), [], 0.0, 0.0
+        self.w: Work | None = None
+        self.s: State | None = None
+        self.ids, self.latest, self.waits = np.zeros(0, np.int64), 0.0, 0.0
+        self.open: list[Chunk] = []
         self.chunks = self.tasks = self.pipelines = self.parts = 0
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #4f3f3ce5

@@ -6,8 +6,7 @@
 __all__ = ['DuckStore']
 
 # %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #7169c5c2
-import json
-import os
+import json, os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

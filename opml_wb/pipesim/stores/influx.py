@@ -6,10 +6,7 @@
 __all__ = ['Server', 'measurements', 'stamps', 'lines', 'InfluxClient', 'InfluxStore']
 
 # %% ../../../nbs/pipesim/stores/04_influx.ipynb #c1acbf82
-import http.client
-import json
-import os
-import time
+import http.client, json, os, time
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit
@@ -108,6 +105,7 @@ def _call(self: InfluxClient, path: str, body: str | bytes, **params: str) -> by
     how = f"answers {got}" if got else "cannot be reached"
     raise StoreError(f"{self!r}: {how}: {said.decode(errors='replace').strip()[:200]}")
 
+# %% ../../../nbs/pipesim/stores/04_influx.ipynb #bee53943
 @patch
 def send(self: InfluxClient, points: Sequence[str], batch: int = 10_000) -> None:
     "Write lines of the line protocol, `batch` at a time."
@@ -147,12 +145,14 @@ def remove(self: InfluxStore, experiment: str) -> None:
     self._about(experiment)
     self._clear(experiment)
 
+# %% ../../../nbs/pipesim/stores/04_influx.ipynb #d5db406d
 @patch
 def _about(self: InfluxStore, experiment: str) -> dict[str, Any]:
     known = self.experiments()
     if checked_name(experiment) not in known: raise unknown(experiment, known, self.server)
     return known[experiment]
 
+# %% ../../../nbs/pipesim/stores/04_influx.ipynb #d40f0f4c
 @patch
 def _clear(self: InfluxStore, experiment: str) -> None:
     for name in ("experiments", *measurements(dict.fromkeys(TABLES))):

@@ -6,10 +6,7 @@
 __all__ = ['ParquetStore', 'stamped']
 
 # %% ../../../nbs/pipesim/stores/03_parquet.ipynb #6fe4a93f
-import json
-import os
-import shutil
-import time
+import json, os, shutil, time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,17 +39,20 @@ def experiments(self: ParquetStore) -> dict[str, dict[str, Any]]:
     found = sorted(self.root.glob("[!.]*/about.json"))
     return {f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in found}
 
+# %% ../../../nbs/pipesim/stores/03_parquet.ipynb #dcf9a42d
 @patch
 def _folder(self: ParquetStore, experiment: str) -> Path:
     folder = self.root / checked_name(experiment)
     if not folder.is_dir(): raise unknown(experiment, self.experiments(), self.root)
     return folder
 
+# %% ../../../nbs/pipesim/stores/03_parquet.ipynb #7fd351c5
 @patch
 def table(self: ParquetStore, name: str, experiment: str) -> pd.DataFrame:
     "Read a whole table (tasks, pipelines, pools)."
     return pd.read_parquet(self._folder(experiment) / f"{checked_table(name)}.parquet")
 
+# %% ../../../nbs/pipesim/stores/03_parquet.ipynb #691e9eb5
 @patch
 def series(self: ParquetStore, metric: str, experiment: str, bin_s: float = 3600.) -> pd.DataFrame:
     "Read a metric of METRICS in bins of `bin_s` seconds: t (s), value [, tag]."

@@ -7,8 +7,7 @@ __all__ = ['TABLES', 'TASKS', 'METRICS', 'SCHEMES', 'tables', 'about', 'checked_
            'metric_of', 'sql', 'TraceStore', 'local_path']
 
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #2838adcf
-import os
-import re
+import os, re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,7 @@ __all__ = ['WEEK', 'HOUR', 'MONDAY', 'BOUNDS', 'hour_cells', 'hourly', 'sorted_t
            'matched_rates', 'operational', 'clock_times', 'ArrivalModel', 'arrival_gof']
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #fb6532ca
-import copy
-import zoneinfo
+import copy, zoneinfo
 
 import numpy as np
 from fastcore.basics import patch
@@ -69,8 +68,8 @@ def weekly_profile(counts: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, i
     168 from a week and a half on, 48 (hours of working days and of weekends) from a week on, 24
     from a day and a half on, else 1."""
     c, n = np.arange(WEEK), len(counts)
-    group = c if n >= 1.5 * WEEK else c % 24 + 24 * (
-        c >= 120) if n >= WEEK else c % 24 if n >= 36 else 0 * c
+    working = c % 24 + 24 * (c >= 120)
+    group = c if n >= 1.5 * WEEK else working if n >= WEEK else c % 24 if n >= 36 else 0 * c
     hours = np.bincount(group[cells], minlength=WEEK)
     total = np.bincount(group[cells], counts, WEEK)
     return np.where(hours > 0, total / np.maximum(hours, 1),
@@ -233,12 +232,12 @@ def _fit_burst(self: ArrivalModel, times: np.ndarray, t0: float, counts: np.ndar
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #2ebe0e53
 @patch
-def rates(self: ArrivalModel, hours: int, rng: np.random.Generator, first_cell: int = 0,
+def rates(self: ArrivalModel, hours: int, rng: np.random.Generator,
           cells: np.ndarray | None = None) -> np.ndarray:
     """Draw the expected arrivals of each of `hours` hours f8 [H]: profile x multiplier.
 
-    Matched to its moments where the horizon is long. cells: i8 [H] (None: from `first_cell` on)."""
-    lam = self.profile[(first_cell + np.arange(hours)) % WEEK if cells is None else cells]
+    Matched to its moments where the horizon is long. cells: i8 [H] (None: from the first on)."""
+    lam = self.profile[np.arange(hours) % WEEK if cells is None else cells]
     if not self.burst or self.s2 == 0: return lam
     return matched_rates(lam, ar1(hours, self.s2, self.phi, rng), self.s2)
 

@@ -90,9 +90,8 @@ def fit_copula(x: np.ndarray, rng: np.random.Generator, most: int = 4000) -> dic
     Ranks of ties fall at random."""
     if len(x) > most: x = x[np.sort(rng.choice(len(x), most, replace=False))]
     jitter = rng.random(x.shape)
-    ranks = np.stack(
-        [np.argsort(np.lexsort((jitter[:, j], x[:, j]))) + 1 for j in range(x.shape[1])], 1)
-    return {"ranks": ranks, "sorted": np.sort(x, 0)}
+    ranks = [np.argsort(np.lexsort(pair)) + 1 for pair in zip(jitter.T, x.T)]
+    return {"ranks": np.stack(ranks, 1), "sorted": np.sort(x, 0)}
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #6808a055
 def sample_copula(c: Mapping[str, Any], n: int, rng: np.random.Generator) -> np.ndarray:
@@ -150,8 +149,8 @@ def sample(self: AssetModel, n: int, rng: int | np.random.Generator) -> pd.DataF
     self._fitted()
     if n != int(n) or n < 0: raise ValueError(f"n={n!r}: expected an integer >= 0")
     n, rng = int(n), np.random.default_rng(rng)
-    x = sample_copula(self.parts, n, rng) if self.kind == "copula" else np.expm1(
-        sample_gmm(self.parts, n, rng))
+    if self.kind == "copula": x = sample_copula(self.parts, n, rng)
+    else: x = np.expm1(sample_gmm(self.parts, n, rng))
     x = np.clip(x, self.low, self.high)
     return pd.DataFrame({c: decoded(x[:, j], *self.columns[c])
                          for j, c in enumerate(self.columns)})

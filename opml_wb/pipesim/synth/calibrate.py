@@ -7,9 +7,7 @@ __all__ = ['FRAMEWORKS', 'asset', 'preprocess', 'train', 'validate', 'compress',
            'fit_growth', 'growth']
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #8a14b9c5
-import copy
-import pickle
-import time
+import copy, pickle, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 

@@ -7,7 +7,7 @@ __all__ = ['ks', 'ad', 'GoF', 'compare', 'Fit', 'to_plain', 'from_plain']
 
 # %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #dcf045ab
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,7 @@ def _distributions(x: ArrayLike, y: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     at = np.concatenate([x, y])
     return np.searchsorted(x, at, "right") / len(x), np.searchsorted(y, at, "right") / len(y)
 
+# %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #3f2830b5
 def ks(x: ArrayLike, y: ArrayLike) -> float:
     """Measure the Kolmogorov-Smirnov distance D of two samples (f8 [n], f8 [m], ties allowed): 0 ..
     1."""
@@ -71,7 +72,7 @@ class GoF:
         return {**asdict(self), "qq": np.round(self.qq, 6).tolist(), "failed": list(self.failed)}
 
 # %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #ccdf39fd
-def compare(trace: ArrayLike, sample: ArrayLike, more: Mapping[str, float] | None = None,
+def compare(trace: ArrayLike, sample: ArrayLike, more: dict[str, float] | None = None,
             failed: Sequence[str] = (), bound: float | None = None) -> GoF:
     """Compare two samples f8 [n], f8 [m] of one quantity.
 
@@ -93,6 +94,23 @@ class Fit:
         if not self.fitted: raise ValueError(f"{type(self).__name__}: fit it first")
         return self
 
+    @classmethod
+    def from_json(cls, source: str | Path | dict) -> Self:
+        """Read the model kept in JSON text, a dict, or the file of that path.
+
+        Raises ValueError for another model's."""
+        if isinstance(source, str) and not source.lstrip().startswith("{"): source = Path(source)
+        if isinstance(source, Path): source = source.read_text(encoding="utf-8")
+        doc, name = json.loads(source) if isinstance(source, str) else source, cls.__name__
+        if doc.get("model") != name:
+            raise ValueError(f"model: expected {name!r}, got {doc.get('model')!r}")
+        if missing := [k for k in cls._kept if k not in doc]:
+            raise ValueError(f"{name}: the JSON lacks {', '.join(missing)}")
+        self = object.__new__(cls)
+        for k in cls._kept: setattr(self, k, from_plain(doc[k]))
+        self.fitted = True
+        return self
+
 # %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #d645bb23
 def to_plain(v: Any) -> Any:
     "Turn a fitted parameter (Fit, array, dict, list, number) into what JSON holds."
@@ -103,6 +121,7 @@ def to_plain(v: Any) -> Any:
     if isinstance(v, (list, tuple)): return [to_plain(x) for x in v]
     return v.tolist() if isinstance(v, (np.ndarray, np.generic)) else v
 
+# %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #815ca918
 def from_plain(v: Any) -> Any:
     "Turn what `to_plain` gave into arrays, dicts and lists."
     if isinstance(v, dict) and set(v) == {"array", "dtype"}: return np.array(v["array"], v["dtype"])
@@ -120,22 +139,3 @@ def to_json(self: Fit, path: str | Path | None = None) -> str:
                       | {k: to_plain(getattr(self, k)) for k in self._kept})
     if path is not None: write_text(path, text + "\n")
     return text
-
-# %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #1292d68e
-@patch(cls_method=True)
-def from_json(cls: Fit, source: str | Path | dict) -> Fit:
-    """Read the model kept in JSON text, a dict, or the file of that path.
-
-    Raises ValueError for another model's."""
-    if isinstance(source,
-                  Path) or isinstance(source, str) and not source.lstrip().startswith("{"):
-        source = Path(source).read_text(encoding="utf-8")
-    doc, name = json.loads(source) if isinstance(source, str) else source, cls.__name__
-    if doc.get("model") != name:
-        raise ValueError(f"model: expected {name!r}, got {doc.get('model')!r}")
-    if missing := [k for k in cls._kept if k not in doc]:
-        raise ValueError(f"{name}: the JSON lacks {', '.join(missing)}")
-    self = cls.__new__(cls)
-    for k in cls._kept: setattr(self, k, from_plain(doc[k]))
-    self.fitted = True
-    return self

@@ -56,8 +56,8 @@ class Demands:
         cpu, memory = column(df, "cpu_milli"), column(df, "memory_mib")
         gpus = column(df, "num_gpu").astype(np.int64)
         milli = np.where(gpus == 1, column(df, "gpu_milli"), 1000).astype(np.int64)
-        spec = df.gpu_spec.fillna("").astype(str).to_numpy() if "gpu_spec" in df else np.full(
-            len(df), "")
+        spec = np.full(len(df), "")
+        if "gpu_spec" in df: spec = df.gpu_spec.fillna("").astype(str).to_numpy()
         any_node = np.ones(len(cluster.model), bool)
         may = {s: np.isin(cluster.model, s.split("|")) if s else any_node for s in np.unique(spec)}
         allowed = np.array([may[s] for s in spec]).reshape(len(df), -1)

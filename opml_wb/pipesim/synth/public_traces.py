@@ -6,11 +6,7 @@
 __all__ = ['write_gz', 'make_philly', 'make_gz', 'philly', 'pmlb', 'rounded', 'fit_default', 'make_default']
 
 # %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #4126ad20
-import gzip
-import io
-import json
-import os
-import tempfile
+import gzip, io, json, os, tempfile
 from pathlib import Path
 from typing import Any
 

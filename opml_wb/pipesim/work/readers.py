@@ -7,12 +7,7 @@ __all__ = ['OPENB', 'STAGES', 'RUN', 'philly', 'swf', 'wfformat', 'openb', 'gent
            'read_numbers', 'records']
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #a6b5e22a
-import gzip
-import io
-import json
-import os
-import warnings
-import zlib
+import gzip, io, json, os, warnings, zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -91,6 +91,7 @@ def wait(self: Trace) -> np.ndarray:
     "A pipeline's waiting, f8 [P]: the sum of start - ready over its tasks, s."
     return np.bincount(self.workload.pipeline, self.start - self.ready, len(self.workload))
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #df6feca6
 @patch(as_prop=True)
 def finished(self: Trace) -> np.ndarray:
     "The end of a pipeline's last task, f8 [P], s."
@@ -182,7 +183,7 @@ def summary(self: Trace) -> dict[str, float]:
     unfinished tasks.
 
     The cost is that of what was used. Pipelines that have not ended are left out and counted."""
-    out = {}
+    out: dict[str, float] = {}
     for name, x in (("wait", self.wait), ("response", self.response)):
         x = x[~np.isnan(x)]
         found = (x.mean(), *np.quantile(x, [.5, .95]), x.max()) if len(x) else [np.nan] * 4

@@ -6,9 +6,7 @@
 __all__ = ['TASK', 'PIPE', 'checked_edges', 'Workload']
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #b38bd454
-import hashlib
-import json
-import os
+import hashlib, json, os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -249,7 +247,8 @@ def scale(self: Workload, users: float, seed: int = 0) -> Workload:
          "a finite number > 0")
     if users == 1: return self
     rng = np.random.default_rng([seed, 0x5CA1E])
-    kept, arrivals = [], []
+    kept: list[np.ndarray] = []
+    arrivals: list[np.ndarray] = []
     for turn in range(int(np.ceil(users - 1e-12))):
         chosen = np.flatnonzero(rng.random(len(self)) < users - turn)
         at = self.arrival if turn == 0 else _moved(self, turn, rng)
@@ -288,8 +287,8 @@ def to_parquet(self: Workload, file: str | os.PathLike) -> Path:
     It appears whole or not at all."""
     import pyarrow as pa, pyarrow.parquet as pq
     def column(v): return pa.array([v if v.size else []], pa.list_(pa.from_numpy_dtype(v.dtype)))
-    arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(
-        self, n)) is not None} | {"edges": self.edges.ravel()}
+    arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(self, n)) is not None}
+    arrays["edges"] = self.edges.ravel()
     words = json.dumps({n: getattr(self, n) for n in ("pools", "kinds", "counts")})
     table = pa.table({n: column(v)
                       for n, v in arrays.items()}).replace_schema_metadata({"pipesim": words})
