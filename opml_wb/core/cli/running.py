@@ -104,8 +104,8 @@ def show_sweep(done: "Sweep") -> None:
     head = f"[bold]{terminal.plain(done.chapter)}[/]  sweep {done.id[:10]}"
     out.print(f"\n{head}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
     keys = [r.key[:10] for r in board.ranked(done)]
-    for (head, lines, more), last in (board.rows(done), keys), (board.failures(done), None):
-        table = terminal.grid(*map(terminal.plain, head), *(["key"] if last else []))
+    for (names, lines, more), last in (board.rows(done), keys), (board.failures(done), None):
+        table = terminal.grid(*map(terminal.plain, names), *(["key"] if last else []))
         for i, line in enumerate(lines):
             table.add_row(*map(text, line), *([last[i]] if last else []))
         if lines: out.print(table)

@@ -93,7 +93,7 @@ class Commands(click.Group):
         wide = formatter.width - 6 - max(map(len, COMMANDS))
         ours = [(name, click.Command(name, help=text).get_short_help_str(wide))
                 for name, (_, text) in COMMANDS.items()]
-        others = [(name, f"from package {e.dist.name}")
+        others = [(name, f"from package {e.dist.name if e.dist else '?'}")
                   for name, e in sorted(plugged("commands").items())
                   if name not in VERBS]
         more = [(name, text) for name, (_, text) in MORE.items()]

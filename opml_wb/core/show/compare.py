@@ -90,7 +90,7 @@ def _source(doc: Mapping, module: str) -> str | None:
     return None
 
 # %% ../../../nbs/core/show/07_compare.ipynb #2e9b7a38
-def _cells(doc: Mapping) -> str | None:
+def _cells(doc: dict[str, Any]) -> str | None:
     """The chapter's code as run `doc` executed it, without the injected parameters.
 
     None when its notebook is gone."""

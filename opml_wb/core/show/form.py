@@ -255,7 +255,7 @@ def _work(self: Form) -> None:
     time.sleep(SETTLE)
     try:
         if not self.asked.check(): return
-        plan = Plan(self.chapter.path, *self.asked.values(), **self.limits)
+        plan = Plan(self.chapter.path, *self.asked.values(), **dict[str, Any](self.limits))
         self.result = execute(plan, force=self.force.value, watch=view)
     except Stopped: self.result, said = stopped(view.folder), "stopped"
     except Exception as e: said = tag(f"{type(e).__name__}: {e}", "baseline")

@@ -81,7 +81,7 @@ def widget_figure(model: Mapping[str, Any]) -> dict[str, Any] | None:
         root, *way, name, _ = raw["path"]
         at = fig[root.removeprefix("_widget_")]
         for step in way: at = at[step]
-        kind, bits = re.fullmatch(r"([a-z]+)(\d+)", at[name]["dtype"]).groups()
+        kind, bits = re.findall(r"^([a-z]+)(\d+)$", at[name]["dtype"])[0]
         dtype = {"uint": "u", "int": "i", "float": "f"}[kind] + str(int(bits) // 8)
         shape = ", ".join(map(str, at[name]["shape"]))
         at[name] = {"dtype": dtype, "bdata": raw["data"], "shape": shape}

@@ -223,7 +223,7 @@ def wait(self: Admission) -> float:
     "Predict the seconds until an image that comes now is begun."
     if not self.queue.images and self.crew.idle: return 0.
     now, ready = time.monotonic(), self.crew.ready
-    busy = sum(max(self.fit(w.images) - (now - w.began), 0) for w in ready if w.parts)
+    busy = sum((max(self.fit(w.images) - (now - w.began), 0.) for w in ready if w.parts), 0.)
     batches = self.queue.images / self.batch
     return (self.fit.b * self.queue.images + self.fit.a * batches + busy) / max(len(ready), 1)
 

@@ -68,7 +68,7 @@ def bound(host: str, port: int) -> socket.socket:
 # %% ../../../nbs/flexserve/serve/14_server.ipynb #bb577280
 class _Front(uvicorn.Server):
     "uvicorn, whose signals are ours."
-    capture_signals = contextlib.nullcontext
+    capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
 # %% ../../../nbs/flexserve/serve/14_server.ipynb #669569eb
 async def _leave(server, sock, lame):
@@ -190,7 +190,7 @@ def tree(self: Running) -> "list[psutil.Process]":
 @patch
 def cpu(self: Running) -> float:
     "Sum the CPU seconds (user and system) of the processes that live."
-    return sum(sum(p.cpu_times()[:2]) for p in self.tree())
+    return sum((float(sum(p.cpu_times()[:2])) for p in self.tree()), 0.)
 
 @patch
 def memory(self: Running) -> int:
