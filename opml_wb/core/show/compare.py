@@ -90,11 +90,11 @@ def _source(doc: Mapping, module: str) -> str | None:
     return None
 
 # %% ../../../nbs/core/show/07_compare.ipynb #2e9b7a38
-def _cells(doc: dict[str, Any]) -> str | None:
+def _cells(doc: Mapping) -> str | None:
     """The chapter's code as run `doc` executed it, without the injected parameters.
 
     None when its notebook is gone."""
-    nb = doc.get("nb") or read_json(store.at_hand(doc)/store.NOTEBOOK, None)
+    nb = doc.get("nb") or read_json(store.at_hand(dict(doc))/store.NOTEBOOK, None)
     if nb is None: return None
     code = [c for c in nb["cells"] if c["cell_type"] == "code"
             and "injected-parameters" not in (c["metadata"].get("tags") or [])]

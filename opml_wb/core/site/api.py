@@ -179,7 +179,8 @@ class Symbols:
         if name.startswith("_"): return ""
         if to := patched(node):  # of a class of another module: its page has the method
             cls = self.own(to)
-            return next((member(a, f"{to}.") for a in members(cls) if a.name == name), "") if cls else ""
+            found = members(cls) if cls else ()
+            return next((member(a, f"{to}.") for a in found if a.name == name), "")
         found, is_function = self.own(name), isinstance(node,
                                                         ast.FunctionDef | ast.AsyncFunctionDef)
         if inspect.isclass(found): return class_(found, {m for c, m in self.later if c == name})
