@@ -39,19 +39,20 @@ def chapters_home(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def executed(chapters_home, monkeypatch):
+@pytest.fixture(scope="session")
+def executed(chapters_home):
     """executed(chapter) -> Run at its defaults, or at its preset `quick` where it has one; from `chapters_home` if it was executed."""
     import fcntl
 
     from opml_wb.core.engine.run import run
     from opml_wb.core.engine.zygote import close_all
     from opml_wb.core.request.chapter import find
-    monkeypatch.setenv("OPML_HOME", str(chapters_home))
+
     def call(chapter):
         found = find(chapter)
         preset = "quick" if "quick" in found.meta.get("presets", {}) else None
-        with open(chapters_home / f".{found.name.replace('/', '-')}.lock", "w") as lock:
+        with pytest.MonkeyPatch.context() as patch, open(chapters_home / f".{found.name.replace('/', '-')}.lock", "w") as lock:
+            patch.setenv("OPML_HOME", str(chapters_home))
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be executing it
             return run(found, preset=preset, timeout=600)
     yield call
@@ -229,7 +230,11 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (CI does)")
 
 
-HEAVY = ()  # files and notebooks that take longest, so that they begin first
+HEAVY = (  # files and notebooks that take longest, so that they begin first
+    "test_docs", "test_lab", "test_riann_index", "test_flexserve_server", "bench/04_sweep", "test_riann_store", "test_riann_graph",
+    "test_sweep", "test_fidelity", "test_pipesim_engine", "test_store_shared", "test_provenance_capture", "chapters/07_riann",
+    "bench/05_samplers", "test_cache", "test_flexserve_engine", "test_faults", "test_cli", "test_eligibility", "chapters/05_pipesim",
+    "chapters/08_flexserve", "bench/09_pipesim_ledger", "bench/13_flexserve", "bench/11_capture", "bench/03_store", "bench/02_engine")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -77,10 +77,13 @@ def guest(packages): return packages/"acme_guest"/"guest.ipynb"
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory, packages):
+def build(tmp_path_factory, packages, executed):
     """build(*options, api=True) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this
-    module; without `api` three modules get a page, which is quicker."""
+    module that has the chapters' runs; without `api` three modules get a page, which is quicker."""
     home = tmp_path_factory.mktemp("home")
+    for chapter in sorted((ROOT/"nbs"/"chapters").glob("*.ipynb")):
+        ran = Path(executed(chapter).notebook).parent
+        shutil.copytree(ran, home/"runs"/ran.name)
     def call(*options, command="docs", api=True):
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
         how = ["-m", "opml_wb.core.cli"] if api else ["-c", FEW]
