@@ -8,7 +8,6 @@ import threading
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from opml_wb.core.record.data import path
@@ -353,6 +352,7 @@ def test_an_update_is_planned_as_one(sift):
 
 
 def test_a_small_index_takes_whatever_is_like_vectors_and_ids(sift):
+    import pandas as pd
     x, q = sift
     ways = [(np.ascontiguousarray, np.asarray), (np.asfortranarray, list), (np.ndarray.tolist, tuple), (lambda v: v.astype(float), np.array), (lambda v: v.astype(np.float16), lambda i: np.array(i, np.uint64)),
             (lambda v: v.astype(">f4"), lambda i: np.asarray(i).astype(">i8")), (lambda v: np.repeat(v, 2, 0)[::2], lambda i: np.repeat(i, 2)[::2]),

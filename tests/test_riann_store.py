@@ -1,5 +1,6 @@
 """The store under fire: killed at every step, every byte flipped, cut at every offset, disk full, two writers."""
 import errno
+import hashlib
 import json
 import os
 import random
@@ -481,6 +482,14 @@ def test_half_a_manifest_after_more_operations_is_an_error(tmp_path):
     assert "gen-1" in os.listdir(tmp_path / "store")
     os.truncate(tmp_path / "store" / "MANIFEST.json", 50)
     with pytest.raises(Damaged, match="MANIFEST.json: this is not a manifest"): IndexStore.open(tmp_path / "store")
+
+
+def test_the_format_on_disk_is_what_it_was():
+    "The bytes of a manifest, a log's header and a record, as the first release wrote them: folders of before open."
+    doc = dict(format=1, generation=4, seq=17, meta={"dim": 64}, arrays={})
+    arrays = dict(x=np.arange(6, dtype=np.float32).reshape(2, 3), ids=np.array([5, 7]))
+    raw = G.encode(doc) + W.header(doc) + b"".join(map(bytes, W.encode_record(18, "add", arrays, '{"i": 1}')))
+    assert hashlib.sha256(raw).hexdigest() == "05e2155c4f65c68651f9be65a93586ee3d240fa33eaf37c1008df59cd005e0d0"
 
 
 def test_a_newer_format_is_refused(tmp_path):
