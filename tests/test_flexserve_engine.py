@@ -6,12 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from opml_wb.core.record import data
 from opml_wb.core.record.models import ModelError, ModelStore
 from opml_wb.flexserve import Bundle, BundleError, Engine, Policy, decode, flips, import_torch, sweep
-from opml_wb.flexserve.model.ensemble import one_thread
 from opml_wb.flexserve.model.data import CIFAR, cifar, cifar_models
 
 here = pytest.mark.skipif(data.find("flexserve/resnet20") is None, reason="needs the published CIFAR-10 nets: opml data fetch flexserve/resnet20, ...")
@@ -20,9 +18,9 @@ here = pytest.mark.skipif(data.find("flexserve/resnet20") is None, reason="needs
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     "A home of the module's own: conversions are kept there."
-    was, os.environ["OPML_HOME"] = os.environ.get("OPML_HOME"), str(tmp_path_factory.mktemp("home"))
-    yield os.environ["OPML_HOME"]
-    os.environ.pop("OPML_HOME") if was is None else os.environ.update(OPML_HOME=was)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPML_HOME", str(tmp_path_factory.mktemp("home")))
+        yield os.environ["OPML_HOME"]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +39,8 @@ def bundle(home, shown, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(bundle, shown):
     "(M, B, C) probabilities of a plain PyTorch loop, a picture at a time, without any of ours but the nets."
+    import torch
+    from opml_wb.flexserve.model import one_thread
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
     x = [(torch.tensor(im).permute(2, 0, 1) / 255 - mean) / std for im in shown[0]]
     with torch.no_grad(), one_thread(): return np.stack([[torch.softmax(bundle.module(m["name"])(im[None]), 1)[0].numpy() for im in x] for m in bundle.models])
@@ -98,6 +98,7 @@ def test_int8_says_how_often_it_agrees(bundle, shown):
 
 @here
 def test_the_legacy_checkpoint_is_the_safetensors(tmp_path):
+    import torch
     from safetensors.torch import load_file
     ours, theirs = import_torch(data.path("flexserve/legacy"), "opml_wb.flexserve.model.zoo:cifar_resnet20"), load_file(data.path("flexserve/resnet20"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -114,6 +115,7 @@ class Trap:
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"state_dict": t}, lambda t: {"state_dict": {"a": t}}, lambda t: [t]])
 @pytest.mark.parametrize("how", ["pickle", "torch", "legacy"])
 def test_a_pickle_with_code_in_it_runs_nothing(tmp_path, wrap, how):
+    import torch
     sprung, file = tmp_path/"sprung", tmp_path/"trap.pth"
     trap = wrap(Trap(str(sprung)))
     if how == "pickle": file.write_bytes(pickle.dumps(trap))
@@ -125,9 +127,12 @@ def test_a_pickle_with_code_in_it_runs_nothing(tmp_path, wrap, how):
 
 
 def small(path, seed=0, golden=None):
+    import torch
     from opml_wb.flexserve.model import zoo
     torch.manual_seed(seed)
-    models = [{"name": n, "arch": f"opml_wb.flexserve.model.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), "classes": ["face", "other"], "transform": {"resize": 24, "crop": 24}} for n in ("convnet", "mlp", "patch_mixer")]
+    like = {"classes": ["face", "other"], "transform": {"resize": 24, "crop": 24}}
+    models = [{"name": n, "arch": f"opml_wb.flexserve.model.zoo:{n}", "weights": getattr(zoo, n)().state_dict(), **like}
+              for n in ("convnet", "mlp", "patch_mixer")]
     return Bundle.create(path, models, golden=golden, name="small")
 
 
@@ -160,7 +165,7 @@ def test_the_flip_report_is_exact(home, tmp_path):
 def test_other_answers_than_at_pack_are_refused(home, tmp_path):
     "Whoever changes what the golden set was answered is found out."
     import json
-    from opml_wb.flexserve.model.engine import EngineError
+    from opml_wb.flexserve import EngineError
     images = [np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8) for i in range(8)]
     bundle = small(tmp_path/"b", golden=images)
     said = bundle.manifest["golden"]["answers"]["mlp"]

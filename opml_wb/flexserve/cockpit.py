@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from opml_wb.flexserve.serve.client import Client
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #7c885fa8
+# %% ../../nbs/flexserve/02_cockpit.ipynb #92ce8fda
 @dataclass(frozen=True)
 class Kept:
     """An answer about B pictures, kept: `models` (M names), `classes` (C), `labels` (M, B),
@@ -63,7 +63,7 @@ def ask(client: "Engine | Client", images: Sequence,
         said = names, a["classes"], labels, probs, a["version"], a["digest"]
     return Kept(*said, (time.perf_counter() - began) * 1e3, known, list(images))
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #acaf14af
+# %% ../../nbs/flexserve/02_cockpit.ipynb #df03e6c5
 MODES = {"votes": "k_of_n", "mean probability": "mean", "highest probability": "max",
          "lowest probability": "min"}
 
@@ -76,7 +76,7 @@ def policy(mode: str, level: float, target: str, models: int) -> Policy:
     return Policy.parse({"kind": "k_of_n", "target": target,
                          "k": max(1, math.ceil(level / 100 * models - 1e-9))})
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #3836e96e
+# %% ../../nbs/flexserve/02_cockpit.ipynb #329d347b
 def decide(kept: Kept, mode: str, level: float, target: str) -> tuple[Policy, Verdict,
                                                                       dict[str, float] | None]:
     """Compute (Policy, Verdict, counts against the truth or None) for a kept answer; no request
@@ -85,7 +85,7 @@ def decide(kept: Kept, mode: str, level: float, target: str) -> tuple[Policy, Ve
     verdict = p.apply(kept.labels, kept.probs, models=kept.models, classes=kept.classes)
     return p, verdict, None if kept.truth is None else counts(verdict.result, kept.truth, target)
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #dd5cf6e5
+# %% ../../nbs/flexserve/02_cockpit.ipynb #38e7a2f6
 def thumbnail(image: bytes | str | os.PathLike | np.ndarray, size: int = 40) -> str:
     "Make an HTML image of bytes, a path or an (H, W, 3) uint8 array, enlarged without blur."
     from PIL import Image
@@ -98,12 +98,12 @@ def thumbnail(image: bytes | str | os.PathLike | np.ndarray, size: int = 40) -> 
     style = f"height:{size}px;image-rendering:pixelated"
     return f'<img alt="" style="{style}" src="data:image/png;base64,{data}">'
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #58bf78de
+# %% ../../nbs/flexserve/02_cockpit.ipynb #ad7aa333
 def _page(inside):
     "Wrap HTML in the workbench's style."
     return f"{ui.CSS}<div class=opml>{inside}</div>"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #1090d033
+# %% ../../nbs/flexserve/02_cockpit.ipynb #00c0e34d
 def _mark(text, colour):
     "Underline a text in one of the palette's colours."
     return f'<span style="border-bottom:3px solid {ui.COLOURS[colour]}">{escape(str(text))}</span>'
@@ -114,7 +114,7 @@ def contested(kept: Kept) -> np.ndarray:
     agree = [max(np.unique(column.astype(str), return_counts=True)[1]) for column in kept.labels.T]
     return np.argsort(agree, kind="stable")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #47037575
+# %% ../../nbs/flexserve/02_cockpit.ipynb #536266ac
 def _row_html(kept, verdict, target, b):
     "Make the table's row of picture `b`."
     def answer(m, c):
@@ -127,7 +127,7 @@ def _row_html(kept, verdict, target, b):
     answers = "".join(answer(m, c) for m, c in enumerate(kept.labels[:, b]))
     return f"<tr><td>{thumbnail(kept.images[b])}</td>{answers}<td>{word}</td>{truth}</tr>"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #35d46c02
+# %% ../../nbs/flexserve/02_cockpit.ipynb #ee15fbf5
 def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int]) -> str:
     """Make the table picture x model.
 
@@ -140,7 +140,7 @@ def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int]) -
     more = f"<span class=m>{len(kept.images)} pictures, {lines.count('<tr>')} shown</span>"
     return _page(f"<table><tr>{head}</tr>{lines}</table>{more}")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #33a2b568
+# %% ../../nbs/flexserve/02_cockpit.ipynb #d3010761
 def models_html(kept: Kept, target: str) -> str:
     """Make a table of each model alone: its misses, false alarms, sensitivity and precision; ''
     without a truth."""
@@ -155,7 +155,7 @@ def models_html(kept: Kept, target: str) -> str:
         lines += f"<tr><td>{escape(name)}</td>{cells}</tr>"
     return _page(f"<table>{head}{lines}</table>")
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #3bf3311d
+# %% ../../nbs/flexserve/02_cockpit.ipynb #cec56573
 LINES = {"votes": ("k_of_n", "good"), "mean probability": ("mean_prob", "ours"),
          "highest probability": ("max_prob", "baseline"),
          "lowest probability": ("min_prob", "paper")}
@@ -214,7 +214,7 @@ def camera(took: Callable[[bytes], Any]) -> "anywidget.AnyWidget":
     widget.observe(lambda change: took(base64.b64decode(change["new"])), "shot")
     return widget
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #bc19c2b0
+# %% ../../nbs/flexserve/02_cockpit.ipynb #5b68e1c1
 class FlexCockpit:
     """A form that asks `client` (a Client, or an Engine) about pictures and walks along its
     answers' frontier.
@@ -261,7 +261,7 @@ def _ipython_display_(self: FlexCockpit):
     from IPython.display import display
     display(self.box, self.play, self.models, self.table)
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #a90d7fec
+# %% ../../nbs/flexserve/02_cockpit.ipynb #81be006e
 @patch
 def _widgets(self: FlexCockpit, frames):
     "Make the form; `frames`: with a slider through them."
@@ -285,7 +285,7 @@ def _widgets(self: FlexCockpit, frames):
                                           description="target"),
                         mode=w.Dropdown(options=list(MODES), description="by"))
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #10b441fb
+# %% ../../nbs/flexserve/02_cockpit.ipynb #296f6eb2
 @patch
 def _operate(self: FlexCockpit, verb):
     "Act on an operator's button; the pictures are asked about again."
@@ -293,7 +293,7 @@ def _operate(self: FlexCockpit, verb):
     except Exception as e: self.badge.value = escape(f"{type(e).__name__}: {e}")
     else: self.kept and self.ask(self.kept.images, self.kept.truth)
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #5a32d38a
+# %% ../../nbs/flexserve/02_cockpit.ipynb #86f2f9f4
 @patch
 def _move(self: FlexCockpit, fig, target, mode, level):
     "Recompute the verdicts from the kept answer; the words to show."
@@ -314,7 +314,7 @@ def _move(self: FlexCockpit, fig, target, mode, level):
     shares = f"sensitivity {c['sensitivity']:.3f}, precision {c['precision']:.3f}"
     return f"{rule}: {c['FN']} missed, {c['FP']} false alarms; {shares}"
 
-# %% ../../nbs/flexserve/02_cockpit.ipynb #be62130a
+# %% ../../nbs/flexserve/02_cockpit.ipynb #84320ecb
 @patch
 def _show_rows(self: FlexCockpit):
     "Show the table of the frames from the slider's on, or of the contested pictures."

@@ -16,7 +16,7 @@ from ..core.kit.words import check_whole
 
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #c4ad9cd5
+# %% ../../nbs/flexserve/01_tracking.ipynb #0d73db4a
 def _seen(labels, target, ndim, shape):
     "Turn presences, or class names to compare with `target`, into booleans of `ndim` dimensions."
     a = np.asarray(labels, object) if target is not None else np.asarray(labels)
@@ -35,7 +35,7 @@ def _times(t, n):
         raise ValueError(f"t: expected {n} finite times in s, each later than the one before")
     return t
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #b77d74c2
+# %% ../../nbs/flexserve/01_tracking.ipynb #9971333a
 def presence(labels: Any, t: Sequence[float] | None = None, min_run: int = 2,
              target: str | None = None,
              max_gap: int = 0) -> "pd.DataFrame":
@@ -59,7 +59,7 @@ def tiles(image: np.ndarray, rows: int, cols: int) -> list[np.ndarray]:
     return [tile for band in np.array_split(image, rows, axis=0)
             for tile in np.array_split(band, cols, axis=1)]
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #03f0865a
+# %% ../../nbs/flexserve/01_tracking.ipynb #de785fc8
 @dataclass(frozen=True)
 class Movement:
     """A movement through a grid: `path` a DataFrame [t, row, col] (s, cells) of the frames that
@@ -73,7 +73,7 @@ class Movement:
     enters: str | None
     leaves: str | None
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #db9a565b
+# %% ../../nbs/flexserve/01_tracking.ipynb #5a28d646
 WAYS = "right", "up right", "up", "up left", "left", "down left", "down", "down right"
 
 def _side(row, col, shape):
@@ -82,14 +82,14 @@ def _side(row, col, shape):
     side = min(gaps, key=gaps.__getitem__)
     return side if gaps[side] <= .5 else None
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #72ba58bd
+# %% ../../nbs/flexserve/01_tracking.ipynb #7b15aa26
 def _slope(t, x):
     """Compute the median of the slopes between all pairs of points (Theil-Sen): one false alarm
     doesn't turn the line."""
     i, j = np.triu_indices(len(t), 1)
     return float(np.median((x[j] - x[i]) / (t[j] - t[i]))) if len(t) > 1 else 0.
 
-# %% ../../nbs/flexserve/01_tracking.ipynb #64986396
+# %% ../../nbs/flexserve/01_tracking.ipynb #e840f76d
 def movement(grid: Any, t: Sequence[float] | None = None,
              target: str | None = None) -> Movement | None:
     """Estimate the movement of the target through the tiles; None when it was never seen.

@@ -15,14 +15,14 @@ import numpy as np
 from fastcore.basics import patch
 
 from ...core.kit.files import fsync, replacing, sha256, write_text
-from .images import Reject, Transform, decode
+from .images import Reject, Transform, decode, is_picture
 from .weights import (BundleError, allowed, build, fill, import_torch,
                                              permit,
                                              tensors)
 
 if TYPE_CHECKING: import torch
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #777610f0
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #33c2c903
 MANIFEST, GOLDEN, FORMAT = "bundle.json", "golden.safetensors", 1
 
 FIELDS = "name", "arch", "kwargs", "weights", "classes", "transform", "provenance"
@@ -33,7 +33,7 @@ def _plain(field, value):
     except (TypeError, ValueError) as e:
         raise BundleError(f"{field}: expected JSON values: {e}") from None
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #2d7b99d4
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #76902062
 def _name(field, value):
     "Check a name: printable text of at most 200 characters."
     if not isinstance(value, str) or not value or len(value) > 200 or not value.isprintable():
@@ -49,7 +49,7 @@ def _classes(field, value):
     if len(set(value)) < len(value): raise BundleError(f"{field}: a name is there twice")
     return list(value)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #83de0cf7
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #051a3ec4
 def _entry(i, model):
     "Check one entry of `create`'s `models`; the manifest's part of it, without its weights."
     where = f"models[{i}]"
@@ -68,7 +68,7 @@ def _entry(i, model):
             "classes": _classes(f"{where}.classes", model["classes"]), "transform": transform,
             **free}
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #79b6cfe7
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #6e5f2449
 def _entries(models):
     "Check all entries; their names must differ."
     if not isinstance(models, (list, tuple)) or not models:
@@ -93,19 +93,18 @@ def _state(weights, entry, allow):
     except Exception as e:
         raise BundleError(f"weights: {path} isn't a safetensors file: {e}") from e
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #52020e05
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #d75a6c66
 def _picture(i, image):
     "Read golden picture `i`: bytes, a path, or (H, W, 3) uint8."
     if isinstance(image, (str, Path)): image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray)): image = decode(bytes(image))
     if isinstance(image, Reject): raise BundleError(f"golden[{i}]: {image.reason}")
-    if getattr(image, "dtype",
-               None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+    if not is_picture(image):
         got = f"{type(image).__name__} {getattr(image, 'shape', '')}"
         raise BundleError(f"golden[{i}]: expected bytes, a path, or (H, W, 3) uint8, got {got}")
     return np.ascontiguousarray(image)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #719934fb
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #57426e43
 def _pictures(golden):
     "Read the golden set as given: (list of (H, W, 3) uint8, labels or None)."
     if golden is None: return [], None
@@ -134,13 +133,13 @@ def _answers(module, entry, images):
             "margin": [round(float(m), 5) for m in margin]}
     return said if images else None, flops(module, inputs[0])
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #25f6983f
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #3271fe10
 def canonical(value: Any) -> bytes:
     "Write a JSON `value` in its one canonical form: sorted keys, no spaces, UTF-8."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False,
                       allow_nan=False).encode()
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #0a625754
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #c79917cf
 def _save(arrays, path, save):
     "Write a safetensors file, flushed; its manifest entry."
     save(arrays, path)
@@ -163,7 +162,7 @@ def _pack(folder, entries, weights, images, allow):
         entry["weights"] = _save(copies, folder/f"{i:02d}-{safe}.safetensors", save_file)
     return answers
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #65addcdc
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #43e95914
 def _golden(folder, images, labels, answers):
     "Write the golden pictures; their manifest entry, None without any."
     if not images: return None
@@ -171,7 +170,7 @@ def _golden(folder, images, labels, answers):
     arrays = {f"{i:06d}": image for i, image in enumerate(images)}
     return {**_save(arrays, folder/GOLDEN, save_file), "labels": labels, "answers": answers}
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #8b403fb8
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #e809b336
 def _judge(path, manifest, allow):
     """BundleError unless `manifest` is one that `create` could have written and its modules are
     allowed."""
@@ -211,7 +210,7 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({self.name!r}, {[m['name'] for m in self.models]}, {self.digest[:12]})"
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #73123c74
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #2c0bbed0
 @patch(cls_method=True)
 def load(cls: Bundle, dir: str | os.PathLike, allow: Iterable[str] = ()) -> Bundle:
     """Open the bundle in folder `dir`; `allow`: modules that it may name besides those known to
@@ -225,7 +224,7 @@ def load(cls: Bundle, dir: str | os.PathLike, allow: Iterable[str] = ()) -> Bund
     _judge(folder/MANIFEST, manifest, allow)
     return Bundle(folder, manifest, allow)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #f7964586
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #037461d4
 @patch(cls_method=True)
 def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, Any]],
            golden: Any = None,
@@ -253,14 +252,14 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     permit(allow)
     return Bundle.load(folder, allow)
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #43a29527
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #5abca20a
 @patch
 def files(self: Bundle) -> list[dict[str, Any]]:
     "List {file, sha256, bytes} of all that the manifest names."
     return [m["weights"]
             for m in self.models] + ([self.manifest["golden"]] if self.manifest["golden"] else [])
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #a71a3fd5
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #b3f273f6
 @patch
 def verify(self: Bundle) -> str:
     """Hash every file again; the digest.
@@ -275,7 +274,7 @@ def verify(self: Bundle) -> str:
         raise BundleError(f"{self.dir/MANIFEST} has changed since it was loaded")
     return self.digest
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #859f1349
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #32f6f07c
 @patch
 def golden(self: Bundle) -> tuple[list[np.ndarray], list[str] | None]:
     """Read (pictures as a list of (H, W, 3) uint8, their true class names or None); ([], None)
@@ -285,7 +284,7 @@ def golden(self: Bundle) -> tuple[list[np.ndarray], list[str] | None]:
     found = load_file(self.dir/self.manifest["golden"]["file"])
     return [found[key] for key in sorted(found)], self.manifest["golden"]["labels"]
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #0e7edd5d
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #2a32f95e
 @patch
 def module(self: Bundle, name: str) -> "torch.nn.Module":
     """Build the torch module of model `name`, on weights that all processes share (mapped from
@@ -298,7 +297,7 @@ def module(self: Bundle, name: str) -> "torch.nn.Module":
     return fill(build(entry["arch"], entry["kwargs"], self.allow),
                 load_file(self.dir/entry["weights"]["file"]))
 
-# %% ../../../nbs/flexserve/model/05_bundle.ipynb #9dfa1f4c
+# %% ../../../nbs/flexserve/model/05_bundle.ipynb #dae7d230
 @patch
 def transforms(self: Bundle) -> tuple[list[Transform], list[int]]:
     """Find (the distinct transforms, for each model the index of its own): an ensemble

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...core.record import data
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #12dd2ed7
+# %% ../../../nbs/flexserve/model/10_data.ipynb #cc4e2618
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 NORMAL = {"mean": [.485, .456, .406], "std": [.229, .224, .225]}
@@ -44,13 +44,13 @@ def pictures(name: str) -> tuple[np.ndarray, np.ndarray]:
     found = lfw_subset()
     return _grey(found, found.max()), np.array(["face"] * 100 + ["other"] * 100, object)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #8310a848
+# %% ../../../nbs/flexserve/model/10_data.ipynb #b9e609b6
 def make(file: str | os.PathLike, part: str, url: str, **source: Any) -> None:
     """Make a file of the data registry: `part` is a network (its checkpoint at `url` becomes
     safetensors) or `pictures` (a zip of JPEGs)."""
     _jpegs(file, url, **source) if part == "pictures" else _weights(file, part, url, **source)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #dab5154c
+# %% ../../../nbs/flexserve/model/10_data.ipynb #ed2dfd68
 def _weights(file, arch, url, sha256, bytes):
     "Write a published checkpoint as a safetensors file: names without `module.`, no counters."
     from safetensors.torch import save_file
@@ -71,7 +71,7 @@ def _jpegs(file, url, each):
             with urlopen(f"{url}/{name}", timeout=30) as got:
                 z.writestr(zipfile.ZipInfo(name, (2019, 3, 31, 6, 35, 38)), got.read())
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #8f96c93f
+# %% ../../../nbs/flexserve/model/10_data.ipynb #ba5a63a3
 def cifar() -> tuple[list[bytes], np.ndarray]:
     """Load (600 JPEGs, their class names (600,) object): CIFAR-10 test pictures; fetched if they
     aren't here."""
@@ -79,7 +79,7 @@ def cifar() -> tuple[list[bytes], np.ndarray]:
         names = sorted(n for n in z.namelist() if n.endswith(".jpg"))
         return [z.read(n) for n in names], np.array([n.split("/")[0] for n in names], object)
 
-# %% ../../../nbs/flexserve/model/10_data.ipynb #3cd198a3
+# %% ../../../nbs/flexserve/model/10_data.ipynb #23308b9c
 def cifar_models(sizes: Sequence[int] = (20, 32, 44, 56)) -> list[dict[str, Any]]:
     """Make entries for `Bundle.create` of the published CIFAR-10 residual nets, fetched if they
     aren't here."""

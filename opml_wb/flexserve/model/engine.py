@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from ...core.kit.words import check_whole
 from .bundle import Bundle, BundleError
+from .images import is_picture
 from .onnx import Backend, OnnxBackend, place, prepare, softmax
 from .policy import Policy, PolicyError, Verdict, index_of
 
@@ -43,7 +44,7 @@ class Answer:
 
     def __iter__(self) -> Iterator[np.ndarray]: return iter((self.labels, self.probs))
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #0cc059a2
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #cb6135c6
 def choose(bundle: Bundle, engine: str, device: str) -> tuple[str, str, dict[str, Any] | None]:
     """Choose the runtime of `bundle`: (kind: torch, onnx or onnx-int8, why, proof or None).
 
@@ -114,7 +115,7 @@ class Engine:
         backend = _backend(found, kind, found.transforms()[1], threads, device)
         return cls(found, backend, kind, why, proof, device)
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #e0382c93
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #1752ed15
 @patch
 def describe(self: Engine) -> dict[str, Any]:
     """Describe the engine as JSON values: {ensemble, digest, engine, why, parity, device, classes,
@@ -129,7 +130,7 @@ def describe(self: Engine) -> dict[str, Any]:
             "why": self.why, "parity": self.parity,
             "device": self.device, "classes": self.classes, "models": models}
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #ad3c6d53
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #31af80e6
 @patch
 def _batches(self: Engine, images, rows):
     """Transform and group: [(indices, [one (b, 3, h, w) for each transform, None where no row
@@ -156,7 +157,7 @@ def _run(self: Engine, part, rows, labels, probs):
         probs[i, index[:, None], self._columns[i]] = p
         labels[i, index] = [names[k] for k in p.argmax(axis=1)]
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #da257a1e
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #39c73fc3
 @patch
 def _hits(self: Engine, target, rows):
     """Read the share of golden pictures on which each model sees the target; without a golden
@@ -185,13 +186,12 @@ def _lazily(self: Engine, policy, parts, rows, labels, probs):
                 self._run((index[keep], kept), [row], labels, probs)
     return order
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #58198fa7
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #858f1d8c
 def _pictures(images):
     "Check that each is a picture (H, W, 3) uint8."
     images = list(images)
     for i, image in enumerate(images):
-        if getattr(image, "dtype",
-                   None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        if not is_picture(image):
             got = f"{type(image).__name__} {getattr(image, 'shape', '')}"
             raise ValueError(f"images[{i}]: expected (H, W, 3) uint8, got {got}")
     return images
@@ -205,7 +205,7 @@ def _rows(self: Engine, want):
     if not wanted: raise PolicyError("models: none is wanted: expected names of models")
     return sorted(wanted)
 
-# %% ../../../nbs/flexserve/model/08_engine.ipynb #77db97b7
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #e067dd60
 @patch
 def infer(self: Engine, images: Iterable[np.ndarray], want: Collection[str] | None = None,
           policy: Policy | Mapping[str, Any] | None = None, lazy: bool = False) -> Answer:

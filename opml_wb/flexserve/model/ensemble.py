@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .images import by_shape
 from .weights import BundleError
 
-# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #68175f8c
+# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #2b96b751
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch compute in one thread meanwhile: several waste time on nets this small, and most
@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #70ec8029
+# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #a123692b
 def probabilities(module: nn.Module, inputs: Sequence[np.ndarray],
                   classes: Sequence[str]) -> np.ndarray:
     """Compute (B, classes) float32 softmax of `module`'s logits for B tensors (3, h, w).
@@ -43,7 +43,7 @@ def probabilities(module: nn.Module, inputs: Sequence[np.ndarray],
             out[index] = torch.softmax(logits.float(), 1).numpy()
     return out
 
-# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #49880cd1
+# %% ../../../nbs/flexserve/model/04_ensemble.ipynb #87f4d5ca
 def flops(module: nn.Module, tensor: np.ndarray) -> int:
     "Count the floating-point operations of one forward pass of a tensor (3, h, w)."
     with FlopCounterMode(display=False) as counter, torch.no_grad(), one_thread():

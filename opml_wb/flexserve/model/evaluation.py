@@ -36,7 +36,7 @@ def counts(present: ArrayLike, truth: ArrayLike, target: str) -> dict[str, float
                 specificity=share(tn, tn + fp),
                 precision=share(tp, tp + fp))
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #e37e6f36
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #8df29943
 def sweep(labels: np.ndarray, probs: np.ndarray | None, truth: ArrayLike, target: str,
           classes: Sequence[str] | None = None,
           thresholds: Iterable[float] = np.arange(1, 20) / 20) -> "pd.DataFrame":
@@ -58,7 +58,7 @@ def sweep(labels: np.ndarray, probs: np.ndarray | None, truth: ArrayLike, target
     return pd.DataFrame([dict(policy=name, param=param, **counts(result(spec), truth, target))
                          for name, param, spec in points])
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #a97f001a
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #acfaf856
 def confusion(labels: ArrayLike, truth: ArrayLike, classes: Sequence[str]) -> "pd.DataFrame":
     "Count one model's `labels` (B,) (rows) against the true classes (columns): DataFrame (C, C)."
     import pandas as pd
@@ -84,7 +84,7 @@ def per_class(labels: Iterable[ArrayLike], truth: ArrayLike, models: Sequence[st
                  for c, r, s, n in zip(classes, right, said_so, real)]
     return pd.DataFrame(rows)
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #1449f6fd
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #3cdb5b71
 @dataclass(frozen=True)
 class Flips:
     """A report of the answers that change between two versions of an ensemble on `images` pictures.
@@ -105,7 +105,7 @@ class Flips:
         found = grouped.agg(flips="count", examples=lambda p: sorted(p)[:3]).reset_index()
         return found.sort_values(["flips", "model"], ascending=[False, True], ignore_index=True)
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #34591b38
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #721785cf
 @patch(as_prop=True)
 def pictures(self: Flips) -> list[int]:
     "Indices of the pictures on which anything changes, sorted."
@@ -115,7 +115,7 @@ def pictures(self: Flips) -> list[int]:
 @patch
 def _repr_html_(self: Flips): return self.per_class().to_html(index=False)
 
-# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #63b78b1c
+# %% ../../../nbs/flexserve/model/09_evaluation.ipynb #b10a60f2
 def _changes(model, was, now, p_was=None, p_now=None):
     """Make the rows of pictures whose answer differs; `was`, `now`: (B,) answers, `p_...`: their
     probabilities or None."""

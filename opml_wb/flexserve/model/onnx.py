@@ -19,7 +19,7 @@ from ...core.record.folder import home
 from .bundle import Bundle, BundleError
 from .images import Transform, by_shape
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #e227067c
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #c5a2ea13
 MOST = 1e-3            # the largest difference of a probability that passes for rounding
 
 PROOF = "proof.json"
@@ -76,7 +76,7 @@ def _export(bundle, i, tensor, path):
         torch.onnx.export(bundle.module(bundle.models[i]["name"]), given, str(path), dynamo=False,
                           input_names=["x"], output_names=["y"], dynamic_axes=axes)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #9c545e15
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #b59c8788
 def _quantize(path, tensors):
     "Make the graph at `path` compute in 8 bits, per channel, its ranges calibrated on `tensors`."
     from onnxruntime.quantization import (CalibrationDataReader, QuantFormat, QuantType,
@@ -95,7 +95,7 @@ def _quantize(path, tensors):
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     ready.unlink()
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #2800b2fe
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #52923e04
 def _probabilities(backend, i, tensors, inputs):
     "Compute (B, classes) probabilities of model `i`."
     out: list[Any] = [None] * len(tensors)
@@ -104,7 +104,7 @@ def _probabilities(backend, i, tensors, inputs):
         for j, p in zip(index, softmax(backend.forward(batches, [i])[0])): out[j] = p
     return np.stack(out)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #8b2d13b3
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #55e6bde7
 def _cpu(backend, i, tensor, inputs):
     "Measure the CPU seconds of model `i` on four copies of `tensor`."
     batches = [np.stack([tensor] * 4) if k == inputs[i] else None for k in range(max(inputs) + 1)]
@@ -138,7 +138,7 @@ def _judged(kind, images, models):
                f"the speed")
     return {"kind": kind, "ok": ok, "why": why, "images": images, "models": models}
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #b62e3f6e
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #23a23cf4
 def convert(bundle: Bundle, kind: str, folder: Path) -> dict[str, Any]:
     """Convert `bundle` into `folder` and compare it with PyTorch on the golden set; the proof.
     Imports torch.
@@ -158,14 +158,14 @@ def convert(bundle: Bundle, kind: str, folder: Path) -> dict[str, Any]:
               for i, m in enumerate(bundle.models)}
     return _judged(kind, len(images) - half, models)
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #26d31ff3
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #9a0ba0fa
 def convert_process(folder: str, kind: str, allow: str, part: str) -> None:
     """Convert in a process of its own: arguments are texts (`allow`: JSON), the proof is written
     into folder `part`."""
     proof, out = convert(Bundle.load(folder, json.loads(allow)), kind, Path(part)), Path(part)
     write_json(out/PROOF, {**proof, "files": {f.name: sha256(f) for f in out.glob("*.onnx")}})
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #19ba733e
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #9618f163
 def _convert_aside(bundle, kind, part):
     "Run `convert_process` in a child. Raises BundleError with the last line that it said."
     code = ("import sys; from opml_wb.flexserve.model.onnx import convert_process; "
@@ -190,7 +190,7 @@ def _kept(goal):
     shutil.rmtree(goal, ignore_errors=True)
     return None
 
-# %% ../../../nbs/flexserve/model/06_onnx.ipynb #c09036e4
+# %% ../../../nbs/flexserve/model/06_onnx.ipynb #f23c5641
 def prepare(bundle: Bundle, kind: str = "onnx") -> dict[str, Any]:
     """Prove that `bundle` may run on ONNX Runtime; the proof is made if it isn't there.
 

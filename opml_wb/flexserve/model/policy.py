@@ -44,7 +44,7 @@ class Verdict:
     score: np.ndarray
     decided_by: np.ndarray
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #d2ed43e7
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #859f437f
 def _expected(word, known):
     "Words to end a message: the nearest of `known`, or all of them."
     close = nearest(word, known)
@@ -60,7 +60,7 @@ def index_of(name: str, known: Sequence[str], field: str) -> int:
         raise PolicyError(f"{field}: there is no {name!r}: "
                           f"{_expected(name, list(known))}") from None
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #488c6445
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #ba9afeb4
 def _must(ok, field, expected, value):
     if not ok: raise PolicyError(f"{field}: expected {expected}, got {value!r:.80}")
 
@@ -69,12 +69,12 @@ def _text(field, value):
           value)
     return value
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #afb9e29f
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #00ceea01
 def _share(field, value): return check_number(field, value, 0, 1, error=PolicyError)
 
 def _count(field, value): return check_whole(field, value, 1, error=PolicyError)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #20ce1e5b
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #67140868
 def _weights(field, value):
     "Check {model: weight} with a finite sum above 0."
     _must(isinstance(value, dict) and len(value) > 0, field, "{model: weight}", value)
@@ -87,7 +87,7 @@ def _weights(field, value):
         raise PolicyError(f"{field}: they add up to {total}: expected a finite sum above 0")
     return {name: float(w) for name, w in value.items()}
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #4a66d890
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #d18fe6b5
 def _models(field, value):
     "Check a list of different model names."
     _must(isinstance(value, (list, tuple)) and len(value) > 0, field, "a list of model names",
@@ -97,7 +97,7 @@ def _models(field, value):
         raise PolicyError(f"{field}: a name is there twice in {value!r:.200}")
     return tuple(value)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #3ca0eaf7
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #258ea4e5
 def _reduce(field, value):
     if not isinstance(value, str) or value not in REDUCE:
         raise PolicyError(f"{field}: {value!r:.80}: {_expected(value, list(REDUCE))}")
@@ -161,13 +161,13 @@ class Policy:
         "True when it names a class, not whether a target is present."
         return self.target is None
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #ab785add
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #9b77b12d
 @patch
 def needed(self: Policy, n: int) -> int:
     "Count the yes votes among `n` models that make the target present."
     return {"or": 1, "and": n, "majority": n // 2 + 1, "k_of_n": self.k or 0}[self.kind]
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #3fc47103
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #0f1a7dd3
 @patch
 def rows(self: Policy, models: Sequence[str] | None, n: int) -> list[int]:
     "Find the indices of the models that are asked, among `n` in all, named `models` (or None)."
@@ -191,7 +191,7 @@ def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = N
     for name in asked if weights else ():
         if name not in weights: raise PolicyError(f"weights: none for model {name!r}")
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #efa693a6
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #d43ac7d6
 def _names(labels, probs, classes):
     """Name the class of each column of `probs`: `classes`, or learned from the labels, which are
     their maxima; None where unknown."""
@@ -210,7 +210,7 @@ def _column(target, labels, probs, classes):
                           f"`classes`")
     return names.index(target)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #38ff037f
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #99397752
 def _given(policy, labels, probs, models, classes):
     """Check the answers: (labels (M, B) object, probs (M, B, C) or None, model names) of the
     models that are asked."""
@@ -232,7 +232,7 @@ def _given(policy, labels, probs, models, classes):
     rows = policy.rows(models, len(labels))
     return labels[rows], None if probs is None else probs[rows], [names[i] for i in rows]
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #57e2d75f
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #037565d5
 def _evidence(policy, labels, probs, classes):
     "Compute (M, B) float in [0, 1], NaN where a model has not been asked."
     if policy.kind in ("threshold", "mean_prob"):
@@ -240,14 +240,14 @@ def _evidence(policy, labels, probs, classes):
     known = np.array([[label is not None for label in row] for row in labels])
     return np.where(known, labels == policy.target, np.nan).astype(float)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #87920beb
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #e9de99fd
 def _score(policy, x, names):
     "Compute (B,) float, which is compared with the cut, over the answers that are there."
     if policy.kind != "weighted": return REDUCE[policy.reduce](x, axis=0)
     w = np.array([(policy.weights or {})[name] for name in names])[:, None]
     return np.nansum(w * x, axis=0) / np.maximum((w * ~np.isnan(x)).sum(axis=0), 1e-300)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #b6462189
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #f76a9c57
 def _cut(policy, n):
     "The score from which the target is present, of `n` models."
     return (policy.needed(n) / n if policy.kind in VOTES else policy.threshold) - TIE
@@ -260,14 +260,14 @@ def _settled(policy, x, names):
                  for fill in (0., 1.))
     return low == high
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #dbff0208
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #64e3b9b0
 def _counts(labels):
     "Count votes: (classes in the order in which the models name them, votes (C, B))."
     known = list(dict.fromkeys(label for label in labels.ravel() if label is not None))
     return known, np.array([(labels == name).sum(axis=0)
                             for name in known]).reshape(len(known), labels.shape[1])
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #0437f1cc
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #99680c5b
 def _leads(labels):
     "Find (B,) bool, where one class leads by more than the votes that are out."
     out = np.array([[label is None for label in row] for row in labels]).sum(axis=0)
@@ -289,7 +289,7 @@ def _elected(labels):
            for b in range(labels.shape[1])]
     return np.array(won, object), best / given
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #11e4fedd
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #185c6df0
 def _over(policy, labels, probs, classes, names):
     "Find (B,) bool, where the verdict can no longer change, of checked answers."
     if policy.kind == "vote": return _leads(labels)
@@ -307,7 +307,7 @@ def decided(self: Policy, labels: Any, probs: Any = None, *, models: Sequence[st
     labels, probs, names = _given(self, labels, probs, models, classes)
     return _over(self, labels, probs, classes, names)
 
-# %% ../../../nbs/flexserve/model/07_policy.ipynb #e09b9649
+# %% ../../../nbs/flexserve/model/07_policy.ipynb #73c02777
 def _result(policy, labels, probs, classes, names):
     "Compute (result (B,), score (B,)) of all that is known."
     if policy.kind == "vote":

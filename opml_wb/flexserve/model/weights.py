@@ -16,7 +16,7 @@ from ...core.record.folder import home
 
 if TYPE_CHECKING: import torch
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #7250427e
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #adfed393
 ZOO = "opml_wb.flexserve.model.zoo"
 
 ZOOS = {ZOO, "opml_wb.flexserve.zoo"}    # bundles made before name the module where it was
@@ -42,7 +42,7 @@ def permit(modules: Iterable[str]) -> None:
         home().mkdir(parents=True, exist_ok=True)
         write_text(home()/"flexserve_allow", "\n".join(sorted(allowed(modules) - ZOOS)) + "\n")
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #77f28208
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #15ee5173
 def _factory(arch, allow):
     "Find the function that `arch` ('package.module:function') names, if its module is allowed."
     if not isinstance(arch, str) or not re.fullmatch(r"[\w.]+:\w+", arch):
@@ -55,7 +55,7 @@ def _factory(arch, allow):
     except (ImportError, AttributeError) as e:
         raise BundleError(f"arch: {arch!r} cannot be found: {e}") from e
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #512ee892
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #897f6b1e
 def build(arch: str | Callable, kwargs: Mapping[str, Any] | None = None,
           allow: Iterable[str] = ()) -> "torch.nn.Module":
     """Build the torch module that `arch` gives for `kwargs`, in eval mode, its weights as
@@ -83,7 +83,7 @@ def _unpickled(path):
         if isinstance(found, dict) and isinstance(found.get(key), dict): return found[key]
     return found
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #fd76d65a
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #41218d43
 def tensors(state: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     """Check `state` and give it as {name: contiguous CPU tensor}, without counters of batches.
 
@@ -97,7 +97,7 @@ def tensors(state: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
     return {name: value.detach().cpu().contiguous() for name, value in state.items()
             if not name.endswith("num_batches_tracked")}
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #dcabb0bf
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #cc78c545
 def fill(module: "torch.nn.Module", state: Mapping[str, "torch.Tensor"]) -> "torch.nn.Module":
     """Give `module` the tensors of `state` themselves, not copies.
 
@@ -114,7 +114,7 @@ def fill(module: "torch.nn.Module", state: Mapping[str, "torch.Tensor"]) -> "tor
     module.load_state_dict(state, strict=False, assign=True)
     return module.requires_grad_(False)
 
-# %% ../../../nbs/flexserve/model/02_weights.ipynb #de372646
+# %% ../../../nbs/flexserve/model/02_weights.ipynb #d2536463
 def import_torch(path: str | os.PathLike, arch: str | Callable, strip: str = "module.", *,
                  kwargs: Mapping[str, Any] | None = None,
                  allow: Iterable[str] = ()) -> dict[str, "torch.Tensor"]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ac5908c5
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #b0197d41
 class _OptionA(nn.Module):
     "A shortcut without parameters: every second pixel, channels padded with zeros on both sides."
     def __init__(self, width: int) -> None:
@@ -59,12 +59,12 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
         return self.linear(x.mean(dim=(2, 3)))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #58b0a274
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #75e5f677
 def cifar_resnet20(classes: int = 10) -> CifarResNet:
     "Build ResNet-20 for (B, 3, 32, 32): 3 blocks in each of three stages."
     return CifarResNet(3, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #7d7aff5f
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #65347c92
 def cifar_resnet32(classes: int = 10) -> CifarResNet:
     "Build ResNet-32 for (B, 3, 32, 32): 5 blocks in each of three stages."
     return CifarResNet(5, classes)
@@ -73,12 +73,12 @@ def cifar_resnet44(classes: int = 10) -> CifarResNet:
     "Build ResNet-44 for (B, 3, 32, 32): 7 blocks in each of three stages."
     return CifarResNet(7, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ec08483b
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #919a7ed9
 def cifar_resnet56(classes: int = 10) -> CifarResNet:
     "Build ResNet-56 for (B, 3, 32, 32): 9 blocks in each of three stages."
     return CifarResNet(9, classes)
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #7e99b6d3
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #4dc6444e
 def mlp(size: int = 24, classes: int = 2, width: int = 64) -> nn.Sequential:
     "Build a perceptron of one hidden layer on all pixels of (B, 3, size, size)."
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, width), nn.ReLU(),
@@ -94,7 +94,7 @@ def convnet(classes: int = 2, width: int = 12) -> nn.Sequential:
         inside = width << i
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, classes))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #ca65e1f5
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #9df22824
 class PatchMixer(nn.Module):
     """A network whose embedded patches are mixed over places, then over channels (Tolstikhin et
     al. 2021); (B, 3, size, size)."""
@@ -115,7 +115,7 @@ class PatchMixer(nn.Module):
         x = x + self.channels(self.norms[1](x))
         return self.head(self.norms[2](x).mean(dim=1))
 
-# %% ../../../nbs/flexserve/model/03_zoo.ipynb #c18b46e5
+# %% ../../../nbs/flexserve/model/03_zoo.ipynb #0ba649c5
 def patch_mixer(size: int = 24, patch: int = 6, classes: int = 2, width: int = 32) -> PatchMixer:
     "Build a PatchMixer for (B, 3, size, size)."
     return PatchMixer(size, patch, classes, width)

@@ -93,7 +93,7 @@ class Part:
         "Its images."
         return self.request.images[self.start:self.stop]
 
-# %% ../../../nbs/flexserve/serve/02_batching.ipynb #206ea030
+# %% ../../../nbs/flexserve/serve/02_batching.ipynb #b4aa7a4f
 class BatchQueue:
     "A queue of requests that gives batches. Counts images and bytes."
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ def take(self: BatchQueue, most: int) -> list[Part]:
 
 Queue = BatchQueue  # the name before
 
-# %% ../../../nbs/flexserve/serve/02_batching.ipynb #1c748950
+# %% ../../../nbs/flexserve/serve/02_batching.ipynb #0083df7c
 @patch
 def retry(self: BatchQueue, parts: list[Part]) -> None:
     """Put the parts of a worker that died back, before all others, each image by itself:

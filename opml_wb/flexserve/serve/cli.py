@@ -14,20 +14,20 @@ from urllib.parse import urlsplit
 
 import click
 
-# %% ../../../nbs/flexserve/serve/18_cli.ipynb #5db75bb2
+# %% ../../../nbs/flexserve/serve/18_cli.ipynb #a68f5350
 ERRORS = (ValueError, OSError, RuntimeError)  # what a user can put right: said in one line
 
 def _store():
     from opml_wb.core.record.models import ModelStore
     return ModelStore()
 
-# %% ../../../nbs/flexserve/serve/18_cli.ipynb #cabf2fef
+# %% ../../../nbs/flexserve/serve/18_cli.ipynb #3f65e771
 def _call(function, *args, **how):
     "Call `function`; its errors become one line."
     try: return function(*args, **how)
     except ERRORS as e:
-        raise click.ClickException(str(e.args[0] if isinstance(e, KeyError) and e.args
-                                       else e)) from e
+        said = e.args[0] if isinstance(e, KeyError) and e.args else e
+        raise click.ClickException(str(said)) from e
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #7cc6cec7
 @click.group("flexserve", context_settings={"help_option_names": ["-h", "--help"]})
@@ -154,7 +154,7 @@ def serve(name: str, port: int, host: str, token_file: str | None, deadline_ms: 
                  tokens=tokens, lame=lame_s)
     raise SystemExit(code)
 
-# %% ../../../nbs/flexserve/serve/18_cli.ipynb #2e9b3cfa
+# %% ../../../nbs/flexserve/serve/18_cli.ipynb #392f1e9d
 @flexserve.command()
 @click.argument("name")
 @click.argument("version", type=int)

@@ -45,7 +45,7 @@ def encoded(image: "bytes | str | Path | np.ndarray | Image.Image") -> bytes:
     picture.save(out := io.BytesIO(), "PNG")
     return out.getvalue()
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #586eface
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #51b46dc9
 class Connections:
     """Connections to a server at `url`, one for each thread, kept alive; `timeout` (s) of one
     exchange."""
@@ -65,7 +65,7 @@ def _open(self: Connections):
         self.local.conn = kind(self.at.hostname or "", self.at.port, timeout=self.timeout)
     return self.local.conn
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #5218736a
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #1048fe70
 @patch
 def close(self: Connections) -> None:
     "Close this thread's connection."
@@ -118,7 +118,7 @@ class Client:
                 if e.status != 503 or not left: raise
                 time.sleep(e.retry_after or .2)
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #e12430c8
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #0c341b05
 @patch
 def batch(self: Client, images: Sequence, policy: "Policy | dict[str, Any] | None" = None,
           lazy: bool = False, *,
@@ -138,7 +138,7 @@ def batch(self: Client, images: Sequence, policy: "Policy | dict[str, Any] | Non
     body = {"images": items, **{k: v for k, v in given.items() if v is not None}}
     return Prediction(self.call("POST", "/v1/predict", json.dumps(body), "application/json"))
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #a9608f0e
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #763c4792
 @patch
 def classify(self: Client, image: Any) -> dict[str, str]:
     "Ask for {model: class} of one image, through FlexServe's own endpoint."
@@ -146,7 +146,7 @@ def classify(self: Client, image: Any) -> dict[str, str]:
     return self.call("POST", "/classify", head + encoded(image) + b"\r\n--opml--\r\n",
                      "multipart/form-data; boundary=opml")
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #7aa4f601
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #e2c73a05
 @patch
 def models(self: Client) -> list[str]:
     "Ask for the names of the models."
@@ -157,7 +157,7 @@ def provenance(self: Client) -> dict[str, Any]:
     "Ask for the models in service, their data, the engine."
     return self.call("GET", "/v1/provenance")
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #a71e569f
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #b3370a7a
 @patch
 def versions(self: Client) -> dict[str, Any]:
     "Ask for the store's history: {name, current, serving, history}."
@@ -168,14 +168,14 @@ def metrics(self: Client) -> str:
     "Ask for the metrics in Prometheus' format."
     return self.call("GET", "/metrics")
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #03429624
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #0c2f2d74
 @patch
 def ready(self: Client) -> bool:
     "Ask whether the server can answer; False too when it cannot be reached."
     try: return self.call("GET", "/health/ready")["ready"]
     except (ServerError, OSError): return False
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #f6db10c1
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #d7be4fc0
 @patch
 def pin(self: Client, version: int) -> dict[str, Any]:
     "Serve `version` until it is unpinned (role admin)."
@@ -186,7 +186,7 @@ def unpin(self: Client) -> dict[str, Any]:
     "Serve the newest promoted version again (role admin)."
     return self.call("POST", "/v1/unpin", "{}", "application/json")
 
-# %% ../../../nbs/flexserve/serve/15_client.ipynb #df3ff585
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #f9204ef7
 @patch
 def rollback(self: Client) -> dict[str, Any]:
     "Go back to the last stable version before the current one (role admin)."

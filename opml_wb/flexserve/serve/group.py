@@ -19,17 +19,14 @@ from .worker import HEAD, Launcher, pack
 
 if TYPE_CHECKING: from opml_wb.flexserve.model.bundle import Bundle
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #f237dc54
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #c09871ce
 log = logging.getLogger("opml_wb.flexserve")
-# images that a batch may always hold: below, PyTorch's fixed cost of a call is most of it
-LEAST = 4
+LEAST = 4    # images that a batch may always hold: below, a call's fixed cost is most of it
 TRIES = 3    # of a worker that dies while it loads and doesn't say why
 DEATHS = 3   # workers that one image may kill by itself
-# of a deadline that waiting and work may be expected to take; the rest is for what cannot be
-# foreseen
-PLAN = .6
+PLAN = .6    # of a deadline that waiting and work may take; the rest is for the unforeseen
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #e1f38609
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #c4cc8f04
 class Worker(asyncio.Protocol):
     "The front's end of a worker's socket; `crew` hears its messages and its end."
     def __init__(self, crew: "Crew", pid: int, check: bool = False) -> None:
@@ -56,13 +53,13 @@ class Worker(asyncio.Protocol):
         "Tell the crew that the process has ended."
         self.crew.lost(self)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #7863a91b
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #cb6d51b4
 @patch(as_prop=True)
 def images(self: Worker) -> int:
     "The images that it works on."
     return sum(map(len, self.parts or ()))
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #39244d48
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #7efae013
 @patch
 def give(self: Worker, parts: list[Part]) -> None:
     "Send a batch."
@@ -85,9 +82,9 @@ class Crew:
     batch, `orphaned(parts)` with the batch of a worker that died, `free()` when a worker may
     take a batch; `expected(images)`: seconds of a batch."""
     def __init__(self, order: dict[str, Any], launcher: Launcher, settings: Settings,
-                 metrics: Metrics, *,
-                 answered: Callable[[Worker, dict], None], orphaned: Callable[[list[Part]], None],
-                 free: Callable[[], None], expected: Callable[[int], float]) -> None:
+                 metrics: Metrics, *, answered: Callable[[Worker, dict], None],
+                 orphaned: Callable[[list[Part]], None], free: Callable[[], None],
+                 expected: Callable[[int], float]) -> None:
         self.order, self.launcher, self.settings, self.metrics = order, launcher, settings, metrics
         self.answered, self.orphaned, self.free, self.expected = answered, orphaned, free, expected
         self.workers: list[Worker] = []
@@ -106,14 +103,14 @@ class Crew:
         "The workers that could take a batch."
         return [w for w in self.workers if w.ready and w.parts is None]
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #4b25c580
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #afef1a3a
 @patch
 def _later(self: Crew, coroutine):
     "Run `coroutine` as a task that ends with the crew."
     self.tasks.add(task := asyncio.get_running_loop().create_task(coroutine))
     task.add_done_callback(self.tasks.discard)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #ae144f20
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #77dc7c0d
 @patch
 async def hire(self: Crew, check: bool = False, after: float = 0.) -> None:
     """Start one more worker, which tells when it is ready.
@@ -129,18 +126,18 @@ async def hire(self: Crew, check: bool = False, after: float = 0.) -> None:
     self.workers.append(worker := Worker(self, pid, check))
     await loop.create_unix_connection(lambda: worker, sock=conn)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #1eb50358
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #11d8494b
 @patch
 def _failed(self: Crew, why, check, final=False):
-    """Try again after a worker could not come up; refuse the version when none ever did, at once
-    if the reason is `final`."""
+    """Try again later; refuse a version of which no worker ever came up, at once if the reason
+    is `final`."""
     self.failures += 1
     log.warning("worker did not start: %s", why)
     if not self.up.done() and (final or self.failures >= TRIES):
         self.up.set_exception(LoadError(why))
     elif not self.closed: self._later(self.hire(check, min(.1 * 2 ** self.failures, 10)))
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #6f87e11a
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #e3851908
 @patch
 def heard(self: Crew, worker: Worker, message: dict[str, Any]) -> None:
     "Act on a message of a worker: `answers`, `failed` (its end follows) or `ready`."
@@ -166,7 +163,7 @@ def lost(self: Crew, worker: Worker) -> None:
     self._later(self.hire())
     self.free()
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #1e406c2f
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #d479f530
 @patch
 async def start(self: Crew) -> None:
     "Return when all workers are ready. Raises LoadError with the reason."
@@ -178,7 +175,7 @@ async def start(self: Crew) -> None:
         raise LoadError(f"no answer within {self.settings.start:g} s") from None
     except LoadError: self.close(); raise
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #2a0558a7
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #012433d0
 @patch
 async def _watch(self: Crew):
     "Kill workers that don't answer for much longer than is expected."
@@ -187,8 +184,8 @@ async def _watch(self: Crew):
         await asyncio.sleep(.2)
         now = time.monotonic()
         for w in self.workers:
-            limit = max(s.watchdog, 10
-                        * self.expected(w.images)) if w.parts else math.inf if w.ready else s.start
+            limit = math.inf if w.ready else s.start
+            if w.parts: limit = max(s.watchdog, 10 * self.expected(w.images))
             if now - w.began > limit:
                 log.warning("worker %d does not answer: killed", w.pid)
                 w.kill()
@@ -201,7 +198,7 @@ def close(self: Crew) -> None:
     for task in self.tasks: task.cancel()
     for w in self.workers: w.transport.close() if w.ready and not w.parts else w.kill()
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #f2beca9e
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #0b49bbfe
 class Admission:
     """Accept or reject a request by its deadline and the work that waits: `queue`, `fit` of
     batch times, `crew`."""
@@ -217,7 +214,7 @@ def batch(self: Admission) -> int:
     s = self.settings
     return min(max(self.fit.largest(s.slo / 2, s.max_batch), LEAST), s.max_batch)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #09628435
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #d7bd35ee
 @patch
 def wait(self: Admission) -> float:
     "Predict the seconds until an image that comes now is begun."
@@ -233,32 +230,30 @@ def admit(self: Admission, images: int, size: int, budget: float) -> None:
     """Raise Overloaded unless `images` of `size` bytes can be expected to be answered within
     `budget` seconds."""
     s, wait = self.settings, self.wait()
-    if self.queue.images + images > max(s.max_waiting,
-                                        images) or self.queue.bytes + size > max(s.max_bytes, size):
+    q, most, bytes_ = self.queue, max(s.max_waiting, images), max(s.max_bytes, size)
+    if q.images + images > most or q.bytes + size > bytes_:
         raise Overloaded("the queue is full", wait)
     if wait and wait + self.fit(min(images, self.batch)) > PLAN * budget:
         raise Overloaded(f"{wait:.3f} s of work wait, the deadline is {budget:g} s", wait)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #42be7e9a
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #98063eb1
 class Group:
     """One version in service.
 
     `version` (int), `bundle` (Bundle): what it serves; start it with `await start()`."""
     def __init__(self, version: int, bundle: "Bundle", order: dict[str, Any], launcher: Launcher,
-                 settings: Settings,
-                 metrics: Metrics) -> None:
+                 settings: Settings, metrics: Metrics) -> None:
         self.version, self.bundle, self.settings, self.metrics = version, bundle, settings, metrics
         self.queue, self.fit = BatchQueue(), TimeFit()
         self.crew = Crew(order, launcher, settings, metrics, answered=self._answered,
-                         orphaned=self._requeue,
-                         free=self.dispatch, expected=self.fit)
+                         orphaned=self._requeue, free=self.dispatch, expected=self.fit)
         self.admission = Admission(self.queue, self.fit, self.crew, settings)
 
     async def start(self) -> None:
         "Return when all workers are ready. Raises LoadError with the reason."
         await self.crew.start()
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #c239fb92
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #0dc35669
 @patch(as_prop=True)
 def about(self: Group) -> dict[str, Any]:
     "The description that its workers gave of their engine."
@@ -269,12 +264,11 @@ def about(self: Group) -> dict[str, Any]:
 async def retire(self: Group, limit: float = 60.) -> None:
     "Finish what was taken, then end the workers."
     until = time.monotonic() + limit
-    while (self.queue.images
-           or any(w.images for w in self.crew.workers)) and time.monotonic() < until:
-        await asyncio.sleep(.02)
+    def busy(): return bool(self.queue.images or any(w.parts for w in self.crew.workers))
+    while busy() and time.monotonic() < until: await asyncio.sleep(.02)
     self.crew.close()
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #619bc0a5
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #e9219e15
 @patch
 def dispatch(self: Group) -> None:
     "Give what waits to the workers that are free, each its share but no less than LEAST images."
@@ -284,7 +278,7 @@ def dispatch(self: Group) -> None:
                                     max(LEAST, math.ceil(self.queue.images / len(idle)))))
         if parts: idle.pop().give(parts)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #aac732ff
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #4cc1cd71
 @patch
 def _answered(self: Group, worker, message):
     "Take a worker's answers; the worker gets its next batch before they are put together."
@@ -295,7 +289,7 @@ def _answered(self: Group, worker, message):
     self.dispatch()
     for part, answer in zip(parts, message["answers"]): self._settle(part, answer)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #f31e4999
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #ac115ff1
 @patch
 def _settle(self: Group, part, answer):
     "Keep the answer of a part; the request is answered with its last one."
@@ -306,7 +300,7 @@ def _settle(self: Group, part, answer):
     request.open -= 1
     if request.complete and not request.over: request.done.set_result(join(request))
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #c6ab639e
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #5796b051
 @patch
 def submit(self: Group, request: Request, budget: float | None = None) -> "asyncio.Future[dict]":
     """Take a request to be answered within `budget` seconds: a Future, which may raise Expired.
@@ -323,7 +317,7 @@ def submit(self: Group, request: Request, budget: float | None = None) -> "async
         self.dispatch()
     return done
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #6f311834
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #a125e658
 @patch
 def _expire(self: Group, request, budget):
     "Drop a request that has not begun at its deadline; one that runs gets as long again."
@@ -333,17 +327,17 @@ def _expire(self: Group, request, budget):
         request.done.add_done_callback(lambda _: timer.cancel())
     else: request.done.set_exception(Expired(f"no answer within the deadline of {budget:g} s"))
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #7aa4a24b
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #df06f391
 @patch
 def _requeue(self: Group, parts):
-    """Put the batch of a worker that died back; an image that killed DEATHS workers by itself is
-    answered as an error."""
+    """Put back the batch of a worker that died; an image that killed DEATHS of them is answered
+    as an error."""
     alone = len(parts) == 1 and len(parts[0]) == 1
     if alone: parts[0].deaths += 1
     if alone and parts[0].deaths >= DEATHS: self._settle(parts[0], self._poison(parts[0].request))
     else: self.queue.retry(parts)
 
-# %% ../../../nbs/flexserve/serve/06_group.ipynb #32da7e19
+# %% ../../../nbs/flexserve/serve/06_group.ipynb #d11017b3
 @patch
 def _poison(self: Group, request):
     "Make the answer for one image that ends every worker which gets it."

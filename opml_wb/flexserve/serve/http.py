@@ -31,7 +31,7 @@ from .settings import Settings, Tokens
 
 if TYPE_CHECKING: from opml_wb.core.record.models import ModelStore
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #031bdda2
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #6fddec41
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
 class AdminApi:
@@ -46,7 +46,7 @@ def _following(self: AdminApi):
     if self.follower is None: raise Refused(404, "this server follows no store")
     return self.follower
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #c051fce2
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #5cf022f1
 @patch
 async def _change(self: AdminApi, request, operation, *names):
     """Call the store's `operation` with the whole numbers `names` of the body; the server looks
@@ -69,7 +69,7 @@ async def _change(self: AdminApi, request, operation, *names):
     follower.poke()
     return json_response({"version": version if isinstance(version, int) else given.get("version")})
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #b8bd5cfc
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #c8447b4b
 @patch
 async def pin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/pin`."
@@ -80,7 +80,7 @@ async def unpin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/unpin`."
     return await self._change(request, "unpin")
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #6a6f9c89
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #a5ec1d67
 @patch
 async def rollback(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/rollback`."
@@ -96,7 +96,7 @@ async def versions(self: AdminApi, request: HttpRequest) -> Response:
     return json_response({"name": f.name, "current": f.store.current(f.name),
                           "serving": f.pool.serving, "history": rows})
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #06693ce9
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #1541923a
 class StatusApi:
     "The endpoints that describe the server: health, metrics, its documentation."
     def __init__(self, pool: WorkerPool) -> None: self.pool = pool
@@ -106,7 +106,7 @@ async def live(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /health/live`."
     return json_response({"live": True})
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #a34ce856
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #7b4bebbe
 @patch
 async def ready(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /health/ready`: 200 or 503."
@@ -115,14 +115,14 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
     state = {"ready": ready, "draining": p.draining, "version": p.serving, "error": p.error}
     return json_response(state, 200 if ready else 503)
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #c389b2c7
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #52180f25
 @patch
 async def metrics(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /metrics`."
     self.pool.gauge()
     return Response(self.pool.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #2362b4d9
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #18e5fa53
 @patch
 async def docs(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /docs`."
@@ -135,7 +135,7 @@ async def spec(self: StatusApi, request: HttpRequest) -> Response:
     return json_response(openapi.document([self.pool.name, *models] if models else (),
                                           self.pool.serving))
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #1dd931ba
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #f03d2555
 class Service:
     """A server's parts: `pool`, `follower` (or None without a store), `tokens` (None leaves all
     open), and the APIs that it offers.
@@ -151,7 +151,7 @@ class Service:
         self.protocol = Protocol(self.predictor, self.follower)
         self.admin, self.status = AdminApi(self.follower, pool.settings), StatusApi(pool)
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #0afa6c94
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #46d9bcd6
 @patch
 def authorise(self: Service, request: HttpRequest, role: str | None) -> None:
     "Raise Refused 401 or 403 unless the request's token has the role."
@@ -162,7 +162,7 @@ def authorise(self: Service, request: HttpRequest, role: str | None) -> None:
                       www_authenticate="Bearer")
     if role not in roles: raise Refused(403, f"this token has not the role {role!r}")
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #2d3fc4a9
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #c8b7470c
 @patch
 def endpoint(self: Service, path: str, method: str, handler: Handler,
              role: str | None = "infer") -> Route:
@@ -179,7 +179,7 @@ def endpoint(self: Service, path: str, method: str, handler: Handler,
     (route.methods or set()).discard("HEAD")
     return route
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #5f7e88b0
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #c218ed2a
 @patch
 def _failure(self: Service, path, e):
     "Turn an error into an answer, and count it."
@@ -227,7 +227,7 @@ def routes(s: Service) -> list[Route]:
             admin("/v2/repository/models/{model}/load", p.load),
             admin("/v2/repository/models/{model}/unload", p.unload)]
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #39516085
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #da39650f
 async def _not_found(request, e):
     "Answer an unknown path or method."
     assert isinstance(e, HTTPException)

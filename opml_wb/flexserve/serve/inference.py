@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICT', 'run']
 
-# %% ../../../nbs/flexserve/serve/03_inference.ipynb #5b1ae6b3
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #54abb14c
 import json, time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def _decoded(images, limits):
         else: good.append(image); places.append(i)
     return good, places, errors
 
-# %% ../../../nbs/flexserve/serve/03_inference.ipynb #bc9e8fd0
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #9116e26c
 def _lists(verdict):
     "Turn a Verdict into lists of JSON values."
     return verdict and {"result": verdict.result.tolist(),
@@ -58,7 +58,7 @@ def _infer(engine, images, **how):
     verdict = verdicts[0] and {k: [v[k][0] for v in verdicts] for k in VERDICT}
     return np.concatenate(labels, 1), np.concatenate(probs, 1), verdict, failed
 
-# %% ../../../nbs/flexserve/serve/03_inference.ipynb #2fac128a
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #06c2b11d
 def _spread(n, values, places):
     "Put `values` at their places among `n`, None elsewhere."
     out = [None] * n
@@ -95,7 +95,7 @@ def _counts(names, labels):
         pairs[a, b] = len(both), sum(p != q for p, q in both)
     return {"classes": classes, "pairs": pairs}
 
-# %% ../../../nbs/flexserve/serve/03_inference.ipynb #3586e1f4
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #36bd25b4
 def _how(parts):
     "Options of `Engine.infer` for parts that are run together."
     options = [o for _, o in parts]
@@ -139,8 +139,8 @@ def run(engine: "Engine", parts: Sequence[tuple[list, dict]],
     Those with a lazy policy are run with the like of theirs only, all others in one batch."""
     groups: dict[str, list[int]] = {}
     for i, (_, o) in enumerate(parts):
-        groups.setdefault(json.dumps([o["policy"], o["models"]], sort_keys=True) if o["lazy"]
-                          else "", []).append(i)
+        alike = json.dumps([o["policy"], o["models"]], sort_keys=True) if o["lazy"] else ""
+        groups.setdefault(alike, []).append(i)
     answers: list[dict] = [{}] * len(parts)
     took = []
     for places in groups.values():

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from fastcore.basics import patch
 
-# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #3a9e5940
+# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #1fd7d547
 def post(path: str, body: bytes, content_type: str, **headers: object) -> bytes:
     "Make the bytes of a POST of `body` to `path`."
     lines = {"Host": "localhost", "Content-Type": content_type, "Content-Length": len(body),
@@ -22,7 +22,7 @@ def post(path: str, body: bytes, content_type: str, **headers: object) -> bytes:
     head = "".join(f"{k}: {v}\r\n" for k, v in lines.items())
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
 
-# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #b7da8412
+# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #bc04eac0
 def form(images: Iterable[bytes], path: str = "/batch", **headers: object) -> bytes:
     "Make the bytes of a multipart POST of `images` (bytes of files), as FlexServe takes them."
     head = (b'--load\r\nContent-Disposition: form-data; name="file"; filename="i.jpg"\r\n'
@@ -61,7 +61,7 @@ class Reply:
         "Decode the body."
         return json.loads(self.body)
 
-# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #c1264d2d
+# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #070c7943
 class Connection:
     "One keep-alive connection to `host`:`port`."
     def __init__(self, host: str | None, port: int | None) -> None:
@@ -86,7 +86,7 @@ async def ask(self: Connection, request: bytes) -> tuple[int, dict[str, str], by
     if headers.get("connection", "").lower() == "close": self.close()
     return int(head[0].split()[1]), headers, body
 
-# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #747a29b7
+# %% ../../../nbs/flexserve/serve/16_load_test.ipynb #2849c618
 @patch
 def close(self: Connection) -> None:
     "Close it; the next request opens it again."

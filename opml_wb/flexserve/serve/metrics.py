@@ -38,7 +38,7 @@ HISTOGRAMS = {
     "request_seconds": ("A request from its arrival to its answer", SECONDS),
     "prediction_error_seconds": ("Absolute error of the predicted time of a batch", SECONDS)}
 
-# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #72499250
+# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #0dcc1144
 class Metrics:
     """The counters (`COUNTERS`), gauges (`GAUGES`) and histograms (`HISTOGRAMS`) of one server
     as attributes, in a registry of its own."""
@@ -50,7 +50,7 @@ class Metrics:
         for name, (text, buckets) in HISTOGRAMS.items():
             setattr(self, name, Histogram(f"flexserve_{name}", text, buckets=buckets, registry=r))
 
-# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #4840d485
+# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #a9f866a0
 @patch
 def batch(self: Metrics, took: Sequence[Mapping[str, Any]], seconds: float,
           predicted: float) -> None:
@@ -66,7 +66,7 @@ def batch(self: Metrics, took: Sequence[Mapping[str, Any]], seconds: float,
             self.compared.labels(*pair).inc(n)
             self.disagreed.labels(*pair).inc(differ)
 
-# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #1b4de8bc
+# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #e25163a2
 @patch
 def serve(self: Metrics, name: str, version: int, digest: str) -> None:
     "Say which version answers now."
@@ -74,7 +74,7 @@ def serve(self: Metrics, name: str, version: int, digest: str) -> None:
     self.version.labels(name, str(version), digest).set(1)
     self.swaps.inc()
 
-# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #f4849756
+# %% ../../../nbs/flexserve/serve/05_metrics.ipynb #08f2fc09
 @patch
 def text(self: Metrics) -> bytes:
     "Write all in Prometheus' format."

@@ -20,10 +20,9 @@ from .request import POLICY, Ask, Refused, fields
 from .tensors import (images, outputs, parameters, split, the_input,
                                              wanted_outputs)
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #c57dffeb
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #1ffe313c
 PLATFORM = "opml_flexserve"
-# of a request that mean something to us; others are ignored
-PARAMETERS = {"policy", *POLICY, "lazy", "deadline_ms"}
+PARAMETERS = {"policy", *POLICY, "lazy", "deadline_ms"}     # of a request; others are ignored
 
 def _reply(value, status=200, headers=None, blobs=()):
     "Make a Response of JSON values, followed by binary data."
@@ -51,34 +50,34 @@ class Protocol:
             raise Refused(404, f"no model {model!r}")
         return group, model
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #348c0615
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #ef947b04
 @patch
 async def server(self: Protocol, request: HttpRequest) -> Response:
     "Describe the server."
     return _reply({"name": PLATFORM, "version": version("opml_wb"),
                    "extensions": ["binary_tensor_data", "model_repository"]})
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #69078f5e
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #51209f95
 @patch
 async def live(self: Protocol, request: HttpRequest) -> Response:
     "Say that the process answers."
     return _reply({"live": True})
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #fbb0ae58
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #51080c16
 @patch
 async def ready(self: Protocol, request: HttpRequest) -> Response:
     "Say whether a worker can answer: 200 or 503."
     ok = self.predictor.pool.ready and not self.predictor.pool.draining
     return _reply({"ready": ok}, 200 if ok else 503)
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #0209ca7d
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #f89c8491
 @patch
 async def model_ready(self: Protocol, request: HttpRequest) -> Response:
     "Say that a model is in service."
     self.group(request)
     return _reply({"name": request.path_params["model"], "ready": True})
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #b5728dd1
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #3d858088
 @patch
 async def metadata(self: Protocol, request: HttpRequest) -> Response:
     "Describe a model's inputs and outputs."
@@ -95,7 +94,7 @@ async def metadata(self: Protocol, request: HttpRequest) -> Response:
                    "inputs": [{"name": "images", "datatype": "BYTES", "shape": [-1]}],
                    "outputs": outs, "parameters": about})
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #da64b8f7
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #cf9eb93c
 def _complete(answer):
     "Say '' for models that a lazy answer did not ask: the protocol has no null."
     return {**answer, "labels": {n: ["" if v is None else v for v in row]
@@ -121,7 +120,7 @@ async def infer(self: Protocol, request: HttpRequest) -> Response:
     if isinstance(head.get("id"), str): out["id"] = head["id"]
     return _reply(out, headers=self.predictor.headers(group), blobs=[b for _, b in parts if b])
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #d070719c
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #075a104b
 @patch
 async def index(self: Protocol, request: HttpRequest) -> Response:
     "List the models and their state."
@@ -131,7 +130,7 @@ async def index(self: Protocol, request: HttpRequest) -> Response:
     return _reply([{"name": n, **state}
                    for n in [self.predictor.name, *(m["name"] for m in group.bundle.models)]])
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #0b6c292d
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #36716fa7
 @patch
 async def load(self: Protocol, request: HttpRequest) -> Response:
     "Look at the store now: it decides what is served."
@@ -140,7 +139,7 @@ async def load(self: Protocol, request: HttpRequest) -> Response:
     if self.follower: self.follower.poke()
     return _reply({})
 
-# %% ../../../nbs/flexserve/serve/12_oip.ipynb #40654104
+# %% ../../../nbs/flexserve/serve/12_oip.ipynb #283bb3df
 @patch
 async def unload(self: Protocol, request: HttpRequest) -> Response:
     "Refuse: an ensemble is replaced, not unloaded."

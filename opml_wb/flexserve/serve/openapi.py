@@ -15,7 +15,7 @@ from typing import Any
 from ..model.policy import KINDS
 from .request import FIELDS, POLICY, TEXT
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #b9bb3a8a
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #d66af792
 Schema = dict[str, Any]
 
 WHOLE, NUMBER, ANYTHING = {"type": "integer"}, {"type": "number"}, {"type": "object"}
@@ -24,7 +24,7 @@ KIND = {"type": "string", "enum": list(KINDS)}
 
 def _ref(name): return {"$ref": f"#/components/schemas/{name}"}
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #49224099
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #b6193f02
 def _json(schema): return {"application/json": {"schema": schema}}
 
 def _list(of, **how): return {"type": "array", "items": of, **how}
@@ -91,7 +91,7 @@ def _operation(text, out, codes=(401, 403), body=None, query={}, path={}, kind="
     needs = {"requestBody": {"required": True, "content": body}} if body else {}
     return {"summary": text, "responses": answers, "parameters": params, **needs}
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #68dd674f
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #6f255c09
 def _prediction_paths():
     "Describe FlexServe's own endpoints and version 1."
     files = {"multipart/form-data": {"schema": FILES}}
@@ -108,7 +108,7 @@ def _prediction_paths():
             "/v1/provenance": {"get": _operation("Models in service, their data, the engine.",
                                                  ANYTHING, (401, 403, 503))}}
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #50d4da2a
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #3427aef2
 def _operator_paths():
     "Describe the endpoints of an operator."
     def change(text, body):
@@ -127,7 +127,7 @@ def _operator_paths():
             "/health/ready": {"get": _operation("It can answer requests.", ANYTHING, (),
                                                 also=(503,))}}
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #1f28a538
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #fa840e26
 def _protocol_paths(models, serving):
     """Describe the Open Inference Protocol; `models` and the version `serving` are what its
     paths may name."""
@@ -162,7 +162,7 @@ def document(models: Sequence[str] = (), serving: int | None = None) -> dict[str
                            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
             "security": [{}, {"token": []}]}
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #0aaf0880
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #d4feff18
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem;
@@ -185,7 +185,7 @@ document.getElementById("answer").textContent = r.status + " " + JSON.stringify(
 
 def _fold(top, inside): return f"<details><summary>{top}</summary>{inside}</details>"
 
-# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #5e3f1586
+# %% ../../../nbs/flexserve/serve/09_openapi.ipynb #1d47b30f
 def _operation_html(path, method, op):
     "Make the page's part of one operation."
     codes = "".join(f"<li><code>{c}</code> {html.escape(r['description'])}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRELOAD', 'Pool', 'prepare', 'WorkerPool', 'Follower']
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #b9cc0cda
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #cd414535
 import asyncio, os
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from opml_wb.core.record.models import ModelStore
     from opml_wb.flexserve.model.bundle import Bundle
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #f152fd67
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #9c45ef2f
 PRELOAD = ("numpy", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
            "opml_wb.flexserve.serve.inference",
            "opml_wb.flexserve.model.engine")
@@ -38,7 +38,7 @@ def prepare(path: str | os.PathLike, settings: Settings) -> "tuple[Bundle, dict[
                     "device": settings.device,
                     "allow": list(settings.allow), "limits": settings.limits, "preload": preload}
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #f7f3b28a
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #60864e48
 class WorkerPool:
     """The version in service (`current`, a Group), and older ones that finish.
 
@@ -52,7 +52,7 @@ class WorkerPool:
         self.old: set[asyncio.Task] = set()
         self.draining = False      # the server ends: it answers, but wants no new clients
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #d6620cf2
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #0d518d89
 @patch
 async def swap(self: WorkerPool, version: int, path: str | os.PathLike) -> None:
     """Serve `version` from the bundle in folder `path`.
@@ -72,7 +72,7 @@ async def swap(self: WorkerPool, version: int, path: str | os.PathLike) -> None:
             self.old.add(task := asyncio.create_task(before.retire()))
             task.add_done_callback(self.old.discard)
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #2de97e4c
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #5cdd6cb2
 @patch(as_prop=True)
 def serving(self: WorkerPool) -> int | None:
     "The version in service."
@@ -83,7 +83,7 @@ def ready(self: WorkerPool) -> bool:
     "True while a worker can answer."
     return self.current is not None and bool(self.current.crew.ready)
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #262c7ecf
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #577d4f8a
 @patch
 def gauge(self: WorkerPool) -> None:
     "Bring the gauges up to date."
@@ -100,7 +100,7 @@ async def close(self: WorkerPool) -> None:
 
 Pool = WorkerPool  # the name before
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #8330d1cd
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #aa638771
 class Follower:
     """Keep a WorkerPool on the version that `store` says is current under `name`; a version that
     cannot be served leaves the old one in place."""
@@ -114,7 +114,7 @@ def poke(self: Follower) -> None:
     "Look at the store now; a version that could not be served is tried again."
     self.poked.set()
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #a22e8d79
+# %% ../../../nbs/flexserve/serve/07_pool.ipynb #eda5e902
 @patch
 async def look(self: Follower) -> None:
     """Swap to the store's current version, and mark it stable once it serves.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['discard', 'read', 'json_response', 'refusal', 'Predictor', 'FlexServeApi', 'PredictionApi']
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #cd9e7cf0
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #60999238
 import asyncio
 from collections.abc import Mapping
 from typing import Any
@@ -55,7 +55,7 @@ async def read(request: HttpRequest, most: int, limit: float) -> bytes:
         raise Refused(413, f"body: more than {most} bytes", connection="close")
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #8e403f14
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #bea5f358
 def json_response(value: Any, status: int = 200,
                   headers: Mapping[str, str] | None = None) -> Response:
     "Make a Response of JSON values."
@@ -74,7 +74,7 @@ def refusal(e: Exception) -> Response | None:
     if isinstance(e, ClientDisconnect): return Response(status_code=400)
     return None
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #4257088f
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #a9160da9
 class Predictor:
     """Answer checked requests with the version in service of `pool`.
 
@@ -92,7 +92,7 @@ def group(self: Predictor, version: int | None = None) -> Group:
         raise Refused(404, f"version {version} is not in service; {group.version} is")
     return group
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #3f8365fa
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #1a4bf83b
 @patch
 def budget(self: Predictor, request: HttpRequest) -> float | None:
     "Seconds that a request has by its header X-Deadline-Ms; None without it."
@@ -106,7 +106,7 @@ def headers(self: Predictor, group: Group) -> dict[str, str]:
     return {"X-Ensemble": quote(self.name), "X-Version": str(group.version),
             "X-Digest": group.bundle.digest}
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #0fdcc50a
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #44aa17c2
 @patch
 async def body(self: Predictor, request: HttpRequest) -> bytes:
     "Read the body, unless there is no hope to answer in time: then Overloaded before it is read."
@@ -142,7 +142,7 @@ async def answer(self: Predictor, request: HttpRequest, ask: Ask) -> tuple[Group
         raise ClientDisconnect
     return group, finish(ask, done.result())
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #b10e56ab
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #526405bc
 class FlexServeApi:
     "The endpoints of the published FlexServe, answered by `predictor`."
     def __init__(self, predictor: Predictor) -> None: self.predictor = predictor
@@ -155,7 +155,7 @@ async def _images(self: FlexServeApi, request):
         raise Refused(415, f"Content-Type {header or 'missing'!r}: expected multipart/form-data")
     return files(multipart(await self.predictor.body(request), header))[0]
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #98b11fda
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #6da76a87
 @patch
 async def classify(self: FlexServeApi, request: HttpRequest) -> Response:
     "Answer `POST /classify`."
@@ -166,7 +166,7 @@ async def classify(self: FlexServeApi, request: HttpRequest) -> Response:
     return json_response({name: row[0] for name, row in answer["labels"].items()},
                          headers=self.predictor.headers(group))
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #0dce9b43
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #a1931fdf
 @patch
 async def batch(self: FlexServeApi, request: HttpRequest) -> Response:
     "Answer `POST /batch`."
@@ -181,7 +181,7 @@ async def models(self: FlexServeApi, request: HttpRequest) -> Response:
     names = {f"model {i}": m["name"] for i, m in enumerate(group.bundle.models)}
     return json_response(names, headers=self.predictor.headers(group))
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #e815504b
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #800f4da7
 class PredictionApi:
     "The endpoints of version 1 with policies and provenance, answered by `predictor`."
     def __init__(self, predictor: Predictor) -> None: self.predictor = predictor
@@ -190,12 +190,12 @@ class PredictionApi:
 def _who(self: PredictionApi, group):
     return {"name": self.predictor.name, "version": group.version, "digest": group.bundle.digest}
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #159916a6
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #8e7b21f2
 @patch
 def _provenance(self: PredictionApi, group):
     return {**self._who(group), "models": group.bundle.models, "engine": group.about}
 
-# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #a02bc754
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #026f24f3
 @patch
 async def predict(self: PredictionApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/predict`."

@@ -26,7 +26,7 @@ class Refused(Exception):
         self.status, self.reason, self.errors = status, reason, errors
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #1ae83077
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #e5fbcd99
 PARAMETER = re.compile(r';\s*([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;\s]*))')
 
 def _parameters(header):
@@ -86,7 +86,7 @@ class Ask:
         return {"models": self.models, "policy": self.policy, "lazy": self.lazy,
                 "probs": self.probs}
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #27e8f04e
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #7ed535ae
 BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 def _bool(name, value):
@@ -96,7 +96,7 @@ def _bool(name, value):
         raise Refused(422, f"{name}: expected true or false, got {value!r}")
     return value
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #8543a6d7
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #2e4dd391
 def _among(*allowed):
     "Make a reader of one of the texts `allowed`."
     def read(name, value):
@@ -113,7 +113,7 @@ def _number(name, value):
     if not math.isfinite(number): raise Refused(422, f"{name}: expected a number, got {value!r}")
     return number
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #d4cd8fb1
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #fd22bd29
 def _whole(name, value):
     "Read a whole number."
     if type(value) is int: return value
@@ -121,12 +121,12 @@ def _whole(name, value):
     if number != int(number): raise Refused(422, f"{name}: expected a whole number, got {value!r}")
     return int(number)
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #2e806dfc
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #a8923edb
 def _names(name, value):
     "Read a list of model names, or a text with commas."
     if isinstance(value, str): value = value.split(",")
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v
-                                                                    for v in value):
+    fits = isinstance(value, (list, tuple)) and len(value) > 0
+    if not fits or not all(isinstance(v, str) and v for v in value):
         raise Refused(422, f"{name}: expected a list of model names, got {value!r}")
     return tuple(dict.fromkeys(value))
 
@@ -138,7 +138,7 @@ def seconds(name: str, value: Any) -> float:
         raise Refused(422, f"{name}: expected more than 0 and at most 600000, got {value!r}")
     return ms / 1000
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #4713de69
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #86aac716
 class Field(NamedTuple):
     """A field of a request: `read(name, value)` checks it, `schema` (JSON Schema) describes it
     in JSON, `text` in a URL or a form."""
@@ -150,7 +150,7 @@ def _field(read, kind, text=None, **how):
     schema = {"type": kind, **how}
     return Field(read, schema, text or schema)
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #94ffc875
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #70b81057
 def _choice(*allowed): return _field(_among(*allowed), "string", enum=list(allowed))
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #1071a46a
@@ -169,7 +169,7 @@ FIELDS = {"lazy": _field(_bool, "boolean"), "probs": _field(_bool, "boolean"),
           "provenance": _choice("ref", "full"),
           "deadline_ms": _field(seconds, "number", exclusiveMinimum=0, maximum=600_000)}
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #e7672880
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #17cc86c0
 def parsed_json(text: bytes | str, of: str) -> Any:
     """Parse JSON, strictly: NaN, lone surrogates and deep nesting are refused.
 
@@ -202,7 +202,7 @@ def fields(given: Mapping[str, Any]) -> dict[str, Any]:
         raise Refused(422, "lazy: only with a policy, which says when a verdict is decided")
     return out
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #443c8e4a
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #777889a4
 def _b64(i, item):
     "Decode image `i` of a JSON body."
     if not isinstance(item, dict) or not isinstance(item.get("b64"), str):
@@ -225,7 +225,7 @@ def from_json(body: bytes) -> Ask:
     images = [_b64(i, item) for i, item in enumerate(items)]
     return Ask(images, ids if any(i is not None for i in ids) else None, **fields(given))
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #b437bd60
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #ae9cae87
 def _array(body):
     "Read HWC uint8 images of a .npy body."
     import numpy as np
@@ -233,7 +233,7 @@ def _array(body):
     try: return from_tensor(np.load(io.BytesIO(body), allow_pickle=False))
     except Exception as e: raise Refused(422, f"npy: {e}") from None
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #d2e8ca68
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #8e026d09
 def files(parts: Iterable[tuple[str, bytes]]) -> tuple[list[bytes], dict[str, str]]:
     "Sort multipart `parts`: (images, other fields); `file` is an image, repeated."
     parts = list(parts)
@@ -281,7 +281,7 @@ def check(ask: Ask, names: list[str], classes: list[str], most: int) -> Ask:
     except PolicyError as e: raise Refused(422, str(e)) from None
     return ask
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #fa612531
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #a562f3ef
 def finish(ask: Ask, answer: dict[str, Any]) -> dict[str, Any]:
     """Turn the errors of a joined answer into objects; the first one refuses the request (422)
     unless the client skips bad images."""
@@ -292,7 +292,7 @@ def finish(ask: Ask, answer: dict[str, Any]) -> dict[str, Any]:
         raise Refused(422, f"image {first['index']}: {first['reason']}", answer["errors"])
     return answer
 
-# %% ../../../nbs/flexserve/serve/08_request.ipynb #c7650ce2
+# %% ../../../nbs/flexserve/serve/08_request.ipynb #7729fa96
 def prediction(ask: Ask, answer: dict[str, Any], classes: list[str], **who: Any) -> dict[str, Any]:
     """Make the JSON value of `/v1/predict` from a finished answer; `who`: name, version and
     digest of the ensemble."""

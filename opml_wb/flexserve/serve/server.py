@@ -70,7 +70,7 @@ class _Front(uvicorn.Server):
     "uvicorn, whose signals are ours."
     capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
-# %% ../../../nbs/flexserve/serve/14_server.ipynb #669569eb
+# %% ../../../nbs/flexserve/serve/14_server.ipynb #287ec964
 async def _leave(server, sock, lame):
     """Take no connection any more but those that the kernel took; wait for those that still have
     something to say."""
@@ -86,7 +86,7 @@ async def _leave(server, sock, lame):
     until = time.monotonic() + lame
     while server.server_state.connections and time.monotonic() < until: await asyncio.sleep(.02)
 
-# %% ../../../nbs/flexserve/serve/14_server.ipynb #b97b0506
+# %% ../../../nbs/flexserve/serve/14_server.ipynb #4018c2bb
 async def _first_version(service, ready):
     "Call `ready(service)` once a version is in service; True when the first one cannot be."
     while not service.pool.ready:
@@ -155,7 +155,7 @@ def serve(store: "ModelStore", name: str, *, host: str = "127.0.0.1", port: int 
     with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
         return runner.run(_front(app, sock, lame, ready))
 
-# %% ../../../nbs/flexserve/serve/14_server.ipynb #87b3cae0
+# %% ../../../nbs/flexserve/serve/14_server.ipynb #d7a023e6
 class Running:
     "A server at `url` that runs as `process` (Popen) and the processes that it began."
     def __init__(self, process: subprocess.Popen, url: str) -> None:
@@ -178,7 +178,7 @@ def close(self: Running, limit: float = 20.) -> int:
         for p in below:
             with contextlib.suppress(psutil.NoSuchProcess): p.kill()
 
-# %% ../../../nbs/flexserve/serve/14_server.ipynb #b4f27b24
+# %% ../../../nbs/flexserve/serve/14_server.ipynb #10543a70
 @patch
 def tree(self: Running) -> "list[psutil.Process]":
     "List the front and every process that it began."

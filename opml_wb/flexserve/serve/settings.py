@@ -57,7 +57,7 @@ class Expired(Exception):
 class LoadError(Exception):
     "A version cannot be served; the message says why."
 
-# %% ../../../nbs/flexserve/serve/01_settings.ipynb #394bbb67
+# %% ../../../nbs/flexserve/serve/01_settings.ipynb #38575724
 ROLES = {"infer": {"infer"}, "admin": {"infer", "admin"}}
 
 class Tokens:
@@ -69,8 +69,7 @@ class Tokens:
         for n, line in enumerate(text.splitlines(), 1):
             words = line.partition("#")[0].split()
             if not words: continue
-            if len(words) != 2 or words[0] not in ROLES or not re.fullmatch("[0-9a-fA-F]{64}",
-                                                                            words[1]):
+            if not re.fullmatch(r"(infer|admin) [0-9a-fA-F]{64}", " ".join(words)):
                 raise ValueError(f"line {n}: expected `infer` or `admin`, then the token's sha256 "
                                  f"in 64 hex digits")
             self.known.append((words[0], words[1].lower()))
@@ -97,7 +96,7 @@ def roles(self: Tokens, header: str | None) -> set[str] | None:
         if hmac.compare_digest(digest, known): found |= ROLES[role]
     return found
 
-# %% ../../../nbs/flexserve/serve/01_settings.ipynb #ddb53f54
+# %% ../../../nbs/flexserve/serve/01_settings.ipynb #68317651
 def loopback(host: str) -> bool:
     "True when `host` is reachable from this machine only."
     if host == "localhost": return True

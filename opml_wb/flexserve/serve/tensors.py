@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'Raw', 'texts', 'images', 'split', 'parameters', 'the_input', 'wanted_outputs', 'outputs']
 
-# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #f38fbc7a
+# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #744f5592
 import base64, binascii, math, struct
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from ..model.images import from_tensor
 from .request import Refused, parsed_json
 
-# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #e9fc5b9d
+# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #b9aca3d1
 DTYPES: dict[str, np.dtype] = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}
 
 Raw = bytes | memoryview
@@ -41,7 +41,7 @@ def _shape(tensor):
                            f"{str(shape)[:80]}")
     return shape, math.prod(shape)
 
-# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #1501173f
+# %% ../../../nbs/flexserve/serve/10_tensors.ipynb #f911c909
 def _pictures(values):
     "Decode the pictures in the `data` of a JSON tensor: base64 texts."
     try: return [base64.b64decode(v, validate=True) for v in values]
@@ -56,8 +56,8 @@ def _flat(values, dtype, n):
         raise Refused(400, "images: data are no numbers") from None
     if array.size != n:
         raise Refused(400, f"images: the shape asks for {n} values, data has {array.size}")
-    if dtype == "u1" and not (np.isfinite(array).all()
-                              and (array == np.clip(np.floor(array), 0, 255)).all()):
+    whole = np.isfinite(array).all() and (array == np.clip(np.floor(array), 0, 255)).all()
+    if dtype == "u1" and not whole:
         raise Refused(400, "images: UINT8 values are whole numbers from 0 to 255")
     return array.astype(dtype)
 
@@ -130,9 +130,8 @@ def wanted_outputs(head: Mapping[str, Any]) -> tuple[dict[str, bool] | None, boo
     default = parameters(head, "body").get("binary_data_output", False)
     outputs = head.get("outputs")
     if outputs is None: return None, default
-    if not isinstance(outputs,
-                      list) or not all(isinstance(o, dict) and isinstance(o.get("name"), str)
-                                       for o in outputs):
+    named = isinstance(outputs, list) and all(isinstance(o, dict) for o in outputs)
+    if not named or not all(isinstance(o.get("name"), str) for o in outputs):
         raise Refused(400, "outputs: expected a list of objects with a name")
     return {o["name"]: parameters(o, "outputs").get("binary_data", default) is True
             for o in outputs}, default is True

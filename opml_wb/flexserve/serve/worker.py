@@ -22,7 +22,7 @@ def pack(message: Any) -> bytes:
     body = pickle.dumps(message, 5)
     return HEAD.pack(len(body)) + body
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #a828ee27
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #d2e44adf
 def _exactly(conn, n):
     "Read `n` bytes from socket `conn`; None when it ends."
     data, got = memoryview(bytearray(n)), 0
@@ -32,14 +32,14 @@ def _exactly(conn, n):
         got += more
     return data
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #4f4a8e20
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #c7531079
 def receive(conn: socket.socket) -> Any:
     "Read the next message on socket `conn`; None when the other end is closed."
     head = _exactly(conn, HEAD.size)
     body = head and _exactly(conn, *HEAD.unpack(head))
     return pickle.loads(body) if body is not None else None
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #df6e5999
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #d0c09608
 def _load(order):
     """Load what an order names.
 
@@ -70,7 +70,7 @@ def work(conn: socket.socket, order: dict[str, Any]) -> None:
         answers, took = run(engine, parts, limits)
         conn.sendall(pack({"answers": answers, "took": took}))
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #7d56f91a
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #a22bf7c0
 def _become_worker(launcher, conn, order):
     "Serve as a worker in a process just forked; no worker outlives its launcher."
     launcher.close()
@@ -96,7 +96,7 @@ def launch() -> None:
             pid = fork(lambda: _become_worker(conn, worker, order), failed=1)
         conn.sendall(str(pid).encode())
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #dd91ef08
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #9957b673
 class Launcher:
     """The front's end of a worker launcher; one that died is replaced at the next start of a
     worker. `threads`: of numerical libraries."""
@@ -114,14 +114,14 @@ def _open(self: Launcher):
                                  socket.SOCK_SEQPACKET, log=False)
     return self.server.conn
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #95d350d3
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #3130d9de
 @patch
 def _end(self: Launcher, seconds):
     "End the process, by force after `seconds`."
     if self.server is not None: self.server.close(seconds)
     self.server = None
 
-# %% ../../../nbs/flexserve/serve/04_worker.ipynb #4d376189
+# %% ../../../nbs/flexserve/serve/04_worker.ipynb #0a797d0c
 @patch
 def start(self: Launcher, order: dict[str, Any]) -> tuple[int, socket.socket]:
     """Start a worker on `order` (JSON values with `preload`: modules to have imported): (pid,
