@@ -154,7 +154,7 @@ def hnsw():
 
 def api_page(thing):
     "The page of a module, or of the module of a class."
-    name = getattr(thing, "__module__", None) or thing.__name__
+    name = thing.__name__ if inspect.ismodule(thing) else thing.__module__
     return f"api/{name.removeprefix('opml_wb.').replace('.', '/')}.html"
 
 

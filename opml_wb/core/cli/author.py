@@ -20,7 +20,7 @@ from ..request.chapter import (
     REGISTER, Chapter, ChapterError, chapters, find, folder_of, registered)
 
 if TYPE_CHECKING:
-    from opml_wb.core.engine.run import Plan, Run
+    from opml_wb.core.engine.run import Run, RunRequest
 
 # %% ../../../nbs/core/cli/05_author.ipynb #a1ef1142
 def skeleton(name: str) -> dict:
@@ -94,30 +94,30 @@ def chapter_of(doc: Mapping) -> Chapter:
                            f"{doc['chapter']!r}; the run's own copy is {doc['notebook']}") from None
 
 # %% ../../../nbs/core/cli/05_author.ipynb #1b1ca971
-def again(doc: Mapping) -> "Plan":
-    """Make the Plan that asks for run `doc` once more: its parameters, limits and preset, with
+def again(doc: dict) -> "RunRequest":
+    """Make the request that asks for run `doc` once more: its parameters, limits and preset, with
     today's code and data.
 
     Raises ChapterError when its notebook is gone, ParamError when the notebook refuses the
     parameters now."""
-    from opml_wb.core.engine.run import Plan
+    from opml_wb.core.engine.run import RunRequest
     from opml_wb.core.request.params import ParamError, defaults
     chapter = chapter_of(doc)
     now, was_given = defaults(chapter.nb), doc.get("given", {})
     given = {k: v for k, v in doc["params"].items()
              if k in was_given or k not in now or json.dumps(now[k]) != json.dumps(v)}
-    try: plan = Plan(chapter, given, timeout=doc.get("timeout"), mem_gb=doc.get("mem_gb"))
+    try: request = RunRequest(chapter, given, timeout=doc.get("timeout"), mem_gb=doc.get("mem_gb"))
     except ParamError as e:
         said = f"run {doc['key'][:10]} cannot be repeated, its chapter has changed: {e}"
         raise ParamError(said, e.param, e.cell) from None
-    plan.preset = doc.get("preset")
-    return plan
+    request.preset = doc.get("preset")
+    return request
 
 # %% ../../../nbs/core/cli/05_author.ipynb #c6d6ad0a
-def since(doc: Mapping, plan: "Plan") -> dict[str, Any]:
-    "Compare run `doc` with `plan`, which repeats it, as `compare.differences` does."
+def since(doc: dict, request: "RunRequest") -> dict[str, Any]:
+    "Compare run `doc` with the request that repeats it, as `compare.differences` does."
     from opml_wb.core.show.compare import differences
-    return differences(doc, {**plan.request(), "nb": plan.chapter.nb})
+    return differences(doc, {**request.request(), "nb": request.chapter.nb})
 
 # %% ../../../nbs/core/cli/05_author.ipynb #5423d64c
 def rerun(key: str, *, watch: Callable[[Path], None] | None = None,
@@ -131,9 +131,9 @@ def rerun(key: str, *, watch: Callable[[Path], None] | None = None,
     from opml_wb.core.engine.run import Run, execute
     from opml_wb.core.show.compare import metric_changes
     doc = (home or store.Store()).get(key)[0]
-    plan = again(doc)
-    found = since(doc, plan)
-    done = execute(plan, force=True, watch=watch)
+    request = again(doc)
+    found = since(doc, request)
+    done = execute(request, force=True, watch=watch)
     return done, {**found, "metrics": metric_changes(Run(doc), done)}
 
 # %% ../../../nbs/core/cli/05_author.ipynb #e560fd37

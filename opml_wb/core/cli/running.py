@@ -56,11 +56,12 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
     the store.
 
     Exit code 0: done or cached, 1: it failed, 2: bad use, 130: Ctrl-C."""
-    from opml_wb.core.engine.run import Plan, execute
-    plan = Plan(chapter, text=pairs(parameters, given), **limits)
-    if quiet or as_json: done = execute(plan, force=force)
+    from opml_wb.core.engine.run import RunRequest, execute
+    request = RunRequest(chapter, text=pairs(parameters, given), **limits)
+    if quiet or as_json: done = execute(request, force=force)
     else:
-        with terminal.Live(plan.chapter.name) as live: done = execute(plan, force=force, watch=live)
+        with terminal.Live(request.chapter.name) as live:
+            done = execute(request, force=force, watch=live)
     if as_json: terminal.print_json(done.to_dict())
     elif show: terminal.show_run(done)
     elif not quiet or not done.ok: terminal.brief(done, stderr=quiet)
@@ -101,8 +102,8 @@ def show_sweep(done: "Sweep") -> None:
     def text(v): return terminal.plain("" if v is None else board.short(v))
     def state(s): return "[yellow]pruned[/]" if s == "pruned" else terminal.status(s)
     counts = ", ".join(f"{n} {state(s)}" for s, n in board.tally(done.runs).items())
-    head = f"[bold]{terminal.plain(done.chapter)}[/]  sweep {done.id[:10]}"
-    out.print(f"\n{head}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
+    title = f"[bold]{terminal.plain(done.chapter)}[/]  sweep {done.id[:10]}"
+    out.print(f"\n{title}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
     keys = [r.key[:10] for r in board.ranked(done)]
     for (names, lines, more), last in (board.rows(done), keys), (board.failures(done), None):
         table = terminal.grid(*map(terminal.plain, names), *(["key"] if last else []))

@@ -90,7 +90,7 @@ def _source(doc: Mapping, module: str) -> str | None:
     return None
 
 # %% ../../../nbs/core/show/07_compare.ipynb #2e9b7a38
-def _cells(doc: Mapping) -> str | None:
+def _cells(doc: dict) -> str | None:
     """The chapter's code as run `doc` executed it, without the injected parameters.
 
     None when its notebook is gone."""
@@ -112,7 +112,7 @@ def diff(name: str, a: str | None, b: str | None) -> dict[str, Any]:
     return {"diff": "\n".join(lines), "plus": plus, "minus": minus}
 
 # %% ../../../nbs/core/show/07_compare.ipynb #30e1b1bb
-def code_changes(a: Mapping, b: Mapping) -> list[dict]:
+def code_changes(a: dict, b: dict) -> list[dict]:
     """List the code that differs between two run documents: [{name, change, diff, plus, minus}],
     the chapter and modules.
 
@@ -191,12 +191,12 @@ def reasons(d: Mapping) -> list[str]:
     return out or ["Nothing that a run's key knows differs: the chapter's name or path does."]
 
 # %% ../../../nbs/core/show/07_compare.ipynb #4e42ead7
-def differences(a: Mapping | Run, b: Mapping | Run) -> dict[str, Any]:
+def differences(a: dict | Run, b: dict | Run) -> dict[str, Any]:
     """Find why two runs differ; `a` and `b` are run documents (dicts) or Runs.
 
     Returns JSON: `{a, b (keys), same_key, chapters (both names or None), params, code, data, env,
     machine, why (sentences)}`; params, data, env and machine as `changes` gives them, code as
-    `code_changes`. A document that has not run yet (a `Plan`'s request) carries its notebook as
+    `code_changes`. A document that has not run yet (a `RunRequest`'s request) carries its notebook as
     `nb`."""
     a, b = (x.doc if isinstance(x, Run) else x for x in (a, b))
     def used(doc): return {**doc.get("data", {}), **doc.get("inputs", {})}

@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as w
 from fastcore.basics import patch
 
-from ..engine.run import Plan, Run, execute
+from ..engine.run import Run, RunRequest, execute
 from ..kit.files import Tail, read_json
 from ..kit.markup import COLOURS, CSS, num, spark, table, tag, written
 from ..record import store
@@ -202,7 +202,7 @@ class Form(w.VBox):
     that is under way."""
     def __init__(self, chapter: str | int | Path | Chapter, preset: str | None = None,
                  timeout: float | None = None, mem_gb: float | None = None) -> None:
-        self.asked, self.limits = Asked(find(chapter), preset), dict(timeout=timeout, mem_gb=mem_gb)
+        self.asked, self.limits = Asked(find(chapter), preset), (timeout, mem_gb)
         self.chapter, self.fields = self.asked.chapter, self.asked.fields
         self.note = self.asked.note
         self.result: Run | None = None
@@ -255,8 +255,8 @@ def _work(self: Form) -> None:
     time.sleep(SETTLE)
     try:
         if not self.asked.check(): return
-        plan = Plan(self.chapter.path, *self.asked.values(), **dict[str, Any](self.limits))
-        self.result = execute(plan, force=self.force.value, watch=view)
+        request = RunRequest(self.chapter.path, *self.asked.values(), None, *self.limits)
+        self.result = execute(request, force=self.force.value, watch=view)
     except Stopped: self.result, said = stopped(view.folder), "stopped"
     except Exception as e: said = tag(f"{type(e).__name__}: {e}", "baseline")
     else: self.live.value = ""

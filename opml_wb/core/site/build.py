@@ -49,20 +49,20 @@ def results(found: Iterable[Chapter], run: bool = True,
     False.
 
     Raises DocsError that names the chapters that failed."""
-    from opml_wb.core.engine.run import Plan, cached, execute
+    from opml_wb.core.engine.run import RunRequest, cached, execute
     out: "dict[str, Run | None]" = {}
     failed: list[str] = []
     for c in found:
-        try: plan = Plan(c)
+        try: request = RunRequest(c)
         except ParamError:
             out[c.name] = None  # it has no defaults to run with
             continue
-        out[c.name] = done = cached(plan, store.Store())
+        out[c.name] = done = cached(request, store.Store())
         if done:
             when = f"run {done.key[:10]}, {terminal.age(done.doc['started'])}"
             say(f"  {c.name}: unchanged, from the store ({when})")
         elif run and not c.name.startswith("bench/"):
-            with terminal.Live(c.name) as live: out[c.name] = done = execute(plan, watch=live)
+            with terminal.Live(c.name) as live: out[c.name] = done = execute(request, watch=live)
             say(f"  {c.name}: {done.status} after {done.seconds:.1f} s")
             if done.ok: continue
             error = done.error or {}
