@@ -64,7 +64,7 @@ def columns(cand: ArrayLike, deg: ArrayLike) -> list[np.ndarray]:
     return [a.astype(float).ravel() for a in np.broadcast_arrays(cand, deg)]
 
 # %% ../../../nbs/riann/models/01_equations.ipynb #939e8137
-def monomials(*v):
+def monomials(*v: ArrayLike) -> np.ndarray:
     "1, each of the columns `v`, and all their products of two: f64[n, ...]."
     v = np.broadcast_arrays(*map(np.asarray, v))
     return np.stack([np.ones(v[0].shape), *v,
@@ -81,7 +81,8 @@ def _poly3(p, a, b, c):
 
 # %% ../../../nbs/riann/models/01_equations.ipynb #fcac6f62
 @kernel
-def searched(cand, d, n, p_h, p_nu):
+def searched(cand: float, d: float, n: float, p_h: np.ndarray,
+             p_nu: np.ndarray) -> tuple[float, float]:
     "(hops, distances) of a beam of `cand` in a layer of `n` nodes with mean degree `d`."
     if n < 1: return 0., 0.
     c, d = min(cand, n), max(d, 1.)
@@ -89,17 +90,17 @@ def searched(cand, d, n, p_h, p_nu):
     hops = min(n, c + max(0., p_h[0] + p_h[1] * log_c + p_h[2] * log_d + p_h[3] * np.log(n)))
     return hops, min(n, hops * np.exp(_poly3(p_nu, log_d, log_c, np.log(np.log2(1 + n / c)))))
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #c12deffb
+# %% ../../../nbs/riann/models/01_equations.ipynb #d1f5f7cf
 @kernel
-def passed(d, n, p):
+def passed(d: float, n: float, p: np.ndarray) -> tuple[float, float]:
     "(hops, distances) of the greedy walk through a layer."
     if n < 2: return 1., 0.
     hops = max(1., p[0] + p[1] * np.log(n))
     return hops, hops * d
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #b44a3b15
+# %% ../../../nbs/riann/models/01_equations.ipynb #3045d405
 @kernel
-def between(table, a, b):
+def between(table: np.ndarray, a: float, b: float) -> float:
     """`table` between its grid points: rows at log2 2, 3, ..., columns at 1, 1.5, 2, ...; rows go
     on beyond the last."""
     i = min(max(int(a) - 2, 0), table.shape[0] - 2)
@@ -108,9 +109,10 @@ def between(table, a, b):
     return ((1 - x) * ((1 - y) * table[i, j] + y * table[i, j + 1]) + x
             * ((1 - y) * table[i + 1, j] + y * table[i + 1, j + 1]))
 
-# %% ../../../nbs/riann/models/01_equations.ipynb #54ea07ba
+# %% ../../../nbs/riann/models/01_equations.ipynb #b1ee7961
 @kernel
-def linked(cand, deg, cap, d, n, choose, chosen, p):
+def linked(cand: float, deg: float, cap: float, d: float, n: float, choose: np.ndarray,
+           chosen: np.ndarray, p: np.ndarray) -> tuple[float, float]:
     """(links m of one new node; distances to choose them, and to prune those it links to, who have
     room for `cap`: S + m P)."""
     if n < 1: return 0., 0.
@@ -121,7 +123,9 @@ def linked(cand, deg, cap, d, n, choose, chosen, p):
 
 # %% ../../../nbs/riann/models/01_equations.ipynb #594d5668
 @kernel
-def units(cand, deg, layers, level, size, touch, hop, t, p_h, p_nu, p_g, choose, chosen, p_p):
+def units(cand: np.ndarray, deg: np.ndarray, layers: np.ndarray, level: int, size: np.ndarray,
+          touch: np.ndarray, hop: float, t: np.ndarray, p_h: np.ndarray, p_nu: np.ndarray,
+          p_g: np.ndarray, choose: np.ndarray, chosen: np.ndarray, p_p: np.ndarray) -> np.ndarray:
     """Seconds, distances and hops of one new node, how many of the distances are for links, and
     links: f64[m, 5].
 
