@@ -138,7 +138,8 @@ def units(cand: np.ndarray, deg: np.ndarray, layers: np.ndarray, level: int, siz
     for i in range(len(cand)):
         c, g = np.float64(cand[i]), np.float64(deg[i])
         for l in range(len(layers)):
-            n, p, above = layers[l, 0], g ** -l, layers[l + 1, 0] if l + 1 < len(layers) else 0.
+            n, p, above = layers[l, 0], float(g **
+                                              -l), layers[l + 1, 0] if l + 1 < len(layers) else 0.
             if level: p = 1. if l < level else 0.
             d, hops, dists, links, m = layers[l, 1] / max(n, 1.), 0., 0., 0., 0.
             if p < 1:
