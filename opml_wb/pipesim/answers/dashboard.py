@@ -21,7 +21,7 @@ if TYPE_CHECKING: from plotly.graph_objects import Figure
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #19cf0a4c
 MOST = 2000
 
-def thin(t: Sequence[float], y: Sequence[float], most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
+def thin(t: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
     """Keep at most `most` (>= 4) of the points (t f8 [n], y f8 [n]), the least and the greatest of
     each bucket among them."""
     if most < 4: raise ValueError(f"most={most}: expected at least 4")

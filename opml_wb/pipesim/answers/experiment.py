@@ -10,7 +10,7 @@ import hashlib, json, math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -199,7 +199,7 @@ def swept(experiment: Experiment, jobs: int = 2, executor: Any = None) -> Result
     e = experiment
     need(isinstance(e.source, PipelineModel), "source", type(e.source).__name__, "a PipelineModel")
     need(isinstance(e.policy, str) and e.drift is None, "policy", e.policy, "a name, and no drift")
-    text = e.source.to_json()
+    text = cast("PipelineModel", e.source).to_json()
     file = home() / "pipesim" / f"model-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists(): write_text(file, text)

@@ -8,6 +8,7 @@ __all__ = ['makespan', 'occupancy', 'SweepModel']
 # %% ../../../nbs/pipesim/answers/05_ledger.ipynb #c9c0c94e
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -47,14 +48,14 @@ class SweepModel(Fit):
     `fit`: startup and overhead (s), durations."""
     _kept = ("durations", "startup", "overhead", "n")
 
-    def __init__(self, by: str | Sequence[str] = (), size: str | bool = False) -> None:
+    def __init__(self, by: str | Sequence[str] = (), size: str | Literal[False] = False) -> None:
         self.durations = DurationModel(by, size, "seconds")
 
     @classmethod
     def from_json(cls, source: str | Path | dict) -> "SweepModel":
         "Read the model kept in JSON; see `Fit.from_json`."
         self = super().from_json(source)
-        self.durations = DurationModel.from_json(self.durations)
+        self.durations = DurationModel.from_json(cast("dict", self.durations))
         return self
 
 # %% ../../../nbs/pipesim/answers/05_ledger.ipynb #cc2527c5

@@ -39,7 +39,7 @@ def draw_works(source: "Source", growth: Sequence[float], replications: int, hor
     need(callable(source), "workload_or_model", source,
          "a Workload, a PipelineModel, or a function (users, rng) -> Workload")
     most = max(growth)
-    drawn = [source(most, rng_of(seed, r)) for r in range(replications)]
+    drawn: list[Workload] = [source(most, rng_of(seed, r)) for r in range(replications)]
     for w in drawn:
         need(isinstance(w, Workload), "workload_or_model(users, rng)", type(w).__name__,
              "a Workload")
@@ -91,7 +91,7 @@ def _rows(growth: float, works: Sequence[Workload], platform: Platform, policy: 
     asked = loads.agg(rho=("rho", "mean"), stable=("stable", "all"))
     gain = {p.name: base[4] - mean_times(works, platform.resized(**{p.name: enlarged(p)}),
                                          policy)[4] for p in platform.pools}
-    worst = max(gain, key=gain.get)
+    worst = max(gain, key=gain.__getitem__)
     def least(n):
         return math.nan if slo is None else least_capacity(works, platform, n, slo, policy)
     return [(growth, n, asked.rho[n], *base[:4], gain[n], n == worst and gain[n] > 0, least(n),

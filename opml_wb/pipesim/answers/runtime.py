@@ -9,7 +9,7 @@ __all__ = ['CAUSES', 'STANDARD', 'MOST', 'Detector', 'Drift', 'Lives', 'performa
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -197,6 +197,7 @@ def _deployments(drift: Drift, ran: "Engine", work: Workload, kept: np.ndarray) 
     """The deployments of a run, a row each.
 
     `kept`: bool [P], the pipelines that were triggered or came on their own."""
+    assert work.model is not None and work.perf is not None
     w, n = ran.w, len(work)
     deployed, triggered = np.asarray(ran.models.deployed)[:n], np.asarray(ran.models.triggered)[:n]
     at = np.flatnonzero(deployed <= w.end)
@@ -250,7 +251,7 @@ def cost_benefit(trace: Trace) -> pd.DataFrame:
 
     model, pipeline, cause, cost (of the units it held), gain (performance now minus that of the
     model it replaces, then), worth (gain x days that it served), gain_per_cost."""
-    m = trace.models
+    m = cast("pd.DataFrame", trace.models)
     before = m.groupby("model")[["perf", "lost"]].shift(1)
     out = m.assign(cost=trace.cost[m.pipeline], gain=m.perf - (before.perf - before.lost))
     out["worth"] = out.gain * ((m.retired - m.deployed) / 86400)

@@ -17,8 +17,8 @@ from ..work.ageing import kernel
 if TYPE_CHECKING: from opml_wb.pipesim.engines.kernels import State, Work
 
 # %% ../../../nbs/pipesim/engines/02_heaps.ipynb #84b06932
-inlined = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False,
-               forceinline=True)
+inlined = njit(  # type: ignore[call-overload]
+    nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False, forceinline=True)
 
 @inlined
 def push(t: np.ndarray, ids: np.ndarray, size: int, when: float, what: int) -> None:

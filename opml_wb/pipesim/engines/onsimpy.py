@@ -8,8 +8,9 @@ __all__ = ['FIRST', 'TRIGGER', 'LAST', 'at', 'LinkEvents', 'SimPyEngine']
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #5f5ea872
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from heapq import heappush
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import simpy
@@ -31,7 +32,8 @@ def at(env: simpy.Environment, t: float, priority: int = 1,
     event = env.event()
     event._ok, event._value = True, None
     if call is not None: event.callbacks.append(lambda _: call())
-    heappush(env._queue, (t, priority, next(env._eid), event))
+    queue: list[Any] = env._queue
+    heappush(queue, (t, priority, next(env._eid), event))
     return event
 
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #820d295f
@@ -80,9 +82,9 @@ class SimPyEngine:
         ends = np.cumsum(np.bincount(w.child, minlength=n))[:-1]
         self.parents = np.split(parent[order], ends) if n else []
         for p in self.work.by_arrival:
-            at(self.env, self.work.arrival[p], call=lambda p=p: self._arrive(p))
+            at(self.env, self.work.arrival[p], call=partial(self._arrive, p))
         for t, k, units in zip(self.work.step_t, self.work.step_pool, self.work.step_cap):
-            at(self.env, t, call=lambda k=k, units=units: self._resize(k, units))
+            at(self.env, t, call=partial(self._resize, k, units))
 
 # %% ../../../nbs/pipesim/engines/05_onsimpy.ipynb #49dc4f7f
 @patch
@@ -140,7 +142,7 @@ def _touch(self: SimPyEngine, k: int | None) -> None:
 @patch
 def _rounds(self: SimPyEngine) -> None:
     touched, self.touched = self.touched, set()
-    for k in touched - {None}:
+    for k in cast("set[int]", touched - {None}):
         for task in self.queues[k].round(self.env.now): self.granted.pop(task).succeed()
     while self.link.shared.next == self.env.now: self.link.leave(self.env.now)
 

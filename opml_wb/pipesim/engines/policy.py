@@ -47,7 +47,7 @@ class Policy:
                  name: str | None = None, backfill: str | None = None) -> None:
         need(key is None or callable(key), "Policy.key", key, "a function of the tasks")
         need(backfill in (None, "easy"), "Policy.backfill", backfill, "None or 'easy'")
-        if key is not None: self.key = key
+        if key is not None: setattr(self, "key", key)
         self.name = name or getattr(key, "__name__", None) or type(self).__name__.lower()
         self.backfill = backfill
 

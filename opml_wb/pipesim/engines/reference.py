@@ -269,6 +269,7 @@ def _asked(self: PythonEngine, q: TaskQueue) -> list[int]:
 
     ValueError where one doesn't wait here or doesn't fit."""
     if not q.waiting: return []
+    assert self.policy is not None
     name, ids, out = self.names[q.k], {int(self.order[x[2]]): x for x in q.waiting}, []
     running = {int(self.order[j]): self.start[j] for _, j in q.running}
     for task in self.policy.round(self.now, list(ids), self._view(q, running)):

@@ -9,7 +9,7 @@ __all__ = ['NO_MODELS', 'ENGINES', 'prepare', 'fresh', 'NumbaEngine', 'Engine', 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #01679fe7
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from fastcore.basics import patch
@@ -212,10 +212,10 @@ def _engine(name: str, w: Work, platform: Platform, order: np.ndarray, policy: P
     if name == "numba": return NumbaEngine(w, platform.names)
     if name == "simpy":
         from opml_wb.pipesim.engines.onsimpy import SimPyEngine
-        return SimPyEngine(w, platform.names)
+        return cast("Engine", SimPyEngine(w, platform.names))
     from opml_wb.pipesim.engines.reference import PythonEngine
-    if is_static(policy): return PythonEngine(w, platform.names, order)
-    return PythonEngine(w, platform.names, order, policy, workload.tasks)
+    seen = () if is_static(policy) else (policy, workload.tasks)
+    return cast("Engine", PythonEngine(w, platform.names, order, *seen))
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #a3f5e034
 def simulate(workload: Workload, platform: Platform, policy: str | Policy | type[Policy] = "fifo",

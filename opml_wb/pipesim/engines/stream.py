@@ -133,7 +133,7 @@ class Carry:
 @patch
 def run(self: Carry, until: float) -> None:
     "Go on to `until` (s) and put what has ended where it belongs."
-    if self.w is None: return
+    if self.w is None or self.s is None: return
     kernels.run(self.w, self.s, float(until))
     done = np.flatnonzero(~np.isnan(self.s.finish))
     times = np.stack([self.s.ready[done], self.s.start[done], self.s.finish[done]])
@@ -143,7 +143,7 @@ def run(self: Carry, until: float) -> None:
 def add(self: Carry, work: Workload, platform: Platform, policy: Policy) -> None:
     "Take in the next chunk, and leave behind what has ended."
     new, order = prepare(work, platform, policy)
-    if self.w is None: self.w, self.s = new, fresh(new, len(platform.pools))
+    if self.w is None or self.s is None: self.w, self.s = new, fresh(new, len(platform.pools))
     else:
         w, s = self.w, self.s
         rows, pipes = np.flatnonzero(np.isnan(s.finish)), np.flatnonzero(s.left > 0)

@@ -74,7 +74,8 @@ class InfluxClient:
     def __init__(self, url: str, timeout: float = 10., attempts: int = 3,
                  pause: float = .3) -> None:
         parts = urlsplit(str(url))
-        self.host, self.port, self.db = parts.hostname, parts.port or 8086, parts.path.strip("/")
+        self.host, self.port = parts.hostname or "", parts.port or 8086
+        self.db = parts.path.strip("/")
         if not self.host or not self.db:
             raise ValueError(
                 f"store={str(url).rpartition('@')[2]!r}: expected influx://host:port/db")
@@ -187,8 +188,8 @@ def write(self: InfluxStore, trace: Trace, experiment: str, params: Mapping[str,
 def _write(self: InfluxStore, trace: Trace, experiment: str,
            params: Mapping[str, Any] | None) -> None:
     self._clear(experiment)                          # also what a killed writer left
-    for name, entry in measurements(tables(trace)).items():
-        self.server.send(lines(name, *entry, experiment))
+    for name, (frame, t, values, tags) in measurements(tables(trace)).items():
+        self.server.send(lines(name, frame, t, values, tags, experiment))
     words = json.dumps({**about(trace, params),
                         "end": trace.end}).replace("\\", "\\\\").replace('"', '\\"')
     self.server.send([f'experiments,experiment={experiment} about="{words}" 0'])

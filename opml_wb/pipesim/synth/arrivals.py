@@ -193,7 +193,8 @@ class ArrivalModel(Fit):
 
     def __init__(self, burst: str | None = None) -> None:
         if burst not in (None, "ar1"): raise ValueError(f"burst={burst!r}: expected None or 'ar1'")
-        self.burst, self.tz, self.s2, self.phi = burst, None, 0., 0.
+        self.burst, self.s2, self.phi = burst, 0., 0.
+        self.tz: str | None = None
 
     def __repr__(self) -> str:
         if not self.fitted: return f"ArrivalModel(burst={self.burst!r}), not fitted"

@@ -9,7 +9,7 @@ __all__ = ['FRAMEWORKS', 'asset', 'preprocess', 'train', 'validate', 'compress',
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #8a14b9c5
 import copy, pickle, time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -87,7 +87,7 @@ def validate(model: Any, X: np.ndarray, y: np.ndarray) -> float:
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #4edac813
 def _pruned(net: "torch.nn.Sequential") -> "torch.nn.Sequential":
     import torch
-    into, out = net[0], net[2]
+    into, out = cast("list[torch.nn.Linear]", [net[0], net[2]])
     weight = into.weight.norm(dim=1) * out.weight.norm(dim=0)
     keep = weight.topk(len(weight) // 2).indices
     small = _network(into.in_features, len(keep))

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'THIN', 'NAMES', 'fit_stratum', 'fit_strata', 'DurationMode
 
 # %% ../../../nbs/pipesim/synth/05_durations.ipynb #d6035be0
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -119,7 +119,7 @@ class DurationModel(Fit):
     _kept = ("by", "size", "target", "shift", "centre", "seen", "groups", "n")
 
     def __init__(self, by: str | Sequence[str] | None = ("kind", "framework"),
-                 size: str | bool | None = None, target: str | None = None) -> None:
+                 size: str | Literal[False] | None = None, target: str | None = None) -> None:
         self.by, self.size = [by] if isinstance(by, str) else list(by or ()), size
         self.target = target
 
@@ -204,7 +204,9 @@ def gof(self: DurationModel, df: pd.DataFrame, seed: int = 0) -> GoF:
     """Compare with held-back rows: ks, ad, qq of seconds pooled, and cover50, cover90.
 
     cover: the shares inside the 50 % and 90 % intervals (43-57 %, 84-95 %)."""
-    d, bounds = column(df, self._fitted().target), {"cover50": (.43, .57), "cover90": (.84, .95)}
+    target = self._fitted().target
+    assert target is not None
+    d, bounds = column(df, target), {"cover50": (.43, .57), "cover90": (.84, .95)}
     inside = {}
     for p in (50, 90):
         low, high = self.interval(df, p / 100)

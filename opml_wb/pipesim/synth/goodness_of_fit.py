@@ -72,8 +72,9 @@ class GoF:
         return {**asdict(self), "qq": np.round(self.qq, 6).tolist(), "failed": list(self.failed)}
 
 # %% ../../../nbs/pipesim/synth/01_goodness_of_fit.ipynb #ccdf39fd
-def compare(trace: ArrayLike, sample: ArrayLike, more: dict[str, float] | None = None,
-            failed: Sequence[str] = (), bound: float | None = None) -> GoF:
+def compare(trace: np.ndarray | Sequence[float], sample: np.ndarray | Sequence[float],
+            more: dict[str, float] | None = None, failed: Sequence[str] = (),
+            bound: float | None = None) -> GoF:
     """Compare two samples f8 [n], f8 [m] of one quantity.
 
     `bound`: the D above which `ks` counts as failed."""

@@ -121,7 +121,8 @@ class PipelineModel(Fit):
         self.structures = as_shares("structures", structures or STRUCTURES)
         self.frameworks = frameworks and as_shares("frameworks", frameworks)
         for name in self.structures: structure(name)
-        self.pools, self.deploy_s, self.about = {**POOLS, **(pools or {})}, float(deploy_s), {}
+        self.pools, self.deploy_s = {**POOLS, **(pools or {})}, float(deploy_s)
+        self.about: dict[str, Any] = {}
 
     @classmethod
     def from_json(cls, source: str | Path | dict) -> "PipelineModel":

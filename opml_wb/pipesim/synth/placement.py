@@ -61,8 +61,8 @@ class Demands:
         any_node = np.ones(len(cluster.model), bool)
         may = {s: np.isin(cluster.model, s.split("|")) if s else any_node for s in np.unique(spec)}
         allowed = np.array([may[s] for s in spec]).reshape(len(df), -1)
-        fits = allowed & (cluster.cpu >= cpu[:, None]) & (cluster.memory >= memory[:, None])
-        fits = (fits & (cluster.gpus >= gpus[:, None])).any(1)
+        room = allowed & (cluster.cpu >= cpu[:, None]) & (cluster.memory >= memory[:, None])
+        fits = (room & (cluster.gpus >= gpus[:, None])).any(1)
         if not fits.all():
             raise ValueError(f"task, row {int(np.argmin(fits))}: no node of the cluster "
                              "could hold it, even empty")

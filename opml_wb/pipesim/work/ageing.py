@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #03d049b2
-kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False)
+kernel = njit(  # type: ignore[call-overload]
+    nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False)
 
 @kernel
 def first_passage(t0: float, rate: float, limit: float, jump_t: np.ndarray,

@@ -10,7 +10,7 @@ __all__ = ['DIRECT', 'EVALUATED', 'UNLIMITED', 'DataAsset', 'TrainedModel', 'Tas
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from fastcore.basics import patch
@@ -144,12 +144,14 @@ class Pipeline:
         n = len(self.tasks)
         need(n > 0, "Pipeline.tasks", self.tasks, "at least one Task")
         number(self.arrival, "Pipeline.arrival")
-        if self.edges is None:
-            object.__setattr__(self, "edges", tuple((i, i + 1) for i in range(n - 1)))
-        for e in self.edges:
+        edges = self.edges
+        if edges is None:
+            edges = tuple((i, i + 1) for i in range(n - 1))
+            object.__setattr__(self, "edges", edges)
+        for e in edges:
             ok = len(e) == 2 and all(0 <= i < n for i in e)
             need(ok, "Pipeline.edges", e, f"two positions in 0 .. {n - 1}")
-        depth = levels(n, list(self.edges))
+        depth = levels(n, list(edges))
         need(depth.min() >= 0, "Pipeline.edges", list(np.flatnonzero(depth < 0)),
              "no cycle; these tasks are on or behind one")
 
@@ -191,7 +193,8 @@ def steps(self: Pool) -> list[tuple[float, int]]:
     "The capacity as [(t, units)], the first at t = 0."
     what = f"pool {self.name!r}: capacity"
     if np.ndim(self.capacity) == 0: return [(0.0, whole_units(self.capacity, what))]
-    rows = [(f"{what}, step {i}", r) for i, r in enumerate(self.capacity)]
+    given = cast("Sequence[tuple[float, float]]", self.capacity)
+    rows = [(f"{what}, step {i}", r) for i, r in enumerate(given)]
     for step, r in rows: need(np.ndim(r) == 1 and len(r) == 2, step, r, "(t, capacity)")
     return [(number(t, step), whole_units(c, step)) for step, (t, c) in rows]
 

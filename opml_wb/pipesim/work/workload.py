@@ -10,6 +10,7 @@ import hashlib, json, os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -122,7 +123,7 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
     ValueError naming the field and the row."""
     need(np.ndim(arrival) == 1, "arrival", np.shape(arrival), "one value a pipeline, shape (P,)")
     need(np.ndim(dur) == 1, "dur", np.shape(dur), "one value a task, shape (T,)")
-    P, n = len(arrival), len(dur)
+    P, n = np.shape(arrival)[0], np.shape(dur)[0]
     arrival, dur = floats(arrival, "arrival", P, "pipeline"), floats(dur, "dur", n)
     pipeline = _owner(pipeline, n, P)
     (pool, pools), (kind, kinds) = codes(pool, "pool", n), codes(kind, "kind", n)
@@ -150,7 +151,7 @@ def from_pipelines(cls: Workload, pipelines: Iterable[Pipeline]) -> Workload:
                            pipeline=np.repeat(np.arange(len(pipelines)), sizes),
                            priority=np.repeat([p.priority for p in pipelines], sizes),
                            edges=[(b + i, b + j) for b, p in zip(begin, pipelines)
-                                  for i, j in p.edges])
+                                  for i, j in cast("Sequence", p.edges)])
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #e2423bdc
 def _rows(work: Workload, tasks: np.ndarray, pipelines: np.ndarray) -> dict[str, np.ndarray]:
@@ -178,7 +179,7 @@ def take(self: Workload, pipelines: ArrayLike) -> Workload:
     order = np.argsort(self.pipeline, kind="stable")
     first = np.searchsorted(self.pipeline[order], np.arange(len(self) + 1))
     counts = first[ids + 1] - first[ids]
-    part = _rows(self, order[ranges(first[ids], first[ids + 1])], ids)
+    part: dict[str, Any] = _rows(self, order[ranges(first[ids], first[ids + 1])], ids)
     part["pipeline"] = np.repeat(np.arange(len(ids)), counts)
     return replace(self, **part,
                    edges=_edges_of(self, order, first, ids, np.cumsum(counts) - counts))
@@ -189,7 +190,7 @@ def keep(self: Workload, chosen: np.ndarray) -> Workload:
     "Keep the pipelines where `chosen` (bool [P]) and the order of their tasks."
     tasks = chosen[self.pipeline]
     place, owner = np.cumsum(tasks) - 1, np.cumsum(chosen) - 1
-    part = _rows(self, tasks, chosen)
+    part: dict[str, Any] = _rows(self, tasks, chosen)
     part["pipeline"] = owner[part["pipeline"]]
     return replace(self, **part, edges=place[self.edges[tasks[self.edges[:, 0]]]])
 
@@ -301,7 +302,7 @@ def read_parquet(cls: Workload, file: str | os.PathLike) -> Workload:
     "Read the workload that `to_parquet` wrote; ValueError for another file."
     import pyarrow.parquet as pq
     table = pq.read_table(file)
-    words = (table.schema.metadata or {}).get(b"pipesim")
+    words = (table.schema.metadata or {}).get(b"pipesim", b"")
     need(words, "file", str(file), "a Parquet file written by Workload.to_parquet")
     said = json.loads(words)
     part = {n: np.array(table[n].combine_chunks().values) for n in table.column_names}
