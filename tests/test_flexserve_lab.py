@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from test_lab import CHROMIUM, HERE, errors, lab, page, run_all, scroll_to  # noqa: F401 (fixtures)
+from test_lab import CHROMIUM, HERE, browser, errors, lab, lab_server, page, run_all, scroll_to  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 PLAY = ".jp-CodeCell:has(.noUi-handle)"
@@ -14,19 +14,20 @@ def changes(page, act):
     "Do `act`, and wait until the text and the point on the frontier are other ones."
     said, now = page.evaluate(SAID), page.evaluate(NOW)
     act()
-    page.wait_for_function(f"b => ({SAID})() !== b", arg=said, timeout=20_000)
-    page.wait_for_function(f"b => {{ const n = ({NOW})(); return n && n !== b }}", arg=now, timeout=20_000)
+    page.wait_for_function(f"b => ({SAID})() !== b", arg=said)
+    page.wait_for_function(f"b => {{ const n = ({NOW})(); return n && n !== b }}", arg=now)
     return page.evaluate(SAID)
 
 
-def test_the_slider_moves_along_the_frontier(lab, page, tmp_path):
+def test_the_slider_moves_along_the_frontier(lab, page):
     shots = HERE/"artefacts"
     shots.mkdir(exist_ok=True)
-    (tmp_path/"settings"/"@jupyterlab"/"apputils-extension"/"themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark"}))
+    settings = lab.folder/"settings"/"@jupyterlab"/"apputils-extension"/"themes.jupyterlab-settings"
+    settings.write_text(json.dumps({"theme": "JupyterLab Dark"}))
     page.goto(lab.format("08_flexserve.ipynb"))
     run_all(page)
     scroll_to(page, f"{PLAY} .js-plotly-plot")
-    page.wait_for_selector(f"{PLAY} .js-plotly-plot .scatterlayer", timeout=30_000)
+    page.wait_for_selector(f"{PLAY} .js-plotly-plot .scatterlayer")
     page.wait_for_timeout(1000)
     page.screenshot(path=shots/"flexserve-dark.png")
     assert "2 of 3 models" in page.evaluate(SAID) and "version 1" in page.evaluate(SAID)
