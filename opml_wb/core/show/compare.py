@@ -196,8 +196,8 @@ def differences(a: dict | Run, b: dict | Run) -> dict[str, Any]:
 
     Returns JSON: `{a, b (keys), same_key, chapters (both names or None), params, code, data, env,
     machine, why (sentences)}`; params, data, env and machine as `changes` gives them, code as
-    `code_changes`. A document that has not run yet (a `RunRequest`'s request) carries its notebook as
-    `nb`."""
+    `code_changes`. A document that has not run yet (a `RunRequest`'s request) carries its notebook
+    as `nb`."""
     a, b = (x.doc if isinstance(x, Run) else x for x in (a, b))
     def used(doc): return {**doc.get("data", {}), **doc.get("inputs", {})}
     d = {"a": a["key"], "b": b["key"], "same_key": a["key"] == b["key"],
