@@ -2,7 +2,7 @@
 import json
 
 import pytest
-from test_lab import CHROMIUM, HERE, errors, lab, page, run_all, scroll_to  # noqa: F401 (fixtures)
+from test_lab import CHROMIUM, HERE, browser, errors, lab, lab_server, page, run_all, scroll_to  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 PLAY = ".jp-CodeCell:has(.noUi-handle)"
@@ -19,10 +19,10 @@ def changes(page, act):
     return page.evaluate(SAID)
 
 
-def test_the_heatmap_answers_threshold_and_point(lab, page, tmp_path):
+def test_the_heatmap_answers_threshold_and_point(lab, page):
     shots = HERE/"artefacts"
     shots.mkdir(exist_ok=True)
-    (tmp_path/"settings"/"@jupyterlab"/"apputils-extension"/"themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark"}))
+    (lab.folder/"settings"/"@jupyterlab"/"apputils-extension"/"themes.jupyterlab-settings").write_text(json.dumps({"theme": "JupyterLab Dark"}))
     page.goto(lab.format("03_eligibility.ipynb"))
     run_all(page)
     scroll_to(page, f"{PLAY} .noUi-handle")
