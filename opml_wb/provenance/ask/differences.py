@@ -152,7 +152,7 @@ def _declared(doc: Mapping, plan: "Plan", known: Sequence[Mapping]) -> Iterator[
 def _chapter(doc: Mapping, root: Path, known: Sequence[Mapping]) -> list[dict]:
     "Differences in the code and the declared data of a chapter's run."
     from opml_wb.core.cli.author import again
-    try: plan = again(doc)
+    try: plan = again(dict(doc))
     except (ChapterError, ParamError) as e:
         warnings.warn(str(e), stacklevel=4)
         return [difference("code", doc.get("source") or doc["chapter"], doc.get("code"), None)]
