@@ -237,6 +237,7 @@ HEAVY = (  # files and notebooks that take longest, so that they begin first
     "chapters/08_flexserve", "bench/09_pipesim_ledger", "bench/13_flexserve", "bench/11_capture", "bench/03_store", "bench/02_engine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     "A file's tests share its servers, so they stay in one process; notebooks and chapters go where there is room. Heaviest first."
     weight = {name: i for i, name in enumerate(HEAVY)}
