@@ -237,14 +237,17 @@ HEAVY = (  # files and notebooks that take longest, so that they begin first
     "chapters/08_flexserve", "bench/09_pipesim_ledger", "bench/13_flexserve", "bench/11_capture", "bench/03_store", "bench/02_engine")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def group(item):
+    "A file's tests share its servers, so they stay in one process; source notebooks and chapters go where there is room."
+    alone = item.function.__name__ in ("test_source_notebook", "test_chapters_run")
+    return item.callspec.id if alone else item.path.stem
+
+
+def pytest_itemcollected(item): item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 def pytest_collection_modifyitems(config, items):
-    "A file's tests share its servers, so they stay in one process; notebooks and chapters go where there is room. Heaviest first."
     weight = {name: i for i, name in enumerate(HEAVY)}
-    def group(item):
-        alone = item.function.__name__ in ("test_source_notebook", "test_chapters_run")
-        return item.callspec.id if alone else item.path.stem
-    for item in items: item.add_marker(pytest.mark.xdist_group(group(item)))
     items.sort(key=lambda item: weight.get(group(item), len(weight)))
     if config.getoption("--slow") or os.environ.get("CI"): return
     skip = pytest.mark.skip(reason="slow: pytest --slow, or CI=true")
