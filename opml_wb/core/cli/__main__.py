@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../../nbs/core/cli/08_main.ipynb #ea30b8d3
+#| eval: false
 from .verbs import main
 
 if __name__ == "__main__": main()

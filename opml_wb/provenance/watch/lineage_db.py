@@ -47,9 +47,9 @@ EVENT = "op", "path", "target", "version", "was", "kind", "part", "pid", "cell",
 RUN = "chapter", "status", "started", "seconds", "cpu", "rss"    # of the run, that a stage has too
 
 # %% ../../../nbs/provenance/watch/12_lineage_db.ipynb #00fe362c
-def text_of(path: str) -> str:
-    "Spell a path (surrogates for bytes that aren't UTF-8) as a database can hold it."
-    return path.encode("utf-8", "backslashreplace").decode()
+def text_of(path: str | None) -> str | None:
+    "Spell a path (surrogates for bytes not in UTF-8) as a database can hold it; None stays None."
+    return None if path is None else path.encode("utf-8", "backslashreplace").decode()
 
 def native(text: str) -> str:
     "Undo `text_of`."
