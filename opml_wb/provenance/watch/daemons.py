@@ -7,13 +7,14 @@ __all__ = ['stand_by', 'orphan', 'deputised', 'start', 'ask', 'end', 'enter']
 
 # %% ../../../nbs/provenance/watch/09_daemons.ipynb #653cf7ca
 import array  # noqa: F401 (`socket.send_fds` imports it: too late in a watched process)
-import ctypes, gc, json, mmap, os, select, signal, socket, time
+import ctypes, json, mmap, os, select, socket, time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ...core.record.events import mark
 from . import syscalls, watcher as watching
+from .contents import become_apart
 from .session import JOURNAL
 from .watcher import Watcher
 
@@ -30,9 +31,10 @@ def stand_by(intake: socket.socket, page: mmap.mmap, chief: socket.socket,
         if message["do"] == "begin": known[message["order"]["path"]] = (message["order"], fds[0])
         elif message["do"] == "over": known[message["journal"]][0]["over"] = True
         elif message["journal"] in known: os.close(known.pop(message["journal"])[1])
-    server, ident = Watcher(intake, page), int.from_bytes(page[:8], "little")
+    server, idents = Watcher(intake, page), syscalls.unanswered(page)
+    page[:] = bytes(len(page))
     for order, listener in known.values():
-        if ident: _try(syscalls.go_on, listener, ident)
+        for ident in idents: _try(syscalls.go_on, listener, ident)
         _try(watching.begin, server, order, listener, True)
     server.serve()
     if after: after()
@@ -42,34 +44,13 @@ def _try(do: Callable, *args: Any) -> None:
     except Exception: pass
 
 # %% ../../../nbs/provenance/watch/09_daemons.ipynb #14628973
-def _apart(keep: set[int], work: Callable, *args: Any) -> None:
-    "Become a process of its own with no descriptors but `keep`, do `work(*args)`, and leave."
-    try:
-        os.setsid()
-        for n in ("INT", "HUP", "QUIT"): signal.signal(signal.Signals[f"SIG{n}"], signal.SIG_IGN)
-        for n in ("TERM", "CHLD"): signal.signal(signal.Signals[f"SIG{n}"], signal.SIG_DFL)
-        _close_but(keep)
-        gc.disable()
-        work(*args)
-    except BaseException: os._exit(1)
-    os._exit(0)
-
-def _close_but(keep: set[int]) -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2): os.dup2(null, fd)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in keep:
-            try: os.close(fd)
-            except OSError: pass
-
-# %% ../../../nbs/provenance/watch/09_daemons.ipynb #26aa5137
 def orphan(keep: Iterable[int], work: Callable, *args: Any) -> int:
     "Start `work(*args)` in a process that nobody waits for, with the descriptors `keep`; its pid."
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         inner = os.fork()
-        if inner == 0: _apart({*keep}, work, *args)
+        if inner == 0: become_apart({*keep}, work, *args)
         os.write(write, str(inner).encode())
         os._exit(0)
     os.waitpid(pid, 0)
@@ -131,6 +112,7 @@ def enter(intake: socket.socket, folder: Path, first: dict | None = None,
     Raises Unsupported where the kernel reports no calls."""
     line = {"o": "watch", "how": "seccomp", **(first or {})}
     order = {"path": str(folder/JOURNAL), "skip": list(skip), "first": line,
+             "root": str(folder.parents[1]) if folder.parent.name == "runs" else None,
              "began": time.monotonic() if began is None else began}
     message, (read, write) = json.dumps({"do": "begin", "order": order}).encode(), os.pipe()
     _let_read()
@@ -151,7 +133,7 @@ def _answer_alone(listener: int) -> None:
         page = syscalls.page()
         while True:
             told = syscalls.receive(listener, page)
-            if told: syscalls.go_on(listener, told[0])
+            if told: syscalls.go_on(listener, told.ident)
 
 def _let_read() -> None:
     "Let the watcher read this process's memory where only ancestors may (Yama)."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'STEPS', 'COMMIT', 'RANK', 'REPORTED', 'Node', 'Names', 'rename', 'rename_folder', 'Files', 'follow',
-           'outcome', 'event', 'table_of', 'tables', 'events']
+           'silently', 'looked_at', 'outcome', 'event', 'table_of', 'tables', 'with_versions', 'events']
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7efced2d
 import os, re
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcore.basics import patch
-from .versions import Hashes, mark_of
+from .patience import patiently
+from .versions import Hashes, digest, mark_of
 
 Record = Any   # a dict of the journal, or None
 
@@ -28,6 +29,7 @@ class Node:
     opened: Record = None          # for reading and writing at once: the end tells which
     gone: Record = None
     was: str | None = None         # the version that was found
+    kept: bool = False             # what is written is added to, or put into, what was there
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #9021a6f2
 class Names:
@@ -53,6 +55,7 @@ def node(self: Names, path: str, record: dict, made: bool = False) -> Node:
         else: node = self.add(Node(None if made else path, path, record))
         self.named[path] = node
     if record.get("v") and node.was is None: node.was = record["v"]
+    if record.get("part"): node.kept = True
     return node
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #ed78ced8
@@ -157,17 +160,35 @@ def _changed(node: Node) -> bool:
     "True if the file has another content than when it was first seen."
     records = (node.first, node.read, node.opened, node.wrote)
     seen = next((r["s"] for r in records if r and "s" in r), None)
-    try: now = mark_of(os.lstat(node.now or ""))
+    try: now = looked_at(node.now or "")
     except OSError: return True
-    return seen is None or now[:4] != seen[:4]
+    if now is None or seen is None or mark_of(now)[:4] != seen[:4]: return True
+    return bool(node.opened and node.was) and silently(node.now or "", node.was)
+
+def silently(path: str, was: str | None) -> bool:
+    """True if the content at `path` isn't `was`, though its mark is the same.
+
+    Writing through a mapping (mmap) leaves the times on some file systems."""
+    try: return patiently(path, lambda beat: digest(path, beat=beat)) != was
+    except OSError: return False
+
+def looked_at(path: str) -> os.stat_result | None:
+    "The lstat of `path`, None if nothing is there. Raises OSError where nobody answers."
+    try: return patiently(path, lambda beat: os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError): return None
+
+def _there(path: str | None) -> bool:
+    "True if something is at `path`, or nobody can tell."
+    try: return path is not None and looked_at(path) is not None
+    except OSError: return True
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #1fd4eb28
 def outcome(node: Node) -> tuple[str, dict] | None:
     "(operation, the record with its process, cell and time), or None when nothing came of it."
-    there = node.now is not None and os.path.lexists(node.now)
+    there = _there(node.now)
     if node.start is None: return ("created", node.wrote or node.first) if there else None
     if node.now is None:
-        return ("deleted", node.gone) if node.gone and not os.path.lexists(node.start) else None
+        return ("deleted", node.gone) if node.gone and not _there(node.start) else None
     if node.now != node.start: return ("renamed", node.gone) if there else None
     record = node.wrote or node.opened
     if record and there and _changed(node): return "modified", record
@@ -183,14 +204,18 @@ def event(node: Node, hashes: Hashes) -> dict | None:
     out = {"op": op, "path": node.now if op in ("created", "modified") else node.start,
            "target": node.now if op == "renamed" else None, "version": node.was, "was": None,
            "kind": "file", "part": False, **{k: record.get(k) for k in ("pid", "cell", "t")}}
-    if op == "read": out["version"] = hashes.version(node.start, record.get("s")) or node.was
-    elif op != "deleted":
-        out["version"] = None if os.path.isdir(str(node.now)) else hashes.version(node.now)
-    if op in ("modified", "deleted") and node.read: out["was"] = node.was
+    if op == "read": out["version"] = node.was or hashes.version(node.start, record.get("s"))
+    elif op != "deleted": out["version"] = hashes.version(node.now, fresh=bool(node.opened))
+    if op == "deleted" and node.read or op == "modified" and (node.read or node.kept):
+        out["was"] = node.was
     return out
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7e86dfab
 COMMIT = re.compile(r"(.*)/_delta_log/(\d{20})\.(?:json|checkpoint.*\.parquet)$")
+
+def _is_folder(path: str) -> bool:
+    try: return patiently(path, lambda beat: os.path.isdir(path))
+    except OSError: return False
 
 def table_of(path: str, known: dict[str, bool]) -> str | None:
     "The Delta table that file `path` is part of, or None; `known` {folder: is it one?} grows."
@@ -198,7 +223,7 @@ def table_of(path: str, known: dict[str, bool]) -> str | None:
     folder = os.path.dirname(path)
     for _ in range(5):  # partitions nest
         if len(folder) < 2: break
-        if folder not in known: known[folder] = os.path.isdir(f"{folder}/_delta_log")
+        if folder not in known: known[folder] = _is_folder(f"{folder}/_delta_log")
         if known[folder]: return folder
         folder = os.path.dirname(folder)
     return None
@@ -247,13 +272,23 @@ def _merged(told: Iterable[dict]) -> list[dict]:
         elif had["op"] == "created" and e["op"] == "modified": had["version"] = e["version"]
     return list(out.values())
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #2c26b4be
+def with_versions(records: list[dict]) -> list[dict]:
+    "The `records`, those with a mark (`s`) with the version that a `v` record tells of it."
+    known = {(*r["s"][:4],): r["v"] for r in records if r.get("o") == "v" and r.get("v")}
+    if not known: return records
+    def version(r: dict) -> dict:
+        v = known.get((*(r.get("s") or ())[:4],)) if r.get("o") in STEPS else None
+        return {**r, "v": v} if v and not r.get("v") else r
+    return [version(r) for r in records]
+
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #6d05ab4d
 def events(records: Iterable[dict], hashes: Hashes | None = None) -> list[dict]:
     """Reduce the `records` (dicts) of a stage's journal to its events, in the order of time.
 
     Looks at the files as they are now. `hashes`: knows versions already."""
     files, hashes = Files(), hashes or Hashes()
-    for r in records: follow(files, r)
+    for r in with_versions([*records]): follow(files, r)
     found = [e for node in files.names.nodes if (e := event(node, hashes))]
     told = {e["path"]: e for e in _merged(files.told)}
     found += [e for e in tables(found) if e["path"] not in told] + list(told.values())

@@ -8,10 +8,13 @@ __all__ = ['JOURNAL', 'RANK', 'process_of', 'ancestors', 'Journal', 'KnownPaths'
 # %% ../../../nbs/provenance/watch/05_session.ipynb #c1fa27fd
 import json, os, time
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from fastcore.basics import patch
 
 from .versions import INLINE, SMALL, with_version
+
+if TYPE_CHECKING: from opml_wb.provenance.watch.contents import Contents, Job
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #319072b4
 def process_of(thread: int) -> int:
@@ -37,14 +40,16 @@ JOURNAL = "capture.jsonl"
 class Journal:
     "The file `path` of JSON lines, one for each record."
     def __init__(self, path: str | os.PathLike) -> None:
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.path, self.lost, self.ended = str(path), 0, False
+        self.stuck = False     # the file system does not answer
 
 @patch
 def write(self: Journal, record: dict) -> None:
     "Append `record`; when the disk is full, it is counted as lost."
     line = json.dumps(record).encode() + b"\n"
     try:
+        if self.stuck: raise OSError("stalled")
         if os.write(self.fd, line) != len(line): self.lost += 1
     except OSError: self.lost += 1
 
@@ -64,12 +69,21 @@ class KnownPaths:
     def __init__(self) -> None:
         self.access: dict[str, int] = {}
         self.made: set[str] = set()
+        self.looked: set[str] = set()    # looked for or listed, or known otherwise
 
 @patch
 def leaving(self: KnownPaths, fact: dict, path: str) -> dict:
-    "Add the version of the content that is about to go, unless the stage made it."
-    if path in self.made: return fact
-    return with_version(fact, path, INLINE if path in self.access else SMALL)
+    "Add to `fact` that the content at `path` is about to go (`keep`), unless the stage made it."
+    if path in self.made or "s" not in fact: return fact
+    return {**fact, "keep": [path, INLINE if path in self.access else SMALL]}
+
+@patch
+def once(self: KnownPaths, fact: dict) -> dict | None:
+    "`fact` of a path that was looked for or listed; None if the journal has it."
+    path = fact["p"]
+    if path in self.looked or path in self.access or path in self.made: return None
+    self.looked.add(path)
+    return fact
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #aa4e99b5
 @patch
@@ -78,15 +92,16 @@ def opened(self: KnownPaths, fact: dict) -> dict | None:
     o, path = fact["o"], fact["p"]
     if self.access.get(path, 0) >= RANK[o]: return None
     if o == "w" and "s" not in fact: self.made.add(path)
-    if o != "r" and self.access.get(path) == RANK["r"]: fact = self.leaving(fact, path)
+    used = path in self.access or "part" in fact
     self.access[path] = RANK[o]
-    return fact
+    return self.leaving(fact, path) if o != "r" and used else fact
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #8d14ff14
 @patch
 def forget(self: KnownPaths, path: str) -> None:
     "Nothing is known of `path` any more."
     self.access.pop(path, None); self.made.discard(path)
+    self.looked.add(path)
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #7acfad08
 def moved(paths: KnownPaths, fact: dict) -> dict:
@@ -107,10 +122,13 @@ class Session:
     """The journal `path` of one stage, and what is known of the stage while it runs.
 
     `began`: time.monotonic() of its start; `skip`: beginnings of paths that are the engine's own;
-    `first`: the journal's first line. Raises OSError when the file cannot be written."""
+    `first`: the journal's first line; `root`: the home, which knows versions; `contents`: hashes
+    contents elsewhere (default: here). Raises OSError when the file cannot be written."""
     def __init__(self, path: str | os.PathLike, began: float | None = None,
-                 skip: Iterable[str] = (), first: dict | None = None) -> None:
+                 skip: Iterable[str] = (), first: dict | None = None, root: str | None = None,
+                 contents: "Contents | None" = None) -> None:
         self.journal, self.paths, self.skip = Journal(path), KnownPaths(), tuple(skip)
+        self.root, self.contents, self.said = root, contents, set[str]()
         self.began = time.monotonic() if began is None else began
         self.cells: dict[int, int] = {}
         self.libraries: set[str] = set()
@@ -127,19 +145,46 @@ def when(self: Session, pid: int | None) -> dict:
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #062e28ee
 @patch
-def take(self: Session, fact: dict, pid: int | None) -> None:
-    "Write down `fact` ({o, p, ...}) of process `pid`, unless the journal has it."
-    if self.journal.ended: return
+def take(self: Session, fact: dict, pid: int | None) -> "Job | None":
+    """Write down `fact` ({o, p, ...}) of process `pid`, unless the journal has it.
+
+    Returns the job of a content that is about to be overwritten and isn't hashed yet."""
+    if self.journal.ended: return None
     for path in (fact["p"], fact.get("q", "")):
-        if path.startswith(self.skip) and "/artifacts/" not in path: return  # the engine's own
+        if path.startswith(self.skip) and "/artifacts/" not in path: return None  # the engine's own
     noted = self.noted(fact)
-    if noted: self.journal.write({**noted, **self.when(pid)})
+    if not noted: return None
+    path, most = noted.pop("keep", (fact["p"], 0))
+    if not self.contents and most: noted = with_version(noted, path, most)
+    self.journal.write({**noted, **self.when(pid)})
+    return self.asked(noted, path, most) if self.contents else None
+
+@patch
+def asked(self: Session, fact: dict, path: str, most: int) -> "Job | None":
+    "Have the content of `fact` hashed; the job, if the call may wait for it."
+    o, mark = fact["o"], fact.get("s")
+    if not self.contents or not mark or "v" in fact: return None
+    if not most and o in ("r", "rw", "ls"):
+        self.contents.want(self, path, mark, self.root, folder=o == "ls")
+    elif most >= mark[2]:
+        job = self.contents.want(self, path, mark, self.root, going=o in ("rm", "mv"))
+        return None if job.going else job
+    return None
+
+@patch
+def learn(self: Session, job: "Job") -> None:
+    "Write down the version of a content."
+    if self.journal.ended: return
+    if job.found["v"] or job.going:
+        self.journal.write({"o": "v", "p": job.path, "s": job.mark, **job.found})
+    if job.found.get("why"): self.blind("stalled", f"{job.path} was not answered for")
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #f9309f23
 @patch
 def noted(self: Session, fact: dict) -> dict | None:
     "`fact` as it is to be written down, or None."
     o = fact["o"]
+    if o in ("no", "ls"): return self.paths.once(fact)
     if o in RANK: return self.paths.opened(fact)
     if o == "mk": self.paths.made.add(fact["p"]); return None
     if o == "mv": return moved(self.paths, fact)
@@ -168,6 +213,22 @@ def lose(self: Session, error: Exception) -> None:
     "Count a call of which nothing could be written down."
     self.journal.lost += 1
     self.why = f"{type(error).__name__}: {error}"
+    denied = isinstance(error, PermissionError)
+    self.blind("unreadable" if denied else "lost", str(error) if denied else self.why)
+
+@patch
+def blind(self: Session, why: str, what: str, pid: int | None = None) -> None:
+    "Write down that something happened, or may have, that isn't seen: `why` (a word), `what`."
+    if self.journal.ended or f"{why} {what}" in self.said: return
+    self.said.add(f"{why} {what}")
+    self.journal.write({"o": "blind", "why": why, "what": what, **self.when(pid)})
+
+@patch
+def reached(self: Session, address: str, pid: int) -> None:
+    "Write down that process `pid` connects to, or listens at, `address`."
+    if self.journal.ended or f"net {address}" in self.said: return
+    self.said.add(f"net {address}")
+    self.journal.write({"o": "net", "to": address, **self.when(pid)})
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #8be4ddfe
 @patch
