@@ -54,7 +54,8 @@ def summary(done: Mapping[str, Any]) -> str:
     counts = {op: sum(e["op"] == op for e in done["events"]) for op in OPERATIONS}
     told = ", ".join(f"{n} {op}" for op, n in counts.items() if n) or "no files"
     how = f"{done['capture']}{', partial' if done['partial'] else ''}"
-    return f"{told} ({how}): opml lineage {done['run']}"
+    lines = [f"not seen: {text}" for text in done.get("why") or ()]
+    return "\n".join([f"{told} ({how}): opml lineage {done['run']}", *lines])
 
 # %% ../../nbs/provenance/05_commands.ipynb #ac7924a0
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -101,8 +102,11 @@ def of_run(run: Any) -> dict[str, Any]:
     stage = reader.stage(run)
     name, events = stage["run"], reader.events(stage["run"])
     before = [m for path, v, _ in used(events) if (m := maker(reader, path, v, name))]
+    facts = {"streams": [], "partial": [], **reader.facts(name)}
+    facts.pop("env", None)
     return {**stage, "before": list(dict.fromkeys(before)), "after": users(reader, name),
-            "events": events, "packages": reader.packages(name)}
+            "events": events, "packages": reader.packages(name), **facts,
+            "partial": stage["partial"]}
 
 # %% ../../nbs/provenance/05_commands.ipynb #7257eb8b
 @click.command()
@@ -129,6 +133,12 @@ def _print_run(found: Mapping[str, Any], as_json: bool) -> None:
     click.echo(f"{found['run']}  {found['pipeline']}  {found['status']}  "
                f"by {found['who']}@{found['host']}  capture: {how}")
     _print_table(found["events"], "op", "path", "version", "cell")
+    for text in found["why"]: click.echo(f"not seen: {text}")
+    for s in found.get("streams") or ():
+        if s["kind"] in ("terminal", "null"): continue
+        name = {0: "stdin", 1: "stdout", 2: "stderr"}.get(s["fd"], f"descriptor {s['fd']}")
+        version = f" at {short_version(s['version'])}" if s["version"] else ""
+        click.echo(f"{name}: {s['kind']} {s['path']}{version}")
     for word in ("before", "after"): click.echo(f"{word}: {', '.join(found[word]) or 'none'}")
 
 # %% ../../nbs/provenance/05_commands.ipynb #138cb8db

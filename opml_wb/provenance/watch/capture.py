@@ -22,6 +22,7 @@ from ...core.request.params import ParamError
 from . import daemons, environment, fallback, syscalls
 from .document import conclude, engines_own
 from .lineage_db import LineageDB
+from .privacy import masked_variables
 from .session import JOURNAL
 
 # %% ../../../nbs/provenance/watch/13_capture.ipynb #2b239e58
@@ -101,6 +102,7 @@ def begin(self: Capture, folder: Path) -> None:
     try: told = self.told and intake and daemons.enter(intake, folder, first, **order)
     except (syscalls.Unsupported, OSError): told = False
     if not told: fall_back(intake, folder, first, order)
+    note(folder, {"o": "env", "env": masked_variables(os.environ)})
     if intake: intake.close()
 
 # %% ../../../nbs/provenance/watch/13_capture.ipynb #843a1a3a

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcore.basics import patch
+from .paths import counted
 from .patience import patiently
 from .versions import Hashes, digest, mark_of
 
@@ -132,6 +133,12 @@ def begin_cell(self: Files, record: dict) -> None:
     self.cell = record["cell"]
 
 @patch
+def given(self: Files, record: dict) -> None:
+    "The stage was given open files."
+    for s in record["streams"]:
+        if "fact" in s and counted(s["fact"]["p"]): follow(self, {**record, **s["fact"]})
+
+@patch
 def tell(self: Files, record: dict) -> None:
     "The program reports an operation."
     self.told.append({**record["e"], **{k: record.get(k) for k in ("pid", "cell", "t")}})
@@ -140,7 +147,7 @@ def tell(self: Files, record: dict) -> None:
 STEPS = {"r": Files.read, "w": Files.write, "rw": Files.read_write, "rm": Files.remove,
          "mv": lambda files, r: (rename_folder if r.get("dir") else rename)(files.names, r),
          "ln": lambda files, r: files.write({**r, "p": r["q"]}),
-         "cell": Files.begin_cell, "rec": Files.tell}
+         "cell": Files.begin_cell, "rec": Files.tell, "in": Files.given}
 
 def follow(files: Files, record: dict) -> None:
     """Take in one record; of an unknown kind nothing is taken.
@@ -177,6 +184,10 @@ def looked_at(path: str) -> os.stat_result | None:
     try: return patiently(path, lambda beat: os.lstat(path))
     except (FileNotFoundError, NotADirectoryError, ValueError): return None
 
+def _is_folder(path: str) -> bool:
+    try: return patiently(path, lambda beat: os.path.isdir(path))
+    except OSError: return False
+
 def _there(path: str | None) -> bool:
     "True if something is at `path`, or nobody can tell."
     try: return path is not None and looked_at(path) is not None
@@ -207,15 +218,12 @@ def event(node: Node, hashes: Hashes) -> dict | None:
     if op == "read": out["version"] = node.was or hashes.version(node.start, record.get("s"))
     elif op != "deleted": out["version"] = hashes.version(node.now, fresh=bool(node.opened))
     if op == "deleted" and node.read or op == "modified" and (node.read or node.kept):
-        out["was"] = node.was
+        out["was"], out["needs"] = node.was, True
+    if op != "deleted" and node.now and _is_folder(node.now): out["folder"] = True
     return out
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7e86dfab
 COMMIT = re.compile(r"(.*)/_delta_log/(\d{20})\.(?:json|checkpoint.*\.parquet)$")
-
-def _is_folder(path: str) -> bool:
-    try: return patiently(path, lambda beat: os.path.isdir(path))
-    except OSError: return False
 
 def table_of(path: str, known: dict[str, bool]) -> str | None:
     "The Delta table that file `path` is part of, or None; `known` {folder: is it one?} grows."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastcore.basics import patch
 
+from .privacy import file_mode, masked
 from .versions import INLINE, SMALL, with_version
 
 if TYPE_CHECKING: from opml_wb.provenance.watch.contents import Contents, Job
@@ -40,7 +41,8 @@ JOURNAL = "capture.jsonl"
 class Journal:
     "The file `path` of JSON lines, one for each record."
     def __init__(self, path: str | os.PathLike) -> None:
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        flags, mode = os.O_WRONLY | os.O_CREAT | os.O_APPEND, file_mode(os.path.dirname(path))
+        self.fd = os.open(path, flags | os.O_CLOEXEC, mode)
         self.path, self.lost, self.ended = str(path), 0, False
         self.stuck = False     # the file system does not answer
 
@@ -206,7 +208,9 @@ def cell(self: Session, pid: int, number: int | None, told: int) -> None:
 @patch
 def tell(self: Session, event: dict, pid: int) -> None:
     "Write down an operation that the program reports itself."
-    if not self.journal.ended: self.journal.write({"o": "rec", "e": event, **self.when(pid)})
+    if self.journal.ended: return
+    if "://" in (path := str(event.get("path"))): event = {**event, "path": masked(path)}
+    self.journal.write({"o": "rec", "e": event, **self.when(pid)})
 
 @patch
 def lose(self: Session, error: Exception) -> None:
@@ -228,7 +232,7 @@ def reached(self: Session, address: str, pid: int) -> None:
     "Write down that process `pid` connects to, or listens at, `address`."
     if self.journal.ended or f"net {address}" in self.said: return
     self.said.add(f"net {address}")
-    self.journal.write({"o": "net", "to": address, **self.when(pid)})
+    self.journal.write({"o": "net", "to": masked(address), **self.when(pid)})
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #8be4ddfe
 @patch

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ...core.kit.files import read_json
+from ...core.kit.files import append, read_json
 from ...core.kit.procs import lives
 from ...core.record import log
 from ...core.record.database import StoreError
 from ...core.record.events import mark
 from ...core.record.folder import REQUEST, RUN, finish
-from ...core.record.store import Store
+from ...core.record.store import Store, home as store_home
 from . import daemons, environment, syscalls, watcher as watching
 from .document import SOURCE, conclude, engines_own
 from .lineage_db import LineageDB
+from .privacy import masked_variables, masked_words, private
 from .session import JOURNAL, Session
 
 if TYPE_CHECKING: from resource import struct_rusage  # not on Windows
@@ -44,7 +45,7 @@ def request_of(command: Sequence[str]) -> dict[str, Any]:
     if command[1:3] == ["-m", "ipykernel_launcher"]:
         name, source = Path(session or "kernel").stem, session
     return {"key": secrets.token_hex(10), "chapter": name, "params": {}, "given": {},
-            "source": source, "command": list(command), "cwd": os.getcwd()}
+            "source": source, "command": masked_words(command), "cwd": os.getcwd()}
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #21a99985
 AUDITOR = '''import os, sys
@@ -77,7 +78,14 @@ def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, 
     first = {"facts": environment.surroundings()}
     try: told = daemons.enter(intake, folder, first, **order)
     except syscalls.Unsupported: told = False
-    return {} if told else _fall_back(intake, folder, first, order)
+    more = {} if told else _fall_back(intake, folder, first, order)
+    if told: environment.tell_streams()
+    return more
+
+def _given(folder: Path) -> None:
+    "Write the streams and the variables of the command, which this process will be, down."
+    append(folder/JOURNAL, {"o": "in", "streams": environment.streams(), "pid": os.getpid(), "t": 0})
+    append(folder/JOURNAL, {"o": "env", "env": masked_variables(os.environ)})
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #2e7803dc
 def _become(command: list[str], intake: socket.socket, folder: Path, env: dict[str, str],
@@ -87,7 +95,10 @@ def _become(command: list[str], intake: socket.socket, folder: Path, env: dict[s
         for name in ("INT", "QUIT", "TERM", "HUP", "PIPE", "XFSZ"):
             signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_DFL)
         if to_stderr: os.dup2(2, 1)
-        try: env.update(_be_watched(intake, folder, float(env[log.RUN_T0])))
+        os.set_inheritable(intake.fileno(), False)
+        try:
+            env.update(_be_watched(intake, folder, float(env[log.RUN_T0])))
+            _given(folder)
         except Exception: pass  # the command runs all the same; its stage says: not captured
         os.execvpe(command[0], command, env)
     except BaseException as e:
@@ -141,7 +152,7 @@ def _orphaned(folder: Path, request: Mapping, began: float) -> None:
     "The deputy's last act: say how the run ended, if nobody is left to do so."
     doc = read_json(folder/REQUEST)
     if (folder/RUN).exists() or lives(doc["pid"], doc["born"]): return
-    _last_word(folder, request, None, time.monotonic() - began, None)
+    with private(folder): _last_word(folder, request, None, time.monotonic() - began, None)
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #089c0bb1
 def shown(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,8 +162,8 @@ def shown(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unrecorded(code: int, began: float, **more: Any) -> dict[str, Any]:
     seconds = round(time.monotonic() - began, 4)
-    return {"run": None, "capture": "off", "partial": True, "exit": code, "seconds": seconds,
-            "events": [], **more}
+    return {"run": None, "capture": "off", "partial": True, "why": ["off: nothing was watched"],
+            "exit": code, "seconds": seconds, "events": [], **more}
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #36c645f4
 def unwatched(command: Sequence[str], to_stderr: bool = False) -> dict[str, Any]:
@@ -189,15 +200,17 @@ def _index(home: Store, folder: Path) -> None:
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #d06af2ac
 def watch(command: Sequence[str | os.PathLike], to_stderr: bool = False,
           log_here: bool = True) -> dict[str, Any]:
-    """Run `command` as it is and record its files: {run, capture, partial, exit, seconds, events}.
+    """Run `command` as it is and record its files: {run, capture, partial, why, exit, seconds,
+    events}. `why`: what wasn't seen, in lines.
 
     `to_stderr`: its standard output goes to standard error; `log_here`: its metrics belong to this
     run. When the home cannot be used, the command still runs, `run` is None, and standard error
     says why."""
     words, began = [os.fspath(c) for c in command], time.monotonic()
     try:
-        home, request = Store(), request_of(words)
-        folder, run_id = home.begin(request)
+        with private(store_home()):
+            home, request = Store(), request_of(words)
+            folder, run_id = home.begin(request)
     except (StoreError, OSError) as e: return {"error": _complain(e), **unwatched(words, to_stderr)}
     env = {**os.environ, log.RUN_T0: repr(began)}
     if log_here: env[log.RUN_DIR] = str(folder)
@@ -207,9 +220,10 @@ def watch(command: Sequence[str | os.PathLike], to_stderr: bool = False,
     intake.close()
     with _passing_signals(pid): code, usage = _serve(server, pid, folder)
     seconds = time.monotonic() - began
-    try: doc = _last_word(folder, request, code, seconds, usage)
-    except OSError as e: return _unrecorded(code, began, error=_complain(e))
-    _index(home, folder)
-    stage = {k: doc["stage"][k] for k in ("capture", "partial")}
+    with private(home.root):
+        try: doc = _last_word(folder, request, code, seconds, usage)
+        except OSError as e: return _unrecorded(code, began, error=_complain(e))
+        _index(home, folder)
+    stage = {k: doc["stage"][k] for k in ("capture", "partial", "why")}
     return {"run": run_id, **stage, "exit": code, "seconds": round(seconds, 4),
             "events": [shown(e) for e in doc["events"]]}

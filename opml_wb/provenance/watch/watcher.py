@@ -148,6 +148,7 @@ def marked(listener: Listener, thread: int, text: str) -> list[Job]:
         for session in listener.sessions(pid):
             if kind == "cell": session.cell(pid, int(text) if text else None, listener.told)
             elif kind == "record": session.tell(json.loads(text), pid)
+            elif kind == "stream" and (job := session.take(json.loads(text), pid)): return [job]
     return []
 
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #a4e6c2ea
