@@ -9,6 +9,7 @@ __all__ = ['Found', 'LOCAL', 'LIMIT', 'AGAIN', 'TABLE', 'Stalled', 'mounts', 'mo
 # %% ../../../nbs/provenance/watch/17_patience.ipynb #f867659d
 import functools, os, re, threading, time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 Found = TypeVar("Found")
@@ -28,7 +29,7 @@ def _unescaped(text: str) -> str:
 
 def mounts(text: str | None = None) -> dict[str, tuple[str, int]]:
     "{mount point: (type of file system, device)}, read from `text` (default: the system's table)."
-    try: text = open(TABLE, errors="surrogateescape").read() if text is None else text
+    try: text = Path(TABLE).read_text(errors="surrogateescape") if text is None else text
     except OSError: return {}
     out = {}
     for line in text.splitlines():
