@@ -18,7 +18,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_ch
 CHAPTERS = sorted((ROOT / "nbs" / "chapters").glob("*.ipynb")) + sorted((ROOT / "nbs" / "bench").glob("*.ipynb"))
 BIN = Path(sys.executable).parent
 LONG = "kernels",   # notebooks of compiled kernels: one cell is one compiled unit
-ALONE = {"opml_wb.riann.graph.kernels",         # compiled together: a kernel that is inlined must lie in the same file
+ALONE = {"opml_wb.riann.graph.kernels",         # one compiled unit: a search, an insertion, and what is inlined into both
          "opml_wb.provenance.watch.traced_kernel"}  # what an installed Jupyter kernel starts, by this name
 
 

@@ -1,11 +1,15 @@
 """DynamicHNSW beyond its notebook: random histories against brute force, threads, hnswlib as the bar for quality."""
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings, strategies as st
 
 from opml_wb.core.record.data import path
@@ -102,7 +106,7 @@ def test_any_history_agrees_with_brute_force(steps, metric, seed, capacity):
     against_brute_force(g, have, metric, rng.normal(size=(5, 5)).astype(np.float32), 8, poor)
 
 
-def test_no_access_out_of_bounds(tmp_path):
+def test_no_access_out_of_bounds():
     "The same kind of history with every array access checked by numba."
     code = """
 import numpy as np
@@ -121,9 +125,90 @@ assert set(g.search(x[:1], 4000, 1)[0][0].tolist()) - {-1} <= set(have)
 try: g.memory.arrays.X[0, 16]
 except IndexError: print("checked")
 """
-    env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1800)   # compiles all kernels anew
+    env = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_OPT": "1"}   # settings are part of the names of what is kept
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1800)
     assert out.stdout.strip() == "checked", out.stderr[-2000:]
+
+
+# --- compiled code
+
+TAKE = """
+import numpy as np
+from opml_wb.riann.graph.intake import Intake
+from opml_wb.riann.graph.locks import Writer
+from opml_wb.riann.graph.memory import Memory
+m = Memory(2, 8, 0, 32)
+print(Intake(m, "l2", Writer()).take(np.ones((4, 2), np.float32), np.arange(4)), m.arrays.X[0, 0])
+"""
+
+
+def started(code, kept, package=ROOT, **env):
+    env = {k: v for k, v in os.environ.items() if k != "OPML_RUN_DIR"} | {"NUMBA_CACHE_DIR": str(kept), "PYTHONPATH": str(package), **env}
+    return subprocess.Popen([sys.executable, "-B", "-c", code], cwd=package, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ran(*args, **env):
+    "(what a new Python printed, which kernels it says that it compiled)."
+    process = started(*args, **env)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert err.count("compiling ") == err.count(" done in "), err
+    return out.strip(), {line.split(",")[0].rpartition(".")[2] for line in err.split("compiling ")[1:]}
+
+
+def test_an_edit_is_seen_by_kernels_of_other_files(tmp_path):
+    "`intake.take` calls `kernels.copy_rows` and `directory.enter_ids`; each edit changes its answer, and only what is affected is compiled."
+    shutil.copytree(ROOT / "opml_wb", tmp_path / "opml_wb", ignore=shutil.ignore_patterns("__pycache__"))
+    def edit(file, old, new):
+        text = (tmp_path / "opml_wb/riann/graph" / file).read_text()
+        assert text.count(old) == 1
+        (tmp_path / "opml_wb/riann/graph" / file).write_text(text.replace(old, new))
+    kept = tmp_path / "kept"
+    assert ran(TAKE, kept, tmp_path) == ("4 1.0", {"take"})
+    assert ran(TAKE, kept, tmp_path) == ("4 1.0", set())
+    edit("kernels.py", "X[v, k] = x[i, k]\n", "X[v, k] = 3 * x[i, k]\n")
+    assert ran(TAKE, kept, tmp_path) == ("4 3.0", {"take"})
+    edit("kernels.py", "FARTHEST = np.float32(8e37)", "FARTHEST = np.float32(1)")   # a constant: 1 + 1 is too far
+    assert ran(TAKE, kept, tmp_path)[0] == "0 3.0"
+    edit("kernels.py", "FARTHEST = np.float32(1)", "FARTHEST = np.float32(8e37)")
+    edit("kernels.py", "X[v, k] = 3 * x[i, k]\n", "X[v, k] = x[i, k]\n")
+    assert ran(TAKE, kept, tmp_path) == ("4 1.0", set())                            # as before: still kept
+    edit("directory.py", "out[j] = table[i, 1]", "out[j] = table[i, 1] + 0")        # not called by `take`
+    assert ran(TAKE, kept, tmp_path) == ("4 1.0", set())
+    assert ran(TAKE, kept, tmp_path, NUMBA_BOUNDSCHECK="1")[1] == {"take"}           # settings count
+
+
+def test_two_processes_compile_at_once_and_what_is_damaged_counts_as_absent(tmp_path):
+    both = [started(TAKE, tmp_path) for _ in range(2)]
+    assert [p.communicate(timeout=600)[0].strip() for p in both] == ["4 1.0"] * 2
+    files = sorted(tmp_path.rglob("*.nbc"))
+    assert files and not [p for p in tmp_path.rglob("*") if p.is_file() and p not in files]
+    for file in files: file.write_bytes(file.read_bytes()[:-7] + b"damaged")
+    assert ran(TAKE, tmp_path) == ("4 1.0", {"take"})
+    assert ran(TAKE, tmp_path) == ("4 1.0", set())
+
+
+def test_where_nothing_can_be_kept_it_works_and_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    process = started(TAKE, tmp_path / "file")          # no folder can be made below a file, not even by root
+    out, err = process.communicate(timeout=600)
+    assert out.strip() == "4 1.0" and err.count("cannot be kept") == 1 and "set NUMBA_CACHE_DIR" in err, err
+
+
+def test_what_nobody_used_for_long_is_swept(tmp_path, monkeypatch):
+    from opml_wb.core.kit import compiled
+    monkeypatch.setattr(compiled, "folder", lambda: tmp_path)
+    for name, days in ("old", 100), ("new", 1):
+        (tmp_path / f"{name}.nbc").touch()
+        os.utime(tmp_path / f"{name}.nbc", (time.time() - 86400 * days,) * 2)
+    compiled.sweep.cache_clear()
+    assert compiled.sweep() == 1 and [p.name for p in tmp_path.iterdir()] == ["new.nbc"]
+
+
+def test_no_module_keeps_compiled_code_another_way():
+    "numba's own cache, one file at a time, would go on with old kernels of other files."
+    for file in (ROOT / "opml_wb").rglob("*.py"):
+        if file.name != "compiled.py": assert not re.search(r"\bnjit\b|numba.*\bjit\b|\bcache=True", file.read_text()), file
 
 
 def test_batches_and_capacity_do_not_change_the_graph(sift):

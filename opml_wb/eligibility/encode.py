@@ -12,8 +12,8 @@ from collections.abc import Collection, Hashable
 from typing import Any
 import numpy as np
 import pandas as pd
-from numba import njit
 from pandas.tseries.api import guess_datetime_format
+from ..core.kit.compiled import jit
 from ..core.kit.words import is_number, is_whole, nearest
 
 # %% ../../nbs/eligibility/01_encode.ipynb #16cf71a2
@@ -22,7 +22,7 @@ NONE = np.zeros(0, bool)
 NAT = np.iinfo(np.int64).min         # an unknown time
 SPAN = 1 << 20                       # integers whose range is at most this are counted, not hashed
 ZONE = re.compile(r":\d\d.*(Z|[+-]\d\d(:?\d\d)?)$")     # at the end of a text with a time of day
-compiled = njit(nogil=True, cache="__file__" in globals())
+compiled = jit(nogil=True)
 
 # %% ../../nbs/eligibility/01_encode.ipynb #0cf3e0d7
 @compiled

@@ -8,12 +8,12 @@ __all__ = ['NEVER', 'OUT', 'kernel', 'rows_after', 'rows_until', 'narrow', 'coun
 
 # %% ../../nbs/eligibility/02_kernels.ipynb #5795c236
 import numpy as np
-from numba import njit
+from ..core.kit.compiled import are_ready, compiling, jit
 from .encode import NAT
 
 NEVER = np.iinfo(np.int32).max   # first fill of a field that stays empty
 OUT = np.uint32(0xFFFFFFFF)      # a case that does not come to e
-kernel = njit(nogil=True, error_model="numpy", cache="__file__" in globals())
+kernel = jit(nogil=True, error_model="numpy")
 
 # %% ../../nbs/eligibility/02_kernels.ipynb #08b2a1b7
 @kernel
@@ -219,15 +219,15 @@ def hide(column: np.ndarray, known: np.ndarray, time: np.ndarray, starts: np.nda
 
 # %% ../../nbs/eligibility/02_kernels.ipynb #5476c559
 def is_warm() -> bool:
-    "Tell if the kernels are compiled already, in this process or in numba's cache on disk."
-    def ready(k):
-        try: return bool(k.nopython_signatures or k._cache._cache_file._load_index())
-        except (AttributeError, OSError): return False
-    return all(map(ready, (count_fields, count_start, count_future, first_fills, count_pairs)))
+    "Tell if the kernels are compiled already, in this process or on disk."
+    return are_ready(count_fields, count_start, count_future, first_fills, count_pairs)
 
 # %% ../../nbs/eligibility/02_kernels.ipynb #b9a51d6c
 def warm() -> None:
-    "Compile the kernels, or load them from numba's cache."
+    "Compile the kernels, or load them from disk; says so where it takes time."
+    with compiling("the kernels that walk event logs (opml_wb.eligibility)", 15): _compile()
+
+def _compile():
     starts, zero = np.array([0, 1]), np.zeros(1, np.int64)
     rows_after(starts, zero, 0), rows_until(starts, zero, 0)
     count_future(zero, zero, starts, zero, zero, np.zeros((1, 2), np.int64))

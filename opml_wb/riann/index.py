@@ -16,8 +16,8 @@ from .disk.snapshot import freeze, thaw
 from .disk.store import IndexStore
 from .forecast import FLAT, Forecast
 from .graph.checks import integer, integers, matrix, number
-from .graph.hnsw import DynamicHNSW, warm
-from .linking import Clock, Linker
+from .graph.hnsw import DynamicHNSW
+from .linking import Clock, Linker, compile_kernels
 from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
 from .models.timemodel import TimeModel, profile as profiled
 
@@ -72,6 +72,7 @@ class Riann:
                  closed_loop: bool = True) -> None:
         if not isinstance(requirement, Requirement):
             raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
+        compile_kernels()
         room = max(4096, min(2**17, ROOM // max(1, integer("dim", dim, 1))))
         graph = DynamicHNSW(dim, metric, capacity=room, seed=seed)
         self._prepare(graph, requirement, graph.seed, flat_below, time_model, recall_model,
@@ -109,14 +110,12 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
             f"{time_model!r}")
     if recall_model is not None and not isinstance(recall_model, RecallModel):
         raise ValueError(f"recall_model: expected a RecallModel, got {recall_model!r}")
-    warm()
     self.graph, self.requirement, self.store, self.closed = graph, requirement, None, False
     self._own = time_model   # saved with the index
     planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
     flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
     self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
     self.forecast, self._lock = Forecast(self.linker), threading.RLock()
-    planner.costs(1, [(1, 0)])   # compiled now, not within a deadline
 
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
 @patch
@@ -328,6 +327,7 @@ def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = 
     deadline, or `save` now and then.
     requirement: another one (None: as saved). Errors: FileNotFoundError; StoreError naming the file
     that is damaged."""
+    compile_kernels()
     store = IndexStore.open(path, create=False)
     try:
         snapshot: Any = store.snapshot or ({}, {})

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import opml_wb
 
+from ..kit import compiled
 from ..record import artifacts, database, store
 from ..show import terminal
 
@@ -186,15 +187,16 @@ def _torch() -> dict[str, Any]:
     return check("torch", f"{_version('torch')}, {build}{driver if cuda else ''}")
 
 # %% ../../../nbs/core/cli/06_doctor.ipynb #92a397c5
-def _numba(package: str | os.PathLike | None = None) -> dict[str, Any]:
-    "The folder for compiled kernels; where none can be kept every run compiles them anew."
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or package or opml_wb.__path__[0])
-    kept = len(list(folder.rglob("*.nbi"))) if folder.is_dir() else 0
-    can = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+def _numba(kept_in: str | os.PathLike | None = None) -> dict[str, Any]:
+    "The folder for compiled kernels; where none can be kept every process compiles them anew."
+    folder = Path(kept_in or compiled.folder())
+    kept = len(list(folder.glob("*.nbc"))) if folder.is_dir() else 0
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    can = os.access(there, os.W_OK)
     return check("numba cache",
                  f"{kept} kernels kept in {folder}" if can else f"{folder} cannot be written",
                  OK if can else WARN,
-                  "set NUMBA_CACHE_DIR to a folder of yours, or kernels are compiled in each run")
+                  "set NUMBA_CACHE_DIR to a folder of yours, or each process compiles them anew")
 
 # %% ../../../nbs/core/cli/06_doctor.ipynb #80beaa65
 def _libraries() -> Iterator[dict]:

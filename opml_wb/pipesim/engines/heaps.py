@@ -10,15 +10,14 @@ __all__ = ['inlined', 'push', 'pop', 'comes_before', 'queue_push', 'queue_pop', 
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numba import njit
 
+from ...core.kit.compiled import jit
 from ..work.ageing import kernel
 
 if TYPE_CHECKING: from opml_wb.pipesim.engines.kernels import State, Work
 
 # %% ../../../nbs/pipesim/engines/02_heaps.ipynb #84b06932
-inlined = njit(  # type: ignore[call-overload]
-    nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False, forceinline=True)
+inlined = jit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)
 
 @inlined
 def push(t: np.ndarray, ids: np.ndarray, size: int, when: float, what: int) -> None:

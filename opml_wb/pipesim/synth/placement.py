@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numba import njit
 
+from ...core.kit.compiled import jit
 from ..work.checks import column
 
 # %% ../../../nbs/pipesim/synth/09_placement.ipynb #d1380704
@@ -70,7 +70,7 @@ class Demands:
 
 # %% ../../../nbs/pipesim/synth/09_placement.ipynb #300347da
 POLICIES = ("random", "first", "best", "packing")
-compiled = njit(cache="__file__" in globals())
+compiled = jit()
 
 @compiled
 def gpus_that_fit(free: np.ndarray, n: int, milli: int) -> tuple[int, int]:

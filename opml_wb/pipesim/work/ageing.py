@@ -9,11 +9,11 @@ __all__ = ['kernel', 'first_passage', 'next_tick', 'loss_between', 'next_trigger
 import math
 
 import numpy as np
-from numba import njit
+
+from ...core.kit.compiled import jit
 
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #03d049b2
-kernel = njit(  # type: ignore[call-overload]
-    nogil=True, error_model="numpy", cache="__file__" in globals(), _nrt=False)
+kernel = jit(nogil=True, error_model="numpy", _nrt=False)
 
 @kernel
 def first_passage(t0: float, rate: float, limit: float, jump_t: np.ndarray,

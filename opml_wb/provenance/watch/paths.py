@@ -11,6 +11,7 @@ import ctypes, functools, os, re, sys
 from typing import Any
 
 import opml_wb
+from ...core.kit.compiled import folder
 
 _LIBC: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 SYSTEM = ("/proc/", "/sys/", "/dev/", "/usr/", "/etc/", "/lib/", "/lib32/", "/lib64/", "/bin/",
@@ -22,11 +23,12 @@ PARTS = "lib", "lib64", "bin", "include", "share", "etc", "libexec", "Lib", "Scr
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #42ec15a0
 @functools.lru_cache(None)
 def outside() -> tuple[bytes, ...]:
-    "Beginnings of paths that don't count: system, interpreter, this package."
+    "Beginnings of paths that don't count: system, interpreter, this package and what it compiled."
     given = {sys.prefix, sys.base_prefix}
+    kept = os.path.realpath(folder())
     prefixes = sorted({os.path.realpath(p) for p in given} | given)
     inside = [f"{p}/{part}/" for p in prefixes for part in PARTS]
-    own = [f"{p}/pyvenv.cfg" for p in prefixes] + [f"{folder}/" for folder in opml_wb.__path__]
+    own = [f"{p}/pyvenv.cfg" for p in prefixes] + [f"{p}/" for p in (*opml_wb.__path__, kept)]
     return tuple(os.fsencode(p) for p in (*SYSTEM, *inside, *own))
 
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #ffa79e53

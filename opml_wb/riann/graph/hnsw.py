@@ -6,20 +6,39 @@
 __all__ = ['DynamicHNSW', 'is_warm', 'warm']
 
 # %% ../../../nbs/riann/graph/08_hnsw.ipynb #71602df4
-import time
+import functools, time
 from typing import Any, NoReturn
 import numpy as np
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
+from ...core.kit.compiled import are_ready, compiling
 from .checks import integer, integers, matrix, refuse, vectors
 from .intake import Intake, take
-from .kernels import (GONE, INSERT, RELINK, Work, bury, insert_slots,
-                                         search_rows,
-                                         sweep)
+from .kernels import (GONE, INSERT, RELINK, Work, bury, insert_slots, keep,
+                                         search_rows, sweep, touch)
 from .links import Links
 from .locks import Gate, Writer
 from .memory import Memory, count_layers
+
+# %% ../../../nbs/riann/graph/08_hnsw.ipynb #6d22d68c
+@functools.cache
+def _compile() -> None:
+    "Compile all kernels, or load them from disk."
+    with compiling("the kernels of the graph index (opml_wb.riann)", 20):
+        m, ids, q = Memory(2, 8, 0, 32), np.full((1, 1), -1), np.zeros((1, 16), np.float32)
+        links, intake = Links(m, False), Intake(m, "l2", Writer())
+        m.hold(*intake.written(np.eye(24, 2, dtype=np.float32) + np.arange(24)[:, None], range(24)))
+        intake.take(np.ones((8, 2), np.float32), np.arange(24, 32))
+        links.link(m.pending, INSERT, m.settle(m.pending, 2, 4))
+        search_rows(m.arrays, False, q, 1, 4, 32, 32, m.pending[:0], ids,
+                    np.zeros((1, 1), np.float32), *m.scratch(m.arrays, 4, 1))
+        links.remove(np.arange(12))
+        m.rehash()
+        count_layers(m.arrays, m.used, 0)
+        touch(False, m.arrays.X, np.zeros(1, np.uint32), q)
+        keep(np.zeros(1, np.uint64), np.zeros(1, np.uint64))
+    take.disable_compile()   # other types than these take the slow way
 
 # %% ../../../nbs/riann/graph/08_hnsw.ipynb #a30e50fc
 class DynamicHNSW:
@@ -42,6 +61,7 @@ class DynamicHNSW:
                                           1024), integer("seed", seed, -2**63, 2**64 - 1)
         if metric not in ("l2", "cosine", "ip"):
             raise ValueError(f"metric: expected l2, cosine or ip, got {metric!r}")
+        _compile()
         self.metric, self.gate, self.writer = metric, Gate(), Writer()
         self.memory = Memory(self.dim, self.max_deg, self.seed, capacity)
         self.intake = Intake(self.memory, metric, self.writer)
@@ -235,22 +255,12 @@ def repair(self: DynamicHNSW, budget_s: float | None = None) -> int:
 
 # %% ../../../nbs/riann/graph/08_hnsw.ipynb #14597930
 def is_warm() -> bool:
-    "True if the kernels are compiled already, in this process or in numba's cache on disk."
-    def ready(k):
-        try: return bool(k.nopython_signatures or k._cache._cache_file._load_index())
-        except (AttributeError, OSError): return False
-    return all(map(ready, (insert_slots, search_rows, bury, sweep)))
+    "True if the kernels are compiled already, in this process or on disk."
+    return are_ready(insert_slots, search_rows, bury, sweep)
 
 # %% ../../../nbs/riann/graph/08_hnsw.ipynb #4d9751e7
 def warm() -> float:
-    """Compile the kernels (or load them from numba's cache) for every metric; the CPU
-    seconds it took."""
+    "Compile the kernels (or load them from disk) for every metric; the CPU seconds it took."
     t = time.process_time()
-    index = DynamicHNSW(2, capacity=32)
-    index.place(np.eye(32, 2) + np.arange(32)[:, None], range(32))
-    index.link(2, 4)
-    index.search([[0, 0]], 1, 4)
-    index.remove(range(12))
-    index.layers()
-    take.disable_compile()   # other types than these take the slow way
+    _compile()
     return time.process_time() - t

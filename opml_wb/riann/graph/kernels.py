@@ -12,9 +12,11 @@ from collections import namedtuple
 from typing import Any
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ...core.kit.compiled import jit
 
 # %% ../../../nbs/riann/graph/03_kernels.ipynb #b0dfeca7
 # table: see `_find`; meta: [entry slot]
@@ -28,13 +30,11 @@ INSERT, REBUILD, RELINK = 0, 1, 2
 # a sweep begins when one node in ten is a removed one; slots that it passes for each vector removed
 DEBT, PACE = 10, 20
 NEAR = 32   # neighbours of a removed node that are linked with each other
-# not across cells
-fast: dict[str, Any] = dict(fastmath=True, nogil=True, error_model="numpy",
-                            cache="__file__" in globals())
+fast: dict[str, Any] = dict(fastmath=True, nogil=True, error_model="numpy")
 # makes no array and counts no references: fifty atomic steps less for each call
-kernel = njit(**fast, _nrt=False)  # type: ignore[call-overload]
+kernel = jit(**fast, _nrt=False)
 # the graph and the working memory are 170 words to hand over otherwise
-inlined = njit(**fast, inline="always")
+inlined = jit(**fast, inline="always")
 
 # %% ../../../nbs/riann/graph/03_kernels.ipynb #9deb6edf
 @inlined
@@ -75,7 +75,7 @@ def _fetch(A, i):
 # squared length of the longest vector: distances stay below float32's largest
 FARTHEST = np.float32(8e37)
 
-@njit(**fast | dict(fastmath={"reassoc", "contract", "nsz"}))
+@jit(**fast | dict(fastmath={"reassoc", "contract", "nsz"}))
 def copy_rows(x: np.ndarray, X: np.ndarray, slots: np.ndarray, unit: bool) -> int:
     """Copy rows `x` to `X[slots]`, of unit length if so wished; the first row that
     has no distance, or -1."""

@@ -8,7 +8,8 @@ __all__ = ['levels', 'aligned', 'round_up', 'allocated', 'count_layers', 'Memory
 # %% ../../../nbs/riann/graph/05_memory.ipynb #891a82e3
 import numpy as np
 from fastcore.basics import patch
-from numba import njit
+
+from ...core.kit.compiled import jit
 
 from .directory import Directory
 from .kernels import BLOCK, NEAR, TOP, WAIT, Graph, Scratch, fast, kernel, note
@@ -78,7 +79,7 @@ def _raise(g, slots, level, has, rows, deg, cand):
     return rows
 
 # %% ../../../nbs/riann/graph/05_memory.ipynb #ba2a270b
-@njit(**fast)
+@jit(**fast)
 def count_layers(g: Graph, used: int, sample: int) -> np.ndarray:
     """Count nodes of each layer and their links in all, these from about `sample` nodes, spread
     evenly, or from all of them (0): f64[layers, 2]."""

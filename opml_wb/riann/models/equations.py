@@ -9,9 +9,9 @@ __all__ = ['Layers', 'kernel', 'Equations', 'checked', 'columns', 'monomials', '
 from collections.abc import Callable, Sequence
 from itertools import combinations_with_replacement
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike
 
+from ...core.kit.compiled import jit
 from ..graph.kernels import fast
 
 Layers = Sequence[tuple[float, float]] | np.ndarray   # (nodes, sum of their degrees), bottom first
@@ -71,7 +71,7 @@ def monomials(*v: ArrayLike) -> np.ndarray:
                      *(a * b for a, b in combinations_with_replacement(v, 2))], -1).astype(float)
 
 # %% ../../../nbs/riann/models/01_equations.ipynb #e01ad438
-kernel = njit(**fast | dict(cache="__file__" in globals()))
+kernel = jit(**fast)
 
 @kernel
 def _poly3(p, a, b, c):

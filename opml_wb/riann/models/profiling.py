@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from ..graph.hnsw import DynamicHNSW
+from ..graph.hnsw import DynamicHNSW, warm
 from ..graph.kernels import keep, probe, touch
 from ..graph.memory import aligned, round_up
 from .equations import between, columns, monomials, units
@@ -34,10 +34,10 @@ def measure(dim: int, metric: str = "l2", sizes: np.ndarray = SIZES, seed: int =
     among each number of them.
 
     dim: length of a vector. Takes about 0.2 s."""
+    warm()
     rng, ip = np.random.default_rng(seed), metric != "l2"
     x, q = (aligned((n, round_up(dim, 16)), np.float32) for n in (max(sizes), 1))
     x[:], q[:] = .5, 1
-    touch(ip, x, np.arange(2, dtype=np.uint32), q)
     return np.array([_least_touch(ip, x, rng.integers(0, n, (8, max(4096, n // 4)), np.uint32), q)
                      for n in sizes])
 
@@ -47,6 +47,7 @@ def bookkeeping(seed: int = 0) -> float:
     milliseconds."""
     keys, pool = np.random.default_rng(seed).integers(0, 2**63, 4096,
                                                       np.uint64), np.zeros(64, np.uint64)
+    warm()
     times = []
     for _ in range(20):
         t = time.thread_time()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 import numpy as np
 from fastcore.basics import patch
-from numba import njit
 from numpy.typing import ArrayLike
 
+from ...core.kit.compiled import jit
 from ...core.kit.files import replacing
 
 if TYPE_CHECKING: import xgboost
@@ -30,10 +30,9 @@ class Nodes(NamedTuple):
     missing: np.ndarray   # i32[nodes]
 
 # %% ../../../nbs/riann/models/04_trees.ipynb #90e0cc97
-# not across cells
-_compiled: dict[str, Any] = dict(nogil=True, error_model="numpy", cache="__file__" in globals())
+_compiled = jit(nogil=True, error_model="numpy")
 
-@njit(**_compiled)
+@_compiled
 def _walk(nodes, roots, x, out):
     "Add to `out[i]` the leaf of each tree that row `x[i]` falls into."
     feature, value, left, right, missing = nodes
@@ -51,7 +50,7 @@ _PLAIN = ("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "bina
 
 _LOGISTIC = ("reg:logistic", "binary:logistic")
 
-@njit(**_compiled)
+@_compiled
 def _sigmoid(s):
     "XGBoost's, in single precision, in place: f32[n]."
     for i in range(len(s)):
