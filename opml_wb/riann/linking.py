@@ -27,10 +27,12 @@ Chunks = list[tuple[int, int, int]]   # (deg, cand, n) of each chunk, as it was 
 # %% ../../nbs/riann/05_linking.ipynb #d7fb3c02
 @functools.cache
 def compile_kernels() -> None:
-    "Compile the graph's kernels and the time model's, or load them from disk; says so once."
+    "Compile the kernels of graph and models, or load them from disk; says so once."
+    from opml_wb.riann.models.recall import RecallModel
     with compiling("the kernels of RIANN (opml_wb.riann)", 25):
         warm()
         TimeModel.load().counts(np.ones(1), np.ones(1), np.array([(1., 0.)]))
+        RecallModel.load().predict(16, 100, 50, 1000, 10)
 
 # %% ../../nbs/riann/05_linking.ipynb #cb6eff55
 class Clock:
