@@ -12,6 +12,7 @@ import pytest
 
 from opml_wb.core.record import data
 from opml_wb.core.engine.run import run
+from opml_wb.core.record.database import StoreError
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
 from opml_wb.provenance.watch.lineage_db import LineageReader, record_stage
 
@@ -92,16 +93,17 @@ def test_rerun_repeats_only_what_must_be(trace):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = rerun(runs["tree"])
-    assert again.ok and count() == 4
+    assert again.ok and again.verdict == "same" and count() == 4
     assert footprint(again.doc["id"]).version.tolist()[0] == footprint(runs["tree"]).version.tolist()[0]
     Path("features.csv").unlink()
     with pytest.warns(UserWarning, match="features.csv: then .*, now None"): again = rerun(runs["tree"])
-    assert again.ok and count() == 6                              # `features`, then `tree`
-    assert Path("features.csv").read_text() == "1\n2\ncf"
+    assert again.verdict == "same" and count() == 6 and not Path("features.csv").exists()         # `features`, then `tree`
+    with pytest.warns(UserWarning): again = rerun(runs["tree"], apply=True)
+    assert again.applied == [os.path.abspath("features.csv")] and count() == 8 and Path("features.csv").read_text() == "1\n2\ncf"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rerun(runs["tree"], from_failed=False)
-    assert count() == 9                                           # all three
+    assert count() == 11                                          # all three
 
 
 def test_a_pipeline_goes_on_from_the_stage_that_failed(trace):
@@ -111,9 +113,106 @@ def test_a_pipeline_goes_on_from_the_stage_that_failed(trace):
     failed = trace(*PY[:1], "-S", "fit.py")
     assert failed["exit"] == 1 and touched(footprint(failed["run"])) == [("read", "clean.csv"), ("read", "fit.py")]
     Path("fit.py").write_text("a = open('clean.csv').read(); open('model', 'w').write(a)")
-    with pytest.warns(UserWarning, match="code .*fit.py"): again = rerun(failed["run"])
-    assert again.ok and Path("model").read_text() == "1" and len(LineageReader().runs.ls()) == 3
+    with pytest.warns(UserWarning, match="code .*fit.py"): again = rerun(failed["run"], apply=True)
+    assert again.ok and again.verdict == "differs" and Path("model").read_text() == "1" and len(LineageReader().runs.ls()) == 3
     assert first["run"] in {r["id"] for r in LineageReader().runs.ls()}
+
+
+KILLED = """
+import os, sys, warnings
+from opml_wb.provenance.ask import in_place, reproduce
+warnings.simplefilter("ignore")
+points = iter(range(1, 99))
+def point(*_):
+    if next(points) == int(sys.argv[2]): os.kill(os.getpid(), 9)
+def then(call): return lambda *a, **k: (call(*a, **k), point())[0]
+in_place.tell, reproduce.view_for, reproduce.execute = point, then(reproduce.view_for), then(reproduce.execute)
+reproduce.rerun(sys.argv[1], apply=True)
+"""
+
+
+def test_a_killed_rerun_loses_nothing_and_leaves_nothing(trace, home, tmp_path):
+    "Killed in the view, after it, and at each step of putting one file in place; the user goes on writing before the next call."
+    Path("in.txt").write_text("1")
+    run = trace(copy("in.txt", "out.txt", "!"))["run"]
+    views = lambda: [p for base in ("/var/tmp", "/tmp", home) for p in Path(base).glob("opml-view-*") if p.stat().st_uid == os.geteuid()]
+    before = set(views())
+    at = 0
+    while True:
+        at += 1
+        Path("out.txt").unlink(missing_ok=True)
+        Path("in.txt").write_text("1")
+        done = subprocess.run([sys.executable, "-c", KILLED, run, str(at)], timeout=300)
+        if done.returncode == 0: break
+        assert done.returncode == -9 and Path("in.txt").read_text() == "1"
+        assert not Path("out.txt").exists() or Path("out.txt").read_text() == "1!"
+        for name in ("in.txt", "out.txt"): Path(name).write_text("written since")
+        with pytest.raises(StoreError, match="in.txt: no file has its content of then"): rerun(run)
+        assert Path("in.txt").read_text() == Path("out.txt").read_text() == "written since"
+        assert sorted(os.listdir()) == ["in.txt", "out.txt"] and not list((home / "reruns").iterdir()) and not set(views()) - before
+    assert at >= 7 and Path("out.txt").read_text() == "1!"
+
+
+def test_a_rerun_writes_through_no_planted_link(trace, tmp_path):
+    Path("in.txt").write_text("1")
+    os.mkdir("out")
+    run = trace(copy("in.txt", "out/out.txt", "!"))["run"]
+    trace(copy("in.txt", "kept.txt"))
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "out.txt").write_text("precious")
+    for name in ("in.txt.opml-part", "in.txt.opml-aside"): os.symlink(tmp_path / "precious" / "out.txt", name)
+    Path("in.txt").unlink()
+    os.symlink(tmp_path / "precious" / "out.txt", "in.txt")
+    Path("out/out.txt").unlink()
+    os.symlink(tmp_path / "precious" / "out.txt", "out/out.txt")
+    with pytest.warns(UserWarning, match="in.txt"): again = rerun(run, apply=True)
+    assert again.verdict == "same" and again.refused == [f"{os.path.abspath('out')}/out.txt was changed since; it is left as it is"]
+    Path("out/out.txt").unlink()
+    os.rmdir("out")
+    os.symlink(tmp_path / "precious", "out")                      # the folder is another one
+    with pytest.warns(UserWarning), pytest.raises(StoreError, match="'out' on the way to it is a link"): rerun(run, apply=True)
+    assert (tmp_path / "precious" / "out.txt").read_text() == "precious" and os.path.islink("in.txt")
+
+
+def test_a_rerun_of_a_rerun_in_a_tree_that_cannot_be_written_by_absolute_paths(trace, tmp_path):
+    Path("sub").mkdir()
+    Path("sub/in.txt").write_text("1")
+    run = trace(copy(os.path.abspath("sub/in.txt"), os.path.abspath("sub/out.txt"), "!"))["run"]
+    trace(copy("sub/in.txt", "kept.txt"))
+    Path("sub/in.txt").write_text("2")
+    Path("sub/out.txt").write_text("2!")
+    inode = os.stat("sub/out.txt").st_ino
+    os.chmod("sub", 0o555)
+    try:
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="input .*in.txt"): again = rerun(run)
+            assert again.verdict == "same" and again.of == run and os.stat("sub/out.txt").st_ino == inode
+            run = again.doc["id"]
+    finally: os.chmod("sub", 0o755)
+    assert (Path("sub/in.txt").read_text(), Path("sub/out.txt").read_text()) == ("2", "2!")
+    subprocess.run(["rm", "-r", "sub"], check=True)               # the folders are gone, too
+    with pytest.warns(UserWarning): again = rerun(run, apply=True)
+    assert again.verdict == "same" and Path("sub/out.txt").read_text() == "1!" and not Path("sub/in.txt").exists()
+    Path("kept.txt").unlink()
+    with pytest.warns(UserWarning), pytest.raises(StoreError, match="sub/in.txt: no file has its content"): rerun(run, apply=True)
+    assert Path("sub/out.txt").read_text() == "1!"
+
+
+def test_a_rerun_changes_a_file_in_place_from_what_it_was(trace):
+    "What it found comes back in the view; what the user wrote since stays, and is refused by name."
+    Path("log.txt").write_text("a")
+    more = "a = open('log.txt').read(); open('log.txt', 'w').write(a + 'b')"
+    run = trace(more)["run"]
+    Path("log before").write_text("a")
+    trace("open('log before').read()")
+    assert Path("log.txt").read_text() == "ab"
+    with pytest.warns(UserWarning): again = rerun(run, apply=True)
+    assert again.verdict == "same" and again.applied == [] and Path("log.txt").read_text() == "ab"
+    Path("log.txt").write_text("abc")
+    with pytest.warns(UserWarning): again = rerun(run, apply=True)
+    assert again.verdict == "same" and Path("log.txt").read_text() == "abc" and "log.txt was changed since" in again.refused[0]
+    unsure = trace("import os; open('random', 'w').write(os.urandom(8).hex())")["run"]
+    assert rerun(unsure).verdict == "differs"
 
 
 CELLS = ["n: int = 3\nfile: str = 'x.csv'", "import cloudpickle, helper\nfrom opml_wb import log", "values = [float(v) for v in open(file)]", "log.metric('total', helper.add(values) * n)"]

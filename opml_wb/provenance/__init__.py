@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.provenance.ask.tags import better_than_production, tag
     from opml_wb.provenance.ask.fulltext import search
     from opml_wb.provenance.ask.differences import check
-    from opml_wb.provenance.ask.reproduce import rerun, ReproductionWarning
+    from opml_wb.provenance.ask.reproduce import rerun, Rerun, ReproductionWarning
     from opml_wb.provenance.ask.graph import lineage_graph
 
 MOVED = {  # old module: where it is now

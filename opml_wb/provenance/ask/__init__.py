@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.provenance.ask.tags import better_than_production, tag
     from opml_wb.provenance.ask.fulltext import search
     from opml_wb.provenance.ask.differences import check
-    from opml_wb.provenance.ask.reproduce import ReproductionWarning, rerun
+    from opml_wb.provenance.ask.reproduce import Rerun, ReproductionWarning, rerun
     from opml_wb.provenance.ask.pipeline import export
     from opml_wb.provenance.ask.graph import lineage_graph
 
