@@ -74,7 +74,7 @@ def needed(reader: LineageReader, run: str, from_failed: bool = True) -> list[st
     visit(run)
     return order
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #0c46fcee
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #bab521c1
 @dataclass
 class Preparation:
     "What a view needs before a stage is executed in it; `missing`: [(path, why)]."
@@ -89,7 +89,7 @@ def later_files(table: str, version: str) -> list[str]:
     found = [str(p) for p in log.iterdir() if p.name[:20].isdigit() and int(p.name[:20]) > n]
     return [*found, f"{log}/_last_checkpoint"] if found else []
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #998f5813
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #2a596e94
 def _bring(reader: LineageReader, to: Preparation, path: str, version: str, kind: str) -> None:
     "Add to `to` what gives `path` the content `version`."
     if kind == "table" and is_readable(path, version): to.drop += later_files(path, version)
@@ -99,7 +99,7 @@ def _bring(reader: LineageReader, to: Preparation, path: str, version: str, kind
         to.put.append((path, str(copy), version))
     else: to.missing.append((path, f"no file has its content of then, {shorten(version)}"))
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #598734aa
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #dcd41c96
 def preparation(reader: LineageReader, run: str, made_here: Iterable[str] = ()) -> Preparation:
     "What the view of stage `run` needs; `made_here`: paths that stages before it make in the view."
     out, events = Preparation(), reader.events(run)
@@ -117,7 +117,7 @@ def preparation(reader: LineageReader, run: str, made_here: Iterable[str] = ()) 
         if op == "renamed" and e["target"]: out.drop.append(e["target"])
     return out
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #d287254e
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #805d0d6c
 def _folder(path: str) -> str:
     "The innermost folder above `path` that is there."
     while not os.path.isdir(path := os.path.dirname(path)): pass
@@ -165,7 +165,7 @@ def _words(reader: LineageReader, run: str) -> list[str]:
     return [sys.executable, "-P", "-m", "opml_wb.core.cli", "trace", "--json", "--",
             *reader.stage(run)["command"]]
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #415429e4
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #0119e925
 def execute(reader: LineageReader, run: str, view: View, part: Preparation) -> "Run":
     "Execute a stage in the view. Raises ViewError, or StoreError when it could not begin."
     from opml_wb.core.engine.run import Run
@@ -179,7 +179,7 @@ def execute(reader: LineageReader, run: str, view: View, part: Preparation) -> "
         raise StoreError(f"run {run} could not be executed again "
                          f"(exit code {done.returncode})") from None
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #3a2a7f79
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #f243270a
 def held(reader: LineageReader, runs: Iterable[str]) -> dict[str, list[str | None]]:
     "{path: versions that the stages `runs` found or left there}; each may be missing, too."
     out: dict[str, list[str | None]] = {}
@@ -190,7 +190,7 @@ def held(reader: LineageReader, runs: Iterable[str]) -> dict[str, list[str | Non
             out.setdefault(path, [None]).append(version)
     return out
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #34190b9a
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #49aad27b
 def _change(path: str, allowed: list[str | None], view: View) -> Change | None:
     "The change that gives `path` what the view has there; None when that is nothing new."
     if (found := view.changed(path)) is None: return None
@@ -214,7 +214,7 @@ def changes_of(reader: LineageReader, runs: Mapping[str, str],
                 except (Refused, OSError) as why: refused.append(f"{path}: {why}")
     return [c for c in out.values() if c], refused
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #084bafb6
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #951fffcc
 @dataclass
 class Rerun:
     """What came of `rerun`: the last Run that was executed, of which it has all attributes.
@@ -241,7 +241,7 @@ class Rerun:
         own = {k: v for k, v in vars(self).items() if k != "run"}
         return {**own, "run": self.run.to_dict()}
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #14f2a662
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #43ed8c23
 JOURNALS = "reruns"      # in a home
 
 def tidy(reader: LineageReader) -> list[str]:
@@ -283,7 +283,7 @@ def rerun(run: Any, from_failed: bool = True, apply: bool = False) -> Rerun:
     finally: view.close()
     return done
 
-# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #ef13c3b0
+# %% ../../../nbs/provenance/ask/08_reproduce.ipynb #57d0037a
 def _compared(reader: LineageReader, runs: Mapping[str, str], last: "Run",
               found: list[dict]) -> Rerun:
     "Compare all stages that were executed."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAME', 'DIFFERS', 'CANNOT_TELL', 'EXIT', 'BLIND', 'verdict_of', 'results', 'unseen', 'compare']
 
-# %% ../../../nbs/provenance/ask/07_results.ipynb #259b6a31
+# %% ../../../nbs/provenance/ask/07_results.ipynb #6b50eccf
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from .questions import used
@@ -21,7 +21,7 @@ def verdict_of(rows: Iterable[Mapping], unknown: Sequence[str]) -> str:
     if any("?" not in (r["then"], r["now"]) for r in other): return DIFFERS
     return CANNOT_TELL if unknown or other else SAME
 
-# %% ../../../nbs/provenance/ask/07_results.ipynb #87936a08
+# %% ../../../nbs/provenance/ask/07_results.ipynb #45e97dca
 def results(events: Iterable[Mapping]) -> dict[str, tuple[str, str | None]]:
     "{path: (kind, version)} that a stage left; None: it removed the file, or nobody knows."
     out: dict[str, tuple[str, str | None]] = {}
@@ -32,7 +32,7 @@ def results(events: Iterable[Mapping]) -> dict[str, tuple[str, str | None]]:
         if e["target"]: out[e["target"]] = e["kind"], e["version"]
     return out
 
-# %% ../../../nbs/provenance/ask/07_results.ipynb #2a051b78
+# %% ../../../nbs/provenance/ask/07_results.ipynb #c8f1b105
 BLIND = {"off": "was not captured", "audit": "was captured by Python's audit hook alone",
          "inotify+audit": "was captured without the kernel's help"}
 
@@ -41,7 +41,7 @@ def unseen(stage: Mapping[str, Any], when: str) -> list[str]:
     out = [f"the run {when} {BLIND[stage['capture']]}"] if stage["capture"] in BLIND else []
     return out + [f"the capture {when} is partial"] * bool(stage["partial"])
 
-# %% ../../../nbs/provenance/ask/07_results.ipynb #4675e996
+# %% ../../../nbs/provenance/ask/07_results.ipynb #39570260
 def _row(name: str, then: tuple | None, now: tuple | None) -> dict[str, Any]:
     "An output of then and now: versions, `not made`, `removed`, `?` where the version isn't known."
     sides = ("not made" if side is None else side[1] or "?" for side in (then, now))
@@ -61,7 +61,7 @@ def _metrics(then: Mapping, now: Mapping) -> list[dict]:
     return [{"name": n, "then": a.get(n, "not logged"), "now": b.get(n, "not logged")}
             for n in dict.fromkeys([*a, *b])]
 
-# %% ../../../nbs/provenance/ask/07_results.ipynb #47516351
+# %% ../../../nbs/provenance/ask/07_results.ipynb #24129d99
 def compare(reader: LineageReader, old: str, new: str) -> dict[str, Any]:
     """Compare what came out of two executions of a stage, by their ids.
 

@@ -7,7 +7,7 @@ __all__ = ['NEW_MOUNTS', 'NEW_USER', 'BIND', 'RECURSIVE', 'PRIVATE', 'MOUNT_SETA
            'LOCK', 'LOCKS', 'ViewError', 'mount_points', 'separate', 'View', 'below', 'roots_of', 'removed', 'put',
            'drop', 'become', 'main', 'clear', 'bases', 'sweep', 'new_view']
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #8fabe97b
+# %% ../../../nbs/provenance/ask/06_view.ipynb #de41b25e
 import ctypes, errno, fcntl, json, os, re, shutil, stat, subprocess, sys, tempfile, time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from .in_place import Change, Refused, copy_into, folder_of
 class ViewError(StoreError):
     "No view can be made here, or a file cannot be put into it; the message says why."
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #832b6acb
+# %% ../../../nbs/provenance/ask/06_view.ipynb #b92c5c87
 NEW_MOUNTS, NEW_USER = 0x20000, 0x10000000
 BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18
 MOUNT_SETATTR, READ_ONLY = 442, 1           # the call's number is the same on all machines
@@ -39,7 +39,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int = 0, options: 
     words = (s and os.fsencode(s) for s in (source, target, kind))
     _libc("mount", *words, ctypes.c_ulong(flags), os.fsencode(options))
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #81b29fd8
+# %% ../../../nbs/provenance/ask/06_view.ipynb #81085aba
 def mount_points(table: str = "/proc/self/mountinfo") -> list[str]:
     "The places where something is mounted, /proc, /sys and /dev left out, in order."
     named = [line.split()[4] for line in Path(table).read_text(errors="surrogateescape").split("\n")
@@ -55,7 +55,7 @@ def _make_read_only(place: str) -> None:
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.ENOENT, errno.EINVAL): raise   # out of reach
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #70681b32
+# %% ../../../nbs/provenance/ask/06_view.ipynb #37a1d4b0
 def separate() -> bool:
     "Give this process mounts of its own; True if that took a user namespace. Raises OSError."
     uid, gid = os.geteuid(), os.getegid()
@@ -71,7 +71,7 @@ def separate() -> bool:
     _mount("none", "/", None, RECURSIVE | PRIVATE)
     return private
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #5b79abf6
+# %% ../../../nbs/provenance/ask/06_view.ipynb #ba73eda5
 @dataclass
 class View:
     "Layers over the folders `roots`, kept in `folder`; what `through` names is written as it is."
@@ -99,7 +99,7 @@ def roots_of(folders: Iterable[str]) -> list[str]:
         if outer is None or between != outer: out.append(folder)
     return out
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #f11de198
+# %% ../../../nbs/provenance/ask/06_view.ipynb #4925dc3f
 @patch
 def changed(self: View, path: str) -> tuple[str, str] | None:
     "(layer, path in it) of a file that was written or removed in the view; None of any other."
@@ -110,13 +110,13 @@ def changed(self: View, path: str) -> tuple[str, str] | None:
     place = os.path.join(layer, os.path.relpath(path, root))
     return (layer, place) if os.path.lexists(place) else None
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #8fb17805
+# %% ../../../nbs/provenance/ask/06_view.ipynb #b1067276
 def removed(place: str) -> bool:
     "True if the layer has at `place` the sign that a file was removed."
     found = os.lstat(place)
     return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #a4c58186
+# %% ../../../nbs/provenance/ask/06_view.ipynb #7224b026
 @patch
 def enter(self: View) -> None:
     "Let this process, and what it becomes, live in the view. Raises OSError."
@@ -131,7 +131,7 @@ def enter(self: View) -> None:
     for place in points:
         if place not in (*self.roots, *self.through): _make_read_only(place)
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #6725a095
+# %% ../../../nbs/provenance/ask/06_view.ipynb #a837eb28
 @patch
 def overlay(self: View, n: int, lower: str, private: bool) -> None:
     "Lay the layer `n` over its root."
@@ -140,7 +140,7 @@ def overlay(self: View, n: int, lower: str, private: bool) -> None:
     options = f"lowerdir={lower},upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work}"
     _mount("overlay", self.roots[n], "overlay", 0, options + ",userxattr" * private)
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #144c6403
+# %% ../../../nbs/provenance/ask/06_view.ipynb #b37f5d60
 def put(path: str, source: str, version: str) -> None:
     "Put a copy of the file `source`, whose version is told, at `path`. Raises Refused."
     ready = Change(path, [], version).aside
@@ -156,7 +156,7 @@ def drop(path: str) -> None:
         with folder_of(path) as (folder, name): os.unlink(name, dir_fd=folder)
     except FileNotFoundError: pass
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #996b8b0a
+# %% ../../../nbs/provenance/ask/06_view.ipynb #84390ff0
 def become(plan: Mapping[str, Any], told: int) -> NoReturn:
     "Enter the view of `plan`, put files in place, and become the command; errors go to `told`."
     try:
@@ -178,7 +178,7 @@ def main(file: str, told: str) -> NoReturn:
     os.set_inheritable(int(told), False)
     become(read_json(file), int(told))
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #46946919
+# %% ../../../nbs/provenance/ask/06_view.ipynb #ed156499
 @patch
 def run(self: View, words: Sequence[str], cwd: str = "/", put: Sequence[tuple] = (),
         drop: Sequence[str] = (), folders: Sequence[str] = (), **how: Any) -> Any:
@@ -199,7 +199,7 @@ def run(self: View, words: Sequence[str], cwd: str = "/", put: Sequence[tuple] =
 
 START = "import sys; from opml_wb.provenance.ask.view import main; main(*sys.argv[1:])"
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #9b1fe06f
+# %% ../../../nbs/provenance/ask/06_view.ipynb #71feff1f
 PREFIX, LOCK = "opml-view-", "lock"
 
 def _scratch(base: str, n: int) -> str:
@@ -230,7 +230,7 @@ def close(self: View) -> None:
     "Remove the scratch folder."
     clear(self.folder)
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #35a3b80a
+# %% ../../../nbs/provenance/ask/06_view.ipynb #defadb3f
 def bases(home: str) -> list[str]:
     "Folders that a scratch folder may lie in."
     return [p for p in dict.fromkeys((home, tempfile.gettempdir(), "/var/tmp")) if os.path.isdir(p)]
@@ -239,9 +239,9 @@ def sweep(home: str) -> None:
     "Remove the scratch folders of processes that were killed."
     for base in bases(home):
         for entry in os.scandir(base):
-            if not entry.name.startswith(PREFIX) or not entry.is_dir(follow_symlinks=False): continue
             found = entry.stat(follow_symlinks=False)
-            if found.st_uid == os.geteuid() and not _in_use(entry.path, found.st_mtime):
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if entry.name.startswith(PREFIX) and ours and not _in_use(entry.path, found.st_mtime):
                 clear(entry.path)
 
 def _in_use(folder: str, made: float) -> bool:
@@ -252,7 +252,7 @@ def _in_use(folder: str, made: float) -> bool:
     except OSError: return True
     return False
 
-# %% ../../../nbs/provenance/ask/06_view.ipynb #dd45cdf6
+# %% ../../../nbs/provenance/ask/06_view.ipynb #778fbc0d
 def _tried(base: str, roots: list[str], home: str, temp: str) -> View:
     "A view with its scratch folder below `base`, once entered. Raises ViewError: nothing is left."
     folder = _scratch(base, len(roots))
