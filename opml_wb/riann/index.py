@@ -183,13 +183,10 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
             waited = clock.wall   # for another writer
             plan = self._enter(op, x, ids, clock.limit)
             self.forecast.entry.learn(len(x), op, clock.wall - waited)
-            chunks = self.linker.link(clock) if plan.deg else []
-            wall = clock.wall
-            kept = clock.limit is None or wall <= clock.limit
-            return Report(wall, kept, self.graph.waiting, chunks, plan.t_index, clock.spent,
-                          plan.feasible, plan.reason)
+            chunks, left = self.linker.link(clock) if plan.deg else [], self.linker.deferred
     finally:
         if paused: gc.enable()
+    return clock.report(left, chunks, plan.t_index, plan.feasible, plan.reason)
 
 # %% ../../nbs/riann/07_index.ipynb #d96e04d2
 @patch
@@ -197,11 +194,11 @@ def _copied(self: Riann, x: Any, ids: Any) -> Report | None:
     """Report on a batch that is as the kernels want it and of which a copy is all there is to do;
     else None, and nothing is done."""
     begun, cpu = time.perf_counter(), time.thread_time()
-    if not (total := self.graph.intake.take(x, ids, self.linker.flat_below)): return None
+    if not self.graph.intake.take(x, ids, self.linker.flat_below): return None
     entry = self.forecast.entry
     soon, took = entry.of(len(x)), time.perf_counter() - begun
     entry.learn(len(x), "add", took)
-    return Report(took, True, total, [], soon, time.thread_time() - cpu, True, FLAT)
+    return Report(took, True, 0, [], soon, time.thread_time() - cpu, True, FLAT)
 
 # %% ../../nbs/riann/07_index.ipynb #82b3cb9a
 @patch
@@ -278,9 +275,8 @@ def drain(self: Riann, budget_s: float) -> Report:
         chunks = self.linker.link(clock)
         again = 0 if self.graph.waiting else self.linker.relink(clock)
         if clock.left > .002: self.graph.repair(clock.left - .002)   # it may overrun by one
-        wall = clock.wall
-        return Report(wall, wall <= budget_s, self.graph.waiting, chunks, budget_s, clock.spent,
-                      True, f"{again} linked again")
+        left = self.linker.deferred
+    return clock.report(left, chunks, budget_s, True, f"{again} linked again")
 
 # %% ../../nbs/riann/07_index.ipynb #788c5509
 @patch

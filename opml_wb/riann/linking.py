@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..core.kit.compiled import compiling
 from .graph.hnsw import DynamicHNSW, warm
 from .models.annealing import Rung
-from .models.plan import Pace, Planner
+from .models.plan import Pace, Planner, Report
 from .models.timemodel import TimeModel
 
 if TYPE_CHECKING: from opml_wb.riann.models.equations import Layers
@@ -62,6 +62,13 @@ class Clock:
         "The most wall seconds that are held back for a stall."
         return (self.limit or 0) / 5
 
+    def report(self, deferred: int, chunks: Chunks, predicted: float, feasible: bool,
+               reason: str) -> Report:
+        "Make the account of a call that returns now, when nothing is left to be done."
+        wall, spent = self.wall, self.spent
+        kept = self.limit is None or wall <= self.limit
+        return Report(wall, kept, deferred, chunks, predicted, spent, feasible, reason)
+
 # %% ../../nbs/riann/05_linking.ipynb #f6bfdda5
 class Linker:
     """The link of pending vectors into a graph: how many at a time, with which property.
@@ -78,6 +85,11 @@ class Linker:
     def is_flat(self) -> bool:
         "True if no graph is needed."
         return self.graph.waiting == len(self.graph) <= self.flat_below
+
+    @property
+    def deferred(self) -> int:
+        "Vectors that wait to be linked; none while no graph is needed."
+        return 0 if self.is_flat else self.graph.waiting
 
 # %% ../../nbs/riann/05_linking.ipynb #5443935c
 @patch

@@ -72,8 +72,8 @@ class Report(NamedTuple):
     """The account of a batch. elapsed_s: wall seconds from call to return. satisfied: whether the
     deadline was kept.
 
-    deferred: vectors not yet in the graph (searches find them, by comparing). chunks: [(deg, cand,
-    n)], as they were linked.
+    deferred: vectors that wait to be linked (searches find them, by comparing); 0 while there are
+    so few that no graph is needed. chunks: [(deg, cand, n)], as they were linked.
     predicted: wall seconds that the plan foresaw. cpu_s: CPU seconds of this thread. feasible,
     reason: the plan's."""
     elapsed_s: float
