@@ -36,6 +36,11 @@ GUEST = {"# Guest\n\nRecall is $r_k = \\frac{|A \\cap T|}{k}$, and see [the run 
          "out = w.Output()\nwith out: print('said inside')\n"
          "a, b = w.IntSlider(description='left'), w.IntText(description='right')\n"
          "w.jslink((a, 'value'), (b, 'value'))\nw.VBox([a, b, out])": "",
+         "from opml_wb.core import ui\nline = ui.figure('x, s', 'y', 'A line').add_scatter(y=[0, 1, 2])\n"
+         "def turn(fig, slope, dashed, of):\n"
+         "    fig.update_traces(y=[0, slope, 2 * slope], line_dash='dash' if dashed else 'solid', name=of)\n"
+         "    return f'slope {slope} of {of}'\n"
+         "ui.play(line, turn, slope=(1, 0, 5), dashed=w.Checkbox(), of=w.Dropdown(options=['a', 'b']))": "",
          "#| hide\nsecret = 'not for readers'": "",
          "from IPython.display import HTML, Math\nHTML('<img src=\"https://example.org/pixel.png\">')": "",
          "Math(r'\\sum_i x_i')": "",
@@ -189,7 +194,7 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
         shown = page.locator(".opml-fig .main-svg")
         assert page.locator(".opml-fig").count() >= figures(Path(run["notebook"])) and shown.count() > 0
         for box in page.locator(".opml-fig").all(): assert box.bounding_box()["height"] > 100
-        assert page.locator(".opml-widget .widget-slider").count() > 0
+        assert page.locator(".opml-play :is(input, select)").count() > 0
         texts = page.locator(".opml-fig .main-svg text").evaluate_all("all => [...new Set(all.map(t => getComputedStyle(t).fill))]")
         assert soft(page) in texts                                                     # axes in the page's own colour
         assert page.locator("table:has(th:has-text('meaning'))").count() == 1           # the parameters
@@ -206,15 +211,57 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
 
 
 @browser_only
-def test_sliders_move(web, page):
-    page.goto(f"{web}/chapters/riann.html")
+def test_controls_answer_without_a_kernel(site, build, web, page):
+    "Each control of each chapter changes what is drawn or said, and has a name; the states are few bytes."
+    from opml_wb.core.record.store import Store
+    home, moved = Store(build.home), 0
+    for p in sorted((site/"chapters").glob("*.html")):
+        if p.stem == "index" or not next(iter(home.ls(1, p.stem)), None): continue
+        assert sum(map(len, re.findall(r'data-states="([^"]*)"', p.read_text()))) < 500_000
+        page.goto(f"{web}/chapters/{p.name}")
+        drawn(page)
+        for i, form in enumerate(page.locator(".opml-play").all()):
+            for control in form.locator("input, select").all():
+                assert control.evaluate("e => e.labels.length == 1 && e.labels[0].innerText.trim()")
+                if control.evaluate("e => (e.max || e.length) < 2"): continue
+                before = page.evaluate(STATE, i)
+                last = control.evaluate("e => e.type == 'checkbox' ? !e.checked : e.max || e.length - 1")
+                control.evaluate("""(e, to) => { if (e.type == 'checkbox') e.checked = to
+                    else e.value = e.value == to ? 0 : to
+                    e.dispatchEvent(new Event('input', {bubbles: true})) }""", last)
+                page.wait_for_function(f"([i, was]) => ({STATE})(i) != was", arg=[i, before])
+                moved += 1
+    assert moved >= 5 and page.faults == []
+
+
+STATE = """i => { const form = document.querySelectorAll('.opml-play')[i], box = form.nextElementSibling
+  return form.querySelector('.opml-note').textContent + JSON.stringify(box.data) + JSON.stringify(box.layout.title) }"""
+
+
+@browser_only
+def test_a_page_shows_the_state_that_is_asked_for(web, page):
+    page.goto(f"{web}/chapters/guest.html")
     drawn(page)
-    handle = page.locator(".opml-widget .noUi-handle").first
-    before = page.locator(".opml-widget .widget-readout").first.inner_text()
-    handle.focus()
+    form = page.locator(".opml-play")
+    slope = form.get_by_label("slope")
+    slope.focus()
     for _ in range(3): page.keyboard.press("ArrowRight")
-    assert int(page.locator(".opml-widget .widget-readout").first.inner_text()) == int(before) + 3
+    form.get_by_label("of").select_option(label="b")
+    form.get_by_label("dashed").check()
+    page.wait_for_function("() => document.querySelector('.opml-note').textContent == 'slope 4 of b'")
+    (line,) = page.evaluate("() => document.querySelector('.opml-play').nextElementSibling.data")
+    assert (line["y"], line["line"]["dash"], line["name"]) == ([0, 4, 8], "dash", "b")
     assert page.faults == []
+
+
+@browser_only
+def test_figures_are_there_without_scripts(site, browser):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((site/"chapters"/"guest.html").as_uri())
+    picture = page.get_by_alt_text("A line: y against x, s")
+    assert picture.bounding_box()["width"] > 300
+    context.close()
 
 
 @browser_only
@@ -224,7 +271,7 @@ def test_math_output_widgets_and_figure_widgets_of_a_guest(site, web, page):
     page.wait_for_selector("mjx-container svg")
     assert page.locator("mjx-container").count() == 3 and "$" not in page.locator("mjx-container").first.inner_text()
     assert page.locator("[data-mml-node=merror]").count() == 0
-    assert page.locator(".opml-fig .scatterlayer .point").count() == 3             # the FigureWidget, as a figure
+    assert page.locator(".opml-fig").first.locator(".scatterlayer .point").count() == 3  # the FigureWidget, as a figure
     assert page.locator(".opml-widget").inner_text().count("said inside") == 1      # the Output widget
     left = page.locator(".opml-widget .noUi-handle")
     left.focus()
@@ -256,7 +303,7 @@ def test_search_finds(site, web, page, how):
     else: page.faults.clear()                # there the browser refuses Sphinx the excerpts below the hits, and says so
     page.goto(f"{base}/chapters/riann.html")
     drawn(page)
-    assert page.locator(".opml-fig .main-svg").count() > 0 and page.locator(".opml-widget .widget-slider").count() > 0
+    assert page.locator(".opml-fig .main-svg").count() > 0 and page.locator(".opml-play input").count() > 0
     assert page.faults == []
 
 

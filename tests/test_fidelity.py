@@ -161,7 +161,11 @@ def joined(outputs):
 
 
 def shown(nb, cwd):
-    "What is compared: all that a reader or Jupyter sees of `nb`, masked, as JSON text: cells, metadata, widgets."
+    """What is compared: all that a reader or Jupyter sees of `nb`, masked, as JSON text: cells, metadata, widgets.
+
+    Both get the pictures that the engine adds to plotly's figures."""
+    from opml_wb.core.kit.picture import illustrated
+    illustrated(nb)
     names = {}
     def mask(value, name=lambda m: names.setdefault(m[0], f"ID{len(names)}")):
         text = json.dumps(value, sort_keys=True, ensure_ascii=False).replace(str(cwd), "CWD")

@@ -18,6 +18,65 @@ function draw(box, figure) {
 new MutationObserver(() => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, {"font.color": soft()})))
   .observe(document.documentElement, {attributeFilter: ["data-theme"]})
 
+/* the states of a figure's controls, rendered when the page was made: {controls, together, frames} */
+async function unpacked(states) {
+  const bytes = Uint8Array.from(atob(states), c => c.charCodeAt(0))
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json()
+}
+function changed(figure, changes) {
+  const fig = structuredClone({data: figure.data, layout: figure.layout})
+  for (const [path, value] of changes) {
+    let at = fig
+    for (const key of path.slice(0, -1)) at = at[key] ??= {}
+    if (value === null) delete at[path.at(-1)]; else at[path.at(-1)] = value
+  }
+  return fig
+}
+function element(name, settings, ...inside) {
+  const made = Object.assign(document.createElement(name), settings)
+  made.append(...inside)
+  return made
+}
+/* a control over the choices [[index, text], ...]: {shown: its element, at(): its place, set(place)} */
+function control({name, choices}) {
+  const texts = choices.map(c => c[1]), number = texts.length > 2 && texts.every(t => t !== "" && isFinite(t))
+  if (number) {
+    const input = element("input", {type: "range", min: 0, max: texts.length - 1, step: 1, name})
+    const told = element("output", {})
+    const tell = () => { told.textContent = texts[input.value]; input.setAttribute("aria-valuetext", texts[input.value]) }
+    input.addEventListener("input", tell)
+    return {shown: element("label", {}, `${name} `, input, told), at: () => +input.value, set: i => { input.value = i; tell() }}
+  }
+  if (texts.join() === "no,yes") {
+    const input = element("input", {type: "checkbox", name})
+    return {shown: element("label", {}, input, ` ${name}`), at: () => +input.checked, set: i => { input.checked = !!i }}
+  }
+  const input = element("select", {name}, ...texts.map((t, i) => new Option(t, i)))
+  return {shown: element("label", {}, `${name} `, input), at: () => +input.value, set: i => { input.value = i }}
+}
+async function playable(form, box, figure) {
+  const {controls, together, frames} = await unpacked(form.dataset.states)
+  const note = element("output", {className: "opml-note"}), keys = Object.keys(frames).map(k => k.split(",").map(Number))
+  const parts = controls.map(control), homes = controls.map(c => c.choices.findIndex(([i]) => i === c.at))
+  parts.forEach((p, i) => p.set(homes[i]))
+  const show = () => {
+    const now = parts.map((p, i) => controls[i].choices[p.at()][0])
+    const far = key => key.reduce((sum, v, i) => sum + Math.abs(v - now[i]), 0)
+    const [text, changes] = frames[keys.reduce((a, b) => far(b) < far(a) ? b : a).join()]
+    note.textContent = text
+    const fig = changed(figure, changes)
+    return Plotly.react(box, fig.data, {...fig.layout, template: figure.layout.template, font: {...fig.layout.font, color: soft()}})
+  }
+  parts.forEach((p, i) => p.shown.addEventListener("input", () => {
+    if (!together) parts.forEach((q, j) => j !== i && q.set(homes[j]))
+    show()
+  }))
+  form.addEventListener("submit", event => event.preventDefault())
+  form.append(...parts.map(p => p.shown), note)
+  if (!together) form.append(element("small", {}, "Here each control moves alone; in a notebook, together."))
+  await show()
+}
+
 /* modules in AMD form: `define(needs, make)` in a file of widgets/ */
 let defined
 const loading = {}
@@ -96,7 +155,9 @@ document.addEventListener("DOMContentLoaded", async () => {
   for (const box of document.querySelectorAll(".opml-fig")) {
     const figure = JSON.parse(box.querySelector("script").textContent)
     box.replaceChildren()
-    draw(box, figure)
+    await draw(box, figure)
+    const form = box.previousElementSibling
+    if (form?.matches(".opml-play")) await playable(form, box, figure)
   }
   const [state] = saved(STATE), views = saved(VIEW)
   if (state && views.length) await widgets(JSON.parse(state.textContent), views)

@@ -16,7 +16,7 @@ from ..kit.files import append, opened, plain, read_json, write_json, write_text
 from ..kit.procs import die_with_parent
 from ..record import progress, store
 from ..request.plugin import around
-from .ending import NO_MEMORY, source_index
+from .ending import NO_MEMORY, notebook_text, source_index
 from .isolation import limit_data, seed_everything
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _execute(spec: dict[str, Any], shell: "InteractiveShell") -> dict[str, Any]:
     execution.set_widgets_metadata()
     _note_imports(folder, last)
     nb.metadata["opml_run"] = store.summary(folder)
-    write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
+    write_text(folder/store.NOTEBOOK, notebook_text(nb))
     return _outcome(error, execution.last_error)
 
 # %% ../../../nbs/core/engine/05_child.ipynb #c72e4f11

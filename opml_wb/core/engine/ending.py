@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_MEMORY', 'STOPPED', 'verdict', 'status_of', 'explain', 'source_index', 'last_cell', 'crash_line', 'starved',
-           'conclude']
+           'conclude', 'notebook_text']
 
 # %% ../../../nbs/core/engine/04_ending.ipynb #6732a2cd
 import re, signal
@@ -118,3 +118,13 @@ def conclude(spec: Mapping[str, Any], code: int, outcome: Mapping[str, Any] | No
         if status == "failed" and limited and starved(folder):
             status, error["kind"] = "oom", "memory"
     return status, error
+
+# %% ../../../nbs/core/engine/04_ending.ipynb #9951f53c
+def notebook_text(nb: dict) -> str:
+    "Write an executed notebook (nbformat 4) as text, with a picture beside each plotly figure."
+    import nbformat
+    outputs = (o for c in nb["cells"] for o in c.get("outputs") or ())
+    if any("application/vnd.plotly.v1+json" in (o.get("data") or {}) for o in outputs):
+        from opml_wb.core.kit.picture import illustrated
+        nb = illustrated(nb)
+    return nbformat.writes(nb)

@@ -72,7 +72,7 @@ def seed_everything(seed: int) -> None:
 
 # %% ../../../nbs/core/engine/01_isolation.ipynb #418ee425
 SURROUNDINGS = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONHASHSEED": "0",
-                "PLOTLY_RENDERER": "plotly_mimetype+notebook_connected",
+                "PLOTLY_RENDERER": "plotly_mimetype",
                 "PYTHONDONTWRITEBYTECODE": "1"}  # of a run, unless the user has set them
 
 # %% ../../../nbs/core/engine/01_isolation.ipynb #7c8699d0

@@ -16,7 +16,7 @@ from ..kit.files import read_json, write_json, write_text
 from ..record import store
 from ..request.plugin import around, offered
 from .child import cell_teller
-from .ending import conclude, last_cell, source_index
+from .ending import conclude, last_cell, notebook_text, source_index
 
 if TYPE_CHECKING:
     import psutil
@@ -80,7 +80,7 @@ def main() -> None:
             dead = asyncio.run(_execute(_client(nb, spec), spec))
     except Exception as e: outcome = {**_outcome(e), "cell": last_cell(folder)}
     nb.metadata["opml_run"] = store.summary(folder)
-    write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
+    write_text(folder/store.NOTEBOOK, notebook_text(nb))
     if dead is not None: os._exit(dead if dead >= 0 else 128 - dead)
     write_json(folder/store.OUTCOME, outcome)
 

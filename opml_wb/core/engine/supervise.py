@@ -19,7 +19,7 @@ from ..kit.procs import (
 from ..record import store
 from ..request.plugin import offered
 from .child import child
-from .ending import conclude, source_index
+from .ending import conclude, notebook_text, source_index
 from .isolation import pools  # noqa: F401 (its place before)
 
 if TYPE_CHECKING: from IPython.core.interactiveshell import InteractiveShell
@@ -66,7 +66,7 @@ def _save_what_was_shown(folder: Path, error: Mapping[str, Any] | None) -> None:
         nb.cells[error["cell"]].outputs.append(nbformat.v4.new_output(
             "error", ename=ename, evalue=evalue, traceback=[f"{ename}: {evalue}"]))
     nb.metadata["opml_run"] = store.summary(folder)
-    write_text(folder/store.NOTEBOOK, nbformat.writes(nb))
+    write_text(folder/store.NOTEBOOK, notebook_text(nb))
 
 # %% ../../../nbs/core/engine/06_supervise.ipynb #a9bab412
 def _ended(spec: Mapping[str, Any]) -> None:

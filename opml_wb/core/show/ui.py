@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..kit.markup import COLOURS, SERIES, tag
 from ..kit.markup import CSS, VERDICTS, num, table  # noqa: F401 (also told here)
 from ..record.card import ClaimsTable, claims_table, run_card  # noqa: F401
-from ..record.progress import bar, in_run, progress, status  # noqa: F401
+from ..record.progress import bar, for_readers, in_run, progress, status  # noqa: F401
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,10 +33,18 @@ def _axis() -> dict:
                 showline=True, ticks="outside", ticklen=4, automargin=True, title=dict(standoff=8))
 
 # %% ../../../nbs/core/show/01_ui.ipynb #80e21af6
+def _with_picture() -> Any:
+    "Make plotly's renderer of a figure in two forms: interactive, and a static picture."
+    from plotly.io._base_renderers import PlotlyRenderer
+    from opml_wb.core.kit.picture import illustrate
+    class WithPicture(PlotlyRenderer):
+        def to_mimebundle(self, fig_dict): return illustrate(super().to_mimebundle(fig_dict))
+    return WithPicture()
+
 def template() -> str:
     """Register the plotly template `opml` (once) and return its name.
 
-    Figures in notebooks then carry no copy of plotly."""
+    Figures in notebooks then carry no copy of plotly, and a picture beside the interactive form."""
     import plotly.graph_objects as go
     import plotly.io as pio
     if "opml" not in pio.templates:
@@ -47,7 +55,8 @@ def template() -> str:
             font=dict(color=COLOURS["muted"], size=13, family="system-ui, sans-serif"), title=title,
             xaxis=_axis(), yaxis=_axis(), margin=dict(l=60, r=20, t=64, b=50), height=360,
             legend=dict(orientation="h", y=1.02, yanchor="bottom", x=1, xanchor="right")))
-        if "PLOTLY_RENDERER" not in os.environ: pio.renderers.default = "plotly_mimetype"
+        pio.renderers["opml"] = _with_picture()
+        if "PLOTLY_RENDERER" not in os.environ: pio.renderers.default = "opml"
     return "opml"
 
 # %% ../../../nbs/core/show/01_ui.ipynb #f08e1ee8
@@ -101,13 +110,18 @@ class Play:
         self._move()
         for s in self.sliders.values(): s.observe(self._moved, "value")
 
-    def _move(self):
-        values = {name: s.value for name, s in self.sliders.items()}
-        self.note.value = escape(self.update(self.fig, **values) or "")
+    def _said(self):
+        return self.update(self.fig, **{name: s.value for name, s in self.sliders.items()}) or ""
+
+    def _move(self): self.note.value = escape(self._said())
 
     def _moved(self, change):
         try: self._move()
         except Exception as e: self.note.value = tag(f"{type(e).__name__}: {e}", "baseline")
+        self.redraw()
+
+    def redraw(self) -> None:
+        "Show the figure anew wherever it is shown, after it was changed from outside."
         for handle in self.shown: self._show(handle)
 
     def _bundle(self) -> dict:
@@ -120,12 +134,23 @@ class Play:
         handle.update({"text/html": gap}, raw=True)
         handle.update(self._bundle(), raw=True)
 
+    def _states(self, view: str) -> dict[str, dict]:
+        "Render what a page shows later without a kernel; `view`: the controls' widget model."
+        from opml_wb.core.show.states import PLAY, render
+        for s in self.sliders.values(): s.unobserve(self._moved, "value")
+        states = render(self.fig, self.sliders, self._said)
+        for s in self.sliders.values(): s.observe(self._moved, "value")
+        return {PLAY: {**states, "view": view}} if states else {}
+
     def _ipython_display_(self):
         import ipywidgets as w
         from IPython.display import display
         row = w.HBox(list(self.sliders.values()), layout=w.Layout(flex_flow="row wrap"))
-        display(w.VBox([row, self.note]))
-        self.shown.append(display(self._bundle(), raw=True, display_id=True))
+        box = w.VBox([row, self.note])
+        display(box)
+        bundle = self._bundle()
+        if in_run() and for_readers(): bundle.update(self._states(box.model_id))
+        self.shown.append(display(bundle, raw=True, display_id=True))
 
 # %% ../../../nbs/core/show/01_ui.ipynb #4b86fb19
 def play(fig: "Figure", update: Callable[..., str | None], **controls: "tuple | Widget") -> Play:
@@ -134,7 +159,8 @@ def play(fig: "Figure", update: Callable[..., str | None], **controls: "tuple | 
 
     `controls`: name -> (default, low, high[, step]) or any ipywidget with a `value`. `update` is
     called at once, with the defaults, and after each move; what it raises then is shown instead of
-    the text."""
+    the text. In `opml run` the controls are moved through their choices once, for the states that a
+    page shows later without a kernel (`core.show.states`)."""
     return Play(fig, update, controls)
 
 # %% ../../../nbs/core/show/01_ui.ipynb #035cc858
