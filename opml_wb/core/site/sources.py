@@ -64,8 +64,8 @@ def clone() -> Path | None:
     return found.parent if found.name == "nbs" else None
 
 # %% ../../../nbs/core/site/03_sources.ipynb #84044e88
-PLAYED = ("{.opml-hint}\nThese states were computed when the page was made; `opml lab %s` opens the "
-          "chapter with a kernel, for all others.")
+PLAYED = ("{.opml-hint}\nThese states were computed when the page was made; `opml lab %s` opens "
+          "the chapter with a kernel, for all others.")
 HINT = ("{.opml-hint}\nThe controls move, but nothing computes behind this page: the figure is the "
         "one at the defaults. `opml lab %s` opens the chapter with a kernel.")
 
