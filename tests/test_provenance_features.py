@@ -195,3 +195,186 @@ def test_reads_at_times_finer_than_a_microsecond_are_exact(fs, pd):
         with pytest.raises(ValueError, match="finer than a microsecond"):
             fs.write("f", pd.DataFrame({"k": list("abc"), "t": column, "x": 1.0}), "k", "t")
     assert len(fs.history("f")) == 1
+
+
+LATE = """
+import os, sys, pandas as pd
+from opml_wb.provenance.features.clock import Clock
+from opml_wb.provenance.features.store import FeatureStore
+if sys.argv[2] == "killed": Clock.change = lambda *a: os.kill(os.getpid(), 9)
+FeatureStore(sys.argv[1]).write("t", pd.DataFrame({"id": range(50_000), "t": pd.Timestamp("2020-01-01", tz="UTC"), "x": 1.}), "id", "t")
+"""
+
+
+def now(pd): return pd.Timestamp.now("UTC").floor("us")
+
+
+def ask(fs, pd, t, key=5):
+    "(time, answer as known at that time) of a read as of now, in one of three ways."
+    k = now(pd)
+    if key == 5: return k, lambda: fs.value("t", 5, "x", t, k)
+    if key == 6: return k, lambda: fs.range("t", "x", t, t + pd.Timedelta(days=1), known_at=k).x.sum()
+    return k, lambda: fs.training_set(pd.DataFrame({"id": [5], "t": [k]}), ["t.x"])["t.x"].tolist()
+
+
+def test_no_answer_changes_while_another_process_writes_much(tmp_path, fs, t, pd):
+    fs.write("t", pd.DataFrame({"id": range(10), "t": t, "x": 0.}), "id", "t")
+    job, asked = subprocess.Popen([sys.executable, "-c", LATE, str(tmp_path), "done"]), []
+    while job.poll() is None: asked += [(f, f()) for _, f in (ask(fs, pd, t, key) for key in (5, 6, 7))]
+    assert job.returncode == 0 and fs.value("t", 5, "x", t) == 1. and len(asked) > 20
+    assert [f() for f, _ in asked] == [was for _, was in asked]
+    asked += [(f, f()) for _, f in (ask(fs, pd, t, key) for key in (5, 6, 7))]
+    assert asked[-3][1] == 1.       # and what is written is known from then on
+
+
+def test_an_answer_given_during_a_commit_stays_whoever_writes(fs, t, pd, monkeypatch):
+    "Reads as of now at the worst moments: when the commit is about to be made, and when it is there without its time."
+    from opml_wb.provenance.features.table import CommitLog
+    other, asked, commit = FeatureStore(fs.root), [], CommitLog.write
+
+    def read(): asked.extend((f, f()) for _, f in (ask(other, pd, t, key) for key in (5, 6, 7)))
+
+    def slow(*args, **options):
+        read()
+        commit(*args, **options)
+        read()
+    for n in range(3):
+        fs.write("t", pd.DataFrame({"id": range(10), "t": t, "x": float(n)}), "id", "t")
+        if not n: monkeypatch.setattr(CommitLog, "write", slow)
+    assert len(asked) == 12 and [f() for f, _ in asked] == [was for _, was in asked]
+
+
+def test_a_clock_set_back_or_behind_changes_no_answer(fs, t, pd, monkeypatch):
+    from opml_wb.provenance.features import clock, commit, table
+    fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": 0.}), "id", "t")
+    k, f = ask(fs, pd, t)
+    assert f() == 0.
+    for module in (clock, commit, table): monkeypatch.setattr(module, "micros_now", lambda: 1_700_000_000_000_000)     # in 2023
+    with pytest.warns(UserWarning, match="had a clock that is ahead"): fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": 1.}), "id", "t")
+    assert f() == 0. and fs.value("t", 5, "x", t) == 1. and fs.history("t").known_from.iloc[-1] > k
+    with pytest.raises(ValueError, match="is in the future"): fs.value("t", 5, "x", t, k + pd.Timedelta(hours=1))
+    monkeypatch.undo()
+    assert f() == 0. and ask(fs, pd, t)[1]() == 1.
+
+
+def test_a_write_whose_writer_was_killed_is_whole_and_known_once_seen(tmp_path, fs, t, pd):
+    fs.write("t", pd.DataFrame({"id": range(10), "t": t, "x": 0.}), "id", "t")
+    before, f = ask(fs, pd, t)
+    assert f() == 0. and subprocess.run([sys.executable, "-c", LATE, str(tmp_path), "killed"]).returncode == -9
+    k = now(pd)
+    assert fs.value("t", 5, "x", t) == 1. and fs.history("t").known_from.iloc[-1] >= k and f() == 0.
+    assert ask(fs, pd, t)[1]() == 1. and len(fs.history("t")) == 2
+
+
+def test_history_loaded_later_never_changes_an_answer(fs, t, pd):
+    row, day = pd.DataFrame({"id": [5], "t": t, "x": 0.}), lambda n: t + pd.Timedelta(days=n)
+    for n in (1, 2, 2): fs.write("t", row.assign(x=float(n)), "id", "t", known_from=day(n))      # one publication in two parts
+    assert [fs.value("t", 5, "x", t, day(k)) for k in (1, 2, 9)] == [1., 2., 2.]
+    for n in (2, 9):
+        with pytest.raises(ValueError, match="was read as known at 2020-01-10.*give a later time"): fs.write("t", row, "id", "t", known_from=day(n))
+    assert len(fs.history("t")) == 3
+    fs.write("t", row.assign(x=10.), "id", "t", known_from=day(10))
+    assert fs.value("t", 5, "x", t, day(9)) == 2. and fs.value("t", 5, "x", t, day(10)) == 10.
+
+
+def test_who_may_only_read_is_answered_and_told(fs, t, pd, monkeypatch):
+    from opml_wb.provenance.features.place import Folder
+    fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": 0.}), "id", "t")
+
+    def denied(*args): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Folder, "change", denied)
+    reader = FeatureStore(fs.root)
+    with pytest.warns(UserWarning, match="Permission denied.*whose clock is behind"): assert ask(reader, pd, t)[1]() == 0.
+    assert reader.value("t", 5, "x", t) == 0. and reader.value("t", 5, "x", t, t) is None
+    with pytest.warns(UserWarning, match="will be known when the table's folder can be written"):
+        fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": 1.}), "id", "t")
+    with pytest.warns(UserWarning, match="cannot be noted"): assert ask(reader, pd, t)[1]() == 0.        # it has no time yet
+    assert reader.history("t").known_from.isna().tolist() == [False, True]
+    monkeypatch.undo()
+    assert fs.value("t", 5, "x", t) == 1. == ask(fs, pd, t)[1]() and fs.history("t").known_from.is_monotonic_increasing
+
+
+def test_tables_written_before_times_came_with_commits_still_open(fs, t, pd):
+    import pyarrow as pa
+    from deltalake import CommitProperties, write_deltalake
+    day = lambda n: t + pd.Timedelta(days=n)
+    for n in range(2):
+        rows = pa.table({"id": [5], "t": pa.array([t], pa.timestamp("us", "UTC")), "x": [float(n)], "_version": [n],
+                         "_known_from": pa.array([day(n)], pa.timestamp("us", "UTC")), "_op": pa.array([1], pa.int8())})
+        note = CommitProperties({"opml": json.dumps({"mode": "upsert", "known_from": day(n).isoformat(), "rows": 1, "run": None})})
+        new = {} if n else {"description": json.dumps({"keys": ["id"], "event_time": "t"})}
+        write_deltalake(str(fs.root / "t"), rows, mode="append" if n else "error", commit_properties=note, **new)
+    assert [fs.value("t", 5, "x", t, day(n)) for n in (-1, 0, 1)] == [None, 0., 1.]
+    for n in (2, 3): fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": float(n)}), "id", "t", known_from=day(n))
+    assert [fs.value("t", 5, "x", t, day(n)) for n in range(4)] == [0., 1., 2., 3.] and fs.history("t").known_from.tolist() == [day(n) for n in range(4)]
+    assert fs.vacuum("t", before=1) == 1 and [fs.value("t", 5, "x", t, day(n)) for n in (1, 2, 3)] == [1., 2., 3.]
+
+
+def test_a_copy_of_a_version_reads_as_the_table_did(tmp_path, fs, t, pd):
+    from opml_wb.provenance.ask.pipeline import table_files
+    for n in range(3): fs.write("t", pd.DataFrame({"id": [5], "t": t, "x": float(n)}), "id", "t")
+    known = fs.history("t").known_from
+    for name, content in table_files(str(fs.root / "t"), "delta:1").items():
+        to = tmp_path / "copy" / "t" / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_bytes(content if isinstance(content, bytes) else open(content, "rb").read())
+    copy = FeatureStore(tmp_path / "copy")
+    assert copy.history("t").known_from.tolist() == known[:2].tolist() and copy.value("t", 5, "x", t, known[1]) == 1.
+
+
+S3 = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app))      # one request at a time
+print(server.port, flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    "(root, storage options) of a bucket in a process of its own: Delta's client holds this one's interpreter while it waits."
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs"); pytest.importorskip("moto.server", reason="needs moto[server]")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"): monkeypatch.delenv(name, raising=False)
+    server = subprocess.Popen([sys.executable, "-c", S3], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    options = {"key": "a", "secret": "b", "AWS_REGION": "us-east-1", "endpoint_url": f"http://127.0.0.1:{int(server.stdout.readline())}"}
+    s3fs.S3FileSystem(key="a", secret="b", endpoint_url=options["endpoint_url"]).mkdir("bucket")
+    yield "s3://bucket/features", options
+    server.kill()
+    server.wait()
+
+
+def test_a_store_on_s3_keeps_its_answers(bucket, t, pd, monkeypatch):
+    import pickle
+    from opml_wb.provenance.features.table import CommitLog
+    root, options = bucket
+    fs, asked, commit = FeatureStore(root, storage_options=options), [], CommitLog.write
+    other = pickle.loads(pickle.dumps(fs))
+
+    def slow(*args, **options):
+        asked.extend((f, f()) for _, f in (ask(other, pd, t, key) for key in (5, 7)))
+        commit(*args, **options)
+    for n in range(3):
+        fs.write("t", pd.DataFrame({"id": range(10), "t": t, "x": float(n)}), "id", "t")
+        if not n: monkeypatch.setattr(CommitLog, "write", slow)
+    assert len(asked) == 4 and [f() for f, _ in asked] == [was for _, was in asked]
+    known = fs.history("t").known_from
+    assert known.is_monotonic_increasing and [fs.value("t", 5, "x", t, k) for k in known] == [0., 1., 2.] and other.tables() == ["t"]
+    fs.pin("run-a", "t", 1)
+    with pytest.raises(PinnedError, match="pinned by run run-a"): other.vacuum("t")
+    other.unpin("run-a")
+    assert fs.pins("t") == [] and fs.vacuum("t") == 20 and fs.range("t", "x", t, t + pd.Timedelta(days=1)).x.tolist() == [2.] * 10
+    assert not os.path.exists("s3:")
+
+
+def test_what_cannot_keep_its_answers_is_refused_by_name(bucket, t, pd, monkeypatch):
+    from opml_wb.provenance.features.place import Bucket
+    root, options = bucket
+    for wrong, given, why in (("gs://b/x", None, "not made for gs://"), ("/tmp/x", options, "for s3://"), ("s3://", options, "s3://BUCKET"), ("s3://key:word@b/x", None, "keys go to storage_options"),
+                              (root, {**options, "AWS_S3_ALLOW_UNSAFE_RENAME": "true"}, "one commit overwrite another")):
+        with pytest.raises(ValueError, match=why): FeatureStore(wrong, given)
+    put = Bucket._put
+    monkeypatch.setattr(Bucket, "_put", lambda self, name, text, tag: put(self, name, text, self._get(name)[1]))      # conditions are ignored
+    monkeypatch.setattr(Bucket, "checked", set())
+    with pytest.raises(ValueError, match="ignores conditional writes"): FeatureStore(root, options).write("t", pd.DataFrame({"id": [5], "t": t, "x": 0.}), "id", "t")

@@ -8,14 +8,15 @@ __all__ = ['check_version', 'change_feed', 'PinnedError', 'Pins', 'new_horizon',
 # %% ../../../nbs/provenance/features/05_history.ipynb #9790fd08
 import json, re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcore.basics import patch
 
 from .asof import newest
 from .commit import retried
-from .rows import OPS, instant
+from .commit_log import micros
+from .place import Place
+from .rows import OPS, RESERVED, instant
 from .table import HistoryError, Table
 
 if TYPE_CHECKING: import pandas as pd, pyarrow as pa
@@ -60,8 +61,8 @@ class PinnedError(ValueError):
 def _id(run: Any) -> str: return str(getattr(run, "doc", {}).get("id", run))
 
 class Pins:
-    "The pins of a store with tables in folder `root`: empty files `_pins/TABLE/VERSION@RUN`."
-    def __init__(self, root: Path) -> None: self.folder = root/"_pins"
+    "The pins of a store with tables at `place`: empty files `_pins/TABLE/VERSION@RUN`."
+    def __init__(self, place: Place) -> None: self.place = place
 
 @patch
 def add(self: Pins, run: Any, name: str, version: int) -> None:
@@ -69,21 +70,21 @@ def add(self: Pins, run: Any, name: str, version: int) -> None:
     run = _id(run)
     if not re.fullmatch(r"[\w.:-]{1,200}", run):
         raise ValueError(f"run {run!r}: expected a run or its id")
-    (self.folder/name).mkdir(parents=True, exist_ok=True)
-    (self.folder/name/f"{version}@{run}").touch()
+    self.place.touch(f"_pins/{name}/{version}@{run}")
 
 # %% ../../../nbs/provenance/features/05_history.ipynb #387cf863
 @patch
 def remove(self: Pins, run: Any, name: str | None = None) -> None:
     "Give up the pins of `run`, on table `name` or on all."
-    for path in self.folder.glob(f"{name or '*'}/*"):
-        if path.name.partition("@")[2] == _id(run): path.unlink(missing_ok=True)
+    for path in self.place.names(f"_pins/{name or '*'}/*"):
+        if path.partition("@")[2] == _id(run): self.place.remove(path)
 
 # %% ../../../nbs/provenance/features/05_history.ipynb #fb51ae18
 @patch
 def of(self: Pins, name: str) -> list[tuple[int, str]]:
     "The pins on table `name`: (version, run), sorted."
-    found = (p.name.partition("@") for p in (self.folder/name).glob("*@*"))
+    names = self.place.names(f"_pins/{name}/*@*")
+    found = (n.rpartition("/")[2].partition("@") for n in names)
     return sorted((int(version), run) for version, _, run in found)
 
 # %% ../../../nbs/provenance/features/05_history.ipynb #793dee9b
@@ -92,16 +93,14 @@ def new_horizon(table: Table, before: Any, retention_hours: float) -> int:
     import pandas as pd
     if before is None: before = pd.Timestamp.now("UTC") - pd.Timedelta(hours=retention_hours)
     elif hasattr(before, "__index__"): return int(before)
-    then = instant(before, "before")
-    kept = [c["version"] for c in table.log.commits() if instant(c["known_from"], "") <= then]
-    return max(kept, default=0)
+    return max(0, int(table.log.version_at(micros(instant(before, "before")))))
 
 # %% ../../../nbs/provenance/features/05_history.ipynb #6b22ac34
 def needed_rows(table: Table, version: int) -> "tuple[pa.Table, int]":
     "(rows of the log that versions from `version` on need, number of the others)."
     import pyarrow as pa, pyarrow.dataset as ds
     keys, time = table.log.meta["keys"], table.log.meta["event_time"]
-    features = [*table.types, "_known_from"]
+    features = [*table.types, *(n for n in table.dataset().schema.names if n in RESERVED)]
     old = table.scan(features, where=ds.field("_version") <= version)
     new = table.scan(features, where=ds.field("_version") > version)
     kept = pa.concat_tables([newest(old, keys, time), new])
@@ -112,7 +111,8 @@ def needed_rows(table: Table, version: int) -> "tuple[pa.Table, int]":
 def _move_horizon(table: Table, version: int) -> None:
     "Set the horizon, before anything goes."
     commits = table.log.commits()
-    at = max((c for c in commits if c["version"] <= version), key=lambda c: c["version"])
+    at = max((c for c in commits if c["version"] <= version), key=lambda c: c["version"],
+             default=commits[0])
     known = {"known_from": at["known_from"], "first": commits[0]["known_from"]}
     meta = {**table.log.meta, "horizon": {"version": version, **known}}
     table.log.delta.alter.set_table_description(json.dumps(meta))

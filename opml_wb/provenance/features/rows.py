@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING: import pandas as pd, pyarrow as pa
 
-RESERVED = ("_version", "_known_from", "_op")   # columns of a table's own
+RESERVED = ("_version", "_op", "_known_from")   # columns of a table's own; the last one: before
 OPS = {"append": 0, "upsert": 1, "delete": 2}   # values of `_op`
 
 # %% ../../../nbs/provenance/features/01_rows.ipynb #1b6d9f3f

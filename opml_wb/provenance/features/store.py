@@ -6,8 +6,8 @@
 __all__ = ['Commits', 'FeatureStore']
 
 # %% ../../../nbs/provenance/features/07_store.ipynb #5fd14622
-import os
-from collections.abc import Iterable, Sequence
+import os, secrets
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ from fastcore.basics import patch
 
 from . import reads
 from .asof import held
-from .commit import commit, retried
+from .commit import check_void, commit, retried
 from .history import (
     PinnedError, Pins, change_feed, check_version, needed_rows, new_horizon, remove_history)
 from .rows import OPS, instant
-from .table import HistoryError, Tables, readable  # noqa: F401
+from .table import HistoryError, Tables, promise  # noqa: F401
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -28,13 +28,16 @@ class FeatureStore:
     """Feature tables in folder `root`, each a Delta table, read by event time and by knowledge.
 
     The methods: `write`, `value`, `range`, `training_set`, `history`, `changes`, `pin`, `unpin`,
-    `pins`, `vacuum`, `tables`. Raises ValueError for a `root` that is no path to Delta Lake."""
-    def __init__(self, root: str | os.PathLike) -> None:
-        self.kept = Tables(root)
+    `pins`, `vacuum`, `tables`. `root`: a folder, or s3://BUCKET/FOLDER with `storage_options` (keys
+    as deltalake or s3fs name them; default: the environment). An answer as known at some time
+    is the same ever after. Raises ValueError for another `root`, ImportError without s3fs."""
+    def __init__(self, root: str | os.PathLike,
+                 storage_options: Mapping[str, Any] | None = None) -> None:
+        self.kept, self.storage_options = Tables(root, storage_options), storage_options
         self.root = self.kept.root
-        self.pinned = Pins(self.root)
+        self.pinned = Pins(self.kept.place)
 
-    def __reduce__(self) -> tuple: return FeatureStore, (self.root,)
+    def __reduce__(self) -> tuple: return FeatureStore, (self.root, self.storage_options)
 
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.root)!r}: {', '.join(self.tables()) or 'no tables'})"
@@ -54,9 +57,10 @@ def write(self: FeatureStore, name: str, df: "pd.DataFrame", keys: str | Sequenc
     `keys`: names of the columns that name an entity; `event_time`: of the one with the time, with
     a time zone, from which a row's features hold; `mode`: upsert | append (rows must be new) |
     delete (of these keys and event times); `known_from`: the time from which this was known, for
-    history that is loaded later: not before the last write, not in the future (default: now). New
-    features are added. Conflicts with other writers are retried. Raises ValueError, or KeyError
-    (delete from no table), before anything is written."""
+    history that is loaded later: not before the last write or a time for which the table was read,
+    not in the future (default: the time of the commit). New features are added. Conflicts with
+    other writers are retried. Raises ValueError, or KeyError (delete from no table), and then
+    nothing is written."""
     if mode not in OPS: raise ValueError(f"mode={mode!r}: expected {', '.join(OPS)}")
     known = None if known_from is None else instant(known_from, "known_from")
     table = self.kept.get(name) if mode == "delete" else self.kept.open(name)
@@ -65,9 +69,11 @@ def write(self: FeatureStore, name: str, df: "pd.DataFrame", keys: str | Sequenc
     if table.log.fixed is not None:
         raise ValueError(f"table {name!r} is read at version {table.log.fixed} by a run that is "
                          "repeated: it cannot be written")
-    self.root.mkdir(parents=True, exist_ok=True)
-    attempt = lambda: commit(table, df, keys, event_time, mode, known)
+    self.kept.place.make()
+    id = secrets.token_hex(8)
+    attempt = lambda: commit(table, df, keys, event_time, mode, known, id)
     version, new = retried(attempt, table.log.version)
+    check_void(table, id)
     self.kept.touched("created" if new else "modified", table, version)
     return version
 
@@ -85,7 +91,7 @@ def value(self: FeatureStore, name: str, key: Any, feature: str, at: str | datet
     reads.features_of(table, feature)
     when, known = instant(at, "at"), None if known_at is None else instant(known_at, "known_at")
     time, cell = table.log.meta["event_time"], reads.key_of(table, key)
-    if known is not None: readable(table, known)
+    if known is not None: promise(table, known)
     if cell is None: return None
     where = ds.field(time) <= when.to_pydatetime()
     for column, scalar in cell.items(): where &= ds.field(column) == scalar
@@ -109,6 +115,7 @@ def range(self: FeatureStore, name: str, features: str | Iterable[str] | None,
     first, last = instant(start, "start", up=True), instant(end, "end", up=True)
     if first > last: raise ValueError(f"start={first}, end={last}: expected start <= end")
     known = None if known_at is None else instant(known_at, "known_at")
+    if known is not None: promise(table, known)
     time, keys = table.log.meta["event_time"], table.log.meta["keys"]
     where = (ds.field(time) >= first.to_pydatetime()) & (ds.field(time) < last.to_pydatetime())
     rows = table.scan(features, known, where)

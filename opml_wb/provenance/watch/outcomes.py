@@ -245,6 +245,7 @@ def tables(events: Iterable[dict]) -> list[dict]:
         table = table_of(e["path"], known)
         if table is None: continue
         e["part"] = True
+        if e["path"].startswith(f"{table}/_known/"): continue     # its clock, which reads set, too
         commit = COMMIT.match(e["path"])
         found.setdefault(table, []).append((e["op"], int(commit[2]) if commit else -1, e))
     return [_table_event(table, rows) for table, rows in found.items()]
