@@ -21,7 +21,7 @@ COLOURS = {
 }
 SERIES = [COLOURS[c] for c in ("ours", "baseline", "good", "paper", "muted")]
 VERDICTS = {"exceeded": ("▲", "good"), "reproduced": ("✓", "ours"),
-            "not reproduced": ("✗", "baseline")}
+            "not reproduced": ("✗", "baseline"), "not comparable": ("○", "muted")}
 
 # %% ../../../nbs/core/kit/06_markup.ipynb #e8925907
 def num(v: Any) -> str:

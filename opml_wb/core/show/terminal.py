@@ -148,7 +148,8 @@ def brief(done: "Run", stderr: bool = False) -> None:
     out.print(f"  notebook  {done.notebook}", markup=False)
 
 # %% ../../../nbs/core/show/02_terminal.ipynb #535ef9b3
-VERDICT = {"exceeded": "green", "reproduced": "green", "not reproduced": "yellow"}
+VERDICT = {"exceeded": "green", "reproduced": "green", "not reproduced": "yellow",
+           "not comparable": "dim"}
 
 def claims_grid(claims: Iterable[Mapping], chapter: bool = False) -> "Table":
     """Make a table of claims: the paper's figure beside ours.
