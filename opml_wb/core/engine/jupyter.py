@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..kit.files import read_json, write_json, write_text
 from ..record import store
 from ..request.plugin import around, offered
-from .child import cell_teller
+from .child import after, cell_teller
 from .ending import conclude, last_cell, notebook_text, source_index
 
 if TYPE_CHECKING:
@@ -78,7 +78,12 @@ def main() -> None:
     try:
         with around(spec.get("hooks") or (), folder):
             dead = asyncio.run(_execute(_client(nb, spec), spec))
-    except Exception as e: outcome = {**_outcome(e), "cell": last_cell(folder)}
+    except Exception as e:
+        cell = last_cell(folder)
+        outcome = {**_outcome(e), "cell": cell}
+        if outcome["kind"] in (None, "exit") and cell is not None:
+            outcome["exit"] = {"cell": source_index(cell, spec["injected"]),
+                               "after": after(nb, cell)}
     nb.metadata["opml_run"] = store.summary(folder)
     write_text(folder/store.NOTEBOOK, notebook_text(nb))
     if dead is not None: os._exit(dead if dead >= 0 else 128 - dead)
@@ -142,7 +147,8 @@ def _finish(process: subprocess.Popen, spec: Mapping[str, Any], asked: threading
         request = read_json(folder/store.REQUEST)
         for ended in offered(spec.get("hooks") or (), "ended"): ended(folder, request)
         (folder/"spec.json").unlink(missing_ok=True)
-        store.finish(folder, status=status, error=error, seconds=seconds, cpu=cpu, rss=peak)
+        store.finish(folder, status=status, error=error, seconds=seconds, cpu=cpu, rss=peak,
+                     left=(outcome or {}).get("exit"))
         future.set_result(0)
     except BaseException as e: future.set_exception(e)
 

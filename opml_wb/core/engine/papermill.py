@@ -92,9 +92,12 @@ def _run(nb_man: "NotebookExecutionManager", folder: str, limit: float | None) -
     except BaseException:
         if z.alive: z.stop(folder)
         raise
-    if read_json(Path(folder)/store.RUN, None) is None:
+    if (run := read_json(Path(folder)/store.RUN, None)) is None:
         raise RuntimeError(f"the run's supervisor ended with code {code}")
     _take_over(nb_man, nbformat.read(Path(folder)/store.NOTEBOOK, as_version=4))
+    if run["error"] and run["error"]["ename"] == "DeadKernelError":  # no cell shows it
+        from nbclient.exceptions import DeadKernelError
+        raise DeadKernelError(run["error"]["evalue"])
 
 # %% ../../../nbs/core/engine/11_papermill.ipynb #b40f6c63
 @functools.lru_cache(None)

@@ -92,7 +92,7 @@ def series(self: Run, name: str) -> "pd.DataFrame":
 # %% ../../../nbs/core/engine/09_result.ipynb #701db551
 PRINTED = ("key", "status", "chapter", "params", "metrics", "claims", "notebook", "dir", "seconds",
            "cpu", "rss", "error", "id", "preset", "started", "artifacts", "artifact_url",
-           "elsewhere", "inputs")
+           "elsewhere", "inputs", "exit")
 
 @patch
 def to_dict(self: Run) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def make_shell() -> "InteractiveShell":
     """Make the process's one shell: ipykernel's own, whose kernel speaks through a `Wire`.
 
     It must be made in a process without threads, before any fork."""
+    if sys.path[:1] == [""]: del sys.path[0]
     app = _quiet_app()
+    app.init_path()  # what lies beside the notebook comes after the standard library
     app.init_pdb()
     session = Session(parent=app)
     with _without("debugpy"):
@@ -173,6 +175,8 @@ class Execution(Outputs):
         self.session = self.kernel.session
         self.cells: dict[str, int] = {}  # id of a request: its cell
         self.reply = self.shown_error = self.last_error = None
+        self.exited: int | None = None  # the cell that called `exit`
+        self.stopped = False            # by it
         self.context = copy_context()  # one for all cells, so a ContextVar keeps its value
         self.session.pid, self.kernel.iopub_socket.sink = os.getpid(), self.take
         self.journal = opened(Path(folder)/"journal.jsonl")
@@ -216,7 +220,7 @@ def _enter(self: Execution) -> None:
     loop = asyncio.get_running_loop()
     asyncio.set_event_loop(loop)
     self.kc, self.kernel.io_loop = _FrontEnd(self.kernel, loop), AsyncIOMainLoop()
-    self.kernel.io_loop.stop = lambda: None  # `exit` stops a kernel's loop; here `run` sees it
+    self.kernel.io_loop.stop = lambda: setattr(self, "stopped", True)  # by `exit`, .1 s later
     sys.stdout, sys.stderr = self.tape.stdout, self.tape.stderr
     launcher = Path(ipykernel.__file__).parents[1]/"ipykernel_launcher.py"
     connection = f"{tempfile.gettempdir()}/tmpnokernel.json"
@@ -229,17 +233,22 @@ def _enter(self: Execution) -> None:
 async def run(self: Execution) -> dict[str, Any] | None:
     """Execute every code cell in order; stop at the first error that no tag allows.
 
-    Returns None, or `{ename, evalue, cell, line}` with the cell's index from 0, its line from 1."""
+    Returns None, or `{ename, evalue, cell, line}` with the cell's index from 0, its line from 1.
+    As a kernel does, it goes on for a tenth of a second after `exit`; then it is dead."""
     self._enter()
     for index, cell in enumerate(self.nb.cells):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type != "code" or not cell.source.strip(): continue
         if self.skip_cells_with_tag in tags: continue
+        if self.stopped:
+            said = "`exit` ended the kernel before the notebook's end"
+            return {"ename": "DeadKernelError", "evalue": said, "cell": self.exited, "line": None}
         if self.on_cell: self.on_cell(index)
         error = await self.run_one(index, cell)
         if error and "raises-exception" not in tags: return error
         if self.shell.exit_now:
-            return {"ename": "SystemExit", "evalue": "0", "cell": index, "line": None}
+            self.exited = index if self.exited is None else self.exited
+            await asyncio.sleep(.001)  # lets the loop look at its clock
     return None
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #632ccc91

@@ -88,7 +88,8 @@ def finish(spec: Mapping[str, Any], watched: "Supervisor", starved_by_kernel: bo
     if error: error["cell"] = source_index(error["cell"], spec["injected"])
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     store.finish(folder, status=status, error=error, seconds=seconds,
-                 cpu=usage.ru_utime + usage.ru_stime, rss=max(usage.ru_maxrss << 10, watched.peak))
+                 cpu=usage.ru_utime + usage.ru_stime, rss=max(usage.ru_maxrss << 10, watched.peak),
+                 left=(outcome or {}).get("exit"))
 
 # %% ../../../nbs/core/engine/06_supervise.ipynb #988081b3
 class Supervisor:

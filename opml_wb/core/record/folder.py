@@ -92,15 +92,16 @@ def summary(folder: str | os.PathLike) -> dict[str, Any]:
 
 # %% ../../../nbs/core/record/04_folder.ipynb #9bf0cd6d
 def finish(folder: str | os.PathLike, *, status: str, error: dict | None, seconds: float,
-           cpu: float, rss: float) -> dict[str, Any]:
+           cpu: float, rss: float, left: dict | None = None) -> dict[str, Any]:
     """Write a run's last word, `run.json`, from its request, its log and its end; scratch files go.
 
-    `seconds`: wall time; `cpu`: user + system seconds of its tree; `rss`: peak bytes. Returns the
-    document."""
+    `seconds`: wall time; `cpu`: user + system seconds of its tree; `rss`: peak bytes; `left`: where
+    the notebook itself ended the run, `{cell, after}`: the cell's index, and how many cells after
+    it were not executed. Returns the document."""
     folder = Path(folder)
     cost = {"seconds": round(seconds, 4), "cpu": round(cpu, 4), "rss": int(rss)}
     doc = {**read_json(folder/REQUEST), **summary(folder), "status": status, "error": error,
-           "ended": time.time(), **cost}
+           "ended": time.time(), **cost, **({"exit": left} if left else {})}
     for name in (LOG, NOTEBOOK):
         if (folder/name).exists(): fsync(folder/name)
     write_json(folder/RUN, plain(doc))

@@ -133,6 +133,13 @@ def _said(error: Mapping) -> str:
     where = "" if error.get("cell") is None else f" in cell {error['cell']}{line}"
     return plain(f"{error['ename']}: {error['evalue']}{where}")
 
+# %% ../../../nbs/core/show/02_terminal.ipynb #3f3f18a5
+def _left(done: "Run") -> str:
+    "Say that the notebook ended the run before its last cell; empty if it didn't."
+    left = done.doc.get("exit") or {}
+    n = left.get("after")
+    return f"ended by exit in cell {left['cell']}: {n} code cell(s) after it not run" if n else ""
+
 # %% ../../../nbs/core/show/02_terminal.ipynb #fec077f5
 def brief(done: "Run", stderr: bool = False) -> None:
     "Print a run in a few lines: status, cost, error, the first metrics, its notebook."
@@ -141,6 +148,7 @@ def brief(done: "Run", stderr: bool = False) -> None:
     if done.seconds is not None: cost = f"{done.seconds:.1f} s, {mib:.0f} MiB"
     out.print(f"{plain(done.chapter)}  {status(done.status)}  {done.key[:10]}  {cost}")
     if done.error: out.print(f"  [red]{_said(done.error)}[/]")
+    if _left(done): out.print(f"  [yellow]{_left(done)}[/]")
     for name, value in list(done.metrics.items())[:8]:
         out.print(f"  {plain(name)} = {number(value)}")
     if len(done.metrics) > 8:
@@ -185,6 +193,7 @@ def show_run(done: "Run") -> None:
         cost = f"{done.seconds:.1f} s wall, {done.cpu:.1f} s CPU, {mib:.0f} MiB peak"
     out.print(f"\n[bold]{plain(done.chapter)}[/]  {status(done.status)}  key {done.key}  {cost}")
     if done.error: out.print(f"[red]{_said(done.error)}[/]")
+    if _left(done): out.print(f"[yellow]{_left(done)}[/]")
     metrics = [_values("metric", done.metrics)] if done.metrics else []
     out.print(Columns([_values("parameter", done.params), *metrics]))
     if done.claims:
