@@ -59,6 +59,22 @@ def test_imports_that_cannot_be_seen_are_watched(home, notebook, tmp_path, code)
         assert run(nb).status == "cached"
 
 
+@pytest.mark.parametrize("name", ["tests", "conftest", "utils", "data", "setup", "nbs"])
+def test_a_module_of_the_users_own_is_the_users(home, notebook, tmp_path, name):
+    "Whatever our own folder holds: beside the notebook it is found, elsewhere nothing of ours is."
+    code = f"import {name}\nfrom opml_wb import log\nlog.metric('x', {name}.x)"
+    (tmp_path / f"{name}.py").write_text("x = 3")
+    r = run(notebook("n = 1", code))
+    assert (r.status, r.metrics) == ("done", {"x": 3})
+
+
+def test_nothing_of_our_folder_is_on_the_path_of_imports(home, notebook):
+    from conftest import ROOT
+    code = f"import os, sys\nassert not [p for p in sys.path if os.path.realpath(p) == {str(ROOT)!r}], sys.path"
+    code += "\nassert sys.path.index('') > sys.path.index(os.path.dirname(os.__file__)), sys.path  # as a kernel has it"
+    assert run(notebook("n = 1", code)).error is None
+
+
 def test_a_rerun_of_an_executed_notebook_tells_the_new_figures(home, notebook, tmp_path):
     import papermill
     r = run(notebook("i = 0", L + "log.metric('i', i)"), i=1)

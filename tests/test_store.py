@@ -341,3 +341,66 @@ def test_a_lost_folder_is_said_and_no_answer(typed, home, notebook):
     assert Store(home).ls()[0]["lost"] and "lost" in typed("ls").stdout
     assert run(nb).status == "done"
     assert "its folder is gone" in typed("gc").stdout and Store(home).count() == 1
+
+
+@pytest.mark.parametrize("whole", [b"", b"{\"id\": \"2026", b"\x00\xff\x01" * 9, b"null", b"[1]", b"{}", None])
+def test_a_damaged_record_is_shown_as_damaged(index, home, typed, whole):
+    store = Store(home)
+    folder, other = record(store), record(store, "other")
+    if whole is None: (folder / s.RUN).unlink()
+    else: (folder / s.RUN).write_bytes(whole)
+    for again in range(2 if whole is not None else 1):      # before and after the index is made anew
+        listed = {d["id"]: d for d in json.loads(typed("ls", "--json").stdout)}
+        assert listed[folder.name]["status"] == "damaged" and listed[other.name]["status"] == "done"
+        assert "run.json" in listed[folder.name]["error"]["evalue"]
+        assert store.done("k") == [] and len(store.done("other")) == 1      # it is no answer
+        for args in (["ls"], ["show", folder.name], ["compare", folder.name, other.name]):
+            done = typed(*args)
+            assert done.returncode == 0 and ("damaged" in done.stdout or args[0] == "compare"), done.stderr
+        assert store.reindex() == (2, [])
+    assert "removed 1" in typed("rm", folder.name).stdout
+
+
+def test_a_record_without_its_request_is_damaged_too(home):
+    folder = record(Store(home))
+    for name in (s.RUN, s.REQUEST): (folder / name).write_text("{")
+    assert Store(home).reindex() == (1, [])
+    [doc] = Store(home).ls()
+    assert (doc["status"], doc["id"], doc["chapter"]) == ("damaged", folder.name, "?")
+
+
+def powerless():
+    "Take from a root process what lets it pass permissions: capabilities 1 to 3, at its next exec."
+    import ctypes
+    for capability in (1, 2, 3):
+        if os.getuid() == 0 and ctypes.CDLL(None).prctl(24, capability, 0, 0, 0): os._exit(99)
+
+
+@sqlite
+@pytest.mark.parametrize("log", ["beside", "without its index", "none"])
+def test_a_read_only_home_can_be_read(home, opml, notebook, log):
+    nb = notebook("n = 1")
+    first = run(nb, n=2)
+    writer = Store(home)
+    second = record(writer, "k2", lines=[point()])      # in the write-ahead log, while `writer` is open
+    if log == "none": writer.db.close()
+    if log == "without its index": (home / "opml.db-shm").unlink()
+    assert (home / "opml.db-wal").exists() == (log != "none")
+    paths = [home, *home.rglob("*")]
+    before = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in paths}
+    for p in paths: p.chmod(p.stat().st_mode & ~0o222)
+    try:
+        done = opml("ls", "--json", preexec_fn=powerless)
+        if done.returncode == 99: pytest.skip("root here cannot be made to respect permissions")
+        assert {d["id"] for d in json.loads(done.stdout)} == {first.doc["id"], second.name}, done.stderr
+        if log != "beside": return
+        for args, said in ((["show", "k2"], "loss"), (["claims"], "no claims"), (["compare", first.key, "k2"], "loss"), (["run", nb, "n=2"], "cached")):
+            done = opml(*args, preexec_fn=powerless)
+            assert done.returncode == 0 and said in done.stdout, done.stderr
+        for args in (["run", nb, "n=3"], ["rm", "k2"], ["gc"], ["reindex"], ["sweep", nb, "n=2,3"]):
+            done = opml(*args, preexec_fn=powerless)
+            assert done.returncode == 2 and "is read-only" in done.stderr and str(home) in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr
+    finally:
+        for p, (mode, _) in before.items(): p.chmod(mode)
+    assert {p: p.stat().st_mtime_ns for p in paths} == {p: t for p, (_, t) in before.items()}

@@ -407,3 +407,22 @@ def test_gc_drops_sources_that_no_run_names(home, typed, notebook, tmp_path):
     assert "would remove 1 kept source" in typed("gc", "--dry-run").stdout and len(list((home / "sources").iterdir())) == 2
     assert "removed 1 kept source" in typed("gc").stdout
     assert {p.stem for p in (home / "sources").iterdir()} == {second.doc["files"]["helper_of_gc"]}
+
+
+def test_a_database_that_goes_in_mid_run_is_told_and_nothing_is_lost(homes, notebook, postgres, typed):
+    import psycopg
+    head, _, name = postgres.rpartition("/")
+    base = os.environ.get("OPML_TEST_PG") or f"{head}/postgres"
+    homes("a")
+    nb = notebook("n = 1", f"import psycopg\nwith psycopg.connect({base!r}, autocommit=True) as db: db.execute('drop database {name} with (force)')",
+                  "from opml_wb import log\nlog.metric('m', 2)")
+    try:
+        done = typed("run", nb, "--json")
+        r = json.loads(done.stdout)
+        assert (done.returncode, r["status"], r["metrics"]) == (0, "done", {"m": 2}), done.stderr
+        assert f"run {r['id']} has ended, done, and is recorded in {r['dir']}" in done.stderr and "`opml reindex` brings it in" in done.stderr
+        assert "***" in done.stderr and json.loads(Path(r["dir"], "run.json").read_text())["status"] == "done"
+        with pytest.raises(StoreError): Store()
+    finally:
+        with psycopg.connect(base, autocommit=True) as db: db.execute(f"create database {name}")
+    assert Store.rebuilt()[0] == 1 and [d["id"] for d in Store().ls()] == [r["id"]]

@@ -72,11 +72,12 @@ def new(name: str, folder: str | os.PathLike | None = None) -> Path:
     check_name(name)
     path, register = new_place(name, folder)
     if path.exists(): raise ChapterError(f"{path} is there already; nothing was written")
+    if register:  # makes the home, with what keeps it out of git
+        store.Store().must_write(f"the name {name!r} cannot be kept")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(skeleton(name), indent=1, ensure_ascii=False, sort_keys=True)
                + "\n")
     if register:
-        store.Store()  # makes the home, with what keeps it out of git
         write_json(store.home()/REGISTER, {**registered(), name: str(path)})
     return path
 

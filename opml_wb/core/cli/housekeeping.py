@@ -46,6 +46,7 @@ def gc(dry_run: bool, older_than: str | None) -> None:
     from opml_wb.core.record.store import Store
     home, verb = Store(), "would remove" if dry_run else "removed"
     rows = home.garbage(span(older_than) if older_than else None)
+    if not dry_run: home.must_write("nothing can be removed")
     for run_id, why in rows: click.echo(f"{verb} {run_id}: {why}")
     gone = [run_id for run_id, _ in rows]
     if not dry_run: home.rm(gone)

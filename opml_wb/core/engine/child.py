@@ -105,7 +105,8 @@ def _execute(spec: dict[str, Any], shell: "InteractiveShell") -> dict[str, Any]:
     write_text(folder/store.NOTEBOOK, notebook_text(nb))
     outcome, cell = _outcome(error, execution.last_error), (error or {}).get("cell")
     if outcome["kind"] in (None, "exit") and cell is not None:
-        outcome["exit"] = {"cell": source_index(cell, spec["injected"]), "after": after(nb, cell)}
+        outcome["exit"] = {"cell": source_index(cell, spec["injected"]),
+                           "after": after(nb, execution.at)}
     return outcome
 
 # %% ../../../nbs/core/engine/05_child.ipynb #c72e4f11

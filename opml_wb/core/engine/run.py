@@ -182,6 +182,23 @@ def _keep_sources(plan: RunRequest, root: Path) -> None:
         if hashlib.sha256(data).hexdigest()[:20] != sha: continue  # edited since the key was made
         with replacing(to, durable=False) as part: part.write_bytes(data)
 
+# %% ../../../nbs/core/engine/10_run.ipynb #64aedb4f
+def _index(home: store.Store, folder: Path) -> store.Store:
+    """Index the ended run in `folder`; returns the store that did it, a new one if need be.
+
+    Where the index doesn't answer any more, a warning says that the run is on disk only."""
+    for attempt in (home, None):
+        try:
+            home = attempt or store.Store(home.root)  # the run may have removed the index
+            home.index(folder)
+            _tell_indexed(home, folder)
+            return home
+        except store.StoreError as e: why = str(e).removesuffix(store.SAFE)
+    status = read_json(folder/store.RUN)["status"]
+    warnings.warn(f"run {folder.name} has ended, {status}, and is recorded in {folder}, but the "
+                  f"index doesn't know it: {why}. Nothing is lost: `opml reindex` brings it in.")
+    return home
+
 # %% ../../../nbs/core/engine/10_run.ipynb #aa14e505
 def _announced(watch: Callable[[Path], None], folder: Path, home: store.Store) -> None:
     "Tell `watch` of the run before it begins; one that is stopped here is not recorded."
@@ -227,11 +244,7 @@ def execute(plan: RunRequest, *, force: bool = False, watch: Callable[[Path], No
     finally:
         if (folder/store.RUN).is_file():
             store.ship(folder)
-            try: home.index(folder)
-            except store.StoreError:  # the run removed the index
-                home = store.Store(home.root)
-                home.index(folder)
-            _tell_indexed(home, folder)
+            home = _index(home, folder)
     return Run(home.placed(read_json(folder/store.RUN)))
 
 # %% ../../../nbs/core/engine/10_run.ipynb #53782d68

@@ -176,7 +176,7 @@ class Execution(Outputs):
         self.cells: dict[str, int] = {}  # id of a request: its cell
         self.reply = self.shown_error = self.last_error = None
         self.exited: int | None = None  # the cell that called `exit`
-        self.stopped = False            # by it
+        self.stopped, self.at = False, 0  # by it; the cell that was executed last
         self.context = copy_context()  # one for all cells, so a ContextVar keeps its value
         self.session.pid, self.kernel.iopub_socket.sink = os.getpid(), self.take
         self.journal = opened(Path(folder)/"journal.jsonl")
@@ -244,6 +244,7 @@ async def run(self: Execution) -> dict[str, Any] | None:
             said = "`exit` ended the kernel before the notebook's end"
             return {"ename": "DeadKernelError", "evalue": said, "cell": self.exited, "line": None}
         if self.on_cell: self.on_cell(index)
+        self.at = index
         error = await self.run_one(index, cell)
         if error and "raises-exception" not in tags: return error
         if self.shell.exit_now:

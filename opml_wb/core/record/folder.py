@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['REQUEST', 'RUN', 'NOTEBOOK', 'LOG', 'PROGRESS', 'OUTCOME', 'ARTIFACTS', 'SCRATCH', 'KEPT', 'TRIALS', 'PLACE',
-           'FIELDS', 'home', 'read_id', 'identity', 'sum_up', 'summary', 'finish', 'run_document', 'ship', 'at_hand',
-           'readable', 'append', 'plain', 'read_json', 'read_lines', 'write_json', 'write_text', 'boot', 'born']
+           'FIELDS', 'NEEDED', 'home', 'read_id', 'identity', 'sum_up', 'summary', 'finish', 'damaged_document',
+           'run_document', 'ship', 'at_hand', 'readable', 'append', 'plain', 'read_json', 'read_lines', 'write_json',
+           'write_text', 'boot', 'born']
 
 # %% ../../../nbs/core/record/04_folder.ipynb #0edbe6ff
-import os, secrets, tempfile, time, warnings
-from collections.abc import Iterable
+import json, os, re, secrets, tempfile, time, warnings
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def identity(root: str | os.PathLike) -> str | None:
 
     A copied home is the same home until this file is removed."""
     path = Path(root)/"identity"
-    if read_id(root) is None:
+    if read_id(root) is None and database.writable(root):
         part = path.with_name(f".identity.{secrets.token_hex(4)}")
         part.write_text(secrets.token_hex(8))
         try: os.link(part, path)
@@ -109,13 +110,50 @@ def finish(folder: str | os.PathLike, *, status: str, error: dict | None, second
     return doc
 
 # %% ../../../nbs/core/record/04_folder.ipynb #4f1b237e
+NEEDED = {"id", "key", "chapter", "params", "started"}  # of a request
+_ID = re.compile(r"(\d{8}-\d{6})-(\w{8})-[0-9a-f]{6}")    # of a run
+
+def _record(file: Path, needed: Set[str] = frozenset(NEEDED)) -> tuple[dict | None, str]:
+    "Read a run's JSON file: (document, ''), or (None, what is wrong with it)."
+    try: data = file.read_bytes()
+    except FileNotFoundError: return None, "is gone"
+    except OSError as e: return None, f"cannot be read ({e.strerror})"
+    if not data: return None, "is empty"
+    try: doc = json.loads(data.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError):
+        return None, f"is cut short or overwritten ({len(data)} bytes that are no JSON)"
+    if not isinstance(doc, dict) or not needed <= set(doc): return None, "is no record of a run"
+    return doc, ""
+
+# %% ../../../nbs/core/record/04_folder.ipynb #9307496a
+def damaged_document(folder: Path, why: str, request: dict | None) -> dict[str, Any] | None:
+    "Make the document of the run in `folder` whose record is damaged; None if it is no run."
+    named = _ID.fullmatch(folder.name)
+    if request is None and not named: return None
+    said = (f"{folder/RUN} {why}; what else is in its folder is whole or not, nobody knows. "
+            "Put the file back from a copy and `opml reindex`, or `opml rm` it.")
+    error = {"kind": "record", "ename": "DamagedRecord", "evalue": said, "cell": None, "line": None,
+             "signal": None, "exitcode": None}
+    if request is None and named:
+        began = time.mktime(time.strptime(named[1], "%Y%m%d-%H%M%S"))
+        request = {"id": folder.name, "key": named[2], "chapter": "?", "params": {}}
+        request["started"] = began
+    try: found = summary(folder)
+    except (OSError, AttributeError, TypeError): found = sum_up(())
+    return {**(request or {}), **found, "status": "damaged", "error": error}
+
+# %% ../../../nbs/core/record/04_folder.ipynb #f48074cb
 def run_document(folder: Path) -> dict[str, Any] | None:
-    "Read the document of the run in `folder`, `running` if it has not ended; None if it is no run."
-    try: doc = read_json(folder/RUN, None) or {**read_json(folder/REQUEST), "status": "running"}
-    except (OSError, ValueError, TypeError): return None
-    needed = {"id", "key", "chapter", "params", "status", "started"}
-    whole = isinstance(doc, dict) and needed <= set(doc) and doc["id"] == folder.name
-    return doc if whole else None
+    """Read the document of the run in `folder`: `running` if it has not ended, `damaged` if its
+    record cannot be read; None if it is no run."""
+    request, no_request = _record(folder/REQUEST)
+    doc, why = _record(folder/RUN, NEEDED | {"status"})
+    if doc is None and why == "is gone":
+        doc = request and {**request, "status": "running"}
+        if doc is None and no_request == "is gone": return None
+    found = request if doc is None else doc
+    if found and found["id"] != folder.name: return None
+    return doc or damaged_document(folder, why, request)
 
 # %% ../../../nbs/core/record/04_folder.ipynb #64962faa
 def ship(folder: str | os.PathLike) -> dict[str, Any]:

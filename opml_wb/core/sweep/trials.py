@@ -88,6 +88,7 @@ class Trials:
 
     def __init__(self, spec: SweepSpec, executor: Any) -> None:
         self.spec, self.executor, self.home = spec, executor, store.Store()
+        self.home.must_write("a sweep cannot be recorded")
         self.locks, self.opened = TrialLocks(self.home, spec.id), self.home.db.now()
         self.open = dict.fromkeys(range(spec.n))
         self.results: dict[int, Run] = {}
