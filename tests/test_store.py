@@ -346,7 +346,8 @@ def test_a_lost_folder_is_said_and_no_answer(typed, home, notebook):
 @pytest.mark.parametrize("whole", [b"", b"{\"id\": \"2026", b"\x00\xff\x01" * 9, b"null", b"[1]", b"{}", None])
 def test_a_damaged_record_is_shown_as_damaged(index, home, typed, whole):
     store = Store(home)
-    folder, other = record(store), record(store, "other")
+    found = {"code": "", "files": {}, "env": {}, "data": {}}
+    folder, other = record(store, **found), record(store, "other", **found)
     if whole is None: (folder / s.RUN).unlink()
     else: (folder / s.RUN).write_bytes(whole)
     for again in range(2 if whole is not None else 1):      # before and after the index is made anew
@@ -382,7 +383,7 @@ def test_a_read_only_home_can_be_read(home, opml, notebook, log):
     nb = notebook("n = 1")
     first = run(nb, n=2)
     writer = Store(home)
-    second = record(writer, "k2", lines=[point()])      # in the write-ahead log, while `writer` is open
+    second = record(writer, "k2", lines=[point()], code="", files={}, env={}, data={})      # in the write-ahead log, while `writer` is open
     if log == "none": writer.db.close()
     if log == "without its index": (home / "opml.db-shm").unlink()
     assert (home / "opml.db-wal").exists() == (log != "none")

@@ -137,7 +137,7 @@ def damaged_document(folder: Path, why: str, request: dict | None) -> dict[str, 
     if request is None and named:
         began = time.mktime(time.strptime(named[1], "%Y%m%d-%H%M%S"))
         request = {"id": folder.name, "key": named[2], "chapter": "?", "params": {}}
-        request["started"] = began
+        request |= {"started": began, "code": "", "files": {}, "env": {}, "data": {}}
     try: found = summary(folder)
     except (OSError, AttributeError, TypeError): found = sum_up(())
     return {**(request or {}), **found, "status": "damaged", "error": error}
