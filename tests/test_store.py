@@ -359,7 +359,7 @@ def test_a_damaged_record_is_shown_as_damaged(index, home, typed, whole):
             done = typed(*args)
             assert done.returncode == 0 and ("damaged" in done.stdout or args[0] == "compare"), done.stderr
         assert store.reindex() == (2, [])
-    assert "removed 1" in typed("rm", folder.name).stdout
+    if whole is not None: assert "removed 1" in typed("rm", folder.name).stdout
 
 
 def test_a_record_without_its_request_is_damaged_too(home):
@@ -384,9 +384,8 @@ def test_a_read_only_home_can_be_read(home, opml, notebook, log):
     first = run(nb, n=2)
     writer = Store(home)
     second = record(writer, "k2", lines=[point()], code="", files={}, env={}, data={})      # in the write-ahead log, while `writer` is open
-    if log == "none": writer.db.close()
-    if log == "without its index": (home / "opml.db-shm").unlink()
-    assert (home / "opml.db-wal").exists() == (log != "none")
+    if log == "none": writer.db.execute("pragma wal_checkpoint(truncate)")
+    for end in {"none": ("-wal", "-shm"), "without its index": ("-shm",)}.get(log, ()): (home / f"opml.db{end}").unlink()
     paths = [home, *home.rglob("*")]
     before = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in paths}
     for p in paths: p.chmod(p.stat().st_mode & ~0o222)

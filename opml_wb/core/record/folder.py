@@ -111,7 +111,7 @@ def finish(folder: str | os.PathLike, *, status: str, error: dict | None, second
 
 # %% ../../../nbs/core/record/04_folder.ipynb #4f1b237e
 NEEDED = {"id", "key", "chapter", "params", "started"}  # of a request
-_ID = re.compile(r"(\d{8}-\d{6})-(\w{8})-[0-9a-f]{6}")    # of a run
+_ID = re.compile(r"(\d{8}-\d{6})-(\w{1,8})-[0-9a-f]{6}")    # of a run
 
 def _record(file: Path, needed: Set[str] = frozenset(NEEDED)) -> tuple[dict | None, str]:
     "Read a run's JSON file: (document, ''), or (None, what is wrong with it)."
