@@ -4,7 +4,7 @@
    notebook that it asks for. */
 (() => {
 "use strict"
-const here = document.currentScript.src.replace(/[^/]*$/, "")
+const here = (document.currentScript.src || "./").replace(/[^/]*$/, "")
 const VIEW = "application/vnd.jupyter.widget-view+json", STATE = "application/vnd.jupyter.widget-state+json"
 const PLOTLY = "application/vnd.plotly.v1+json"
 const saved = mime => [...document.querySelectorAll(`script[type="${mime}"]`)]
@@ -155,9 +155,11 @@ document.addEventListener("DOMContentLoaded", async () => {
   for (const box of document.querySelectorAll(".opml-fig")) {
     const figure = JSON.parse(box.querySelector("script").textContent)
     box.replaceChildren()
-    await draw(box, figure)
     const form = box.previousElementSibling
-    if (form?.matches(".opml-play")) await playable(form, box, figure)
+    try {
+      await draw(box, figure)
+      if (form?.matches(".opml-play")) await playable(form, box, figure)
+    } catch (error) { console.error(error) }        // one figure that can't be drawn takes no other with it
   }
   const [state] = saved(STATE), views = saved(VIEW)
   if (state && views.length) await widgets(JSON.parse(state.textContent), views)
