@@ -253,6 +253,9 @@ def test_ls_show_rm(typed, run_json, demo, notebook, home):
 
     key = runs[1]["key"]
     assert strict(typed("show", key[:8], "--json").stdout) == {**runs[1]}
+    page = home/"page.html"
+    typed("show", key[:8], "--html", str(page))
+    assert "shown in the notebook only" in page.read_text() and "<script src" not in page.read_text()
     for word in ("speed-up", "square", "other data"): assert word in typed("show", key).stdout
     assert typed("rm", key).returncode == 0 and not Path(runs[1]["dir"]).exists()
     assert typed("show", key).returncode == 2 and len(strict(typed("ls", "--json").stdout)) == 3

@@ -128,11 +128,18 @@ def ls(limit: int, chapter: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
-def show(key: str, as_json: bool) -> None:
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Write the run's notebook as one page that needs no kernel and no network.")
+def show(key: str, as_json: bool, page: str | None) -> None:
     "The newest run of KEY (its first characters are enough)."
     from opml_wb.core.engine.run import Run
     from opml_wb.core.record.store import Store
     done = Run(Store().get(key)[0])
+    if page:
+        from opml_wb.core.site.one_page import write_page
+        name = done.doc["chapter"]
+        write_page(done.notebook, page, name, f"{name}, run {done.key[:10]}, {done.status}")
+        click.echo(f"  page      {page}", err=as_json)
     terminal.print_json(done.to_dict()) if as_json else terminal.show_run(done)
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #bdf2d78d
