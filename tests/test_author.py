@@ -101,6 +101,17 @@ def test_lab_opens_a_copy(command, tmp_path):
     assert command("lab", "nowhere", "--copy", tmp_path / "copy").returncode == 2
 
 
+def test_lab_leaves_the_chapters_alone(command, home, notebook):
+    "By default copies in the home are opened, a notebook of one's own is opened itself."
+    from opml_wb.core.cli.author import copy_of
+    assert command("lab", "riann", "--version").returncode == 0
+    copy = home/"lab"/"07_riann.ipynb"
+    assert copy.exists() and copy_of("riann", None) == copy
+    own = notebook("n = 1")
+    assert str(copy_of(str(own), None)) == str(own)
+    assert command("lab", "riann", "--edit", "--copy", home/"x", "--version").returncode == 2
+
+
 def test_doctor(command, tmp_path, home):
     done = command("doctor")
     assert done.returncode == 0, done.stdout
