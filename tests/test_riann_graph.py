@@ -227,7 +227,7 @@ def test_linking_in_pieces_gives_the_graph_of_one_insertion(sift):
     whole, pieces = DynamicHNSW(128), DynamicHNSW(128)
     whole.insert(x, ids, 8, 30)
     pieces.place(x, ids)
-    assert (pieces.search(x, 1, 1)[0][:, 0] == ids).all() and pieces.waiting == 1000 and pieces.layers() == []
+    assert (pieces.search(near(x), 1, 1)[0][:, 0] == ids).all() and pieces.waiting == 1000 and pieces.layers() == []
     while pieces.waiting: pieces.link(8, 30, 77)
     assert state(whole) == state(pieces) and pieces.layers()[0][0] == 1000
 

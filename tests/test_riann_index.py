@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 
+from test_riann_graph import near
+
 from opml_wb.core.record.data import path
 from opml_wb.riann.lab import bench
 from opml_wb.riann.graph.exact import ground_truth, recall
@@ -19,6 +21,11 @@ from opml_wb.riann.graph.kernels import WAIT
 from opml_wb.riann.disk.store import IndexStore
 from opml_wb.riann.models.plan import Infeasible, Requirement
 from opml_wb.riann.models.timemodel import TimeModel
+
+
+def found(index, x, ids, ef=None):
+    "Share of the vectors that come first to a query beside them; the very vector would be looked up in a table, whatever the graph is like."
+    return (index.search(near(x), 1, ef)[0][:, 0] == ids).mean()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_bad_batches_change_nothing(sift, tmp_path, case, flat):
         assert index.store.seq == seq and len(index) == 600
         assert all((a == b).all() for a, b in zip(before, index.search(q, 5)))
         index.add(x[600:650], np.arange(600, 650))
-        assert index.search(x[600:650], 1)[0][:, 0].tolist() == list(range(600, 650))
+        assert found(index, x[600:650], np.arange(600, 650)) > .97
 
 
 def test_other_bad_arguments(sift):
@@ -106,7 +113,7 @@ def test_flat_then_graph(sift):
     for i in range(0, 3000, 250):
         report = index.add(x[i:i + 250], np.arange(i, i + 250))
         assert report.satisfied and report.deferred == 0 and index.graph.waiting == (i + 250 if i + 250 <= 1000 else 0)
-        assert (index.search(x[i:i + 250], 1)[0][:, 0] == np.arange(i, i + 250)).all()
+        assert found(index, x[i:i + 250], np.arange(i, i + 250)) > .98
         if i + 250 <= 1000: assert (index.search(q, 10)[0] == ground_truth(x[:i + 250], q, 10)[0]).mean() > .999   # but for ties
     assert recall(index.search(q, 10)[0], ground_truth(x[:3000], q, 10)[0]) > .97
 
@@ -131,7 +138,7 @@ def test_what_cannot_be_kept_is_said(sift):
     report = index.add(x[4000:5000], np.arange(4000, 5000), deadline_s=.003)
     assert not report.feasible and "deadline" in report.reason and report.satisfied == (report.elapsed_s <= .003)
     assert report.deferred > 0 or not report.satisfied
-    assert (index.search(x[4000:5000], 1)[0][:, 0] == np.arange(4000, 5000)).all()
+    assert found(index, x[4000:5000], np.arange(4000, 5000)) > .99
     assert filled(x, 100, requirement=Requirement(recall=.9)).plan(100).check().feasible
     for need, says in (Requirement(recall=1.), "recall"), (Requirement(query_s=1e-9), "query_s"):
         plan = filled(x, 4000, requirement=need, flat_below=0).plan(10)
@@ -175,7 +182,7 @@ def test_update_and_remove(sift, tmp_path):
         index.remove(np.arange(1500, 2000))
         now = np.concatenate([x[3000:3500], x[500:1500]])
         assert len(index) == 1500 and recall(index.search(q, 10)[0], ground_truth(now, q, 10)[0]) > .97
-        assert (index.search(x[3000:3500], 1)[0][:, 0] == np.arange(500)).all()
+        assert found(index, x[3000:3500], np.arange(500)) > .98
         index.close()
         with pytest.raises(ValueError, match="closed"): index.add(x[:1], [9999])
         with Riann.open(folder) as again:
@@ -197,7 +204,7 @@ def test_opening(sift, tmp_path):
         got = again.search(q, 10, 80)
         assert (got[0] == want[0]).mean() > .99
         again.add(x[3100:3200], np.arange(3100, 3200))
-        assert (again.search(x[:3200], 1, 80)[0][:, 0] == np.arange(3200)).all()
+        assert found(again, x[:3200], np.arange(3200), 80) > .99
 
 
 def test_no_xgboost_where_it_is_used(sift, tmp_path):
@@ -260,7 +267,7 @@ def test_killed_at_any_moment(tmp_path):
             assert len(lost) <= 1 and lost <= {last - 1}, lost                # a removal may have been written and not yet said
             assert not more or more == set(range(last, last + len(more))) and len(more) < 60, more
             every = np.array(sorted(have))
-            assert (index.search(x[every], 1, 100)[0][:, 0] == every).all()
+            assert (index.search(x[every] + np.float32(1e-3), 1, 100)[0][:, 0] == every).all()   # beside them: not looked up
         known, start = have, max([last, *[i + 1 for i in more]])
     assert len(known) > 200
 
@@ -478,7 +485,8 @@ def test_odd_arguments_of_the_protocols(sift):
                        (lambda: bench.oracle_grid((x, q), [9000]), "sizes"), (lambda: bench.oracle_grid((x, q), []), "sizes"),
                        (lambda: bench.oracle_grid((x, q), [100], dict(deg=(), cand=(10,), ef=(30,))), "grid")]:
         with pytest.raises(ValueError, match=says): call()
+    with pytest.raises(ValueError, match="of: expected RIANN, default or both"): bench.protocol_b((x, q), of=["hnswlib"])
     df = bench.protocol_b((x, q), deadlines=(.5,), sizes=[40])
-    assert len(df) == 2 and len(bench.kept(df)) == 2
+    assert len(df) == 4 and len(bench.kept(df)) == 4 and df.deadline_s.nunique() == 2
     for option in dict(usual="another"), dict(skip=5):
         with pytest.raises(ValueError, match=list(option)[0]): bench.kept(df, **option)
