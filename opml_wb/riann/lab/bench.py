@@ -110,9 +110,10 @@ def protocol_b(data: Data, deadlines: Sequence[float] = (.75, .55, .35),
 
 # %% ../../../nbs/riann/lab/03_bench.ipynb #0218d7d2
 def kept(df: "pd.DataFrame", usual: str = DEFAULT.name, skip: int = 0) -> "pd.DataFrame":
-    """Sum up each deadline (of, level) and arm of `protocol_b`: satisfied, wholly (with none of the
-    batch waiting for the graph, too) as shares of all batches; recall_loss (mean over steps from `skip` on, of the default's recall at the same
-    step); query_ratio (median over the default's); deferred (share of vectors)."""
+    """Sum up each deadline (of, level) and arm of `protocol_b`: satisfied, wholly (and none of the
+    batch waits for the graph) as shares of all batches; recall_loss (mean over steps from `skip`
+    on, of the default's recall at the same step); query_ratio (median over the default's);
+    deferred (share of vectors)."""
     import pandas as pd
     if usual not in set(df.arm):
         raise ValueError(f"usual: there is no arm {usual!r}, only {sorted(set(df.arm))}")
