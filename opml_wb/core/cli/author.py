@@ -191,8 +191,8 @@ def lab_command(chapter: str | None, options: tuple[str, ...], folder: str | Non
                 edit: bool) -> None:
     """Open JupyterLab on copies of the chapters, or of CHAPTER.
 
-    Further options go to `jupyter lab`. A copy that was worked on stays; the others follow their chapters. A notebook of your own opens
-    itself."""
+    Further options go to `jupyter lab`. A copy that was worked on stays; the others follow their
+    chapters. A notebook of your own opens itself."""
     if chapter and chapter.startswith("-"): options, chapter = (chapter, *options), None
     if edit and folder: raise click.UsageError("--edit opens no copy: leave --copy out")
     target = find(chapter).path if chapter else folder_of("chapters")

@@ -41,6 +41,8 @@ COMMANDS = {
 MORE = {
     "sweep": (HERE + "running:sweep", "Run a chapter over a space of parameters; the same command "
               "resumes."),
+    "reproduce": (HERE + "reproduce:reproduce", "Run every chapter: all claims beside ours in one "
+                  "table, and one page."),
     "compare": (HERE + "looking:compare", "Runs side by side, and why two of them differ; --html "
                 "writes one page."),
     "rerun": (HERE + "running:rerun", "Repeat a run with its recorded parameters; say what has "
