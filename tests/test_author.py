@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 from conftest import ROOT
@@ -124,3 +125,58 @@ def test_doctor(command, tmp_path, home):
     sick = command("doctor", "--json", OPML_HOME=str(tmp_path / "file" / "home"))
     checks = {c["name"]: c for c in json.loads(sick.stdout)["checks"]}
     assert sick.returncode == 1 and checks["home"]["state"] == "bad" and "OPML_HOME" in checks["home"]["advice"]
+
+
+@pytest.fixture
+def small(command, tmp_path):
+    "small(name, *sources): a registered chapter of one's own with these cells."
+    import nbformat
+    def make(name, *sources):
+        assert command("new", name).returncode == 0
+        cells = [nbformat.v4.new_code_cell(s) for s in sources]
+        meta = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=meta), tmp_path / "work" / f"{name}.ipynb")
+    return make
+
+
+def test_reproduce_is_one_table_and_one_page(command, small, home):
+    claim = "from opml_wb import log\nlog.claim('speed', paper=2, measured={}, how='counted')"
+    small("good", claim.format(2))
+    small("bad", "1/0")
+    done = command("reproduce", "--only", "good,bad", "--json")
+    told = {o["chapter"]: o for o in json.loads(done.stdout)}
+    assert done.returncode == 1 and told["good"]["claims"][0]["verdict"] == "reproduced" and told["good"]["status"] == "done"
+    assert told["bad"]["status"] == "failed" and "ZeroDivisionError" in told["bad"]["error"]
+    page = (home / "reproduced.html").read_text()
+    assert "speed" in page and "failed: bad" in page and "<script" not in page and "http" not in page
+    again = command("reproduce", "--only", "good")
+    assert again.returncode == 0 and "cached" in again.stdout, again.stderr
+    assert json.loads(command("run", "good", "--json").stdout)["status"] == "cached"
+
+
+def test_reproduce_says_which_claim_fell(command, small, tmp_path):
+    import nbformat
+    small("good", "from opml_wb import log\nlog.claim('speed', paper=2, measured=2)")
+    assert command("reproduce", "--only", "good").returncode == 0
+    path = tmp_path / "work" / "good.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells[0].source = nb.cells[0].source.replace("measured=2", "measured=1")
+    nbformat.write(nb, path)
+    fell = command("reproduce", "--only", "good", "--json")
+    assert fell.returncode == 1
+    assert json.loads(fell.stdout)[0]["changes"] == ["fell: speed: not reproduced, reproduced before"]
+
+
+def test_reproduce_goes_on_after_a_kill(command, small, home, opml, tmp_path):
+    small("quick", "x = 1")
+    small("slow", f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(.05)")
+    words = "reproduce", "--only", "quick,slow", "--jobs", "1"
+    first = opml(*words, cwd=tmp_path / "work", env={"PYTHONPATH": str(ROOT)}, start=True)
+    deadline = time.monotonic() + 120
+    def ended(): return [r["chapter"] for r in json.loads(command("ls", "--json").stdout) if r["status"] == "done"]
+    while "quick" not in ended() and time.monotonic() < deadline: time.sleep(.2)
+    first.kill()
+    first.wait()
+    (tmp_path / "go").touch()
+    told = {o["chapter"]: o["status"] for o in json.loads(command(*words, "--json").stdout)}
+    assert told == {"quick": "cached", "slow": "done"}
