@@ -82,7 +82,7 @@ class Job:
     def __init__(self, number: int, path: str, mark: list[int], root: str | None,
                  folder: bool) -> None:
         self.number, self.path, self.mark, self.root = number, path, mark, root
-        self.folder, self.going, self.done, self.fd = folder, False, False, -1
+        self.folder, self.going, self.done, self.fd = folder, folder, False, -1
         self.sessions: list[Any] = []
         self.found: dict[str, Any] = {"v": None}
 
@@ -114,8 +114,14 @@ def want(self: Contents, session: Any, path: str, mark: list[int], root: str | N
         job.sessions.append(session)
         if job.done: session.learn(job)
     if going and not job.done: self.keep(job)
+    elif folder and not job.done: self.hasten(job)
     self.pump()
     return job
+
+@patch
+def hasten(self: Contents, job: Job) -> None:
+    "Put `job`, which a call waits for, before the others."
+    if job in self.queue: self.queue.remove(job); self.queue.appendleft(job)
 
 @patch
 def keep(self: Contents, job: Job) -> None:

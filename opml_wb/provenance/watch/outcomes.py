@@ -7,7 +7,7 @@ __all__ = ['Record', 'STEPS', 'COMMIT', 'RANK', 'REPORTED', 'Node', 'Names', 're
            'silently', 'looked_at', 'outcome', 'event', 'table_of', 'tables', 'with_versions', 'events']
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7efced2d
-import os, re
+import os, re, stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -185,8 +185,10 @@ def looked_at(path: str) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError, ValueError): return None
 
 def _is_folder(path: str) -> bool:
-    try: return patiently(path, lambda beat: os.path.isdir(path))
+    "True if a folder, no link to one, is at `path`."
+    try: found = looked_at(path)
     except OSError: return False
+    return found is not None and stat.S_ISDIR(found.st_mode)
 
 def _there(path: str | None) -> bool:
     "True if something is at `path`, or nobody can tell."

@@ -166,8 +166,8 @@ def asked(self: Session, fact: dict, path: str, most: int) -> "Job | None":
     "Have the content of `fact` hashed; the job, if the call may wait for it."
     o, mark = fact["o"], fact.get("s")
     if not self.contents or not mark or "v" in fact: return None
-    if not most and o in ("r", "rw", "ls"):
-        self.contents.want(self, path, mark, self.root, folder=o == "ls")
+    if o == "ls": return self.contents.want(self, path, mark, None, folder=True)
+    if not most and o in ("r", "rw"): self.contents.want(self, path, mark, self.root)
     elif most >= mark[2]:
         job = self.contents.want(self, path, mark, self.root, going=o in ("rm", "mv"))
         return None if job.going else job
@@ -223,8 +223,9 @@ def lose(self: Session, error: Exception) -> None:
 @patch
 def blind(self: Session, why: str, what: str, pid: int | None = None) -> None:
     "Write down that something happened, or may have, that isn't seen: `why` (a word), `what`."
-    if self.journal.ended or f"{why} {what}" in self.said: return
-    self.said.add(f"{why} {what}")
+    said = why if why in ("chroot", "namespace") else f"{why} {what}"    # what it starts is, too
+    if self.journal.ended or said in self.said: return
+    self.said.add(said)
     self.journal.write({"o": "blind", "why": why, "what": what, **self.when(pid)})
 
 @patch

@@ -157,7 +157,7 @@ def _orphaned(folder: Path, request: Mapping, began: float) -> None:
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #089c0bb1
 def shown(event: Mapping[str, Any]) -> dict[str, Any]:
     "An event as `opml trace --json` prints it."
-    same = {k: event[k] for k in ("version", "pid", "cell", "t")}
+    same = {k: event[k] for k in ("version", "was", "pid", "cell", "t")}
     return {"op": event["op"], "path": event["path"], "to": event["target"], **same}
 
 def _unrecorded(code: int, began: float, **more: Any) -> dict[str, Any]:
