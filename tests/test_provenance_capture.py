@@ -323,6 +323,247 @@ signal.setitimer(signal.ITIMER_REAL, 0)
     assert done.returncode == 0 and not found["partial"] and set(names(found["events"])) == {("created", p.name) for p in here.iterdir()} and len(found["events"]) == 190
 
 
+# nothing the watcher does makes a call wait
+
+def _within(opml, limit, *command, **options):
+    "The JSON object of a trace that must end within `limit` seconds; what it started is killed otherwise."
+    p = opml("trace", "--json", "--", *command, start=True, start_new_session=True, **options)
+    try: return json.loads(p.communicate(timeout=limit)[0])
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(p.pid).children(recursive=True): child.kill()
+        p.kill()
+        pytest.fail(f"{command} was still running after {limit} s")
+
+
+ODD = """
+import os, socket
+os.mkfifo('p'); os.rename('p', 'q'); os.link('q', 'r'); os.unlink('q'); os.unlink('r')
+socket.socket(socket.AF_UNIX).bind('s'); os.rename('s', 't'); os.unlink('t')
+open('file', 'w').write('1'); os.mkfifo('f'); os.rename('f', 'file'); os.unlink('file')
+os.mkfifo('g'); os.close(os.open('g', os.O_RDWR)); os.unlink('g')
+"""
+
+
+@told
+def test_what_is_no_file_is_never_opened(here, opml, notebook):
+    assert _within(opml, 60, "sh", "-c", "mkfifo p; rm p; mkfifo q; mv q r; rm r", cwd=here)["events"] == []
+    found = _within(opml, 60, *python(ODD), cwd=here)
+    assert not found["partial"] and found["events"] == []
+    os.rename(notebook("x = 1", "import os; os.mkfifo('p'); os.unlink('p'); open('a.txt', 'w').write('1')"), here / "nb.ipynb")
+    p = opml("run", "nb.ipynb", "--json", cwd=here, start=True)
+    try: ran = json.loads(p.communicate(timeout=90)[0])
+    except subprocess.TimeoutExpired: p.kill(); pytest.fail("the run hangs")
+    assert [(e["op"], Path(e["path"]).name) for e in LineageReader().events(ran["id"])] == [("created", "a.txt")]
+
+
+@told
+def test_a_file_that_turns_into_a_fifo(here, opml):
+    "Between any two steps of the watcher the name may mean something else."
+    code = """
+import os, threading
+def tried(call, *args):
+    try: return call(*args)
+    except OSError: pass
+def swap():
+    for _ in range(300):
+        tried(os.unlink, 'd'); tried(os.mkfifo, 'd'); tried(os.unlink, 'd')
+        if (fd := tried(os.open, 'd', os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK)): os.write(fd, b'x'); os.close(fd)
+other = threading.Thread(target=swap); other.start()
+while other.is_alive():
+    for flags in (os.O_RDONLY, os.O_RDWR):
+        if (fd := tried(os.open, 'd', flags | os.O_NONBLOCK)): os.close(fd)
+    tried(os.rename, 'd', 'e')
+"""
+    assert _within(opml, 100, *python(code), cwd=here)["exit"] == 0
+
+
+@pytest.fixture
+def stalled(here):
+    "A folder on a file system whose server never answers."
+    if os.getuid() or not os.path.exists("/dev/fuse"): pytest.skip("needs root and /dev/fuse")
+    folder, server, libc = here.parent / "far", os.open("/dev/fuse", os.O_RDWR), ctypes.CDLL(None)
+    folder.mkdir()
+    if libc.mount(b"far", os.fsencode(folder), b"fuse", 0, b"fd=%d,rootmode=40000,user_id=0,group_id=0" % server):
+        os.close(server); pytest.skip("FUSE cannot be mounted here")
+    yield folder
+    os.close(server)                    # whoever waits gets an error
+    libc.umount2(os.fsencode(folder), 2)
+
+
+@told
+def test_a_file_system_that_does_not_answer_stops_nobody_else(here, opml, stalled):
+    os.symlink(stalled, here / "link")
+    code = f"(timeout -s KILL 20 cat link/x &) ; sleep .2; echo 1 > a; cat a > b; mv b c; (timeout -s KILL 1 cat {stalled}/y &); echo 2 > d; pkill -9 -P $$; exit 0"
+    found = _within(opml, 90, "sh", "-c", code, cwd=here)
+    assert {("created", n) for n in "acd"} <= set(names(found["events"]))
+    assert found["partial"] and any("does not answer" in line and "link/x" in line for line in found["why"]), found["why"]
+    assert LineageReader().facts(found["run"])["partial"][0]["why"] == "stalled"
+
+
+@told
+def test_a_content_is_known_although_it_goes_at_once(trace, here):
+    "Read and then overwritten, added to, removed or replaced, without a pause: the version is that of what was read."
+    data = {name: os.urandom(2_000_000) for name in ("over", "added", "gone", "replaced", "changed")}
+    for name, content in data.items(): (here / name).write_bytes(content)
+    code = """
+import os
+for name in ('over', 'gone', 'replaced'): open(name, 'rb').read(10)
+open('over', 'wb').write(b'new'); os.unlink('gone'); open('tmp', 'wb').write(b'1'); os.replace('tmp', 'replaced')
+open('added', 'ab').write(b'more'); open('changed', 'r+b').write(b'Z')
+"""
+    done, found = trace(*python(code))
+    events = {Path(e["path"]).name: e for e in LineageReader().events(found["run"])}
+    known = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
+    assert {n: e["was"] for n, e in events.items()} == known and not LineageReader().facts(found["run"])["unknown"]
+    assert events["added"]["version"] == hashlib.sha256(data["added"] + b"more").hexdigest()
+
+
+@told
+def test_a_content_that_is_too_large_to_wait_for_is_told(trace, here, monkeypatch):
+    with open(here / "huge", "wb") as f: f.truncate(1 << 30)
+    done, found = trace(*python("open('huge', 'rb').read(1); open('huge', 'wb').write(b'1')"))
+    [event] = LineageReader().events(found["run"])
+    unknown = LineageReader().facts(found["run"])["unknown"]
+    assert event["op"] == "modified" and (event["was"] is not None or [u["path"] for u in unknown] == [str(here / "huge")])
+
+
+@told
+def test_a_lease_is_not_broken(trace, here):
+    code = """
+import fcntl, os, signal, time
+broken = []
+signal.signal(signal.SIGIO, lambda *a: broken.append(1))
+open('mine', 'w').write('1')
+f = open('mine', 'r+'); fcntl.fcntl(f, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+time.sleep(.2); os.rename('mine', 'still'); time.sleep(.2)
+open('n', 'w').write(str(len(broken)))
+"""
+    trace(*python(code))
+    assert (here / "n").read_text() == "0"
+
+
+# streams
+
+@told
+def test_files_that_the_shell_opened(here, home, opml):
+    (here / "in").write_text("1\n"); (here / "log").write_text("0\n")
+    def shell(line):
+        line = line.replace("TRACE", f"{sys.executable} -m opml_wb.core.cli trace --")
+        done = subprocess.run(["sh", "-c", line], cwd=here, env={**os.environ, "OPML_HOME": str(home)}, capture_output=True, text=True, timeout=90)
+        run = done.stderr.strip().split("opml lineage ")[-1].split()[0]
+        reader = LineageReader()
+        return {Path(e["path"]).name: (e["op"], e["version"], e["was"]) for e in reader.events(run)}, {s["fd"]: s for s in reader.facts(run)["streams"]}
+    sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    events, streams = shell("TRACE cat < in > out")
+    assert events == {"in": ("read", sha("1\n"), None), "out": ("created", sha("1\n"), None)}
+    assert (streams[0]["kind"], streams[0]["version"], streams[1]["path"]) == ("file", sha("1\n"), str(here / "out"))
+    events, _ = shell("TRACE cat in >> log")
+    assert events["log"] == ("modified", sha("0\n1\n"), sha("0\n"))                    # it depends on what was there
+    events, streams = shell("echo 5 | TRACE sh -c 'cat - <&3 > out2' 3< in")
+    assert events["in"][0] == "read" and events["out2"][0] == "created" and (streams[0]["kind"], streams[3]["kind"]) == ("pipe", "file")
+    _, streams = shell("exec < in; rm in; TRACE cat")
+    assert (streams[0]["kind"], streams[0]["version"]) == ("deleted", sha("1\n"))
+
+
+# what isn't seen is told
+
+BY_32 = r"""
+import ctypes, mmap, os, sys
+text = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40, prot=7)      # MAP_32BIT
+at = ctypes.addressof(ctypes.c_char.from_buffer(text))
+word = lambda n: n.to_bytes(4, 'little')
+text[:64] = (b'\x53\xb8' + word(5) + b'\xbb' + word(at + 64) + b'\xb9' + word(os.O_CREAT | os.O_WRONLY) + b'\xba' + word(0o644) + b'\xcd\x80\x5b\xc3').ljust(64, b'\0')
+text[64:73] = b'by32.txt\0'
+sys.exit(ctypes.CFUNCTYPE(ctypes.c_int)(at)() < 0)
+"""
+SYSCALL = "import ctypes, os; call = ctypes.CDLL(None).syscall; "
+UNSEEN = {"io_uring": SYSCALL + "call(425, 1, ctypes.create_string_buffer(120))",
+          "handle": SYSCALL + "call(304, os.open('.', 0), ctypes.create_string_buffer(136), 0)",
+          "pidfd": SYSCALL + "call(438, 0, 0, 0)",
+          "namespace": SYSCALL + "call(272, 0x20000)",
+          "memory": "import os; fd = os.memfd_create('x', 0); os.write(fd, open('/bin/true', 'rb').read()); os.execve(fd, ['true'], {})"}
+
+
+@told
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86-64")
+@pytest.mark.parametrize("why", UNSEEN)
+def test_what_is_not_seen_is_told(trace, opml, here, why):
+    done, found = trace(*python(UNSEEN[why]))
+    assert found["partial"] and [line.partition(":")[0] for line in found["why"]] == [why]
+    assert [r["why"] for r in LineageReader().facts(found["run"])["partial"]] == [why]
+    assert f"not seen: {why}" in opml("lineage", found["run"]).stdout and LineageReader().stage(found["run"])["why"] == found["why"]
+
+
+@told
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
+def test_calls_of_32_bits(trace, here):
+    done, found = trace(*python(BY_32))
+    if done.returncode: pytest.skip("this system has no 32-bit calls")
+    assert names(found["events"]) == [("created", "by32.txt")] and not found["partial"]
+
+
+@told
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to change the root directory")
+def test_another_root_directory(trace, here):
+    (here / "jail" / "data").mkdir(parents=True)
+    (here / "jail" / "data" / "x").write_text("1"); os.symlink("/data/x", here / "jail" / "link")
+    code = "import os; os.chroot('jail'); os.chdir('/'); open('/link').read(); open('/made', 'w').write('1'); open('near', 'w').write('1')"
+    done, found = trace(*python(code))
+    assert {(e["op"], e["path"]) for e in found["events"]} == {("read", f"{here}/jail/data/x"), ("created", f"{here}/jail/made"), ("created", f"{here}/jail/near")}
+    assert [line.partition(":")[0] for line in found["why"]] == ["chroot"]
+
+
+@told
+def test_paths_that_mean_something_else_in_each_process(trace, here):
+    code = ("import os; open('/proc/self/cwd/a', 'w').write('1'); fd = os.open('.', os.O_TMPFILE | os.O_RDWR); os.write(fd, b'2')\n"
+            "os.link(f'/proc/self/fd/{fd}', 'b', dst_dir_fd=os.open('.', 0), follow_symlinks=True)")
+    try: fd = os.open(here, os.O_TMPFILE | os.O_RDWR)
+    except OSError: pytest.skip("files without a name aren't possible here")
+    os.close(fd)
+    assert names(trace(*python(code))[1]["events"]) == [("created", "a"), ("created", "b")]
+
+
+@told
+def test_what_else_the_outcome_depends_on(trace, here, monkeypatch):
+    (here / "folder").mkdir(); (here / "folder" / "x").write_text("1")
+    monkeypatch.setenv("COLOUR", "blue"); monkeypatch.setenv("GITHUB_TOKEN", "hidden-1")
+    code = ("import os, socket; os.listdir('folder'); os.path.exists('absent'); s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen()\n"
+            "socket.create_connection(s.getsockname())\ntry: open('none/config')\nexcept OSError: open('made', 'w').write('1')")
+    done, found = trace("sh", "-c", f"[ -f settings ]; {sys.executable} -c \"$0\"", code)
+    facts = LineageReader().facts(found["run"])
+    assert {str(here / n) for n in ("settings", "absent", "none/config")} <= set(facts["missing"]) and str(here / "made") not in facts["missing"]
+    [listed] = [f for f in facts["listed"] if f["path"] == str(here / "folder")]
+    assert (listed["names"], listed["n"], listed["version"]) == (["x"], 1, hashlib.sha256(b'["x"]').hexdigest())
+    assert any(n["address"].startswith("127.0.0.1:") for n in facts["network"]) and "listens" in [n["address"] for n in facts["network"]]
+    assert (facts["env"]["COLOUR"], facts["env"]["GITHUB_TOKEN"]) == ("blue", "***")
+    [row] = LineageReader().db.execute("select facts from prov_fact where run=?", (found["run"],)).fetchall()
+    assert "absent" in row[0] and "COLOUR" not in row[0]
+
+
+# secrets
+
+@told
+def test_secrets_are_written_down_nowhere_and_records_are_private(here, home, opml, monkeypatch):
+    import shutil
+    shutil.rmtree(home, ignore_errors=True)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t-1"); monkeypatch.setenv("PIP_INDEX_URL", "https://me:s3cr3t-2@host/simple")
+    words = ["--password=s3cr3t-3", "--token", "s3cr3t-4", "postgresql://ann:s3cr3t-5@db/x", "-H", "Authorization: Bearer s3cr3t-6", "--epochs", "3"]
+    before = os.umask(0)
+    try:
+        done = opml("trace", "--json", "--", "sh", "-c", "echo $1 > out.txt; TOKEN=s3cr3t-7 true", "sh", *words, cwd=here)
+    finally: os.umask(before)
+    found = json.loads(done.stdout)
+    assert (here / "out.txt").read_text() == "--password=s3cr3t-3\n" and (here / "out.txt").stat().st_mode & 0o777 == 0o666   # the command is as it was
+    opml("lineage", found["run"]); opml("ls")
+    for path in home.rglob("*"):
+        if path.is_file(): assert b"s3cr3t" not in path.read_bytes(), path
+        assert not path.stat().st_mode & 0o077, path
+    for words in (("lineage", found["run"]), ("lineage", found["run"], "--json"), ("show", found["run"], "--json"), ("ls", "--json")):
+        assert "s3cr3t" not in opml(*words).stdout, words
+    stage = LineageReader().stage(found["run"])
+    assert stage["command"][-3:] == ["Authorization: ***", "--epochs", "3"] and not home.stat().st_mode & 0o077
+
+
 # where the kernel tells nothing
 
 def _forbid():
@@ -341,6 +582,7 @@ def test_without_the_filter(trace, here, notebook):
     (here / "in.txt").write_text("1")
     done, found = trace(*python("import os\nopen('in.txt').read(); open('a.tmp', 'w').write('1'); os.rename('a.tmp', 'a.txt'); os.system('cat in.txt > b.txt')"), preexec_fn=_forbid)
     assert done.returncode == 0 and found["capture"] == "inotify+audit"
+    assert found["partial"] and found["why"][0].startswith("inotify+audit: ")        # it has blind spots
     assert sorted(names(found["events"])) == [("created", "a.txt"), ("created", "b.txt"), ("read", "in.txt")]
     assert {Path(e["path"]).name for e in found["events"] if e["pid"]} >= {"a.txt", "in.txt"}
     os.rename(notebook("x = 1", "open('c.txt', 'w').write('1')", "import os; os.system('cat c.txt > d.txt')"), here / "nb.ipynb")
