@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastcore.basics import patch
-from . import syscalls
+from . import paths, syscalls
 from .paths import (
-    AT_CWD, compiled, counted, foreign, look, may, source_of, spelling, within)
+    AT_CWD, compiled, counted, foreign, may, source_of, spelling, within)
 from .patience import Stalled, any_stalled, mount_of, stalled
 from .versions import mark_of
 Found = tuple[str, os.stat_result | None]  # absolute path, its stat or None
@@ -135,7 +135,7 @@ def look(self: Interpreter, thread: int, path: bytes, follow: bool) -> Found | N
     if any_stalled(): avoid(path)
     why = foreign(thread) if self.apart else None
     if why: self.blind(why, thread)
-    return look(path, follow, thread if why else None)
+    return paths.look(path, follow, thread if why else None)
 
 @patch
 def blind(self: Interpreter, why: str, thread: int) -> None:
@@ -160,7 +160,7 @@ def open(self: Interpreter, thread: int, path: bytes, folder: int, flags: int) -
     meant = within(thread, folder, path)
     found = self.look(thread, meant, not flags & os.O_NOFOLLOW)
     if found is None: return sought(meant, flags)
-    return source_read(found[0]) if compiled(found[0]) else opened(*found, flags, thread)
+    return source_read(found[0]) if compiled(found[0]) else opened(found[0], found[1], flags, thread)
 
 # %% ../../../nbs/provenance/watch/06_calls.ipynb #01dc43af
 def sought(meant: bytes, flags: int) -> dict | None:
@@ -251,7 +251,7 @@ def _truncate(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None
 def _execve(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
     found = read.place(thread, a[0], a[1], follow=True)
     if found is None and a[0] != AT_CWD:    # a descriptor with no path behind it
-        found = look(b"/proc/%d/fd/%d" % (thread, signed(a[0])))
+        found = paths.look(b"/proc/%d/fd/%d" % (thread, signed(a[0])))
     if found and found[0].startswith("/memfd:"): read.blind("memory", thread)
     if not found: return None
     return opened(found[0], found[1], os.O_RDONLY, thread)

@@ -94,7 +94,7 @@ class Contents:
         self.queue: deque[Job] = deque()
         self.sent: dict[int, Job] = {}
         self.socket: socket.socket | None = None
-        self.pid, self.count, self.beat, self.moved = 0, 0, -1, 0.0
+        self.pid, self.count, self.beat, self.moved = 0, 0, b"", 0.0
         self.page = mmap.mmap(-1, mmap.PAGESIZE)
         self.started: Callable[[int], object] = int  # what is to be polled
         self.ended: Callable[[int], object] = int

@@ -67,7 +67,7 @@ def _reason(why: str, what: str = "", record: Mapping = {}) -> dict[str, Any]:
     return {"why": why, "what": what, "text": text, "pid": record.get("pid"), "t": record.get("t")}
 
 def unseen(records: Sequence[Mapping]) -> list[dict[str, Any]]:
-    "What a stage didn't see, by its journal: [{why, what, text, pid, t}]."
+    "List what a stage didn't see, by its journal: [{why, what, text, pid, t}]."
     watch, ends = ([r for r in records if r["o"] == o] for o in ("watch", "end"))
     how = watch[-1]["how"] if watch else "off"
     out = [_reason(r["why"], r["what"], r) for r in records if r["o"] == "blind"]
@@ -81,7 +81,7 @@ def unseen(records: Sequence[Mapping]) -> list[dict[str, Any]]:
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #1c9f5d31
 def facts_of(records: Sequence[Mapping], events: Sequence[Mapping]) -> dict[str, Any]:
-    "What a stage depends on beside its events, by its journal."
+    "Collect what a stage depends on beside its events, from its journal."
     by = {o: [r for r in records if r["o"] == o] for o in ("in", "no", "ls", "net", "env")}
     made = {e["path"] for e in events if e["op"] in ("created", "renamed")}
     net = [{"address": r["to"], "pid": r.get("pid"), "t": r.get("t")} for r in by["net"]]

@@ -211,7 +211,7 @@ def stage(self: LineageReader, run: Any) -> dict[str, Any]:
 
 @patch
 def facts(self: LineageReader, run: Any) -> dict[str, Any]:
-    "What `run` depends on beside its events (see the module `document`); {} when unknown."
+    "Read what `run` depends on beside its events (see `document`); {} when unknown."
     name = self.name(run)
     folder = self.root/"runs"/name
     doc = document_of(folder) if (folder/FILE).is_file() else None

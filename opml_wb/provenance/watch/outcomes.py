@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Record', 'STEPS', 'COMMIT', 'RANK', 'REPORTED', 'Node', 'Names', 'rename', 'rename_folder', 'Files', 'follow',
-           'silently', 'looked_at', 'outcome', 'event', 'table_of', 'tables', 'with_versions', 'events']
+           'silently', 'outcome', 'event', 'table_of', 'tables', 'with_versions', 'events']
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7efced2d
-import os, re, stat
+import os, re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from fastcore.basics import patch
 from .paths import counted
-from .patience import patiently
+from .patience import is_folder, is_there, looked_at, patiently
 from .versions import Hashes, digest, mark_of
 
 Record = Any   # a dict of the journal, or None
@@ -179,29 +179,13 @@ def silently(path: str, was: str | None) -> bool:
     try: return patiently(path, lambda beat: digest(path, beat=beat)) != was
     except OSError: return False
 
-def looked_at(path: str) -> os.stat_result | None:
-    "The lstat of `path`, None if nothing is there. Raises OSError where nobody answers."
-    try: return patiently(path, lambda beat: os.lstat(path))
-    except (FileNotFoundError, NotADirectoryError, ValueError): return None
-
-def _is_folder(path: str) -> bool:
-    "True if a folder, no link to one, is at `path`."
-    try: found = looked_at(path)
-    except OSError: return False
-    return found is not None and stat.S_ISDIR(found.st_mode)
-
-def _there(path: str | None) -> bool:
-    "True if something is at `path`, or nobody can tell."
-    try: return path is not None and looked_at(path) is not None
-    except OSError: return True
-
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #1fd4eb28
 def outcome(node: Node) -> tuple[str, dict] | None:
     "(operation, the record with its process, cell and time), or None when nothing came of it."
-    there = _there(node.now)
+    there = is_there(node.now)
     if node.start is None: return ("created", node.wrote or node.first) if there else None
     if node.now is None:
-        return ("deleted", node.gone) if node.gone and not _there(node.start) else None
+        return ("deleted", node.gone) if node.gone and not is_there(node.start) else None
     if node.now != node.start: return ("renamed", node.gone) if there else None
     record = node.wrote or node.opened
     if record and there and _changed(node): return "modified", record
@@ -221,7 +205,7 @@ def event(node: Node, hashes: Hashes) -> dict | None:
     elif op != "deleted": out["version"] = hashes.version(node.now, fresh=bool(node.opened))
     if op == "deleted" and node.read or op == "modified" and (node.read or node.kept):
         out["was"], out["needs"] = node.was, True
-    if op != "deleted" and node.now and _is_folder(node.now): out["folder"] = True
+    if op != "deleted" and node.now and is_folder(node.now): out["folder"] = True
     return out
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7e86dfab
@@ -233,7 +217,7 @@ def table_of(path: str, known: dict[str, bool]) -> str | None:
     folder = os.path.dirname(path)
     for _ in range(5):  # partitions nest
         if len(folder) < 2: break
-        if folder not in known: known[folder] = _is_folder(f"{folder}/_delta_log")
+        if folder not in known: known[folder] = is_folder(f"{folder}/_delta_log")
         if known[folder]: return folder
         folder = os.path.dirname(folder)
     return None

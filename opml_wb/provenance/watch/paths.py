@@ -110,7 +110,7 @@ def spelling(path: bytes) -> str:
 
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #573cb64f
 def _place(thread: int | str) -> tuple:
-    "What the names of `thread` start from: its root directory and its table of mounts."
+    "The root directory and the table of mounts of `thread`, from which its names start."
     top = os.stat(f"/proc/{thread}/root/")
     return top.st_dev, top.st_ino, os.readlink(f"/proc/{thread}/ns/mnt")
 

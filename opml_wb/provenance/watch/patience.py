@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Found', 'LOCAL', 'LIMIT', 'AGAIN', 'TABLE', 'Stalled', 'mounts', 'mount_of', 'remote', 'stalled', 'any_stalled',
-           'give_up', 'patiently', 'within_limit']
+           'give_up', 'patiently', 'within_limit', 'looked_at', 'is_folder', 'is_there']
 
 # %% ../../../nbs/provenance/watch/17_patience.ipynb #f867659d
-import functools, os, re, threading, time
+import functools, os, re, stat, threading, time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "bcachefs", "zfs", "f2fs", "jfs", "reiserfs",
@@ -80,18 +80,33 @@ def patiently(path: str, do: Callable[[Callable[[], None]], Found], limit: float
 def within_limit(place: str, do: Callable[[Callable[[], None]], Found], limit: float) -> Found:
     "Return `do(beat)`; raises Stalled when `place` is stalled, or no beat comes for `limit` s."
     if stalled(place): raise Stalled(f"{place} does not answer")
-    beats, out = [0], list[Callable[[], Found]]()
+    beats, out = [0], list[tuple[Any, BaseException | None]]()
     def beat() -> None: beats[0] += 1
     def work() -> None:
-        try: found = do(beat)
-        except BaseException as e: out.append(lambda e=e: _raise(e)); return
-        out.append(lambda: found)
+        try: out.append((do(beat), None))
+        except BaseException as e: out.append((None, e))
     thread, seen = threading.Thread(target=work, daemon=True), -1
     thread.start()
     while thread.is_alive() and seen != beats[0]:
         seen = beats[0]
         thread.join(limit)
     if not out: give_up(place); raise Stalled(f"{place} does not answer")
-    return out[0]()
+    found, error = out[0]
+    if error: raise error
+    return found
 
-def _raise(error: BaseException) -> None: raise error
+def looked_at(path: str) -> os.stat_result | None:
+    "The lstat of `path`, None if nothing is there. Raises OSError where nobody answers."
+    try: return patiently(path, lambda beat: os.lstat(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError): return None
+
+def is_folder(path: str) -> bool:
+    "True if a folder, no link to one, is at `path`."
+    try: found = looked_at(path)
+    except OSError: return False
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+def is_there(path: str | None) -> bool:
+    "True if something is at `path`, or nobody can tell."
+    try: return path is not None and looked_at(path) is not None
+    except OSError: return True

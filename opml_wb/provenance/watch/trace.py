@@ -84,7 +84,8 @@ def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, 
 
 def _given(folder: Path) -> None:
     "Write the streams and the variables of the command, which this process will be, down."
-    append(folder/JOURNAL, {"o": "in", "streams": environment.streams(), "pid": os.getpid(), "t": 0})
+    given = {"o": "in", "streams": environment.streams(), "pid": os.getpid(), "t": 0}
+    append(folder/JOURNAL, given)
     append(folder/JOURNAL, {"o": "env", "env": masked_variables(os.environ)})
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #2e7803dc

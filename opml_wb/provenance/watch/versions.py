@@ -74,7 +74,7 @@ def digest(path: str | os.PathLike, mark: list[int] | None = None,
 
 def _plainly(path: str | os.PathLike) -> str:
     "`digest` on systems without O_PATH."
-    if os.path.islink(path): return hashlib.sha256(os.fsencode(os.readlink(path))).hexdigest()
+    if os.path.islink(path): return hashlib.sha256(os.fsencode(os.readlink(str(path)))).hexdigest()
     if not os.path.isfile(path): raise OSError("no regular file")
     return sha256(path)
 
@@ -114,8 +114,7 @@ def version(self: Hashes, path: str, mark: list[int] | None = None,
     """The version of `path`; None when it isn't readable, no file, or not the content of `mark`.
 
     `fresh`: it is read again even if its times are as they were."""
-    def look(beat: Callable[[], object]) -> str | None: return self._version(path, mark, beat, fresh)
-    try: return patiently(os.path.abspath(path), look)
+    try: return patiently(os.path.abspath(path), lambda b: self._version(path, mark, b, fresh))
     except (OSError, ValueError): return None
 
 @patch
