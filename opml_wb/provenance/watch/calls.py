@@ -160,7 +160,8 @@ def open(self: Interpreter, thread: int, path: bytes, folder: int, flags: int) -
     meant = within(thread, folder, path)
     found = self.look(thread, meant, not flags & os.O_NOFOLLOW)
     if found is None: return sought(meant, flags)
-    return source_read(found[0]) if compiled(found[0]) else opened(found[0], found[1], flags, thread)
+    if compiled(found[0]): return source_read(found[0])
+    return opened(found[0], found[1], flags, thread)
 
 # %% ../../../nbs/provenance/watch/06_calls.ipynb #01dc43af
 def sought(meant: bytes, flags: int) -> dict | None:
@@ -192,7 +193,8 @@ STATS = {"stat", "lstat", "access", "newfstatat", "faccessat", "faccessat2", "st
 @patch
 def tested(self: Interpreter, thread: int, folder: int, path: bytes) -> dict | None:
     "The fact of asking whether there is a file at `path`: only of one that isn't."
-    meant = within(thread, folder, path)
+    meant = self.last = within(thread, folder, path)
+    if not self.apart and not any_stalled() and os.path.lexists(meant): return None
     found = self.look(thread, meant, True)
     if found is None: return sought(meant, 0)
     return {"o": "no", "p": found[0]} if found[1] is None and counted(found[0]) else None
@@ -253,6 +255,9 @@ def _execve(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
     if found is None and a[0] != AT_CWD:    # a descriptor with no path behind it
         found = paths.look(b"/proc/%d/fd/%d" % (thread, signed(a[0])))
     if found and found[0].startswith("/memfd:"): read.blind("memory", thread)
+    if not read.apart and (why := foreign(thread)):    # a new process may have been put there
+        read.apart = True
+        read.blind(why, thread)
     if not found: return None
     return opened(found[0], found[1], os.O_RDONLY, thread)
 

@@ -9,8 +9,7 @@ __all__ = ['NAMES', 'HOLD', 'STALL', 'AT_ONCE', 'ENDING', 'become_apart', 'listi
 # %% ../../../nbs/provenance/watch/18_contents.ipynb #f5726e1b
 import gc, hashlib, json, mmap, os, signal, socket, time
 from collections import deque
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from fastcore.basics import patch
@@ -83,6 +82,7 @@ class Job:
                  folder: bool) -> None:
         self.number, self.path, self.mark, self.root = number, path, mark, root
         self.folder, self.going, self.done, self.fd = folder, folder, False, -1
+        self.again = False
         self.sessions: list[Any] = []
         self.found: dict[str, Any] = {"v": None}
 
@@ -127,7 +127,7 @@ def hasten(self: Contents, job: Job) -> None:
 def keep(self: Contents, job: Job) -> None:
     "Hold on to the file of `job`, which may be unlinked from now on."
     job.going = True
-    if job.fd >= 0 or job.number in self.sent: return
+    if job.fd >= 0: return
     try:
         job.fd = os.open(job.path, NAMED)
         if mark_of(os.fstat(job.fd))[:4] != job.mark[:4]: os.close(job.fd); job.fd = -1
@@ -169,7 +169,11 @@ def take(self: Contents) -> None:
         if not text: self.replace(); break
         number, found = json.loads(text)
         self.moved = time.monotonic()
-        if job := self.sent.pop(number, None): self.finish(job, found)
+        job = self.sent.pop(number, None)
+        if job and not found["v"] and job.fd >= 0 and not job.again:    # its name was gone
+            job.again = True
+            self.queue.appendleft(job)
+        elif job: self.finish(job, found)
     self.pump()
 
 @patch

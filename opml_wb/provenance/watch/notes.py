@@ -8,7 +8,6 @@ __all__ = ['OPENS', 'OF_FOLDER', 'MARK', 'Listener', 'NoteTaker', 'put', 'note_l
 # %% ../../../nbs/provenance/watch/20_notes.ipynb #02f4153c
 import json, os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from fastcore.basics import patch
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 
 from .privacy import file_mode, masked
-from .versions import INLINE, SMALL, with_version
+from .versions import EAGER, INLINE, SMALL, with_version
 
 if TYPE_CHECKING: from opml_wb.provenance.watch.contents import Contents, Job
 
@@ -74,10 +74,12 @@ class KnownPaths:
         self.looked: set[str] = set()    # looked for or listed, or known otherwise
 
 @patch
-def leaving(self: KnownPaths, fact: dict, path: str) -> dict:
-    "Add to `fact` that the content at `path` is about to go (`keep`), unless the stage made it."
+def leaving(self: KnownPaths, fact: dict, path: str, most: int = EAGER) -> dict:
+    """Add to `fact` that the content at `path` is about to go (`keep`), unless the stage made it.
+
+    `most`: bytes up to which a content that was used is kept track of."""
     if path in self.made or "s" not in fact: return fact
-    return {**fact, "keep": [path, INLINE if path in self.access else SMALL]}
+    return {**fact, "keep": [path, most if path in self.access else SMALL]}
 
 @patch
 def once(self: KnownPaths, fact: dict) -> dict | None:
@@ -96,7 +98,7 @@ def opened(self: KnownPaths, fact: dict) -> dict | None:
     if o == "w" and "s" not in fact: self.made.add(path)
     used = path in self.access or "part" in fact
     self.access[path] = RANK[o]
-    return self.leaving(fact, path) if o != "r" and used else fact
+    return self.leaving(fact, path, INLINE) if o != "r" and used else fact
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #8d14ff14
 @patch
@@ -157,7 +159,7 @@ def take(self: Session, fact: dict, pid: int | None) -> "Job | None":
     noted = self.noted(fact)
     if not noted: return None
     path, most = noted.pop("keep", (fact["p"], 0))
-    if not self.contents and most: noted = with_version(noted, path, most)
+    if not self.contents and most: noted = with_version(noted, path, min(most, INLINE))
     self.journal.write({**noted, **self.when(pid)})
     return self.asked(noted, path, most) if self.contents else None
 
@@ -167,6 +169,7 @@ def asked(self: Session, fact: dict, path: str, most: int) -> "Job | None":
     o, mark = fact["o"], fact.get("s")
     if not self.contents or not mark or "v" in fact: return None
     if o == "ls": return self.contents.want(self, path, mark, None, folder=True)
+    if mark[2] > EAGER: return None
     if not most and o in ("r", "rw"): self.contents.want(self, path, mark, self.root)
     elif most >= mark[2]:
         job = self.contents.want(self, path, mark, self.root, going=o in ("rm", "mv"))
