@@ -171,12 +171,14 @@ def search(text: tuple[str, ...], limit: int, as_json: bool) -> None:
 # %% ../../nbs/provenance/05_commands.ipynb #59827182
 @click.command()
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print `{verdict, differences}` as JSON.")
+@click.option("--json", "as_json", is_flag=True,
+              help="Print `{verdict, differences, unknown}` as JSON.")
 def check(run: str, as_json: bool) -> int:
     """Would RUN come out the same here and now?
 
-    Exit code 0: the same, 1: it differs or nobody knows."""
+    Exit code 0: the same, 1: it differs, 3: it cannot be told, 2: bad use."""
     from opml_wb.provenance.ask.differences import check as ask, shorten
+    from opml_wb.provenance.ask.results import EXIT
     found = ask(run)
     if as_json: _print_json(found)
     else:
@@ -184,7 +186,8 @@ def check(run: str, as_json: bool) -> int:
         for d in found["differences"]:
             then, now = shorten(d["then"]), shorten(d["now"])
             click.echo(f"  {d['class']} {d['name']}: then {then}, now {now}")
-    return int(found["verdict"] != "same")
+        for line in found["unknown"]: click.echo(f"  not known: {line}")
+    return EXIT[found["verdict"]]
 
 # %% ../../nbs/provenance/05_commands.ipynb #b1150d00
 @click.group()
