@@ -18,7 +18,7 @@ from ...core.record.store import SOURCES
 from ...core.request import dependencies as deps
 from ...core.request.chapter import ChapterError, text
 from ...core.request.params import ParamError
-from .circumstances import circumstances, difference
+from .circumstances import added_to, circumstances, difference
 from .questions import used
 from .results import CANNOT_TELL, DIFFERS, SAME
 from ..features.table import Table
@@ -177,7 +177,8 @@ def check_in(reader: LineageReader, run: Any) -> dict[str, Any]:
     name, events = stage["run"], reader.events(stage["run"])
     doc = reader.runs.get(name)[0]
     chapter = not traced(doc)
-    found = list(_inputs(events, not chapter))
+    log = added_to(reader.facts(name), events)
+    found = list(_inputs([e for e in events if e["path"] not in log], not chapter))
     found += packages(reader.packages(name) or doc.get("env", {}))
     found += packages({"python": stage["python"]} if stage["python"] else {})
     if chapter: found += _chapter(doc, reader.root, found)

@@ -151,9 +151,12 @@ def put(path: str, source: str, version: str) -> None:
     if found != version: raise Refused(f"{source} has another content by now")
 
 def drop(path: str) -> None:
-    "Remove the file at `path`, if it is there."
+    "Remove the file at `path`, or the folder with all in it, if it is there."
     try:
-        with folder_of(path) as (folder, name): os.unlink(name, dir_fd=folder)
+        with folder_of(path) as (folder, name):
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISDIR(found.st_mode): shutil.rmtree(name, dir_fd=folder)
+            else: os.unlink(name, dir_fd=folder)
     except FileNotFoundError: pass
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #84390ff0

@@ -8,13 +8,16 @@ __all__ = ['FILE', 'SOURCE', 'ENGINES', 'REASONS', 'LISTED', 'home_of', 'engines
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #17157b4c
 import hashlib, json, os, tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...core.kit.files import append, read_json, read_lines
 from ...core.record.folder import LOG, REQUEST, RUN
 from . import environment, outcomes
+from .contents import NAMES
+from .paths import counted
+from .patience import patiently
 from .privacy import write_private
 from .session import JOURNAL
 from .versions import Hashes, hashes
@@ -81,13 +84,20 @@ def unseen(records: Sequence[Mapping]) -> list[dict[str, Any]]:
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #1c9f5d31
 def facts_of(records: Sequence[Mapping], events: Sequence[Mapping]) -> dict[str, Any]:
+<<<<<<< HEAD
     "Collect what a stage depends on beside its events, from its journal."
     by = {o: [r for r in records if r["o"] == o] for o in ("in", "no", "ls", "net", "env")}
+=======
+    "What a stage depends on beside its events, by its journal."
+    kinds = "in", "no", "ls", "net", "env", "mk"
+    by = {o: [r for r in records if r["o"] == o] for o in kinds}
+    folders = [r["p"] for r in by["mk"] if counted(r["p"])]
+>>>>>>> 4cf7b8e (Facts of the watch: folders made, listings by Python's import, names at the end; rerun gives back streams)
     made = {e["path"] for e in events if e["op"] in ("created", "renamed")}
     net = [{"address": r["to"], "pid": r.get("pid"), "t": r.get("t")} for r in by["net"]]
     return {"partial": unseen(records), "streams": _streams(by["in"], events),
             "missing": [r["p"] for r in by["no"] if r["p"] not in made],
-            "listed": _listed(records, by["ls"]), "network": net,
+            "listed": _listed(records, by["ls"], events, folders), "folders": folders, "network": net,
             "env": by["env"][-1]["env"] if by["env"] else None,
             "unknown": [u for e in events if (u := _unknown(e))]}
 
@@ -100,11 +110,26 @@ def _streams(records: Sequence[Mapping], events: Sequence[Mapping]) -> list[dict
     return [{**{k: s[k] for k in ("fd", "kind", "path", "mode")}, "version": version(s)}
             for s in given]
 
-def _listed(records: Sequence[Mapping], listings: Sequence[Mapping]) -> list[dict[str, Any]]:
+def _listed(records: Sequence[Mapping], listings: Sequence[Mapping], events: Sequence[Mapping],
+            folders: Sequence[str]) -> list[dict[str, Any]]:
     "The folders that were listed, with the hashes of their names."
     known = {r["p"]: r for r in records if r["o"] == "v" and "n" in r}
-    return [{"path": r["p"], **{k: known.get(r["p"], {}).get(old) for k, old in LISTED}}
-            for r in listings]
+    for r in listings:
+        if r["p"] not in known: known[r["p"]] = _at_end(r["p"], events, folders)
+    return [{"path": r["p"], **{k: known[r["p"]].get(old) for k, old in LISTED},
+             **({"import": True} if "import" in r else {})} for r in listings]
+
+def _at_end(path: str, events: Sequence[Mapping], folders: Sequence[str]) -> dict[str, Any]:
+    "The names in folder `path` now, without what the stage made, with what it removed."
+    made = {e["target"] or e["path"] for e in events if e["op"] in ("created", "renamed")}
+    gone = {e["path"] for e in events if e["op"] in ("deleted", "renamed")}
+    def inside(paths: Iterable[str]) -> set[str]:
+        return {os.path.basename(p) for p in paths if os.path.dirname(p) == path}
+    try: found = patiently(path, lambda beat: os.listdir(path))
+    except OSError: return {}
+    names = sorted((set(found) - inside({*made, *folders})) | inside(gone))
+    few = {"names": names} if len(names) <= NAMES else {}
+    return {"v": hashlib.sha256(json.dumps(names).encode()).hexdigest(), "n": len(names), **few}
 
 LISTED = ("version", "v"), ("n", "n"), ("names", "names")
 

@@ -86,7 +86,9 @@ def once(self: KnownPaths, fact: dict) -> dict | None:
     "`fact` of a path that was looked for or listed; None if the journal has it."
     path = fact["p"]
     if path in self.looked or path in self.access or path in self.made: return None
-    self.looked.add(path)
+    key = f"{path}//" if "import" in fact else path
+    if key in self.looked: return None
+    self.looked.add(key)
     return fact
 
 # %% ../../../nbs/provenance/watch/05_session.ipynb #aa4e99b5
@@ -191,7 +193,10 @@ def noted(self: Session, fact: dict) -> dict | None:
     o = fact["o"]
     if o in ("no", "ls"): return self.paths.once(fact)
     if o in RANK: return self.paths.opened(fact)
-    if o == "mk": self.paths.made.add(fact["p"]); return None
+    if o == "mk":
+        known = fact["p"] in self.paths.made
+        self.paths.made.add(fact["p"])
+        return None if known else fact
     if o == "mv": return moved(self.paths, fact)
     if o != "rm": return fact
     fact = self.paths.leaving(fact, fact["p"])
