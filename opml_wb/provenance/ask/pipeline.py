@@ -16,6 +16,7 @@ from ...core.request import dependencies as deps
 from .differences import difference, packages, traced, version_now
 from .questions import made, used
 from .reproduce import find_copy, needed
+from ..features.commit_log import CommitLog, clock_files
 from ..watch.environment import machine
 from ..watch.lineage_db import LineageReader, text_of
 from ..watch.versions import version_of
@@ -74,19 +75,22 @@ def _stage(reader: LineageReader, run: str) -> dict[str, Any]:
             "cwd": stage["cwd"], "packages": known}
 
 # %% ../../../nbs/provenance/ask/11_pipeline.ipynb #a62af5f1
-def table_files(path: str, version: str) -> dict[str, str]:
-    "{name: file} of a Delta table at `version` (`delta:N`): its log and data; {} if any is gone."
+def table_files(path: str, version: str) -> dict[str, str | bytes]:
+    """{name: file, or bytes} of a Delta table at `version` (`delta:N`): its log, data and clock.
+
+    {} if any is gone."""
     from deltalake import DeltaTable
     n = int(version.partition(":")[2])
     try: data = [u.removeprefix("file://") for u in DeltaTable(path, version=n).file_uris()]
     except Exception: return {}
     log = sorted((Path(path)/"_delta_log").glob("*.json"))
     files = [str(p) for p in log if p.stem.isdigit() and int(p.stem) <= n] + data
-    return {os.path.relpath(p, path): p for p in files} if all(map(os.path.exists, data)) else {}
+    if not all(map(os.path.exists, data)): return {}
+    return {**{os.path.relpath(p, path): p for p in files}, **clock_files(CommitLog(path), n)}
 
 # %% ../../../nbs/provenance/ask/11_pipeline.ipynb #6ece6779
-def _at(reader: LineageReader, path: str, version: str, kind: str) -> dict[str, str]:
-    "{name below `path`, '' for itself: file with its content} of an artifact; {} if it is gone."
+def _at(reader: LineageReader, path: str, version: str, kind: str) -> dict[str, str | bytes]:
+    "{name below `path`, '' for itself: file, or bytes} of an artifact; {} if it is gone."
     if kind == "table": return table_files(path, version)
     here = path if version_of(path) == version else find_copy(reader, version)
     return {"": str(here)} if here else {}

@@ -84,15 +84,10 @@ def unseen(records: Sequence[Mapping]) -> list[dict[str, Any]]:
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #1c9f5d31
 def facts_of(records: Sequence[Mapping], events: Sequence[Mapping]) -> dict[str, Any]:
-<<<<<<< HEAD
     "Collect what a stage depends on beside its events, from its journal."
-    by = {o: [r for r in records if r["o"] == o] for o in ("in", "no", "ls", "net", "env")}
-=======
-    "What a stage depends on beside its events, by its journal."
     kinds = "in", "no", "ls", "net", "env", "mk"
     by = {o: [r for r in records if r["o"] == o] for o in kinds}
     folders = [r["p"] for r in by["mk"] if counted(r["p"])]
->>>>>>> 4cf7b8e (Facts of the watch: folders made, listings by Python's import, names at the end; rerun gives back streams)
     made = {e["path"] for e in events if e["op"] in ("created", "renamed")}
     net = [{"address": r["to"], "pid": r.get("pid"), "t": r.get("t")} for r in by["net"]]
     return {"partial": unseen(records), "streams": _streams(by["in"], events),
