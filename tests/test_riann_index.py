@@ -476,6 +476,11 @@ def test_idle_time_frees_what_was_removed(sift):
     assert index.graph.memory.dead == 0 and report.predicted == .2
 
 
+def test_the_optimums_grid_reaches_to_the_beams_that_riann_asks_with():
+    planner = Riann(128).planner
+    assert max(bench.GRID["ef"]) >= max(planner.rungs(2**size)[0].cand_q for size in range(10, 16))
+
+
 def test_odd_arguments_of_the_protocols(sift):
     x, q = sift
     for call, says in [(lambda: bench.protocol_a((x, q), batches=()), "batches"), (lambda: bench.protocol_a((x, q), n_batches=0), "sizes"),

@@ -85,28 +85,23 @@ class FaissHNSW:
 
     def __len__(self) -> int: return len(self.ids)
 
-    def _rows(self, x):
+    def _rows(self, x: np.ndarray) -> np.ndarray:
         x = np.ascontiguousarray(x, np.float32)
         return x / np.linalg.norm(x, axis=1, keepdims=True) if self.metric == "cosine" else x
 
-# %% ../../../nbs/riann/lab/01_arms.ipynb #2c0097a3
-@patch
-def insert(self: FaissHNSW, x: np.ndarray, ids: np.ndarray, deg: int | None = None,
-           cand: int | None = None) -> None:
-    "Index f32[n, dim] under int[n] ids. Errors: ValueError if other properties are asked for."
-    if (deg or self.deg, cand or self.cand) != (self.deg, self.cand):
-        raise ValueError(f"deg, cand: FAISS fixed them at {self.deg}, {self.cand}")
-    self.index.add(self._rows(x))
-    self.ids = np.append(self.ids, ids)
+    def insert(self, x: np.ndarray, ids: np.ndarray, deg: int | None = None,
+               cand: int | None = None) -> None:
+        "Index f32[n, dim] under int[n] ids. ValueError if other properties are asked for."
+        if (deg or self.deg, cand or self.cand) != (self.deg, self.cand):
+            raise ValueError(f"deg, cand: FAISS fixed them at {self.deg}, {self.cand}")
+        self.index.add(self._rows(x))
+        self.ids = np.append(self.ids, ids)
 
-@patch
-def search(self: FaissHNSW, q: np.ndarray, k: int = 10,
-           ef: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    "Find the nearest `k`: (ids i64[m, k], dist f32[m, k])."
-    self.index.hnsw.efSearch = max(ef, k)
-    dist, at = self.index.search(self._rows(q), k)
-    far = dist if self.metric == "l2" else 1 - dist
-    return np.where(at < 0, -1, self.ids[at]), far
+    def search(self, q: np.ndarray, k: int = 10, ef: int = 16) -> tuple[np.ndarray, np.ndarray]:
+        "Find the nearest `k`: (ids i64[m, k], dist f32[m, k])."
+        self.index.hnsw.efSearch = max(ef, k)
+        dist, at = self.index.search(self._rows(q), k)
+        return np.where(at < 0, -1, self.ids[at]), dist if self.metric == "l2" else 1 - dist
 
 # %% ../../../nbs/riann/lab/01_arms.ipynb #e9582386
 class _Fixed:
