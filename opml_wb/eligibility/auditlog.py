@@ -17,7 +17,7 @@ from . import kernels
 from .delta import delta_rows
 from .clock import Clock
 from .encode import NAT, NULL, column, encode, linked
-from .evidence import set_dates, set_still
+from .evidence import set_dates, set_ended, set_still
 from .wide import (as_pandas, by_dates, mapping, parquet_columns,
                                       present, read_xes, several, wide_rows)
 
@@ -36,7 +36,8 @@ class AuditLog:
     it is known. planned: dates that may lie ahead. unaudited: field -> (codes int32 [C], levels),
     known as they are now only. issues: what was odd in the source, or guessed -> how often. doubts:
     field -> (why it can't be judged, what that takes away). still: fields that never change, see
-    `evidence.set_still`. zoned: dates have a zone and are UTC (None: no time)."""
+    `evidence.set_still`. zoned: dates have a zone and are UTC (None: no time). ended: bool [C], None
+    where nobody says which cases are still open."""
     fields: list
     codes: np.ndarray
     levels: list
@@ -51,6 +52,7 @@ class AuditLog:
     doubts: dict = field(default_factory=dict)
     still: dict = field(default_factory=dict)
     zoned: bool | None = None
+    ended: np.ndarray | None = None
 
     def __len__(self) -> int: return self.codes.shape[1]
 
@@ -112,6 +114,7 @@ def take(self: AuditLog, cases: Any) -> AuditLog:
     return replace(self, codes=np.ascontiguousarray(self.codes[:, rows]), starts=starts,
                    cases=self.cases[cases],
                    time=None if self.time is None else self.time[rows], issues=dict(self.issues),
+                   ended=None if self.ended is None else self.ended[cases],
                    unaudited={f: (c[cases], levels) for f, (c, levels) in self.unaudited.items()})
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #89f430dc
@@ -150,7 +153,8 @@ def _differ(log, f, codes, levels):
     return int(((mine != codes) | ((mine == 0) & (last != 0))).sum())
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #fef7b744
-def _finish(log, case, clock, by_time=None, current=None, null=NULL, planned=(), time=None):
+def _finish(log, case, clock, by_time=None, current=None, null=NULL, planned=(), time=None,
+            ended=None):
     """Add dates, times, by_time and the present table to a log, in place; count what doesn't fit in
     `issues`."""
     log.planned = tuple(planned)
@@ -164,11 +168,12 @@ def _finish(log, case, clock, by_time=None, current=None, null=NULL, planned=(),
         log.issues["time runs backwards"] = int(back.sum())
         log.issues["no time"] = int((log.time == NAT).sum())
     if current is not None: _compare(log, current, case, null)
+    if ended is not None: set_ended(log, ended)
     return log
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #252f73f6
 def _build(get, names, case, order=None, time=None, null=NULL, by_time=None, dates={},
-           current=None, planned=(), zone=None):
+           current=None, planned=(), zone=None, ended=None, carry=False):
     """Make an AuditLog of columns: get(name) -> values [n].
 
     The parameters are those of `AuditLog.from_wide`; order=None: rows are in order."""
@@ -179,14 +184,17 @@ def _build(get, names, case, order=None, time=None, null=NULL, by_time=None, dat
     for c in (case, *order, *named, *dates, *planned, *(by_time or {})):
         if c is not None: column(c, names)
     log = AuditLog(**wide_rows(get, names, case, order, clock, null))
-    return _finish(log, case, clock, by_time, current, null, planned, time)
+    if carry:
+        log.codes[log.codes == 0] = -1
+        kernels.carry(log.codes, log.starts)
+    return _finish(log, case, clock, by_time, current, null, planned, time, ended)
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #118505e6
 @patch(cls_method=True)
 def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable = None,
               null: Any = NULL,
               by_time: dict | None = None, dates: dict = {}, current: Any = None,
-              planned: Any = (), zone: str | None = None) -> AuditLog:
+              planned: Any = (), zone: str | None = None, ended: tuple | None = None) -> AuditLog:
     """Read an audit log from rows that show all fields after each update.
 
     df: DataFrame [n rows] (pandas, polars, Arrow). case: column of the record's key. order:
@@ -198,11 +206,12 @@ def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable
     fields that never change are `undetermined` in a log that has back-filled dates. planned: dates
     that may lie ahead by nature (a due date). current: DataFrame of the table now, a row per case;
     fields found only there are not audited. zone: of dates without one ("Europe/Rome"), where
-    others have one. Raises ValueError naming the column, and row or value: empty, no such column,
-    no case, byte-equal rows, an order that sorts wrongly, dates that aren't as said."""
+    others have one. ended: (field, value or values) that a case ends with; others are open, and no
+    end bias is read from them. Raises ValueError naming the column, and row or value: empty, no
+    such column, no case, byte-equal rows, an order that sorts wrongly, dates that aren't as said."""
     df, current = as_pandas(df), None if current is None else as_pandas(current)
     return _build(df.__getitem__, list(df), case, order, time, null, by_time, dates, current,
-                 planned, zone)
+                 planned, zone, ended)
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #07489dd9
 @patch(cls_method=True)
@@ -225,7 +234,7 @@ def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
                new: Hashable = None, order: Hashable = None, null: Any = ("?",),
                dates: dict = {}, by_time: dict | None = None,
                planned: Any = (), current: Any = None, created: Hashable = None,
-               zone: str | None = None) -> AuditLog:
+               zone: str | None = None, ended: tuple | None = None) -> AuditLog:
     """Read an audit log from rows that show changes.
 
     df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which
@@ -236,7 +245,7 @@ def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
     and names those that are not audited; without it most fields can't be judged if values were there
     before the audit. created: its column of creation times, the time of states before the first
     update (else unknown, and windows leave those cases out); cases that the audit doesn't cover are
-    left out by it. dates, by_time, planned, zone: as for `from_wide`. Raises ValueError naming
+    left out by it. dates, by_time, planned, zone, ended: as for `from_wide`. Raises ValueError naming
     column, row or value."""
     df, current = as_pandas(df), None if current is None else as_pandas(current)
     null = [null] if pd.api.types.is_scalar(null) else list(null)
@@ -247,7 +256,13 @@ def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
                                 created))
     for f in (*dates, *planned, *(by_time or {})):
         if f not in (time, created): column(f, log.fields, "field")
-    return _finish(log, case, clock, by_time, current, (*null, ""), planned)
+    return _finish(log, case, clock, by_time, current, (*null, ""), planned, ended=ended)
+
+# %% ../../nbs/eligibility/08_auditlog.ipynb #4a6240a3
+def _without(named, names):
+    "Leave `names` out of a dict or of one or several names."
+    if isinstance(named, dict): return {k: v for k, v in named.items() if k not in names}
+    return [n for n in several(named, names) if n not in names]
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #00124c22
 @patch(cls_method=True)
@@ -257,17 +272,27 @@ def from_xes(cls: AuditLog, path: str | os.PathLike, time: str | None = "time:ti
     """Read an audit log from a XES file (.xes, .xes.gz), events in file order.
 
     time: attribute with the event's time (None: none has). carry: an attribute that an event lacks
-    is as before, not null. null and kwargs (dates, by_time, planned, current): as for `from_wide`.
-    Raises ValueError naming file, field or value."""
+    is as before, not null; where most lapse, that is what the verdict asks. What a trace says of
+    itself (`case:...`) was written when the log was, and is not audited, unless by_time names it:
+    with the date from which it is known, or None for the start. null and kwargs (dates, by_time,
+    planned, current, zone, ended): as for `from_wide`. Raises ValueError naming file, field or
+    value."""
     df = read_xes(path)
     if time is not None and time not in df:
         raise ValueError(f"{path}: no event has {time!r}; "
                          "name the attribute of its time, or time=None")
-    log = _build(df.__getitem__, list(df), "case", None, time, null, **kwargs)
+    named = kwargs.get("by_time") or {}
+    dated = {d for v in named.values() for d in several(v, list(df))}
+    now = [c for c in df.attrs["of traces"] if c not in named and c not in dated]
+    kwargs |= {p: _without(kwargs[p], now) for p in ("dates", "planned") if p in kwargs}
+    time = False if time is None else time
+    later = {f: kwargs.pop(f) for f in ("ended",) if f in kwargs}
+    log = _build(df.__getitem__, [c for c in df if c not in now], "case", None, time, null,
+                 carry=carry, **kwargs)
+    first = df.drop_duplicates("case").set_index("case").reindex(log.cases)
+    log.unaudited |= {c: encode(first[c], null, c) for c in now}
+    if later.get("ended") is not None: set_ended(log, later["ended"])
     log.issues["repeated names"] = df.attrs["repeated names"]
-    if carry:
-        log.codes[log.codes == 0] = -1
-        kernels.carry(log.codes, log.starts)
     return log
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #3796047d

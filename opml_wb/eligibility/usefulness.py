@@ -94,6 +94,7 @@ def _arms(log, label, at, th):
     s, counts = counted(log, at)
     column, itself = judge(s, counts, th)[label], verdicts(s, th).verdict
     known = np.minimum(log.time[log.starts[:-1]], log.time[log.last()]) > NAT
+    if log.ended is not None: known &= log.ended
     cases = np.flatnonzero((rows >= 0) & (log.codes[i, log.last()] > 0) & known)
     others = [f for f in log.fields if f != label]
     use = {"snapshot": others, "eligible": [f for f in others if column[f] == "ok"],

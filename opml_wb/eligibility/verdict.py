@@ -267,7 +267,7 @@ def labels(log: AuditLog, at: Point = "start", th: float = .2) -> pd.DataFrame:
     at, th: as for `eligibility_matrix`."""
     s, counts = counted(log, at)
     matrix, clear, rows = judge(s, counts, th), masked(log), rows_at(log, at)
-    kept, out = rows >= 0, []
+    kept, out = (rows >= 0) & (True if log.ended is None else log.ended), []
     for i, f in enumerate(log.fields):
         end, now = log.codes[i][log.last()[kept]], clear.codes[i][rows[kept]]
         seen = np.bincount(end[filled := end > 0])

@@ -261,6 +261,7 @@ def read_xes(path: str | os.PathLike) -> pd.DataFrame:
     `event:`. Raises ValueError naming the file and what is wrong with it."""
     path, rows = Path(path), []
     seen: dict[str, int] = {}
+    about_all: set[str] = set()
     opened: Any = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
     try:
         with opened as f:
@@ -269,6 +270,7 @@ def read_xes(path: str | os.PathLike) -> pd.DataFrame:
                 about = {f"case:{k}": v for k, v in _attributes(e).items()}
                 name = str(about.pop("case:concept:name", len(seen) + 1))
                 case = {"case": _named(name, seen), **about}
+                about_all |= set(about)
                 events = (_attributes(event) for event in e if _tag(event) == "event")
                 rows += [case | {f"event:{k}" if k in case else k: v for k, v in event.items()}
                          for event in events]
@@ -277,5 +279,5 @@ def read_xes(path: str | os.PathLike) -> pd.DataFrame:
         raise ValueError(f"{path} is no readable XES: {ex}") from ex
     if not rows: raise ValueError(f"{path}: no trace has an event")
     df = pd.DataFrame(rows)
-    df.attrs["repeated names"] = sum(n - 1 for n in seen.values())
+    df.attrs |= {"repeated names": sum(n - 1 for n in seen.values()), "of traces": sorted(about_all)}
     return df
