@@ -6,7 +6,7 @@
 __all__ = ['YEARS', 'CLOCK_WORDS', 'KEY_WORDS', 'RARE', 'SAYS_NO_TIME', 'date_fields', 'within', 'row_time', 'set_dates',
            'related', 'set_still', 'number_key', 'end_weights', 'set_ended']
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #5a11cd4f
+# %% ../../nbs/eligibility/07_evidence.ipynb #406f8e1f
 import math, os
 from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ from .dates import ORDERS
 from .encode import NAT, name_words
 if TYPE_CHECKING: from opml_wb.eligibility.auditlog import AuditLog
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #f1fcf560
+# %% ../../nbs/eligibility/07_evidence.ipynb #e93e0e19
 YEARS = 1800, 2200       # beyond them a date stands for "none" or "for ever"
 CLOCK_WORDS = frozenset("updated modified timestamp time changed".split())   # in a row time's name
 # end the name of an identifier
 KEY_WORDS = frozenset("id ids no nr num number key ref reference uuid guid serial ticket".split())
 RARE = .05               # share of cases watched so long, below which weights grow no more
-SAYS_NO_TIME = "a date, but nothing says when its rows were written; write time="
+SAYS_NO_TIME = "is a date, but nothing says when its rows were written; write time="
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #c054f308
+# %% ../../nbs/eligibility/07_evidence.ipynb #a55aeed5
 def date_fields(fields: list, levels: list, clock: Clock) -> dict[Hashable, Dating]:
     "Read the fields that look like dates, by their levels (F Indexes): {field: Dating}."
     read = {f: clock.read(level, f) for f, level in zip(fields, levels)}
@@ -39,7 +39,7 @@ def date_fields(fields: list, levels: list, clock: Clock) -> dict[Hashable, Dati
         if d.odd and not d.doubt: clock.issues[f"{f!r}: {d.odd!r} and others are no dates"] = 1
     return found
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #714191c1
+# %% ../../nbs/eligibility/07_evidence.ipynb #5e21536c
 def _bounded(us, name, clock):
     "Blank the moments [k] of years that stand for none or for ever; tell."
     low, high = (np.datetime64(f"{y:04}-01-01", "us").astype(np.int64) for y in YEARS)
@@ -49,14 +49,14 @@ def _bounded(us, name, clock):
     clock.issues[f"guess: {name!r}: {one} means that there is none"] = int(far.sum())
     return np.where(far, NAT, us)
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #2ae7f920
+# %% ../../nbs/eligibility/07_evidence.ipynb #fef5d0ea
 def within(starts: np.ndarray) -> np.ndarray:
     "Mark the rows but the first of all that go on a case: bool [N - 1]."
     out = np.ones(starts[-1], bool)
     out[starts[:-1]] = False
     return out[1:]
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #81545429
+# %% ../../nbs/eligibility/07_evidence.ipynb #ba3d08b8
 def row_time(times: dict[Hashable, np.ndarray], starts: np.ndarray) -> Hashable | None:
     """Find the field that is the rows' time, among fields -> microseconds int64 [N]; None if none is.
 
@@ -70,7 +70,7 @@ def row_time(times: dict[Hashable, np.ndarray], starts: np.ndarray) -> Hashable 
         if forth >= .5 and (step < 0).mean() <= .01 and score > best: best, name = score, f
     return name
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #391ddb68
+# %% ../../nbs/eligibility/07_evidence.ipynb #c9eb3323
 def set_dates(log: "AuditLog", clock: Clock, time: Any, planned: Collection) -> None:
     """Set the dates, the times and the doubts of a log, in place.
 
@@ -96,10 +96,11 @@ def set_dates(log: "AuditLog", clock: Clock, time: Any, planned: Collection) -> 
             d.doubt = unlike(d.zoned)
         if not d.doubt: log.dates[f] = np.append(NAT, d.us)
         if f in planned: continue
-        if d.doubt: log.doubts[f] = f"looks like a date, but {d.doubt}", OK
-        elif log.time is None: log.doubts[f] = SAYS_NO_TIME, OK
+        if d.doubt or log.time is None:
+            log.doubts[f] = f"looks like a date, but {d.doubt}" if d.doubt else SAYS_NO_TIME, OK
+            clock.issues[f"{f!r} {log.doubts[f][0]}"] = int((log.codes[log.at(f)] > 0).sum())
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #59766e60
+# %% ../../nbs/eligibility/07_evidence.ipynb #9aa6024b
 def related(name: Hashable, dates: Collection) -> Hashable | None:
     "Find the date that a field goes with, by the beginnings of their names: closed_code, closed_at."
     for date in dates:
@@ -109,15 +110,15 @@ def related(name: Hashable, dates: Collection) -> Hashable | None:
                 if shared >= 4 and 2 * shared >= max(len(a), len(b)): return date
     return None
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #0b120617
+# %% ../../nbs/eligibility/07_evidence.ipynb #8afd180f
 def set_still(log: "AuditLog", by_time: dict | None) -> None:
     """Note the fields that never change within a case, and those that lapse, in place.
 
     log.still: field -> (the date that it goes with by name or None, True if by_time isn't given). If
     it is, only fields that go with a date are noted: whoever names some knows the others. A field
     that is null again in most of the rows after one that has it is put in doubt."""
-    same = within(log.starts)
-    frozen = []
+    same, frozen = within(log.starts), []
+    dated = [f for f in log.fields if (f in log.dates or f in log.doubts) and f not in log.planned]
     for i, f in enumerate(log.fields):
         before, after = log.codes[i, :-1], log.codes[i, 1:]
         if not ((before != after) & same).any(): frozen.append(f)
@@ -127,7 +128,6 @@ def set_still(log: "AuditLog", by_time: dict | None) -> None:
             text = (f"absent from {lapsed / held:.0%} of the rows after one that has it; if that means "
                     "unchanged, read with from_delta (XES: carry=True)")
             log.doubts[f] = log.doubts.get(f, (text,))[0], END
-    dated = [f for f in frozen if (f in log.dates or f in log.doubts) and f not in log.planned]
     for f in frozen:
         goes = related(f, dated)
         if f in log.dates or f in log.doubts or f in (by_time or {}) or f in log.by_time: continue
@@ -148,7 +148,7 @@ def number_key(v: set, n: int, name: Any) -> float:
     digits = np.bincount([len(str(abs(x))) for x in values])
     return .5 * bool(digits.argmax() >= 5 and digits.max() >= .9 * len(values))
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #b9c4b683
+# %% ../../nbs/eligibility/07_evidence.ipynb #dd992fe0
 def end_weights(log: "AuditLog") -> np.ndarray:
     """Weigh the ended cases of a log by 1 / the share of cases that could be watched so long: float64 [C].
 
@@ -163,7 +163,7 @@ def end_weights(log: "AuditLog") -> np.ndarray:
     out /= np.maximum(seen, RARE)
     return out * out.sum() / max(1, (out**2).sum())
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #52f97d61
+# %% ../../nbs/eligibility/07_evidence.ipynb #31cb7903
 def set_ended(log: "AuditLog", ended: tuple) -> None:
     """Note which cases have ended: those whose last row has the value, or one of the values.
 

@@ -206,7 +206,7 @@ def _values(log, i):
     The set is that of texts and whole numbers, which may identify cases; None for others."""
     levels = log.levels[i]
     kind = levels.dtype.kind
-    keys = not len(levels) or log.fields[i] not in log.dates and (
+    keys = not len(levels) or log.fields[i] not in (*log.dates, *log.doubts) and (
         kind not in "fbmM" or kind == "f" and bool((levels == np.floor(levels)).all()))
     enough = len(levels) if keys else min(2, len(levels))
     there = np.flatnonzero(kernels.occurring(log.codes[i], len(levels), enough)) - 1

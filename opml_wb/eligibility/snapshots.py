@@ -22,11 +22,17 @@ from .scanning import ratio, shows
 DAY, HOUR = 86_400_000_000, 3.6e9   # microseconds
 
 # %% ../../nbs/eligibility/12_snapshots.ipynb #8111341f
-def _moment(when):
-    "Turn a moment in any form that pandas reads into microseconds; ValueError for others."
+def _moment(when, zoned=None):
+    """Turn a moment in any form that pandas reads into microseconds; ValueError for others.
+
+    zoned: the log's times are UTC; then a moment without a zone is, too. A moment with a zone is
+    refused where they have none (False)."""
     try: t = pd.NaT if isinstance(when, Real) else pd.Timestamp(when)
     except (ValueError, TypeError): t = pd.NaT
     if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment, like '2020-03-01 12:00'")
+    if t.tzinfo and zoned is False:
+        raise ValueError(f"when={when!r}: it has a zone, the log's times have none; "
+                         "read the log with zone=, or leave it out")
     return (t.tz_convert(None) if t.tzinfo else t).to_datetime64().astype("M8[us]").astype(np.int64)
 
 # %% ../../nbs/eligibility/12_snapshots.ipynb #e9723fe1
@@ -50,7 +56,7 @@ def _young(log, rows, delay):
 # %% ../../nbs/eligibility/12_snapshots.ipynb #4db09831
 def _rows(log, when, delay):
     "Find the row of each case that the snapshot holds, int64, and those cases."
-    rows = kernels.rows_until(timed(log, "snapshot").starts, log.time, _moment(when))
+    rows = kernels.rows_until(timed(log, "snapshot").starts, log.time, _moment(when, log.zoned))
     cases = np.flatnonzero(_young(log, rows, delay))
     return rows[cases], cases
 
@@ -70,7 +76,7 @@ def snapshot(log: AuditLog, when: Any, delay: Any = None) -> pd.DataFrame:
                          names=["when", "case"])
     rows, cases = _rows(log, when, delay)
     out = log.frame(rows)
-    if _moment(when) >= log.time.max(initial=NAT):
+    if _moment(when, log.zoned) >= log.time.max(initial=NAT):
         for f, (codes, levels) in log.unaudited.items():
             out[f] = levels.take(codes[cases] - 1, allow_fill=True, fill_value=None)
     return out

@@ -1,0 +1,353 @@
+"""Eligibility against planted truths: logs of every reader whose bias is known from the histories they were written from, dates written in
+every way, clocks that differ, numbers that identify, intervals that cover."""
+from datetime import timedelta
+
+import pytest
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports():
+    "Import numpy, pandas and the package's exports as names of this module when the first test runs, not when it is collected."
+    import numpy
+    import pandas
+
+    from opml_wb import eligibility
+    from opml_wb.core.record import data
+    from opml_wb.eligibility import verdict
+    globals().update({n: getattr(eligibility, n) for n in eligibility.__all__}, np=numpy, pd=pandas, data=data, verdict=verdict)
+
+
+# --- dates that nobody declares
+
+def desk(cases=90, rows=3, first="2020-01-20", seed=0):
+    "Cases of three updates, joined with the finished table: closed_at and close_code stand in every row."
+    rng = np.random.default_rng(seed)
+    case, seq = np.repeat(np.arange(cases), rows), np.tile(np.arange(rows), cases)
+    opened = pd.Timestamp(first) + pd.to_timedelta(np.sort(rng.integers(0, 40 * 1440, cases)), unit="min")[case]
+    return pd.DataFrame({"case": [f"c{c}" for c in case], "seq": seq, "updated_at": opened + seq * 21 * pd.Timedelta(HOUR),
+                         "opened_at": opened, "closed_at": opened + pd.Timedelta(days=3),
+                         "close_code": rng.choice(["a", "b", "c"], cases)[case], "kind": rng.choice(["x", "y"], cases)[case]})
+
+
+DATES = ["updated_at", "opened_at", "closed_at"]
+WAYS = ["%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S.%f", "%Y-%m-%dT%H:%M:%SZ", "%d/%m/%Y %H:%M", "%m/%d/%Y %I:%M %p", "%d.%m.%y %H:%M",
+        "%d-%b-%Y %H:%M", "%B %d, %Y %H:%M", "%a, %d %b %Y %H:%M:%S +0100", "%Y%m%d%H%M%S", "s", "ms", "float", "date objects", "zoned"]
+
+
+def written(df, way):
+    "Write the dates of a desk in one way."
+    def write(t):
+        if way in ("s", "ms", "float"): return t.astype("int64") // 10**(6 if way == "s" else 3) / (1.5 if way == "x" else 1)
+        if way == "zoned": return t.dt.tz_localize("Europe/Rome")
+        return t.map(lambda x: x.to_pydatetime()).astype(object) if way == "date objects" else t.dt.strftime(way)
+    df = df.assign(**{c: df[c].astype("datetime64[us]") for c in DATES})
+    return df.assign(**{c: write(df[c]).astype(float) if way == "float" else write(df[c]) for c in DATES})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_back_fill_is_found_however_dates_are_written(way):
+    log = AuditLog.from_wide(written(desk(), way), case="case", order="seq")
+    v = verdicts(log)
+    assert v.verdict[["opened_at", "closed_at", "close_code"]].tolist() == ["ok", "backfill", "undetermined"]
+    assert "by_time={'close_code': 'closed_at'}" in v.reason["close_code"] and log.issues["guess: rows were written at 'updated_at'"] == len(log)
+    if way[:2] in ("%d", "%m", "s", "ms", "fl") and "%b" not in way:
+        assert any("'closed_at' is written as" in str(k) for k in log.issues)
+    told = AuditLog.from_wide(written(desk(), way), "case", "seq", by_time={"close_code": "closed_at", "kind": None})
+    assert verdicts(told).verdict[["close_code", "kind"]].tolist() == ["backfill", "ok"]
+
+
+def test_gaps_and_words_for_nothing_do_not_hide_a_date():
+    rng, df = np.random.default_rng(0), written(desk(), "%d/%m/%Y %H:%M")
+    for nothing in ("?", "", None, "n/a", "NULL"):
+        some = df.assign(closed_at=df.closed_at.where(rng.random(len(df)) > .3, nothing))
+        assert verdicts(AuditLog.from_wide(some, "case", "seq")).verdict["closed_at"] == "backfill", nothing
+    iso = written(desk(), WAYS[0]).closed_at
+    mixed = df.assign(closed_at=df.closed_at.where(rng.random(len(df)) > .3, iso))
+    assert verdicts(AuditLog.from_wide(mixed, "case", "seq")).future_rate["closed_at"] == 1
+
+
+def test_a_date_that_leaves_day_and_month_open_is_asked_for_or_read_as_its_neighbours_are():
+    df = desk(first="2020-02-01")
+    df = df[(df.opened_at.dt.day < 9) & df.case.isin(df.case[df.seq == 2])]
+    assert df[DATES].apply(lambda t: t.dt.day.max()).max() < 13
+    text = written(df, "%d/%m/%Y %H:%M")
+    log = AuditLog.from_wide(text, "case", "seq")
+    v = verdicts(log)
+    assert (v.verdict[["opened_at", "closed_at", "close_code"]] == "undetermined").all()
+    assert any("'closed_at' looks like a date" in str(k) and "dates={'closed_at': 'dmy'}" in str(k) for k in log.issues)
+    for kind in ("time", "order"):
+        with pytest.raises(ValueError, match=r"'updated_at'.*'dmy'.*'mdy'"):
+            AuditLog.from_wide(text, "case", **{"order": "seq", kind: "updated_at"})
+    right = AuditLog.from_wide(df, "case", "seq").time
+    said = AuditLog.from_wide(text, "case", "seq", "updated_at", dates=dict.fromkeys(DATES, "dmy"))
+    assert (said.time == right // 60_000_000 * 60_000_000).all() and verdicts(said).verdict["closed_at"] == "backfill"
+    text["closed_at"] = (df.closed_at + pd.Timedelta(days=14)).dt.strftime("%d/%m/%Y %H:%M")     # beyond the 12th
+    read = AuditLog.from_wide(text, "case", "seq")
+    assert (read.time == said.time).all() and any("as other dates are" in str(k) for k in read.issues)
+
+
+def test_what_looks_like_a_date_and_cannot_be_read_is_never_ok():
+    rng, n = np.random.default_rng(0), 90
+    odd = {"weeks": [f"2020-W{w:02}" for w in rng.integers(1, 53, n)], "french": [f"{d} janvier 2020" for d in rng.integers(1, 29, n)],
+           "both": ["13/1/2020", "1/13/2020"] * 45, "stamp": rng.integers(1_500_000_000, 1_600_000_000, n), "excel_date": rng.random(n) * 99 + 43_000,
+           "month": pd.period_range("2020-01", periods=3, freq="M").repeat(30), "zones": ["2020-01-01T00:00Z", "2020-01-01T00:00"] * 45}
+    log = AuditLog.from_wide(pd.DataFrame({"case": range(n), "n": 0, **odd, "version": ["1.2.13", "10.0.4"] * 45}), "case", "n")
+    v = verdicts(log).verdict
+    assert (v[list(odd)] == "undetermined").all() and v["version"] == "ok"
+    for f in odd: assert any(str(k).startswith(repr(f)) for k in log.issues), f
+    assert verdicts(AuditLog.from_wide(pd.DataFrame({"case": range(n), "n": 0, **odd}), "case", "n", dates={"both": False})).verdict["both"] == "ok"
+
+
+def test_dates_without_a_row_time_are_not_judged():
+    df = written(desk(), WAYS[0]).drop(columns="updated_at")
+    v = verdicts(AuditLog.from_wide(df, "case", "seq"))
+    assert (v.verdict[["opened_at", "closed_at", "close_code"]] == "undetermined").all() and "write time=" in v.reason["closed_at"]
+    assert verdicts(AuditLog.from_wide(df, "case", "seq", planned="closed_at")).verdict["closed_at"] == "ok"
+
+
+def test_the_shortest_call_on_the_real_log():
+    path = data.find("eligibility/servicenow_part1")
+    if path is None: pytest.skip("eligibility/servicenow_part1 isn't here: opml data fetch eligibility/servicenow_part1, or OPML_DATA")
+    v = verdicts(AuditLog.from_wide(pd.read_csv(path, low_memory=False), case="number", order="sys_mod_count")).verdict
+    assert v[["resolved_at", "closed_at", "resolved_by", "closed_code"]].tolist() == ["backfill"] * 2 + ["undetermined"] * 2
+    assert set(v.index[v == "ok"]) == {"reopen_count", "caller_id", "opened_at", "location", "category", "subcategory", "impact", "urgency",
+                                       "priority", "knowledge"}
+
+
+def test_dates_of_a_linked_table_are_read_too():
+    log = AuditLog.from_wide(desk(), "case", "seq")
+    table = pd.DataFrame({"kind": ["x", "y"], "seen": ["13/5/2031", "1/6/2031"], "begun": ["13/5/2011", "1/6/2011"], "when": ["3/4/2031", "4/5/2031"]})
+    v = verdicts(log.join(table.drop(columns="when"), "kind"))
+    assert v.verdict["kind.seen"] == "backfill" and v.future_rate["kind.begun"] == 0
+    alone = verdicts(log.join(table[["kind", "when"]], "kind"))
+    assert alone.verdict["kind.when"] == "undetermined" and "day/month/year" in alone.reason["kind.when"]
+    assert verdicts(log.join(table[["kind", "when"]], "kind", dates={"when": "dmy"})).verdict["kind.when"] == "backfill"
+
+
+# --- one clock
+
+def test_a_zone_on_one_side_is_refused_or_given():
+    df = desk()
+    zoned = df.assign(updated_at=df.updated_at.dt.tz_localize("Europe/Rome"))
+    with pytest.raises(ValueError, match="'opened_at': it has no zone.*write zone="): AuditLog.from_wide(zoned, "case", "seq", "updated_at")
+    text = df.assign(**{c: df[c].dt.strftime("%Y-%m-%d %H:%M") for c in DATES})
+    text["updated_at"] = zoned.updated_at.map(lambda t: t.isoformat())
+    with pytest.raises(ValueError, match="'closed_at': it has no zone"):
+        AuditLog.from_wide(text, "case", "seq", "updated_at", dates={"closed_at": None})
+    guess = verdicts(AuditLog.from_wide(text, "case", "seq"))
+    assert guess.verdict["closed_at"] == "undetermined" and "no zone" in guess.reason["closed_at"]
+    want = verdicts(AuditLog.from_wide(df, "case", "seq"))
+    for other in (zoned, text, zoned.assign(closed_at=df.closed_at.dt.tz_localize("Europe/Rome").dt.tz_convert("UTC"))):
+        got = verdicts(AuditLog.from_wide(other, "case", "seq", "updated_at", zone="Europe/Rome"))
+        pd.testing.assert_frame_equal(got[["verdict", "future_rate"]], want[["verdict", "future_rate"]])
+    with pytest.raises(ValueError, match="zone='Rome'"): AuditLog.from_wide(zoned, "case", "seq", zone="Rome")
+    naive, utc = AuditLog.from_wide(df, "case", "seq"), AuditLog.from_wide(zoned, "case", "seq", zone="Europe/Rome")
+    with pytest.raises(ValueError, match="it has a zone"): snapshot(naive, pd.Timestamp("2020-02-01 12:00", tz="UTC"))
+    assert snapshot(utc, pd.Timestamp("2020-02-01 12:00", tz="Europe/Rome"), 9).index.equals(snapshot(naive, "2020-02-01 12:00", 9).index)
+    with pytest.raises(ValueError, match="'since': it has no zone"):
+        utc.join(pd.DataFrame({"kind": ["x"], "since": ["2020-01-01"], "tier": 1}), "kind", time="since")
+
+
+# --- records that nobody touched
+
+def audited(cases, change, other, rng, days=60):
+    "Audit rows and the present table of cases of which some change; and the true share that changed `prio`, counted one by one."
+    now, rows, changed = [], [], 0
+    for i in range(cases):
+        made = pd.Timestamp("2020-01-01") + timedelta(minutes=int(rng.integers(0, days * 1440)))
+        state = {"prio": rng.choice(["a", "b"]), "team": rng.choice(["x", "y"])}
+        first = dict(state)
+        for f, p, flip in (("prio", change, {"a": "b", "b": "a"}), ("team", other, {"x": "y", "y": "x"})):
+            if rng.random() < p:
+                rows.append((i, made + HOUR * int(rng.integers(1, 100)), f, state[f], flip[state[f]]))
+                state[f] = flip[state[f]]
+        changed += state["prio"] != first["prio"]
+        now.append({"key": i, "made": made, "owner": "o", **state})
+    return pd.DataFrame(rows, columns=["key", "at", "f", "old", "new"]), pd.DataFrame(now), changed / cases
+
+
+def test_cases_without_an_audit_row_count():
+    rows, now, true = audited(1500, .15, .33, np.random.default_rng(1))
+    for created in ("made", None):
+        log = AuditLog.from_delta(rows, "key", "at", "f", "old", "new", current=now, created=created)
+        v = verdicts(log)
+        assert log.n_cases == 1500 and v.change_rate["prio"] == pytest.approx(true) and v.null_rate["prio"] == 0
+        assert v.verdict["prio"] == "ok" and v.lo["prio"] < true < v.hi["prio"]
+        assert log.issues["cases known from current alone"] == 1500 - rows.key.nunique() and log.issues["ends differ from current"] == 0
+    alone = verdicts(AuditLog.from_delta(rows, "key", "at", "f", "old", "new"))
+    assert (alone.verdict == "undetermined").all() and "current=" in alone.reason["prio"]
+    blind = verdicts(AuditLog.from_delta(rows, "key", "at", "f", new="new"))
+    assert blind.verdict["prio"] == "undetermined"
+
+
+def test_a_case_created_before_its_first_update_begins_empty():
+    rows = pd.DataFrame([(i, f"2020-01-{2 + i % 20:02} 10:00", "who", "", "Ann") for i in range(30)], columns=["key", "at", "f", "old", "new"])
+    now = pd.DataFrame({"key": range(40), "made": "2020-01-01", "who": ["Ann"] * 30 + [""] * 10})
+    v = verdicts(AuditLog.from_delta(rows, "key", "at", "f", "old", "new", current=now, created="made"))
+    assert v.null_rate["who"] == 1
+
+
+def test_an_audit_that_began_late_or_ended_early_says_nothing_of_the_others():
+    rows, now, true = audited(2000, .3, .3, np.random.default_rng(2), days=120)
+    middle = pd.Timestamp("2020-03-01")
+    for part, issue in ((rows[rows["at"] >= middle], "created before the audit began: left out"),
+                        (rows[rows["at"] < middle], "created after the audit ended: left out")):
+        log = AuditLog.from_delta(part, "key", "at", "f", "old", "new", current=now, created="made")
+        v = verdicts(log)
+        assert log.issues[issue] > 800 and v.change_rate["prio"] == pytest.approx(true, abs=.04) and v.verdict["prio"] == "ineligible"
+
+
+def test_sparse_rows_leave_untouched_cases_out_no_more():
+    rng = np.random.default_rng(3)
+    state = rng.choice(["a", "b"], 400)
+    changes = rng.random(400) < .15
+    rows = pd.DataFrame([(i, f"2020-02-{1 + i % 28:02}", state[i], "") for i in range(200)], columns=["key", "at", "prio", "who"])
+    later = pd.DataFrame([(i, "2020-03-20", "ab"[state[i] == "a"], "") for i in range(200) if changes[i]], columns=rows.columns)
+    now = pd.DataFrame({"key": range(400), "prio": state, "who": "Ann"})
+    now.loc[later.key, "prio"] = later.prio.to_numpy()
+    log = AuditLog.from_delta(pd.concat([rows, later]), "key", "at", current=now)
+    assert log.n_cases == 400 and verdicts(log).change_rate["prio"] == changes[:200].sum() / 400 and verdicts(log).null_rate["who"] == 0
+
+
+# --- cases that have not ended
+
+def cut(cases, change, rng, days=90, steps=3):
+    "Histories of a process, cut when the log ends: (wide rows, share of open cases). The longer a case takes, the likelier it changes."
+    took = rng.gamma(1.5, 15, cases)
+    begin = np.sort(rng.uniform(0, days, cases))
+    drops = rng.random(cases) < np.clip(change + .1 * (took - 22.5) / 22.5, 0, 1)
+    at = np.stack([begin, begin + .6 * took, begin + took], 1)
+    case, step = np.nonzero(at <= days)
+    df = pd.DataFrame({"case": case, "n": step, "at": pd.Timestamp("2020-01-01") + pd.to_timedelta((at[case, step] * 1440).astype(int), unit="min"),
+                       "state": np.array(["New", "Work", "Closed"])[step], "prio": np.where((step > 0) & drops[case], "low", "high")})
+    return df, (at[:, 2] > days).mean()
+
+
+def test_open_cases_are_censored_and_the_interval_covers():
+    rng, hit, plain, open_ = np.random.default_rng(0), [], [], []
+    took = np.random.default_rng(1).gamma(1.5, 15, 10**6)
+    true = np.clip(.28 + .1 * (took - 22.5) / 22.5, 0, 1).mean()
+    for _ in range(60):
+        df, share = cut(300, .28, rng)
+        v = verdicts(AuditLog.from_wide(df, "case", "n", "at", ended=("state", ["Closed", "Cancelled"])))
+        hit.append(v.lo["prio"] <= true <= v.hi["prio"])
+        open_.append(share)
+        plain.append(scan(AuditLog.from_wide(df, "case", "n", "at")).frame().change_rate["prio"])
+    assert np.mean(hit) > .88 and np.mean(plain) < true - .05 and np.mean(open_) > .2
+
+
+def test_open_cases_wherever_they_stand_and_whatever_asks():
+    df, _ = cut(400, .4, np.random.default_rng(5))
+    log = AuditLog.from_wide(df, "case", "n", "at", ended=("state", "Closed"))
+    assert log.issues["open cases"] == (~log.ended).sum() > 0 and log.take([0, 1]).ended.shape == (2,)
+    assert scan(log).frame().null_rate["prio"] == 0 and labels(log).label["prio"] == "potential"
+    bare = AuditLog.from_wide(df.drop(columns="at"), "case", "n", ended=("state", "Closed"))
+    closed = df.case.isin(df.case[df.state == "Closed"])
+    assert scan(bare).frame().change_rate["prio"] == scan(AuditLog.from_wide(df[closed].drop(columns="at"), "case", "n")).frame().change_rate["prio"]
+    for bad, says in ((("state", "closed"), "no case ends so"), (("stat", "Closed"), "did you mean 'state'"), ("Closed", "expected")):
+        with pytest.raises(ValueError, match=says): AuditLog.from_wide(df, "case", "n", "at", ended=bad)
+
+
+def xes(path, cases, change, rng, delta, open_share=0):
+    "Write a XES log; return the true share of cases whose prio changes."
+    changed, traces = 0, []
+    for i in range(cases):
+        begin, drops, events = pd.Timestamp("2020-01-01", tz="UTC") + HOUR * int(rng.integers(0, 2000)), rng.random() < change, []
+        changed += drops
+        for j in range(2 if rng.random() < open_share else 4):
+            prio = ("low" if drops and j >= 2 else "high") if not delta or j == 0 or j == 2 and drops else None
+            events.append(f'<event><date key="time:timestamp" value="{(begin + 9 * j * HOUR).isoformat()}"/>'
+                          f'<string key="state" value="{["New", "Work", "Work", "Closed"][j]}"/>'
+                          + (f'<string key="prio" value="{prio}"/>' if prio else "") + "</event>")
+        traces.append(f'<trace><string key="concept:name" value="c{i}"/><string key="outcome" value="{rng.choice(["won", "lost"])}"/>'
+                      f'<int key="amount" value="{rng.integers(1, 9)}"/>{"".join(events)}</trace>')
+    path.write_text(f"<log>{''.join(traces)}</log>")
+    return changed / cases
+
+
+def test_traces_speak_of_the_end_and_lapses_are_asked_about(tmp_path):
+    true = xes(tmp_path/"log.xes", 300, .12, np.random.default_rng(0), delta=True)
+    log = AuditLog.from_xes(tmp_path/"log.xes")
+    v = verdicts(log)
+    assert {"case:outcome", "case:amount"} == set(log.unaudited) and (v.verdict[["case:outcome", "case:amount"]] == "undetermined").all()
+    assert v.verdict["prio"] == "undetermined" and "carry=True" in v.reason["prio"] and "ends otherwise" not in v.reason["prio"]
+    carried = verdicts(AuditLog.from_xes(tmp_path/"log.xes", carry=True, by_time={"case:amount": None}))
+    assert carried.change_rate["prio"] == pytest.approx(true) and carried.verdict[["prio", "case:amount"]].tolist() == ["ok", "ok"]
+
+
+def test_open_traces_are_censored(tmp_path):
+    true = xes(tmp_path/"log.xes", 500, .28, np.random.default_rng(0), delta=False, open_share=1 / 3)
+    plain = scan(AuditLog.from_xes(tmp_path/"log.xes")).frame().change_rate["prio"]
+    v = verdicts(AuditLog.from_xes(tmp_path/"log.xes", ended=("state", "Closed")))
+    assert plain < true - .06 and v.change_rate["prio"] == pytest.approx(true, abs=.03) and v.verdict["prio"] == "ineligible"
+
+
+def test_rows_that_lapse_in_a_wide_log_are_asked_about_too():
+    df = pd.DataFrame({"case": np.repeat(range(60), 3), "n": [0, 1, 2] * 60, "prio": ["high", None, None] * 60})
+    v = verdicts(AuditLog.from_wide(df, "case", "n"))
+    assert v.verdict["prio"] == "undetermined" and "from_delta" in v.reason["prio"]
+
+
+# --- how sure
+
+def test_few_cases_that_agree_decide_nothing():
+    for n in (1, 3, 10, 15):
+        df = pd.DataFrame({"case": range(n), "n": 0, "x": ["a", "b"] * (n // 2) + ["a"] * (n % 2)})
+        assert verdicts(AuditLog.from_wide(df, "case", "n")).verdict["x"] == "undetermined"
+    pair = pd.DataFrame({"case": np.repeat(range(3), 2), "n": [0, 1] * 3, "f": ["u", "u", "v", "v", "u", "v"], "l": [None, "p", None, "q", None, "p"]})
+    assert (pairs(AuditLog.from_wide(pair, "case", "n")).set_index(["feature", "label"]).verdict["f", "l"]) == "undetermined"
+
+
+def test_wrong_verdicts_are_rare_whatever_the_number_of_cases():
+    rng = np.random.default_rng(0)
+    for n in (5, 20, 60):
+        for true, wrong in ((.12, "ineligible"), (.3, "ok")):
+            said = []
+            for _ in range(25):
+                x = np.where(rng.random(n) < true, None, rng.choice(["a", "b"], n))
+                log = AuditLog(["x"], (pd.Series(x).map({"a": 1, "b": 2}).fillna(0).to_numpy(np.int16))[None], [pd.Index(["a", "b"])],
+                               np.arange(n + 1), np.arange(n))
+                said.append(verdicts(log).verdict["x"])
+            assert np.mean([s == wrong for s in said]) <= .12, (n, true)
+
+
+@pytest.mark.parametrize("days, per, icc, least", [(1, 30, 0, .93), (3, 30, 0, .93), (3, 20, .1, .93), (5, 5, .1, .93), (8, 30, .1, .92),
+                                                   (12, 30, .2, .92), (40, 20, .3, .92)])
+def test_intervals_cover_when_cases_come_in_bursts(days, per, icc, least):
+    rng, repeats = np.random.default_rng(0), 2000
+    for true in (.2, .5):
+        n = np.maximum(1, rng.poisson(per, (days, repeats)))
+        p = rng.beta(true * (1 - icc) / icc, (1 - true) * (1 - icc) / icc, n.shape) if icc else np.full(n.shape, true)
+        _, lo, hi = verdict._interval(rng.binomial(n, p), n)
+        assert ((lo <= true) & (true <= hi)).mean() >= least, true
+
+
+def test_numbers_may_identify_and_quantities_do_not():
+    rng, n = np.random.default_rng(0), 500
+    keys = {"ticket": np.arange(n) + 70_001, "random": rng.choice(5_000, n, replace=False), "wide": rng.integers(2**55, 2**62, n),
+            "steps": 1000 * rng.permutation(n), "float": np.where(np.arange(n) % 50 == 0, np.nan, np.arange(n) + 1e5),
+            "customer_id": rng.integers(0, 10**9, n), "text": [f"k{i}" for i in range(n)]}
+    rest = {"amount": rng.lognormal(6, 1, n), "cents": rng.lognormal(9, 1, n).astype(int), "seconds": rng.integers(0, 10**5, n), "age": rng.integers(18, 90, n)}
+    v = verdicts(AuditLog.from_wide(pd.DataFrame({"case": range(n), "n": 0, **keys, **rest}), "case", "n"))
+    assert v.verdict[list(keys)].tolist() == ["ineligible"] * len(keys) and v.reason[list(keys)].str.startswith("identifier").all()
+    assert (v.verdict[list(rest)] == "ok").all()
+    few = verdicts(AuditLog.from_wide(pd.DataFrame({"case": range(40), "n": 0, "name": [f"k{i}" for i in range(40)]}), "case", "n"))
+    assert few.verdict["name"] == "undetermined"
+
+
+@pytest.mark.parametrize("order, says", [(["new", "old", "done"], "no order in time"), (["1.9", "1.10", "1.2"], "1.10 before 1.9"),
+                                         (["3/4/2020", "2/5/2020", "1/6/2020"], "'dmy'"), (["2020-W10", "2020-W9", "x"], "order 'o'")])
+def test_orders_that_sort_wrongly_as_text_are_refused(order, says):
+    df = pd.DataFrame({"case": 1, "o": order, "x": list("abc")})
+    with pytest.raises(ValueError, match=says): AuditLog.from_wide(df, "case", "o")
+
+
+@pytest.mark.parametrize("order, told", [(["9", "10", "11"], False), (["step 9", "step 10", "step 11"], True), (["v1.9.2", "v1.10.0", "v1.10.1"], True),
+                                         (["13/1/2020", "1/2/2020", "2/2/2020"], True), (["2020-01-09", "2020-01-10", "2020-02-01"], False),
+                                         (["Jan 9, 2020", "Jan 10, 2020", "Feb 1, 2020"], False)])
+def test_orders_written_as_text_are_read(order, told):
+    df = pd.DataFrame({"case": 1, "o": order, "x": list("abc")}).iloc[[2, 0, 1]]
+    log = AuditLog.from_wide(df, "case", "o")
+    assert log.values("x").tolist() == list("abc") and any("'o'" in str(k) for k in log.issues if "written at" not in str(k)) == told
