@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from . import kernels
 from .delta import delta_rows
 from .clock import Clock
-from .encode import NAT, NULL, column, encode, linked
+from .encode import NAT, NULL, column, encode, latest, linked
 from .evidence import set_dates, set_ended, set_still
 from .wide import (as_pandas, by_dates, mapping, parquet_columns,
                                       present, read_xes, several, wide_rows)
@@ -36,8 +36,8 @@ class AuditLog:
     it is known. planned: dates that may lie ahead. unaudited: field -> (codes int32 [C], levels),
     known as they are now only. issues: what was odd in the source, or guessed -> how often. doubts:
     field -> (why it can't be judged, what that takes away). still: fields that never change, see
-    `evidence.set_still`. zoned: dates have a zone and are UTC (None: no time). ended: bool [C], None
-    where nobody says which cases are still open."""
+    `evidence.set_still`. zoned: dates have a zone and are UTC (None: no time). ended: bool [C],
+    None where nobody says which cases are still open."""
     fields: list
     codes: np.ndarray
     levels: list
@@ -208,7 +208,7 @@ def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable
     fields found only there are not audited. zone: of dates without one ("Europe/Rome"), where
     others have one. ended: (field, value or values) that a case ends with; others are open, and no
     end bias is read from them. Raises ValueError naming the column, and row or value: empty, no
-    such column, no case, byte-equal rows, an order that sorts wrongly, dates that aren't as said."""
+    such column, no case, byte-equal rows, an order that sorts wrongly, dates not as said."""
     df, current = as_pandas(df), None if current is None else as_pandas(current)
     return _build(df.__getitem__, list(df), case, order, time, null, by_time, dates, current,
                  planned, zone, ended)
@@ -242,11 +242,11 @@ def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
     change: columns of the field's name, its `old` (may be missing) and its `new` value; there blank
     is null. order: column that orders rows (None: time, ties keep row order). current: the table
     now, a row per case: it says what fields were that never changed, in cases without a row, too,
-    and names those that are not audited; without it most fields can't be judged if values were there
+    and names those that are not audited; without it fields can't be judged if values were there
     before the audit. created: its column of creation times, the time of states before the first
     update (else unknown, and windows leave those cases out); cases that the audit doesn't cover are
-    left out by it. dates, by_time, planned, zone, ended: as for `from_wide`. Raises ValueError naming
-    column, row or value."""
+    left out by it. dates, by_time, planned, zone, ended: as for `from_wide`. Raises ValueError
+    naming column, row or value."""
     df, current = as_pandas(df), None if current is None else as_pandas(current)
     null = [null] if pd.api.types.is_scalar(null) else list(null)
     planned = several(planned, list(df))
@@ -310,16 +310,6 @@ def _versions(table, key, time, clock):
         raise ValueError(f"table: {key!r} {row[key]!r} is there twice{at}; a history needs time=")
     return perm, codes[perm], when[perm], levels
 
-# %% ../../nbs/eligibility/08_auditlog.ipynb #e5557670
-def _latest(codes, when, wanted, at):
-    "Find the last version of each wanted key [n] not later than `at` [n]: int64 [n], -1 if none."
-    asked = pd.DataFrame({"key": wanted, "at": at}).sort_values("at", kind="stable")
-    known = pd.DataFrame({"key": codes.astype(np.int64), "at": when, "row": range(len(codes))})
-    found = pd.merge_asof(asked, known.sort_values("at", kind="stable"), on="at", by="key").row
-    out = np.empty(len(wanted), np.int64)
-    out[asked.index] = found.fillna(-1)
-    return out
-
 # %% ../../nbs/eligibility/08_auditlog.ipynb #1b0b0ba0
 @patch
 def join(self: AuditLog, table: Any, on: Hashable, prefix: str | None = None,
@@ -329,8 +319,8 @@ def join(self: AuditLog, table: Any, on: Hashable, prefix: str | None = None,
     """Add the fields of a linked table, as of each row's time.
 
     table: DataFrame with a row per key, or per key and `time` from which it holds (written as
-    `fmt`, None: as it looks). on: the log's foreign key. dates, zone: of the table's columns, as for
-    `from_wide`. prefix: of the new fields' names (None: on + ".").
+    `fmt`, None: as it looks). on: the log's foreign key. dates, zone: of the table's columns, as
+    for `from_wide`. prefix: of the new fields' names (None: on + ".").
     planned: the table's dates that may lie ahead by nature. key: the table's key column (None: on).
     Keys that the table lacks, or had not yet, give null and are counted in `issues`. Raises
     ValueError naming column, key or value."""
@@ -349,7 +339,7 @@ def join(self: AuditLog, table: Any, on: Hashable, prefix: str | None = None,
     perm, codes, when, levels = _versions(table, key, time, clock)
     place = linked(self.levels[i], levels, f"join on {on!r}") + 1
     wanted = np.concatenate([[0], place])[self.codes[i]]
-    found = _latest(codes, when, wanted, np.full(len(self), NAT) if time is None else self.time)
+    found = latest(codes, when, wanted, np.full(len(self), NAT) if time is None else self.time)
     added = [encode(table[c].iloc[perm], null, c) for c in fields]
     new = np.array([np.append(c, np.int32(0))[found] for c, _ in added], np.int32)
     new = new.reshape(len(fields), len(self))

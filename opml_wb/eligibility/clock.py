@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 import numpy as np
 import pandas as pd
-from .dates import LOOKS, NOTHING, ORDERS, in_order, moments_of, numbered, parts_of
+from .dates import (LOOKS, NOTHING, ORDERS, in_order, moments_of, numbered,
+                                       parts_of)
 from .encode import NAT, NULL, ZONE, dates_of, encode, name_words
 
 # %% ../../nbs/eligibility/03_clock.ipynb #7ea1bb81
@@ -21,13 +22,13 @@ UNITS = {"s": 10**6, "ms": 10**3, "us": 1, "ns": 1e-3}   # of epochs: in microse
 EPOCH = 631_152_000, 2_208_988_800      # 1990 and 2040, in seconds since 1970
 SAMPLE = 200                            # levels that are looked at first
 OK, END, ALL = range(3)                 # what a doubt takes away: ok; the rate of change; all rates
-FEW, SOME = .01, .1                     # of the levels may be no dates; look like one in a column of dates
+FEW, SOME = .01, .1                     # of its levels may be no dates; must look like one
 DATE_WORDS = frozenset("at date datetime timestamp ts dt epoch".split())   # end the name of a date
 
 # %% ../../nbs/eligibility/03_clock.ipynb #bb92813f
 @dataclass
 class Dating:
-    """What a column's levels say as dates.
+    """Moments read from a column's levels, or the reason why they can't be.
 
     us: int64 [k] microseconds, NAT where a level is no date. zoned: they have a zone, and are UTC.
     how: what was guessed, "" where nothing is. doubt: why they can't be read, "" where they can.
@@ -68,7 +69,8 @@ def _texts(texts, name):
             out.options[o][three] = v
         first, other = list(opened.values())[:2]
         what = texts[three][first != other].iloc[0]
-        out.doubt = f"{what!r} may be {' or '.join(map(ORDERS.get, opened))}; write {_ask(name, opened)}"
+        may_be = " or ".join(ORDERS[o] for o in opened)
+        out.doubt = f"{what!r} may be {may_be}; write {_ask(name, opened)}"
     out.order = shown.pop() if len(shown := shown - {"ymd"}) == 1 else ""
     short = (nums.y_ == 2) | (nums.a_ > 0) & (nums.a_ < 3) & (nums.c_ < 3)
     out.how = ORDERS[out.order] if out.order else "years of two digits" * bool(short.any())
@@ -124,8 +126,8 @@ def find_dates(levels: pd.Index, name: Hashable = "dates", sure: bool = False) -
         v = pd.to_numeric(pd.Series(levels.astype(object)), errors="coerce").fillna(0)
         return _numbers(v.to_numpy(float), name, sure)
     found = _texts(pd.Series(levels.astype(object)).map(str), name)
-    full = np.mean([bool(re.search(r"\d{4}|[^\W\d]{3}", v)) for v in some])   # a year, or a month's name
-    unlike = full < .5 and not found.options and not named_date(name)
+    plain = np.mean([not re.search(r"\d{4}|[^\W\d]{3}", v) for v in some])   # no year or month
+    unlike = plain > .5 and not found.options and not named_date(name)
     return None if found.doubt and unlike else found
 
 # %% ../../nbs/eligibility/03_clock.ipynb #d724abb7
@@ -147,8 +149,8 @@ def said_dates(levels: pd.Index, fmt: Any, name: Hashable) -> Dating | None:
             levels.dtype.kind not in "Miufb" and any(ZONE.search(str(v)) for v in levels))
         return Dating(dates_of(levels, fmt, name), bool(zoned))
     if not bad.any(): return Dating(us, zoned)
-    raise ValueError(f"field {name!r}: {levels[bad][0]!r} is no date of the format {fmt!r}; mend it, "
-                     f"or write what fits in dates={{{name!r}: ...}}")
+    raise ValueError(f"field {name!r}: {levels[bad][0]!r} is no date of the format {fmt!r}; "
+                     f"mend it, or write what fits in dates={{{name!r}: ...}}")
 
 # %% ../../nbs/eligibility/03_clock.ipynb #d48f256b
 def localised(us: np.ndarray, zone: str | None) -> np.ndarray:
@@ -177,7 +179,7 @@ def unlike(zoned: bool) -> str:
 # %% ../../nbs/eligibility/03_clock.ipynb #a85a246a
 @dataclass
 class Clock:
-    """How a log's dates are read.
+    """Reader of a log's dates, all by one clock.
 
     said: column -> how it is written, see `said_dates`. zone: of dates that have none. issues: what
     was guessed -> how many values. zoned: the rows' times have a zone; None as long as there are

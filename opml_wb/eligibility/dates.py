@@ -26,12 +26,14 @@ _CLOCK = (r"(?:(?:\s*T\s*|[ ,:]+)(?P<h>\d{1,2})(?:[:.h](?P<mi>\d\d)(?:[:.](?P<s>
 _WEEKDAY = r"(?:(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,? +)?"
 SHAPES = [re.compile(_WEEKDAY + shape, re.I) for shape in (
     r"(?P<a>\d{1,4})(?P<sep>[-/.])(?P<b>\d{1,2})(?P=sep)(?P<c>\d{1,4})" + _CLOCK,
-    r"(?P<d>\d{1,2})(?:st|nd|rd|th|\.)?[-/, ]*(?P<m>[a-z]{3,9})\.?[-/, ]*(?P<y>\d{4}|\d\d)" + _CLOCK,
+    r"(?P<d>\d{1,2})(?:st|nd|rd|th|\.)?[-/, ]*(?P<m>[a-z]{3,9})\.?[-/, ]*"
+    r"(?P<y>\d{4}|\d\d)" + _CLOCK,
     r"(?P<m>[a-z]{3,9})\.?[- ]+(?P<d>\d{1,2})(?:st|nd|rd|th)?,?[- ]+(?P<y>\d{4})" + _CLOCK,
     r"(?P<m>[a-z]{3}) +(?P<d>\d{1,2}) (?P<h>\d\d):(?P<mi>\d\d):(?P<s>\d\d) (?:(?P<z>UTC|GMT) )?"
     r"(?P<y>\d{4})$",
     r"(?P<y>\d{4})[-/ ](?P<m>[a-z]{3,9})[-/ ](?P<d>\d{1,2})" + _CLOCK,
-    r"(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)(?:T?(?P<h>\d\d)(?P<mi>\d\d)(?P<s>\d\d)?(?P<z>Z|[+-]\d{4})?)?$",
+    r"(?P<y>\d{4})(?P<m>\d\d)(?P<d>\d\d)(?:T?(?P<h>\d\d)(?P<mi>\d\d)(?P<s>\d\d)?"
+    r"(?P<z>Z|[+-]\d{4})?)?$",
     r"(?P<y>\d{4})-(?P<m>\d\d)$")]
 LOOKS = re.compile(
     r"\s*(?:[^\W\d]+,? )?(?:\d{4}[-/.年]\d\d?(?!\d)|\d{4}-?W\d\d|\d{4}-\d{3}$"

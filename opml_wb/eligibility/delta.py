@@ -16,8 +16,8 @@ from .kernels import carry
 from .wide import grouped, order_key, present
 
 # %% ../../nbs/eligibility/06_delta.ipynb #8f77b338
-BLIND = ("its first values aren't audited, so cases that never changed it are unknown; give the table as "
-         "it is now, current=")
+BLIND = ("its first values aren't audited, so cases that never changed it are unknown; "
+         "give the table as it is now, current=")
 
 # %% ../../nbs/eligibility/06_delta.ipynb #c41448a1
 def _placed(df, case, time, order, clock):
@@ -52,9 +52,9 @@ def _never_changed(begin, levels, fields, now, null):
 
 # %% ../../nbs/eligibility/06_delta.ipynb #6186b343
 def _all_cases(cases, current, case, created, clock):
-    """Add the cases that have no row: (cases [C], present table of C rows, microseconds created [C]).
+    """Add the cases that have no row: (cases [C], present table of C rows, when created [C]).
 
-    Without a present table the two are None; without `created` the last."""
+    Without a present table the last two are None, without `created` the last, microseconds."""
     if current is None: return cases, None, None
     now = present(current, case, cases)
     now = now[now.index.notna()]
@@ -190,8 +190,8 @@ def _audit(df, case, time, field, old, new, order, null, clock, current, created
     if made is not None:                       # created before its first row: a state of its own
         starts[logged] |= (made[logged] != NAT) & (made[logged] < when[_begins(of_case)[:-1]])
     keep = None if made is None else _covered(made, logged, times, issues)
-    rows = dict(fields=list(fields), codes=codes, levels=levels, cases=every, of_case=of_case, when=when,
-                doubts={f: (BLIND, ALL) for f, b in zip(fields, blind) if b})
+    rows = dict(fields=list(fields), codes=codes, levels=levels, cases=every, of_case=of_case,
+                when=when, doubts={f: (BLIND, ALL) for f, b in zip(fields, blind) if b})
     return _with_starts(rows, begin, starts | ~logged, made, keep, issues)
 
 # %% ../../nbs/eligibility/06_delta.ipynb #f08d0136

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NULL', 'NONE', 'NAT', 'SPAN', 'ZONE', 'compiled', 'means_null', 'encode', 'dates_of', 'column', 'name_words',
-           'linked', 'share', 'whole']
+           'linked', 'latest', 'share', 'whole']
 
 # %% ../../nbs/eligibility/01_encode.ipynb #164f6869
 import re, warnings
@@ -183,6 +183,19 @@ def linked(mine: pd.Index, theirs: pd.Index, what: str) -> np.ndarray:
         raise ValueError(f"{what}: {a} on one side, {b} on the other: nothing links; "
                          "cast one of them")
     return found
+
+# %% ../../nbs/eligibility/01_encode.ipynb #e5557670
+def latest(codes: np.ndarray, when: np.ndarray, wanted: np.ndarray,
+           at: np.ndarray) -> np.ndarray:
+    """Find the last version of each wanted key [n] not later than `at` [n]: int64 [n], -1 if none.
+
+    codes, when: key and microseconds of each version, int [m]."""
+    asked = pd.DataFrame({"key": wanted, "at": at}).sort_values("at", kind="stable")
+    known = pd.DataFrame({"key": codes.astype(np.int64), "at": when, "row": range(len(codes))})
+    found = pd.merge_asof(asked, known.sort_values("at", kind="stable"), on="at", by="key").row
+    out = np.empty(len(wanted), np.int64)
+    out[asked.index] = found.fillna(-1)
+    return out
 
 # %% ../../nbs/eligibility/01_encode.ipynb #ad5a1af0
 def share(v: float, name: str) -> float:

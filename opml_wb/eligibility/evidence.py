@@ -6,7 +6,7 @@
 __all__ = ['YEARS', 'CLOCK_WORDS', 'KEY_WORDS', 'RARE', 'SAYS_NO_TIME', 'date_fields', 'within', 'row_time', 'set_dates',
            'related', 'set_still', 'number_key', 'end_weights', 'set_ended']
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #406f8e1f
+# %% ../../nbs/eligibility/07_evidence.ipynb #dd86e6bd
 import math, os
 from collections.abc import Collection, Hashable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from .dates import ORDERS
 from .encode import NAT, name_words
 if TYPE_CHECKING: from opml_wb.eligibility.auditlog import AuditLog
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #e93e0e19
+# %% ../../nbs/eligibility/07_evidence.ipynb #95b0659a
 YEARS = 1800, 2200       # beyond them a date stands for "none" or "for ever"
 CLOCK_WORDS = frozenset("updated modified timestamp time changed".split())   # in a row time's name
 # end the name of an identifier
@@ -25,7 +25,7 @@ KEY_WORDS = frozenset("id ids no nr num number key ref reference uuid guid seria
 RARE = .05               # share of cases watched so long, below which weights grow no more
 SAYS_NO_TIME = "is a date, but nothing says when its rows were written; write time="
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #a55aeed5
+# %% ../../nbs/eligibility/07_evidence.ipynb #fe60720a
 def date_fields(fields: list, levels: list, clock: Clock) -> dict[Hashable, Dating]:
     "Read the fields that look like dates, by their levels (F Indexes): {field: Dating}."
     read = {f: clock.read(level, f) for f, level in zip(fields, levels)}
@@ -39,7 +39,7 @@ def date_fields(fields: list, levels: list, clock: Clock) -> dict[Hashable, Dati
         if d.odd and not d.doubt: clock.issues[f"{f!r}: {d.odd!r} and others are no dates"] = 1
     return found
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #5e21536c
+# %% ../../nbs/eligibility/07_evidence.ipynb #e098ceae
 def _bounded(us, name, clock):
     "Blank the moments [k] of years that stand for none or for ever; tell."
     low, high = (np.datetime64(f"{y:04}-01-01", "us").astype(np.int64) for y in YEARS)
@@ -49,18 +49,19 @@ def _bounded(us, name, clock):
     clock.issues[f"guess: {name!r}: {one} means that there is none"] = int(far.sum())
     return np.where(far, NAT, us)
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #fef5d0ea
+# %% ../../nbs/eligibility/07_evidence.ipynb #d5d106e4
 def within(starts: np.ndarray) -> np.ndarray:
     "Mark the rows but the first of all that go on a case: bool [N - 1]."
     out = np.ones(starts[-1], bool)
     out[starts[:-1]] = False
     return out[1:]
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #ba3d08b8
+# %% ../../nbs/eligibility/07_evidence.ipynb #261d7b2d
 def row_time(times: dict[Hashable, np.ndarray], starts: np.ndarray) -> Hashable | None:
-    """Find the field that is the rows' time, among fields -> microseconds int64 [N]; None if none is.
+    """Find the field that is the rows' time, or None.
 
-    Of two that move alike the one whose name says so is taken, or the first."""
+    times: field -> microseconds int64 [N]. Of two that move alike the one whose name says so is
+    taken, or the first."""
     same, best, name = within(starts), (0., False), None
     for f, us in times.items():
         if (us != NAT).mean() < .99: continue
@@ -70,7 +71,7 @@ def row_time(times: dict[Hashable, np.ndarray], starts: np.ndarray) -> Hashable 
         if forth >= .5 and (step < 0).mean() <= .01 and score > best: best, name = score, f
     return name
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #c9eb3323
+# %% ../../nbs/eligibility/07_evidence.ipynb #6936267f
 def set_dates(log: "AuditLog", clock: Clock, time: Any, planned: Collection) -> None:
     """Set the dates, the times and the doubts of a log, in place.
 
@@ -81,7 +82,8 @@ def set_dates(log: "AuditLog", clock: Clock, time: Any, planned: Collection) -> 
     if log.time is None and time is None:
         columns = {f: us[log.codes[log.at(f)]] for f, us in moments.items() if f not in planned}
         time = row_time(columns, log.starts)
-        if time is not None: clock.issues[f"guess: rows were written at {time!r}"] = int(log.starts[-1])
+        if time is not None:
+            clock.issues[f"guess: rows were written at {time!r}"] = int(log.starts[-1])
     if log.time is None and time is not None and time is not False:
         if time in moments and not found[time].odd:
             log.time = moments[time][log.codes[log.at(time)]]
@@ -100,9 +102,9 @@ def set_dates(log: "AuditLog", clock: Clock, time: Any, planned: Collection) -> 
             log.doubts[f] = f"looks like a date, but {d.doubt}" if d.doubt else SAYS_NO_TIME, OK
             clock.issues[f"{f!r} {log.doubts[f][0]}"] = int((log.codes[log.at(f)] > 0).sum())
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #9aa6024b
+# %% ../../nbs/eligibility/07_evidence.ipynb #b7e744f2
 def related(name: Hashable, dates: Collection) -> Hashable | None:
-    "Find the date that a field goes with, by the beginnings of their names: closed_code, closed_at."
+    "Find the date that a field goes with, by how their names begin: closed_code, closed_at."
     for date in dates:
         for a in name_words(name):
             for b in name_words(date)[:-1]:
@@ -110,13 +112,13 @@ def related(name: Hashable, dates: Collection) -> Hashable | None:
                 if shared >= 4 and 2 * shared >= max(len(a), len(b)): return date
     return None
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #8afd180f
+# %% ../../nbs/eligibility/07_evidence.ipynb #47da6601
 def set_still(log: "AuditLog", by_time: dict | None) -> None:
     """Note the fields that never change within a case, and those that lapse, in place.
 
-    log.still: field -> (the date that it goes with by name or None, True if by_time isn't given). If
-    it is, only fields that go with a date are noted: whoever names some knows the others. A field
-    that is null again in most of the rows after one that has it is put in doubt."""
+    log.still: field -> (the date that it goes with by name or None, True if by_time isn't given).
+    If it is, only fields that go with a date are noted: whoever names some knows the others. A
+    field that is null again in most of the rows after one that has it is put in doubt."""
     same, frozen = within(log.starts), []
     dated = [f for f in log.fields if (f in log.dates or f in log.doubts) and f not in log.planned]
     for i, f in enumerate(log.fields):
@@ -125,8 +127,8 @@ def set_still(log: "AuditLog", by_time: dict | None) -> None:
         held = int(((before > 0) & same).sum())
         lapsed = int(((before > 0) & (after == 0) & same).sum())
         if lapsed > held / 2 + np.sqrt(held):
-            text = (f"absent from {lapsed / held:.0%} of the rows after one that has it; if that means "
-                    "unchanged, read with from_delta (XES: carry=True)")
+            text = (f"absent from {lapsed / held:.0%} of the rows after one that has it; if that "
+                    "means unchanged, read with from_delta (XES: carry=True)")
             log.doubts[f] = log.doubts.get(f, (text,))[0], END
     for f in frozen:
         goes = related(f, dated)
@@ -148,9 +150,9 @@ def number_key(v: set, n: int, name: Any) -> float:
     digits = np.bincount([len(str(abs(x))) for x in values])
     return .5 * bool(digits.argmax() >= 5 and digits.max() >= .9 * len(values))
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #dd992fe0
+# %% ../../nbs/eligibility/07_evidence.ipynb #5d734269
 def end_weights(log: "AuditLog") -> np.ndarray:
-    """Weigh the ended cases of a log by 1 / the share of cases that could be watched so long: float64 [C].
+    """Weigh ended cases by 1 / the share of cases that could be watched so long: float64 [C].
 
     0: open. The weights sum to the number of cases that, weighed alike, would tell as much (Kish).
     Without times all weigh 1."""
@@ -163,14 +165,15 @@ def end_weights(log: "AuditLog") -> np.ndarray:
     out /= np.maximum(seen, RARE)
     return out * out.sum() / max(1, (out**2).sum())
 
-# %% ../../nbs/eligibility/07_evidence.ipynb #31cb7903
+# %% ../../nbs/eligibility/07_evidence.ipynb #e36b8ad4
 def set_ended(log: "AuditLog", ended: tuple) -> None:
     """Note which cases have ended: those whose last row has the value, or one of the values.
 
     ended: (field, value or values). The open ones are counted in `issues`. Raises ValueError for
     anything else, for no such field, or for a value that no case ends with."""
     if not (isinstance(ended, tuple) and len(ended) == 2):
-        raise ValueError(f"ended={ended!r}: expected (field, value or values), like ('state', 'Closed')")
+        raise ValueError(f"ended={ended!r}: expected (field, value or values), "
+                         "like ('state', 'Closed')")
     name, wanted = ended
     many = isinstance(wanted, (list, tuple, set, frozenset))
     codes, levels = (log.unaudited[name] if name in log.unaudited else

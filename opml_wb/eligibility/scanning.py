@@ -106,7 +106,8 @@ class Scan:
     fields: F names. at: the point e. days: int64 [D], ascending. cases, left_out: int64 [D], those
     that come to e and those that don't. counts: int64 [D, F, 7]: null at e; ever filled; of these
     changed; filled at e or later; of these drifted; values with a date and their own row's time; of
-    these later than that (float64 where cases are open: those ended, weighed). only: object [F], the one value of a constant field, else MANY. own: F
+    these later than that (float64 if cases are open). only: object [F], the one value of a constant
+    field, else MANY. own: F
     sets, the values of a text field (it may identify cases), else None. filled: int64 [F], cases
     ever filled, those left out too. dated: bool [F]. planned, unaudited: names. doubts, still: see
     `AuditLog`."""
@@ -252,7 +253,8 @@ def _of_ended(log, states, rows, group, D, jobs):
                           return_inverse=True)                # cases of nearly one weight
     mean = np.bincount(of, weight) / np.maximum(1, np.bincount(of, weight > 0))
     shape = len(log.fields), D, len(steps), 6
-    ends = _states(log, np.where(weight > 0, rows, -1), group * len(steps) + of, D * len(steps), jobs)
+    to = group * len(steps) + of
+    ends = _states(log, np.where(weight > 0, rows, -1), to, D * len(steps), jobs)
     out = np.einsum("fdks,k->fds", ends.reshape(shape), mean)
     out[..., NULL] = states[..., NULL]
     return out

@@ -101,12 +101,13 @@ def _doubted(s, verdict, reason):
     """Make undetermined what the log can't tell, in place: object [F] each.
 
     A doubt takes away ok, the rate of change, or all rates. A field that never changes is in doubt
-    if a date is known to be back-filled, for it may have come with it; or, if it goes with a date by
-    its name, while that date is in doubt itself."""
+    if a date is known to be back-filled, for it may have come with it; or, if it goes with a date
+    by its name, while that date is in doubt itself."""
     at = dict(zip(s.fields, range(len(s.fields))))
     for f, (why, reach) in s.doubts.items():
         ends = reason[at[f]].startswith("ends otherwise")
-        if verdict[at[f]] == "ok" or reach == ALL and verdict[at[f]] != "backfill" or reach == END and ends:
+        if (verdict[at[f]] == "ok" or reach == END and ends
+            or reach == ALL and verdict[at[f]] != "backfill"):
             verdict[at[f]], reason[at[f]] = "undetermined", why
     late = [f for f in s.fields if verdict[at[f]] == "backfill" and f not in s.still]
     for f, (date, whole) in s.still.items():
@@ -114,8 +115,8 @@ def _doubted(s, verdict, reason):
         if date in late or date in s.doubts or whole and late:
             date = date or late[0]
             verdict[at[f]], reason[at[f]] = "undetermined", (
-                f"never changes within a case, and {date!r} may have been filled in later; if this field was, "
-                f"too, write by_time={{{f!r}: {date!r}}}, else by_time={{{f!r}: None}}")
+                f"never changes within a case, and {date!r} may have been filled in later; if this "
+                f"was, too, write by_time={{{f!r}: {date!r}}}, else by_time={{{f!r}: None}}")
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #a8f1d42a
 def verdicts(log: AuditLog | Scan, th: float = .2, at: Point = "start") -> pd.DataFrame:

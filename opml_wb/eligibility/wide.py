@@ -109,7 +109,8 @@ def order_key(values: Any, name: Hashable, clock: Clock) -> np.ndarray:
     v = pd.Series(values)
     if isinstance(v.dtype, pd.CategoricalDtype) and v.cat.ordered:
         v = v.cat.codes.where(v.notna()).astype("Int32")
-    if v.dtype.kind in "iufb" and name not in clock.said: key, none = v.to_numpy(), v.isna().to_numpy()
+    if v.dtype.kind in "iufb" and name not in clock.said:
+        key, none = v.to_numpy(), v.isna().to_numpy()
     else:
         codes, levels = encode(v, name=name)
         key, none = np.append(NAT, _ranked(levels, name, clock))[codes], codes == 0
@@ -134,8 +135,8 @@ def _decimals(levels, number, name):
     "Return the numbers [k]; raise ValueError if 1.9 and 1.10 are among the texts."
     after = [str(v).partition(".")[2] for v in levels if isinstance(v, str)]
     if len(set(map(len, filter(None, after)))) > 1 and any(a.endswith("0") for a in after):
-        raise ValueError(f"order {name!r}: is 1.10 before 1.9, as a number, or behind it, as a version? "
-                         f"make it one: df[{name!r}] = df[{name!r}].astype(float), or ranks")
+        raise ValueError(f"order {name!r}: is 1.10 before 1.9, as a number, or behind it, as a "
+                         f"version? write df[{name!r}] = df[{name!r}].astype(float), or ranks")
     return number
 
 def _numbered(levels, name, clock):
@@ -143,8 +144,9 @@ def _numbered(levels, name, clock):
     texts = [str(v) for v in levels]
     forms = {re.sub(r"\d+", "0", v) for v in texts}
     if len(forms) > 1 or "0" not in "".join(forms):
-        raise ValueError(f"order {name!r}: texts like {texts[0]!r} have no order in time; name a number or "
-                         "a date, give the column ordered categories, or order=None if rows are in order")
+        raise ValueError(f"order {name!r}: texts like {texts[0]!r} have no order in time; name a "
+                         "number or a date, give the column ordered categories, or write "
+                         "order=None if rows are in order")
     clock.issues[f"guess: order {name!r} is that of the numbers in its texts"] = len(texts)
     keys = [tuple(map(int, re.findall(r"\d+", v))) for v in texts]
     rank = {key: i for i, key in enumerate(sorted(set(keys)))}
@@ -279,5 +281,6 @@ def read_xes(path: str | os.PathLike) -> pd.DataFrame:
         raise ValueError(f"{path} is no readable XES: {ex}") from ex
     if not rows: raise ValueError(f"{path}: no trace has an event")
     df = pd.DataFrame(rows)
-    df.attrs |= {"repeated names": sum(n - 1 for n in seen.values()), "of traces": sorted(about_all)}
+    df.attrs |= {"repeated names": sum(n - 1 for n in seen.values()),
+                 "of traces": sorted(about_all)}
     return df
