@@ -121,7 +121,7 @@ def find_dates(levels: pd.Index, name: Hashable = "dates", sure: bool = False) -
     at = np.unique(np.linspace(0, len(levels) - 1, SAMPLE).astype(int))
     some = [v for v in (str(v).strip() for v in levels.take(at)) if not NOTHING.match(v)]
     number = some and all(re.fullmatch(r"\d+(\.\d+)?", v) for v in some)
-    if number or np.mean([bool(LOOKS.match(v)) for v in some] or [0]) < SOME:
+    if number or np.mean([bool(LOOKS.match(v)) for v in some] or [False]) < SOME:
         if not number: return None
         v = pd.to_numeric(pd.Series(levels.astype(object)), errors="coerce").fillna(0)
         return _numbers(v.to_numpy(float), name, sure)
@@ -214,8 +214,8 @@ class Clock:
             dates_of(levels, None, name)                    # says what is wrong
         if len(levels) and (found is None or found.doubt or found.odd):
             raise ValueError(f"field {name!r}: {found.doubt if found else 'it holds no dates'}")
-        if len(levels): self.agree(found.zoned, name)
-        return np.append(NAT, found.us if found else [])[codes].astype(np.int64)
+        if found is not None: self.agree(found.zoned, name)
+        return np.append(NAT, [] if found is None else found.us)[codes].astype(np.int64)
 
     def agree(self, zoned: bool, name: Hashable) -> None:
         "Raise ValueError if a date has a zone and the rows' times have none, or the other way."

@@ -123,7 +123,9 @@ def in_order(nums: pd.DataFrame, form: np.ndarray) -> tuple[np.ndarray, set, dic
 
     Returns (int64 [k], the orders that were shown, {order: int64 [k]} of what is open, the first
     row that has no reading or None)."""
-    us, shown, opened, bad = np.full(len(nums), NAT), set(), {}, None
+    us, bad = np.full(len(nums), NAT), None
+    shown: set[str] = set()
+    opened: dict[str, np.ndarray] = {}
     for one in np.unique(form):
         rows = np.flatnonzero(form == one)
         found = _orders(nums.iloc[rows])

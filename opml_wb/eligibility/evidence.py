@@ -156,7 +156,7 @@ def end_weights(log: "AuditLog") -> np.ndarray:
 
     0: open. The weights sum to the number of cases that, weighed alike, would tell as much (Kish).
     Without times all weigh 1."""
-    out = log.ended.astype(float)
+    out = np.asarray(log.ended, float)
     if log.time is None: return out
     begin, end = log.time[log.starts[:-1]], log.time[log.starts[1:] - 1]
     known = (begin != NAT) & (end != NAT)
