@@ -162,8 +162,8 @@ def _blind(codes, begin, of_case, old, current):
     in a case's first update are known from there on."""
     if old is not None: return np.full(len(codes), current is None and bool((begin > 0).any()))
     first, out = np.diff(of_case, prepend=-1) > 0, np.zeros(len(codes), bool)
-    for i, column in enumerate(codes):
-        says = column >= 0
+    for i, mine in enumerate(codes):
+        says = mine >= 0
         ever = len(np.unique(of_case[says]))
         out[i] = (says & first).sum() < .95 * ever
     return out
