@@ -373,6 +373,12 @@ def test_rooms_stand_in_reading_order(site):
     assert heads.index("core.cli") < heads.index("eligibility") < heads.index("riann") < heads.index("riann.graph") < heads.index("flexserve")
 
 
+def test_the_reference_has_every_command(site):
+    from opml_wb.core.cli.verbs import VERBS
+    html = (site/"commands.html").read_text()
+    for verb in (*VERBS, "flexserve serve"): assert f">opml {verb}<" in html, verb
+
+
 def test_the_guide_shows_what_lies_in_its_folder(site):
     listed = re.findall(r'<li><p><a class="reference internal" href="(\w+)\.html"', (site/"guide"/"index.html").read_text())
     assert listed == sorted(p.stem for p in (ROOT/"nbs"/"guide").glob("*") if p.suffix in (".md", ".ipynb"))

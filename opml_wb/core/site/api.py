@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['module', 'docstring', 'function_of', 'definition', 'arguments', 'bound', 'directive', 'documented', 'members',
-           'parameters_of', 'member', 'class_', 'patched', 'joined', 'Symbols', 'api']
+           'parameters_of', 'member', 'class_', 'patched', 'joined', 'Symbols', 'api', 'walk', 'options', 'entry',
+           'reference']
 
 # %% ../../../nbs/core/site/02_api.ipynb #b8374301
 import ast, inspect, re, textwrap
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import click
 from fastcore.docments import docments
 
 from ..request.chapter import text
@@ -215,3 +217,44 @@ def api(nb: dict, here: str = "", pages: Mapping[str, str] = {}, where: str = ""
     bar = f"```{{py:module}} {name}\n```\n\n{{.opml-bar}}\nModule `{name}`{written}"
     if cells: cells[0]["source"] = under_title(cells[0]["source"], bar)
     return notebook(cells)
+
+# %% ../../../nbs/core/site/02_api.ipynb #48d8d21d
+def walk(command: click.Command, name: str,
+         parent: click.Context | None = None) -> Iterator[tuple[str, click.Command, click.Context]]:
+    "Visit a command and those below it: (its whole name, the command, its context)."
+    ctx = click.Context(command, parent=parent, info_name=name)
+    yield ctx.command_path, command, ctx
+    if isinstance(command, click.Group):
+        for below in command.list_commands(ctx):
+            found = command.get_command(ctx, below)
+            if found and not found.hidden: yield from walk(found, below, ctx)
+
+# %% ../../../nbs/core/site/02_api.ipynb #59ee9292
+def _cell(words: str) -> str:
+    "Escape text for a cell of a table; what stands between backticks stays code."
+    def escape(part): return re.sub(r"([\\*_<>$\[\]{}|])", r"\\\1", part)
+    parts = " ".join(words.split()).split("`")
+    return "`".join(p.replace("|", "/") if i % 2 else escape(p) for i, p in enumerate(parts))
+
+def options(command: click.Command, ctx: click.Context) -> str:
+    "Write a command's options as a table; '' without one. `--help` is left out: each has it."
+    rows = [p.get_help_record(ctx) for p in command.get_params(ctx)
+            if isinstance(p, click.Option) and not p.hidden and "--help" not in p.opts]
+    lines = [f"| {_cell(f'`{first}`')} | {_cell(told)} |" for first, told in filter(None, rows)]
+    return "\n".join(["| option | |", "|---|---|", *lines]) if lines else ""
+
+def entry(name: str, command: click.Command, ctx: click.Context) -> str:
+    "Write a command: heading, purpose, usage, options."
+    usage = " ".join([name, *command.collect_usage_pieces(ctx)])
+    paragraphs = re.split(r"\n\s*\n", (command.help or "").strip())
+    told = "\n\n".join(_cell(p) for p in paragraphs if p.strip())
+    level = "#" * min(4, 1 + name.count(" "))
+    parts = [f"{level} {name}", told, f"```\n{usage}\n```", options(command, ctx)]
+    return "\n\n".join(p for p in parts if p)
+
+# %% ../../../nbs/core/site/02_api.ipynb #293157f1
+def reference(group: click.Command, name: str) -> str:
+    "Write the page of a command line that is called `name`, in Markdown."
+    _, *commands = walk(group, name)
+    head = "Every command tells the same with `--help`; most answer in JSON with `--json`."
+    return "\n\n".join(["# Commands", head, *(entry(*found) for found in commands), ""])

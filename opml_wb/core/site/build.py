@@ -117,10 +117,12 @@ def _say_large(site: Path, say: Callable[[str], None]) -> None:
 
 # %% ../../../nbs/core/site/04_build.ipynb #66780041
 def build(out: str | os.PathLike | None = None, *, run: bool = True,
-          say: Callable[[str], None] = click.echo) -> Path:
+          say: Callable[[str], None] = click.echo,
+          commands: click.Command | None = None) -> Path:
     """Make the docs site in folder `out` (default `default_out()`); returns its Path.
 
-    `run`: execute chapters that the store doesn't know; `say`: called with each line of progress.
+    `run`: execute chapters that the store doesn't know; `say`: called with each line of progress;
+    `commands`: the command line whose reference is shown.
     Raises DocsError; then `out` is as before."""
     check()
     out = Path(out).absolute() if out else default_out()
@@ -131,7 +133,7 @@ def build(out: str | os.PathLike | None = None, *, run: bool = True,
     with tempfile.TemporaryDirectory(prefix="opml-docs-") as folder:
         src, site = Path(folder)/"src", Path(folder)/"site"
         src.mkdir()
-        sources(src, found, runs)
+        sources(src, found, runs, commands)
         say(f"2/3 drawing {sum(1 for _ in src.rglob('*.ipynb'))} notebooks")
         _sphinx(src, site, Path(folder)/"trees")
         for name in (MARK, ".nojekyll"): (site/name).touch()
@@ -168,7 +170,8 @@ def docs(out: Path | None, serve: bool, port: int, no_run: bool) -> int:
     search.
 
     Unchanged chapters come from the store. Exit code 0: made, 1: not made, 2: bad use."""
-    try: out = build(out, run=not no_run)
+    root = click.get_current_context().find_root().command
+    try: out = build(out, run=not no_run, commands=root)
     except DocsError as e:
         e.show()
         return 1

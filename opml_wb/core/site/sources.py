@@ -17,7 +17,7 @@ import click
 
 from ..kit.files import write_text
 from ..request.chapter import Chapter, folder_of, read, text
-from .api import api, module
+from .api import api, module, reference
 from .pages import code, links, merged, notebook, page, prose
 
 if TYPE_CHECKING:
@@ -284,10 +284,12 @@ def _api_pages(src: Path, ours: Modules, pages: Mapping[str, str]) -> None:
             raise DocsError(f"{name} cannot be imported, so it has no page: {e}") from e
 
 # %% ../../../nbs/core/site/03_sources.ipynb #5156df8d
-def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]") -> None:
+def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]",
+            commands: click.Command | None = None) -> None:
     """Lay out in folder `src` all that Sphinx needs.
 
-    `runs`: the run of each chapter, as `results` gives them."""
+    `runs`: the run of each chapter, as `results` gives them; `commands`: the command line `opml`,
+    for its reference."""
     root = nbs()
     shutil.copytree(root/"_static", src/"_static")
     assets(src/"_static")
@@ -303,4 +305,7 @@ def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]") -
     _write(src/"api/index.md", module_list(ours, pages))
     trees = [f"{t}/index" for t in ("chapters", "bench", "guide", "api")
              if (src/t/"index.md").exists()]
+    if commands:
+        _write(src/"commands.md", reference(commands, "opml"))
+        trees.insert(-1, "commands")
     _write(src/"index.ipynb", _home(read(root/"index.ipynb"), found, pages, trees))
