@@ -173,7 +173,8 @@ def claims_grid(claims: Iterable[Mapping], chapter: bool = False) -> "Table":
     for c in claims:
         first = [plain(c["chapter"])] if chapter else []
         verdict = f"[{VERDICT[c['verdict']]}]{c['verdict']}[/]"
-        table.add_row(*first, plain(c["name"]), number(c["paper"]), number(c["measured"]),
+        printed = "–" if c["paper"] is None else number(c["paper"])
+        table.add_row(*first, plain(c["name"]), printed, number(c["measured"]),
                       plain(c["unit"]), verdict)
     return table
 
