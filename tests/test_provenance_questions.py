@@ -224,6 +224,7 @@ def test_a_rerun_changes_a_file_in_place_from_what_it_was(trace):
     assert rerun(unsure).verdict == "differs"
 
 
+SAME = {"verdict": "same", "differences": [], "unknown": []}
 CELLS = ["n: int = 3\nfile: str = 'x.csv'", "import cloudpickle, helper\nfrom opml_wb import log", "values = [float(v) for v in open(file)]", "log.metric('total', helper.add(values) * n)"]
 
 
@@ -252,11 +253,11 @@ def found(run): return [(d["class"], os.path.basename(d["name"])) for d in check
 
 def test_check_names_each_difference_in_its_class(chapter, tmp_path):
     path, first = chapter
-    assert check(first) == {"verdict": "same", "differences": []}
+    assert check(first) == SAME
     edit(path, 1, "# Sums, in other words")
     edit(path, 3, CELLS[2] + "   # a comment")
     (tmp_path / "helper.py").write_text("# a comment\ndef add(xs): return sum(xs)\n")
-    assert check(first) == {"verdict": "same", "differences": []}
+    assert check(first) == SAME
     edit(path, 3, CELLS[2])
     (tmp_path / "x.csv").write_text("1\n2\n4\n")
     assert (check(first)["verdict"], found(first)) == ("differs", [("input", "x.csv")])
@@ -360,7 +361,7 @@ def test_the_verbs_print_json(dag, made, opml):
     assert ask("lineage", dag["features"])["before"] == [dag["clean"]]
     assert [e["op"] for e in ask("lineage", "clean.csv")["events"]] == ["created", "read", "modified", "read"]
     assert {r["run"] for r in ask("impact", dag["clean"], "--transitive")} == {dag["features"], dag["tree"], dag["net"]}
-    assert ask("check", dag["tree"]) == {"verdict": "same", "differences": []}
+    assert ask("check", dag["tree"]) == SAME
     assert [r["run"] for r in ask("search", "tree.bin")] == [dag["tree"]]
     refused = opml("impact", "nothing")
     assert refused.returncode == 2 and "no run 'nothing'" in refused.stderr

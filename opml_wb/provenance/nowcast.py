@@ -136,7 +136,7 @@ def show_known(fig: "Figure", store: "FeatureStore", series: str, known_at: "pd.
             f"and {revised} were revised later")
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #99f69032
-CLASSES = ["input", "package", "code", "hardware"]
+CLASSES = ["input", "package", "code", "hardware", "environment"]
 Change = tuple[str, Callable[[bytes], bytes] | None]   # file, its new content (None: removed)
 
 CHANGES: dict[str, Change | None] = {
@@ -181,9 +181,10 @@ def show_check(fig: "Figure", runs: Mapping[str, Any], found: Mapping[str, dict]
     names = [[named(s, c) for c in CLASSES] for s in runs]
     text = [["<br>".join(n) or "same" for n in row] for row in names]
     fig.data[0].update(z=[[min(1, len(n)) for n in row] for row in names], text=text)
-    differs = [s for s, f in found.items() if f["verdict"] != "same"]
-    if not differs: return "every stage would come out the same"
-    return f"would differ: {', '.join(differs)}"
+    said = {"differs": "would differ", "cannot tell": "nobody can tell of"}
+    by = {v: [s for s, f in found.items() if f["verdict"] == v] for v in said}
+    words = [f"{said[v]}: {', '.join(stages)}" for v, stages in by.items() if stages]
+    return "; ".join(words) or "every stage would come out the same"
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #62f664cb
 def differs(a: "pd.Series", b: "pd.Series") -> "pd.Series":

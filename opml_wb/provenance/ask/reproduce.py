@@ -21,6 +21,7 @@ from .in_place import Change, Refused, folder_of, put_all, recover, version_at
 from .questions import made, maker, used
 from .results import DIFFERS, compare, verdict_of
 from .view import View, below, new_view, removed, sweep
+from ..features.commit_log import CommitLog, clock_files
 from ..features.table import Table
 from ..watch.document import SOURCE
 from ..watch.lineage_db import LineageReader, native
@@ -85,6 +86,7 @@ class Preparation:
     missing: list[tuple[str, str]] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)                # paths that it changes
     folders: list[str] = field(default_factory=list)                # that were there for them
+    texts: dict[str, str] = field(default_factory=dict)             # contents to be written
 
 def later_files(table: str, version: str) -> list[str]:
     "The files of the log of a Delta table that came after `version` (`delta:N`)."
@@ -93,9 +95,16 @@ def later_files(table: str, version: str) -> list[str]:
     return [*found, f"{log}/_last_checkpoint"] if found else []
 
 # %% ../../../nbs/provenance/ask/09_reproduce.ipynb #2a596e94
+def _set_back(to: Preparation, table: str, version: str) -> None:
+    "Add to `to` what sets a table back to `version`: its log, and its clock if that has gone on."
+    if not (later := later_files(table, version)): return
+    clock = clock_files(CommitLog(table), int(version.partition(":")[2]))
+    to.drop += later
+    to.texts |= {os.path.join(table, name): text.decode() for name, text in clock.items()}
+
 def _bring(reader: LineageReader, to: Preparation, path: str, version: str, kind: str) -> None:
     "Add to `to` what gives `path` the content `version`."
-    if kind == "table" and is_readable(path, version): to.drop += later_files(path, version)
+    if kind == "table" and is_readable(path, version): _set_back(to, path, version)
     elif version_now(path, kind) == version: pass
     elif path.endswith(SOURCE) and os.path.isfile(path): pass         # today's code
     elif kind == "file" and (copy := find_copy(reader, version)):
@@ -154,8 +163,8 @@ def working_folder(reader: LineageReader, run: str) -> str:
 
 def view_for(reader: LineageReader, parts: Mapping[str, Preparation]) -> View:
     "A view in which the stages `parts` may be executed. Raises ViewError."
-    paths = [p for part in parts.values() for p in (*part.changes, *part.drop,
-                                                    *(path for path, *_ in part.put))]
+    paths = [p for part in parts.values()
+             for p in (*part.changes, *part.drop, *part.texts, *(path for path, *_ in part.put))]
     cwds = [f"{working_folder(reader, run)}/x" for run in parts]
     home = os.path.realpath(reader.root)
     outer = {_folder(p) for p in [*paths, *cwds] if not below(p, home)} - {"/"}
@@ -201,7 +210,8 @@ def execute(reader: LineageReader, run: str, view: View, part: Preparation) -> "
     cwd = working_folder(reader, run)
     env = {**os.environ, "OPML_HOME": str(reader.root), **view.env}
     done = view.run([sys.executable, "-P", "-c", START, run], cwd, put=part.put, drop=part.drop,
-                    folders=[cwd, *part.folders], env=env, stdout=subprocess.PIPE, text=True)
+                    folders=[cwd, *part.folders], texts=part.texts, env=env,
+                    stdout=subprocess.PIPE, text=True)
     try: return Run(LineageReader().runs.get(json.loads(done.stdout)["run"])[0])
     except (ValueError, TypeError):
         raise StoreError(f"run {run} could not be executed again "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastcore.basics import patch
-from ...core.kit.files import read_json, write_json
+from ...core.kit.files import read_json, write_json, write_text
 from ...core.kit.procs import die_with_parent
 from ...core.record.database import StoreError
 from .in_place import Change, Refused, copy_into, folder_of
@@ -168,6 +168,7 @@ def become(plan: Mapping[str, Any], told: int) -> NoReturn:
         for folder in plan["folders"]:
             with folder_of(f"{folder}/x", make=True): pass
         for change in plan["put"]: put(*change)
+        for path, text in plan["texts"].items(): write_text(Path(path), text, durable=False)
         for path in plan["drop"]: drop(path)
         os.chdir(plan["cwd"])
         if plan["words"]: os.execvpe(plan["words"][0], plan["words"], {**os.environ, **plan["env"]})
@@ -184,13 +185,14 @@ def main(file: str, told: str) -> NoReturn:
 # %% ../../../nbs/provenance/ask/08_view.ipynb #ed156499
 @patch
 def run(self: View, words: Sequence[str], cwd: str = "/", put: Sequence[tuple] = (),
-        drop: Sequence[str] = (), folders: Sequence[str] = (), **how: Any) -> Any:
+        drop: Sequence[str] = (), folders: Sequence[str] = (), texts: Mapping[str, str] = {},
+        **how: Any) -> Any:
     """Run `words` in the view: a CompletedProcess, of which `how` says more (as subprocess.run).
 
-    Before it, `put` [(path, source, version)], `drop` [path] and `folders` to be there; `cwd`: a
-    folder of the view. Raises ViewError."""
-    plan = {"view": asdict(self), "put": put, "drop": drop, "folders": folders, "cwd": cwd,
-            "words": list(words), "env": self.env}
+    Before it, `put` [(path, source, version)], write `texts` {path: content}, `drop` [path], and
+    `folders` to be there; `cwd`: a folder of the view. Raises ViewError."""
+    plan = {"view": asdict(self), "put": put, "drop": drop, "folders": folders, "texts": texts,
+            "cwd": cwd, "words": list(words), "env": self.env}
     write_json(Path(self.folder)/"plan.json", plan, durable=False)
     hear, told = os.pipe()
     start = [sys.executable, "-P", "-c", START, f"{self.folder}/plan.json", str(told)]
