@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ABSENT', 'THERE', 'PASSED_OVER', 'MODULE', 'ENGINES', 'SESSION', 'SERVICES', 'STREAM', 'GIVEN', 'FACTS', 'OLD',
            'ALIKE', 'difference', 'appeared', 'own_names', 'searched', 'listing', 'variables', 'outside', 'printed_to',
-           'added_to', 'lacking', 'varied', 'circumstances']
+           'added_to', 'lacking', 'varied', 'circumstances', 'between']
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #bf454d03
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #40487d85
 import hashlib, json, os, re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from ...core.engine.isolation import POOLS
 from .questions import made, used
+from ..watch.document import SOURCE
 from ..watch.lineage_db import LineageReader
 from ..watch.privacy import MASK, masked_variables
 from ..watch.versions import version_of
@@ -23,7 +24,7 @@ def difference(kind: str, name: str, then: Any, now: Any) -> dict[str, Any]:
     "A difference of class `kind`: input | package | code | hardware | environment."
     return {"class": kind, "name": name, "then": then, "now": now}
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #ebdf7a4b
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #02f5c5bd
 ABSENT, THERE = "absent", "there"
 
 def appeared(facts: Mapping[str, Any]) -> Iterator[dict]:
@@ -32,7 +33,7 @@ def appeared(facts: Mapping[str, Any]) -> Iterator[dict]:
         if os.path.lexists(path):
             yield difference("input", path, ABSENT, version_of(path) or THERE)
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #9d975df6
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #aef46f0b
 PASSED_OVER = {"__pycache__", ".ipynb_checkpoints", ".opml"}
 MODULE = re.compile(r".*\.(py|pyc|so|pyd|zip)$")
 
@@ -43,7 +44,7 @@ def own_names(folder: str, events: Iterable[Mapping], made_folders: Iterable[str
               if p.startswith(f"{folder.rstrip('/')}/")]
     return {p.split("/")[0] for p in inside} | PASSED_OVER
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #e1c0257c
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #69db4498
 def _names(then: set[str], now: set[str]) -> tuple[str, str]:
     "How two sets of names differ, in words: (then, now)."
     gone, new = sorted(then - now), sorted(now - then)
@@ -92,7 +93,7 @@ def _born(path: str) -> float:
     try: return os.lstat(path).st_ctime
     except OSError: return 0
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #caf9caea
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #62f32d15
 ENGINES = "MPLBACKEND", "PLOTLY_RENDERER", "PYTHONHASHSEED"
 SESSION = re.compile(
     r"_$|SHLVL$|PWD$|OLDPWD$|PS\d$|PROMPT|LS_COLORS$|HIST|SSH_(CLIENT|CONNECTION|TTY|AUTH|AGENT)|"
@@ -115,7 +116,7 @@ def variables(facts: Mapping[str, Any], now: Mapping[str, str],
     hidden = [n for n in names if MASK in (then.get(n) or "") and then.get(n) == today.get(n)]
     return found, [f"variable {n} is secret: its value was not kept" for n in hidden]
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #9bbc83cb
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #4486498e
 SERVICES = re.compile(r"unix:(/var)?/run/(nscd|systemd)/|unix:/dev/log$")   # names and logs
 STREAM = {0: "standard input", 1: "standard output", 2: "standard error"}
 
@@ -133,7 +134,7 @@ def outside(facts: Mapping[str, Any]) -> list[str]:
 GIVEN = {"pipe": "pipe", "socket": "socket", "device": "device", "other": "special file",
          "deleted": "file without a name"}
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #e6e2a1eb
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #1fbcf6ce
 def printed_to(facts: Mapping[str, Any]) -> set[str]:
     "Paths of the files that standard output and error went to."
     return {s["path"] for s in facts.get("streams", ()) if s["fd"] in (1, 2) and s["kind"] == "file"}
@@ -142,7 +143,7 @@ def added_to(facts: Mapping[str, Any], events: Iterable[Mapping]) -> set[str]:
     "Those of `printed_to` that held something before."
     return printed_to(facts) & {e["path"] for e in events if e["op"] == "modified"}
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #2a8a3223
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #9665886d
 FACTS = {"partial": [], "streams": [], "missing": [], "listed": [], "network": [], "env": {},
          "unknown": []}                    # of a stage that depends on its files alone
 OLD = "it was recorded before variables, listed folders, missing files and connections were"
@@ -161,7 +162,7 @@ def lacking(facts: Mapping[str, Any], stage: Mapping[str, Any],
     return out + [f"{e['path']}: its version was not recorded" for e in events
                   if e["op"] == "read" and not e["version"] and not os.path.isdir(e["path"])]
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #cba4d32f
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #00b5fc6a
 ALIKE = """select s.run from prov_stage s join run r on r.id=s.run where s.pipeline=? and s.run<>?
 and coalesce(s.command, '')=coalesce((select command from prov_stage where run=?), '')
 and coalesce(s.cwd, '')=coalesce((select cwd from prov_stage where run=?), '')
@@ -182,7 +183,7 @@ def varied(reader: LineageReader, run: str, events: Sequence[Mapping]) -> list[s
     return [f"{p} came out otherwise in run {r}, from the same inputs: "
             "a clock, random numbers, or something unseen" for p, r in out.items()]
 
-# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #66cf1b74
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #88160c58
 def _without(facts: Mapping[str, Any], tables: tuple[str, ...]) -> dict[str, Any]:
     "`facts` without what was looked for and listed inside `tables`, which have versions."
     missing = [p for p in facts.get("missing", ()) if not p.startswith(tables)]
@@ -208,3 +209,34 @@ def circumstances(reader: LineageReader, run: str,
         found += [new] if new else []
         unknown += [why] if why else []
     return found, [*unknown, *hidden, *outside(facts), *varied(reader, run, events)]
+
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #14f82b01
+def _near(path: str, cwd: str | None) -> str:
+    "`path`, by its way from the working folder `cwd` if it lies below."
+    inside = cwd and path.startswith(f"{cwd.rstrip('/')}/")
+    return os.path.relpath(path, cwd) if inside else path
+
+def _used(reader: LineageReader, run: str) -> dict[str, str]:
+    "{path: version} that `run` used, paths from its working folder."
+    cwd, events = reader.stage(run)["cwd"], reader.events(run)
+    log = added_to(reader.facts(run), events)
+    return {_near(p, cwd): v for p, v, _ in used(events) if p not in log}
+
+def _sides(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict]:
+    "Differences between two dicts by name."
+    return [difference(kind, n, a.get(n), b.get(n)) for n in dict.fromkeys([*a, *b])
+            if a.get(n) != b.get(n)]
+
+def between(reader: LineageReader, a: str, b: str) -> tuple[list[dict], list[str]]:
+    "(differences, what isn't known, in lines) of what two recorded runs depended on, by their ids."
+    files = _sides("input", *(_used(reader, r) for r in (a, b)))
+    found = [{**d, "class": "code"} if d["name"].endswith(SOURCE) else d for d in files]
+    env, unknown = [reader.facts(r).get("env") for r in (a, b)], list[str]()
+    for run, name in ((a, "A"), (b, "B")):
+        facts, events = reader.facts(run), reader.events(run)
+        lines = [*lacking(facts, reader.stage(run), events), *outside(facts)]
+        unknown += [f"{name}: {line}" for line in lines]
+    if env[0] is not None and env[1] is not None:
+        shown = ({n: v for n, v in e.items() if not SESSION.match(n)} for e in env)
+        found += _sides("environment", *shown)
+    return found, unknown
