@@ -54,7 +54,7 @@ def two(place):
 def test_why_two_runs_differ(two, command):
     a, b, c = two
     done = command("compare", a.key, b.doc["id"])
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and done.stdout.endswith("differs\n"), done.stderr
     for said in ("parameter n: 3 → 5", "code of my_compare_helper edited: +1 −1 lines", "data data.txt: other content", "-    return x", "+    return 2 * x",
                  "cannot be laid to one"): assert said in done.stdout, done.stdout
     answer = json.loads(command("compare", a.key, b.key, "--json").stdout)
@@ -78,7 +78,7 @@ def test_sources_are_kept_once(two, place):
 
 def test_more_than_two(two, command):
     done = command("compare", two[0].key, two[1].doc["id"], two[2].doc["id"])
-    assert done.returncode == 0 and done.stdout.count("against") == 2, done.stdout
+    assert done.returncode == 1 and done.stdout.count("against") == 2, done.stdout
     assert len(json.loads(command("compare", *(r.doc["id"] for r in two), "--json").stdout)["differences"]) == 2
 
 

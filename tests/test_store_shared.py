@@ -123,7 +123,7 @@ def test_what_another_home_did_is_compared_and_exported(typed, homes, notebook, 
     shutil.move(tmp_path / "a", tmp_path / "unplugged")
     second = run(nb, n=4)
     done = typed("compare", first.key, second.key)
-    assert done.returncode == 0 and "n" in done.stdout, done.stderr
+    assert done.returncode == 1 and "n" in done.stdout, done.stderr
     words = "export", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--json"
     done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and json.loads(done.stdout)["exported"] == 2, done.stderr

@@ -23,8 +23,8 @@ from .watch.lineage_db import LineageReader
 def _line(title: str, text: Any) -> None:
     "Print a line with its title, wrapped to 80 columns."
     import textwrap
-    body = textwrap.wrap(str(text), 68, break_on_hyphens=False) or [""]
-    for n, part in enumerate(body): click.echo(f"{title if not n else '':<12}{part}")
+    body = textwrap.wrap(str(text), 66, break_on_hyphens=False) or [""]
+    for n, part in enumerate(body): click.echo(f"{title if not n else '':<14}{part}")
 
 def _rows(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     "Print a table, if it has rows."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['JSON_ARRAY', 'NAMES', 'NARROW', 'COLUMNS', 'chapter_rows', 'list_', 'parameter_cells', 'params', 'run_cells',
-           'run_table', 'ls', 'show', 'claims', 'compare']
+           'run_table', 'ls', 'of_trace', 'show', 'claims', 'compare']
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #41dcbbe1
 import json, sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import click
 
@@ -124,22 +124,24 @@ def ls(limit: int, chapter: str | None, as_json: bool) -> None:
     if not total: click.echo("no runs yet: opml run riann --show")
     elif not docs: click.echo(f"no runs of {chapter!r}; opml ls shows all, opml list the chapters")
 
+# %% ../../../nbs/core/cli/03_looking.ipynb #05fe730a
+def of_trace(verb: str) -> Callable[..., int]:
+    "What the package that traces commands does for `verb` with their runs. Raises UsageError."
+    from opml_wb.core.request.plugin import offer
+    if ask := offer("of_trace"): return ask(verb)
+    raise click.UsageError(f"`opml {verb}` of a command needs the package that traced it")
+
 # %% ../../../nbs/core/cli/03_looking.ipynb #0ccba194
 @click.command()
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
-@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
-              help="Write the run's notebook as one page that needs no kernel and no network.")
-def show(key: str, as_json: bool, page: str | None) -> None:
-    "The newest run of KEY (its first characters are enough)."
+def show(key: str, as_json: bool) -> int | None:
+    "The newest run of KEY (its first characters are enough), of a chapter or a command."
     from opml_wb.core.engine.run import Run
     from opml_wb.core.record.store import Store
     done = Run(Store().get(key)[0])
-    if page:
-        from opml_wb.core.site.one_page import write_page
-        name = done.doc["chapter"]
-        write_page(done.notebook, page, name, f"{name}, run {done.key[:10]}, {done.status}")
-        click.echo(f"  page      {page}", err=as_json)
+    if "command" in done.doc:
+        return of_trace("show")(done.doc["id"], as_json)
     terminal.print_json(done.to_dict()) if as_json else terminal.show_run(done)
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #bdf2d78d
@@ -170,19 +172,31 @@ def claims(as_json: bool, as_csv: bool) -> None:
 @click.option("--objective", metavar="METRIC",
               help="The metric that the page's plots are about; default: the first.")
 @click.option("--json", "as_json", is_flag=True, help="Print `{runs, differences}` as JSON.")
-def compare(runs: Sequence[str], page: str | None, objective: str | None, as_json: bool) -> None:
-    """Runs side by side, and why they differ: parameters, code, data, environment.
+def compare(runs: Sequence[str], page: str | None, objective: str | None, as_json: bool) -> int:
+    """Runs side by side, and why they differ: parameters, code, data, environment; of commands
+    (`opml trace`) what they used and what came out.
 
     A and B are keys or ids of runs (`opml ls`), or their first characters; one key twice: its two
-    newest runs."""
+    newest runs. Exit code 0: the same, 1: they differ, 3: it cannot be told, 2: bad use."""
+    from opml_wb.core.kit.words import EXIT
     from opml_wb.core.show import compare as side_by_side
     if len(runs) < 2:
         raise click.UsageError("give two runs or more: opml compare A B (`opml ls` lists them)")
     found = side_by_side.load(runs)
+    if traced := [r for r in found if "command" in r.doc]:
+        if len(traced) < len(found) or page:
+            raise click.UsageError("runs of commands are compared with one another, and not as "
+                                   "a page")
+        return of_trace("compare")([r.doc["id"] for r in found], as_json)
     if page:
         from opml_wb.core.show.compare_page import write_page
         where = write_page(page, found, objective)
-    if as_json: return terminal.print_json(side_by_side.to_json(found))
-    if len(found) == 2: side_by_side.show_pair(found[0], found[1])
-    else: side_by_side.show_runs(found)
-    if page: click.echo(f"page  {where}")
+    if as_json:
+        told = side_by_side.to_json(found)
+        terminal.print_json(told)
+        said = [d["verdict"] for d in told["differences"]]
+    elif len(found) == 2: said = [side_by_side.show_pair(found[0], found[1])]
+    else: said = side_by_side.show_runs(found)
+    if page and not as_json: click.echo(f"page  {where}")
+    codes = {EXIT[v] for v in said}
+    return 1 if 1 in codes else max(codes)

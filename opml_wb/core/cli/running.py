@@ -70,28 +70,46 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
 # %% ../../../nbs/core/cli/02_running.ipynb #06e317c5
 @click.command("rerun")
 @click.argument("key")
-@click.option("--json", "as_json", is_flag=True, help="Print `{run, since}` as JSON.")
-def rerun(key: str, as_json: bool) -> int:
-    "Repeat the newest run of KEY with its parameters, and say what differs from then."
-    from opml_wb.core.cli import author
+@click.option("--apply", is_flag=True, help="Of a command: put what came out into its folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print `{run, since}` as JSON; of a command "
+                                                      "its outputs then and now.")
+def rerun(key: str, apply: bool, as_json: bool) -> int:
+    """Repeat the newest run of KEY, and say what differs from then.
+
+    A chapter is executed with its parameters and today's code and data. A command (`opml trace`)
+    is executed in a view of its folder with its inputs of then; the folder itself is changed by
+    --apply alone. Exit code 0: the same came out, 1: something else, or it failed, 3: it cannot be
+    told, 2: bad use."""
+    from opml_wb.core.cli.looking import of_trace
     from opml_wb.core.record.store import Store
+    doc = Store().get(key)[0]
+    if "command" in doc: return of_trace("rerun")(doc["id"], as_json, apply)
+    if apply: raise click.UsageError("--apply is for commands: what a chapter makes is in its run")
+    return _rerun_chapter(doc, as_json)
+
+# %% ../../../nbs/core/cli/02_running.ipynb #dc5ab8dc
+def _rerun_chapter(doc: dict, as_json: bool) -> int:
+    "Repeat a chapter's run, and print what differs."
+    from opml_wb.core.cli import author
+    from opml_wb.core.kit.words import EXIT
     from opml_wb.core.show.compare import metric_table
     if as_json:
-        done, told = author.rerun(key)
+        done, told = author.rerun(doc["id"])
         terminal.print_json({"run": done.to_dict(), "since": told})
-        return 0 if done.ok else 1
-    doc = Store().get(key)[0]
+        return EXIT[told["verdict"]] if done.ok else 1
     when = f"{terminal.age(doc['started'])}, then {doc['status']}"
     click.echo(f"run {doc['key'][:10]} of {doc['chapter']}, {when}")
     news = author.since(doc, author.again(doc))
-    same = ["code, data and environment are those of then"]
-    for said in same if news["same_key"] else news["why"]: click.echo(f"  {said}")
+    same = ["code, declared data and packages are those of then"]
+    for said in news["why"] if news["data"] or not news["same_key"] else same:
+        click.echo(f"  {said}")
     with terminal.Live(doc["chapter"]) as live: done, told = author.rerun(doc["id"], watch=live)
     terminal.brief(done)
     if told["metrics"]:
         click.echo("A is then, B is now")
         terminal.console().print(metric_table(told["metrics"]))
-    return 0 if done.ok else 1
+    if done.ok: click.echo(f"metrics and artifacts: {told['verdict']}")
+    return EXIT[told["verdict"]] if done.ok else 1
 
 # %% ../../../nbs/core/cli/02_running.ipynb #4ad69ab4
 def show_sweep(done: "Sweep") -> None:

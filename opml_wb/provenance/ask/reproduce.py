@@ -19,7 +19,7 @@ from .differences import (  # noqa: F401
     check, check_in, shorten, traced, version_now)
 from .in_place import Change, Refused, folder_of, put_all, recover, version_at
 from .questions import made, maker, used
-from .results import DIFFERS, compare, verdict_of
+from .results import DIFFERS, aside, compare, verdict_of
 from .view import View, below, new_view, removed, sweep
 from ..features.commit_log import CommitLog, clock_files
 from ..features.table import Table
@@ -241,9 +241,10 @@ def changes_of(reader: LineageReader, runs: Mapping[str, str],
                view: View) -> tuple[list[Change], list[str]]:
     "(changes, refusals in words) that put into the tree what `runs` {then: now} made in the view."
     allowed, out, refused = held(reader, runs), {}, []
-    for new in runs.values():
+    for old, new in runs.items():
+        logs = aside(reader, old, new)
         for e in reader.events(new, parts=True):
-            if e["op"] == "read" or e["part"]: continue
+            if e["op"] == "read" or e["part"] or e["path"] in logs: continue
             if e["kind"] != "file":
                 refused.append(f"{e['path']} is a {e['kind']} with a history; it is left as it is")
                 continue
@@ -328,6 +329,10 @@ def _compared(reader: LineageReader, runs: Mapping[str, str], last: "Run",
     each = [compare(reader, *pair) for pair in runs.items()]
     rows, metrics, unknown = ([r for c in each for r in c[name]]
                               for name in ("outputs", "metrics", "unknown"))
+    for then, now in runs.items():
+        read = {p: v for p, v, _ in used(reader.events(then)) if not p.endswith(SOURCE)}
+        unknown += [f"{p} changed while it was executed" for p, v, _ in used(reader.events(now))
+                    if read.get(p, v) != v]
     verdict = verdict_of([*rows, *metrics], unknown)
     if verdict == DIFFERS: unknown += [w for name in runs for w in outside(reader.facts(name))]
     return Rerun(last, [*runs][-1], verdict, rows, metrics, unknown, found)

@@ -7,7 +7,7 @@ __all__ = ['capture', 'wanted', 'fall_back', 'note', 'wait_for_end', 'Capture']
 
 # %% ../../../nbs/provenance/watch/13_capture.ipynb #d97749f2
 import os, socket, sys, time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +21,7 @@ from ...core.record.store import Store
 from ...core.request.params import ParamError
 from . import daemons, environment, fallback, syscalls
 from .document import conclude, engines_own
-from .lineage_db import LineageDB
+from .lineage_db import LineageDB, LineageReader
 from .privacy import masked_variables
 from .session import JOURNAL
 
@@ -119,5 +119,19 @@ def ended(self: Capture, folder: Path, request: Mapping) -> None:
 def indexed(self: Capture, home: Store, folder: Path) -> None:
     "Add the run's events to the index of its home."
     LineageDB(home, sync=False).put([folder])
+
+# %% ../../../nbs/provenance/watch/13_capture.ipynb #c9bc60cf
+@patch
+def between(self: Capture, a: str, b: str) -> dict[str, list]:
+    "{differences, unknown} of what two runs depended on, by their ids. Raises StoreError."
+    from opml_wb.provenance.ask.circumstances import between
+    found, unknown = between(LineageReader(), a, b)
+    return {"differences": found, "unknown": unknown}
+
+@patch
+def of_trace(self: Capture, verb: str) -> Callable[..., int]:
+    "The function that does `verb` (rerun, compare, show) with runs of commands."
+    from opml_wb.provenance import traces
+    return getattr(traces, verb)
 
 capture = Capture()
