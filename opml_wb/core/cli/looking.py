@@ -135,13 +135,21 @@ def of_trace(verb: str) -> Callable[..., int]:
 @click.command()
 @click.argument("key")
 @click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
-def show(key: str, as_json: bool) -> int | None:
+@click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
+              help="Write the run's notebook as one page that needs no kernel and no network.")
+def show(key: str, as_json: bool, page: str | None) -> int | None:
     "The newest run of KEY (its first characters are enough), of a chapter or a command."
     from opml_wb.core.engine.run import Run
     from opml_wb.core.record.store import Store
     done = Run(Store().get(key)[0])
     if "command" in done.doc:
+        if page: raise click.UsageError("--html writes a notebook; a command has none")
         return of_trace("show")(done.doc["id"], as_json)
+    if page:
+        from opml_wb.core.site.one_page import write_page
+        name = done.doc["chapter"]
+        write_page(done.notebook, page, name, f"{name}, run {done.key[:10]}, {done.status}")
+        click.echo(f"  page      {page}", err=as_json)
     terminal.print_json(done.to_dict()) if as_json else terminal.show_run(done)
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #bdf2d78d
