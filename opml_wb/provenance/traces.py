@@ -112,7 +112,7 @@ def _told(verdict: str, unknown: Iterable[str]) -> None:
 
 # %% ../../nbs/provenance/06_traces.ipynb #73120fa3
 def rerun(run: str, as_json: bool = False, apply: bool = False) -> int:
-    "Execute a command again in a view of its folders, and print what differs. Returns the exit code."
+    "Execute a command again in a view of its folders, print what differs; the exit code."
     reader = LineageReader()
     stage = reader.stage(run)
     if not as_json:

@@ -139,7 +139,8 @@ def rerun(key: str, *, watch: Callable[[Path], None] | None = None,
     exactly).
 
     It is executed anew, whatever the store knows. Returns (Run, `differences` between then and now
-    with `metrics` as `compare.metric_changes` gives them, and `verdict`: `outcome`). Raises StoreError, ChapterError or
+    with `metrics` as `compare.metric_changes` gives them, and `verdict`: `outcome`).
+    Raises StoreError, ChapterError or
     ParamError before anything is recorded."""
     from opml_wb.core.engine.run import Run, execute
     from opml_wb.core.show.compare import metric_changes
@@ -204,8 +205,8 @@ def lab_command(chapter: str | None, options: tuple[str, ...], folder: str | Non
                 edit: bool) -> None:
     """Open JupyterLab on copies of the chapters, or of CHAPTER.
 
-    Further options go to `jupyter lab`. A copy that was worked on stays; the others follow their chapters. A notebook of your own opens
-    itself."""
+    Further options go to `jupyter lab`. A copy that was worked on stays; the others follow their
+    chapters. A notebook of your own opens itself."""
     if chapter and chapter.startswith("-"): options, chapter = (chapter, *options), None
     if edit and folder: raise click.UsageError("--edit opens no copy: leave --copy out")
     target = find(chapter).path if chapter else folder_of("chapters")

@@ -151,6 +151,7 @@ def show(key: str, as_json: bool, page: str | None) -> int | None:
         write_page(done.notebook, page, name, f"{name}, run {done.key[:10]}, {done.status}")
         click.echo(f"  page      {page}", err=as_json)
     terminal.print_json(done.to_dict()) if as_json else terminal.show_run(done)
+    return None
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #bdf2d78d
 COLUMNS = ("chapter", "name", "paper", "measured", "unit", "verdict", "better", "tol", "how", "why",

@@ -245,8 +245,11 @@ def beside(a: Run, b: Run) -> dict[str, list]:
 
     differences: [{class, name, then, now}], then of `a`; unknown: lines."""
     ask = offer("between")
-    try: return ask(a.doc["id"], b.doc["id"]) if ask else {"differences": [], "unknown": [UNWATCHED]}
-    except store.StoreError as e: return {"differences": [], "unknown": [str(e)]}
+    why = UNWATCHED
+    try:
+        if ask: return ask(a.doc["id"], b.doc["id"])
+    except store.StoreError as e: why = str(e)
+    return {"differences": [], "unknown": [why]}
 
 def moved(rows: Iterable[Mapping]) -> list[str]:
     "The names of metrics that differ, of the rows of `metric_changes`; NaN and NaN don't."
@@ -256,8 +259,8 @@ def verdict(a: Run, b: Run, found: Mapping[str, Any], known: Mapping[str, list])
     "same, differs or cannot tell, of two Runs, their `differences`, and what is known `beside`."
     kept = [{n: f["sha256"] for n, f in r.doc.get("artifacts", {}).items()} for r in (a, b)]
     other = any(found[k] for k in ("params", "code", "data", "env", "chapters"))
-    if other or moved(metric_changes(a, b)) or known["differences"] or kept[0] != kept[1] or a.status != b.status:
-        return DIFFERS
+    other = other or kept[0] != kept[1] or a.status != b.status
+    if other or known["differences"] or moved(metric_changes(a, b)): return DIFFERS
     return CANNOT_TELL if known["unknown"] else SAME
 
 # %% ../../../nbs/core/show/07_compare.ipynb #cf2c53e8

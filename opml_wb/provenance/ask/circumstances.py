@@ -54,7 +54,7 @@ def _names(then: set[str], now: set[str]) -> tuple[str, str]:
 
 def searched(folder: Mapping[str, Any], stage: Mapping[str, Any],
              events: Iterable[Mapping]) -> bool:
-    "True if `folder` was listed as Python does it to find modules: one that scripts were read from."
+    "True if `folder` was listed as Python does it to find modules: scripts were read from it."
     if not folder.get("import"): return False
     words = stage.get("command") or ["-c"]
     return ({"-c", "-m"} & {*words[:4]} and folder["path"] == stage.get("cwd")
@@ -137,14 +137,15 @@ GIVEN = {"pipe": "pipe", "socket": "socket", "device": "device", "other": "speci
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #1fbcf6ce
 def printed_to(facts: Mapping[str, Any]) -> set[str]:
     "Paths of the files that standard output and error went to."
-    return {s["path"] for s in facts.get("streams", ()) if s["fd"] in (1, 2) and s["kind"] == "file"}
+    return {s["path"] for s in facts.get("streams", ())
+            if s["fd"] in (1, 2) and s["kind"] == "file"}
 
 def added_to(facts: Mapping[str, Any], events: Iterable[Mapping]) -> set[str]:
     "Those of `printed_to` that held something before."
     return printed_to(facts) & {e["path"] for e in events if e["op"] == "modified"}
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #9665886d
-FACTS = {"partial": [], "streams": [], "missing": [], "listed": [], "network": [], "env": {},
+FACTS: dict[str, Any] = {"partial": [], "streams": [], "missing": [], "listed": [], "network": [], "env": {},
          "unknown": []}                    # of a stage that depends on its files alone
 OLD = "it was recorded before variables, listed folders, missing files and connections were"
 
@@ -173,7 +174,7 @@ def varied(reader: LineageReader, run: str, events: Sequence[Mapping]) -> list[s
     def sides(of: Sequence[Mapping]) -> tuple[set, dict]:
         return {(p, v) for p, v, _ in used(of)}, {p: v for p, v, _ in made(of)}
     inputs, outputs = sides(events)
-    pipeline, out = reader.stage(run)["pipeline"], {}
+    pipeline, out = reader.stage(run)["pipeline"], dict[str, str]()
     if not outputs: return []
     for other, in reader.db.execute(ALIKE, (pipeline, run, run, run)).fetchall():
         theirs, came = sides(reader.events(other))
@@ -192,7 +193,7 @@ def _without(facts: Mapping[str, Any], tables: tuple[str, ...]) -> dict[str, Any
 
 def circumstances(reader: LineageReader, run: str,
                   events: Sequence[Mapping]) -> tuple[list[dict], list[str]]:
-    "(differences, what isn't known, in lines) of all that stage `run` depended on beside its files."
+    "(differences, what isn't known, in lines) of what stage `run` depended on beside its files."
     stage, facts = reader.stage(run), reader.facts(run)
     unknown = lacking(facts, stage, events)
     if not facts: return [], unknown

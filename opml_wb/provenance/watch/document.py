@@ -92,7 +92,8 @@ def facts_of(records: Sequence[Mapping], events: Sequence[Mapping]) -> dict[str,
     net = [{"address": r["to"], "pid": r.get("pid"), "t": r.get("t")} for r in by["net"]]
     return {"partial": unseen(records), "streams": _streams(by["in"], events),
             "missing": [r["p"] for r in by["no"] if r["p"] not in made],
-            "listed": _listed(records, by["ls"], events, folders), "folders": folders, "network": net,
+            "listed": _listed(records, by["ls"], events, folders),
+            "folders": folders, "network": net,
             "env": by["env"][-1]["env"] if by["env"] else None,
             "unknown": [u for e in events if (u := _unknown(e))]}
 
