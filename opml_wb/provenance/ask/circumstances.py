@@ -28,9 +28,10 @@ def difference(kind: str, name: str, then: Any, now: Any) -> dict[str, Any]:
 ABSENT, THERE = "absent", "there"
 
 def appeared(facts: Mapping[str, Any]) -> Iterator[dict]:
-    "Differences: files that the stage looked for in vain, and that are there now."
+    "Differences: files that the stage looked for in vain, did not make, and that are there now."
+    own = set(facts.get("folders", ()))
     for path in facts.get("missing", ()):
-        if os.path.lexists(path):
+        if path not in own and os.path.lexists(path):
             yield difference("input", path, ABSENT, version_of(path) or THERE)
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #aef46f0b
