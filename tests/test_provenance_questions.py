@@ -224,6 +224,75 @@ def test_a_rerun_changes_a_file_in_place_from_what_it_was(trace):
     assert rerun(unsure).verdict == "differs"
 
 
+W = "open('out', 'w').write"
+BESIDE = {  # what changes after the run: (code, before it, after it, verdict, what is named)
+    "nothing": (f"{W}('1')", None, None, "same", ""),
+    "a variable": (f"import os; {W}(os.environ.get('OPENED', ''))", None, lambda: os.environ.update(OPENED="1"), "differs", "environment OPENED"),
+    "a file that wasn't there": (f"try: open('a.ini')\nexcept OSError: {W}('1')", None, lambda: Path("a.ini").write_text("x"), "differs", "input a.ini"),
+    "a new file in its folder": (f"import glob; {W}(str(glob.glob('*.csv')))", None, lambda: Path("new.csv").write_text("x"), "differs", "+ new.csv"),
+    "a file nobody looked for": (f"import json; {W}('1')", None, lambda: Path("notes.md").write_text("x"), "same", ""),
+    "its own folder": ("import os; os.makedirs('o/p'); os.listdir('.'); open('o/p/x', 'w').write('1')", None, None, "same", ""),
+    "the network": (f"import socket\ntry: socket.create_connection(('127.0.0.1', 9))\nexcept OSError: {W}('1')", None, None, "cannot tell", "connected to 127.0.0.1:9"),
+    "an appended file": ("open('log', 'a').write('1')", lambda: Path("log").write_text("0"), None, "differs", "input log"),
+    "a large input overwritten": ("a = open('big', 'rb').read(9); open('big', 'wb').write(a)", lambda: os.truncate(os.open("big", os.O_CREAT | os.O_WRONLY), 40 << 20), None, "cannot tell", "big: the content"),
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+def test_check_names_what_a_run_depends_on_beside_its_files(trace, opml, home, monkeypatch, what):
+    code, before, after, verdict, named = BESIDE[what]
+    monkeypatch.setenv("OPENED", "")
+    if before: before()
+    Path("stage.py").write_text(code)
+    run = trace(sys.executable, "stage.py")["run"]
+    if after: after()
+    found = check(run)
+    said = [f"{d['class']} {os.path.relpath(d['name'])} {d['now']}" if "/" in d["name"] else f"{d['class']} {d['name']} {d['now']}" for d in found["differences"]] + found["unknown"]
+    assert found["verdict"] == verdict and named in "\n".join(said), found
+    if what == "the network":
+        done = opml("check", run, env={"OPML_HOME": str(home)}, cwd=Path.cwd())
+        assert done.returncode == 3 and done.stdout.startswith("cannot tell\n"), done.stdout + done.stderr
+
+
+def test_standard_input_and_repeats_that_came_out_otherwise_cannot_be_told(trace, home):
+    words = [sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *PY, "import os, sys; sys.stdin.read(); open('out', 'w').write(os.urandom(4).hex())"]
+    runs = [json.loads(subprocess.run(words, input=b"x", capture_output=True, env={**os.environ, "OPML_HOME": str(home)}).stdout)["run"] for _ in range(2)]
+    found = check(runs[0])
+    assert found["verdict"] == "differs" or found["verdict"] == "cannot tell"
+    assert any("standard input was a pipe" in line for line in found["unknown"]) and any("came out otherwise" in line for line in found["unknown"])
+
+
+def test_the_commands_know_runs_of_commands(trace, opml, home, tmp_path):
+    "show, rerun and compare of a trace: exit codes 0, 1 and 2, and nothing wider than 80 columns."
+    def said(*words):
+        done = opml(*words, env={"OPML_HOME": str(home), "COLUMNS": "80"}, cwd=Path.cwd())
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout + done.stderr
+    Path("in.txt").write_text("1")
+    first = trace("sh", "-c", "cat in.txt > out.txt")["run"]
+    assert said("show", first)[0] == 0 and all(w in said("show", first)[1] for w in ("cat in.txt > out.txt", "in.txt", "out.txt"))
+    assert said("rerun", first)[0] == 0 and "\nsame\n" in said("rerun", first)[1]
+    Path("kept").write_text("1")
+    trace("cat", "kept")
+    Path("in.txt").write_text("2")
+    Path("out.txt").unlink()
+    code, text = said("rerun", first, "--apply")
+    assert code == 0 and "put in place" in text and Path("out.txt").read_text() == "1" and Path("in.txt").read_text() == "2"
+    second = trace("sh", "-c", "cat in.txt > out.txt")["run"]
+    code, text = said("compare", first, second)
+    assert code == 1 and "input in.txt" in text and text.rstrip().endswith("differs")
+    assert json.loads(opml("compare", first, second, "--json", env={"OPML_HOME": str(home)}).stdout)["differences"][0]["verdict"] == "differs"
+    again = json.loads(opml("rerun", second, "--json", env={"OPML_HOME": str(home)}, cwd=Path.cwd()).stdout)
+    assert again["verdict"] == "same" and again["of"] == second and [os.path.basename(r["name"]) for r in again["outputs"]] == ["out.txt"]
+    assert max(len(line) for w in ("show", "rerun") for line in said(w, second)[1].splitlines() if str(tmp_path) not in line) <= 80
+    Path("kept").unlink()
+    code, text = said("rerun", first)
+    assert code == 2 and "in.txt: no file has its content of then" in text
+    secret = trace("sh", "-c", "cat in.txt > x.txt", "--password", "hunter22")["run"]
+    assert said("rerun", secret)[0] == 2 and "secret" in said("rerun", secret)[1]
+    assert said("rerun", first, "--apply", "--json")[0] == 2 and said("compare", first, first)[0] == 2
+
+
 SAME = {"verdict": "same", "differences": [], "unknown": []}
 CELLS = ["n: int = 3\nfile: str = 'x.csv'", "import cloudpickle, helper\nfrom opml_wb import log", "values = [float(v) for v in open(file)]", "log.metric('total', helper.add(values) * n)"]
 
