@@ -105,7 +105,7 @@ def test_influx_round_trip(influx_server, tmp_path):
         assert got.t.tolist() == want.t.tolist(), metric
         if "tag" in want: assert got.tag.tolist() == want.tag.tolist()
         if metric != "wait_p95": np.testing.assert_allclose(got.value, want.value, rtol=1e-9, err_msg=metric)
-    by_hand = trace.pipelines.groupby(trace.pipelines.arrival // 3600).wait.mean()
+    by_hand = trace.pipelines.groupby(trace.workload.since // 3600).wait.mean()
     assert np.abs(influx.series("wait", "fifo").value - by_hand.to_numpy()).max() <= 1e-6
     assert influx.experiments()["fifo"]["digest"] == trace.digest and influx.experiments()["fifo"]["params"] == {"days": 2}
     with pytest.raises(StoreError, match="there is one already"): influx.write(trace, "fifo")

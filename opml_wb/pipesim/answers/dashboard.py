@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...core.show import ui
-from ..stores.tables import TraceStore
+from ..stores.tables import TraceStore, begin_of
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 
@@ -37,10 +37,11 @@ def thin(t: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #eaa0c2f9
 def panel(store: TraceStore, metric: str, experiment: str, bin_s: float,
           scale: float | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """Query the lines of one panel: [(label, days f8 [<= 2000], values f8)].
+    """Query the lines of one panel: [(label, days since t0 f8 [<= 2000], values f8)].
 
     `scale`: None for counts and bytes."""
     df = store.series(metric, experiment, bin_s)
+    df["t"] -= begin_of(store.experiments()[experiment])
     factor = scale or {"arrivals": 3600 / bin_s, "read": 1e-6 / bin_s}[metric]
     groups = df.groupby("tag", observed=True) if "tag" in df else [("", df)]
     return [(str(tag), *thin(g.t / 86400, g.value * factor)) for tag, g in groups]

@@ -22,6 +22,7 @@ from . import stats
 from ..engines.policy import Policy
 from ..engines.simulate import simulate
 from ..synth.pipelines import PipelineModel
+from .intervals import design_of
 from ..work.checks import need
 from ..work.model import Link, Platform, Pool
 from ..work.trace import Trace
@@ -36,13 +37,15 @@ def measure(trace: Trace) -> dict[str, Any]:
     """Measure one replication: `Trace.summary`, pipelines, wait_steady, rho, stable, digest,
     digest48.
 
-    wait_steady: mean wait after warm-up (MSER-5); rho: the largest; stable: 1. or 0.; digest:
-    hex; digest48: its first 48 bits, a number."""
+    wait_steady: mean wait after warm-up (MSER-5); rho: the largest (NaN where all arrive at once);
+    stable: 1. or 0., NaN where that can't be told; digest: hex; digest48: its first 48 bits, a
+    number."""
     wait = trace.wait[np.argsort(trace.workload.arrival, kind="stable")]
-    rho = stats.load(trace.workload, trace.platform).rho.max() if len(wait) > 1 else 0.
+    rho = stats.load(trace.workload, trace.platform).rho.max()
     steady = wait[stats.mser5(wait):].mean() if len(wait) else math.nan
     return {"pipelines": len(wait), **trace.summary(), "wait_steady": steady, "rho": rho,
-            "stable": float(rho < 1 and not trace.unfinished), "digest": trace.digest,
+            "stable": rho if math.isnan(rho) else float(rho < 1 and not trace.unfinished),
+            "digest": trace.digest,
             "digest48": int(trace.digest[:12], 16)}
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #ea870980
@@ -50,9 +53,12 @@ def measure(trace: Trace) -> dict[str, Any]:
 class Experiment:
     """Independent replications of a simulation.
 
-    source: PipelineModel, function (users, rng) -> Workload, or a Workload (the same in each
-    replication); platform; policy: name or Policy; days, users: of a PipelineModel's workload;
-    engine, drift: as for `simulate`."""
+    source: PipelineModel, function (users, rng) -> Workload, or a Workload: replication 0 is that
+    trace, the others are drawn from its weeks where it has four (else it is simulated once, and
+    there is no interval). platform; policy: name or Policy; days, users: of a PipelineModel's
+    workload; engine, drift: as for `simulate`. mirrored: replications of a PipelineModel come in
+    pairs with mirrored arrivals, which cuts the variance of their mean; intervals are over the
+    pairs."""
     source: PipelineModel | Workload | Callable[[float, np.random.Generator], Workload]
     platform: Platform
     policy: str | Policy = "fifo"
@@ -63,6 +69,7 @@ class Experiment:
     engine: str = "auto"
     drift: "Drift | None" = None
     name: str = "experiment"
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for n, least in (("replications", 1), ("seed", 0)):
@@ -75,6 +82,9 @@ class Experiment:
         ok = isinstance(self.source, (PipelineModel, Workload)) or callable(self.source)
         need(ok, "source", type(self.source).__name__,
              "a PipelineModel, a Workload or a function (users, rng) -> Workload")
+        pairs = isinstance(self.source, PipelineModel) and self.replications % 2 == 0
+        need(not self.mirrored or (pairs and self.replications >= 4), "mirrored", self.replications,
+             "a PipelineModel, and an even number of replications from 4 on")
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #aed0d1f3
 @patch
@@ -82,15 +92,26 @@ def varied(self: Experiment, **changes: Any) -> Experiment:
     "Copy the experiment with other fields."
     return replace(self, **changes)
 
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cad30ebb
+@patch(as_prop=True)
+def design(self: Experiment) -> stats.Design:
+    "How its replications hang together."
+    return design_of(self.source, self.mirrored)
+
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #acf7e1bc
 @patch
 def workload(self: Experiment, replication: int = 0) -> Workload:
     "Draw the Workload of one replication."
-    if isinstance(self.source, Workload):
-        return self.source.scale(users=self.users, seed=self.seed)
-    draw = self.source.over(self.days
-                            * 86400) if isinstance(self.source, PipelineModel) else self.source
-    return draw(self.users, stats.rng_of(self.seed, replication))
+    source, rng = self.source, stats.rng_of(self.seed, replication)
+    if isinstance(source, Workload):
+        anew = replication > 0 and self.design.kind == "weeks"
+        return (source.resampled(rng) if anew else source).scale(self.users, self.seed)
+    if not isinstance(source, PipelineModel): return source(self.users, rng)
+    if not self.mirrored: return source.sample(self.days * 86400, rng, self.users)
+    times = source.arrivals.scaled(self.users).sample(
+        self.days * 86400, stats.rng_of(self.seed, replication // 2, 1),
+        draw="mirrored" if replication % 2 else "plain")
+    return source.sample(self.days * 86400, rng, self.users, arrival=times)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #047893bc
 @patch
@@ -117,22 +138,33 @@ class Result:
                                        for d in self.frame.digest48).encode()).hexdigest()
 
     @property
-    def stable(self) -> bool:
-        "True where all replications are."
-        return bool(self.frame.stable.all())
+    def stable(self) -> float:
+        "The share of replications that are stable; NaN where that can't be told."
+        return float(self.frame.stable.mean())
+
+    @property
+    def design(self) -> stats.Design:
+        "How the replications hang together; fixed where they all are the same."
+        same = len(self.frame) > 1 and self.frame.digest48.nunique() == 1
+        why = "all replications are the same"
+        return stats.Design("fixed", why=why) if same else self.experiment.design
 
     def __repr__(self) -> str:
-        said = repr(self.interval()) if len(self.frame) > 1 else f"{self.frame.wait_mean[0]:.6g}"
-        return (f"Result({self.experiment.name}: {len(self.frame)} replications, wait_mean {said} s"
-                f"{'' if self.stable else ', NOT stable'})")
+        n, e = len(self.frame), self.experiment
+        stable = {1.: "", 0.: ", NOT stable"}.get(
+            self.stable, f", stable in {int(np.nansum(self.frame.stable))} of {n}"
+            if self.frame.stable.notna().any() else ", stable: can't be told, all arrive at once")
+        return (f"Result({e.name}: {n} replication{'s' * (n > 1)}, wait_mean "
+                f"{self.interval()!r} s{stable})")
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cfbd35cb
 @patch
 def interval(self: Result, metric: str = "wait_mean", conf: float = .95) -> stats.Interval:
-    """Estimate the interval of a metric's mean over replications.
+    """Estimate the interval of a metric's mean over replications, by their design.
 
     Raises ValueError naming an unknown metric."""
-    return stats.ci(self._column(metric), conf)
+    times = metric.startswith(("wait_", "response_", "cost"))
+    return stats.estimate(self._column(metric), conf, self.design, times)
 
 @patch
 def _column(self: Result, metric: str) -> np.ndarray:
@@ -147,12 +179,12 @@ def minus(self: Result, other: Result, metric: str = "wait_mean",
     workloads.
 
     `.reduction`: what pairing saved in variance. Raises ValueError for other workloads."""
-    a, b = ((e.seed, e.days, e.users, len(r.frame)) for r in (self, other)
+    a, b = ((e.seed, e.days, e.users, e.mirrored, len(r.frame)) for r in (self, other)
             for e in (r.experiment,))
     same = a == b and self.experiment.source is other.experiment.source
     need(same, "other", other.experiment,
          "an experiment on the same source, seed, days, users and replications")
-    return stats.paired_diff(self._column(metric), other._column(metric), conf)
+    return stats.paired_diff(self._column(metric), other._column(metric), conf, self.design)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #1a85b868
 @patch
@@ -164,8 +196,9 @@ def run(self: Experiment, jobs: int = 1, store: "TraceStore | None" = None,
     the iteration."""
     need(is_whole(jobs, 1), "jobs", jobs, "a whole number >= 1")
     first = self.trace(0)
+    once = self.design.kind == "fixed" and self.drift is None
     with ThreadPoolExecutor(jobs) as pool:
-        rest = pool.map(lambda r: measure(self.trace(r)), range(1, self.replications))
+        rest = pool.map(lambda r: measure(self.trace(r)), range(1, 1 if once else self.replications))
         rows = [measure(first), *progress(rest)]
     params = {"policy": str(self.policy), "days": self.days, "users": self.users, "seed": self.seed}
     if store is not None: store.write(first, self.name, params, replace=True)
@@ -199,6 +232,7 @@ def swept(experiment: Experiment, jobs: int = 2, executor: Any = None) -> Result
     e = experiment
     need(isinstance(e.source, PipelineModel), "source", type(e.source).__name__, "a PipelineModel")
     need(isinstance(e.policy, str) and e.drift is None, "policy", e.policy, "a name, and no drift")
+    need(not e.mirrored, "mirrored", e.mirrored, "False: runs of a sweep are independent")
     text = cast("PipelineModel", e.source).to_json()
     file = home() / "pipesim" / f"model-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

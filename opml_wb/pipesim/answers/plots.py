@@ -23,8 +23,8 @@ if TYPE_CHECKING: from plotly.graph_objects import Figure
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #60849bcb
 def synthetic_week(model: ArrivalModel, weeks: int = 60,
                    seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    "Sample `weeks` weeks: (mean, sd) f8 [168] of their hourly counts."
-    times = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed))
+    "Draw `weeks` weeks, matched: (mean, sd) f8 [168] of their hourly counts."
+    times = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed), draw="matched")
     counts = np.histogram(times, HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
     return profile_stats(counts, np.arange(len(counts)) % WEEK)[:2]
 

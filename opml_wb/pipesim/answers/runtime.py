@@ -63,7 +63,7 @@ class Drift:
     jumps_per_day: sudden shifts, exponential with mean `jump`, a share `shared` of which hits
     all models at once; detectors; debounce: s > 0 between two triggers of a model; performance:
     of a new model where the workload has no `perf`, `perf_spread` its sd at retraining; horizon:
-    s, no trigger after it (None: the last arrival); priority: of retraining pipelines (None:
+    s since the workload's t0, no trigger after it (None: its window); priority: of retraining pipelines (None:
     their model's); retrain: function (workload, models i8 [R], rng) -> Workload of R pipelines,
     None: the model's last pipeline again."""
     decay_per_day: float = .003
@@ -113,7 +113,7 @@ class Lives:
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #4101da79
 @patch(cls_method=True)
 def draw(cls: Lives, drift: Drift, models: np.ndarray, end: float, seed: int) -> Lives:
-    "Draw the ageing of `models` (ids) until `end` (s)."
+    "Draw the ageing of `models` (ids) until `end` (s since the workload's t0)."
     common = _shifts(drift, end, np.random.default_rng([seed, 1]), drift.shared)
     life = cls(np.zeros(len(models)), np.zeros((len(models), len(drift.detectors))), [], [])
     for i, m in enumerate(models):
@@ -142,22 +142,22 @@ def _retrainings(drift: Drift, work: Workload, of: np.ndarray, last: np.ndarray,
     priority = again.priority
     if drift.priority is not None: priority = np.full(again.n_tasks, float(drift.priority))
     return replace(again, arrival=np.full(len(of), np.inf), model=of, perf=reached,
-                   priority=priority, observed=None)
+                   priority=priority, observed=None, t0=work.t0, end=work.end)
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #871a34bf
 def _known(life: Lives, drift: Drift, slots: np.ndarray, pipelines: int,
-           end: float) -> dict[str, Any]:
+           end: float, begin: float = 0.0) -> dict[str, Any]:
     """The fields of kernels.Work about models, but for `model`.
 
-    `slots`: retrainings prepared, i8 [M]."""
+    `slots`: retrainings prepared, i8 [M]; begin: of the workload, as engines count, s."""
     first = np.concatenate([[0], np.cumsum([len(t) for t, _ in life.jumps])]).astype(np.int64)
     jump_t, jump_size = (np.concatenate(x)
                          for x in zip(*life.jumps)) if life.jumps else (np.zeros(0), np.zeros(0))
     slot_first = pipelines + np.concatenate([[0], np.cumsum(slots)]).astype(np.int64)
     return dict(slot_first=slot_first, rate=life.rate, limit=life.limit, jump_first=first,
-                jump_t=jump_t, jump_size=jump_size,
+                jump_t=begin + jump_t, jump_size=jump_size,
                 period=np.array([d.period for d in drift.detectors], np.float64),
-                debounce=float(drift.debounce), end=end)
+                debounce=float(drift.debounce), end=begin + end)
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #faf1e069
 @patch
@@ -169,9 +169,9 @@ def expand(self: Drift, work: Workload, seed: int) -> tuple[Workload, dict[str, 
     made = np.arange(len(work)) if work.model is None else work.model
     models, of = np.unique(made[made >= 0], return_inverse=True)
     pipes = np.flatnonzero(made >= 0)
-    end = work.horizon if self.horizon is None else float(self.horizon)
+    end = work.span if self.horizon is None else float(self.horizon)
     begun, last = np.full(len(models), np.inf), np.zeros(len(models), np.int64)
-    np.minimum.at(begun, of, work.arrival[pipes])
+    np.minimum.at(begun, of, work.since[pipes])
     np.maximum.at(last, of, pipes)
     life = Lives.draw(self, models, end, seed)
     period = np.array([d.period for d in self.detectors], np.float64)
@@ -183,14 +183,15 @@ def expand(self: Drift, work: Workload, seed: int) -> tuple[Workload, dict[str, 
     codes = np.full(len(work), -1)
     codes[pipes] = of
     perf = np.full(len(work), self.performance) if work.perf is None else work.perf
-    grown = replace(work, model=codes, perf=perf)
+    base = grown = replace(work, model=codes, perf=perf)
     if total:
         new = [np.clip(perf[p] + self.perf_spread * rng.standard_normal(n), 0, 1)
                for p, n, rng in zip(last, slots, life.rngs)]
         of = np.repeat(np.arange(len(models)), slots)
-        grown = Workload.concat([grown,
-                                 _retrainings(self, grown, of, last, np.concatenate(new), seed)])
-    return grown, dict(model=grown.model, **_known(life, self, slots, len(work), end))
+        again = _retrainings(self, base, of, last, np.concatenate(new), seed)
+        grown = replace(Workload.concat([base, again]), t0=work.t0, end=work.end)
+    known = _known(life, self, slots, len(work), end, work.clock.begin)
+    return grown, dict(model=grown.model, **known)
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #17b6f5d5
 def _deployments(drift: Drift, ran: "Engine", work: Workload, kept: np.ndarray) -> pd.DataFrame:
@@ -215,6 +216,7 @@ def _deployments(drift: Drift, ran: "Engine", work: Workload, kept: np.ndarray) 
         jumps = slice(w.jump_first[m], w.jump_first[m + 1])
         lost[i] = loss_between(t, t, end, w.rate[m], w.jump_t[jumps], w.jump_size[jumps])
     models["lost"], models["area"] = lost.T
+    models[["triggered", "deployed", "retired"]] += w.origin
     return models
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #9439f926
@@ -225,10 +227,11 @@ def settle(self: Drift, trace: Trace, ran: "Engine", asked: int) -> Trace:
     `asked`: pipelines of its own."""
     work, arrival = trace.workload, np.asarray(ran.w.arrival, np.float64)[:len(trace.workload)]
     kept = (np.arange(len(work)) < asked) | (np.asarray(ran.models.triggered)[:len(work)] >= 0)
-    tasks, slim = kept[work.pipeline], replace(work.keep(kept), arrival=arrival[kept])
-    return replace(trace, start=trace.start[tasks], finish=trace.finish[tasks],
-                   ready=trace.ready[tasks], workload=slim,
-                   models=_deployments(self, ran, work, kept))
+    arrival = np.where(np.arange(len(work)) < asked, work.arrival, ran.w.origin + arrival)
+    slim = replace(work.keep(kept), arrival=arrival[kept],
+                   end=max(work.end, arrival[kept].max(initial=work.t0)))
+    times = {n: getattr(trace, n)[kept[work.pipeline]] for n in ("start_s", "finish_s", "ready_s")}
+    return replace(trace, **times, workload=slim, models=_deployments(self, ran, work, kept))
 
 # %% ../../../nbs/pipesim/answers/02_runtime.ipynb #c84ce7f3
 def performance(models: pd.DataFrame) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ..work.ageing import kernel, next_trigger
 Work = namedtuple("Work", """
     arrival by_arrival first owner pool units key hold lone dur read write child_first child
     step_t step_pool step_cap backfill shared bytes_per_s latency model slot_first rate limit
-    period jump_first jump_t jump_size debounce end""")
+    period jump_first jump_t jump_size debounce end begin origin""")
 State = namedtuple("State", """
     ready start finish phase missing left ev_t ev_id queue q_first q_size nxt prv run_end run_id
     r_size used cap waiting link_v link_id dirty touched n x deployed due last slot cause
@@ -115,7 +115,7 @@ def _deploy(w, s, p, t):
     s.deployed[p] = t
     jumps = slice(w.jump_first[m], w.jump_first[m + 1])
     s.due[m], s.cause[m] = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps],
-                                        w.jump_size[jumps], s.last[m] + w.debounce)
+                                        w.jump_size[jumps], s.last[m] + w.debounce, w.begin)
     if s.due[m] < w.end: _at(s, s.due[m], len(w.units) + m)
 
 # %% ../../../nbs/pipesim/engines/03_kernels.ipynb #e4aadc7e

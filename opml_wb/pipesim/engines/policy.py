@@ -56,7 +56,7 @@ class Policy:
         return 0.0
 
     def round(self, now: float, queue: Sequence[int], pool: PoolView) -> Iterable[int]:
-        """Choose the tasks to start `now` (s), in order.
+        """Choose the tasks to start `now` (s on the workload's clock), in order.
 
         `queue`: waiting task ids in the order of `key`."""
         raise NotImplementedError
@@ -95,7 +95,7 @@ def keys(policy: Policy, workload: Workload) -> np.ndarray:
 
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #14775f59
 class Allocator:
-    """Capacity that follows demand: every `period` s each pool gets what is used and waited for,
+    """Capacity that follows demand: every `period` s from t0 on each pool gets what is used and waited for,
     `spare` units more.
 
     Within `least` .. `most`; for the pools named in `pools` (None: all). Override `resize` for
@@ -108,7 +108,8 @@ class Allocator:
         self.least, self.most, self.spare, self.pools = least, most, spare, pools
 
     def resize(self, now: float, pools: Mapping[str, PoolView]) -> Mapping[str, float]:
-        "Return the capacities wanted at `now` (s): {name: units}, for all pools or some."
+        """Return the capacities wanted at `now` (s on the workload's clock): {name: units}, for all
+        pools or some."""
         chosen = pools if self.pools is None else self.pools
         wanted = {n: pools[n].used + pools[n].waiting + self.spare for n in chosen}
         return {n: int(min(max(c, self.least), self.most)) for n, c in wanted.items()}

@@ -156,7 +156,7 @@ def deploy(self: Models, p: int, t: float) -> tuple[float, int]:
     if m < 0: return math.inf, m
     self.deployed[p], jumps = t, slice(w.jump_first[m], w.jump_first[m + 1])
     due, cause = next_trigger(t, w.rate[m], w.limit[m], w.period, w.jump_t[jumps],
-                              w.jump_size[jumps], self.last[m] + w.debounce)
+                              w.jump_size[jumps], self.last[m] + w.debounce, w.begin)
     self.due[m], self.cause[m] = float(due), cause
     return (self.due[m], m) if due < w.end else (math.inf, m)
 
@@ -271,15 +271,16 @@ def _asked(self: PythonEngine, q: TaskQueue) -> list[int]:
     if not q.waiting: return []
     assert self.policy is not None
     name, ids, out = self.names[q.k], {int(self.order[x[2]]): x for x in q.waiting}, []
-    running = {int(self.order[j]): self.start[j] for _, j in q.running}
-    for task in self.policy.round(self.now, list(ids), self._view(q, running)):
+    running = {int(self.order[j]): self.w.origin + self.start[j] for _, j in q.running}
+    t = self.w.origin + self.now
+    for task in self.policy.round(t, list(ids), self._view(q, running)):
         if task not in ids:
             raise ValueError(f"policy {self.policy.name!r}: task {task} does not wait "
-                             f"in pool {name!r} at t = {self.now:g}")
+                             f"in pool {name!r} at t = {t:g}")
         units = self.work.units[ids[task][2]]
         if units > q.free:
             raise ValueError(f"policy {self.policy.name!r}: task {task} needs {units} units, "
-                             f"pool {name!r} has {q.free} free at t = {self.now:g}")
+                             f"pool {name!r} has {q.free} free at t = {t:g}")
         out.append(q.begin(ids.pop(task), self.now))
     return out
 

@@ -19,6 +19,7 @@ from .kernels import State, Work
 from .policy import (
     Allocator, Policy, PoolView, is_static, keys, policy_of, resized)
 from ..work.checks import need
+from ..work.clock import Clock, steps_from
 from ..work.model import Link, Platform, check
 from ..work.trace import Trace
 from ..work.workload import Workload
@@ -26,12 +27,13 @@ from ..work.workload import Workload
 if TYPE_CHECKING: from opml_wb.pipesim.answers.runtime import Drift
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #124e1df3
-def _steps(platform: Platform) -> dict[str, np.ndarray]:
-    "All capacity steps by time: step_t f8 [S], step_pool i8 [S], step_cap i8 [S]."
-    rows = sorted(((t, k, c) for k, p in enumerate(platform.pools) for t, c in p.steps),
-                  key=lambda r: r[:2])
+def _steps(platform: Platform, clock: Clock = Clock()) -> dict[str, np.ndarray]:
+    """The capacity steps from the clock's t0 on, by time: step_t f8 [S] (s since its origin),
+    step_pool i8 [S], step_cap i8 [S]."""
+    rows = sorted(((t, k, c) for k, p in enumerate(platform.pools)
+                   for t, c in steps_from(p.steps, clock.t0)), key=lambda r: r[:2])
     t, pool, cap = zip(*rows)
-    return dict(step_t=np.array(t, np.float64), step_pool=np.array(pool, np.int64),
+    return dict(step_t=clock.since(t, clock.origin), step_pool=np.array(pool, np.int64),
                 step_cap=np.array(cap, np.int64))
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #4318c593
@@ -52,13 +54,14 @@ NO_MODELS = dict(model=np.zeros(0, np.int64), slot_first=np.zeros(1, np.int64), 
                  jump_t=np.zeros(0), jump_size=np.zeros(0), debounce=0.0, end=0.0)
 
 def prepare(work: Workload, platform: Platform, policy: Policy,
-            models: dict[str, Any] | None = None,
-            exogenous: int | None = None) -> tuple[Work, np.ndarray]:
+            models: dict[str, Any] | None = None, exogenous: int | None = None,
+            clock: Clock | None = None) -> tuple[Work, np.ndarray]:
     """Make (kernels.Work, order i8 [T]: the workload's ids of the engine's tasks).
 
-    models: as of `Drift.expand`; exogenous: how many pipelines arrive on their own (None: all).
+    models: as of `Drift.expand`; exogenous: how many pipelines arrive on their own (None: all);
+    clock: from whose origin times count (None: the workload's).
     Raises ValueError naming the task that the platform cannot hold."""
-    at, key = check(platform, work), keys(policy, work)
+    at, key, clock = check(platform, work), keys(policy, work), clock or work.clock
     order = np.argsort(work.pipeline, kind="stable")
     place = np.empty(work.n_tasks, np.int64)
     place[order] = np.arange(work.n_tasks)
@@ -67,13 +70,14 @@ def prepare(work: Workload, platform: Platform, policy: Policy,
     shared = link is not None and link.shared == "ps"
     before, after = _transfer(work.read, link), _transfer(work.write, link)
     child_first, child = _children(work.edges, place)
-    w = Work(arrival=work.arrival.copy(),
-             by_arrival=np.argsort(work.arrival[:exogenous], kind="stable"),
+    arrival = clock.since(work.arrival, clock.origin)
+    w = Work(arrival=arrival, by_arrival=np.argsort(arrival[:exogenous], kind="stable"),
              first=np.searchsorted(owner, np.arange(len(work) + 1)), owner=owner, pool=own(at),
              units=own(work.units), key=own(key),
              hold=own(work.dur if shared else before + work.dur + after),
              lone=own(before + work.est + after), dur=own(work.dur), read=own(work.read),
-             write=own(work.write), child_first=child_first, child=child, **_steps(platform),
+             write=own(work.write), child_first=child_first, child=child,
+             **_steps(platform, clock), begin=clock.begin, origin=clock.origin,
              backfill=policy.backfill == "easy", shared=shared,
              bytes_per_s=float(link.bytes_per_s if link else 1.0),
              latency=float(link.latency if link else 0.0), **(models or NO_MODELS))
@@ -165,10 +169,10 @@ class Ticks:
     def __call__(self, t: float) -> list[tuple[int, int]] | None:
         "Ask at t (s): [(position of the pool, units)] that change, None when it is over."
         views, names = self.engine.views(), self.engine.names
-        wanted = resized(self.allocator, t, views).items()
+        wanted = resized(self.allocator, self.engine.w.origin + t, views).items()
         out = [(names.index(n), c) for n, c in wanted if c != views[n].capacity]
         idle = any(v.waiting for v in views.values()) and not any(v.used for v in views.values())
-        self.still = self.still + 1 if idle and not out and t > 0 else 0
+        self.still = self.still + 1 if idle and not out and t > self.engine.w.begin else 0
         if self.still > 1000 or not remaining(self.engine): return None
         self.log += [(t, *row) for row in out]
         return out
@@ -183,7 +187,7 @@ def drive(engine: Engine, allocator: Allocator | None,
         engine.run(until)
         return []
     ticks, n = Ticks(engine, allocator), 0
-    while (t := n * allocator.period) < until:
+    while (t := engine.w.begin + n * allocator.period) < until:
         engine.run(t)
         if (answer := ticks(t)) is None: break
         engine.resize(t, answer)
@@ -226,16 +230,17 @@ def simulate(workload: Workload, platform: Platform, policy: str | Policy | type
     policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill
     on est), or a Policy; engine: `numba`, `python`, `simpy`: the same bits, `auto` the quickest
     that can; drift: a Drift, models age and are retrained (random, from `seed`); allocator:
-    resizes pools; until: s, what starts later is NaN. Raises ValueError before simulating,
+    resizes pools; until: s on the workload's clock, what starts later is NaN. Raises ValueError before simulating,
     naming the task whose pool is unknown or never large enough."""
     need(isinstance(workload, Workload), "workload", type(workload).__name__, "a Workload")
     policy, until = policy_of(policy), math.inf if until is None else until
-    need(isinstance(until, (int, float)) and until > 0, "until", until, "a time > 0, s")
+    need(isinstance(until, (int, float)) and until > workload.t0, "until", until,
+         f"s on the workload's clock, which begins at t0 = {workload.t0:g}")
     engine, asked, models = chosen(engine, policy), len(workload), None
     check(platform, workload)
     if drift is not None: workload, models = drift.expand(workload, seed)
     w, order = prepare(workload, platform, policy, models, asked)
     ran = _engine(engine, w, platform, order, policy, workload)
-    log = drive(ran, allocator, until)
+    log = drive(ran, allocator, float(workload.clock.since(until, workload.clock.origin)))
     trace = Trace.of(ran, order, workload, platform, policy.name, engine, seed, log)
     return trace if drift is None else drift.settle(trace, ran, asked)

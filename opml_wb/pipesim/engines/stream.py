@@ -22,7 +22,9 @@ from .kernels import ARRIVED, EVENTS, SENDING, State, Work
 from .policy import Policy, is_static, policy_of
 from .simulate import fresh, prepare
 from ..work.checks import need
+from ..work.clock import Clock
 from ..work.model import Platform, ranges
+from ..work.trace import chain_wait, on_clock
 from ..work.workload import Workload
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #16bd5bfb
@@ -92,11 +94,12 @@ def moved_state(w: Work, s: State, merged: Work, rows: np.ndarray, pipes: np.nda
 @dataclass
 class Chunk:
     """A chunk that is not written yet: its first task's number, times f8 [3, T] (ready, start,
-    finish), open tasks."""
+    finish; s since the origin of `clock`), open tasks."""
     first: int
     work: Workload
     times: np.ndarray
     open: int
+    clock: Clock = Clock()
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #686deed6
 @patch
@@ -109,14 +112,14 @@ def put(self: Chunk, ids: np.ndarray, times: np.ndarray) -> None:
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #2ee53496
 @patch
 def tables(self: Chunk) -> dict[str, dict[str, np.ndarray]]:
-    "Tables `tasks` (ready, start, finish) and `pipelines` (arrival, wait, response), s."
-    owner, (ready, start, finish) = self.work.pipeline, self.times
-    wait = np.bincount(owner, start - ready, len(self.work))
-    end = np.full(len(self.work), -np.inf)
-    with np.errstate(invalid="ignore"): np.maximum.at(end, owner, finish)
-    arrival = self.work.arrival
-    return dict(tasks=dict(ready=ready, start=start, finish=finish),
-                pipelines=dict(arrival=arrival, wait=wait, response=end - arrival))
+    """Tables `tasks` (ready, start, finish) and `pipelines` (arrival, wait, response), s, times on
+    the chunks' clock."""
+    work, clock, end = self.work, self.clock, np.full(len(self.work), -np.inf)
+    with np.errstate(invalid="ignore"): np.maximum.at(end, work.pipeline, self.times[2])
+    shown = dict(zip(("ready", "start", "finish"), (on_clock(t, work, clock) for t in self.times)))
+    return dict(tasks=shown, pipelines=dict(
+        arrival=work.arrival, wait=chain_wait(work, *self.times),
+        response=end - clock.since(work.arrival, clock.origin)))
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #26765721
 class Carry:
@@ -127,14 +130,15 @@ class Carry:
         self.s: State | None = None
         self.ids, self.latest, self.waits = np.zeros(0, np.int64), 0.0, 0.0
         self.open: list[Chunk] = []
+        self.clock = Clock()
         self.chunks = self.tasks = self.pipelines = self.parts = 0
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #4f3f3ce5
 @patch
 def run(self: Carry, until: float) -> None:
-    "Go on to `until` (s) and put what has ended where it belongs."
+    "Go on to `until` (s on the chunks' clock) and put what has ended where it belongs."
     if self.w is None or self.s is None: return
-    kernels.run(self.w, self.s, float(until))
+    kernels.run(self.w, self.s, float(self.clock.since(until, self.clock.origin)))
     done = np.flatnonzero(~np.isnan(self.s.finish))
     times = np.stack([self.s.ready[done], self.s.start[done], self.s.finish[done]])
     for chunk in self.open: chunk.put(self.ids[done], times)
@@ -142,7 +146,8 @@ def run(self: Carry, until: float) -> None:
 @patch
 def add(self: Carry, work: Workload, platform: Platform, policy: Policy) -> None:
     "Take in the next chunk, and leave behind what has ended."
-    new, order = prepare(work, platform, policy)
+    if self.w is None: self.clock, self.latest = work.clock, work.horizon
+    new, order = prepare(work, platform, policy, clock=self.clock)
     if self.w is None or self.s is None: self.w, self.s = new, fresh(new, len(platform.pools))
     else:
         w, s = self.w, self.s
@@ -150,7 +155,8 @@ def add(self: Carry, work: Workload, platform: Platform, policy: Policy) -> None
         self.w = merged_work(w, new, rows, pipes, s.n[ARRIVED])
         self.s, self.ids = moved_state(w, s, self.w, rows, pipes), self.ids[rows]
     self.ids = np.concatenate([self.ids, order + self.tasks])
-    self.open.append(Chunk(self.tasks, work, np.full((3, work.n_tasks), np.nan), work.n_tasks))
+    times = np.full((3, work.n_tasks), np.nan)
+    self.open.append(Chunk(self.tasks, work, times, work.n_tasks, self.clock))
     self.tasks, self.pipelines = self.tasks + work.n_tasks, self.pipelines + len(work)
     self.latest = max(self.latest, work.horizon)
 

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ...core.record.database import StoreError
 from .tables import (
-    TABLES, TraceStore, about, checked_name, checked_table, local_path, sql, tables, taken, unknown)
+    TABLES, TraceStore, about, begin_of, checked_name, checked_table, local_path, sql, tables, taken, unknown)
 from ..work.trace import Trace
 
 # %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #679d724c
@@ -110,5 +110,6 @@ def table(self: DuckStore, name: str, experiment: str) -> pd.DataFrame:
 def series(self: DuckStore, metric: str, experiment: str, bin_s: float = 3600.) -> pd.DataFrame:
     "Read a metric of METRICS in bins of `bin_s` seconds: t (s), value [, tag]."
     only = f"where experiment = '{checked_name(experiment)}'"
-    query = sql(metric, float(bin_s), {t: f"(select * from {t} {only})" for t in TABLES})
+    t0 = begin_of(self.experiments().get(experiment, {}))
+    query = sql(metric, float(bin_s), {t: f"(select * from {t} {only})" for t in TABLES}, t0)
     return self._ask(query, experiment)

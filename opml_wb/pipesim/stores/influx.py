@@ -19,7 +19,7 @@ from ...core.record.database import StoreError
 from ...core.record.folder import home
 from .parquet import ParquetStore
 from .tables import (
-    METRICS, TABLES, TraceStore, about, checked_name, metric_of, tables, taken, unknown)
+    METRICS, TABLES, TraceStore, about, begin_of, checked_name, metric_of, tables, taken, unknown)
 from ..work.trace import Trace
 
 # %% ../../../nbs/pipesim/stores/04_influx.ipynb #a87aefab
@@ -203,12 +203,16 @@ def series(self: InfluxStore, metric: str, experiment: str, bin_s: float = 3600.
     table, t, value, how, tag = metric_of(metric, bin_s)
     what = {"avg": 'mean("{}")', "sum": 'sum("{}")', "count": 'count("{}")',
             "p95": 'percentile("{}", 95)'}[how]
-    end, by = int((self._about(experiment)["end"] + bin_s) * 1e9), f', "{tag}"' if tag else ""
+    about, by = self._about(experiment), f', "{tag}"' if tag else ""
+    t0, step = begin_of(about), int(round(bin_s * 1e9))
+    first = int(t0 * 1e9) - step // 10**9                # a time so near an edge is on it
+    end = int((about["end"] + bin_s) * 1e9)
     got = self.server.ask(
         f"select {what.format(value)} from {table}_{t} where experiment = {_quoted(experiment)} "
-        f"and time >= 0 and time < {end} group by time({int(round(bin_s * 1e9))}ns){by} fill(none)")
-    rows = [(ns / 1e9, s["tags"][tag] if tag else None, float(v)) for s in got
-            for ns, v in s["values"] if v is not None]
+        f"and time >= {first} and time < {end} "
+        f"group by time({step}ns, {first % step}ns){by} fill(none)")
+    rows = [(t0 + round((ns - first) / step) * bin_s, s["tags"][tag] if tag else None, float(v))
+            for s in got for ns, v in s["values"] if v is not None]
     columns = ["t", "tag"] if tag else ["t"]
     frame = pd.DataFrame(rows,
                          columns=["t", "tag", "value"]).sort_values(columns, ignore_index=True)

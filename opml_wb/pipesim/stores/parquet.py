@@ -18,7 +18,7 @@ from ...core.kit.files import fsync
 from ...core.kit.procs import born
 from ...core.record.database import StoreError
 from .duckdb_file import DuckStore  # by its path of before
-from .tables import (METRICS, TABLES, TASKS, TraceStore, about, checked_name,
+from .tables import (METRICS, TABLES, TASKS, TraceStore, about, begin_of, checked_name,
                                            checked_table, local_path, sql, tables, taken, unknown)
 from ..work.trace import Trace
 
@@ -57,9 +57,11 @@ def table(self: ParquetStore, name: str, experiment: str) -> pd.DataFrame:
 def series(self: ParquetStore, metric: str, experiment: str, bin_s: float = 3600.) -> pd.DataFrame:
     "Read a metric of METRICS in bins of `bin_s` seconds: t (s), value [, tag]."
     import duckdb
-    folder = str(self._folder(experiment)).replace("'", "''")
+    at = self._folder(experiment)
+    folder = str(at).replace("'", "''")
     files = {t: f"read_parquet('{folder}/{t}.parquet')" for t in TABLES}
-    with duckdb.connect() as db: return db.execute(sql(metric, float(bin_s), files)).df()
+    t0 = begin_of(json.loads((at / "about.json").read_text(encoding="utf-8")))
+    with duckdb.connect() as db: return db.execute(sql(metric, float(bin_s), files, t0)).df()
 
 # %% ../../../nbs/pipesim/stores/03_parquet.ipynb #7adf2073
 def stamped(folder: Path, kind: str) -> Path:

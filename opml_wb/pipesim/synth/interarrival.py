@@ -76,20 +76,26 @@ def dither(times: np.ndarray, seed: int = 0) -> np.ndarray:
 
 # %% ../../../nbs/pipesim/synth/02_interarrival.ipynb #03a2a419
 def renewal_times(total: float, gap: tuple[float, float], rng: np.random.Generator,
-                  matched: bool = False) -> np.ndarray:
+                  draw: str = "plain") -> np.ndarray:
     """Draw event times f8 in [0, total) of an equilibrium renewal process with unit-mean
     exponentiated-Weibull gaps.
 
-    gap: its shapes (a, c); `matched`: as many events as expected."""
-    if matched:
+    gap: its shapes (a, c); draw: `plain`, `mirrored` (each uniform number u as 1 - u: many
+    events where the plain draw of the same rng has few), `matched` (as many events as
+    expected)."""
+    if draw == "matched":
         t = np.cumsum(exponweib_ppf(rng.random(int(round(total)) + 1), *gap))
         return t[:-1] * (total / t[-1])
     grid = exponweib_ppf((np.arange(4096) + .5) / 4096, *gap)
+    def uniform(n):
+        u = rng.random(n)
+        return 1 - u if draw == "mirrored" else u
     # of the gap in which one begins to look
-    first = rng.random() * rng.choice(grid, p=grid / grid.sum())
+    place, which = uniform(2)
+    first = place * grid[min(np.searchsorted(np.cumsum(grid) / grid.sum(), which), 4095)]
     parts, at = [np.array([first])], first
     while at < total:
-        parts.append(at + np.cumsum(exponweib_ppf(rng.random(int(total - at) + 64), *gap)))
+        parts.append(at + np.cumsum(exponweib_ppf(uniform(int(total - at) + 64), *gap)))
         at = parts[-1][-1]
     t = np.concatenate(parts)
     return t[t < total]

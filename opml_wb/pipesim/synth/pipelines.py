@@ -197,12 +197,15 @@ def _durations(self: PipelineModel, tasks: pd.DataFrame, pipeline: np.ndarray,
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #dadd5730
 @patch
 def sample(self: PipelineModel, horizon_s: float, rng: int | np.random.Generator, users: float = 1.,
-           start: float | None = None) -> Workload:
+           start: float | None = None, arrival: ArrayLike | None = None) -> Workload:
     """Draw a Workload of `horizon_s` seconds from `start` on (as `ArrivalModel.sample`).
 
-    users: factor on today's arrivals; rng: Generator or seed."""
+    users: factor on today's arrivals; rng: Generator or seed; arrival: f8 [P] s, in place of
+    drawn ones. Its clock is 0 at `start`, its window is the horizon."""
     when, *rngs, times, shares, scores = np.random.default_rng(rng).spawn(8)
-    arrival = self._fitted().arrivals.scaled(users).sample(horizon_s, when, start)
+    if arrival is None:
+        arrival = self._fitted().arrivals.scaled(users).sample(horizon_s, when, start)
+    arrival = np.asarray(arrival, np.float64)
     p = self.frame(len(arrival), rngs)
     made, small = self.metrics.sample(p, scores), (p.structure == "compress").to_numpy()
     pipeline, kind, edges = assemble(p.structure.to_numpy(), p.fan.to_numpy())
@@ -214,7 +217,7 @@ def sample(self: PipelineModel, horizon_s: float, rng: int | np.random.Generator
                                 np.array([self.pools[k] for k in kind], object).astype(str),
                                 units=np.where(kind == "train", tasks.units, 1), pipeline=pipeline,
                                 edges=edges, read=read, write=write, kind=kind.astype(str),
-                                model=p.parent.to_numpy(),
+                                model=p.parent.to_numpy(), t0=0., end=horizon_s,
                                 perf=np.where(small, made.perf_compressed, made.perf))
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #5334c038

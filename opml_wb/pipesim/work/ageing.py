@@ -33,12 +33,12 @@ def first_passage(t0: float, rate: float, limit: float, jump_t: np.ndarray,
 
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #f0f79b3c
 @kernel
-def next_tick(t: float, period: float) -> float:
-    """Find the first multiple of `period` (s) at or after t.
+def next_tick(t: float, period: float, begin: float = 0.0) -> float:
+    """Find the first multiple of `period` (s) after `begin` that is at or after t.
 
     t itself where `period` is 0: an indicator that is read off directly."""
     if period <= 0 or t == np.inf: return t
-    tick = math.ceil(t / period) * period
+    tick = begin + math.ceil((t - begin) / period) * period
     return tick if tick >= t else tick + period
 
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #70a83b70
@@ -56,14 +56,15 @@ def loss_between(t0: float, a: float, b: float, rate: float, jump_t: np.ndarray,
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #a7442e75
 @kernel
 def next_trigger(t: float, rate: float, limits: np.ndarray, periods: np.ndarray, jump_t: np.ndarray,
-                 jump_size: np.ndarray, earliest: float) -> tuple[float, int]:
+                 jump_size: np.ndarray, earliest: float, begin: float = 0.0) -> tuple[float, int]:
     """Find when a model deployed at t (s) is to be retrained, not before `earliest`: (s, detector
     that says so).
 
-    limits, periods: f8 [D], one a detector; (inf, -1) for never."""
+    limits, periods: f8 [D], one a detector, evaluated every period from `begin` (s) on; (inf, -1)
+    for never."""
     due, cause = np.inf, -1
     for d in range(len(periods)):
-        when = next_tick(first_passage(t, rate, limits[d], jump_t, jump_size), periods[d])
+        when = next_tick(first_passage(t, rate, limits[d], jump_t, jump_size), periods[d], begin)
         if when < due: due, cause = when, d
     return max(due, earliest), cause
 
@@ -71,15 +72,15 @@ def next_trigger(t: float, rate: float, limits: np.ndarray, periods: np.ndarray,
 @kernel
 def most_triggers(t0: float, rate: float, limits: np.ndarray, periods: np.ndarray,
                   jump_t: np.ndarray, jump_size: np.ndarray, debounce: float, end: float,
-                  most: int) -> int:
+                  most: int, begin: float = 0.0) -> int:
     """Count the retrainings before `end` of a model deployed at t0 (s), each of which takes no
     time.
 
     limits, periods: f8 [D], one a detector; debounce > 0 s between triggers. At `most` it stops
     counting."""
     n, t = 0, t0
-    due, _ = next_trigger(t, rate, limits, periods, jump_t, jump_size, -np.inf)
+    due, _ = next_trigger(t, rate, limits, periods, jump_t, jump_size, -np.inf, begin)
     while due < end and n < most:
         n, t = n + 1, due
-        due, _ = next_trigger(t, rate, limits, periods, jump_t, jump_size, t + debounce)
+        due, _ = next_trigger(t, rate, limits, periods, jump_t, jump_size, t + debounce, begin)
     return n

@@ -7,7 +7,7 @@ __all__ = ['DIRECT', 'EVALUATED', 'UNLIMITED', 'DataAsset', 'TrainedModel', 'Tas
            'Pool', 'Link', 'Platform', 'check']
 
 # %% ../../../nbs/pipesim/work/02_model.ipynb #160c07ec
-import math
+import math, warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
 from .checks import need, number
+from .clock import FAR
 
 if TYPE_CHECKING: from opml_wb.pipesim.work.workload import Workload
 
@@ -143,7 +144,7 @@ class Pipeline:
     def __post_init__(self) -> None:
         n = len(self.tasks)
         need(n > 0, "Pipeline.tasks", self.tasks, "at least one Task")
-        number(self.arrival, "Pipeline.arrival")
+        number(self.arrival, "Pipeline.arrival", -math.inf, "a finite number")
         edges = self.edges
         if edges is None:
             edges = tuple((i, i + 1) for i in range(n - 1))
@@ -172,7 +173,8 @@ def whole_units(value: Any, what: str) -> int:
 class Pool:
     """Machines of one kind: `capacity` units (whole, or inf), each at `cost_per_h` an hour.
 
-    A capacity that changes: steps `[(t, capacity), ...]`, the first at t = 0, times (s) rising.
+    A capacity that changes: steps `[(t, capacity), ...]`, times (s) rising, on the workload's
+    clock; the first at t = 0, which stands for ever before, too.
     Raises ValueError naming the pool and the step."""
     name: str
     capacity: float | Sequence[tuple[float, float]]
@@ -258,13 +260,19 @@ def find(self: Platform, names: Sequence[str]) -> np.ndarray:
 def check(platform: Platform, workload: "Workload") -> np.ndarray:
     """Find the pools of a workload's tasks in `platform`: positions int64 [T].
 
-    Raises ValueError naming the task whose pool is unknown or never large enough."""
+    Raises ValueError naming the task whose pool is unknown or never large enough; warns of
+    capacity steps that all lie before the workload's window."""
     need(isinstance(platform, Platform), "platform", platform, "a Platform")
     if not workload.n_tasks: return np.zeros(0, np.int64)
     at = platform.find(workload.pools)[workload.pool]
     if (at < 0).any():
         t = int(np.argmax(at < 0))
         need(False, f"pool, task {t}", workload.pools[workload.pool[t]], f"one of {platform.names}")
+    for p in platform.pools:
+        if len(p.steps) > 1 and p.steps[-1][0] <= workload.t0 > FAR:
+            warnings.warn(f"pool {p.name!r}: all its capacity steps lie before the workload begins "
+                          f"(t0 = {workload.t0:.0f} s): steps are on the workload's clock",
+                          stacklevel=3)
     most = np.array([p.most for p in platform.pools])
     if (workload.units > most[at]).any():
         t = int(np.argmax(workload.units > most[at]))

@@ -6,9 +6,10 @@
 __all__ = ['TASK', 'PIPE', 'checked_edges', 'Workload']
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #b38bd454
-import hashlib, json, os
+import hashlib, json, math, os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from ...core.kit.files import replacing
 from .checks import codes, floats, need, need_all, wholes
+from .clock import Clock, seconds
 from .model import Pipeline, levels, ranges
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #6de51f8f
@@ -46,7 +48,8 @@ PIPE = ("arrival", "model", "perf")
 class Workload:
     """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader.
 
-    Times are seconds, f8. arrival f8 [P]; dur, est, read, write (bytes), priority f8 [T]; pool
+    Times are seconds, f8. arrival f8 [P], on any clock; t0, end: the window in which arrivals
+    were watched or drawn (not given: the first and the last of them); dur, est, read, write (bytes), priority f8 [T]; pool
     i4 [T] into `pools` (names in use); units, pipeline i8 [T]; edges i8 [E, 2]; kind i4 [T] into
     `kinds`; model i8 [P] (-1: none) and perf f8 [P], or None: the model that a pipeline makes
     and its performance; observed f8 [T] or None: waits in the trace; counts: what a reader
@@ -68,6 +71,17 @@ class Workload:
     perf: np.ndarray | None = None
     observed: np.ndarray | None = None
     counts: dict = field(default_factory=dict)
+    t0: float = math.nan
+    end: float = math.nan
+
+    def __post_init__(self) -> None:
+        at = self.arrival[np.isfinite(self.arrival)]
+        first, last = (float(at.min()), float(at.max())) if len(at) else (0.0, 0.0)
+        for name, edge in (("t0", first), ("end", last)):
+            if math.isnan(getattr(self, name)): object.__setattr__(self, name, edge)
+        if not len(at) and self.end < self.t0: object.__setattr__(self, "end", self.t0)
+        need(self.t0 <= first or not len(at), "t0", self.t0, f"at most {first}, the first arrival")
+        need(self.end >= last or not len(at), "end", self.end, f"at least {last}, the last arrival")
 
     n_pipelines = property(lambda self: len(self.arrival))
     n_tasks = property(lambda self: len(self.dur))
@@ -79,9 +93,29 @@ class Workload:
         "The last arrival, s."
         return float(self.arrival.max()) if len(self.arrival) else 0.0
 
+    @property
+    def span(self) -> float:
+        "The length of the window, s."
+        return self.end - self.t0
+
+    @property
+    def clock(self) -> Clock:
+        "The clock that begins with the window."
+        return Clock(self.t0)
+
+    @cached_property
+    def since(self) -> np.ndarray:
+        "Arrivals f8 [P], s since t0."
+        return self.clock.since(self.arrival)
+
+    @cached_property
+    def depth(self) -> np.ndarray:
+        "The place of each task on its pipeline's longest way to it, i8 [T], 0 at the roots."
+        return levels(self.n_tasks, self.edges)
+
     def __repr__(self) -> str:
         return (f"Workload({len(self):,} pipelines, {self.n_tasks:,} tasks, "
-                f"pools {', '.join(self.pools)}, {self.horizon / 86400:.1f} days)")
+                f"pools {', '.join(self.pools)}, {self.span / 86400:.1f} days)")
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #eca3afc5
 def _per_task(value: ArrayLike, name: str, pipeline: np.ndarray, n_pipelines: int) -> np.ndarray:
@@ -112,10 +146,12 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
                 est: ArrayLike | None = None, read: ArrayLike | None = None,
                 write: ArrayLike | None = None, kind: ArrayLike = "task",
                 model: ArrayLike | None = None, perf: ArrayLike | None = None,
-                observed: ArrayLike | None = None, counts: dict | None = None) -> Workload:
+                observed: ArrayLike | None = None, counts: dict | None = None,
+                t0: Any = None, end: Any = None) -> Workload:
     """Make a workload of P pipelines and T tasks.
 
-    arrival: f8 [P] s >= 0, in any order; dur: f8 [T] s >= 0; pool: name, or index into a
+    arrival: [P] seconds from any zero (epoch seconds, too), or dates, in any order; t0, end: the
+    window in which they were watched, likewise (None: the first and the last arrival); dur: f8 [T] s >= 0; pool: name, or index into a
     platform's pools, scalar or [T]; units: whole >= 1; pipeline: i8 [T] in 0 .. P - 1, None: one
     task each; edges: i8 [E, 2] global task ids; priority: smaller first, scalar, [T] or [P];
     est: f8 [T], the duration that a scheduler believes, default dur; read, write: bytes over the
@@ -124,7 +160,9 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
     need(np.ndim(arrival) == 1, "arrival", np.shape(arrival), "one value a pipeline, shape (P,)")
     need(np.ndim(dur) == 1, "dur", np.shape(dur), "one value a task, shape (T,)")
     P, n = np.shape(arrival)[0], np.shape(dur)[0]
-    arrival, dur = floats(arrival, "arrival", P, "pipeline"), floats(dur, "dur", n)
+    arrival, dur = seconds(arrival, "arrival", P, "pipeline"), floats(dur, "dur", n)
+    first, last = (math.nan if t is None else float(seconds([t], what, 1)[0])
+                   for what, t in (("t0", t0), ("end", end)))
     pipeline = _owner(pipeline, n, P)
     (pool, pools), (kind, kinds) = codes(pool, "pool", n), codes(kind, "kind", n)
     return cls(arrival, dur, dur.copy() if est is None else floats(est, "est", n),
@@ -134,7 +172,8 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
                wholes(units, "units", n, 1), pipeline, checked_edges(edges, pipeline), pools, kind,
                kinds, None if model is None else wholes(model, "model", P, -1, row="pipeline"),
                None if perf is None else floats(perf, "perf", P, "pipeline"),
-               None if observed is None else np.asarray(observed, np.float64), dict(counts or {}))
+               None if observed is None else np.asarray(observed, np.float64), dict(counts or {}),
+               first, last)
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #8d6cf800
 @patch(cls_method=True)
@@ -174,20 +213,22 @@ def _edges_of(work: Workload, order: np.ndarray, first: np.ndarray, ids: np.ndar
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #9f621c86
 @patch
 def take(self: Workload, pipelines: ArrayLike) -> Workload:
-    "Take the pipelines with these ids (i8 [K], may repeat) in this order, tasks in their order."
+    """Take the pipelines with these ids (i8 [K], may repeat) in this order, tasks in their order.
+
+    The window becomes that of their arrivals."""
     ids = np.asarray(pipelines, np.int64)
     order = np.argsort(self.pipeline, kind="stable")
     first = np.searchsorted(self.pipeline[order], np.arange(len(self) + 1))
     counts = first[ids + 1] - first[ids]
     part: dict[str, Any] = _rows(self, order[ranges(first[ids], first[ids + 1])], ids)
     part["pipeline"] = np.repeat(np.arange(len(ids)), counts)
-    return replace(self, **part,
+    return replace(self, **part, t0=math.nan, end=math.nan,
                    edges=_edges_of(self, order, first, ids, np.cumsum(counts) - counts))
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #0b3a611f
 @patch
 def keep(self: Workload, chosen: np.ndarray) -> Workload:
-    "Keep the pipelines where `chosen` (bool [P]) and the order of their tasks."
+    "Keep the pipelines where `chosen` (bool [P]), the order of their tasks, and the window."
     tasks = chosen[self.pipeline]
     place, owner = np.cumsum(tasks) - 1, np.cumsum(chosen) - 1
     part: dict[str, Any] = _rows(self, tasks, chosen)
@@ -208,7 +249,7 @@ def _merged(parts: Sequence[Workload], code: str, names: str) -> tuple[np.ndarra
 def concat(cls: Workload, parts: Iterable[Workload]) -> Workload:
     """Join several workloads, pipelines and tasks numbered on.
 
-    What only some of them have (model, perf, observed) is dropped."""
+    What only some of them have (model, perf, observed) is dropped; the window holds theirs."""
     parts = list(parts)
     parts = [p for p in parts if len(p)] or parts[:1]
     need(len(parts) > 0, "parts", parts, "at least one Workload")
@@ -221,47 +262,13 @@ def concat(cls: Workload, parts: Iterable[Workload]) -> Workload:
     counts = {k: sum(p.counts.get(k, 0) for p in parts)
               for k in dict.fromkeys(k for p in parts for k in p.counts)}
     edges = np.concatenate([p.edges + b for p, b in zip(parts, tasks)])
-    return cls(**join, edges=edges, pools=pools, kinds=kinds, counts=counts)
-
-# %% ../../../nbs/pipesim/work/03_workload.ipynb #0ac93c31
-def _moved(work: Workload, turn: int, rng: np.random.Generator) -> np.ndarray:
-    """Arrivals f8 [P] of copy `turn`, inside the trace: moved round it by whole weeks or days, by
-    up to half an hour where there is but one day. So the load is that of `users`, whatever the
-    trace's length."""
-    span = work.horizon
-    for unit in (604800, 86400):
-        if (units := int(span // unit)) >= 2:
-            turns, phase = np.divmod(work.arrival, unit)
-            return phase + unit * ((turns + 1 + (turn - 1) % (units - 1))
-                                   % ((span - phase) // unit + 1))
-    by = min(1800, span)
-    return span - np.abs(span - np.abs(work.arrival + rng.uniform(-by, by, len(work))))
-
-# %% ../../../nbs/pipesim/work/03_workload.ipynb #3102de51
-@patch
-def scale(self: Workload, users: float, seed: int = 0) -> Workload:
-    """Make the workload of `users` (> 0) times as many users, arrivals in order.
-
-    Below 1 it is thinned; above, copies are laid over it. Nested: a smaller `users` with the
-    same `seed` gives a subset."""
-    need(np.ndim(users) == 0 and np.isfinite(users) and users > 0, "users", users,
-         "a finite number > 0")
-    if users == 1: return self
-    rng = np.random.default_rng([seed, 0x5CA1E])
-    kept: list[np.ndarray] = []
-    arrivals: list[np.ndarray] = []
-    for turn in range(int(np.ceil(users - 1e-12))):
-        chosen = np.flatnonzero(rng.random(len(self)) < users - turn)
-        at = self.arrival if turn == 0 else _moved(self, turn, rng)
-        kept, arrivals = kept + [chosen], arrivals + [at[chosen]]
-    ids, at = np.concatenate(kept), np.concatenate(arrivals)
-    order = np.argsort(at, kind="stable")
-    return replace(self.take(ids[order]), arrival=at[order])
+    return cls(**join, edges=edges, pools=pools, kinds=kinds, counts=counts,
+               t0=min(p.t0 for p in parts), end=max(p.end for p in parts))
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #12558034
 @patch(as_prop=True)
 def digest(self: Workload) -> str:
-    "SHA-256 (hex) of all that the simulator sees; the same for equal work, whatever made it."
+    "SHA-256 (hex) of pipelines and tasks; the same for equal work, whatever made it."
     h = hashlib.sha256(json.dumps([self.pools, self.kinds, len(self), self.n_tasks]).encode())
     for name in (*PIPE, *TASK[:-1], "edges"):
         if (v := getattr(self, name)) is not None:
@@ -290,7 +297,7 @@ def to_parquet(self: Workload, file: str | os.PathLike) -> Path:
     def column(v): return pa.array([v if v.size else []], pa.list_(pa.from_numpy_dtype(v.dtype)))
     arrays = {n: v for n in (*PIPE, *TASK) if (v := getattr(self, n)) is not None}
     arrays["edges"] = self.edges.ravel()
-    words = json.dumps({n: getattr(self, n) for n in ("pools", "kinds", "counts")})
+    words = json.dumps({n: getattr(self, n) for n in ("pools", "kinds", "counts", "t0", "end")})
     table = pa.table({n: column(v)
                       for n, v in arrays.items()}).replace_schema_metadata({"pipesim": words})
     with replacing(file) as part: pq.write_table(table, part, compression="zstd")
@@ -308,4 +315,4 @@ def read_parquet(cls: Workload, file: str | os.PathLike) -> Workload:
     part = {n: np.array(table[n].combine_chunks().values) for n in table.column_names}
     part["edges"] = part["edges"].reshape(-1, 2)
     return cls(**part, pools=tuple(said["pools"]), kinds=tuple(said["kinds"]),
-               counts=said["counts"])
+               counts=said["counts"], **{n: said[n] for n in ("t0", "end") if n in said})
