@@ -105,7 +105,8 @@ def workload(self: Experiment, replication: int = 0) -> Workload:
     source, rng = self.source, stats.rng_of(self.seed, replication)
     if isinstance(source, Workload):
         anew = replication > 0 and self.design.kind == "weeks"
-        return (source.resampled(rng) if anew else source).scale(self.users, self.seed)
+        work: Any = source.resampled(rng) if anew else source
+        return work.scale(self.users, self.seed)
     if not isinstance(source, PipelineModel): return source(self.users, rng)
     if not self.mirrored: return source.sample(self.days * 86400, rng, self.users)
     times = source.arrivals.scaled(self.users).sample(

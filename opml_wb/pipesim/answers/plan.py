@@ -37,7 +37,8 @@ def draw_works(source: "Source", growth: Sequence[float], replications: int, hor
     itself, then such drawn from its weeks where it has some (see `Experiment`)."""
     if isinstance(source, Workload):
         runs, anew = range(replications), design_of(source).kind == "weeks"
-        base = [source.resampled(rng_of(seed, r)) if anew and r else source for r in runs]
+        base: list[Any] = [source.resampled(rng_of(seed, r)) if anew and r else source
+                           for r in runs]
         return {g: [w.scale(users=g, seed=seed + r) for r, w in zip(runs, base)]
                 if anew or g != 1 else [source] for g in growth}
     if hasattr(source, "over"): source = source.over(horizon)
@@ -128,7 +129,8 @@ def _rows(growth: float, works: Sequence[Workload], platform: Platform, policy: 
     worst = max(gain, key=lambda n: gain[n].mean)
     first = np.argmax(list(gains.values()), axis=0)
     for k, n in enumerate(gain):
-        rho, seen = loads.rho[loads.pool == n].to_numpy(), {}
+        rho = loads.rho[loads.pool == n].to_numpy()
+        seen: dict[float, Interval] = {}
         row = {"growth": growth, "pool": n, **_ends("rho", estimate(rho, design=design)),
                **_ends("gain", gain[n]), "bottleneck": n == worst and gain[n].mean > 0,
                "bottleneck_share": float(((first == k) & (gains[n] > 0)).mean()),

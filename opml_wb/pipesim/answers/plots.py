@@ -112,30 +112,38 @@ def quantiles(gofs: Mapping[str, GoF], unit: str = "s") -> "Figure":
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #3881372e
 def growth_figure(plan: pd.DataFrame) -> "Figure":
-    """Plot responses (median, 95 %) and waits (95 %) against growth (rows of `capacity_plan`),
-    unstable growths as open marks."""
-    columns = {n: (n, "first") for n in ("wait_p95", "exec_p50", "exec_p95")}
-    one = plan.groupby("growth").agg(**columns, stable=("stable", "all")).reset_index()
+    """Plot responses (median, 95 %) and waits (95 %) with their intervals against growth (rows of
+    `capacity_plan`), open marks where some replications are unstable."""
+    names = {"exec_p50": "execution, median", "exec_p95": "execution, 95 %",
+             "wait_p95": "wait, 95 %"}
+    columns = {c: (c, "first") for n in names for c in (n, n + "_low", n + "_high")}
+    one = plan.groupby("growth").agg(**columns, stable=("stable", "min")).reset_index()
     fig = ui.figure("users, today = 1", "hours", yaxis_type="log", height=360)
-    symbols = np.where(one.stable, "circle", "circle-open")
-    for c, name in (("exec_p50", "execution, median"), ("exec_p95", "execution, 95 %"),
-                    ("wait_p95", "wait, 95 %")):
-        fig.add_scatter(x=one.growth, y=np.where(one[c] > 0, one[c] / 3600, np.nan), name=name,
+    symbols = np.where(one.stable == 1, "circle", "circle-open")
+    for k, (c, name) in enumerate(names.items()):
+        y, low, high = (one[c + e].where(one[c] > 0) / 3600 for e in ("", "_low", "_high"))
+        bars = dict(type="data", array=(high - y).fillna(0), arrayminus=(y - low).fillna(0),
+                    thickness=1.2)
+        fig.add_scatter(x=one.growth + .004 * (k - 1), y=y, name=name, error_y=bars,
                         mode="lines+markers", marker=dict(symbol=symbols, size=10))
     return fig.update_xaxes(tickvals=one.growth).update_yaxes(dtick="D2")
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #1ebdd5fe
 def differences(rows: Mapping[str, Paired], unit: str = "h") -> "Figure":
-    """Plot {label: Paired} as points with their intervals about a dashed zero.
+    """Plot {label: Paired} as points with their intervals about a dashed zero, open where the
+    interval holds zero.
 
     S are divided by 3600 where the unit is h."""
     scale, names = (3600 if unit == "h" else 1), list(rows)
     fig = ui.figure(f"difference in mean wait, {unit}", "", height=110 + 34 * len(names),
                     margin_l=10)
-    half = dict(type="data", array=[r.half / scale for r in rows.values()],
+    bars = dict(type="data", array=[np.nan_to_num(r.high - r.mean) / scale for r in rows.values()],
+                arrayminus=[np.nan_to_num(r.mean - r.low) / scale for r in rows.values()],
                 color=ui.COLOURS["ours"])
+    marks = dict(size=9, color=ui.COLOURS["ours"],
+                 symbol=["circle" if r.sure else "circle-open" for r in rows.values()])
     fig.add_scatter(x=[r.mean / scale for r in rows.values()], y=names, mode="markers",
-                    error_x=half, marker=dict(size=9, color=ui.COLOURS["ours"]), showlegend=False)
+                    error_x=bars, marker=marks, showlegend=False)
     fig.add_vline(x=0, line=dict(dash="dash", color=ui.COLOURS["muted"]))
     return fig.update_yaxes(autorange="reversed")
 

@@ -80,7 +80,7 @@ def _asked(workload: Workload, platform: Platform) -> list[tuple[str, list, np.n
     asks = [(p.name, [(t - w.t0, c) for t, c in steps_from(p.steps, w.t0)], np.where(at == k, w.units * w.dur, 0.0))
             for k, p in enumerate(platform.pools)]
     if link is not None and link.shared == "ps":
-        asks.append(("link", [(0.0, link.bytes_per_s)], w.read + w.write))
+        asks.append(("link", [(0.0, float(link.bytes_per_s))], w.read + w.write))
     return asks
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #c93dd7b3

@@ -7,7 +7,9 @@ __all__ = ['FAR', 'seconds', 'Clock', 'binned', 'steps_from']
 
 # %% ../../../nbs/pipesim/work/07_clock.ipynb #d97c1985
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -75,7 +77,7 @@ def binned(since: np.ndarray, bin_s: float) -> np.ndarray:
     "Number the bins of `bin_s` seconds of times f8 [n] since the beginning: f8 [n]."
     return np.floor(since / bin_s + 1e-9)
 
-def steps_from(steps: list[tuple[float, int]], t0: float) -> list[tuple[float, int]]:
+def steps_from(steps: Sequence[tuple[float, float]], t0: float) -> list[tuple[float, Any]]:
     "Cut capacity steps [(t, units)] to those that count from t0 (s) on; the first begins at t0."
     now = max(i for i, (t, _) in enumerate(steps) if t <= t0 or i == 0)
     return [(t0, steps[now][1]), *steps[now + 1:]]

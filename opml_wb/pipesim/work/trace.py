@@ -207,7 +207,8 @@ def utilisation(self: Trace, bin_s: float = 3600.0, whole: bool = False) -> pd.D
     for k, name in enumerate(self.platform.names):
         steps = self.capacity[self.capacity.pool == name]
         more = np.diff(steps.capacity.to_numpy(), prepend=0)
-        busy = np.diff(area_until(*self._levels(k, edges[-1]), edges)) / long
+        when, by = self._levels(k, edges[-1])
+        busy = np.diff(area_until(when, by, edges)) / long
         cap = np.diff(area_until(steps.t.to_numpy() - t0, more, edges)) / long
         share = np.where((cap > 0) & (cap < UNLIMITED / 2), busy / np.maximum(cap, 1e-300), np.nan)
         out.append(pd.DataFrame(dict(t=t0 + edges[:-1], pool=name, busy=busy, capacity=cap,
