@@ -95,7 +95,7 @@ def varied(self: Experiment, **changes: Any) -> Experiment:
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cad30ebb
 @patch(as_prop=True)
 def design(self: Experiment) -> stats.Design:
-    "How its replications hang together."
+    "Return how its replications hang together."
     return design_of(self.source, self.mirrored)
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #acf7e1bc
@@ -145,7 +145,7 @@ class Result:
 
     @property
     def design(self) -> stats.Design:
-        "How the replications hang together; fixed where they all are the same."
+        "Return how the replications hang together; fixed where they all are the same."
         same = len(self.frame) > 1 and self.frame.digest48.nunique() == 1
         why = "all replications are the same"
         return stats.Design("fixed", why=why) if same else self.experiment.design
@@ -197,9 +197,9 @@ def run(self: Experiment, jobs: int = 1, store: "TraceStore | None" = None,
     the iteration."""
     need(is_whole(jobs, 1), "jobs", jobs, "a whole number >= 1")
     first = self.trace(0)
-    once = self.design.kind == "fixed" and self.drift is None
+    n = 1 if self.design.kind == "fixed" and self.drift is None else self.replications
     with ThreadPoolExecutor(jobs) as pool:
-        rest = pool.map(lambda r: measure(self.trace(r)), range(1, 1 if once else self.replications))
+        rest = pool.map(lambda r: measure(self.trace(r)), range(1, n))
         rows = [measure(first), *progress(rest)]
     params = {"policy": str(self.policy), "days": self.days, "users": self.users, "seed": self.seed}
     if store is not None: store.write(first, self.name, params, replace=True)

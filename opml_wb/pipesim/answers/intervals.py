@@ -96,8 +96,8 @@ def _log_interval(mean: float, v: float, gamma: float, n: int, free: int,
     return Interval(mean, mean * math.expm1(high), n, conf, -mean * math.expm1(-v / root * t))
 
 def ci_of_times(values: ArrayLike, conf: float = .95) -> Interval:
-    """Estimate the interval of the mean of independent, skew `values` >= 0 (f8 [N], N >= 2, finite):
-    mean waits, responses, costs.
+    """Estimate the interval of the mean of independent, skew `values` >= 0 (f8 [N], N >= 2): mean
+    waits, responses, costs.
 
     Hall (1992), section 3.9, on the logarithm's scale. Raises ValueError."""
     x = _checked(values, conf)
@@ -110,7 +110,7 @@ LEAST_WEEKS = 4
 
 @dataclass(frozen=True)
 class Design:
-    """How the values of replications hang together; `estimate` makes their interval.
+    """The dependence between the values of replications; `estimate` makes their interval.
 
     kind: `independent`; `pairs` (2k and 2k + 1 mirror each other); `weeks` (the first is the
     trace, the others are drawn from its `weeks` weeks); `fixed` (nothing varies: no interval;

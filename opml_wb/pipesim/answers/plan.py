@@ -114,7 +114,9 @@ def _stable(rho: np.ndarray, design: Design) -> dict[str, float]:
 
 def _gains(works: Sequence[Workload], platform: Platform, policy: str | Policy,
            base: np.ndarray) -> dict[str, np.ndarray]:
-    "What a tenth more of each pool saves of the mean wait, s, f8 [R]; base: `times_of` before."
+    """Compute what a tenth more of each pool saves of the mean wait, s, f8 [R].
+
+    base: `times_of` as it is."""
     more = {p.name: platform.resized(**{p.name: enlarged(p)}) for p in platform.pools}
     return {n: base[:, 4] - times_of(works, p, policy)[:, 4] for n, p in more.items()}
 

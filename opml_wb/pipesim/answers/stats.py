@@ -73,11 +73,12 @@ def capacity_until(steps: Iterable[tuple[float, float]], t: np.ndarray) -> np.nd
 
 # %% ../../../nbs/pipesim/answers/01_stats.ipynb #a7f1f385
 def _asked(workload: Workload, platform: Platform) -> list[tuple[str, list, np.ndarray]]:
-    """(name, capacity steps, unit-seconds or bytes asked f8 [T]) of each pool, and of a shared link.
+    """(name, capacity steps, unit-seconds or bytes asked f8 [T]) of each pool and a shared link.
 
     Steps count from the workload's t0."""
     at, w, link = check(platform, workload), workload, platform.link
-    asks = [(p.name, [(t - w.t0, c) for t, c in steps_from(p.steps, w.t0)], np.where(at == k, w.units * w.dur, 0.0))
+    def steps(p): return [(t - w.t0, c) for t, c in steps_from(p.steps, w.t0)]
+    asks = [(p.name, steps(p), np.where(at == k, w.units * w.dur, 0.0))
             for k, p in enumerate(platform.pools)]
     if link is not None and link.shared == "ps":
         asks.append(("link", [(0.0, float(link.bytes_per_s))], w.read + w.write))

@@ -95,8 +95,8 @@ def keys(policy: Policy, workload: Workload) -> np.ndarray:
 
 # %% ../../../nbs/pipesim/engines/01_policy.ipynb #14775f59
 class Allocator:
-    """Capacity that follows demand: every `period` s from t0 on each pool gets what is used and waited for,
-    `spare` units more.
+    """Capacity that follows demand: every `period` s from t0 on each pool gets what is used and
+    waited for, `spare` units more.
 
     Within `least` .. `most`; for the pools named in `pools` (None: all). Override `resize` for
     another rule."""

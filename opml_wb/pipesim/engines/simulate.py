@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_MODELS', 'ENGINES', 'prepare', 'fresh', 'NumbaEngine', 'Engine', 'remaining', 'Ticks', 'drive', 'chosen',
-           'simulate', 'warm']
+           'simulate']
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #01679fe7
 import math
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 from fastcore.basics import patch
 
-from ...core.kit.compiled import are_ready, compiling
+from ...core.kit.compiled import compiling
 from . import kernels
 from .kernels import State, Work
 from .policy import (
     Allocator, Policy, PoolView, is_static, keys, policy_of, resized)
-from ..work.ageing import most_triggers, next_trigger
 from ..work.checks import need
 from ..work.clock import Clock, steps_from
-from ..work.model import Link, Platform, Pool, check
+from ..work.model import Link, Platform, check
 from ..work.trace import Trace
 from ..work.workload import Workload
 
@@ -233,7 +232,8 @@ def simulate(workload: Workload, platform: Platform, policy: str | Policy | type
     policy: `fifo`, `sjf` (by est), `priority` (smaller first), `easy` (FIFO with EASY backfill
     on est), or a Policy; engine: `numba`, `python`, `simpy`: the same bits, `auto` the quickest
     that can; drift: a Drift, models age and are retrained (random, from `seed`); allocator:
-    resizes pools; until: s on the workload's clock, what starts later is NaN. Raises ValueError before simulating,
+    resizes pools; until: s on the workload's clock, what starts later is NaN. Raises ValueError
+    before simulating,
     naming the task whose pool is unknown or never large enough."""
     need(isinstance(workload, Workload), "workload", type(workload).__name__, "a Workload")
     policy, until = policy_of(policy), math.inf if until is None else until
@@ -247,14 +247,3 @@ def simulate(workload: Workload, platform: Platform, policy: str | Policy | type
     log = drive(ran, allocator, float(workload.clock.since(until, workload.clock.origin)))
     trace = Trace.of(ran, order, workload, platform, policy.name, engine, seed, log)
     return trace if drift is None else drift.settle(trace, ran, asked)
-
-# %% ../../../nbs/pipesim/engines/06_simulate.ipynb #d23dcfbd
-def warm() -> bool:
-    "Compile what simulations call, or load it where it was compiled before; True if it was."
-    from opml_wb.pipesim.answers.runtime import Drift
-    there = are_ready(kernels.run, most_triggers, next_trigger)
-    with compiling("the simulator (opml_wb.pipesim)", 20):
-        work = Workload.from_arrays([0., 86400.], [1., 1.], "any", model=[0, 1])
-        for engine in ("numba", "python"):
-            simulate(work, Platform(Pool("any", 1)), engine=engine, drift=Drift(decay_per_day=.2))
-    return there

@@ -15,8 +15,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ...core.record.database import StoreError
-from .tables import (
-    TABLES, TraceStore, about, begin_of, checked_name, checked_table, local_path, sql, tables, taken, unknown)
+from opml_wb.pipesim.stores.tables import (
+    TABLES, TraceStore, about, begin_of, checked_name, checked_table, local_path, sql, tables,
+    taken, unknown)
 from ..work.trace import Trace
 
 # %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #679d724c

@@ -18,7 +18,8 @@ from ...core.kit.files import fsync
 from ...core.kit.procs import born
 from ...core.record.database import StoreError
 from .duckdb_file import DuckStore  # by its path of before
-from .tables import (METRICS, TABLES, TASKS, TraceStore, about, begin_of, checked_name,
+from .tables import (METRICS, TABLES, TASKS, TraceStore, about,
+                                           begin_of, checked_name,
                                            checked_table, local_path, sql, tables, taken, unknown)
 from ..work.trace import Trace
 

@@ -101,8 +101,9 @@ def sql(metric: str, bin_s: float, table: Mapping[str, str], t0: float = 0.0) ->
     what = {"avg": f"avg({value})", "sum": f"sum({value})", "count": "cast(count(*) as double)",
             "p95": f"quantile_cont({value}, .95)"}[how]
     by, columns = (f", {tag} as tag", "1, 2") if tag else ("", "1")
+    zero = _double(t0)
     return (
-        f"select floor(({t} - {_double(t0)}) / {bin_s!r} + 1e-9) * {bin_s!r} + {_double(t0)} as t{by}, "
+        f"select floor(({t} - {zero}) / {bin_s!r} + 1e-9) * {bin_s!r} + {zero} as t{by}, "
         f"{what} as value from {table[name]} "
         f"where {t} is not null and {value} is not null and not isnan({t}) and not isnan({value}) "
         f"group by {columns} order by {columns}")

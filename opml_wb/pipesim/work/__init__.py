@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ...core.kit.lazy import lazy
 
-from . import readers, resample  # give Workload its `from_philly`, `from_swf`, ...
+from . import readers, resample  # give Workload its `from_philly`, ...
 
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.pipesim.work.ageing import (

@@ -25,7 +25,8 @@ def between(self: Workload, t0: float, end: float) -> Workload:
 
 # %% ../../../nbs/pipesim/work/08_resample.ipynb #0ac93c31
 def _moved(work: Workload, turn: int, rng: np.random.Generator) -> np.ndarray:
-    """Arrivals f8 [P] of copy `turn`, s since t0, inside the window: moved round it by whole weeks or days, by
+    """Arrivals f8 [P] of copy `turn`, s since t0, inside the window: moved round it by whole weeks
+    or days, by
     up to half an hour where there is but one day. So the load is that of `users`, whatever the
     trace's length."""
     span, since = work.span, work.since

@@ -184,7 +184,7 @@ def _edges(self: Trace, bin_s: float, whole: bool) -> np.ndarray:
 
 @patch
 def _levels(self: Trace, k: int, until: float) -> tuple[np.ndarray, np.ndarray]:
-    "When the units in use in pool k change, s since t0, and by how many: f8 [N] each."
+    "List changes of the units in use in pool k: (s since t0, by how many), f8 [N] each."
     w = self.workload
     at = self.platform.find(w.pools)[w.pool] if w.n_tasks else np.zeros(0, int)
     of = (at == k) & ~np.isnan(self.start_s)
