@@ -20,7 +20,7 @@ from .intervals import (Design, Interval, Paired, ci, ci_of_times, estimate,
                                                paired_diff, share_ci)
 from ..work.checks import need, number
 from ..work.clock import binned, steps_from
-from ..work.model import UNLIMITED, Platform, check
+from ..work.model import UNLIMITED, Platform, check, warn_of_steps
 from ..work.trace import Trace
 from ..work.workload import Workload
 
@@ -92,6 +92,7 @@ def load(workload: Workload, platform: Platform) -> pd.DataFrame:
     has no length: no rate can be told); peak: rho of the busiest hour from t0 on; over_h: hours
     whose new work exceeds the capacity; stable: rho < 1. A shared link is a row `link`."""
     span, rows = workload.span, []
+    warn_of_steps(platform, workload.t0)
     n = max(1, int(binned(np.array([span]), 3600.0)[0]) + (span % 3600 > 0))
     hour = np.clip(binned(workload.since, 3600.0), 0, n - 1).astype(int)[workload.pipeline]
     for name, steps, work in _asked(workload, platform):

@@ -21,7 +21,7 @@ from .policy import (
     Allocator, Policy, PoolView, is_static, keys, policy_of, resized)
 from ..work.checks import need
 from ..work.clock import Clock, steps_from
-from ..work.model import Link, Platform, check
+from ..work.model import Link, Platform, check, warn_of_steps
 from ..work.trace import Trace
 from ..work.workload import Workload
 
@@ -88,13 +88,14 @@ def prepare(work: Workload, platform: Platform, policy: Policy,
 def fresh(w: Work, n_pools: int) -> State:
     "Make the kernels' State before anything has happened."
     n, P, M = len(w.units), len(w.first) - 1, len(w.rate)
+    dates = P if M else 0             # each deployment leaves one, void or not, until it is due
     def nan(k): return np.full(k, np.nan)
     def ints(k): return np.zeros(k, np.int64)
     listed, sending = (n if w.backfill else 0), (n if w.shared else 1)
     ring = np.concatenate([ints(n), n + np.arange(n_pools)]) if w.backfill else ints(0)
     return State(ready=nan(n), start=nan(n), finish=nan(n), phase=np.zeros(n, np.int8),
                  missing=np.bincount(w.child, minlength=n), left=np.diff(w.first),
-                 ev_t=np.zeros(n + M + 1), ev_id=ints(n + M + 1), queue=ints(n),
+                 ev_t=np.zeros(n + dates + 1), ev_id=ints(n + dates + 1), queue=ints(n),
                  q_first=np.concatenate([[0], np.cumsum(np.bincount(w.pool, minlength=n_pools))]),
                  q_size=ints(n_pools), nxt=ring, prv=ring.copy(), run_end=np.zeros(listed),
                  run_id=ints(listed), r_size=ints(n_pools), used=ints(n_pools), cap=ints(n_pools),
@@ -102,7 +103,7 @@ def fresh(w: Work, n_pools: int) -> State:
                  dirty=np.zeros(n_pools, np.bool_), touched=ints(n_pools), n=ints(7),
                  x=np.array([0., 0., 0., np.inf]), deployed=nan(P), due=np.full(M, np.inf),
                  last=np.full(M, -np.inf), slot=w.slot_first[:-1].copy(), cause=ints(M) - 1,
-                 triggered=ints(P) - 1, stash=ints(M))
+                 triggered=ints(P) - 1, stash=ints(dates))
 
 # %% ../../../nbs/pipesim/engines/06_simulate.ipynb #7fe66855
 class NumbaEngine:
@@ -241,6 +242,7 @@ def simulate(workload: Workload, platform: Platform, policy: str | Policy | type
          f"s on the workload's clock, which begins at t0 = {workload.t0:g}")
     engine, asked, models = chosen(engine, policy), len(workload), None
     check(platform, workload)
+    warn_of_steps(platform, workload.t0)
     if drift is not None: workload, models = drift.expand(workload, seed)
     w, order = prepare(workload, platform, policy, models, asked)
     ran = _engine(engine, w, platform, order, policy, workload)

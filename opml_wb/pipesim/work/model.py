@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIRECT', 'EVALUATED', 'UNLIMITED', 'DataAsset', 'TrainedModel', 'Task', 'ranges', 'levels', 'Pipeline', 'whole_units',
-           'Pool', 'Link', 'Platform', 'check']
+           'Pool', 'Link', 'Platform', 'warn_of_steps', 'check']
 
 # %% ../../../nbs/pipesim/work/02_model.ipynb #160c07ec
 import math, warnings
@@ -256,23 +256,25 @@ def find(self: Platform, names: Sequence[str]) -> np.ndarray:
     def place(n): return at.get(n, int(n) if n.isdecimal() and int(n) < len(at) else -1)
     return np.array([place(n) for n in names], np.int64)
 
+# %% ../../../nbs/pipesim/work/02_model.ipynb #8ecde483
+def warn_of_steps(platform: Platform, t0: float) -> None:
+    "Warn of a pool whose capacity steps all lie before a workload of a far clock begins (t0, s)."
+    for p in platform.pools:
+        if len(p.steps) > 1 and p.steps[-1][0] <= t0 > FAR:
+            warnings.warn(f"pool {p.name!r}: all its capacity steps lie before the workload begins "
+                          f"(t0 = {t0:.0f} s): steps are on the workload's clock", stacklevel=3)
+
 # %% ../../../nbs/pipesim/work/02_model.ipynb #641b6391
 def check(platform: Platform, workload: "Workload") -> np.ndarray:
     """Find the pools of a workload's tasks in `platform`: positions int64 [T].
 
-    Raises ValueError naming the task whose pool is unknown or never large enough; warns of
-    capacity steps that all lie before the workload's window."""
+    Raises ValueError naming the task whose pool is unknown or never large enough."""
     need(isinstance(platform, Platform), "platform", platform, "a Platform")
     if not workload.n_tasks: return np.zeros(0, np.int64)
     at = platform.find(workload.pools)[workload.pool]
     if (at < 0).any():
         t = int(np.argmax(at < 0))
         need(False, f"pool, task {t}", workload.pools[workload.pool[t]], f"one of {platform.names}")
-    for p in platform.pools:
-        if len(p.steps) > 1 and p.steps[-1][0] <= workload.t0 > FAR:
-            warnings.warn(f"pool {p.name!r}: all its capacity steps lie before the workload begins "
-                          f"(t0 = {workload.t0:.0f} s): steps are on the workload's clock",
-                          stacklevel=3)
     most = np.array([p.most for p in platform.pools])
     if (workload.units > most[at]).any():
         t = int(np.argmax(workload.units > most[at]))
