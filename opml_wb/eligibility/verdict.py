@@ -112,11 +112,13 @@ def _doubted(s, verdict, reason):
     late = [f for f in s.fields if verdict[at[f]] == "backfill" and f not in s.still]
     for f, (date, whole) in s.still.items():
         if verdict[at[f]] != "ok": continue
-        if date in late or date in s.doubts or whole and late:
-            date = date or late[0]
+        known = date in late or date in s.doubts
+        if known or whole and late:
+            dates = [date] if known else late[:3]
             verdict[at[f]], reason[at[f]] = "undetermined", (
-                f"never changes within a case, and {date!r} may have been filled in later; if this "
-                f"was, too, write by_time={{{f!r}: {date!r}}}, else by_time={{{f!r}: None}}")
+                f"never changes within a case, and {' and '.join(map(repr, dates))} may have been "
+                f"filled in later (or are planned=); if this was, too, write by_time={{{f!r}: "
+                f"{dates[-1]!r}}}, if it is known from the start, by_time={{{f!r}: None}}")
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #a8f1d42a
 def verdicts(log: AuditLog | Scan, th: float = .2, at: Point = "start") -> pd.DataFrame:
