@@ -207,7 +207,8 @@ def noted(self: Session, fact: dict) -> dict | None:
 # %% ../../../nbs/provenance/watch/05_session.ipynb #3237722b
 @patch
 def cell(self: Session, pid: int, number: int | None, told: int) -> None:
-    "Cell `number` begins in `pid` (None: none runs), after `told` reported calls."
+    """Cell `number` begins in `pid` (None: none runs), after `told` reported calls, of which those
+    that only ask about a file aren't counted."""
     if number is None: self.cells.pop(pid, None)
     else: self.cells[pid] = number
     if not self.journal.ended:

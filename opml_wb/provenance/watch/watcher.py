@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fastcore.basics import patch
 
 from . import syscalls
+from .calls import STATS
 from .contents import HOLD, ENDING, Contents, Job, may_hold
 from .notes import Listener, NoteTaker
 from .paths import spelling
@@ -182,8 +183,8 @@ def answer(self: Watcher, listener: Listener) -> None:
     "Receive one call, and let it go on whatever happens here."
     told = syscalls.receive(listener.fd, self.page)
     if told is None: return
-    listener.told += 1
     if self.notes.passes(listener, told): return syscalls.go_on(listener.fd, told.ident)
+    listener.told += syscalls.name_of(told.number, told.arch) not in STATS
     turn, self.busy = self.turn, Busy(listener, told.ident)
     jobs = self.noted(listener, told)
     if self.turn != turn: raise Superseded
