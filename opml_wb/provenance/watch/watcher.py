@@ -8,7 +8,6 @@ __all__ = ['SLOW', 'DO', 'Deputy', 'Superseded', 'Busy', 'Delayed', 'Watcher', '
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #5635f7fd
 import functools, json, mmap, os, select, socket, threading, time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastcore.basics import patch
@@ -19,7 +18,7 @@ from .contents import HOLD, ENDING, Contents, Job, may_hold
 from .notes import Listener, NoteTaker
 from .paths import spelling
 from .patience import Stalled, give_up, remote
-from .session import Session
+from .session import Session, runs
 
 if TYPE_CHECKING: from opml_wb.provenance.watch.fallback import Inotify
 
@@ -158,7 +157,7 @@ def tend(self: Watcher) -> None:
 def look_after(self: Watcher) -> None:
     "Let a call go on that has been looked at for too long, and let another thread answer."
     busy = self.busy
-    if not busy or time.monotonic() - busy.since < SLOW or _runs(self.thread): return
+    if not busy or time.monotonic() - busy.since < SLOW or runs(self.thread): return
     path, noting = self.notes.read.last, busy.noting
     self.hand_over()
     syscalls.go_on(busy.listener.fd, busy.ident)
@@ -170,12 +169,6 @@ def look_after(self: Watcher) -> None:
     give_up(remote(text) or os.path.dirname(text))
     what = f"{text}: its file system does not answer"
     for session in busy.listener.all(): session.blind("stalled", what)
-
-def _runs(thread: int) -> bool:
-    "True if `thread` of this process is computing, or wants to: it doesn't wait for anything."
-    try: text = Path(f"/proc/self/task/{thread}/stat").read_text()
-    except OSError: return False
-    return text.rpartition(")")[2].split()[0] == "R"
 
 # %% ../../../nbs/provenance/watch/08_watcher.ipynb #9d31a8dd
 @patch
