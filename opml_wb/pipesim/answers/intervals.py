@@ -156,7 +156,7 @@ def estimate(values: ArrayLike, conf: float = .95, design: Design = Design(),
     return (ci_of_times if times else ci)(x, conf)
 
 # %% ../../../nbs/pipesim/answers/08_intervals.ipynb #8c69fdf2
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Paired(Interval):
     """An Interval of a difference.
 
