@@ -222,6 +222,164 @@ def test_changed_registry_data_runs_again(home, notebook, times, tmp_path, monke
     assert times() == 6
 
 
+# ------------------------------------------------------------------ what the run itself asked
+
+def put(path, text="1"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def point(link, to):
+    link.unlink(missing_ok=True)
+    link.symlink_to(to)
+
+
+ASKS = {  # what a notebook asks: (its code, what is there before, a change that doesn't matter, one that does)
+    "a link's target": ("open('ln').read()", lambda d: (put(d / "a"), put(d / "b", "2"), point(d / "ln", "a")), lambda d: os.utime(d / "a", (1, 1)), lambda d: point(d / "ln", "b")),
+    "a folder's link": ("import pandas as pd; pd.read_csv('lf/x.csv')", lambda d: (put(d / "f1/x.csv", "a\n1"), put(d / "f2/x.csv", "a\n2"), point(d / "lf", "f1")), None, lambda d: point(d / "lf", "f2")),
+    "where a link points": ("import os; os.readlink('rl')", lambda d: (put(d / "a"), put(d / "c"), point(d / "rl", "a")), None, lambda d: point(d / "rl", "c")),
+    "glob": ("import glob; glob.glob('g/*.csv')", lambda d: put(d / "g/a.csv"), lambda d: put(d / "g/b.txt"), lambda d: put(d / "g/b.csv")),
+    "Path.glob": ("from pathlib import Path; list(Path('p').glob('**/*.csv'))", lambda d: put(d / "p/a.csv"), lambda d: put(d / "p/b.txt"), lambda d: put(d / "p/q/b.csv")),
+    "Path.rglob": ("from pathlib import Path; list(Path('r').rglob('*.csv'))", lambda d: put(d / "r/a.csv"), lambda d: put(d / "r/b.txt"), lambda d: put(d / "r/q/b.csv")),
+    "listdir": ("import os; os.listdir('l')", lambda d: put(d / "l/a"), lambda d: put(d / "l/a", "2"), lambda d: put(d / "l/b")),
+    "iterdir": ("from pathlib import Path; list(Path('i').iterdir())", lambda d: put(d / "i/a"), None, lambda d: (d / "i/a").unlink()),
+    "walk": ("import os; list(os.walk('w'))", lambda d: put(d / "w/s/a"), None, lambda d: put(d / "w/s/b")),
+    "exists": ("import os; os.path.exists('o1')", None, lambda d: put(d / "another"), lambda d: put(d / "o1")),
+    "is gone": ("import os; os.path.isfile('o2')", lambda d: put(d / "o2"), lambda d: put(d / "o2", "2"), lambda d: (d / "o2").unlink()),
+    "is_file": ("from pathlib import Path; Path('o3').is_file()", None, None, lambda d: put(d / "o3")),
+    "open in vain": ("try: open('o4')\nexcept OSError: pass", None, None, lambda d: put(d / "o4")),
+    "a library in vain": ("import pandas as pd\ntry: pd.read_csv('o5.csv')\nexcept OSError: pass", None, None, lambda d: put(d / "o5.csv", "a\n1")),
+    "size": ("import os; os.path.getsize('s')", lambda d: put(d / "s"), lambda d: put(d / "s", "2"), lambda d: put(d / "s", "33")),
+    "dot file": ("import os; open(os.path.expanduser('~/.mine/conf')).read()", lambda d: put(d / "user/.mine/conf"), None, lambda d: put(d / "user/.mine/conf", "2")),
+    "dot file of a library": ("import pandas as pd; pd.read_csv('~/.mine/x.csv')", lambda d: put(d / "user/.mine/x.csv", "a\n1"), None, lambda d: put(d / "user/.mine/x.csv", "a\n2")),
+    "a module in vain": ("try: import not_yet_there\nexcept ImportError: pass", None, None, lambda d: put(d / "not_yet_there.py")),
+    "find_spec": ("from importlib.util import find_spec; find_spec('not_there_either')", None, None, lambda d: put(d / "not_there_either.py")),
+    "touched only": ("open('t').read()", lambda d: put(d / "t"), lambda d: os.utime(d / "t", (1, 1)), lambda d: put(d / "t", "2")),
+}
+
+
+def test_what_a_run_asked_is_asked_again(home, notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    for _, before, _, _ in ASKS.values():
+        if before: before(tmp_path)
+    nb = notebook(*(source for source, *_ in ASKS.values()), params=False, name="asks")
+    assert (run(nb).status, run(nb).status) == ("done", "cached")
+    for name, (_, _, harmless, change) in ASKS.items():
+        if harmless:
+            harmless(tmp_path)
+            assert run(nb).status == "cached", name
+        change(tmp_path)
+        assert run(nb).status == "done", name
+    assert run(nb).status == "cached"
+
+
+def test_variables_and_settings_that_were_read(home, notebook, monkeypatch):
+    for name in ("TZ", "OP_A", "OP_B", "OP_C", "OP_D", "OP_E"): monkeypatch.delenv(name, raising=False)
+    for i, (variable, source) in enumerate([
+            ("OP_A", "import os; os.environ.get('OP_A')"), ("OP_B", "import os; os.getenv('OP_B', 'x')"), ("OP_C", "import os; 'OP_C' in os.environ"),
+            ("OP_D", "import os; dict(os.environ); {**os.environ}; list(os.environ.items()); os.environ.get('OP_D')"),
+            ("OP_E", "from os import environ\ntry: environ['OP_E']\nexcept KeyError: pass"), ("TZ", "import time; time.localtime(0)")]):
+        nb = notebook(source, params=False, name=f"variable{i}")
+        assert (run(nb).status, run(nb).status) == ("done", "cached"), source
+        monkeypatch.setenv("OP_OTHER", f"{i}")
+        assert run(nb).status == "cached", source
+        monkeypatch.setenv(variable, "Asia/Tokyo")
+        assert (run(nb).status, run(nb).status) == ("done", "cached"), source
+        monkeypatch.delenv(variable)
+        assert run(nb).status == "cached", source       # as it was: the first run answers
+    nb = notebook("x = 1", params=False, name="no clock")
+    assert run(nb).status == "done"
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    assert run(nb).status == "cached"
+    nb = notebook("import time\nfrom opml_wb import log\nlog.metric('h', time.localtime(0).tm_hour)", params=False, name="clock")
+    assert run(nb).metrics == {"h": 9}
+    monkeypatch.setenv("TZ", "UTC")
+    assert run(nb).metrics == {"h": 0}                  # also in a zygote that began in another zone
+    nb = notebook("import os; os.environ['OP_A']", params=False, name="secret")
+    monkeypatch.setenv("OP_A", "pass-word-1234")
+    assert "pass-word-1234" not in (run(nb).dir / "run.json").read_text()
+
+
+def test_the_version_that_was_read_counts(home, notebook, tmp_path):
+    for i, (source, want) in enumerate([
+            ("n = int(open('f').read()); open('f', 'w').write(str(n + 1))", ["done", "done", "done"]),
+            ("f = open('f', 'r+'); n = int(f.read()); f.seek(0); f.write(str(n + 1)); f.close()", ["done", "done", "done"]),
+            ("import os; open('f').read(); open('g', 'w').write('7'); os.replace('g', 'f')", ["done", "done", "cached"]),
+            ("open('f').read()\nget_ipython().system('echo 8 > f')", ["done", "done", "cached"]),
+            ("open('f').read(); open('f', 'w').write('5')", ["done", "cached"])]):
+        put(tmp_path / "f", "5")
+        nb = notebook(source, params=False, name=f"over{i}")
+        assert [run(nb).status for _ in want] == want, source
+
+
+def test_what_a_run_makes_is_no_reason_to_run_again(home, notebook, tmp_path):
+    nb = notebook("n = 1", "import glob, os, tempfile, shutil\nprint(glob.glob('*.res'), os.listdir('.'))\n"
+                  "if not os.path.exists('c.res'): open('c.res', 'w').write('1')\n"
+                  "if not os.path.isdir('made'): os.mkdir('made')\nopen(f'made/{n}', 'w').write('1'); os.listdir('made')\n"
+                  "d = tempfile.mkdtemp(dir='.'); open(d + '/x', 'w').close(); os.listdir('.'); shutil.rmtree(d)\n"
+                  "get_ipython().system('touch more.res'); glob.glob('*.res')")
+    assert [run(nb).status for _ in range(3)] == ["done", "cached", "cached"]
+    shutil.rmtree(tmp_path / "made"), (tmp_path / "c.res").unlink()
+    assert run(nb).status == "cached"
+
+
+LIBRARY = "acme-1.0.dist-info"
+
+def test_a_library_counts_by_what_it_holds_and_only_if_it_was_imported(home, notebook, tmp_path, monkeypatch):
+    site = tmp_path / "site-packages"
+    (site / LIBRARY).mkdir(parents=True)
+    (site / "acme.py").write_text("v = 1\n")
+    (site / "alone.py").write_text("v = 1\n")           # installed by nobody
+    nb = notebook("import acme, alone\ndef later():\n    import psycopg_or_so", params=False)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.syspath_prepend(str(site))
+
+    def status(): return run(nb).status
+    def install(text, stamp):
+        put(site / "acme.py", text)
+        put(site / LIBRARY / "RECORD", f"acme.py,sha256={stamp},7\n{LIBRARY}/RECORD,,\n")
+    assert (status(), status()) == ("done", "cached")
+    put(site / "acme.py", "v = 2\n")                    # edited where it lies, of the same version and size
+    assert (status(), status()) == ("done", "cached")
+    install("v = 3\n", "abc")                           # installed anew
+    assert (status(), status()) == ("done", "cached")
+    install("v = 3\n", "abc")                           # the same once more
+    assert status() == "cached"
+    put(site / "psycopg_or_so.py"), (site / "psycopg_or_so-1.0.dist-info").mkdir()
+    assert status() == "cached"                         # there now, but nobody imports it
+    put(site / "alone.py", "v = 2\n")
+    assert status() == "done"
+    (tmp_path / "acme").mkdir()                         # a plain folder hides no library
+    assert status() == "cached"
+    install("v = 4\n", "def")
+    assert status() == "done"
+
+
+def test_why_says_what_changed(home, notebook, typed, tmp_path):
+    put(tmp_path / "data.csv", "a\n1")
+    nb = notebook("n = 1", "import pandas as pd, os\npd.read_csv('data.csv'); os.path.exists('opt'); os.getenv('OP_WHY')", name="asked")
+    assert typed("why", nb).returncode == 1             # nothing there yet
+    first = typed("run", nb)
+    assert "not answered" not in first.stderr
+    said = typed("why", nb)
+    assert said.returncode == 0 and "answered from the store by run" in said.stdout and "data.csv" in said.stdout
+    put(tmp_path / "data.csv", "a\n2")
+    said = typed("why", nb, "--json", env={"OP_WHY": "1"})
+    assert said.returncode == 1
+    found = json.loads(said.stdout)
+    assert {r["fact"] for r in found["changed"]} == {"file", "variable"} and found["unseen"] and not found["answered"]
+    assert {"code", "env", "library", "there"} <= {r["fact"] for r in found["same"]}
+    again = typed("run", nb)
+    assert "not answered from the store: " in again.stderr and "data.csv changed since run" in again.stderr and again.returncode == 0
+    one, two = [d["id"] for d in Store(home).ls()]
+    said = typed("why", two, one)
+    assert said.returncode == 1 and "data.csv changed" in said.stdout
+    edit(nb, lambda nb: nb.cells[1].update(source=nb.cells[1].source + "\n# more"))
+    assert "the notebook's code changed" in typed("run", nb).stderr
+    assert "not answered" not in typed("run", nb, "n=2").stderr     # another run, none like it
+    assert typed("why", "no-such-thing").returncode == 2
+
+
 # ------------------------------------------------------------------ the same numbers
 
 DRAW = '''import random, numpy as np

@@ -45,6 +45,8 @@ MORE = {
                   "table, and one page."),
     "compare": (HERE + "looking:compare", "Runs side by side, and why two of them differ; --html "
                 "writes one page."),
+    "why": (HERE + "why:why", "Why a run is answered from the store or not, fact by fact; or how "
+            "two runs differ in what they saw."),
     "rerun": (HERE + "running:rerun", "Repeat a run with its recorded parameters; say what has "
               "changed since."),
     "new": (HERE + "author:new_command", "Write a chapter of one's own that runs at once."),

@@ -6,7 +6,7 @@
 __all__ = ['cell_teller', 'after', 'child']
 
 # %% ../../../nbs/core/engine/05_child.ipynb #ed038d94
-import asyncio, atexit, faulthandler, os, signal, sys, traceback, weakref
+import asyncio, atexit, faulthandler, os, signal, sys, time, traceback, weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,7 @@ from .isolation import limit_data, seed_everything
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
+    from opml_wb.core.engine.asked import Asked
     from nbformat import NotebookNode
 
 # %% ../../../nbs/core/engine/05_child.ipynb #68891a23
@@ -35,6 +36,7 @@ def _enter(spec: Mapping[str, Any], supervisor: int) -> None:
     with suppress(OSError): Path("/proc/self/oom_score_adj").write_text("600")
     os.chdir(spec["cwd"])
     os.environ.clear(); os.environ.update(spec["env"])
+    time.tzset()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     weakref.finalize._registry.clear()  # what the zygote's libraries want done at its end
     sys.dont_write_bytecode = True  # a .pyc knows its source by second and size: an edit is missed
@@ -57,14 +59,13 @@ def after(nb: "NotebookNode", index: int) -> int:
     return sum("skip-execution" not in c.metadata.get("tags", []) for c in rest)
 
 # %% ../../../nbs/core/engine/05_child.ipynb #ffcb02b6
-def _note_imports(folder: Path, last: str) -> None:
-    """Record source files of the user's own that were imported unseen by the key, as inputs.
-
-    last: the module that was imported last before the notebook began."""
+def _note_imports(folder: Path, asked: "Asked") -> None:
+    """Record what was imported: libraries, and sources of the user's own unseen by the key."""
     from opml_wb.core.request import dependencies as deps
     request = read_json(folder/store.REQUEST)
     if "files" not in request: return
-    for path in sorted(deps.loaded(last, request["files"])):
+    asked.end(request["env"])
+    for path in sorted(deps.loaded(asked.last, request["files"])):
         append(folder/store.LOG, {"kind": "input", "path": str(path), "sha256": deps.sha256(path)})
 
 # %% ../../../nbs/core/engine/05_child.ipynb #61fab495
@@ -87,20 +88,22 @@ def _outcome(error: Mapping[str, Any] | None, exception: BaseException | None) -
 def _execute(spec: dict[str, Any], shell: "InteractiveShell") -> dict[str, Any]:
     "Execute the notebook in the run's folder and save it; returns the outcome."
     import nbformat
+    from opml_wb.core.engine.asked import begin
     from opml_wb.core.engine.shell import Execution
-    folder, last = Path(spec["dir"]), next(reversed(sys.modules))
+    folder = Path(spec["dir"])
     text = (folder/store.NOTEBOOK).read_text(encoding="utf-8")
     nb = nbformat.convert(nbformat.reader.reads(text), 4)
     execution = Execution(nb, shell, folder, cell_teller(folder, nb, spec["injected"]))
     faulthandler.enable(file=2)
     if spec["mem"]: limit_data(spec["mem"])
     with around(spec.get("hooks") or (), folder):
-        error = asyncio.new_event_loop().run_until_complete(execution.run())
+        with begin(folder) as asked:
+            error = asyncio.new_event_loop().run_until_complete(execution.run())
         progress.cell()
     for fd in spec["spare"]: os.close(fd)  # the notebook may have used up all descriptors
     execution.tape.pump()
     execution.set_widgets_metadata()
-    _note_imports(folder, last)
+    _note_imports(folder, asked)
     nb.metadata["opml_run"] = store.summary(folder)
     write_text(folder/store.NOTEBOOK, notebook_text(nb))
     outcome, cell = _outcome(error, execution.last_error), (error or {}).get("cell")

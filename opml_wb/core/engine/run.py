@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..kit.files import read_json, remove, replacing, write_json, write_text
 from ..kit.words import is_number
 from ..record import artifacts, store
-from ..request import dependencies as deps, params as _params
+from ..request import answers, dependencies as deps, params as _params
 from ..request.chapter import Chapter, find
 from ..request.plugin import offered, run_hooks
 from .isolation import SURROUNDINGS, seed_of
@@ -73,7 +73,7 @@ def request(self: RunRequest) -> dict[str, Any]:
     return {"key": self.key, "chapter": self.chapter.name, "params": self.params,
             "given": self.given, "preset": self.preset, "source": str(self.chapter.path),
             "timeout": self.timeout, "mem_gb": self.mem_gb, "seed": self.seed,
-            **{k: self.deps[k] for k in ("code", "files", "env", "data")},
+            **{k: self.deps[k] for k in ("code", "files", "env", "data", "settings")},
             "machine": {"cores": os.cpu_count(), "load": load}}
 
 # %% ../../../nbs/core/engine/10_run.ipynb #900a7ff2
@@ -92,8 +92,7 @@ def cached(plan: RunRequest | str, home: store.Store) -> Run | None:
 
     plan: the request, or its key. Returns a Run of status `cached`, or None."""
     for doc in home.done(plan if isinstance(plan, str) else plan.key):
-        unchanged = all(deps.sha256(path) == was for path, was in doc.get("inputs", {}).items())
-        if unchanged and store.readable(doc): return Run(doc, "cached")
+        if not any(answers.changed(doc)) and store.readable(doc): return Run(doc, "cached")
     return None
 
 # %% ../../../nbs/core/engine/10_run.ipynb #eef1819d
@@ -227,14 +226,17 @@ def _shipped(known: Run, home: store.Store) -> Run:
 
 # %% ../../../nbs/core/engine/10_run.ipynb #93c5bfda
 def execute(plan: RunRequest, *, force: bool = False, watch: Callable[[Path], None] | None = None,
-            start: Starter = start_here) -> Run:
+            start: Starter = start_here,
+            missed: Callable[[RunRequest, store.Store], None] | None = None) -> Run:
     """Answer a request: from the store, unless `force`, else by running it.
 
     watch: called as `watch(folder)` while it runs. start: starts it, `start(plan, spec)` -> (Future
-    of its end, function that stops it). Ctrl-C stops the run, records it and is passed on."""
+    of its end, function that stops it). missed: called as `missed(plan, store)` when the store has
+    no answer. Ctrl-C stops the run, records it and is passed on."""
     home = store.Store()
     known = None if force else cached(plan, home)
     if known: return _shipped(known, home)
+    if missed and not force: missed(plan, home)
     for check in offered(run_hooks(), "check"): check()
     folder, run_id = home.begin(plan.request())
     try:

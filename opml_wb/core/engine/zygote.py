@@ -143,7 +143,8 @@ def end(self: ZygoteLoop, limit: float = 6.0) -> None:
 
 # %% ../../../nbs/core/engine/07_zygote.ipynb #1bcfa6b6
 NEEDED = ("numpy.random", "psutil",  # numpy loads its generators lazily: once here, not in each run
-          "opml_wb.core.request.dependencies", "opml_wb.core.engine.supervise")
+          "opml_wb.core.request.dependencies", "opml_wb.core.engine.asked",
+          "opml_wb.core.engine.supervise")
 
 def _boot(preload: Iterable[str]) -> tuple["InteractiveShell", list[str]]:
     "Make the shell, import `preload` and what runs need; (shell, modules that failed and why)."
@@ -156,6 +157,8 @@ def _boot(preload: Iterable[str]) -> tuple["InteractiveShell", list[str]]:
     for name in (*preload, *along(preload)):
         try: importlib.import_module(name)
         except Exception as e: failed.append(f"{name}: {e}")
+    from opml_wb.core.request.libraries import imported_ahead
+    imported_ahead(preload)
     import nbformat
     nbformat.validate(nbformat.v4.new_notebook())  # compiles the validator, once for all runs
     return shell, failed
@@ -287,7 +290,9 @@ def zygote(modules: Iterable[str] = (), threads: int | None = None) -> Zygote:
     modules: dotted names; the preloadable of them are imported ahead. threads: threads that each
     numerical library uses (None: as many as it likes)."""
     from opml_wb.core.engine.isolation import pools
-    key = (_engine(), preloadable(modules), threads)
+    from opml_wb.core.request.libraries import installations
+    ahead = preloadable(modules)
+    key = (_engine(), ahead, threads, installations(ahead))
     with _pool_lock:
         for k, z in list(_pool.items()):
             if not z.alive or k[0] != key[0] and not z.futures: _close(k)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUEST', 'RUN', 'NOTEBOOK', 'LOG', 'PROGRESS', 'OUTCOME', 'ARTIFACTS', 'SCRATCH', 'KEPT', 'TRIALS', 'PLACE',
-           'FIELDS', 'NEEDED', 'home', 'read_id', 'identity', 'sum_up', 'summary', 'finish', 'damaged_document',
-           'run_document', 'ship', 'at_hand', 'readable', 'append', 'plain', 'read_json', 'read_lines', 'write_json',
-           'write_text', 'boot', 'born']
+           'FIELDS', 'NEEDED', 'home', 'read_id', 'identity', 'sum_up', 'summary', 'declared_places', 'learned',
+           'finish', 'damaged_document', 'run_document', 'ship', 'at_hand', 'readable', 'append', 'plain', 'read_json',
+           'read_lines', 'write_json', 'write_text', 'boot', 'born']
 
 # %% ../../../nbs/core/record/04_folder.ipynb #0edbe6ff
 import json, os, re, secrets, tempfile, time, warnings
@@ -19,13 +19,14 @@ from ..kit.files import (append, fsync, plain, read_json, read_lines, remove, wr
 from ..kit.procs import boot, born
 from . import artifacts, database
 from .database import StoreError
+from .facts import CHANGED, FACTS, FILE, settle
 
 # %% ../../../nbs/core/record/04_folder.ipynb #a980bc1e
 _all_ = ["append", "plain", "read_json", "read_lines", "write_json", "write_text", "boot", "born"]
 
 REQUEST, RUN, NOTEBOOK, LOG = "request.json", "run.json", "notebook.ipynb", "log.jsonl"
 PROGRESS, OUTCOME, ARTIFACTS = "progress.jsonl", "outcome.json", "artifacts"
-SCRATCH = (OUTCOME, PROGRESS, "journal.jsonl", "stdout.txt", "stderr.txt")
+SCRATCH = (OUTCOME, PROGRESS, FACTS, "journal.jsonl", "stdout.txt", "stderr.txt")
 KEPT = ARTIFACTS, NOTEBOOK, LOG  # what an artifact root gets of a run
 TRIALS = "trials.jsonl"  # of which sweeps the run is a trial
 PLACE = "dir", "notebook", "lost", "elsewhere"  # what a reader of the store adds to a document
@@ -92,6 +93,27 @@ def summary(folder: str | os.PathLike) -> dict[str, Any]:
     return sum_up(read_lines(Path(folder)/LOG))
 
 # %% ../../../nbs/core/record/04_folder.ipynb #9bf0cd6d
+def declared_places(doc: dict[str, Any]) -> set[str]:
+    "List the absolute paths of the data that the run `doc` declares: its key has what they hold."
+    from opml_wb.core.record import data
+    beside, known = Path(doc.get("source") or "/").parent, data.registry()
+    places = (data.find(name) if name in known else beside/Path(name).expanduser()
+              for name in doc.get("data", {}))
+    return {os.path.abspath(p) for p in places if p}
+
+# %% ../../../nbs/core/record/04_folder.ipynb #6aed08b5
+def learned(folder: Path, doc: dict[str, Any]) -> dict[str, Any]:
+    """Sum up the facts of the ended run `doc`: `{inputs {path: hash}, facts {kind: {name: was}}}`.
+
+    Left out is what the run's key has: declared data, and what lies in a declared folder."""
+    found, logged = settle(folder), doc["inputs"]
+    places = declared_places(doc)
+    below = tuple(os.path.join(p, "") for p in places)
+    files = {p: v for p, v in found.pop(FILE, {}).items() if not (p in places
+             or p.startswith(below) or v == CHANGED and p in logged)}
+    return {"inputs": {**logged, **files}, "facts": found}
+
+# %% ../../../nbs/core/record/04_folder.ipynb #a2207cfe
 def finish(folder: str | os.PathLike, *, status: str, error: dict | None, seconds: float,
            cpu: float, rss: float, left: dict | None = None) -> dict[str, Any]:
     """Write a run's last word, `run.json`, from its request, its log and its end; scratch files go.
@@ -103,6 +125,7 @@ def finish(folder: str | os.PathLike, *, status: str, error: dict | None, second
     cost = {"seconds": round(seconds, 4), "cpu": round(cpu, 4), "rss": int(rss)}
     doc = {**read_json(folder/REQUEST), **summary(folder), "status": status, "error": error,
            "ended": time.time(), **cost, **({"exit": left} if left else {})}
+    if status == "done": doc |= learned(folder, doc)
     for name in (LOG, NOTEBOOK):
         if (folder/name).exists(): fsync(folder/name)
     write_json(folder/RUN, plain(doc))
