@@ -207,7 +207,8 @@ def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mappi
     known, folders = _covered(request)
     away = (*_no_inputs(folder), *folders)
     for e in events:
-        version, path = e["version"] if e["op"] == "read" else e["was"], e["path"]
+        read, path = e["version"] if e["op"] == "read" else e["was"], e["path"]
+        version = read if e["op"] == "read" or e.get("was_read") else None
         if e["op"] == "created" and (folder/facts.FACTS).exists():
             facts.note(folder, facts.MADE, path)
         if e["kind"] != "file" or e["part"] or not version or path in known: continue

@@ -205,6 +205,7 @@ def event(node: Node, hashes: Hashes) -> dict | None:
     elif op != "deleted": out["version"] = hashes.version(node.now, fresh=bool(node.opened))
     if op == "deleted" and node.read or op == "modified" and (node.read or node.kept):
         out["was"], out["needs"] = node.was, True
+        if node.read: out["was_read"] = True  # not only added to
     if op != "deleted" and node.now and is_folder(node.now): out["folder"] = True
     return out
 
