@@ -60,7 +60,7 @@ def after(nb: "NotebookNode", index: int) -> int:
 
 # %% ../../../nbs/core/engine/05_child.ipynb #ffcb02b6
 def _note_imports(folder: Path, asked: "Asked") -> None:
-    """Record what was imported: libraries, and sources of the user's own unseen by the key."""
+    "Record what was imported: libraries, and sources of the user's own unseen by the key."
     from opml_wb.core.request import dependencies as deps
     request = read_json(folder/store.REQUEST)
     if "files" not in request: return
