@@ -60,7 +60,9 @@ SLACK = .5   # s: two processes' clocks, and a call that is reported before it i
 def users(reader: LineageReader, run: str) -> list[str]:
     "Ids of the runs that used an output of `run` after it was made, in order of their start."
     started, out = reader.stage(run)["started"], {}
-    for path, version, t in made(reader.events(run, parts=True)):
+    events = [e for e in reader.events(run, parts=True)
+              if not (e["part"] and "/_known/" in e["path"])]    # a table's clock: reads set it
+    for path, version, t in made(events):
         found = reader.db.execute(USERS, (text_of(path), run, version, version)).fetchall()
         for user, began, at in found:
             if began + (at or 0) >= started + (t or 0) - SLACK: out[user] = began
