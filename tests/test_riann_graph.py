@@ -203,6 +203,12 @@ def test_what_nobody_used_for_long_is_swept(tmp_path, monkeypatch):
         os.utime(tmp_path / f"{name}.nbc", (time.time() - 86400 * days,) * 2)
     compiled.sweep.cache_clear()
     assert compiled.sweep() == 1 and [p.name for p in tmp_path.iterdir()] == ["new.nbc"]
+    for i in range(4):
+        (tmp_path / f"{i}.nbc").write_bytes(b"12")
+        os.utime(tmp_path / f"{i}.nbc", (time.time() - i,) * 2)
+    monkeypatch.setattr(compiled, "KEPT_BYTES", 5)       # room for the two that were used last
+    compiled.sweep.cache_clear()
+    assert compiled.sweep() == 3 and sorted(p.name for p in tmp_path.iterdir()) == ["0.nbc", "1.nbc"]
 
 
 def test_no_module_keeps_compiled_code_another_way():
