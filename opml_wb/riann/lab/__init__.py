@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.riann.lab.arms import Arm, Busy, DefaultHNSW, Planned
+    from opml_wb.riann.lab.arms import Arm, Busy, DefaultHNSW, FaissHNSW, Planned
     from opml_wb.riann.lab.bench import best_fixed, kept, optimum, oracle_grid
     from opml_wb.riann.lab.bench import protocol_a, protocol_b
     from opml_wb.riann.lab.churn import ChurnArm, churn_runbook, read_runbook, replacing, summary
     from opml_wb.riann.lab.streams import stream
+    from opml_wb.riann.lab.tuned import beside_tuned
 
 __getattr__, __dir__, __all__ = lazy(__name__)
