@@ -351,3 +351,22 @@ def test_orders_written_as_text_are_read(order, told):
     df = pd.DataFrame({"case": 1, "o": order, "x": list("abc")}).iloc[[2, 0, 1]]
     log = AuditLog.from_wide(df, "case", "o")
     assert log.values("x").tolist() == list("abc") and any("'o'" in str(k) for k in log.issues if "written at" not in str(k)) == told
+
+
+def test_large_columns_are_read_as_small_ones_are():
+    from opml_wb.eligibility import clock
+    moments = pd.Series(pd.date_range("2019-12-20", periods=3000, freq="37min"))
+    for way in ("%Y-%m-%d %H:%M:%S", "%d/%m/%Y %H:%M", "%m-%d-%Y %H:%M:%S", "%d.%m.%Y", "%Y/%m/%dT%H:%M:%S"):
+        texts = moments.dt.strftime(way).drop_duplicates().reset_index(drop=True)
+        quick, slow = clock._plain(texts), clock._texts(texts, "at")
+        assert (quick.us == slow.us).all() and quick.order == slow.order and quick.how == slow.how, way
+    twelve = pd.Series([f"{d}/{m}/{y}" for d in range(1, 13) for m in range(1, 13) for y in range(2000, 2020)])
+    assert clock._plain(twelve) is None and clock.find_dates(pd.Index(twelve), "at").doubt
+
+
+def test_a_creation_time_is_read_as_the_audits_times_are():
+    rows = pd.DataFrame([(i, f"{1 + i % 28}/{1 + i % 12}/2020 10:00", "prio", "a", "b") for i in range(60)], columns=["key", "at", "f", "old", "new"])
+    now = pd.DataFrame({"key": range(80), "made": [f"1/{1 + i % 12}/2020" for i in range(80)], "prio": "b"})
+    log = AuditLog.from_delta(rows, "key", "at", "f", "old", "new", current=now, created="made")
+    assert any("'made'" in str(k) and "as other dates are" in str(k) for k in log.issues)
+    assert log.time[0].astype("M8[us]").astype("M8[D]").item().day == 1

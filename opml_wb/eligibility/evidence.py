@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from .clock import END, OK, Clock, Dating, unlike
-from .dates import ORDERS
 from .encode import NAT, name_words
 if TYPE_CHECKING: from opml_wb.eligibility.auditlog import AuditLog
 
@@ -30,11 +29,8 @@ def date_fields(fields: list, levels: list, clock: Clock) -> dict[Hashable, Dati
     "Read the fields that look like dates, by their levels (F Indexes): {field: Dating}."
     read = {f: clock.read(level, f) for f, level in zip(fields, levels)}
     found = {f: d for f, d in read.items() if d is not None}
-    orders = {d.order for d in found.values() if not d.doubt and d.order}
     for f, d in found.items():
-        if d.doubt and len(orders) == 1 and (order := min(orders)) in d.options:
-            d.us, d.doubt = d.options[order], ""
-            clock.tell(f, f"{ORDERS[order]}, as other dates are", d.us)
+        clock.settle(d, f)
         d.us = _bounded(d.us, f, clock)
         if d.odd and not d.doubt: clock.issues[f"{f!r}: {d.odd!r} and others are no dates"] = 1
     return found
