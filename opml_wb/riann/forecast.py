@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .linking import GUARD_S, Linker
+from .models.measure import Measured
 from .models.plan import Plan
 
 FLAT = "so few that all are compared"
@@ -36,15 +37,29 @@ class Entry:
 
 # %% ../../nbs/riann/06_forecast.ipynb #5669fe50
 class Forecast:
-    "Predictions for the batches of one index. linker: Linker. entry: Entry."
+    """Predictions for the batches of one index. linker: Linker. entry: Entry.
+
+    measured: Measured, recall when it was measured last, or None."""
     def __init__(self, linker: Linker) -> None:
         self.linker, self.entry = linker, Entry(linker.graph.dim)
+        self.measured: Measured | None = None
 
 # %% ../../nbs/riann/06_forecast.ipynb #35125115
 @patch
+def _short(self: Forecast, what: str, recall: float, total: int) -> str:
+    "Say why `total` vectors won't have the recall asked for, or that none can tell; or ''."
+    need, m = self.linker.planner.need.recall, self.measured
+    unknown, asks = self.linker.planner.unknown(total, m.lid if m else None), f"recall {need:g}: "
+    if m and m.recall < need: return f"{asks}measured {m} with {what}"
+    if unknown and (m is None or m.n * 2 < total):
+        return f"{asks}{recall:.3f} is a guess, of {unknown}, and nothing was measured"
+    if recall < need - min(.0005, (1 - need) / 4):
+        return f"{asks}{what} reaches {recall:.3f} in the time that there is"
+    return ""
+
+@patch
 def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_query: float,
-            recall: float,
-            limit: float | None) -> Plan:
+            recall: float, limit: float | None, total: int = 0) -> Plan:
     "Make the plan with a verdict: the first part of the requirement that it breaks."
     need = self.linker.planner.need
     what = f"deg {deg}, cand {cand}, cand_q {cand_q}" if deg else FLAT
@@ -54,10 +69,13 @@ def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_
         why = f"deadline {limit:.3g} s: even {least}, the cheapest, takes {t_index:.3g} s"
     elif need.query_s is not None and t_query > need.query_s:
         why = f"query_s {need.query_s:.3g}: {what} takes {t_query:.3g} s"
-    elif recall < need.recall - .0005:
-        why = f"recall {need.recall:g}: {what} reaches {recall:.3f} in the time that there is"
+    elif deg and (short := self._short(what, recall, total)): why = short
     else: ok = True
-    return Plan(deg, cand, cand_q, t_index, t_query, recall, ok, why)
+    m = self.measured if deg else None
+    if ok and deg and m is None: why = f"{what}; recall as predicted: `measure` tells"
+    if ok and m and (unknown := self.linker.planner.unknown(total, m.lid)):
+        why = f"{what}; measured, as predictions know nothing of {unknown}"
+    return Plan(deg, cand, cand_q, t_index, t_query, recall, ok, why, m)
 
 # %% ../../nbs/riann/06_forecast.ipynb #d4ad63d0
 @patch
@@ -80,5 +98,7 @@ def plan(self: Forecast, n: int, limit: float | None, op: str = "add", asked: bo
         i = int(fits[0]) if len(fits) else int(np.argmin(times))
         r, t = rungs[i], float(times[i])
     ask = asked or planner.need.query_s
-    t_query = planner.query(r.cand_q, linker.layers_at(total, r)) if ask else math.nan
-    return self._judged(r.deg, r.cand, r.cand_q, t, t_query, r.recall, limit)
+    beam = max(r.cand_q, linker.beam)
+    t_query = planner.query(beam, linker.layers_at(total, r)) if ask else math.nan
+    recall = planner.expected(r, total)
+    return self._judged(r.deg, r.cand, beam, t, t_query, recall, limit, total)

@@ -18,7 +18,10 @@ from .forecast import FLAT, Forecast
 from .graph.checks import integer, integers, matrix, number
 from .graph.hnsw import DynamicHNSW
 from .linking import Clock, Linker, compile_kernels
-from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
+from .measuring import LARGE, Meter
+from .models.measure import FIRST, Measured
+from .models.plan import (
+    Infeasible, Pace, Plan, Planner, Report, Requirement)
 from .models.timemodel import TimeModel, profile as profiled
 
 if TYPE_CHECKING: from opml_wb.riann.models.recall import RecallModel
@@ -60,8 +63,11 @@ class Riann:
     The shipped ones saw SIFT, 128-dimensional: elsewhere the first predictions are off by some 2x
     until the pace is known; `profile` mends that.
     closed_loop: whether predictions follow the machine's speed and load.
+    Predictions are measured against the index itself, see `measure`: that sets them right, and
+    widens the beam of searches where they promised too much.
     Attributes: graph, a DynamicHNSW; linker, which links what waits; forecast, which plans; store,
-    an IndexStore or None; planner, pace, tail_limit (so many may wait).
+    an IndexStore or None; planner, pace, tail_limit (so many may wait); measured, the last Measured
+    or None.
     Errors: ValueError naming the parameter; StoreError for the path.
     Threads: any number of searches at once, also while one thread writes; writers queue up.
     Source: RIANN, section 2."""
@@ -88,6 +94,8 @@ class Riann:
 
     planner, pace, flat_below, tail_limit = map(_of_linker, ("planner", "pace", "flat_below",
                                                              "tail_limit"))
+    measured = property(lambda self: self.forecast.measured,
+                        doc="Recall when it was measured last: Measured, or None.")
     dim = property(lambda self: self.graph.dim, doc="Length of a vector.")
     metric = property(lambda self: self.graph.metric, doc="The metric: l2, cosine or ip.")
 
@@ -116,6 +124,7 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
     flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
     self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
     self.forecast, self._lock = Forecast(self.linker), threading.RLock()
+    self.meter = Meter(self.forecast, seed)
 
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
 @patch
@@ -184,9 +193,29 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
             plan = self._enter(op, x, ids, clock.limit)
             self.forecast.entry.learn(len(x), op, clock.wall - waited)
             chunks, left = self.linker.link(clock) if plan.deg else [], self.linker.deferred
+            feasible, reason = self._seen(plan, clock, len(x))
+            measured = self.measured if plan.deg else None
     finally:
         if paused: gc.enable()
-    return clock.report(left, chunks, plan.t_index, plan.feasible, plan.reason)
+    report = clock.report(left, chunks, plan.t_index, feasible, reason)
+    return report._replace(measured=measured)
+
+# %% ../../nbs/riann/07_index.ipynb #d8f0af3a
+@patch
+def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool, str]:
+    "(feasible, reason) of a `plan` after its batch of `n`, also as measured where `n` is large."
+    if clock.limit is not None or not plan.deg or n < LARGE or not self.meter.is_stale(3):
+        return plan.feasible, plan.reason
+    self.meter.measure(FIRST)
+    after = self.forecast.plan(0, None, asked=False)
+    return after.feasible, after.reason
+
+@patch
+def measure(self: Riann) -> Measured | None:
+    """Measure recall@k of the index as it is, with an interval; None while there is no graph.
+
+    See `Meter.measure`. Some microseconds per vector of the index."""
+    with self._lock: return self.meter.measure()
 
 # %% ../../nbs/riann/07_index.ipynb #d96e04d2
 @patch
@@ -233,24 +262,27 @@ def search(self: Riann, q: ArrayLike, k: int | None = None,
     Returns (ids i64[m, k], dist f32[m, k]), nearest first, padded with -1 and inf. Errors:
     ValueError."""
     k = integer("k", self.requirement.k if k is None else k, 1, 2**31 - 1)
-    return self.graph.search(q, k, max(k, self._beam()) if ef is None else ef)
+    found = self.graph.search(q, k, max(k, self._beam()) if ef is None else ef)
+    self.meter.asked.see(np.asarray(q))
+    return found
 
 # %% ../../nbs/riann/07_index.ipynb #7dc48fb9
 @patch
 def _beam(self: Riann) -> int:
-    """Beam of a search: the first rung's, less what comparing with the vectors that wait takes of
-    the query's time."""
-    planner = self.linker.planner
-    top = planner.rungs(max(len(self), 1))[0]
-    return int(top.cand_q * max(.5, 1 - self.graph.waiting * planner.scan_s / top.t_query))
+    "Beam of a search, see `Linker.query_beam`."
+    return self.linker.query_beam
 
 # %% ../../nbs/riann/07_index.ipynb #8af05af3
 @patch
 def plan(self: Riann, n: int, deadline_s: float | None = None) -> Plan:
     """Predict what would be done with a batch of `n` vectors now, and what would come of it.
 
-    Errors: ValueError naming the parameter."""
-    with self._lock: return self.forecast.plan(integer("n", n, 1), self._deadline(deadline_s))
+    Measures the recall of the index first, where it has changed much since the last time: some
+    microseconds per vector. Errors: ValueError naming the parameter."""
+    n, limit = integer("n", n, 1), self._deadline(deadline_s)
+    with self._lock:
+        if self.meter.is_stale(): self.meter.measure()
+        return self.forecast.plan(n, limit)
 
 # %% ../../nbs/riann/07_index.ipynb #6600d7e0
 @patch
@@ -260,7 +292,10 @@ def require(self: Riann, requirement: Requirement) -> None:
         raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
     now = self.planner
     planner = Planner(requirement, now.times, now.recalls, now.seed)
-    with self._lock: self.requirement, self.planner = requirement, planner
+    planner.adapt(now.offset)
+    with self._lock:
+        self.requirement, self.planner = requirement, planner
+        self.forecast.measured, self.linker.beam = None, 0
 
 # %% ../../nbs/riann/07_index.ipynb #83c8f8f8
 @patch
@@ -353,5 +388,6 @@ def profile(self: Riann, sample: ArrayLike, budget_s: float = 3) -> TimeModel:
     now = self.planner
     model = profiled(sample, self.metric, budget_s, now.seed)
     planner = Planner(self.requirement, model, now.recalls, now.seed)
+    planner.adapt(now.offset)
     with self._lock: self._own, self.planner = model, planner
     return model

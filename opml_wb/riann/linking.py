@@ -75,11 +75,21 @@ class Linker:
 
     graph: DynamicHNSW. planner: Planner. pace: Pace. flat_below: up to so many vectors there is no
     graph.
-    tail_limit: more than these never wait, whatever the deadline."""
+    tail_limit: more than these never wait, whatever the deadline. beam: least beam of a search,
+    where a measurement asked for more than the plan."""
     def __init__(self, graph: DynamicHNSW, planner: Planner, pace: Pace, flat_below: int) -> None:
         self.graph, self.planner, self.pace = graph, planner, pace
         self.flat_below, self.tail_limit = flat_below, max(flat_below, 256)
         self._known: tuple[list[Rung], np.ndarray, float] | None = None
+        self.beam = 0
+
+    @property
+    def query_beam(self) -> int:
+        """Beam of a search: the first rung's, less what comparing with the vectors that wait takes
+        of the query's time; or the one that was measured."""
+        top = self.planner.rungs(max(len(self.graph), 1))[0]
+        free = max(.5, 1 - self.graph.waiting * self.planner.scan_s / top.t_query)
+        return max(int(top.cand_q * free), self.beam)
 
     @property
     def is_flat(self) -> bool:
