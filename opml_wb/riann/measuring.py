@@ -92,9 +92,9 @@ def measure(self: Meter, queries: int = MOST) -> Measured | None:
     """Measure recall@k of the index as it is, with an interval; None while there is no graph.
 
     Asked are queries that were seen, if these are 64 or more, else vectors of the index, each held
-    back while it is looked for: 64 to `queries`, as many as it takes to tell whether the recall asked
-    for is reached. Where it isn't, searches get a wider beam. Where the prediction lies outside of the
-    interval, later plans are set right."""
+    back while it is looked for: 64 to `queries`, as many as it takes to tell whether the recall
+    asked for is reached. Where it isn't, searches get a wider beam. Where the prediction lies
+    outside of the interval, later plans are set right."""
     graph, need, source = self.graph, self.linker.planner.need, ["held-back vectors"]
     if self.linked < LEAST: return None
     self.linker.beam, self.most = 0, queries
