@@ -141,3 +141,16 @@ def test_influx_refuses_with_its_own_words(influx_server, tmp_path):
     store.server.ask('create database "words"')
     with pytest.raises(StoreError, match="answers 400: .*unable to parse"): store.server.send(["nonsense"])
     with pytest.raises(StoreError, match="answers 400|error parsing query"): store.server.ask("selekt")
+
+
+def test_influx_bins_begin_where_the_workload_does(influx_server, tmp_path):
+    "Epoch seconds: the same series as the Parquet store's, in bins from t0 on."
+    from opml_wb.pipesim import Platform, Pool, Workload, simulate
+    rng = np.random.default_rng(2)
+    work = Workload.from_arrays(1.6e9 + 1234 + np.floor(np.sort(rng.random(900) * 86400)), rng.exponential(900, 900), "gpu", read=1e6)
+    influx, parquet, trace = store_at(f"{influx_server}/clock"), store_at(tmp_path), simulate(work, Platform(Pool("gpu", 9)))
+    for store in (influx, parquet): store.write(trace, "epoch")
+    for metric in ("wait", "pipelines", "utilisation", "read"):
+        got, want = influx.series(metric, "epoch"), parquet.series(metric, "epoch")
+        assert got.t.tolist() == want.t.tolist() and got.t[0] == work.t0, metric
+        np.testing.assert_allclose(got.value, want.value, rtol=1e-9, err_msg=metric)
