@@ -36,6 +36,15 @@ def test_intervals_hold_the_truth(days, rho):
         assert enough(sum(held), len(held)) and (n == 20 or np.mean(held) <= .99), (n, np.mean(held))
 
 
+def test_intervals_of_differences_hold_the_truth():
+    "100 paired intervals of five replications: shortest first against first come."
+    arrivals = bursty()
+    def differ(rng): return np.subtract(*(ps.simulate(work, ONE, p).wait.mean() for work in [replication(arrivals, 14., .8, rng)] for p in ("sjf", "fifo")))
+    waits = ps.stats.replicate(differ, 500, seed=5)
+    held = [waits.mean() in paired_diff(x, np.zeros(5)) for x in waits.reshape(-1, 5)]
+    assert enough(sum(held), 100), np.mean(held)
+
+
 def test_replications_vary_alike_on_both_sides_of_four_weeks():
     arrivals = bursty()
     spread = [np.std([len(arrivals.sample(days * 86_400, seed)) for seed in range(150)]) / days for days in (27.9, 28.1)]
