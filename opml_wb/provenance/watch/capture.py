@@ -16,6 +16,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from ...core.kit.files import append
+from ...core.kit.lazy import load_object
 from ...core.record import log
 from ...core.record.store import Store
 from ...core.request.params import ParamError
@@ -124,14 +125,13 @@ def indexed(self: Capture, home: Store, folder: Path) -> None:
 @patch
 def between(self: Capture, a: str, b: str) -> dict[str, list]:
     "{differences, unknown} of what two runs depended on, by their ids. Raises StoreError."
-    from opml_wb.provenance.ask.circumstances import between
-    found, unknown = between(LineageReader(), a, b)
+    found, unknown = load_object("opml_wb.provenance.ask.circumstances:between")(
+        LineageReader(), a, b)
     return {"differences": found, "unknown": unknown}
 
 @patch
 def of_trace(self: Capture, verb: str) -> Callable[..., int]:
     "The function that does `verb` (rerun, compare, show) with runs of commands."
-    from opml_wb.provenance import traces
-    return getattr(traces, verb)
+    return load_object(f"opml_wb.provenance.traces:{verb}")
 
 capture = Capture()
