@@ -26,6 +26,7 @@ def _line(title: str, text: Any) -> None:
     body = textwrap.wrap(str(text), 66, break_on_hyphens=False) or [""]
     for n, part in enumerate(body): click.echo(f"{title if not n else '':<14}{part}")
 
+# %% ../../nbs/provenance/06_traces.ipynb #7971e2fc
 def _rows(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     "Print a table, if it has rows."
     shown = [[terminal.plain(shorten(c) if c is not None else "") for c in r] for r in rows]
@@ -34,6 +35,7 @@ def _rows(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> 
     for row in shown: table.add_row(*row)
     terminal.console().print(table)
 
+# %% ../../nbs/provenance/06_traces.ipynb #384c16e8
 def near(path: str, cwd: str | None) -> str:
     "`path`, by its way from the working folder if it lies below."
     return path.removeprefix(f"{cwd.rstrip('/')}/") if cwd else path
@@ -81,6 +83,7 @@ def _held_together(reader: LineageReader, a: str, b: str) -> dict[str, Any]:
     return {"a": a, "b": b, **came, "differences": differences, "unknown": unknown,
             "verdict": verdict_of(rows, unknown)}
 
+# %% ../../nbs/provenance/06_traces.ipynb #f95885d8
 def compare(runs: Sequence[str], as_json: bool = False) -> int:
     "Print how each later run of a command differs from the first. Returns the exit code."
     reader = LineageReader()
@@ -105,6 +108,7 @@ def _print_pair(reader: LineageReader, found: Mapping[str, Any]) -> None:
                             for r in (*found["outputs"], *found["metrics"])), ("", "A", "B"))
     _told(found["verdict"], found["unknown"])
 
+# %% ../../nbs/provenance/06_traces.ipynb #e7ae4b16
 def _told(verdict: str, unknown: Iterable[str]) -> None:
     "Print a verdict, and what isn't known."
     click.echo(verdict)

@@ -20,6 +20,7 @@ from ..watch.lineage_db import LineageReader
 from ..watch.privacy import MASK, masked_variables
 from ..watch.versions import version_of
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #abb5950a
 def difference(kind: str, name: str, then: Any, now: Any) -> dict[str, Any]:
     "A difference of class `kind`: input | package | code | hardware | environment."
     return {"class": kind, "name": name, "then": then, "now": now}
@@ -53,6 +54,7 @@ def _names(then: set[str], now: set[str]) -> tuple[str, str]:
     more = [f"and {len(shown) - 5} more"] if len(shown) > 5 else []
     return f"{len(then)} names", ", ".join(shown[:5] + more)
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #f40a85cf
 def searched(folder: Mapping[str, Any], stage: Mapping[str, Any],
              events: Iterable[Mapping]) -> bool:
     "True if `folder` was listed as Python does it to find modules: scripts were read from it."
@@ -62,6 +64,7 @@ def searched(folder: Mapping[str, Any], stage: Mapping[str, Any],
             or any(os.path.dirname(e["path"]) == folder["path"] and e["path"].endswith(".py")
                    for e in events if e["op"] == "read"))
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #47590ee9
 def listing(folder: Mapping[str, Any], own: set[str], ended: float) -> tuple[Any, str | None]:
     """Compare the names in a folder that was listed: (difference or None, why unknown or None).
 
@@ -74,6 +77,7 @@ def listing(folder: Mapping[str, Any], own: set[str], ended: float) -> tuple[Any
     if folder.get("import"): then, now = ({n for n in s if MODULE.match(n)} for s in (then, now))
     return (difference("input", path, *_names(then, now)) if then != now else None), None
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #faf862d4
 def _unnamed(folder: Mapping[str, Any], now: set[str], own: set[str], changed: bool,
              ended: float) -> tuple[Any, str | None]:
     "`listing` of a folder whose names then were too many to be kept, or are not known."
@@ -85,10 +89,12 @@ def _unnamed(folder: Mapping[str, Any], now: set[str], own: set[str], changed: b
     if folder.get("import"): return None, None
     return None, f"{path} was listed, and has changed: which names it had is not known"
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #bfc94417
 def _hashed(names: set[str]) -> str:
     "The version of a folder with these names."
     return hashlib.sha256(json.dumps(sorted(names)).encode()).hexdigest()
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #e5b98abe
 def _born(path: str) -> float:
     "When the file at `path` got its name or content, s since 1970; 0 if it is gone."
     try: return os.lstat(path).st_ctime
@@ -102,6 +108,7 @@ SESSION = re.compile(
     r"SYSTEMD_|GPG_|JPY_|IPY_|VSCODE_|TERM_SESSION|WT_|ITERM_|KITTY_|VTE_|PYTEST_|NBDEV_|"
     r"OPML_(RUN_|HOME|STORE|CAPTURE|AUDIT|TABLES_AT|TEST)|CLICOLOR|COLORTERM$|MAIL$")
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #58fd304e
 def variables(facts: Mapping[str, Any], now: Mapping[str, str],
               chapter: bool = False) -> tuple[list[dict], list[str]]:
     """(differences, what isn't known) of the variables then and `now`.
@@ -121,6 +128,7 @@ def variables(facts: Mapping[str, Any], now: Mapping[str, str],
 SERVICES = re.compile(r"unix:(/var)?/run/(nscd|systemd)/|unix:/dev/log$")   # names and logs
 STREAM = {0: "standard input", 1: "standard output", 2: "standard error"}
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #dff98f9a
 def outside(facts: Mapping[str, Any]) -> list[str]:
     "What a stage took in that no file holds, in lines: connections, pipes, here-documents."
     out = [f"it was connected to {a}: what came from there is not known"
@@ -150,6 +158,7 @@ FACTS: dict[str, Any] = {"partial": [], "streams": [], "missing": [], "listed": 
          "unknown": []}                    # of a stage that depends on its files alone
 OLD = "it was recorded before variables, listed folders, missing files and connections were"
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #d3d63825
 def lacking(facts: Mapping[str, Any], stage: Mapping[str, Any],
             events: Sequence[Mapping]) -> list[str]:
     "What the record of a stage lacks, in lines."
@@ -170,6 +179,7 @@ and coalesce(s.command, '')=coalesce((select command from prov_stage where run=?
 and coalesce(s.cwd, '')=coalesce((select cwd from prov_stage where run=?), '')
 and r.status='done' order by r.started desc limit 20"""
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #0a139d9f
 def varied(reader: LineageReader, run: str, events: Sequence[Mapping]) -> list[str]:
     "Outputs that came out differently in another run of the same command from the same inputs."
     def sides(of: Sequence[Mapping]) -> tuple[set, dict]:
@@ -192,6 +202,7 @@ def _without(facts: Mapping[str, Any], tables: tuple[str, ...]) -> dict[str, Any
     listed = [f for f in facts.get("listed", ()) if not f"{f['path']}/".startswith(tables)]
     return {**facts, "missing": missing, "listed": listed}
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #f34a82b9
 def circumstances(reader: LineageReader, run: str,
                   events: Sequence[Mapping]) -> tuple[list[dict], list[str]]:
     "(differences, what isn't known, in lines) of what stage `run` depended on beside its files."
@@ -218,17 +229,20 @@ def _near(path: str, cwd: str | None) -> str:
     inside = cwd and path.startswith(f"{cwd.rstrip('/')}/")
     return os.path.relpath(path, cwd) if inside else path
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #d4a1ae99
 def _used(reader: LineageReader, run: str) -> dict[str, str]:
     "{path: version} that `run` used, paths from its working folder."
     cwd, events = reader.stage(run)["cwd"], reader.events(run)
     log = added_to(reader.facts(run), events)
     return {_near(p, cwd): v for p, v, _ in used(events) if p not in log}
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #51dac1f9
 def _sides(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict]:
     "Differences between two dicts by name."
     return [difference(kind, n, a.get(n), b.get(n)) for n in dict.fromkeys([*a, *b])
             if a.get(n) != b.get(n)]
 
+# %% ../../../nbs/provenance/ask/04_circumstances.ipynb #dd9a06ba
 def between(reader: LineageReader, a: str, b: str) -> tuple[list[dict], list[str]]:
     "(differences, what isn't known, in lines) of what two recorded runs depended on, by their ids."
     files = _sides("input", *(_used(reader, r) for r in (a, b)))

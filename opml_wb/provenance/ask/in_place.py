@@ -16,6 +16,7 @@ from typing import Any
 
 from ...core.record.database import StoreError
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #5d42add4
 class Refused(StoreError):
     "A file is left as it is; the message names it and says why."
 
@@ -25,6 +26,7 @@ Version = str | None                  # SHA-256 of a content, of a link that of 
 O_PATH = getattr(os, "O_PATH", 0)
 STEP = O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #16405679
 def _step(folder: int, name: str, make: bool, path: str) -> int:
     "Open the folder `name` in `folder`; `make` it if it isn't there."
     try: return os.open(name, STEP, dir_fd=folder)
@@ -55,6 +57,7 @@ def folder_of(path: str, top: str = "/", make: bool = False) -> Iterator[tuple[i
 # %% ../../../nbs/provenance/ask/07_in_place.ipynb #1a1f6d85
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #4d2d56de
 def version_at(folder: int, name: str) -> Version:
     """The version of the file or link `name` in `folder`, None if nothing is there.
 
@@ -70,6 +73,7 @@ def version_at(folder: int, name: str) -> Version:
 # %% ../../../nbs/provenance/ask/07_in_place.ipynb #b02bf71b
 ONLY_NEW, EXCHANGE = 1, 2
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #1c41847c
 def rename(folder: int, old: str, new: str, how: int) -> None:
     "Rename `old` in `folder` to `new`; `how`: ONLY_NEW or EXCHANGE. Raises OSError."
     call = ctypes.CDLL(None, use_errno=True).renameat2
@@ -80,6 +84,7 @@ def rename(folder: int, old: str, new: str, how: int) -> None:
         return os.unlink(old, dir_fd=folder)
     raise OSError(number, os.strerror(number), new)
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #a31ebb57
 def tell(point: str) -> None:
     "A point between two steps; a test ends the process at it."
 
@@ -146,6 +151,7 @@ def _give_back(change: Change, folder: int, name: str) -> None:
 CANNOT = {errno.EEXIST: "has appeared in this moment",
           errno.EINVAL: "lies where two files cannot be exchanged in one step (remove it first)"}
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #c61036f1
 def _set(change: Change, folder: int, name: str, had: Version) -> None:
     "Take the one step; where it cannot be taken, what was made ready is removed."
     try:
@@ -238,6 +244,7 @@ def recover(folder: Path) -> list[str]:
             path.unlink(missing_ok=True)
     return said
 
+# %% ../../../nbs/provenance/ask/07_in_place.ipynb #faba2a72
 def _mended(change: Change) -> str | None:
     "`mend`, with errors in words; None when there is nothing to say."
     try: return mend(change)

@@ -45,6 +45,7 @@ def _row(name: str, then: tuple | None, now: tuple | None) -> dict[str, Any]:
     sides = ("not made" if side is None else side[1] or "?" for side in (then, now))
     return {"name": name, **dict(zip(("then", "now"), sides))}
 
+# %% ../../../nbs/provenance/ask/05_results.ipynb #1d38b8e7
 def _outputs(then: Sequence[Mapping], now: Sequence[Mapping]) -> tuple[list[dict], list[str]]:
     "(rows, what isn't known) of the outputs of two stages, from their events."
     a, b = results(then), results(now)
@@ -53,6 +54,7 @@ def _outputs(then: Sequence[Mapping], now: Sequence[Mapping]) -> tuple[list[dict
     return rows, [f"{p}: its version is compared, not the rows" for p in tables] + [
         f"{r['name']}: a version was not recorded" for r in rows if "?" in (r["then"], r["now"])]
 
+# %% ../../../nbs/provenance/ask/05_results.ipynb #31fe847f
 def _metrics(then: Mapping, now: Mapping) -> list[dict]:
     "Rows of the metrics of two run documents."
     a, b = then.get("metrics") or {}, now.get("metrics") or {}
@@ -65,6 +67,7 @@ def aside(reader: LineageReader, old: str, new: str) -> set[str]:
     logs = set().union(*(added_to(reader.facts(r), reader.events(r)) for r in (old, new)))
     return logs | printed_to(reader.facts(new)) - {e["path"] for e in reader.events(old)}
 
+# %% ../../../nbs/provenance/ask/05_results.ipynb #efc3195e
 def compare(reader: LineageReader, old: str, new: str) -> dict[str, Any]:
     """Compare what came out of two executions of a stage, by their ids.
 

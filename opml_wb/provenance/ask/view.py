@@ -20,6 +20,7 @@ from ...core.kit.procs import die_with_parent
 from ...core.record.database import StoreError
 from .in_place import Change, Refused, copy_into, folder_of
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #121e9873
 class ViewError(StoreError):
     "No view can be made here, or a file cannot be put into it; the message says why."
 
@@ -29,12 +30,14 @@ BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18
 MOUNT_SETATTR, READ_ONLY = 442, 1           # the call's number is the same on all machines
 OWN = re.compile(r"/(?:proc|sys|dev)(?:/|$)")  # the system's, that stay as they are
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #6833b2e0
 def _libc(call: str, *args: Any) -> None:
     "Call a function of the C library. Raises OSError."
     if getattr(ctypes.CDLL(None, use_errno=True), call)(*args) == 0: return
     number = ctypes.get_errno()
     raise OSError(number, os.strerror(number))
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #00f1f566
 def _mount(source: str, target: str, kind: str | None, flags: int = 0, options: str = "") -> None:
     words = (s and os.fsencode(s) for s in (source, target, kind))
     _libc("mount", *words, ctypes.c_ulong(flags), os.fsencode(options))
@@ -47,6 +50,7 @@ def mount_points(table: str = "/proc/self/mountinfo") -> list[str]:
     plain = [re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), name) for name in named]
     return [p for p in dict.fromkeys(plain) if not OWN.match(p)]
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #8c468440
 def _make_read_only(place: str) -> None:
     "Let nothing be written on the file system that is mounted at `place`."
     attributes = (ctypes.c_uint64 * 4)(READ_ONLY, 0, 0, 0)
@@ -80,15 +84,18 @@ class View:
     through: list[str]                                  # the home
     env: dict[str, str] = field(default_factory=dict)   # for the command
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #cab0fa74
 def below(path: str, folder: str) -> bool:
     "True if `path` is `folder` or lies in it."
     return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #3cd80a85
 def _mine(folder: str) -> bool:
     "True if `folder` belongs to this user and group: only then a layer can take it over."
     found = os.stat(folder)
     return (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #acec1d1d
 def roots_of(folders: Iterable[str]) -> list[str]:
     "The outermost of `folders`, and those that lie in a folder of somebody else within these."
     out: list[str] = []
@@ -207,6 +214,7 @@ START = "import sys; from opml_wb.provenance.ask.view import main; main(*sys.arg
 # %% ../../../nbs/provenance/ask/08_view.ipynb #71feff1f
 PREFIX, LOCK = "opml-view-", "lock"
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #2ff86331
 def _scratch(base: str, n: int) -> str:
     "A new scratch folder below `base` with `n` empty layers, locked as long as this process lives."
     folder = tempfile.mkdtemp(prefix=PREFIX, dir=base)
@@ -219,6 +227,7 @@ def _scratch(base: str, n: int) -> str:
 
 LOCKS: dict[str, Any] = {}
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #1ae0df95
 def clear(folder: str) -> None:
     "Remove a scratch folder, whatever rights the command gave its files."
     def writable(call: Any, path: str, why: Any) -> None:
@@ -240,6 +249,7 @@ def bases(home: str) -> list[str]:
     "Folders that a scratch folder may lie in."
     return [p for p in dict.fromkeys((home, tempfile.gettempdir(), "/var/tmp")) if os.path.isdir(p)]
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #20846890
 def sweep(home: str) -> None:
     "Remove the scratch folders of processes that were killed."
     for base in bases(home):
