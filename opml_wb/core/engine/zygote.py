@@ -143,7 +143,8 @@ def end(self: ZygoteLoop, limit: float = 6.0) -> None:
 
 # %% ../../../nbs/core/engine/07_zygote.ipynb #1bcfa6b6
 NEEDED = ("numpy.random", "psutil",  # numpy loads its generators lazily: once here, not in each run
-          "opml_wb.core.request.dependencies", "opml_wb.core.engine.asked",
+          "opml_wb.core.record.data", "opml_wb.core.request.dependencies",
+          "opml_wb.core.engine.asked",
           "opml_wb.core.engine.supervise")
 
 def _boot(preload: Iterable[str]) -> tuple["InteractiveShell", list[str]]:

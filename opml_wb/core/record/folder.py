@@ -95,10 +95,11 @@ def summary(folder: str | os.PathLike) -> dict[str, Any]:
 # %% ../../../nbs/core/record/04_folder.ipynb #9bf0cd6d
 def declared_places(doc: dict[str, Any]) -> set[str]:
     "List the absolute paths of the data that the run `doc` declares: its key has what they hold."
+    if not doc.get("data"): return set()
     from opml_wb.core.record import data
     beside, known = Path(doc.get("source") or "/").parent, data.registry()
     places = (data.find(name) if name in known else beside/Path(name).expanduser()
-              for name in doc.get("data", {}))
+              for name in doc["data"])
     return {os.path.abspath(p) for p in places if p}
 
 # %% ../../../nbs/core/record/04_folder.ipynb #6aed08b5

@@ -27,15 +27,17 @@ def _state(folder: str) -> tuple[str, int]:
     try: return folder, os.stat(folder or ".").st_mtime_ns
     except OSError: return folder, 0
 
-@functools.lru_cache(4)
-def _metadata(folders: tuple[tuple[str, int], ...]) -> dict[str, Path]:
-    found = (info for folder, _ in reversed(folders)
-             for end in ("egg-info", "dist-info") for info in Path(folder or ".").glob(f"*.{end}"))
+@functools.lru_cache(64)
+def _metadata(folder: str, changed: int) -> dict[str, Path]:
+    "The metadata folders in one folder of `sys.path`, by the normalized name of what they describe."
+    found = (p for end in ("egg-info", "dist-info") for p in Path(folder or ".").glob(f"*.{end}"))
     return {normalized(info.stem.rpartition("-")[0] or info.stem): info for info in found}
 
 def metadata() -> dict[str, Path]:
-    "List what is installed, looked up anew when it changed: {normalized name: metadata folder}."
-    return _metadata(tuple(map(_state, sys.path)))
+    "List what is installed, looked up anew where it changed: {normalized name: metadata folder}."
+    out: dict[str, Path] = {}
+    for folder in reversed(sys.path): out |= _metadata(*_state(folder))
+    return out
 
 # %% ../../../nbs/core/request/07_libraries.ipynb #edca4e1a
 def distributions() -> dict[str, str]:
