@@ -125,8 +125,8 @@ def draw_legend(self: Sheet, named: Sequence[tuple[Mapping, str]]) -> None:
     upright = {"bottom": "lower", "middle": "center"}.get(at.get("yanchor") or "", "upper")
     across = at.get("xanchor") if at.get("xanchor") in ("center", "right") else "left"
     where = self.at(at.get("x", 0 if flat else 1.02), at.get("y", -.1 if flat else 1))
-    self.page.legend(handles=samples, ncols=columns, bbox_to_anchor=where, frameon=False,
-                     loc=f"{upright} {across}".replace("center center", "center"),
+    loc: Any = f"{upright} {across}".replace("center center", "center")
+    self.page.legend(handles=samples, ncols=columns, bbox_to_anchor=where, frameon=False, loc=loc,
                      borderaxespad=0, handlelength=1.6, columnspacing=1.2)
 
 # %% ../../../nbs/core/kit/10_picture.ipynb #c2022af1
@@ -191,19 +191,19 @@ def draw_note(self: Sheet, note: Mapping[str, Any]) -> None:
     if None in spots or not note.get("text"): return
     (across, x), (up, y) = spots
     point = blended_transform_factory(across, up).transform((x, y))
+    at: Any = self.page.transFigure.inverted().transform(point)
     arrow, font = note.get("showarrow", True), note.get("font") or {}
     shift = (note.get("ax", -10), -note.get("ay", -30)) if arrow else (
         note.get("xshift", 0), note.get("yshift", 0))
     self.page.add_artist(Annotation(
-        plain(note["text"]), self.page.transFigure.inverted().transform(point),
-        [n * PT for n in shift], xycoords="figure fraction", textcoords="offset points",
+        plain(note["text"]), at, (shift[0] * PT, shift[1] * PT), xycoords="figure fraction", textcoords="offset points",
         ha=_anchor(note, "x", x, ("left", "right")), va=_anchor(note, "y", y, ("bottom", "top")),
         fontsize=font.get("size", 12) * PT, color=rgba(font.get("color") or COLOURS["muted"]),
         rotation=-(note.get("textangle") or 0), annotation_clip=False,
         arrowprops=dict(arrowstyle="->", color=COLOURS["muted"], lw=.8) if arrow else None))
 
 # %% ../../../nbs/core/kit/10_picture.ipynb #38dbef39
-def _style(font: Mapping[str, Any]) -> dict[str, Any]:
+def _style(font: Mapping[str, Any]) -> Any:
     grey = COLOURS["muted"]
     return {"font.size": font.get("size", 12) * PT, "font.family": "sans-serif", "text.color": grey,
             "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,

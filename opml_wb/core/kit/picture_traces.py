@@ -16,7 +16,7 @@ from .plotly_json import array, colour_map, colours, each, plain, rgba, template
 
 if TYPE_CHECKING: from matplotlib.axes import Axes
 
-DASH = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 4))}
+DASH: dict[Any, Any] = {"dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 4))}
 STEPS = {"hv": "steps-post", "vh": "steps-pre", "hvh": "steps-mid"}
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "star": "*",
            "triangle-up": "^", "triangle-down": "v", "triangle-left": "<", "triangle-right": ">",

@@ -121,7 +121,8 @@ def _played(moved: Mapping[str, list], at: list[int], state: Callable, seconds: 
     cost = time.monotonic() - began
     most = max(2 * len(at), min(STATES, int(seconds / max(cost, 1e-4))))
     while True:
-        grid, frames = Grid([len(c) for c in moved.values()], at, most), {}
+        grid = Grid([len(c) for c in moved.values()], at, most)
+        frames: dict[str, tuple] = {}
         until = time.monotonic() + seconds
         for indices in grid:
             if time.monotonic() > until and len(frames) > 1: break
