@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'HOLD', 'STALL', 'AT_ONCE', 'ENDING', 'become_apart', 'listi
            'may_hold']
 
 # %% ../../../nbs/provenance/watch/18_contents.ipynb #f5726e1b
-import gc, hashlib, json, mmap, os, signal, socket, time
+import gc, hashlib, json, mmap, os, signal, socket, time, warnings
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +152,9 @@ def pump(self: Contents) -> None:
 def start(self: Contents) -> None:
     "Start the process."
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
+    with warnings.catch_warnings():    # threads beside this one wait, and hold nothing
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0: become_apart({theirs.fileno()}, work_off, theirs, self.page)
     theirs.close()
     self.socket, self.pid, self.moved = ours, pid, time.monotonic()

@@ -176,10 +176,10 @@ def answer(self: Watcher, listener: Listener) -> None:
     "Receive one call, and let it go on whatever happens here."
     told = syscalls.receive(listener.fd, self.page)
     if told is None: return
-    if self.notes.passes(listener, told): return syscalls.go_on(listener.fd, told.ident)
-    listener.told += syscalls.name_of(told.number, told.arch) not in STATS
     turn, self.busy = self.turn, Busy(listener, told.ident)
-    jobs = self.noted(listener, told)
+    passed = self.notes.passes(listener, told)
+    listener.told += syscalls.name_of(told.number, told.arch) not in STATS
+    jobs = [] if passed else self.noted(listener, told)
     if self.turn != turn: raise Superseded
     self.busy = None
     jobs = [job for job in jobs if may_hold(job)]
