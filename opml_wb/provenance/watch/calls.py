@@ -142,7 +142,9 @@ def blind(self: Interpreter, why: str, thread: int) -> None:
     "Note that what `thread` does from now on may not be seen."
     try: name = Path(f"/proc/{thread}/comm").read_text().strip()
     except OSError: name = "gone"
-    self.aside.append({"o": "blind", "why": why, "what": f"process {thread} ({name})"})
+    fact = {"o": "blind", "why": why, "what": f"process {thread} ({name})"}
+    if why in ("chroot", "namespace"): fact["thread"] = str(thread)
+    self.aside.append(fact)
 
 # %% ../../../nbs/provenance/watch/06_calls.ipynb #dfd85e9f
 @patch

@@ -15,7 +15,7 @@ from ...core.record.events import MARK as TEXT_MARK
 from . import syscalls
 from .calls import STATS, Interpreter, signed, spelled
 from .contents import Job
-from .paths import AT_CWD, OWNED, counts
+from .paths import AT_CWD, OWNED, counts, place_of
 from .session import Session, ancestors, process_of
 
 OPENS = {"open", "openat", "openat2", "creat"}
@@ -23,6 +23,10 @@ OF_FOLDER = {"newfstatat", "faccessat", "faccessat2", "statx"}
 MARK = TEXT_MARK.encode()
 
 # %% ../../../nbs/provenance/watch/20_notes.ipynb #6c2a4251
+def _place(thread: str | int) -> tuple | None:
+    try: return place_of(thread)
+    except OSError: return None
+
 class Listener:
     "One listener (descriptor `fd`): its stage's session, and those of the stages inside it."
     def __init__(self, fd: int, order: dict, session: Session | None) -> None:
@@ -54,6 +58,7 @@ def nest(self: Listener, pid: int, order: dict) -> None:
     contents = self.session.contents if self.session else None
     first = {**order["first"], "how": "nested"}
     self.nested[pid] = Session(**{**order, "first": first}, contents=contents)
+    self.nested[pid].place = _place(pid)
     self.seen.clear()
 
 # %% ../../../nbs/provenance/watch/20_notes.ipynb #dce65b74
@@ -102,7 +107,9 @@ def take(self: NoteTaker, listener: Listener, ident: int, thread: int, call: str
 
 def put(session: Session, fact: dict, pid: int) -> Job | None:
     "Write `fact` into `session`; the job of a content that goes with it."
-    if fact["o"] == "blind": return session.blind(fact["why"], fact["what"], pid)
+    if fact["o"] == "blind":
+        at_home = "thread" in fact and session.place and _place(fact["thread"]) == session.place
+        return None if at_home else session.blind(fact["why"], fact["what"], pid)
     if fact["o"] == "net": return session.reached(fact["to"], pid)
     return session.take(fact, pid)
 

@@ -225,14 +225,17 @@ def table_of(path: str, known: dict[str, bool]) -> str | None:
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #8e8b515d
 def tables(events: Iterable[dict]) -> list[dict]:
-    "Make one event for each Delta table among `events`; those of its files are marked as parts."
+    """Make one event for each Delta table among `events`; those of its files are marked as `part`,
+    those of the notes of a FeatureStore on it as its `own`."""
     known: dict[str, bool] = {}
     found: dict[str, list[tuple]] = {}
     for e in events:
         table = table_of(e["path"], known)
         if table is None: continue
         e["part"] = True
-        if e["path"].startswith(f"{table}/_known/"): continue     # its clock, which reads set, too
+        if e["path"].startswith(f"{table}/_known/"):     # its clock, which reads set, too
+            e["own"] = True
+            continue
         commit = COMMIT.match(e["path"])
         found.setdefault(table, []).append((e["op"], int(commit[2]) if commit else -1, e))
     return [_table_event(table, rows) for table, rows in found.items()]
@@ -288,4 +291,4 @@ def events(records: Iterable[dict], hashes: Hashes | None = None) -> list[dict]:
     found = [e for node in files.names.nodes if (e := event(node, hashes))]
     told = {e["path"]: e for e in _merged(files.told)}
     found += [e for e in tables(found) if e["path"] not in told] + list(told.values())
-    return sorted(found, key=lambda e: e["t"] or 0)
+    return sorted((e for e in found if not e.get("own")), key=lambda e: e["t"] or 0)

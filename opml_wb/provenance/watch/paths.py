@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'LIBRARY', 'CACHED', 'PARTS', 'AT_CWD', 'OWN', 'OWNED', 'outside', 'counts', 'counted', 'compiled',
-           'source_of', 'within', 'look', 'spelling', 'foreign', 'may']
+           'source_of', 'within', 'look', 'spelling', 'place_of', 'foreign', 'may']
 
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #5e9d29da
 import ctypes, functools, os, re, sys
@@ -109,16 +109,16 @@ def spelling(path: bytes) -> str:
     return os.path.normpath(os.fsdecode(place) + os.fsdecode(rest))
 
 # %% ../../../nbs/provenance/watch/02_paths.ipynb #573cb64f
-def _place(thread: int | str) -> tuple:
+def place_of(thread: int | str) -> tuple:
     "The root directory and the table of mounts of `thread`, from which its names start."
     top = os.stat(f"/proc/{thread}/root/")
     return top.st_dev, top.st_ino, os.readlink(f"/proc/{thread}/ns/mnt")
 
-_ours = functools.lru_cache(None)(lambda: _place("self"))
+_ours = functools.lru_cache(None)(lambda: place_of("self"))
 
 def foreign(thread: int) -> str | None:
     "`chroot` or `namespace` if the names of `thread` start elsewhere than ours, else None."
-    try: theirs = _place(thread)
+    try: theirs = place_of(thread)
     except OSError: return None
     return None if theirs == _ours() else "namespace" if theirs[2] != _ours()[2] else "chroot"
 
@@ -126,6 +126,7 @@ def foreign(thread: int) -> str | None:
 def may(path: bytes, mode: int, thread: int) -> bool:
     "True if the user of `thread` may open `path` for `mode` (os.R_OK, os.W_OK or both)."
     if thread == os.getpid(): return os.access(path, mode)
+    if not os.path.lexists(path): path = b"/proc/%d/root%s" % (thread, path)   # of its own mounts
     owner = os.stat(f"/proc/{thread}").st_uid
     if owner == os.geteuid(): return os.access(path, mode)
     try: found = os.stat(path)

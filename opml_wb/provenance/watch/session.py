@@ -144,6 +144,7 @@ class Session:
                  contents: "Contents | None" = None) -> None:
         self.journal, self.paths, self.skip = Journal(path), KnownPaths(), tuple(skip)
         self.root, self.contents, self.said = root, contents, set[str]()
+        self.place: tuple | None = None    # where a stage inside another began: see `paths`
         self.began = time.monotonic() if began is None else began
         self.cells: dict[int, int] = {}
         self.libraries: set[str] = set()
