@@ -196,7 +196,8 @@ def draw_note(self: Sheet, note: Mapping[str, Any]) -> None:
     shift = (note.get("ax", -10), -note.get("ay", -30)) if arrow else (
         note.get("xshift", 0), note.get("yshift", 0))
     self.page.add_artist(Annotation(
-        plain(note["text"]), at, (shift[0] * PT, shift[1] * PT), xycoords="figure fraction", textcoords="offset points",
+        plain(note["text"]), at, (shift[0] * PT, shift[1] * PT), xycoords="figure fraction",
+        textcoords="offset points",
         ha=_anchor(note, "x", x, ("left", "right")), va=_anchor(note, "y", y, ("bottom", "top")),
         fontsize=font.get("size", 12) * PT, color=rgba(font.get("color") or COLOURS["muted"]),
         rotation=-(note.get("textangle") or 0), annotation_clip=False,

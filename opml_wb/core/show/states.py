@@ -30,7 +30,8 @@ def choices(control: "Widget") -> list[tuple[str, Any]] | None:
         return None if isinstance(now, tuple) and now not in values else list(zip(labels, values))
     if isinstance(control.value, bool): return [("no", False), ("yes", True)]
     ends = [getattr(control, k, None) for k in ("min", "max", "step")]
-    if None in ends or getattr(control, "base", None) or isinstance(control.value, tuple): return None
+    several = isinstance(control.value, tuple)
+    if None in ends or several or getattr(control, "base", None): return None
     low, high, step = ends
     values = [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
     return [(f"{v:.6g}", v) for v in values]
