@@ -63,11 +63,10 @@ class Workload:
 
     Times are seconds, f8. arrival f8 [P], on any clock; t0, end: the window in which arrivals
     were watched or drawn (not given: the first and the last of them); dur, est, read, write
-    (bytes), priority f8 [T]; pool
-    i4 [T] into `pools` (names in use); units, pipeline i8 [T]; edges i8 [E, 2]; kind i4 [T] into
-    `kinds`; model i8 [P] (-1: none) and perf f8 [P], or None: the model that a pipeline makes
-    and its performance; observed f8 [T] or None: waits in the trace; counts: what a reader
-    found."""
+    (bytes), priority f8 [T]; pool i4 [T] into `pools` (names in use); units, pipeline i8 [T];
+    edges i8 [E, 2]; kind i4 [T] into `kinds`; model i8 [P] (-1: none) and perf f8 [P], or None:
+    the model that a pipeline makes and its performance; observed f8 [T] or None: waits in the
+    trace; counts: what a reader found."""
     arrival: np.ndarray
     dur: np.ndarray
     est: np.ndarray
