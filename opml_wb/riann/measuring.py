@@ -51,10 +51,10 @@ class Meter:
 def expected(self: Meter, beam: int) -> float:
     "Ask the recall model about the index as it is, searched with `beam`."
     state, planner, n = State.of(self.graph), self.linker.planner, len(self.graph)
-    wait = self.graph.waiting / n
-    found = planner.recalls.predict(2**state.deg, 2**state.cand, min(beam, WIDEST),
-                                    min(n, N_RANGE[1]), planner.need.k)
-    return wait + (1 - wait) * found
+    deg, cand, wait = 2**state.deg, 2**state.cand, self.graph.waiting / n
+    found = planner.recalls.predict(deg, cand, min(beam, WIDEST), min(n, N_RANGE[1]),
+                                    planner.need.k)
+    return wait + (1 - wait) * planner.beyond(found, deg, cand, beam, n)
 
 @patch
 def widest(self: Meter) -> int:

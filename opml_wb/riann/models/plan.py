@@ -231,12 +231,17 @@ def _chosen(self: Planner, size: int) -> list[Rung]:
 
 # %% ../../../nbs/riann/models/08_plan.ipynb #9cffe52b
 @patch
-def expected(self: Planner, rung: Rung, n: float) -> float:
-    "Predicted recall of `rung` in an index of `n` vectors, also of more than the model has seen."
-    if n <= N_RANGE[1]: return rung.recall
-    a, b = (logit(self.recalls.predict(*rung[:2], min(rung.cand_q, WIDEST), size, self.need.k))
+def beyond(self: Planner, recall: float, deg: float, cand: float, cand_q: int, n: float) -> float:
+    "Go on from predicted `recall` of these properties to an index of more than the model has seen."
+    if n <= N_RANGE[1]: return recall
+    a, b = (logit(self.recalls.predict(deg, cand, min(cand_q, WIDEST), size, self.need.k))
             for size in (N_RANGE[1] // 4, N_RANGE[1]))
-    return float(moved(rung.recall, min(0., (b - a) / 2) * math.log2(n / N_RANGE[1])))
+    return float(moved(recall, min(0., (b - a) / 2) * math.log2(n / N_RANGE[1])))
+
+@patch
+def expected(self: Planner, rung: Rung, n: float) -> float:
+    "Predict recall of `rung` in an index of `n` vectors, also of more than the model has seen."
+    return self.beyond(rung.recall, *rung[:3], n)
 
 @patch
 def unknown(self: Planner, n: float, lid: float | None = None) -> str:
