@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../../../nbs/core/engine/11_papermill.ipynb #8a4c4284
-import functools, json, os, tempfile, time
-from collections.abc import Callable
+import functools, json, os, sys, tempfile, time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, TimeoutError as NotYet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +99,98 @@ def _run(nb_man: "NotebookExecutionManager", folder: str, limit: float | None) -
         from nbclient.exceptions import DeadKernelError
         raise DeadKernelError(run["error"]["evalue"])
 
+# %% ../../../nbs/core/engine/11_papermill.ipynb #be9b1589
+def _ours(nb: Mapping[str, Any]) -> bool:
+    "True for a notebook that uses this package, or has metadata for it."
+    sources = ("".join(c.get("source", "")) for c in nb.get("cells", ()))
+    return "opml" in nb.get("metadata", {}) or any("opml_wb" in source for source in sources)
+
+def _asked() -> Mapping[str, Any] | None:
+    """Find the notebook that papermill is about to parameterise, which it doesn't tell a translator.
+
+    None if it has nothing to do with this package."""
+    frame: Any = sys._getframe(1)
+    for _ in range(6):
+        frame = frame and frame.f_back
+        if frame and frame.f_code.co_name == "parameterize_notebook":
+            nb, engine = frame.f_locals.get("nb"), frame.f_locals.get("engine_name")
+            return nb if nb and (engine == "opml" or _ours(nb)) else None
+    return None
+
+# %% ../../../nbs/core/engine/11_papermill.ipynb #0db88aa9
+def _typed(nb: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, str]:
+    """Write Python for the parameters whose value or type is more than JSON: {name: expression}.
+
+    Raises PapermillException that names a parameter which cannot be carried."""
+    from papermill.exceptions import PapermillException
+    from opml_wb.core.request.cell import declared, read_parameters
+    from opml_wb.core.request.params import ParamError, source_of, validate
+    from opml_wb.core.request import params
+    types = {p.name: p.type for p in declared(*_swapped(read_parameters(nb)))}
+    out = {}
+    for name, value in parameters.items():
+        if name not in types or params.is_json(types[name]) and _is_json(value): continue
+        try: found = validate(nb, {name: value})[name]
+        except ParamError as e: raise PapermillException(str(e)) from None
+        try: json.dumps(value)
+        except TypeError:
+            raise PapermillException(f"parameter {name!r}: papermill keeps parameters as JSON, "
+                                     f"which has no {type(value).__name__}; give {found!r}") from None
+        out[name] = source_of(params.meant(found, types[name]))
+    return out
+
+def _swapped(read: tuple) -> tuple: return read[1], read[0], read[2]
+
+def _is_json(value: Any) -> bool:
+    "True for a value that JSON has, all the way down."
+    if isinstance(value, dict): return all(map(_is_json, value.values()))
+    return all(map(_is_json, value)) if type(value) is list else type(value) in (
+        type(None), bool, int, float, str)
+
+# %% ../../../nbs/core/engine/11_papermill.ipynb #a1055000
+@functools.lru_cache(None)
+def _translator() -> type:
+    "The class that writes papermill's injected cells, a subclass of its `PythonTranslator`."
+    from papermill.models import Parameter
+    from papermill.translators import PythonTranslator
+    from opml_wb.core.request.cell import declared
+    from opml_wb.core.request.annotations import label
+
+    class OpmlTranslator(PythonTranslator):
+        "papermill's translator for Python, which also carries what the parameters cell declares."
+        @classmethod
+        def codify(cls, parameters: dict[str, Any], comment: str = "Parameters") -> str:
+            "Write the injected cell. Raises PapermillException for what cannot be carried."
+            nb = _asked()
+            typed = _typed(nb, parameters) if nb else {}
+            rest = {name: v for name, v in parameters.items() if name not in typed}
+            lines = (f"{cls.assign(name, text)}\n" for name, text in typed.items())
+            return super().codify(rest, comment) + "".join(lines)
+
+        @classmethod
+        def inspect(cls, parameters_cell: Mapping[str, Any]) -> list:
+            "List the parameters of the cell, those with any annotation too."
+            found = super().inspect(parameters_cell)
+            known = {p.name for p in found}
+            try: more = declared("".join(parameters_cell["source"]))
+            except ValueError: return found
+            return found + [Parameter(p.name, label(p.type), p.source or "", p.help)
+                            for p in more if p.name not in known]
+
+    return OpmlTranslator
+
+def _register() -> None:
+    "Let papermill write the injected cells of Python notebooks with our translator."
+    from papermill.translators import PythonTranslator, papermill_translators
+    if papermill_translators._translators.get("python") is PythonTranslator:
+        papermill_translators.register("python", _translator())
+
 # %% ../../../nbs/core/engine/11_papermill.ipynb #b40f6c63
 @functools.lru_cache(None)
 def _engine() -> type:
     "The class that papermill registers, a subclass of its `Engine`."
     from papermill.engines import Engine, NBClientEngine
+    _register()
 
     class OpmlEngine(Engine):
         "papermill's engine `opml`: one forked child per notebook."

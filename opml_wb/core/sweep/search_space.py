@@ -9,12 +9,13 @@ __all__ = ['STATIC', 'ADAPTIVE', 'MOST', 'WIDEST', 'NUMBER', 'RANGE', 'FORMS', '
 import itertools, json, math, random, re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastcore.basics import patch
 
 from ..request import params as _params
-from ..request.cell import declared, parameters_cell
+from ..request.cell import declared, read_parameters
 from ..request.annotations import bare, facts, parse
 from ..request.canonical import ParamError, canonical
 
@@ -92,7 +93,7 @@ def _bad(name: str, text: str, what: str) -> ParamError:
 
 def _value(text: str, tp: Any) -> Any:
     "One value; quotes are JSON's; text that the type cannot read is refused later."
-    try: return json.loads(text) if text.startswith('"') else parse(text, tp)
+    try: return json.loads(text) if text.startswith('"') else canonical(parse(text, tp))
     except ValueError: return text
 
 def _end(text: str) -> int | float:
@@ -112,24 +113,24 @@ def _word(name: str, text: str, tp: Any) -> Choice | Span:
     "`name=text` as a Choice or Span, for a parameter of type `tp`."
     text = text.strip()
     if not text: raise _bad(name, text, "nothing to choose from")
-    if bare(tp)[0] is not str and (".." in text or text.startswith("log:")):
+    if bare(tp)[0] not in (str, Path) and (".." in text or text.startswith("log:")):
         return _range(name, text, tp)
     pieces = _pieces(text)
     if "" in pieces: raise _bad(name, text, "an empty value")
     return Choice(tuple(_value(p, tp) for p in pieces))
 
 # %% ../../../nbs/core/sweep/01_search_space.ipynb #415d5078
-def _object(name: str, value: Any) -> Choice | Span:
+def _object(name: str, value: Any, tp: Any = Any) -> Choice | Span:
     "A Python value of a space as a Choice or Span."
     if isinstance(value, (Choice, Span)): return value
     if isinstance(value, tuple):
-        ends = tuple(canonical(v, name) for v in value)
+        ends = tuple(_params.as_json(v, tp, name) for v in value)
         numbers = len(ends) >= 2 and all(type(v) in (int, float) for v in ends[:2])
         if numbers and ends[2:] in ((), ("log",)): return Span(ends[0], ends[1], bool(ends[2:]))
         raise ParamError(f"parameter {name!r}: {value!r}: a tuple is a range, (lo, hi) or "
                          "(lo, hi, 'log'); for a choice give a list", name)
     many = isinstance(value, (list, range)) or getattr(value, "ndim", None)
-    values = tuple(canonical(v, name) for v in (value if many else [value]))
+    values = tuple(_params.as_json(v, tp, name) for v in (value if many else [value]))
     if not values: raise ParamError(f"parameter {name!r}: no values to choose from", name)
     return Choice(values)
 
@@ -237,10 +238,11 @@ def space(nb: dict, given: Mapping[str, Any] | None = None, text: Mapping[str, s
     Raises ParamError for bad grammar, an unknown parameter, or a value that it cannot have."""
     if given is not None and not isinstance(given, dict):
         raise ParamError(f"space: expected a dict, got {type(given).__name__}")
-    cell, source = parameters_cell(nb)
-    known = {p.name: p for p in declared(source, cell)} if cell is not None else {}
+    cell, source, classes = read_parameters(nb)
+    known = {p.name: p for p in declared(source, cell, classes)} if cell is not None else {}
     types = {name: p.type for name, p in known.items()}
-    dims = {name: _object(name, value) for name, value in (given or {}).items()}
+    dims = {name: _object(name, value, types.get(name, Any))
+            for name, value in (given or {}).items()}
     dims |= {name: _word(name, t, types.get(name, object)) for name, t in (text or {}).items()}
     if not dims:
         raise ParamError(f"nothing to vary: give a parameter and its values, name=values; {FORMS}")
