@@ -1,10 +1,14 @@
 """Parameters: properties, every refusal, and stock papermill beside ours."""
 import copy
 import datetime
+import decimal
+import enum
 import json
 import math
 import subprocess
 import sys
+import uuid
+import zoneinfo
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +159,7 @@ def test_numpy_values_of_a_preset_arrive_as_numbers():
     (dict(free=1j), "got 1j (builtins.complex)"),
     (dict(name=datetime.date(2020, 1, 2)), "expected str, got datetime.date(2020, 1, 2) (date)"),
     (dict(name=Path("x")), "expected str, got PosixPath('x')"),
-    (dict(sizes=(1, 2.5)), "expected list[int], got (1, 2.5) (tuple)"),
+    (dict(sizes=(1, 2.5)), "expected list[int], got 2.5 (float) at [1]"),
     (dict(free=object()), "builtins.object"),
 ])
 def test_refused_values(given, said):
@@ -325,3 +329,160 @@ def test_papermill_injects_the_same_cell(values):
     again = parameterize_notebook(nbformat.from_dict(copy.deepcopy(ours)),
                                   dict(a=9))       # papermill replaces our cell, and we its
     assert len(again.cells) == 3 and executed(again) == {"a": 9} and executed(inject(again, dict(a=8))) == {"a": 8}
+
+
+# --- values that JSON lacks: on every way they arrive as what they are ---------------------------------------------
+
+TYPED = '''
+import opml_wb
+import datetime as dt
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from uuid import UUID
+import shades
+from shades import Level
+class Kind(Enum):
+    A = 1
+    B = "two"
+day: date = date(2020, 1, 1)
+when: "datetime | None" = None
+at = time(9)
+span = timedelta(hours=2)
+price: Decimal = Decimal("1.1")
+code: UUID = UUID("00000000-0000-0000-0000-000000000001")
+pair: tuple[int, dt.date] = (1, dt.date(2020, 1, 1))
+some: frozenset[int] = frozenset({1})
+file: Path = Path("x")
+kind: Kind = Kind.A
+shade: "shades.Shade" = shades.Shade.LIGHT
+level: Level = Level.LOW
+days: list[date] = []
+either: date | str = "x"
+free = None
+'''
+SHADES = "from enum import Enum, IntEnum\nclass Shade(Enum):\n    LIGHT, DARK = 'l', 'd'\n    BLACK = 'b'\nclass Level(IntEnum):\n    LOW = 1\n    HIGH = 2\n"
+BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
+Kind = enum.Enum("Kind", {"A": 1, "B": "two"})
+Shade, Level = enum.Enum("Shade", {"BLACK": "b"}), enum.IntEnum("Level", {"HIGH": 2})
+D = datetime
+# (parameter, what Python gives, what a command line says, what a record has, what arrives)
+ARRIVE = [
+    ("day", D.date(2021, 2, 3), "2021-02-03", "2021-02-03", D.date(2021, 2, 3)),
+    ("day", np.datetime64("2021-02-03"), "2021-02-03", "2021-02-03", D.date(2021, 2, 3)),
+    ("when", D.datetime(2021, 2, 3, 4, 5), "2021-02-03T04:05", "2021-02-03T04:05:00", D.datetime(2021, 2, 3, 4, 5)),
+    ("when", D.datetime(2021, 2, 3, 4, tzinfo=D.timezone.utc), "2021-02-03T04:00Z", "2021-02-03T04:00:00+00:00",
+     D.datetime(2021, 2, 3, 4, tzinfo=D.timezone.utc)),
+    ("when", D.datetime(2021, 7, 3, 4, tzinfo=BERLIN), "2021-07-03T04:00[Europe/Berlin]", "2021-07-03T04:00:00+02:00[Europe/Berlin]",
+     D.datetime(2021, 7, 3, 4, tzinfo=BERLIN)),
+    ("when", None, "none", None, None),
+    ("at", D.time(10, 30), "10:30", "10:30:00", D.time(10, 30)),
+    ("span", D.timedelta(days=1), "24h", "1 day, 0:00:00", D.timedelta(hours=24)),
+    ("price", decimal.Decimal("2.50"), "2.50", "2.50", decimal.Decimal("2.50")),
+    ("code", uuid.UUID(int=7), str(uuid.UUID(int=7)).upper(), str(uuid.UUID(int=7)), uuid.UUID(int=7)),
+    ("pair", (np.int64(3), D.date(2021, 2, 3)), "3,2021-02-03", [3, "2021-02-03"], (3, D.date(2021, 2, 3))),
+    ("some", frozenset({3, 1}), "3,1", [1, 3], frozenset({1, 3})),
+    ("file", Path("/a b/c"), "/a b/c", "/a b/c", Path("/a b/c")),
+    ("kind", Kind.B, "B", "B", "Kind.B"), ("kind", "two", "Kind.B", "B", "Kind.B"),
+    ("shade", Shade.BLACK, "BLACK", "BLACK", "Shade.BLACK"), ("level", Level.HIGH, "2", "HIGH", "Level.HIGH"),
+    ("days", [D.date(2021, 2, 3)], "2021-02-03", ["2021-02-03"], [D.date(2021, 2, 3)]),
+    ("either", D.date(2021, 2, 3), "2021-02-03", {"$date": "2021-02-03"}, D.date(2021, 2, 3)),
+    ("free", (1, D.date(2021, 2, 3)), '{"$tuple": [1, {"$date": "2021-02-03"}]}', {"$tuple": [1, {"$date": "2021-02-03"}]},
+     (1, D.date(2021, 2, 3))),
+]
+
+
+@pytest.fixture
+def typed_notebook(tmp_path):
+    from opml_wb.core.request.chapter import find
+    (tmp_path / "shades.py").write_text(SHADES)
+    nb = notebook(TYPED)
+    nb["metadata"]["kernelspec"] = dict(name="python3", language="python", display_name="Python 3")
+    (tmp_path / "typed.ipynb").write_text(json.dumps(nb))
+    return find(tmp_path / "typed.ipynb")
+
+
+def arrived(source, name, tmp_path, monkeypatch):
+    "What the parameters cell and then the injected `source` leave in `name`, members of enums as text."
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scope = {"__name__": "cell"}
+    exec(TYPED, scope)
+    exec("".join(source), scope)
+    sys.modules.pop("shades", None)
+    value = scope[name]
+    return f"{type(value).__name__}.{value.name}" if isinstance(value, enum.Enum) else value
+
+
+@pytest.mark.parametrize("name, given, text, record, value", ARRIVE, ids=lambda v: str(v)[:30])
+def test_values_arrive_as_what_they_are(typed_notebook, tmp_path, monkeypatch, name, given, text, record, value):
+    from opml_wb.core.engine.run import RunRequest
+    asked = [RunRequest(typed_notebook, {name: given}), RunRequest(typed_notebook, text={name: text}), RunRequest(typed_notebook, {name: record})]
+    for r in asked:
+        assert r.params[name] == record and json.loads(json.dumps(r.params)) == r.params
+        nb, at = r.notebook()
+        got = arrived(nb["cells"][at]["source"], name, tmp_path, monkeypatch)
+        assert got == value and type(got) is type(value) and repr(got) == repr(value)
+    assert len({r.key for r in asked}) == 1 and asked[0].seed == asked[1].seed
+    assert (asked[0].key != RunRequest(typed_notebook).key) == (given is not None)
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(day="soon"), "parameter 'day': expected date, such as 2020-12-31, got 'soon'"), (dict(day=D.datetime(2020, 1, 1, 2)), "expected date"),
+    (dict(price=.1), "expected Decimal"), (dict(price="nan"), "expected Decimal"), (dict(kind="C"), "expected one of A | B, got 'C'"),
+    (dict(kind=enum.Enum("Other", "A").A), "expected one of A | B"), (dict(free=Kind.A), "annotate the parameter with its class"),
+    (dict(span="90"), "such as 1h 30min"), (dict(code="x"), "expected UUID"), (dict(pair=(1,)), "expected tuple"), (dict(some={"a"}), "expected frozenset"),
+    (dict(free=b"x"), "builtins.bytes"),
+])
+def test_what_cannot_arrive_is_refused_by_name(typed_notebook, given, said):
+    with pytest.raises(ParamError) as caught: validate(typed_notebook.nb, given)
+    assert said in str(caught.value) and caught.value.param == next(iter(given))
+
+
+def test_a_text_is_no_object_that_only_the_notebook_can_make():
+    nb = notebook("import torch\ndevice: 'torch.device' = torch.device('cpu')\nother = torch.device('cpu')\nname: 'Name' = 'a'\nn: 'Count' = 3")
+    for name in ("device", "other"):
+        for given, text in ((None, {name: "cuda"}), ({name: "cuda"}, None)):
+            with pytest.raises(ParamError, match=f"parameter '{name}': a text is no torch.device"): validate(nb, given, text)
+    assert validate(nb, dict(name="b", n=4)) == {"name": "b", "n": 4}
+
+
+def test_papermill_carries_them_or_says_which_it_cannot(typed_notebook, tmp_path, monkeypatch, caplog):
+    import papermill
+    from papermill.exceptions import PapermillException
+    path, out = str(typed_notebook.path), str(tmp_path / "out.ipynb")
+    monkeypatch.chdir(tmp_path)
+    for engine in (None, "opml"):
+        papermill.execute_notebook(path, out, {"day": "2021-02-03", "kind": "B", "pair": [3, "2021-02-03"], "price": "2.50"},
+                                   prepare_only=True, engine_name=engine)
+        [cell] = [c for c in json.loads(Path(out).read_text())["cells"] if "injected-parameters" in c["metadata"]["tags"]]
+        for name, value in (("day", D.date(2021, 2, 3)), ("kind", "Kind.B"), ("pair", (3, D.date(2021, 2, 3))), ("price", decimal.Decimal("2.50"))):
+            assert arrived(cell["source"], name, tmp_path, monkeypatch) == value
+        for given, said in (dict(day="soon"), "'day': expected date"), (dict(free=D.date(2021, 2, 3)), "'free': papermill keeps parameters as JSON"):
+            with pytest.raises(PapermillException, match=said): papermill.execute_notebook(path, out, given, prepare_only=True, engine_name=engine)
+    assert "unknown parameter" not in caplog.text
+    other = notebook("d: 'date' = None\nn: 'Annotated[int, Range(1, 9)]' = 3")       # a stranger's: written as ever, read better
+    other["metadata"] = typed_notebook.nb["metadata"]
+    (tmp_path / "other.ipynb").write_text(json.dumps(other))
+    papermill.execute_notebook(str(tmp_path / "other.ipynb"), out, {"d": "2021-02-03", "n": 4}, prepare_only=True)
+    assert 'd = "2021-02-03"' in "".join(json.loads(Path(out).read_text())["cells"][1]["source"]) and "unknown parameter" not in caplog.text
+
+
+def test_they_arrive_from_a_file_a_form_and_a_sweep(typed_notebook, tmp_path, home, typed):
+    from opml_wb.core.show.form import Form
+    from opml_wb.core.sweep.search_space import space
+    file = tmp_path / "p.yaml"
+    file.write_text("day: 2021-02-03\nwhen: 2021-02-03 04:05:00\nkind: B\npair: [3, 2021-02-03]\nprice: '2.50'\nfree: 2021-02-03\n")
+    done = typed("run", typed_notebook.path, "--params", file, "-p", "price", "3", "--json")
+    assert json.loads(done.stdout)["params"] | {"day": "2021-02-03", "when": "2021-02-03T04:05:00", "kind": "B", "pair": [3, "2021-02-03"],
+                                                "price": "3", "free": {"$date": "2021-02-03"}} == json.loads(done.stdout)["params"], done.stderr
+    assert '"2021-02-03"' in typed("show", json.loads(done.stdout)["key"]).stdout
+    assert typed("run", typed_notebook.path, "--params", tmp_path / "none.yaml").returncode == 2
+    form = Form(typed_notebook)
+    form.fields["day"].control.value, form.fields["kind"].control.value = "2021-02-03", "B"
+    assert form.asked.check() and validate(typed_notebook.nb, *form.asked.values()) == {"day": "2021-02-03", "kind": "B"}
+    form.fields["day"].control.value = "soon"
+    assert not form.asked.check() and "expected date" in form.fields["day"].error.value
+    dims = space(typed_notebook.nb, {"day": [D.date(2021, 2, 3), "2021-02-04"], "kind": [Kind.A, "B"]}, {"pair": "(1,2021-02-03),(2,2021-02-04)"}).dims
+    assert (dims["day"].values, dims["kind"].values) == (("2021-02-03", "2021-02-04"), ("A", "B"))
+    assert dims["pair"].values == ([1, "2021-02-03"], [2, "2021-02-04"])

@@ -265,8 +265,11 @@ def _structure(text: str) -> Any:
 def _items(text: str, base: Any) -> list:
     "Read the elements of a list: `[1, 2]` or `1,2`."
     written, args = text.strip()[:1] in ("[", "("), get_args(base)
-    if written: parts = _structure(text)
-    else: parts = [p.strip() for p in text.split(",")] if text.strip() else []
+    try: parts = _structure(text) if written else None
+    except ValueError:
+        if not any(isinstance(m, Reader) for a in args for m in bare(a)[1]): raise
+        text, written, parts = text.strip()[1:].rstrip("])"), False, None  # dates have no quotes
+    if parts is None: parts = [p.strip() for p in text.split(",")] if text.strip() else []
     fixed = get_origin(base) is tuple and ... not in args
     types = args if fixed else [args[0] if args else Any] * len(parts)
     if len(types) != len(parts): raise ValueError(f"expected {len(types)} elements: {text}")

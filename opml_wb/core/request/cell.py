@@ -165,11 +165,14 @@ def _note(stmt: ast.stmt, help: str,
     return note or ast.Constant(m[1]), m[2]
 
 # %% ../../../nbs/core/request/05_cell.ipynb #b90afa70
+_LOWER = {"device", "dtype", "datetime64", "timedelta64"}  # classes that are written so
+
 def _opaque(note: ast.expr | None, value: ast.expr | None) -> str:
     "Name the class of a parameter whose annotation, or else whose default's constructor, is unknown."
     if note is None:
         name = dotted(value.func) if isinstance(value, ast.Call) else ""
-        return name if name.rpartition(".")[2][:1].isupper() else ""
+        last = name.rpartition(".")[2]
+        return name if last[:1].isupper() or last in _LOWER else ""
     text = note.value if isinstance(note, ast.Constant) and isinstance(note.value, str) else ast.unparse(note)
     return "" if text.rpartition(".")[2] in ("Any", "object", "Final") else text
 

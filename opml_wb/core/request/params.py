@@ -90,7 +90,7 @@ def _complaint(error: Any, params: dict[str, Param], given: dict, cell: int | No
     if name not in params: return _unknown(name, list(params))
     p, got = params[name], error["input"]
     expected = ("one of " if facts(p.type)[1] else "") + label(p.type, spans=True) + _such(p.type)
-    if error["type"] == "missing":
+    if error["type"] == "missing" and not inside:
         return f"parameter {name!r} has no default: give a value ({expected})"
     at, where = given.get(name, p.default), ""
     for key in inside:      # `loc` names members of unions too
