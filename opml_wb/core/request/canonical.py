@@ -145,7 +145,7 @@ def _tagged(value: Any, name: str, path: str) -> dict[str, str]:
     try: text = kind.write(value)
     except ValueError as e: raise _refusal(name, path, f"{value!r} ({e})") from None
     if kind.type is Decimal and not value.is_finite(): raise _refusal(name, path, repr(value))
-    return {f"${kind.type.__name__}": _scalar(text, name, path)}
+    return {f"${kind.type.__name__}": str(_scalar(text, name, path))}
 
 def _unboxed(value: Any) -> Any:
     "Return the Python value of a numpy or pandas one; itself where that would lose something."
@@ -279,7 +279,7 @@ _OPS: dict[type, Callable] = {
 _CALLS: dict[str, Callable] = {f.__name__: f for f in (
     int, float, str, bool, list, tuple, set, frozenset, Path, date, datetime, time, timedelta,
     timezone, Decimal, UUID, ZoneInfo)}
-_READS = {f"{t.__name__}.fromisoformat": t.fromisoformat for t in (date, datetime, time)}
+_READS: dict[str, Callable] = {f"{t.__name__}.fromisoformat": t.fromisoformat for t in (date, datetime, time)}
 _READS |= {"Decimal.from_float": Decimal.from_float}
 _ZONES = {"timezone.utc": timezone.utc, "datetime.UTC": timezone.utc, "UTC": timezone.utc}
 
