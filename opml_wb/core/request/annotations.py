@@ -39,8 +39,8 @@ class Reader:
         return self.kind.read(text)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        from pydantic_core import core_schema
-        return core_schema.no_info_plain_validator_function(self.take)
+        from pydantic import PlainValidator
+        return PlainValidator(self.take).__get_pydantic_core_schema__(source, handler)
 
 TEXTS: dict[str, Any] = {name: Annotated[k.type, Reader(k)] for name, k in KINDS.items()}
 PathText = TEXTS["Path"]
