@@ -21,7 +21,7 @@ CORE = [  # the library: store, log, data, parameters, command line
 PARTS = {  # what the rest needs beside it
     "run": ["pandas>=2.1", "pyarrow>=14", "plotly>=5.20", "matplotlib>=3.8", "ipython>=8.20", "ipykernel>=6.29", "ipywidgets>=8.1",
             "anywidget>=0.9.9", "jupyter_client>=8", "nbclient>=0.10", "nbformat>=5.10", "papermill>=2.6", "tornado>=6.4", "traitlets>=5.14"],
-    "lab": ["jupyterlab>=4.1"],
+    "lab": ["jupyterlab>=4.1", "nbconvert>=7", "pygments>=2.17"],
     "sweep": ["optuna>=4", "distributed>=2024.5", "scikit-learn>=1.4"],
     "compare": ["nbdime>=4", "scikit-learn>=1.4", "scipy>=1.11"],
     "eligibility": ["pandas>=2.1", "pyarrow>=14", "numba>=0.60", "scipy>=1.11", "scikit-learn>=1.4",

@@ -77,7 +77,8 @@ def _without_widgets(out: dict) -> dict:
 
 def body_of(nb: Mapping[str, Any]) -> str:
     "Write the cells of an executed notebook (dict of nbformat 4) as HTML without a frame."
-    from nbconvert.exporters import HTMLExporter
+    try: from nbconvert.exporters import HTMLExporter
+    except ImportError: raise DocsError("a page needs nbconvert: pip install nbconvert") from None
     from nbformat import from_dict
     shown = page(dict(nb))
     shown["metadata"].pop("widgets", None)
