@@ -177,7 +177,7 @@ def document_of(folder: Path) -> dict[str, Any] | None:
         if doc is None and (folder/JOURNAL).exists():
             doc = conclude(folder, read_json(folder/REQUEST))
         doc = doc or {"stage": {"capture": "off", "pipeline": read_json(folder/RUN)["chapter"]}}
-    except (OSError, ValueError, KeyError): return None
+    except (OSError, ValueError, KeyError, TypeError): return None
     return {"events": [], "packages": {}, "facts": {}, **doc}
 
 # %% ../../../nbs/provenance/watch/11_document.ipynb #a2e39b69
