@@ -141,7 +141,7 @@ class Scan:
         return (f"Scan at {self.at!r}: {self.n:,} cases ({self.left_out.sum():,} left out), "
                 f"{len(self.fields)} fields, {len(self.days)} days")
 
-# %% ../../nbs/eligibility/09_scanning.ipynb #5f1ed24f
+# %% ../../nbs/eligibility/09_scanning.ipynb #36bfa8a7
 @patch
 def keys(self: Scan) -> np.ndarray:
     "Compute how sure it is that each field identifies cases: 1, 0, or .5 (perhaps), float64 [F]."
@@ -153,6 +153,7 @@ def keys(self: Scan) -> np.ndarray:
         out[i] = stays and min(.5 if n < IDS else 1, 1 if text else number_key(v, n, f))
     return out
 
+# %% ../../nbs/eligibility/09_scanning.ipynb #5f1ed24f
 @patch(as_prop=True)
 def ids(self: Scan) -> np.ndarray:
     "Mark fields with a value of their own in (nearly) each case, bool [F]: nothing to learn from."

@@ -46,7 +46,7 @@ def cell(column: str, value: Any) -> str:
         return age(value)
     return short_version(value) if column == "version" else str(value)
 
-# %% ../../nbs/provenance/05_commands.ipynb #d43d2def
+# %% ../../nbs/provenance/05_commands.ipynb #e30f7b06
 OPERATIONS = "read", "created", "modified", "renamed", "deleted"
 
 def summary(done: Mapping[str, Any]) -> str:
@@ -56,6 +56,7 @@ def summary(done: Mapping[str, Any]) -> str:
     how = f"{done['capture']}{', partial' if done['partial'] else ''}"
     return "\n".join([f"{told} ({how}): opml lineage {done['run']}", *unseen(done.get("why"))])
 
+# %% ../../nbs/provenance/05_commands.ipynb #d43d2def
 def unseen(why: Sequence[str] | None, most: int = 5) -> list[str]:
     "Lines about what a stage didn't see; of more than `most` the number."
     lines, rest = [f"not seen: {text}" for text in (why or ())[:most]], len(why or ()) - most

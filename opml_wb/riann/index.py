@@ -137,11 +137,12 @@ def _deadline(self: Riann, deadline_s: float | None) -> float | None:
 def _is_open(self: Riann) -> None:
     if self.closed: raise ValueError("this index is closed; Riann.open(path) opens it again")
 
-# %% ../../nbs/riann/07_index.ipynb #331b8043
+# %% ../../nbs/riann/07_index.ipynb #aa94aa89
 @patch
 def _write(self: Riann, op: str, **arrays: np.ndarray) -> None:
     if self.store: self.store.append(op, arrays, {})
 
+# %% ../../nbs/riann/07_index.ipynb #331b8043
 @patch
 def _log_entered(self: Riann, x: np.ndarray, ids: np.ndarray) -> None:
     "Write down an addition whose ids are entered already, unless the disk refuses."
@@ -200,7 +201,7 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
     report = clock.report(left, chunks, plan.t_index, feasible, reason)
     return report._replace(measured=measured)
 
-# %% ../../nbs/riann/07_index.ipynb #d8f0af3a
+# %% ../../nbs/riann/07_index.ipynb #03dd9cff
 @patch
 def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool, str]:
     "(feasible, reason) of a `plan` after its batch of `n`, also as measured where `n` is large."
@@ -210,6 +211,7 @@ def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool, str]:
     after = self.forecast.plan(0, None, asked=False)
     return after.feasible, after.reason
 
+# %% ../../nbs/riann/07_index.ipynb #d8f0af3a
 @patch
 def measure(self: Riann) -> Measured | None:
     """Measure recall@k of the index as it is, with an interval; None while there is no graph.

@@ -158,7 +158,7 @@ def _link_until(self: Linker, clock: Clock) -> Chunks:
         chunks.append((rung.deg, rung.cand, pick[1]))
     return chunks
 
-# %% ../../nbs/riann/05_linking.ipynb #0785df92
+# %% ../../nbs/riann/05_linking.ipynb #558c4b0f
 @patch
 def _link_all(self: Linker) -> Chunks:
     chunks: Chunks = []
@@ -170,6 +170,7 @@ def _link_all(self: Linker) -> Chunks:
         chunks.append((rung.deg, rung.cand, m))
     return chunks
 
+# %% ../../nbs/riann/05_linking.ipynb #0785df92
 @patch
 def link(self: Linker, clock: Clock) -> Chunks:
     "Link until nothing waits or the deadline is near."

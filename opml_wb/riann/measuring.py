@@ -46,7 +46,7 @@ class Meter:
         better |= self.most < MOST and m.low < self.linker.planner.need.recall <= m.high
         return better or not n / ratio < m.n < n * ratio
 
-# %% ../../nbs/riann/08_measuring.ipynb #7e43fec0
+# %% ../../nbs/riann/08_measuring.ipynb #7a7f6f91
 @patch
 def expected(self: Meter, beam: int) -> float:
     "Ask the recall model about the index as it is, searched with `beam`."
@@ -56,6 +56,7 @@ def expected(self: Meter, beam: int) -> float:
                                     planner.need.k)
     return wait + (1 - wait) * planner.beyond(found, deg, cand, beam, n)
 
+# %% ../../nbs/riann/08_measuring.ipynb #7e43fec0
 @patch
 def widest(self: Meter) -> int:
     "Find the widest beam that makes sense: no dearer than to compare with all, or than asked for."
@@ -65,7 +66,7 @@ def widest(self: Meter) -> int:
     while beam > WIDEST and planner.query(beam, layers, waiting) > limit: beam //= 2
     return beam
 
-# %% ../../nbs/riann/08_measuring.ipynb #923a6c96
+# %% ../../nbs/riann/08_measuring.ipynb #e6bbd17e
 @patch
 def learn(self: Meter, got: Got, queries: int, beam: int) -> float:
     "Move the predictions if `got` with `beam` leaves them out; what they were."
@@ -76,6 +77,7 @@ def learn(self: Meter, got: Got, queries: int, beam: int) -> float:
     if abs(by - planner.offset) > .05: planner.adapt(by)
     return said
 
+# %% ../../nbs/riann/08_measuring.ipynb #923a6c96
 @patch
 def widened(self: Meter, sample: Callable[[int], Sample], beam: int, asked: Sample,
             got: Got, queries: int) -> tuple[int, Sample, Got]:

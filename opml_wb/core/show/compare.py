@@ -241,7 +241,7 @@ def metric_table(rows: Iterable[Mapping]) -> "Table":
 UNWATCHED = "what they depended on beside their keys was not captured"
 
 def beside(a: Run, b: Run) -> dict[str, list]:
-    """What the registered hooks know beside the keys of two Runs: {differences, unknown}.
+    """Collect what the registered hooks know beside the keys of two Runs: {differences, unknown}.
 
     differences: [{class, name, then, now}], then of `a`; unknown: lines."""
     ask = offer("between")

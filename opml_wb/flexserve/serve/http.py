@@ -122,12 +122,13 @@ async def metrics(self: StatusApi, request: HttpRequest) -> Response:
     self.pool.gauge()
     return Response(self.pool.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
-# %% ../../../nbs/flexserve/serve/13_http.ipynb #18e5fa53
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #229b997f
 @patch
 async def docs(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /docs`."
     return HTMLResponse(openapi.page(self.pool.name))
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #18e5fa53
 @patch
 async def spec(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /openapi.json`."

@@ -158,7 +158,7 @@ class Result:
         return (f"Result({e.name}: {n} replication{'s' * (n > 1)}, wait_mean "
                 f"{self.interval()!r} s{stable})")
 
-# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cfbd35cb
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #9b131b37
 @patch
 def interval(self: Result, metric: str = "wait_mean", conf: float = .95) -> stats.Interval:
     """Estimate the interval of a metric's mean over replications, by their design.
@@ -167,6 +167,7 @@ def interval(self: Result, metric: str = "wait_mean", conf: float = .95) -> stat
     times = metric.startswith(("wait_", "response_", "cost"))
     return stats.estimate(self._column(metric), conf, self.design, times)
 
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #cfbd35cb
 @patch
 def _column(self: Result, metric: str) -> np.ndarray:
     need(metric in self.frame, "metric", metric, f"one of {', '.join(self.frame)}")

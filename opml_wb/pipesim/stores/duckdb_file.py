@@ -92,7 +92,7 @@ def write(self: DuckStore, trace: Trace, experiment: str, params: Mapping[str, A
         db.execute("commit")
     return self.file
 
-# %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #b928922c
+# %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #d04eae85
 @patch
 def _ask(self: DuckStore, query: str, experiment: str) -> pd.DataFrame:
     with self._open() as db:
@@ -100,6 +100,7 @@ def _ask(self: DuckStore, query: str, experiment: str) -> pd.DataFrame:
         known = [r[0] for r in db.execute("select name from experiments").fetchall()]
         raise unknown(experiment, known, self.file)
 
+# %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #b928922c
 @patch
 def table(self: DuckStore, name: str, experiment: str) -> pd.DataFrame:
     "Read a whole table (tasks, pipelines, pools)."

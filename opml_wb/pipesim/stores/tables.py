@@ -27,7 +27,7 @@ def tables(trace: Trace) -> dict[str, pd.DataFrame]:
     return {"tasks": tasks, "pipelines": trace.pipelines,
             "pools": trace.utilisation(3600., whole=True).astype({"pool": str})}
 
-# %% ../../../nbs/pipesim/stores/01_tables.ipynb #bc7bcf3e
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #fd6cd755
 def about(trace: Trace, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe an experiment: {policy, engine, seed, digest, summary, params, link, window (t0 and
     end of the arrivals, s), version}."""
@@ -36,6 +36,7 @@ def about(trace: Trace, params: Mapping[str, Any] | None = None) -> dict[str, An
                     "link": trace.platform.link is not None,
                     "window": [trace.workload.t0, trace.workload.end], "version": 1}
 
+# %% ../../../nbs/pipesim/stores/01_tables.ipynb #bc7bcf3e
 def begin_of(about: Mapping[str, Any]) -> float:
     "Return when a described experiment begins, s; 0 where that wasn't kept yet."
     return float(about.get("window", [0.0])[0])

@@ -153,12 +153,13 @@ def matched_rates(lam: np.ndarray, m: np.ndarray, s2: float) -> np.ndarray:
         low, high = (mid, high) if (r := scaled(mid)) @ r < goal else (low, mid)
     return scaled(mid)
 
-# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #3fa6b042
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #1a6289e6
 def operational(times: np.ndarray, t0: float, rates: np.ndarray) -> np.ndarray:
     "Map epoch seconds to operational times f8 [n] under hourly `rates` that begin at t0 (epoch s)."
     return np.interp(times - t0, HOUR * np.arange(len(rates) + 1),
                      np.concatenate([[0], np.cumsum(rates)]))
 
+# %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #3fa6b042
 def clock_times(u: np.ndarray, edges: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Map operational times u f8 [n] < edges[-1] to the clock, edges to `at` (s).
 

@@ -123,7 +123,7 @@ class DurationModel(Fit):
         self.by, self.size = [by] if isinstance(by, str) else list(by or ()), size
         self.target = target
 
-# %% ../../../nbs/pipesim/synth/05_durations.ipynb #70db3018
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #6aabe1a0
 @patch
 def _keys(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
     "Text keys of the strata, object [n]."
@@ -135,6 +135,7 @@ def _keys(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
     return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows],
                     object)[inverse.ravel()]
 
+# %% ../../../nbs/pipesim/synth/05_durations.ipynb #70db3018
 @patch
 def _logsize(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
     """Centred log size f8 [n], no further out than the sizes fitted on.

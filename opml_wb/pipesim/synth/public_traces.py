@@ -28,7 +28,7 @@ def _download(url: str, sha256: str, bytes: int) -> bytes:
     with tempfile.TemporaryDirectory() as d:
         return data.download(url, sha256, bytes, Path(d) / "raw").read_bytes()
 
-# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #5e24bbab
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #51fc96da
 def make_philly(file: str | os.PathLike, url: str, sha256: str, bytes: int,
                 begin: str = "2017-10-03", end: str = "2017-11-14") -> None:
     """Make `pipesim/philly` for the data registry: jobs of begin <= timestamp < end by time, as
@@ -40,11 +40,12 @@ def make_philly(file: str | os.PathLike, url: str, sha256: str, bytes: int,
     df = df[(df.timestamp >= begin) & (df.timestamp < end)].drop(columns="gpu_time")
     write_gz(df.to_csv(index=False).encode(), file)
 
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #5e24bbab
 def make_gz(file: str | os.PathLike, url: str, sha256: str, bytes: int) -> None:
     "Make a data set that is a public file, packed; url, sha256, bytes: of the public file."
     write_gz(_download(url, sha256, bytes), file)
 
-# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #445e1614
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #36cf40ec
 def philly() -> pd.DataFrame:
     "Read Philly's jobs: time (epoch s of the local clock), dur (s), units (GPUs), cluster."
     df = pd.read_csv(data.path("pipesim/philly"))
@@ -52,6 +53,7 @@ def philly() -> pd.DataFrame:
     return pd.DataFrame({"time": at, "dur": df.duration.astype(float), "units": df.num_gpus,
                          "cluster": df.cluster})
 
+# %% ../../../nbs/pipesim/synth/10_public_traces.ipynb #445e1614
 def pmlb() -> pd.DataFrame:
     "Read the metadata of PMLB's 450 data sets: rows, cols."
     df = pd.read_csv(data.path("pipesim/pmlb"), sep="\t")

@@ -189,7 +189,7 @@ class Pool:
         for (a, _), (b, _) in zip(steps, steps[1:]): need(b > a, what, (a, b), "times that rise")
         need(max(c for _, c in steps) > 0, what, self.capacity, "at least one unit at some time")
 
-# %% ../../../nbs/pipesim/work/02_model.ipynb #6fa0b902
+# %% ../../../nbs/pipesim/work/02_model.ipynb #3f472c68
 @patch(as_prop=True)
 def steps(self: Pool) -> list[tuple[float, int]]:
     "The capacity as [(t, units)], the first at t = 0."
@@ -200,6 +200,7 @@ def steps(self: Pool) -> list[tuple[float, int]]:
     for step, r in rows: need(np.ndim(r) == 1 and len(r) == 2, step, r, "(t, capacity)")
     return [(number(t, step), whole_units(c, step)) for step, (t, c) in rows]
 
+# %% ../../../nbs/pipesim/work/02_model.ipynb #6fa0b902
 @patch(as_prop=True)
 def most(self: Pool) -> int:
     "The largest capacity it ever has."

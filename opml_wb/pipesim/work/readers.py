@@ -36,7 +36,7 @@ def read_table(path: str | os.PathLike, columns: Iterable[str]) -> pd.DataFrame:
     need(set(columns) <= set(df), f"{Path(path).name}: columns", list(df), f"{list(columns)}")
     return df
 
-# %% ../../../nbs/pipesim/work/04_readers.ipynb #7d32accb
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #28ed61d9
 def read_numbers(df: pd.DataFrame, name: str, file: str, low: float = 0.0,
                  blank: bool = False) -> np.ndarray:
     "Read a column as f8 [N], at least `low`; ValueError naming the row. `blank`: NaN may stay."
@@ -46,6 +46,7 @@ def read_numbers(df: pd.DataFrame, name: str, file: str, low: float = 0.0,
     need_all(ok, f"{file}: {name}", df[name].to_numpy(), f"a finite number >= {low:g}")
     return x
 
+# %% ../../../nbs/pipesim/work/04_readers.ipynb #7d32accb
 def _left_out(file: str, n: int, why: str) -> None:
     if n:
         warnings.warn(

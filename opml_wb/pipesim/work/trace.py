@@ -172,7 +172,7 @@ def area_until(t: np.ndarray, level: np.ndarray, edges: np.ndarray) -> np.ndarra
     at = np.clip(np.searchsorted(t, edges, side="right") - 1, 0, None)
     return np.where(edges >= t[0], area[at] + height[at] * (edges - t[at]), 0.0)
 
-# %% ../../../nbs/pipesim/work/05_trace.ipynb #d178cadf
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #9bccd2a7
 @patch
 def _edges(self: Trace, bin_s: float, whole: bool) -> np.ndarray:
     "Edges of bins f8 [N + 1], s since t0, the last one cut where the window or the run ends."
@@ -182,6 +182,7 @@ def _edges(self: Trace, bin_s: float, whole: bool) -> np.ndarray:
     n = max(1, int(np.ceil(length / bin_s - 1e-9)))
     return np.append(np.arange(n) * min(bin_s, length), length)
 
+# %% ../../../nbs/pipesim/work/05_trace.ipynb #d178cadf
 @patch
 def _levels(self: Trace, k: int, until: float) -> tuple[np.ndarray, np.ndarray]:
     "List changes of the units in use in pool k: (s since t0, by how many), f8 [N] each."

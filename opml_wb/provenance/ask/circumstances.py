@@ -48,7 +48,7 @@ def own_names(folder: str, events: Iterable[Mapping], made_folders: Iterable[str
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #69db4498
 def _names(then: set[str], now: set[str]) -> tuple[str, str]:
-    "How two sets of names differ, in words: (then, now)."
+    "Say how two sets of names differ, in words: (then, now)."
     gone, new = sorted(then - now), sorted(now - then)
     shown = [f"{sign} {n}" for sign, names in (("-", gone), ("+", new)) for n in names]
     more = [f"and {len(shown) - 5} more"] if len(shown) > 5 else []
@@ -96,7 +96,7 @@ def _hashed(names: set[str]) -> str:
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #e5b98abe
 def _born(path: str) -> float:
-    "When the file at `path` got its name or content, s since 1970; 0 if it is gone."
+    "Find when the file at `path` got its name or content, s since 1970; 0 if it is gone."
     try: return os.lstat(path).st_ctime
     except OSError: return 0
 
@@ -130,7 +130,7 @@ STREAM = {0: "standard input", 1: "standard output", 2: "standard error"}
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #dff98f9a
 def outside(facts: Mapping[str, Any]) -> list[str]:
-    "What a stage took in that no file holds, in lines: connections, pipes, here-documents."
+    "List what a stage took in that no file holds: connections, pipes, here-documents."
     out = [f"it was connected to {a}: what came from there is not known"
            for a in dict.fromkeys(n["address"] for n in facts.get("network", ()))
            if not SERVICES.match(a)]
@@ -161,7 +161,7 @@ OLD = "it was recorded before variables, listed folders, missing files and conne
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #d3d63825
 def lacking(facts: Mapping[str, Any], stage: Mapping[str, Any],
             events: Sequence[Mapping]) -> list[str]:
-    "What the record of a stage lacks, in lines."
+    "List what the record of a stage lacks."
     if facts:
         texts = [r["text"] for r in facts.get("partial", ())]
         log = added_to(facts, events)

@@ -128,7 +128,7 @@ def cell_changes(then: Mapping, now: Mapping) -> Iterator[dict]:
             name = f"cell {new[0]}" if new else f"cell {old[0]} then" if old else ""
             yield difference("code", name, old and old[1], new and new[1])
 
-# %% ../../../nbs/provenance/ask/06_differences.ipynb #5e6912bf
+# %% ../../../nbs/provenance/ask/06_differences.ipynb #3a8c5f83
 def _modules(doc: Mapping, now: Mapping[str, str], root: Path) -> Iterator[dict]:
     "Differences between the source files of a run's import closure then and now."
     for module, sha in doc.get("files", {}).items():
@@ -138,6 +138,7 @@ def _modules(doc: Mapping, now: Mapping[str, str], root: Path) -> Iterator[dict]
         same = path and kept.exists() and meaning(kept.read_text()) == meaning(path.read_text())
         if not same: yield difference("code", module, sha, new)
 
+# %% ../../../nbs/provenance/ask/06_differences.ipynb #5e6912bf
 def _file_of(module: str, folder: Path) -> Path | None:
     spec = deps.spec_of(module, [str(folder)])
     path = Path(spec.origin) if spec and spec.origin else None

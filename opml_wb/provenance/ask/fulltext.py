@@ -72,7 +72,7 @@ def text_of_run(reader: LineageReader, run: str, tags: str) -> str:
     parts = [tags, of_run, *(part for row in rows for part in row if part)]
     return " ".join(dict.fromkeys(words(" ".join(parts))))
 
-# %% ../../../nbs/provenance/ask/03_fulltext.ipynb #1ca7a8fc
+# %% ../../../nbs/provenance/ask/03_fulltext.ipynb #ced47be3
 def _put(db: Any, run: str, tags: str, text: str) -> None:
     if db.shared:
         db.execute("insert into prov_text values(?,?,to_tsvector('simple', ?))", (run, tags, text))
@@ -80,6 +80,7 @@ def _put(db: Any, run: str, tags: str, text: str) -> None:
         row = db.execute("insert into prov_text values(?,?)", (run, tags)).lastrowid
         db.execute("insert into prov_words(rowid, words, run) values(?,?,?)", (row, text, run))
 
+# %% ../../../nbs/provenance/ask/03_fulltext.ipynb #1ca7a8fc
 def _index(reader: LineageReader, db: Any) -> None:
     "Take in the runs that are new or whose tags have changed, forget those that are gone."
     changed = stale(db)

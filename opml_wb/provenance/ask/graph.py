@@ -166,13 +166,14 @@ def shape(g: LineageGraph, node: Node) -> tuple[str, int, str]:
     if node not in g.stages: return SHAPES.get(g.artifacts[node], SHAPES["file"])
     return SHAPES["stage" if g.stages[node]["status"] == "done" else "failed"]
 
-# %% ../../../nbs/provenance/ask/13_graph.ipynb #8ce02ff6
+# %% ../../../nbs/provenance/ask/13_graph.ipynb #7a62fd67
 def _lines(g: LineageGraph, at: Places, light: set[Node]) -> tuple[list, list]:
     "x and y of the edges between nodes of `light`."
     edges = [(at[a], at[b]) for a, b in sorted(g.edges, key=str) if a in light and b in light]
     x, y = ([v for a, b in edges for v in (a[i], b[i], None)] for i in (0, 1))
     return x, y
 
+# %% ../../../nbs/provenance/ask/13_graph.ipynb #8ce02ff6
 def _nodes(fig: "Figure", g: LineageGraph, at: Places) -> None:
     "Draw the nodes with their names."
     shapes, texts = [shape(g, n) for n in at], [label(g, n) for n in at]

@@ -26,12 +26,13 @@ LIMIT = 100_000_000   # bytes of input data that travel along
 class PipelineError(ValueError):
     "A pipeline cannot be exported or imported; the message says why. Nothing was written."
 
-# %% ../../../nbs/provenance/ask/12_pipeline.ipynb #fed4992b
+# %% ../../../nbs/provenance/ask/12_pipeline.ipynb #980b8c5e
 def _base(reader: LineageReader, run: str) -> str:
     "The folder that a stage works in."
     doc = reader.runs.get(run)[0]
     return reader.stage(run)["cwd"] if traced(doc) else str(Path(doc["source"]).parent)
 
+# %% ../../../nbs/provenance/ask/12_pipeline.ipynb #fed4992b
 def _code_files(doc: Mapping) -> list[str]:
     "Paths of the source files of one's own that a chapter imports, the package opml_wb left out."
     folder = str(Path(doc["source"]).parent)

@@ -73,7 +73,7 @@ def needed(reader: LineageReader, run: str, from_failed: bool = True) -> list[st
 # %% ../../../nbs/provenance/ask/09_preparation.ipynb #bab521c1
 @dataclass
 class Preparation:
-    "What a view needs before a stage is executed in it; `missing`: [(path, why)]."
+    "The needs of a view before a stage is executed in it; `missing`: [(path, why)]."
     put: list[tuple[str, str, str]] = field(default_factory=list)   # path, source, version
     drop: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
@@ -108,7 +108,7 @@ def _bring(reader: LineageReader, to: Preparation, path: str, version: str, kind
 
 # %% ../../../nbs/provenance/ask/09_preparation.ipynb #dcd41c96
 def preparation(reader: LineageReader, run: str, made_here: Iterable[str] = ()) -> Preparation:
-    "What the view of stage `run` needs; `made_here`: paths that stages before it make in the view."
+    "Find what the view of stage `run` needs; `made_here`: paths that stages before it make in it."
     out, facts, events = Preparation(), reader.facts(run), reader.events(run)
     log = added_to(facts, events)
     events = [e for e in events if e["path"] not in log]

@@ -32,7 +32,7 @@ def used(events: Iterable[Mapping]) -> list[tuple[str, str, float]]:
              for e in events if e["op"] != "created"]
     return [u for u in found if u[1]]
 
-# %% ../../../nbs/provenance/ask/01_questions.ipynb #826c43ca
+# %% ../../../nbs/provenance/ask/01_questions.ipynb #a5e97294
 def _frame(rows: list[tuple]) -> "pd.DataFrame":
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS, dtype=object)
@@ -41,6 +41,7 @@ def _rows(reader: LineageReader, run: str) -> list[tuple]:
     return [(run, e["op"], e["path"], e["was" if e["op"] == "deleted" else "version"])
             for e in reader.events(run)]
 
+# %% ../../../nbs/provenance/ask/01_questions.ipynb #826c43ca
 def footprint(run: Any) -> "pd.DataFrame":
     "The files of `run` (Run, id, key): DataFrame `run, op, path, version`. Raises StoreError."
     reader = LineageReader()

@@ -31,12 +31,13 @@ def tags_table(reader: LineageReader) -> Any:
             for record in read_lines(reader.root/TAGS): _retag(db, **record)
     return reader.db
 
-# %% ../../../nbs/provenance/ask/02_tags.ipynb #45b226eb
+# %% ../../../nbs/provenance/ask/02_tags.ipynb #708c7bf2
 def _retag(db: Any, kind: str, thing: str, tag: str, who: str, t: float,
            remove: bool = False) -> None:
     db.execute("delete from prov_tag where kind=? and thing=? and tag=?", (kind, thing, tag))
     if not remove: db.execute("insert into prov_tag values(?,?,?,?,?)", (kind, thing, tag, who, t))
 
+# %% ../../../nbs/provenance/ask/02_tags.ipynb #45b226eb
 def _thing(reader: LineageReader, thing: Any) -> tuple[str, str]:
     "(kind, name) of a run or a path. Raises StoreError for anything else."
     is_path = isinstance(thing, os.PathLike) or os.path.isabs(str(thing))

@@ -147,7 +147,7 @@ def overlay(self: View, n: int, lower: str, private: bool) -> None:
     options = f"lowerdir={lower},upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work}"
     _mount("overlay", self.roots[n], "overlay", 0, options + ",userxattr" * private)
 
-# %% ../../../nbs/provenance/ask/08_view.ipynb #b37f5d60
+# %% ../../../nbs/provenance/ask/08_view.ipynb #647163b7
 def put(path: str, source: str, version: str) -> None:
     "Put a copy of the file `source`, whose version is told, at `path`. Raises Refused."
     ready = Change(path, [], version).aside
@@ -157,6 +157,7 @@ def put(path: str, source: str, version: str) -> None:
         else: os.unlink(ready, dir_fd=folder)
     if found != version: raise Refused(f"{source} has another content by now")
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #b37f5d60
 def drop(path: str) -> None:
     "Remove the file at `path`, or the folder with all in it, if it is there."
     try:
@@ -227,7 +228,7 @@ def _scratch(base: str, n: int) -> str:
 
 LOCKS: dict[str, Any] = {}
 
-# %% ../../../nbs/provenance/ask/08_view.ipynb #1ae0df95
+# %% ../../../nbs/provenance/ask/08_view.ipynb #6761d376
 def clear(folder: str) -> None:
     "Remove a scratch folder, whatever rights the command gave its files."
     def writable(call: Any, path: str, why: Any) -> None:
@@ -239,6 +240,7 @@ def clear(folder: str) -> None:
     except OSError: shutil.rmtree(folder, ignore_errors=True)
     if folder in LOCKS: LOCKS.pop(folder).close()
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #1ae0df95
 @patch
 def close(self: View) -> None:
     "Remove the scratch folder."
@@ -249,7 +251,7 @@ def bases(home: str) -> list[str]:
     "Folders that a scratch folder may lie in."
     return [p for p in dict.fromkeys((home, tempfile.gettempdir(), "/var/tmp")) if os.path.isdir(p)]
 
-# %% ../../../nbs/provenance/ask/08_view.ipynb #20846890
+# %% ../../../nbs/provenance/ask/08_view.ipynb #d15b0fbf
 def sweep(home: str) -> None:
     "Remove the scratch folders of processes that were killed."
     for base in bases(home):
@@ -259,6 +261,7 @@ def sweep(home: str) -> None:
             if entry.name.startswith(PREFIX) and ours and not _in_use(entry.path, found.st_mtime):
                 clear(entry.path)
 
+# %% ../../../nbs/provenance/ask/08_view.ipynb #20846890
 def _in_use(folder: str, made: float) -> bool:
     "True if the process that made a scratch folder lives, or may have no lock yet."
     try:

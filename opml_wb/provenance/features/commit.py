@@ -77,7 +77,7 @@ def retried(attempt: Callable[[], T], version: Callable[[], int]) -> T:
         time.sleep(random.SystemRandom().uniform(0, min(.005 * 2**n, .5)))
     raise AssertionError
 
-# %% ../../../nbs/provenance/features/04_commit.ipynb #0fc0181e
+# %% ../../../nbs/provenance/features/04_commit.ipynb #984dd388
 def agree(table: Table, keys: str | Sequence[str], event_time: str) -> None:
     "Refuse keys or an event time that aren't the table's."
     names = [keys] if isinstance(keys, str) else list(keys)
@@ -85,6 +85,7 @@ def agree(table: Table, keys: str | Sequence[str], event_time: str) -> None:
         if given != (has := table.log.meta[what]):
             raise ValueError(f"{what}={given!r}: table {table.name!r} has {what} {has!r}")
 
+# %% ../../../nbs/provenance/features/04_commit.ipynb #0fc0181e
 def check_features(table: Table, rows: "pa.Table") -> None:
     "Refuse rows that lack a feature of the table."
     missing = [n for n in table.types if n not in rows.schema.names]

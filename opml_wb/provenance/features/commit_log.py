@@ -88,7 +88,7 @@ def version(self: CommitLog) -> int:
     "The newest version, -1 where there is none."
     return -1 if self.fresh().delta is None else self.delta.version()
 
-# %% ../../../nbs/provenance/features/11_commit_log.ipynb #b534b6b5
+# %% ../../../nbs/provenance/features/11_commit_log.ipynb #22b33548
 @patch(as_prop=True)
 def meta(self: CommitLog) -> dict[str, Any]:
     "The description: {keys, event_time, horizon}. Raises ValueError for another tool's table."
@@ -97,6 +97,7 @@ def meta(self: CommitLog) -> dict[str, Any]:
     raise ValueError(f"{self.path} is a Delta table, but no feature table: "
                      "another tool wrote it")
 
+# %% ../../../nbs/provenance/features/11_commit_log.ipynb #b534b6b5
 @patch
 def horizon(self: CommitLog) -> int:
     "The oldest version that can be read."

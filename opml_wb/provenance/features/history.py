@@ -54,7 +54,7 @@ def change_feed(log: "pd.DataFrame", cell: Sequence[str], features: Sequence[str
     columns = [*cell, *features, "_change_type", "_commit_version"]
     return out.sort_values(["_commit_version", *cell], kind="stable", ignore_index=True)[columns]
 
-# %% ../../../nbs/provenance/features/05_history.ipynb #6a6b04e4
+# %% ../../../nbs/provenance/features/05_history.ipynb #04450cad
 class PinnedError(ValueError):
     "Vacuum would remove a version that a run has pinned; nothing was removed."
 
@@ -64,6 +64,7 @@ class Pins:
     "The pins of a store with tables at `place`: empty files `_pins/TABLE/VERSION@RUN`."
     def __init__(self, place: Place) -> None: self.place = place
 
+# %% ../../../nbs/provenance/features/05_history.ipynb #6a6b04e4
 @patch
 def add(self: Pins, run: Any, name: str, version: int) -> None:
     "Pin `version` of table `name` for `run` (a Run, or its id). Raises ValueError."
@@ -107,7 +108,7 @@ def needed_rows(table: Table, version: int) -> "tuple[pa.Table, int]":
     ordered = kept.sort_by([(time, "ascending"), ("_version", "ascending")])
     return ordered, table.dataset().count_rows() - len(kept)
 
-# %% ../../../nbs/provenance/features/05_history.ipynb #e8afc604
+# %% ../../../nbs/provenance/features/05_history.ipynb #e07f95e2
 def _move_horizon(table: Table, version: int) -> None:
     "Set the horizon, before anything goes."
     commits = table.log.commits()
@@ -117,6 +118,7 @@ def _move_horizon(table: Table, version: int) -> None:
     meta = {**table.log.meta, "horizon": {"version": version, **known}}
     table.log.delta.alter.set_table_description(json.dumps(meta))
 
+# %% ../../../nbs/provenance/features/05_history.ipynb #e8afc604
 def _rewrite(table: Table, version: int) -> int:
     "Write the log anew without rows that only older versions need; the number of rows dropped."
     rows, dropped = needed_rows(table, version)

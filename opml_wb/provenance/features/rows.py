@@ -15,7 +15,7 @@ if TYPE_CHECKING: import pandas as pd, pyarrow as pa
 RESERVED = ("_version", "_op", "_known_from")   # columns of a table's own; the last one: before
 OPS = {"append": 0, "upsert": 1, "delete": 2}   # values of `_op`
 
-# %% ../../../nbs/provenance/features/01_rows.ipynb #1b6d9f3f
+# %% ../../../nbs/provenance/features/01_rows.ipynb #965ab48d
 def instant(value: str | datetime, what: str, up: bool = False) -> "pd.Timestamp":
     """Convert `value` (datetime, Timestamp or ISO text) to UTC microseconds, rounded down, or `up`.
 
@@ -23,6 +23,7 @@ def instant(value: str | datetime, what: str, up: bool = False) -> "pd.Timestamp
     t = _moment(value, what)
     return (t.ceil("us") if up else t.floor("us")).as_unit("us")
 
+# %% ../../../nbs/provenance/features/01_rows.ipynb #1b6d9f3f
 def _moment(value: Any, what: str) -> "pd.Timestamp":
     "`value` as a UTC Timestamp as fine as it is."
     import pandas as pd

@@ -54,7 +54,7 @@ def source_read(path: str) -> dict | None:
     if source == path or not counted(source): return None
     return {"o": "r", "p": source, "s": mark_of(found)}
 
-# %% ../../../nbs/provenance/watch/06_calls.ipynb #01582f93
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #3fdf696e
 def removed(found: Found | None, thread: int) -> dict | None:
     "The fact of removing the file `found`."
     if not found or found[1] is None or not _has_content(found[1]): return None
@@ -65,6 +65,7 @@ def _has_content(found: os.stat_result) -> bool:
     "True of regular files and links: FIFOs, sockets and devices hold nothing that could be kept."
     return stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)
 
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #01582f93
 def _content(path: str, found: os.stat_result) -> dict:
     "The mark of what is at `path`, of a link with its version: that is its target's name."
     if not stat.S_ISLNK(found.st_mode): return {"s": mark_of(found)}
@@ -167,12 +168,13 @@ def open(self: Interpreter, thread: int, path: bytes, folder: int, flags: int) -
     if fact and fact["o"] == "ls" and path[:1] == b"/" and by_python(thread): fact["import"] = 1
     return fact
 
-# %% ../../../nbs/provenance/watch/06_calls.ipynb #01dc43af
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #5311bc38
 def by_python(thread: int) -> bool:
     "True if `thread` is a Python's: it lists, by whole paths, the folders that modules lie in."
     try: return os.path.basename(os.readlink(f"/proc/{thread}/exe")).startswith(("python", "pypy"))
     except OSError: return False
 
+# %% ../../../nbs/provenance/watch/06_calls.ipynb #01dc43af
 def sought(meant: bytes, flags: int) -> dict | None:
     "The fact of looking for a file whose folder isn't there either."
     if flags & os.O_CREAT: return None

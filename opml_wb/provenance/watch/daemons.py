@@ -126,7 +126,7 @@ def enter(intake: socket.socket, folder: Path, first: dict | None = None,
     os.close(listener)
     return said == b"k"
 
-# %% ../../../nbs/provenance/watch/09_daemons.ipynb #a69a6106
+# %% ../../../nbs/provenance/watch/09_daemons.ipynb #e8cc7a1f
 def _answer_alone(listener: int) -> None:
     "Answer in a copy of this process, since nobody took the listener, so that nothing fails."
     if os.fork() == 0:
@@ -135,6 +135,7 @@ def _answer_alone(listener: int) -> None:
             told = syscalls.receive(listener, page)
             if told: syscalls.go_on(listener, told.ident)
 
+# %% ../../../nbs/provenance/watch/09_daemons.ipynb #a69a6106
 def _let_read() -> None:
     "Let the watcher read this process's memory where only ancestors may (Yama)."
     syscalls.LIBC.prctl(0x59616d61, ctypes.c_ulong(-1), 0, 0, 0)

@@ -62,7 +62,7 @@ def repository(folder: str | os.PathLike) -> Path | None:
     folder = Path(folder).absolute()
     return next((p for p in (folder, *folder.parents) if (p/".git").exists()), None)
 
-# %% ../../../nbs/provenance/watch/10_environment.ipynb #f2fa8f4e
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #b693966b
 def _git(root: Path, *words: str) -> bytes | None:
     "Output of git in `root`; None when it fails."
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
@@ -71,6 +71,7 @@ def _git(root: Path, *words: str) -> bytes | None:
     except (OSError, subprocess.SubprocessError): return None
     return done.stdout if done.returncode == 0 else None
 
+# %% ../../../nbs/provenance/watch/10_environment.ipynb #f2fa8f4e
 def _head(root: Path) -> str | None:
     "The commit that `.git/HEAD` names, where it and its branch are plain files; else None."
     try:

@@ -142,7 +142,7 @@ def add(self: Inotify, root: str, first: bool = False) -> None:
             if first: self.note(path)
             else: self.take({"o": "w", "p": path})
 
-# %% ../../../nbs/provenance/watch/07_fallback.ipynb #540d90fc
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #f5068af4
 @patch
 def note(self: Inotify, path: str) -> None:
     "Remember a file that was there before."
@@ -150,6 +150,7 @@ def note(self: Inotify, path: str) -> None:
     except OSError: return
     if stat.S_ISREG(found.st_mode): self.before[path] = mark_of(found)
 
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #540d90fc
 @patch
 def take(self: Inotify, fact: dict) -> None:
     "Write down `fact`, if its path counts."
@@ -157,7 +158,7 @@ def take(self: Inotify, fact: dict) -> None:
     if fact["p"] in self.before: fact["s"] = self.before[fact["p"]]
     self.session.take({**fact, "late": 1}, None)
 
-# %% ../../../nbs/provenance/watch/07_fallback.ipynb #a05e09f5
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #da17bbd8
 @patch
 def drain(self: Inotify) -> None:
     "Take in what has happened since the last call."
@@ -169,6 +170,7 @@ def drain(self: Inotify) -> None:
             elif number in self.folders and name:
                 happened(self, f"{self.folders[number]}/{name}", mask, cookie)
 
+# %% ../../../nbs/provenance/watch/07_fallback.ipynb #a05e09f5
 @patch
 def close(self: Inotify) -> None:
     "Take in what has happened; the journal is whole."

@@ -46,12 +46,13 @@ def sessions(self: Listener, pid: int) -> Iterator[Session]:
     for root, session in self.nested.items():
         if root in above: yield session
 
-# %% ../../../nbs/provenance/watch/20_notes.ipynb #31e781f5
+# %% ../../../nbs/provenance/watch/20_notes.ipynb #4989cc9e
 @patch
 def all(self: Listener) -> list[Session]:
     "All sessions, with those of the stages inside."
     return [s for s in (self.session, *self.nested.values()) if s]
 
+# %% ../../../nbs/provenance/watch/20_notes.ipynb #31e781f5
 @patch
 def nest(self: Listener, pid: int, order: dict) -> None:
     "A stage inside this one begins with process `pid`."
@@ -61,7 +62,7 @@ def nest(self: Listener, pid: int, order: dict) -> None:
     self.nested[pid].place = _place(pid)
     self.seen.clear()
 
-# %% ../../../nbs/provenance/watch/20_notes.ipynb #dce65b74
+# %% ../../../nbs/provenance/watch/20_notes.ipynb #3a4d0188
 @patch
 def denest(self: Listener, journal: str) -> list[Job]:
     "The stage of `journal`, inside this one, has ended; the hashes that its end waits for."
@@ -72,6 +73,7 @@ def denest(self: Listener, journal: str) -> list[Job]:
         if session.contents: jobs += session.contents.waiting(session)
     return jobs
 
+# %% ../../../nbs/provenance/watch/20_notes.ipynb #dce65b74
 @patch
 def settle(self: Listener) -> None:
     "Close the journals of the stages inside that have ended."

@@ -126,7 +126,7 @@ def remove(self: Files, record: dict) -> None:
     node.now, node.gone = None, record
     if node.start: self.names.removed[node.start] = node
 
-# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #97203c59
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #8db088f4
 @patch
 def begin_cell(self: Files, record: dict) -> None:
     "A cell of the notebook begins."
@@ -138,6 +138,7 @@ def given(self: Files, record: dict) -> None:
     for s in record["streams"]:
         if "fact" in s and counted(s["fact"]["p"]): follow(self, {**record, **s["fact"]})
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #97203c59
 @patch
 def tell(self: Files, record: dict) -> None:
     "The program reports an operation."
@@ -162,7 +163,7 @@ def follow(files: Files, record: dict) -> None:
         record = {**record, "cell": files.cell}
     if step := STEPS.get(record.get("o", "")): step(files, record)
 
-# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #36019447
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #7d3230a6
 def _changed(node: Node) -> bool:
     "True if the file has another content than when it was first seen."
     records = (node.first, node.read, node.opened, node.wrote)
@@ -172,6 +173,7 @@ def _changed(node: Node) -> bool:
     if now is None or seen is None or mark_of(now)[:4] != seen[:4]: return True
     return bool(node.opened and node.was) and silently(node.now or "", node.was)
 
+# %% ../../../nbs/provenance/watch/04_outcomes.ipynb #36019447
 def silently(path: str, was: str | None) -> bool:
     """True if the content at `path` isn't `was`, though its mark is the same.
 

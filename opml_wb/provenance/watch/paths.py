@@ -108,7 +108,7 @@ def spelling(path: bytes) -> str:
         place, rest = os.readlink(found[1]), found[2]
     return os.path.normpath(os.fsdecode(place) + os.fsdecode(rest))
 
-# %% ../../../nbs/provenance/watch/02_paths.ipynb #573cb64f
+# %% ../../../nbs/provenance/watch/02_paths.ipynb #ea38833d
 def place_of(thread: int | str) -> tuple:
     "The root directory and the table of mounts of `thread`, from which its names start."
     top = os.stat(f"/proc/{thread}/root/")
@@ -116,6 +116,7 @@ def place_of(thread: int | str) -> tuple:
 
 _ours = functools.lru_cache(None)(lambda: place_of("self"))
 
+# %% ../../../nbs/provenance/watch/02_paths.ipynb #573cb64f
 def foreign(thread: int) -> str | None:
     "`chroot` or `namespace` if the names of `thread` start elsewhere than ours, else None."
     try: theirs = place_of(thread)

@@ -22,12 +22,13 @@ SOON = 5.0      # the same of a local one: its disk may just be busy
 
 class Stalled(OSError): "A file system does not answer."
 
-# %% ../../../nbs/provenance/watch/17_patience.ipynb #0f802350
+# %% ../../../nbs/provenance/watch/17_patience.ipynb #28c8aa9d
 TABLE = "/proc/self/mountinfo"
 
 def _unescaped(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), text)
 
+# %% ../../../nbs/provenance/watch/17_patience.ipynb #0f802350
 def mounts(text: str | None = None) -> dict[str, tuple[str, int]]:
     "{mount point: (type of file system, device)}, read from `text` (default: the system's table)."
     try: text = Path(TABLE).read_text(errors="surrogateescape") if text is None else text
@@ -39,7 +40,7 @@ def mounts(text: str | None = None) -> dict[str, tuple[str, int]]:
         out[_unescaped(left.split()[4])] = right.split()[0], os.makedev(major, minor)
     return out
 
-# %% ../../../nbs/provenance/watch/17_patience.ipynb #c5e73ce8
+# %% ../../../nbs/provenance/watch/17_patience.ipynb #990cf887
 @functools.lru_cache(1)
 def _lately(second: int) -> dict[str, tuple[str, int]]: return mounts()
 
@@ -49,6 +50,7 @@ def mount_of(path: str, table: dict[str, tuple[str, int]] | None = None) -> str:
              if p == "/" or path == p or path.startswith(f"{p}/")]
     return max(found, key=len, default="/")
 
+# %% ../../../nbs/provenance/watch/17_patience.ipynb #c5e73ce8
 def remote(path: str, table: dict[str, tuple[str, int]] | None = None) -> str | None:
     "The mount point of the absolute `path` where its file system isn't local, else None."
     table = _lately(int(time.monotonic())) if table is None else table

@@ -71,7 +71,7 @@ def _fall_back(intake: socket.socket, folder: Path, first: dict, order: dict) ->
     path = os.pathsep.join(filter(None, [str(folder/"site"), os.environ.get("PYTHONPATH")]))
     return {"OPML_AUDIT": journal, "PYTHONPATH": path}
 
-# %% ../../../nbs/provenance/watch/14_trace.ipynb #a8f319a9
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #e26dc128
 def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, str]:
     "Enter the stage as well as can be; the variables that the command needs for it."
     order: dict[str, Any] = {"began": began, "skip": engines_own(folder)}
@@ -82,6 +82,7 @@ def _be_watched(intake: socket.socket, folder: Path, began: float) -> dict[str, 
     if told: environment.tell_streams()
     return more
 
+# %% ../../../nbs/provenance/watch/14_trace.ipynb #a8f319a9
 def _given(folder: Path) -> None:
     "Write the streams and the variables of the command, which this process will be, down."
     given = {"o": "in", "streams": environment.streams(), "pid": os.getpid(), "t": 0}

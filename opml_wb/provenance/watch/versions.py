@@ -108,7 +108,7 @@ class Hashes:
             self.db = db
         except (sqlite3.Error, OSError): pass
 
-# %% ../../../nbs/provenance/watch/03_versions.ipynb #de964df9
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #01b7cf7d
 @patch
 def version(self: Hashes, path: str, mark: list[int] | None = None,
             fresh: bool = False) -> str | None:
@@ -118,6 +118,7 @@ def version(self: Hashes, path: str, mark: list[int] | None = None,
     try: return patiently(os.path.abspath(path), lambda b: self._version(path, mark, b, fresh))
     except (OSError, ValueError): return None
 
+# %% ../../../nbs/provenance/watch/03_versions.ipynb #de964df9
 @patch
 def _version(self: Hashes, path: str, mark: list[int] | None,
              beat: Callable[[], object], fresh: bool) -> str | None:

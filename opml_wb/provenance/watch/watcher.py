@@ -135,7 +135,7 @@ def happened(self: Watcher, fd: int, event: int) -> None:
         else: self.drop(fd)
     elif self.intake and fd == self.intake.fileno(): obey(self)
 
-# %% ../../../nbs/provenance/watch/08_watcher.ipynb #b478fe19
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #7741045f
 @patch
 def pause(self: Watcher) -> float | None:
     "Milliseconds until something must be looked after; None: nothing waits."
@@ -144,6 +144,7 @@ def pause(self: Watcher) -> float | None:
         return max(0, min(1000, (until - time.monotonic()) * 1000 + 1))
     return 1000 if self.contents.sent else None
 
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #b478fe19
 @patch
 def tend(self: Watcher) -> None:
     "Do what was delayed, if its time has come."
@@ -208,7 +209,7 @@ def delay(self: Watcher, listener: Listener, ident: int, jobs: list[Job]) -> Non
         syscalls.go_on(listener.fd, ident)
     self.later.append(Delayed(lambda: all(j.done for j in jobs), go_on, HOLD))
 
-# %% ../../../nbs/provenance/watch/08_watcher.ipynb #b8d9b7d1
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #a1fc98d5
 @patch
 def drop(self: Watcher, fd: int) -> None:
     "Close the listener `fd`, of which no process lives any more."
@@ -218,6 +219,7 @@ def drop(self: Watcher, fd: int) -> None:
     self.deputy.tell({"do": "gone", "journal": listener.order["path"]})
     for session in listener.all(): self.finish(session, lambda: None)
 
+# %% ../../../nbs/provenance/watch/08_watcher.ipynb #b8d9b7d1
 @patch
 def finish(self: Watcher, session: Session, then: Callable[[], None]) -> None:
     "End `session` when the contents that have gone are hashed, then do `then()`."

@@ -65,12 +65,13 @@ def _find(path, create):
         with suppress(FileExistsError): os.mkdir(folder)
         sync(folder.parent)
 
-# %% ../../../nbs/riann/disk/03_store.ipynb #f4e465f2
+# %% ../../../nbs/riann/disk/03_store.ipynb #01d78c30
 def _stamp(path):
     "The manifest's bytes, which change when a new generation is published."
     try: return (path/MANIFEST).read_bytes()
     except FileNotFoundError: return None
 
+# %% ../../../nbs/riann/disk/03_store.ipynb #f4e465f2
 def _steadily(path, read):
     "`read()`, again while a writer publishes a new generation under it."
     while True:

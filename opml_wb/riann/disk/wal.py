@@ -105,7 +105,7 @@ def flush(fd: int) -> None:
     "Force the file's bytes to the disk."
     os.fdatasync(fd) if hasattr(os, "fdatasync") else os.fsync(fd)
 
-# %% ../../../nbs/riann/disk/01_wal.ipynb #2beb1dd2
+# %% ../../../nbs/riann/disk/01_wal.ipynb #f1036f37
 HEADER, _RECORD = struct.Struct("<8sIQQ"), struct.Struct("<4sIQQI")
 _MAGIC, _SEAL, _ALIGN = b"\xf4REC", 4, 64
 # bytes of the log's header, of a record's head
@@ -115,6 +115,7 @@ def sealed(head: bytes) -> bytes:
     "`head` with its checksum."
     return head + zlib.crc32(head).to_bytes(_SEAL, "little")
 
+# %% ../../../nbs/riann/disk/01_wal.ipynb #2beb1dd2
 def header(doc: Mapping[str, Any]) -> bytes:
     "The first bytes of the log of a generation, whose manifest is `doc`."
     return sealed(HEADER.pack(b"RIANNLOG", FORMAT, doc["generation"], doc["seq"]))

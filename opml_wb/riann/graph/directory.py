@@ -101,13 +101,14 @@ class Directory:
         _find(ids, self.table, out)
         return out
 
-# %% ../../../nbs/riann/graph/04_directory.ipynb #44086aa3
+# %% ../../../nbs/riann/graph/04_directory.ipynb #bf3c9bc1
 @patch
 def _grow(self: Directory, n: int) -> None:
     table = self._empty(1 << (4 * n - 1).bit_length())
     enter_ids(*self.items(), table)
     self.table = table   # at once: who looks up meanwhile sees the one or the other
 
+# %% ../../../nbs/riann/graph/04_directory.ipynb #44086aa3
 @patch
 def items(self: Directory) -> tuple[np.ndarray, np.ndarray]:
     "All ids and their slots, i64[n] each, in no order."

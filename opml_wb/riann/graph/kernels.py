@@ -301,7 +301,7 @@ def _find(g, A, j, hash, but):
         i = (i + np.uint64(1)) & mask
     return np.int64(-1)
 
-# %% ../../../nbs/riann/graph/03_kernels.ipynb #3e248cfc
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #22b250f5
 @kernel
 def _enter(table, v, hash):
     mask = np.uint64(len(table) - 1)
@@ -309,6 +309,7 @@ def _enter(table, v, hash):
     while table[i]: i = (i + np.uint64(1)) & mask
     table[i] = v + 1
 
+# %% ../../../nbs/riann/graph/03_kernels.ipynb #3e248cfc
 @kernel
 def note(g: Graph, slots: np.ndarray) -> None:
     "Enter linked `slots` into the table, which has room."

@@ -51,7 +51,7 @@ def protocol_a(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches: 
     alone, turns = (pd.concat(out[i::2], ignore_index=True) for i in range(2))
     return turns.assign(in_turn_s=turns.cpu_s, index_s=alone.index_s, cpu_s=alone.cpu_s)
 
-# %% ../../../nbs/riann/lab/03_bench.ipynb #89a0bdc2
+# %% ../../../nbs/riann/lab/03_bench.ipynb #f9d344bf
 def whole_s(df: "pd.DataFrame", arm: str) -> float:
     """CPU seconds that an arm takes for the largest batch of a `stream` without deadlines, by the
     last tenth of its batches."""
@@ -59,6 +59,7 @@ def whole_s(df: "pd.DataFrame", arm: str) -> float:
     last = d.tail(max(1, len(d) // 10))
     return last.cpu_s.sum() / last.batch.sum() * d.batch.max()
 
+# %% ../../../nbs/riann/lab/03_bench.ipynb #89a0bdc2
 def _levels(deadlines, of):
     "(of, level) pairs; ValueError for what is none."
     levels, of = list(deadlines), list(of)

@@ -81,13 +81,14 @@ def _queried(index, q, ef):
     index.search(q, min(10, ef), ef)
     return (time.thread_time() - t) / len(q)
 
-# %% ../../../nbs/riann/models/02_profiling.ipynb #f4be6713
+# %% ../../../nbs/riann/models/02_profiling.ipynb #1bce8af7
 def _warm(x, q, metric):
     "Compile everything that is timed."
     spare = DynamicHNSW(x.shape[1], metric)
     spare.insert(x[:64], range(64), 4, 12)
     beam_counts(spare, q[:2], 10)
 
+# %% ../../../nbs/riann/models/02_profiling.ipynb #f4be6713
 def _inserted(x, index, own, size, rung, other):
     "Rows of an index that grows to `size`, the last tenth with `other` properties."
     old, cut = len(index), size - size // 10

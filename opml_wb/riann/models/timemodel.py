@@ -137,12 +137,13 @@ def to_dict(self: TimeModel) -> dict[str, Any]:
         raise ValueError("only a fitted model can be written: this one has functions of its own")
     return dict(self.facts)
 
-# %% ../../../nbs/riann/models/03_timemodel.ipynb #27bda039
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #51006bba
 @patch
 def save(self: TimeModel, file: str | os.PathLike) -> None:
     "Write the facts as JSON, whole or not at all."
     write_text(file, json.dumps(self.to_dict(), indent=1))
 
+# %% ../../../nbs/riann/models/03_timemodel.ipynb #27bda039
 @patch(cls_method=True)
 def load(cls: TimeModel, file: str | os.PathLike | None = None) -> TimeModel:
     """Read what `save` wrote; without a file, the shipped model (SIFT, profiled elsewhere:

@@ -183,12 +183,13 @@ def from_arrays(cls: FlatTrees, a: Mapping[str, np.ndarray]) -> FlatTrees:
         return cls(nodes, roots, a["base"], **about)  # type: ignore[operator]
     except (KeyError, TypeError) as e: raise ValueError(f"model: not FlatTrees ({e})") from None
 
-# %% ../../../nbs/riann/models/04_trees.ipynb #ae2a975c
+# %% ../../../nbs/riann/models/04_trees.ipynb #b3fb3f05
 def save_arrays(arrays: Mapping[str, np.ndarray], file: str | os.PathLike) -> None:
     "Write named arrays to one .npz file, whole or not at all."
     with replacing(file) as part, open(part, "wb") as f:
         np.savez_compressed(f, **arrays)  # type: ignore[arg-type]
 
+# %% ../../../nbs/riann/models/04_trees.ipynb #ae2a975c
 def load_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
     """Read what `save_arrays` wrote. Errors: FileNotFoundError; ValueError where it
     is something else."""
