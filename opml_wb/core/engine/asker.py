@@ -47,6 +47,8 @@ def kind_of(file: str) -> tuple[str, str]:
 class Asker:
     """The code that asks: the first above `frame` that isn't Python's own.
 
+    Functions that their module's `HOUSEKEEPING` names ask for the workbench, not for the user.
+
     `who`: own, library, engine or import; `name`: a library's; `via`: (module, function) of the
     standard library in between; `frame`: where the search ended."""
 
@@ -61,6 +63,8 @@ class Asker:
             self.via.append((name, frame.f_code.co_name))
             frame = frame.f_back
         self.frame = frame
+        if frame is not None and frame.f_code.co_name in frame.f_globals.get("HOUSEKEEPING", ()):
+            self.who = ENGINE
         if any(module in SILENT for module, _ in self.via): self.who = ENGINE
 
     def through(self, *modules: str) -> bool:

@@ -106,7 +106,7 @@ def _ours(nb: Mapping[str, Any]) -> bool:
     return "opml" in nb.get("metadata", {}) or any("opml_wb" in source for source in sources)
 
 def _asked() -> Mapping[str, Any] | None:
-    """Find the notebook that papermill is about to parameterise, which it doesn't tell a translator.
+    """Find the notebook that papermill is about to parameterise; no translator is told.
 
     None if it has nothing to do with this package."""
     frame: Any = sys._getframe(1)
@@ -135,7 +135,8 @@ def _typed(nb: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, st
         try: json.dumps(value)
         except TypeError:
             raise PapermillException(f"parameter {name!r}: papermill keeps parameters as JSON, "
-                                     f"which has no {type(value).__name__}; give {found!r}") from None
+                                     f"which has no {type(value).__name__}; "
+                                     f"give {found!r}") from None
         out[name] = source_of(params.meant(found, types[name]))
     return out
 

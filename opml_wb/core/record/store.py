@@ -24,12 +24,14 @@ from . import artifacts, database
 from .database import SAFE, Database, StoreError, damaged, explained, writable
 from opml_wb.core.record.folder import (
     ARTIFACTS, KEPT, LOG, NOTEBOOK, OUTCOME, PLACE, PROGRESS, REQUEST, RUN, SCRATCH, TRIALS,
-    at_hand, damaged_document, finish, home, identity, read_id, readable, run_document, ship, sum_up,
+    at_hand, damaged_document, finish, home, identity, read_id, readable, run_document, ship,
+    sum_up,
     summary)
 from .index import CHILDREN, SCHEMA, TABLES, UPGRADES, RunIndex, restore
 
 # %% ../../../nbs/core/record/06_store.ipynb #7270106b
-_all_ = ["SAFE", "StoreError", "explained", "append", "plain", "read_json", "read_lines", "write_json",
+_all_ = ["SAFE", "StoreError", "explained", "append", "plain", "read_json", "read_lines",
+         "write_json",
          "write_text", "boot", "born", "ARTIFACTS", "KEPT", "LOG", "NOTEBOOK",
          "OUTCOME", "PLACE", "PROGRESS", "REQUEST", "RUN", "SCRATCH", "TRIALS", "at_hand", "finish",
          "home", "identity", "read_id", "readable", "run_document", "ship", "sum_up", "summary",

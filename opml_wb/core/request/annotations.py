@@ -139,7 +139,8 @@ def _bounded(tp: Any, span: dict[str, Any]) -> Any:
 def _find(cls: type[Enum], text: str) -> Enum:
     "Find the member of `cls` that a text means: its name, `Kind.name`, or else its value."
     names, name = cls.__members__, text.rpartition(".")[2]
-    if name in names and text in (name, f"{cls.__name__}.{name}", f"{cls.__notebooks__}.{name}"):  # type: ignore[attr-defined]
+    whole: Any = cls
+    if name in names and text in (name, f"{cls.__name__}.{name}", f"{whole.__notebooks__}.{name}"):
         return names[name]
     found = [m for m in cls if str(m.value) == text]
     if len(found) == 1: return found[0]
@@ -153,7 +154,8 @@ def member(cls: type[Enum]) -> Any:
         if isinstance(value, (int, float)) and not isinstance(value, (bool, Enum)):
             return _find(cls, str(value))
         raise ValueError(f"no member of {cls.__name__}")
-    kind = Kind(cls, lambda text: _find(cls, text), lambda m: m.name, next(iter(cls.__members__)), also)
+    kind = Kind(cls, lambda text: _find(cls, text), lambda m: m.name,
+                next(iter(cls.__members__)), also)
     return Annotated[cls, Reader(kind)]
 
 # %% ../../../nbs/core/request/04_annotations.ipynb #ed63aaa8

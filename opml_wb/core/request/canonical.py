@@ -59,7 +59,8 @@ def _span(text: str) -> timedelta:
     "Read a time span: `1 day, 2:30:00`, `90s`, `1h 30min`, `P1DT2H`."
     text = text.strip()
     if m := _CLOCK.fullmatch(text):
-        return timedelta(days=int(m[1] or 0), hours=int(m[2]), minutes=int(m[3]), seconds=float(m[4]))
+        return timedelta(days=int(m[1] or 0), hours=int(m[2]), minutes=int(m[3]),
+                         seconds=float(m[4]))
     if text.startswith("P"): text = text[1:].replace("T", "")
     out, at = timedelta(), 0
     while m := _PIECE.match(text, at):
@@ -160,7 +161,8 @@ def _plain(value: Any, name: str, path: str = "", depth: int = 0) -> Any:
     def inside(v: Any, key: object) -> Any: return _plain(v, name, f"{path}[{key!r}]", depth + 1)
     if depth > 64: raise _refusal(name, path, "more than 64 levels of nesting")
     if value is None: return None
-    if hasattr(type(value), "__notebooks__"): return {"$enum": f"{type(value).__notebooks__}.{value.name}"}
+    if hasattr(type(value), "__notebooks__"):
+        return {"$enum": f"{type(value).__notebooks__}.{value.name}"}
     if isinstance(value, (bool, int, float, str)): return _scalar(value, name, path)
     if kind_of(value): return _tagged(value, name, path)
     if isinstance(value, list): return [inside(v, i) for i, v in enumerate(value)]
@@ -217,7 +219,8 @@ def source_of(value: Any) -> str:
     many = [source_of(v) for v in value] if isinstance(value, (list, tuple, set, frozenset)) else []
     match value:
         case Enum(): return f"{getattr(type(value), '__notebooks__')}.{value.name}"
-        case dict(): return "{" + ", ".join(f"{k!r}: {source_of(v)}" for k, v in value.items()) + "}"
+        case dict():
+            return "{" + ", ".join(f"{k!r}: {source_of(v)}" for k, v in value.items()) + "}"
         case list(): return f"[{', '.join(many)}]"
         case tuple(): return f"({', '.join(many)}{',' * (len(many) == 1)})"
         case set() | frozenset():
@@ -279,7 +282,8 @@ _OPS: dict[type, Callable] = {
 _CALLS: dict[str, Callable] = {f.__name__: f for f in (
     int, float, str, bool, list, tuple, set, frozenset, Path, date, datetime, time, timedelta,
     timezone, Decimal, UUID, ZoneInfo)}
-_READS: dict[str, Callable] = {f"{t.__name__}.fromisoformat": t.fromisoformat for t in (date, datetime, time)}
+_READS: dict[str, Callable] = {f"{t.__name__}.fromisoformat": t.fromisoformat
+                               for t in (date, datetime, time)}
 _READS |= {"Decimal.from_float": Decimal.from_float}
 _ZONES = {"timezone.utc": timezone.utc, "datetime.UTC": timezone.utc, "UTC": timezone.utc}
 

@@ -168,12 +168,13 @@ def _note(stmt: ast.stmt, help: str,
 _LOWER = {"device", "dtype", "datetime64", "timedelta64"}  # classes that are written so
 
 def _opaque(note: ast.expr | None, value: ast.expr | None) -> str:
-    "Name the class of a parameter whose annotation, or else whose default's constructor, is unknown."
+    "Name the class of a parameter of unknown annotation, or else of its default's constructor."
     if note is None:
         name = dotted(value.func) if isinstance(value, ast.Call) else ""
         last = name.rpartition(".")[2]
         return name if last[:1].isupper() or last in _LOWER else ""
-    text = note.value if isinstance(note, ast.Constant) and isinstance(note.value, str) else ast.unparse(note)
+    quoted = isinstance(note, ast.Constant) and isinstance(note.value, str)
+    text = note.value if quoted else ast.unparse(note)
     return "" if text.rpartition(".")[2] in ("Any", "object", "Final") else text
 
 # %% ../../../nbs/core/request/05_cell.ipynb #5681e923

@@ -18,7 +18,7 @@ from .canonical import constant, dotted
 BASES = {"Enum", "IntEnum", "StrEnum", "Flag", "IntFlag"}
 
 def members(cls: ast.ClassDef) -> dict[str, Any]:
-    "Find the members in the body of a class: {name: constant value, or its name where it isn't constant}."
+    "Find the members in the body of a class: {name: value, or the name where that isn't constant}."
     out: dict[str, Any] = {}
     for stmt in cls.body:
         targets = stmt.targets if isinstance(stmt, ast.Assign) else []
@@ -68,7 +68,8 @@ def defined(tree: ast.AST, folder: str | None, depth: int = 0) -> dict[str, Any]
             case ast.ClassDef(name=name, bases=bases):
                 heads = [dotted(b) for b in bases]
                 inherits = any(h in out for h in heads)
-                if inherits or any(h.rpartition(".")[2] in BASES for h in heads): out[name] = members(stmt)
+                known = any(h.rpartition(".")[2] in BASES for h in heads)
+                if inherits or known: out[name] = members(stmt)
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=f) as call):
                 if dotted(f).rpartition(".")[2] in BASES: out[name] = spoken(call)
             case ast.ImportFrom(module=str(module), level=0, names=names) if depth < 3:
@@ -99,7 +100,8 @@ def wanted(tree: ast.Module) -> set[str]:
     for stmt in tree.body:
         parts = [getattr(stmt, "annotation", None), getattr(stmt, "value", None)]
         for part in filter(None, parts):
-            texts = [n.value for n in ast.walk(part) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            constants = (n.value for n in ast.walk(part) if isinstance(n, ast.Constant))
+            texts = [v for v in constants if isinstance(v, str)]
             out |= {dotted(n) for n in ast.walk(part)}
             for text in texts if part is parts[0] else ():
                 try: out |= {dotted(n) for n in ast.walk(parse(text, "eval"))}
@@ -107,10 +109,11 @@ def wanted(tree: ast.Module) -> set[str]:
     return out - {""}
 
 # %% ../../../nbs/core/request/08_enums.ipynb #8ae94413
-PLAIN = {"Annotated", "Literal", "Range", "int", "float", "bool", "str", "list", "dict", "Optional", "Any", "None"}
+PLAIN = {"Annotated", "Literal", "Range", "int", "float", "bool", "str", "list", "dict",
+         "Optional", "Any", "None"}
 
 def enums(cells: Sequence[ast.Module], folder: str | None) -> dict[str, type[Enum]]:
-    """Find the enums that the last of `cells` uses in its parameters: {name in the notebook: class}.
+    """Find the enums that the last of `cells` uses in its parameters: {name there: class}.
 
     `cells`: the syntax trees of the code cells up to the one of the parameters."""
     names = wanted(cells[-1]) - PLAIN if cells else set()

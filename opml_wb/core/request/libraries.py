@@ -29,7 +29,7 @@ def _state(folder: str) -> tuple[str, int]:
 
 @functools.lru_cache(64)
 def _metadata(folder: str, changed: int) -> dict[str, Path]:
-    "The metadata folders in one folder of `sys.path`, by the normalized name of what they describe."
+    "Find the metadata folders in a folder of `sys.path`, by the normalized name they are of."
     found = (p for end in ("egg-info", "dist-info") for p in Path(folder or ".").glob(f"*.{end}"))
     return {normalized(info.stem.rpartition("-")[0] or info.stem): info for info in found}
 

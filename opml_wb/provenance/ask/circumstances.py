@@ -154,7 +154,8 @@ def added_to(facts: Mapping[str, Any], events: Iterable[Mapping]) -> set[str]:
     return printed_to(facts) & {e["path"] for e in events if e["op"] == "modified"}
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #9665886d
-FACTS: dict[str, Any] = {"partial": [], "streams": [], "missing": [], "listed": [], "network": [], "env": {},
+FACTS: dict[str, Any] = {"partial": [], "streams": [], "missing": [], "listed": [],
+                         "network": [], "env": {},
          "unknown": []}                    # of a stage that depends on its files alone
 OLD = "it was recorded before variables, listed folders, missing files and connections were"
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEW_MOUNTS', 'NEW_USER', 'BIND', 'RECURSIVE', 'PRIVATE', 'MOUNT_SETATTR', 'READ_ONLY', 'OWN', 'START', 'PREFIX',
-           'LOCK', 'LOCKS', 'ViewError', 'mount_points', 'separate', 'View', 'below', 'roots_of', 'removed', 'put',
-           'drop', 'become', 'main', 'clear', 'bases', 'sweep', 'new_view']
+           'LOCK', 'LOCKS', 'HOUSEKEEPING', 'ViewError', 'mount_points', 'separate', 'View', 'below', 'roots_of',
+           'removed', 'put', 'drop', 'become', 'main', 'clear', 'bases', 'sweep', 'new_view']
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #de41b25e
 import ctypes, errno, fcntl, json, os, re, shutil, stat, subprocess, sys, tempfile, time
@@ -252,6 +252,8 @@ def bases(home: str) -> list[str]:
     return [p for p in dict.fromkeys((home, tempfile.gettempdir(), "/var/tmp")) if os.path.isdir(p)]
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #d15b0fbf
+HOUSEKEEPING = "bases", "sweep", "_in_use"  # what they look at is no input of a run
+
 def sweep(home: str) -> None:
     "Remove the scratch folders of processes that were killed."
     for base in bases(home):
