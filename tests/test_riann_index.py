@@ -526,7 +526,7 @@ def test_what_is_called_feasible_is_reached(data, need):
     report = index.add(x, np.arange(len(x)))
     plan, true = index.plan(10), recall(index.search(q, 10)[0], ground_truth(x, q, 10, metric)[0])
     m = plan.measured
-    assert m.low - .015 <= true <= m.high + .015 and m.n == len(x) == report.measured.n and report.measured.queries == 64 and m.beam <= index._beam() == plan.cand_q
+    assert m.low - .015 <= true <= m.high + .015 and m.n == len(x) == report.measured.n and report.measured.queries == 64 and m.beam <= index.linker.query_beam == plan.cand_q
     assert not plan.feasible or true >= need - .003
     assert not report.feasible or true >= need - .02      # a first look, at few queries
     assert plan.feasible or "measured" in plan.reason or f"recall {need:g}" in plan.reason

@@ -6,7 +6,7 @@
 __all__ = ['ROOM', 'Riann']
 
 # %% ../../nbs/riann/07_index.ipynb #52d80e69
-import functools, gc, os, threading, time
+import gc, os, threading, time
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastcore.basics import patch
@@ -14,14 +14,13 @@ from numpy.typing import ArrayLike
 
 from .disk.snapshot import freeze, thaw
 from .disk.store import IndexStore
-from .forecast import FLAT, Forecast
+from .forecast import FLAT, Forecast, models
 from .graph.checks import integer, integers, matrix, number
 from .graph.hnsw import DynamicHNSW
 from .linking import Clock, Linker, compile_kernels
 from .measuring import LARGE, Meter
 from .models.measure import FIRST, Measured
-from .models.plan import (
-    Infeasible, Pace, Plan, Planner, Report, Requirement)
+from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
 from .models.timemodel import TimeModel, profile as profiled
 
 if TYPE_CHECKING: from opml_wb.riann.models.recall import RecallModel
@@ -29,20 +28,6 @@ if TYPE_CHECKING: from opml_wb.riann.models.recall import RecallModel
 # %% ../../nbs/riann/07_index.ipynb #23b5006f
 ROOM = 2**24   # numbers that fit before the arrays double; what is not used of them takes no memory
 
-@functools.cache
-def _shipped(seed):
-    "The shipped recall model; ladders that are found stay with it, so one per seed."
-    from opml_wb.riann.models.recall import RecallModel
-    return RecallModel.load()
-
-# %% ../../nbs/riann/07_index.ipynb #5ffbdc54
-@functools.cache
-def _here():
-    """The shipped time model with this machine's time of a distance, measured once: equal calls
-    shall give equal indexes."""
-    return TimeModel.load().calibrate()
-
-# %% ../../nbs/riann/07_index.ipynb #fd4ce639
 def _of_linker(name):
     "A property of an index that is its linker's attribute `name`."
     return property(lambda self: getattr(self.linker, name),
@@ -111,16 +96,10 @@ class Riann:
 @patch
 def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, recall_model,
              closed_loop):
-    from opml_wb.riann.models.recall import RecallModel
-    if time_model is not None and not getattr(time_model, "facts", None):
-        raise ValueError(
-            "time_model: expected one that is fitted, as profile(sample) gives, got "
-            f"{time_model!r}")
-    if recall_model is not None and not isinstance(recall_model, RecallModel):
-        raise ValueError(f"recall_model: expected a RecallModel, got {recall_model!r}")
+    times, recalls = models(time_model, recall_model, seed)
     self.graph, self.requirement, self.store, self.closed = graph, requirement, None, False
     self._own = time_model   # saved with the index
-    planner = Planner(requirement, time_model or _here(), recall_model or _shipped(seed), seed)
+    planner = Planner(requirement, times, recalls, seed)
     flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
     self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
     self.forecast, self._lock = Forecast(self.linker), threading.RLock()
@@ -129,8 +108,8 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
 @patch
 def _deadline(self: Riann, deadline_s: float | None) -> float | None:
-    return self.requirement.deadline_s if deadline_s is None else number("deadline_s", deadline_s,
-                                                                         0)
+    if deadline_s is None: return self.requirement.deadline_s
+    return number("deadline_s", deadline_s, 0)
 
 # %% ../../nbs/riann/07_index.ipynb #06c919b0
 @patch
@@ -264,15 +243,9 @@ def search(self: Riann, q: ArrayLike, k: int | None = None,
     Returns (ids i64[m, k], dist f32[m, k]), nearest first, padded with -1 and inf. Errors:
     ValueError."""
     k = integer("k", self.requirement.k if k is None else k, 1, 2**31 - 1)
-    found = self.graph.search(q, k, max(k, self._beam()) if ef is None else ef)
+    found = self.graph.search(q, k, max(k, self.linker.query_beam) if ef is None else ef)
     self.meter.asked.see(np.asarray(q))
     return found
-
-# %% ../../nbs/riann/07_index.ipynb #7dc48fb9
-@patch
-def _beam(self: Riann) -> int:
-    "Beam of a search, see `Linker.query_beam`."
-    return self.linker.query_beam
 
 # %% ../../nbs/riann/07_index.ipynb #8af05af3
 @patch
@@ -367,8 +340,7 @@ def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = 
         arrays, meta = snapshot
         if "graph" not in meta:
             raise FileNotFoundError(
-                f"{path}: no index in this store; Riann(dim, path=...) makes one in an empty "
-                "folder")
+                f"{path}: no index in this store; Riann(dim, path=...) makes one in a new folder")
         self: Any = cls.__new__(cls)  # type: ignore[arg-type]
         times = meta["time_model"] and TimeModel.from_dict(meta["time_model"])
         self._prepare(thaw(arrays, meta["graph"]),
