@@ -579,6 +579,16 @@ def test_queries_that_were_seen_stand_for_those_to_come():
     assert m.low - .015 <= true <= m.high + .015
 
 
+def test_small_batches_promise_no_recall_that_nobody_measured():
+    "Their reports say neither that it will be reached nor that it won't, until something is measured."
+    x, _, metric = gauss(2600)
+    index = Riann(x.shape[1], metric, Requirement(recall=.97), flat_below=0)
+    reports = [index.add(x[i:i + 100], np.arange(i, i + 100)) for i in range(0, 2000, 100)]
+    assert {r.feasible for r in reports} == {None} and "not measured yet" in reports[-1].reason
+    plan = index.plan(100)
+    assert plan.measured and plan.feasible in (True, False)
+
+
 def test_what_was_never_measured_is_not_promised(sift):
     x, _ = sift
     plan = Riann(128).plan(380_000)

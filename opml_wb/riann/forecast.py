@@ -77,10 +77,12 @@ def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_
     elif deg and (short := self._short(what, recall, total)): why = short
     else: ok = True
     m = self.measured if deg else None
-    if ok and deg and m is None: why = f"{what}; recall as predicted: `measure` tells"
+    known: bool | None = ok
+    if ok and deg and m is None:
+        known, why = None, f"{what}; recall as predicted, not measured yet: `measure` tells"
     if ok and m and (unknown := self.linker.planner.unknown(total, m.lid)):
         why = f"{what}; measured, as predictions know nothing of {unknown}"
-    return Plan(deg, cand, cand_q, t_index, t_query, recall, ok, why, m)
+    return Plan(deg, cand, cand_q, t_index, t_query, recall, known, why, m)
 
 # %% ../../nbs/riann/06_forecast.ipynb #d4ad63d0
 @patch

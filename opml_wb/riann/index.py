@@ -182,7 +182,7 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
 
 # %% ../../nbs/riann/07_index.ipynb #03dd9cff
 @patch
-def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool, str]:
+def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool | None, str]:
     "(feasible, reason) of a `plan` after its batch of `n`, also as measured where `n` is large."
     if clock.limit is not None or not plan.deg or n < LARGE or not self.meter.is_stale(3):
         return plan.feasible, plan.reason

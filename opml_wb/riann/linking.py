@@ -62,7 +62,7 @@ class Clock:
         "The most wall seconds that are held back for a stall."
         return (self.limit or 0) / 5
 
-    def report(self, deferred: int, chunks: Chunks, predicted: float, feasible: bool,
+    def report(self, deferred: int, chunks: Chunks, predicted: float, feasible: bool | None,
                reason: str) -> Report:
         "Make the account of a call that returns now, when nothing is left to be done."
         wall, spent = self.wall, self.spent

@@ -55,21 +55,22 @@ class Plan(NamedTuple):
     t_index: wall seconds until the batch is wholly indexed. t_query: CPU seconds per query
     afterwards. recall: recall@k afterwards, 0 .. 1, as predicted; where a measurement contradicted
     the prediction, set right by it.
-    feasible: whether the requirement will be met. reason: in words, also where the model doesn't
-    know. measured: recall of the index as it is, Measured; None where there is no graph yet."""
+    feasible: whether the requirement will be met, None where only the recall model says so and
+    nothing was measured on these vectors. reason: in words, also where the model doesn't know.
+    measured: recall of the index as it is, Measured; None where there is no graph yet."""
     deg: int
     cand: int
     cand_q: int
     t_index: float
     t_query: float
     recall: float
-    feasible: bool
+    feasible: bool | None
     reason: str
     measured: Measured | None = None
 
     def check(self) -> "Plan":
         "Return this plan, or raise Infeasible with the reason."
-        if not self.feasible: raise Infeasible(self.reason)
+        if self.feasible is False: raise Infeasible(self.reason)
         return self
 
 # %% ../../../nbs/riann/models/08_plan.ipynb #f145cb3e
@@ -88,7 +89,7 @@ class Report(NamedTuple):
     chunks: list
     predicted: float
     cpu_s: float
-    feasible: bool
+    feasible: bool | None
     reason: str
     measured: Measured | None = None
 
