@@ -15,7 +15,7 @@ from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
 from ..kit.picture import illustrate
-from ..kit.plotly_json import PLOTLY, PNG, plain
+from ..kit.plotly_json import PICTURE, PLOTLY, plain
 from ..record import log
 from ..request import params
 from ..request.chapter import text
@@ -59,10 +59,10 @@ def alt(fig: Mapping[str, Any]) -> str:
              ", ".join(names)]
     return escape(": ".join(filter(None, parts)))
 
-def figure(fig: Mapping[str, Any], png: str = "", play: str = "") -> str:
+def figure(fig: Mapping[str, Any], picture: str = "", play: str = "") -> str:
     """Write the HTML of a plotly figure, a dict `{data, layout}`.
 
-    Its height is kept free until it is drawn. png: its picture (base64), shown where no script
+    Its height is kept free until it is drawn. picture: a JPEG (base64), shown where no script
     runs. play: the states of its controls, packed (`core.show.states`)."""
     kept = {k: fig[k] for k in ("data", "layout", "config") if k in fig}
     layout = fig.get("layout") or {}
@@ -70,9 +70,9 @@ def figure(fig: Mapping[str, Any], png: str = "", play: str = "") -> str:
     height = layout.get("height") or usual.get("height") or 450
     body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     script = f'<script type="application/json">{body}</script>'
-    if png:
-        picture = f'<img alt="{alt(kept)}" src="data:image/png;base64,{png}">'
-        script += f"<noscript>{picture}</noscript>"
+    if picture:
+        shown = f'<img alt="{alt(kept)}" src="data:image/jpeg;base64,{picture}">'
+        script += f"<noscript>{shown}</noscript>"
     controls = f'<form class="opml-play" data-states="{escape(play)}"></form>' if play else ""
     return f'{controls}<div class="opml-fig" style="height:{height:.0f}px">{script}</div>'
 
@@ -119,7 +119,7 @@ def output(out: dict, models: Mapping[str, Any] = {}) -> dict | None:
     html = data.get("text/html")
     if fig:
         play = data.get(PLAY, {}).get("gzip", "")
-        data = {"text/html": figure(fig, data.get(PNG, ""), play)}
+        data = {"text/html": figure(fig, data.get(PICTURE, ""), play)}
     elif VIEW in data: data = {VIEW: data[VIEW], "text/plain": data.get("text/plain", "a widget")}
     elif html is not None:
         html = html if isinstance(html, str) else "".join(html)

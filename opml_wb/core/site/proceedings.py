@@ -20,6 +20,7 @@ from ..engine.isolation import pools
 from ..engine.run import Run, RunRequest, cached, execute, start_here
 from ..kit.files import read_json, write_json
 from ..kit.markup import VERDICTS, num, table, tag
+from ..kit.plotly_json import PICTURE
 from ..record import data, store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
@@ -159,12 +160,12 @@ def _figure(notebook: str | None) -> str:
     except (OSError, ValueError): return ""
     shown = ""
     for cell in nb["cells"]:
-        pictures = [o["data"]["image/png"] for o in cell.get("outputs", ())
-                    if "image/png" in o.get("data", {})]
+        pictures = [o["data"][PICTURE] for o in cell.get("outputs", ())
+                    if PICTURE in o.get("data", {})]
         if pictures: shown = pictures[-1]
         if shown and "log.claim(" in "".join(cell["source"]): break
     src = "".join(shown)
-    return f'<img alt="A figure of the chapter" src="data:image/png;base64,{src}">' if src else ""
+    return f'<img alt="A figure of the chapter" src="data:image/jpeg;base64,{src}">' if src else ""
 
 def _claims(claims: Iterable[Mapping]) -> str:
     def row(c):
