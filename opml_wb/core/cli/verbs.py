@@ -27,7 +27,8 @@ COMMANDS = {
     "params": (HERE + "looking:params", "The parameters of CHAPTER: type, default, range, meaning; "
                "and its presets."),
     "ls": (HERE + "looking:ls", "The runs in the store, newest first."),
-    "show": (HERE + "looking:show", "The newest run of KEY (its first characters are enough)."),
+    "show": (HERE + "looking:show", "The newest run of KEY (its first characters are enough), of "
+             "a chapter or a command."),
     "rm": (HERE + "housekeeping:rm", "Remove the runs of KEY from the store, with their folders "
            "and what lies at the artifact root."),
     "claims": (HERE + "looking:claims", "Every paper's figures beside ours, from the newest done "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 PLAY = "application/vnd.opml.play+json"
-STATES, SECONDS, BYTES = 240, 4., 300_000  # at most: states, seconds to render them, bytes of all
+STATES, SECONDS, BYTES = 240, 2.5, 300_000  # at most: states, seconds to render them, bytes of all
 
 # %% ../../../nbs/core/show/10_states.ipynb #de733534
 def choices(control: "Widget") -> list[tuple[str, Any]] | None:
