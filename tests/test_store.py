@@ -156,8 +156,8 @@ def test_what_is_no_run_is_named_and_kept(tmp_path):
     (bad / s.RUN).write_text('{"id": ')
     (tmp_path / "runs" / "empty").mkdir()
     (tmp_path / "runs" / "notes.txt").write_text("mine")
-    assert home.reindex() == (1, sorted([bad.name, "empty", "my-copy", "notes.txt"]))
-    assert [d["key"] for d in home.ls()] == ["good"] and copied.exists() and bad.exists()
+    assert home.reindex() == (2, sorted(["empty", "my-copy", "notes.txt"]))
+    assert {d["key"]: d["status"] for d in home.ls()} == {"good": "done", "bad": "damaged"} and copied.exists() and bad.exists()
 
 
 def test_gc_never_takes_runs_that_only_the_index_has_forgotten(tmp_path):

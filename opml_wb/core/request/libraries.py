@@ -55,7 +55,8 @@ def named(names: set[str], root: Path | None = None) -> dict[str, str | None]:
     known = read_json(cache, {})
     if known.get("state") != state or not names <= set(known["names"]):
         from importlib.metadata import packages_distributions
-        table = packages_distributions()
+        try: table = packages_distributions()
+        except Exception: table = {}  # of an installation without metadata, as some finders say it
         wanted = names | set(known.get("names", ()))
         known = {"state": state, "names": {n: next(iter(table.get(n, ())), None) for n in wanted}}
         try:

@@ -49,8 +49,8 @@ def secret_name(name: str) -> bool:
 VALUE = r"""("[^"]*"|'[^']*'|[^\s&;,|'"`()]+)"""
 URL = re.compile(r"""(://[^\s/:@'"]*):[^\s/@'"]+@""")
 HEADER = re.compile(r"(?im)\b((?:proxy-)?authorization|cookie|set-cookie|private-token|api-key|"
-                    r"x-[\w-]*(?:key|token|auth|secret)[\w-]*)(\s*:\s*)[^'\"\n]+")
-GIVEN = re.compile(r"""([A-Za-z_][\w.\-]*)(["']?\s*=\s*|["']\s*:\s*)""" + VALUE)
+                    r"x-[\w-]{0,60}(?:key|token|auth|secret)[\w-]{0,60})(\s*:\s*)[^'\"\n]+")
+GIVEN = re.compile(r"""(?<![\w.])([A-Za-z_][\w.\-]{0,80})(["']?\s*=\s*|["']\s*:\s*)""" + VALUE)
 FLAG = re.compile(r"(?<!\S)(--?[A-Za-z][\w.\-]*)(\s+)(?!-)" + VALUE)
 SHAPES = re.compile(
     r"\b(?:gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w\-]{16,}|hf_\w{20,}|sk-[\w\-]{16,}|"
@@ -73,6 +73,7 @@ def masked(text: str) -> str:
     return SHAPES.sub(MASK, text)
 
 # %% ../../../nbs/provenance/watch/19_privacy.ipynb #904f2e89
+# a long value costs its length, not its square: all names in the patterns are bounded
 USERS = {"curl", "wget", "http", "https"}         # -u name:password
 SHORT = {"mysql", "mysqldump", "mysqladmin", "mariadb", "sshpass"}      # -ppassword
 
