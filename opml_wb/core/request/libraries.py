@@ -46,6 +46,20 @@ def distributions() -> dict[str, str]:
     return {name: info.stem.rpartition("-")[2] for name, info in found}
 
 # %% ../../../nbs/core/request/07_libraries.ipynb #50cee24e
+def _by_import() -> dict[str, list[str]]:
+    """As `importlib.metadata.packages_distributions`, {import name: distributions}; one that has no
+    metadata is passed over, where some finders raise."""
+    from importlib.metadata import distributions as installations
+    table: dict[str, list[str]] = {}
+    for d in installations():
+        try:
+            tops = (d.read_text("top_level.txt") or "").split() or {
+                f.parts[0].removesuffix(".py") for f in d.files or () if f.suffix == ".py"}
+            name = d.metadata["Name"]
+        except Exception: continue
+        for top in tops: table.setdefault(top, []).append(name)
+    return table
+
 def named(names: set[str], root: Path | None = None) -> dict[str, str | None]:
     """Find the distributions of imports that are called otherwise: {import name: distribution}.
 
@@ -54,9 +68,7 @@ def named(names: set[str], root: Path | None = None) -> dict[str, str | None]:
     state = hash_json(sorted(distributions().items()))
     known = read_json(cache, {})
     if known.get("state") != state or not names <= set(known["names"]):
-        from importlib.metadata import packages_distributions
-        try: table = packages_distributions()
-        except Exception: table = {}  # of an installation without metadata, as some finders say it
+        table = _by_import()
         wanted = names | set(known.get("names", ()))
         known = {"state": state, "names": {n: next(iter(table.get(n, ())), None) for n in wanted}}
         try:
