@@ -271,7 +271,7 @@ def usual(self: Planner, n: float) -> float:
     x = max(7, math.log2(max(n, 1)))
     i = min(max(10, int(x)), 14)
     a, b = self._ladders[i][0].t_index, self._ladders[i + 1][0].t_index
-    return a + (b - a) * (x - i)
+    return a * (b / a) ** (x - i)   # by ratios: going on below 1,024 stays above zero
 
 # %% ../../../nbs/riann/models/08_plan.ipynb #ef02f627
 @patch
