@@ -41,22 +41,23 @@ def _log() -> tuple[int | None, float]:
     return _open[1], _open[2] or _born
 
 # %% ../../../nbs/core/record/07_log.ipynb #1e984b01
-def _record(text: str = "", html: str | None = None, **record: Any) -> dict[str, Any]:
-    "Keep `record`; outside a run also show `text` with the record in it."
+def _record(**record: Any) -> dict[str, Any]:
+    "Keep `record`: in the run's log, outside a run in the notebook."
     fd, began = _log()
     record = plain({**record, "t": round(time.monotonic() - began, 6)})
     if fd is not None: append(fd, record)
-    else: _show(record, text, html)
+    else: _publish(record)
     return record
 
 # %% ../../../nbs/core/record/07_log.ipynb #fe65b967
-def _show(record: dict, text: str, html: str | None = None) -> None:
-    "Display data that carries the record, if there is a notebook to show it in."
+def _publish(record: dict) -> None:
+    """Put the record into the cell's outputs, in a form that nothing draws: the page stays as it is,
+    `read` finds it."""
     if "IPython" not in sys.modules: return
     from IPython import get_ipython
     if get_ipython() is None: return
     from IPython.display import display
-    display({MIME: record, "text/plain": text, **({"text/html": html} if html else {})}, raw=True)
+    display({MIME: record}, raw=True)
 
 # %% ../../../nbs/core/record/07_log.ipynb #b3fccf13
 def _number(value: Any, name: str) -> int | float:
@@ -94,9 +95,7 @@ def metric(name: str, value: Any, step: float | None = None) -> None:
     if step is not None and type(step) is not int: step = _number(step, f"{name}: step")
     fd, began = _log()
     if fd is None:
-        at = "" if step is None else f" at step {step}"
-        said = f"{name} = {value if isinstance(value, int) else format(value, '.6g')}{at}"
-        _record(said, kind="metric", name=name, value=value, step=step)
+        _record(kind="metric", name=name, value=value, step=step)
         return
     os.write(fd, f'{{"kind": "metric", "name": {_quoted(name)}, "value": {_json(value)}, '
                  f'"step": {_json(step)}, "t": {time.monotonic() - began:.6f}}}\n'.encode())
@@ -132,9 +131,7 @@ def claim(name: str, *, paper: float | None, measured: float, unit: str = "",
     said = verdict(paper, measured, better, tol) if paper is not None else NOT_COMPARABLE
     if incomparable or paper is None:
         said, why = NOT_COMPARABLE, incomparable or why or "the paper prints no figure"
-    printed = "no figure" if paper is None else f"{paper:g} {unit}"
-    text = f"claim: {name}: paper {printed}, measured {measured:.4g} {unit}: {said}"
-    _claims[name] = _record(text, kind="claim", name=name, paper=paper, measured=measured,
+    _claims[name] = _record(kind="claim", name=name, paper=paper, measured=measured,
                             unit=unit, better=better, tol=tol, how=how, why=why, verdict=said)
     return _claims[name]
 
@@ -198,7 +195,7 @@ def artifact(obj_or_path: Any, name: str | None = None) -> Path | None:
         raise FileNotFoundError(f"artifact: there is no file {str(obj_or_path)!r}")
     name = _name(name or (path and path.name), "artifact")
     if not _folder():
-        _record(f"artifact: {name}", kind="artifact", name=name, path=None)
+        _record(kind="artifact", name=name, path=None)
         return None
     whole = Path(name).suffix or path and path.is_dir()
     file = name if whole else name + (path.suffix if path else _suffix(obj_or_path))
@@ -212,13 +209,12 @@ def artifact(obj_or_path: Any, name: str | None = None) -> Path | None:
 
 # %% ../../../nbs/core/record/07_log.ipynb #39f2622e
 def table(df: "pd.DataFrame", name: str) -> Path | None:
-    "Keep `df` as table `name`; outside a run it is displayed, its first 1,000 rows are the record."
+    "Keep `df` as table `name`; outside a run its first 1,000 rows are the record."
     if not hasattr(df, "to_parquet"):
         raise TypeError(f"table {name!r}: expected a DataFrame, got {type(df).__name__}")
     if _folder(): return artifact(df, name)
     rows = json.loads(df.head(1000).to_json(orient="records"))
-    text, html = df.to_string(max_rows=20), df.to_html(max_rows=20)
-    _record(text, html, kind="table", name=name, path=None, rows=rows)
+    _record(kind="table", name=name, path=None, rows=rows)
     return None
 
 # %% ../../../nbs/core/record/07_log.ipynb #344ff205
@@ -228,7 +224,7 @@ def input(path: str | os.PathLike) -> Path:
     Raises FileNotFoundError."""
     path = Path(path).expanduser().absolute()
     if not path.exists(): raise FileNotFoundError(f"input: there is no file {str(path)!r}")
-    _record(f"input: {path}", kind="input", path=str(path), sha256=digest(path))
+    _record(kind="input", path=str(path), sha256=digest(path))
     return path
 
 # %% ../../../nbs/core/record/07_log.ipynb #867fc488
