@@ -138,10 +138,10 @@ def of_trace(verb: str) -> Callable[..., int]:
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
               help="Write the run's notebook as one page that needs no kernel and no network.")
 def show(key: str, as_json: bool, page: str | None) -> int | None:
-    "The newest run of KEY (its first characters are enough), of a chapter or a command."
+    "The run of KEY (its first characters are enough), or the newest run of a chapter."
     from opml_wb.core.engine.run import Run
     from opml_wb.core.record.store import Store
-    done = Run(Store().get(key)[0])
+    done = Run(Store().named(key)[0])
     if "command" in done.doc:
         if page: raise click.UsageError("--html writes a notebook; a command has none")
         return of_trace("show")(done.doc["id"], as_json)
@@ -175,7 +175,7 @@ def claims(as_json: bool, as_csv: bool) -> None:
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #f82fe4a8
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="A B [MORE]...")
+@click.argument("runs", nargs=-1, required=True, metavar="A [B] [MORE]...")
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
               help="Write one self-contained page.")
 @click.option("--objective", metavar="METRIC",
@@ -185,13 +185,11 @@ def compare(runs: Sequence[str], page: str | None, objective: str | None, as_jso
     """Runs side by side, and why they differ: parameters, code, data, environment; of commands
     (`opml trace`) what they used and what came out.
 
-    A and B are keys or ids of runs (`opml ls`), or their first characters; one key twice: its two
-    newest runs. Exit code 0: the same, 1: they differ, 3: it cannot be told, 2: bad use."""
+    A and B are keys or ids of runs (`opml ls`) or their first characters, or chapters; A alone:
+    its two newest runs. Exit code 0: the same, 1: they differ, 3: it cannot be told, 2: bad use."""
     from opml_wb.core.kit.words import EXIT
     from opml_wb.core.show import compare as side_by_side
-    if len(runs) < 2:
-        raise click.UsageError("give two runs or more: opml compare A B (`opml ls` lists them)")
-    found = side_by_side.load(runs)
+    found = side_by_side.load(runs if len(runs) > 1 else [*runs, *runs])
     if traced := [r for r in found if "command" in r.doc]:
         if len(traced) < len(found) or page:
             raise click.UsageError("runs of commands are compared with one another, and not as "

@@ -212,6 +212,14 @@ def get(self: Store, name: str) -> list[dict[str, Any]]:
         raise StoreError(f"{name!r} is ambiguous: {', '.join(k[:10] for k in keys[:5])}")
     return rows
 
+# %% ../../../nbs/core/record/06_store.ipynb #320c6466
+@patch
+def named(self: Store, name: str) -> list[dict[str, Any]]:
+    """List the runs of the chapter `name`, newest first, or else what `get` finds: documents.
+
+    Raises StoreError for none, or several keys."""
+    return self.ls(chapter=name) or self.get(name)
+
 # %% ../../../nbs/core/record/06_store.ipynb #a15052c5
 @patch
 def claims(self: Store) -> list[dict[str, Any]]:

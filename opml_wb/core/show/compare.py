@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 def load(names: Iterable[str | Run], home: store.Store | None = None) -> list[Run]:
     """Find the runs that `names` mean, each only once.
 
-    `names`: Runs, or ids or keys of runs or their first characters; of one key the newest run not
-    taken yet.
+    `names`: Runs, or ids or keys of runs or their first characters, or chapters; of one key or
+    chapter the newest run not taken yet.
     Raises StoreError for a name that is unknown or ambiguous, and when no further run of a key is
     there."""
     home = home or store.Store()
     out: list[Run] = []
     for name in names:
-        found = [name] if isinstance(name, Run) else [Run(d) for d in home.get(str(name))
+        found = [name] if isinstance(name, Run) else [Run(d) for d in home.named(str(name))
                                                       if not d["lost"]]
         new = next((r for r in found if r.doc["id"] not in {o.doc["id"] for o in out}), None)
         if new is None:
             why = "each `opml trace` has a key of its own" if "command" in found[0].doc else \
                 "`opml run --force` makes one"
-            raise store.StoreError(f"{name!r}: no further run of that key is in the store; {why}")
+            raise store.StoreError(f"{name!r}: no further run of that name is in the store; {why}")
         out.append(new)
     return out
 
