@@ -12,6 +12,7 @@ language = "en"
 extensions = ["myst_nb"]
 exclude_patterns = ["notebooks"]
 myst_enable_extensions = ["amsmath", "attrs_block", "attrs_inline", "deflist", "dollarmath", "strikethrough"]
+myst_heading_anchors, myst_heading_slug_func = 3, "opml_wb.core.site.sources.anchor"  # for links such as glossary.md#recall-k
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}                       # ours draws them: _static/opml.js
