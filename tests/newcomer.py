@@ -1,0 +1,156 @@
+"""The README as a newcomer uses it: each of its commands, from top to bottom, in a fresh clone. What a command ends with and prints is checked.
+
+`python tests/newcomer.py` installs as the README says and runs all (a quarter of an hour on two cores); `--venv DIR` takes that
+environment for the one that would be installed, `--only TEXT` the commands with TEXT in them, `--list` prints them.
+Checked at the end: git sees no change in the clone, every path that was printed exists, no run was executed twice."""
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+INSTALL = "-m venv .venv"            # in the lines that make the environment
+SERVES = {"--serve", "lab", "demo", "serve"}  # words of commands that serve until they are interrupted
+PATH = re.compile(r"(?:(?<=\s)|^)(~?\.{0,2}(?:/?[\w.+-]+/)+[\w.+-]+\.(?:ipynb|html|csv|parquet|json|py|txt|md))(?=[\s,;:)]|$)", re.M)
+
+# what each command must print, by the words that it begins with; a command of the README that isn't here fails
+EXPECTED: dict[str, str] = {
+    "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/opml run riann --show": r"riann +(done|cached)[\s\S]*exceeded",
+    "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest -q": r"\d+ passed",
+    ". .venv/bin/activate": r"^$",
+    "opml list": r"riann[\s\S]*done",
+    "opml params riann": r"load[\s\S]*busy processes",
+    "opml run riann": r"riann +cached",
+    "opml run riann load=2 step=200": r"riann +done",
+    "opml ls": r"(riann[\s\S]*){2}",
+    "opml compare riann": r"load[^\n]*0[^\n]*2",
+    "opml why riann": r"store|cached|answer",
+    "opml show riann --html": r"page +riann.html",
+    "opml claims": r"2\.42",
+    "opml lab riann": r"http://",
+    "opml flexserve demo": r"curl",
+    "opml provenance trace": r"sorted.txt",
+    "opml provenance lineage": r"README.md",
+    "opml new mine && opml run mine": r"mine +done",
+    "opml reproduce": r"reproduced.html",
+    "opml sweep riann": r"4",
+    "opml data fetch riann/sift_photos_full && opml run riann --preset paper": r"riann +done",
+    "opml docs --serve": r"http://",
+    "papermill": r"Executing|100%",
+    "export PYTHONPATH=.": r"^$",
+    "opml flexserve pack": r"bundle: 1 model",
+    "opml flexserve publish": r"pets version 1",
+    "opml flexserve serve": r"http://127.0.0.1:8080",
+}
+
+
+def commands(text):
+    "The lines of the ```sh blocks of a README, without their comments."
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    return [line for block in blocks for line in (re.sub(r"\s+#.*$", "", raw).rstrip() for raw in block.splitlines()) if line and not line.startswith("#")]
+
+
+def expected(command):
+    "The pattern that the output of `command` must match: that of the longest entry it begins with, or KeyError."
+    return EXPECTED[max((k for k in EXPECTED if command.startswith(k)), key=len)] if any(map(command.startswith, EXPECTED)) else _unknown(command)
+
+
+def _unknown(command): raise KeyError(f"tests/newcomer.py expects nothing of {command!r}: say what it prints")
+
+
+def serves(command): return bool(SERVES & set(command.split()))
+
+
+class Newcomer:
+    "A clone in which commands are run one after another. venv: an environment that stands for the one to install."
+    def __init__(self, folder, venv=None):
+        self.clone, self.venv, self.said = folder / "opml_wb", venv, []
+        subprocess.run(["git", "clone", "-q", "--no-hardlinks", ROOT, self.clone], check=True)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("OPML_", "VIRTUAL_ENV", "PYTHONPATH", "PYTEST"))}
+        if venv: (self.clone / ".venv").symlink_to(venv)
+
+    def bash(self, command):
+        "The arguments that run `command` as in a terminal where the environment is active once it is there."
+        return ["bash", "-c", f"[ -e .venv ] && . .venv/bin/activate; {command}"]
+
+    def run(self, command):
+        "Run `command` to its end, or until what it serves answers; (exit code, output)."
+        if serves(command): return self.serve(command)
+        done = subprocess.run(self.bash(command), cwd=self.clone, env=self.env, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout
+
+    def serve(self, command, limit=600):
+        "Start `command`, ask the first address that it prints until it answers, then interrupt it."
+        from urllib.request import urlopen
+        with tempfile.TemporaryFile("w+") as out:
+            p = subprocess.Popen(self.bash("exec " + command), cwd=self.clone, env=self.env, text=True, stdin=subprocess.DEVNULL,
+                                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+            end, answered = time.monotonic() + limit, None
+            while time.monotonic() < end and p.poll() is None and not answered:
+                time.sleep(.5)
+                out.seek(0)
+                for url in re.findall(r"http://(?:localhost|127\.0\.0\.1):\d+[^\s'\"]*", out.read()):
+                    try: answered = urlopen(url, timeout=5).status
+                    except OSError as e: answered = getattr(e, "code", None)   # an answer, too
+            os.killpg(p.pid, signal.SIGINT) if p.poll() is None else None
+            try: rc = p.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(p.pid, signal.SIGKILL)
+                rc = p.wait()
+            out.seek(0)
+            return (0 if answered and rc in (0, 130, -2) else rc or 1), out.read()
+
+    def follow(self, command):
+        "Run one command of the README; what is wrong with it, or ''."
+        pattern, began = expected(command), time.monotonic()
+        if self.venv and INSTALL in command:
+            command = command.rpartition("&& .venv")[2] and "true" if "pytest" in command else ".venv" + command.rpartition("&& .venv")[2]
+            if command == "true": return ""
+        rc, out = self.run(command)
+        self.said.append(out)
+        wrong = [f"exit code {rc}"] * (rc != 0) + [f"no {pattern!r} in what it prints"] * (not re.search(pattern, out))
+        print(f"{'FAILED' if wrong else 'ok':7}{time.monotonic() - began:7.1f} s  {command}", flush=True)
+        return f"{command}: {'; '.join(wrong)}\n{out[-3000:]}" if wrong else ""
+
+    def left(self):
+        "What is wrong at the end: list of lines."
+        out = []
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=self.clone, capture_output=True, text=True).stdout.strip()
+        if status: out.append(f"git sees changes in the clone:\n{status}")
+        printed = {p for said in self.said for p in PATH.findall(re.sub(r"\x1b\[[\d;]*m", "", said))}
+        out += [f"printed, but not there: {p}" for p in sorted(printed) if not (self.clone / Path(p).expanduser()).exists()]
+        rc, text = self.run("opml ls -n 0 --json")
+        keys = [r["key"] for r in json.loads(text) if r["status"] == "done"]
+        out += [f"executed twice: {k}" for k in sorted({k for k in keys if keys.count(k) > 1})]
+        return out
+
+
+def main():
+    ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ask.add_argument("--venv", type=Path, help="an environment that stands for the one to install")
+    ask.add_argument("--only", help="only commands that contain this text")
+    ask.add_argument("--list", action="store_true", help="print the commands")
+    ask.add_argument("--keep", action="store_true", help="leave the clone where it is")
+    given = ask.parse_args()
+    steps = [c for c in commands((ROOT / "README.md").read_text(encoding="utf-8")) if not given.only or given.only in c]
+    if given.list: return print("\n".join(steps))
+    folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
+    try:
+        one = Newcomer(folder, given.venv and given.venv.absolute())
+        wrong = [w for c in steps if (w := one.follow(c))] + one.left()
+    finally:
+        if not given.keep: shutil.rmtree(folder, ignore_errors=True)
+    print("\n\n".join(wrong) or "all of it works")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__": sys.exit(main())
