@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+HAS = "import pandas as pd; df = pd.DataFrame({'a': [1]}); model = {'weights': [1]}\n"   # what the reader has already
 INSTALL = "-m venv .venv"            # in the lines that make the environment
 SERVES = {"--serve", "lab", "demo", "serve"}  # words of commands that serve until they are interrupted
 PATH = re.compile(r"(?:(?<=\s)|^)(~?\.{0,2}(?:/?[\w.+-]+/)+[\w.+-]+\.(?:ipynb|html|csv|parquet|json|py|txt|md))(?=[\s,;:)]|$)", re.M)
 
 # what each command must print, by the words that it begins with; a command of the README that isn't here fails
 EXPECTED: dict[str, str] = {
+    "python - <<'END'": r"",
     "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/opml run riann --show": r"riann +(done|cached)[\s\S]*exceeded",
     "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/python -m pytest -q": r"\d+ passed",
     ". .venv/bin/activate": r"^$",
@@ -52,9 +54,12 @@ EXPECTED: dict[str, str] = {
 
 
 def commands(text):
-    "The lines of the ```sh blocks of a README, without their comments."
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
-    return [line for block in blocks for line in (re.sub(r"\s+#.*$", "", raw).rstrip() for raw in block.splitlines()) if line and not line.startswith("#")]
+    "What a README has to type, in its order: the lines of its ```sh blocks without their comments, its ```python blocks whole."
+    out = []
+    for kind, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.M | re.S):
+        lines = [re.sub(r"\s+#.*$", "", line).rstrip() for line in block.splitlines()]
+        out += [f"python - <<'END'\n{HAS}{block}END"] if kind == "python" else [line for line in lines if line and line[0] != "#"]
+    return out
 
 
 def expected(command):
@@ -65,7 +70,31 @@ def expected(command):
 def _unknown(command): raise KeyError(f"tests/newcomer.py expects nothing of {command!r}: say what it prints")
 
 
-def serves(command): return bool(SERVES & set(command.split()))
+def serves(command): return command.startswith("opml") and bool(SERVES & set(command.split()))
+
+
+def own_files(folder):
+    "Write what a reader has of his own, by the names that the README gives it; the paths."
+    import numpy as np
+    import pandas as pd
+    import torch
+    from PIL import Image
+    from torch import nn
+    draw, steps = np.random.default_rng(0), pd.date_range("2024-01-01", periods=600, freq="10min")
+    tickets = pd.DataFrame(dict(ticket=np.arange(600) // 3, updated=steps.strftime("%Y-%m-%d %H:%M"), priority=draw.integers(1, 4, 600),
+                                group=[None, "a", "b"] * 200, close_code=[None, None, "solved"] * 200))
+    jobs = pd.DataFrame(dict(submitted=steps.strftime("%Y-%m-%d %H:%M:%S"), seconds=draw.exponential(3600, 600).round(), gpus=draw.integers(1, 3, 600)))
+    prices = pd.DataFrame(dict(item=["a", "b", "a"], day=["2024-01-01", "2024-01-01", "2024-01-02"], price=[1., 2., 3.]))
+    for name, table in ("tickets", tickets), ("jobs", jobs), ("prices", prices), ("data", prices): table.to_csv(folder / f"{name}.csv", index=False)
+    np.save(folder / "vectors.npy", draw.random((1000, 64), np.float32))
+    Image.fromarray(draw.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / "cat.jpg")
+    net = "nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))"
+    (folder / "my_nets.py").write_text(f"from torch import nn\n\ndef make(): return {net}\n")
+    torch.save(eval(net, {"nn": nn}).state_dict(), folder / "net.pt")
+    recipe = re.search(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    (folder / "recipe.yaml").write_text(recipe)
+    return [folder / n for n in ("tickets.csv", "jobs.csv", "prices.csv", "data.csv", "vectors.npy", "cat.jpg", "my_nets.py", "net.pt", "recipe.yaml",
+                                 "bundle", "features")]
 
 
 class Newcomer:
@@ -75,6 +104,7 @@ class Newcomer:
         subprocess.run(["git", "clone", "-q", "--no-hardlinks", ROOT, self.clone], check=True)
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("OPML_", "VIRTUAL_ENV", "PYTHONPATH", "PYTEST"))}
         if venv: (self.clone / ".venv").symlink_to(venv)
+        self.own = own_files(self.clone)
 
     def bash(self, command):
         "The arguments that run `command` as in a terminal where the environment is active once it is there."
@@ -82,6 +112,10 @@ class Newcomer:
 
     def run(self, command):
         "Run `command` to its end, or until what it serves answers; (exit code, output)."
+        if command.startswith("export "):
+            name, _, value = command.split(maxsplit=1)[1].partition("=")
+            self.env[name] = value
+            return 0, ""
         if serves(command): return self.serve(command)
         done = subprocess.run(self.bash(command), cwd=self.clone, env=self.env, text=True, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -118,12 +152,13 @@ class Newcomer:
         rc, out = self.run(command)
         self.said.append(out)
         wrong = [f"exit code {rc}"] * (rc != 0) + [f"no {pattern!r} in what it prints"] * (not re.search(pattern, out))
-        print(f"{'FAILED' if wrong else 'ok':7}{time.monotonic() - began:7.1f} s  {command}", flush=True)
+        print(f"{'FAILED' if wrong else 'ok':7}{time.monotonic() - began:7.1f} s  {command.partition(chr(10))[0]}", flush=True)
         return f"{command}: {'; '.join(wrong)}\n{out[-3000:]}" if wrong else ""
 
     def left(self):
         "What is wrong at the end: list of lines."
         out = []
+        for path in self.own: shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         status = subprocess.run(["git", "status", "--porcelain"], cwd=self.clone, capture_output=True, text=True).stdout.strip()
         if status: out.append(f"git sees changes in the clone:\n{status}")
         printed = {p for said in self.said for p in PATH.findall(re.sub(r"\x1b\[[\d;]*m", "", said))}
