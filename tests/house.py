@@ -211,6 +211,33 @@ def module_lines():
     return sorted((count(p), m) for m, (p, _) in modules().items() if not p.name.startswith("__"))
 
 
+SECTIONS = "Claim", "Parameters", "The problem", "The system", "Play", "Experiment", "Ours beside the paper's", "Beyond the paper", "Limits", "Try next"
+
+
+def chapter_form(path):
+    "What a chapter lacks of the form that all have: list of lines."
+    all_cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [(c["cell_type"], "".join(c["source"])) for c in all_cells]
+    prose, code = ("\n".join(t for kind, t in texts if kind == k) for k in ("markdown", "code"))
+    found = [m[1].strip() for m in re.finditer(r"^## \d+ (.*)$", prose, re.M)]
+    out = [f"sections: {found}"] if [f.replace("’", "'") for f in found] != list(SECTIONS) else []
+    if not re.search(r"\]\(https?://", texts[0][1]): out.append("the first cell links the paper")
+    box = next((t for kind, t in texts if kind == "markdown" and re.search(r"^> \*\*What you need to know", t, re.M)), "")
+    if "](" not in box: out.append("no box `> **What you need to know.**` with links")
+    if "glossary.md#" not in prose: out.append("no term leads to the glossary")
+    shown = [i for i, (kind, t) in enumerate(texts) if kind == "markdown" for _ in re.findall(r"\$\$.+?\$\$", t, re.S)]
+    if len(shown) < 4: out.append(f"{len(shown)} displayed formulas, 4 are asked for")
+    for i in sorted(set(shown)):
+        below = next((t for kind, t in texts[i + 1:] if kind == "code"), "")
+        if "assert" not in below and "test_eq" not in below: out.append(f"no assert below the formula of cell {i}: {texts[i][1][:60]!r}")
+    drawn = re.findall(r"\.add_(?:scatter|bar|histogram|heatmap|hline|vline|vrect|hrect|annotation|trace)\w*\(|make_subplots|graph_objects", code)
+    if drawn: out.append(f"raw plotly: {sorted(set(drawn))}")
+    if code.count("claims_table(") != 1: out.append("claims are shown once, by ui.claims_table")
+    if "### Your own data" not in prose: out.append("no section `### Your own data`")
+    if prose.count("<details>") < 3: out.append("three exercises, each with its answer folded")
+    return out + [f"cell {i}: a line of {len(line)} columns" for i, (kind, t) in enumerate(texts) if kind == "code" for line in t.splitlines() if len(line) > 88]
+
+
 def report(where=""):
     "Print the measures of the modules and notebooks whose name holds `where`."
     dotted, slashed = where.replace("/", "."), where.replace(".", "/")
@@ -233,6 +260,8 @@ def report(where=""):
     sizes = [r for r in module_lines() if dotted in r[1]]
     tell("modules outside 60 to 300 lines", [r for r in sizes if not 60 <= r[0] <= 300], 20)
     chars = {m: sum(len(line) + 1 for line in p.read_text().splitlines() if not line.startswith("# %%")) for m, (p, _) in modules().items() if dotted in m}
+    for p in sorted((NBS / "chapters").glob("*.ipynb")):
+        if slashed.split("/")[0] in p.stem: tell(f"form of chapter {p.stem}", chapter_form(p), 30)
     print(f"characters: {sum(chars.values()):,} without cell headers")
 
 

@@ -88,6 +88,10 @@ def test_chapters_define_nothing_big(path):
             if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 16, f"{path.name}: {node.name} belongs in the package"
 
 
+@pytest.mark.parametrize("path", [p for p in CHAPTERS if p.parent.name == "chapters"], ids=name)
+def test_the_form_of_a_chapter(path): none(house.chapter_form(path), f"{path.stem}: what the form of a chapter asks for")
+
+
 # --- imports, classes, names
 
 def test_imports_lead_downwards():
