@@ -62,6 +62,7 @@ def light(requirement):
     return requirement.replace("xgboost>", "xgboost-cpu>") if os.environ.get("OPML_WB_CPU") else requirement
 
 
+# until 0.2: the verbs of `opml provenance` that were commands of their own, and the noun that each belongs to
 PROVENANCE = "trace", "lineage", "impact", "check", "search", "pipeline"
 
 setup(
@@ -76,8 +77,9 @@ setup(
     entry_points={
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
-        "opml_wb.commands": ["flexserve = opml_wb.flexserve.serve.cli:flexserve"]
-                            + [f"{name} = opml_wb.provenance.commands:{name}" for name in PROVENANCE],
+        "opml_wb.commands": ["provenance = opml_wb.provenance.commands:provenance",
+                             "flexserve = opml_wb.flexserve.serve.cli:flexserve"],
+        "opml_wb.moved_commands": [f"{name} = opml_wb.provenance.commands:provenance" for name in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },

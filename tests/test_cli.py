@@ -401,6 +401,20 @@ NOTEBOOK = pathlib.Path(__file__).with_name("demo.ipynb")
 '''
 
 
+NOUN = '''
+from opml_wb.core.cli.grammar import Noun
+@click.group(cls=Noun)
+def noun(): "Things of Acme."
+@noun.command()
+@click.argument("who")
+@click.option("--loud", is_flag=True)
+def verb(who, loud):
+    "Says it."
+    click.echo(who + "!" * loud)
+    return 4
+'''
+
+
 @pytest.fixture
 def plug(tmp_path, notebook):
     "plug(**groups) -> environment in which the package `acme` registers these {group: {name: object}}."
@@ -428,6 +442,27 @@ def test_a_command_of_another_package(opml, plug):
         assert done.returncode == 2 and f"opml_wb.commands {name!r} of package 'acme'" in done.stderr and why in done.stderr
         assert "Traceback" not in done.stderr
     assert opml("ls", env=env).stdout.count("no runs yet") == 1          # ours cannot be replaced
+
+
+def test_an_old_spelling_names_the_new_one(opml, plug):
+    env = plug(commands={"noun": "acme:noun"}, moved_commands={"verb": "acme:noun", "gone": "acme_gone:x", "ls": "acme:noun"})
+    (Path(env["PYTHONPATH"]) / "acme.py").write_text(ACME + NOUN)
+    new, old = opml("noun", "verb", "a", "--loud", env=env), opml("verb", "a", "--loud", env=env)
+    assert (new.returncode, new.stdout, new.stderr) == (4, "a!\n", "")
+    assert (old.returncode, old.stdout) == (4, "a!\n") and old.stderr.count("\n") == 1 and "`opml noun verb`" in old.stderr
+    assert "Usage: opml noun verb" in opml("verb", "--help", env=env).stdout
+    assert "verb" not in [line.split()[0] for line in opml("--help", env=env).stdout.splitlines() if line.strip()]
+    assert opml("gone", env=env).returncode == 2 and opml("ls", env=env).stderr == ""
+    assert "no command 'vrb'; did you mean 'verb'?" in opml("noun", "vrb", env=env).stderr
+
+
+def test_what_was_moved_is_there(opml, tmp_path):
+    for old in "trace", "lineage", "impact", "check", "search", "pipeline":
+        done = opml(old, "--help")
+        assert done.returncode == 0 and f"Usage: opml provenance {old}" in done.stdout
+        assert done.stderr == f"opml: `opml {old}` is now `opml provenance {old}`; the old spelling goes with the next version\n"
+    done = opml("trace", "--json", "--", "sh", "-c", "exit 4", cwd=tmp_path)
+    assert done.returncode == 4 and strict(done.stdout)["exit"] == 4
 
 
 def test_help_imports_no_plug_in(opml, plug, tmp_path):

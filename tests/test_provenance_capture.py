@@ -35,9 +35,9 @@ def here(tmp_path, home, monkeypatch):
 
 @pytest.fixture
 def trace(here, opml):
-    "trace(*command) -> (CompletedProcess, the JSON object) of `opml trace --json`."
+    "trace(*command) -> (CompletedProcess, the JSON object) of `opml provenance trace --json`."
     def call(*command, **options):
-        done = opml("trace", "--json", "--", *command, **{"cwd": here, **options})
+        done = opml("provenance", "trace", "--json", "--", *command, **{"cwd": here, **options})
         return done, json.loads(done.stdout)
     return call
 
@@ -93,7 +93,7 @@ def test_as_nobody(here, tmp_path):
     for folder in (tmp_path, *tmp_path.parents):
         if folder == Path(tempfile.gettempdir()): break
         os.chmod(folder, 0o755)
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", "sh", "-c", "echo 1 > a; mv a b"]
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--", "sh", "-c", "echo 1 > a; mv a b"]
     done = subprocess.run(command, cwd=here, env={**os.environ, "HOME": str(here), "OPML_HOME": str(here / "home")}, capture_output=True, text=True)
     found = json.loads(done.stdout)
     assert found["capture"] == "seccomp" and names(found["events"]) == [("created", "b")]
@@ -108,9 +108,9 @@ def test_exit_codes_signals_and_streams(trace, opml, here):
     assert done.returncode == found["exit"] == 137
     done, found = trace("no-such-command-here")
     assert done.returncode == found["exit"] == 127 and "command not found" in done.stderr
-    plain = opml("trace", "--", "sh", "-c", "read x; echo got $x", input="word\n", cwd=here)
-    assert plain.returncode == 0 and plain.stdout == "got word\n" and "opml lineage" in plain.stderr
-    assert opml("trace", "--json").returncode == 2
+    plain = opml("provenance", "trace", "--", "sh", "-c", "read x; echo got $x", input="word\n", cwd=here)
+    assert plain.returncode == 0 and plain.stdout == "got word\n" and "opml provenance lineage" in plain.stderr
+    assert opml("provenance", "trace", "--json").returncode == 2
 
 
 @told
@@ -122,7 +122,7 @@ def test_what_the_command_left_behind_works_on(trace, here):
 
 @told
 def test_sigterm_reaches_the_command(here, opml):
-    p = opml("trace", "--json", "--", *python("import time; open('began', 'w').write('1'); time.sleep(60)"), cwd=here, start=True)
+    p = opml("provenance", "trace", "--json", "--", *python("import time; open('began', 'w').write('1'); time.sleep(60)"), cwd=here, start=True)
     until(lambda: (here / "began").exists())
     p.send_signal(signal.SIGTERM)
     out, _ = p.communicate(timeout=20)
@@ -137,7 +137,7 @@ STEPS = "import time\nfor i in range(20): open(f'{i}.txt', 'w').write('x'); time
 
 @told
 def test_the_watcher_is_killed(here, home, opml):
-    p = opml("trace", "--json", "--", *python(STEPS), cwd=here, start=True)
+    p = opml("provenance", "trace", "--json", "--", *python(STEPS), cwd=here, start=True)
     until(lambda: (here / "3.txt").exists())
     p.kill(); p.wait()
     until(lambda: (here / "19.txt").exists())                              # the command goes on, and ends
@@ -149,7 +149,7 @@ def test_the_watcher_is_killed(here, home, opml):
 
 @told
 def test_the_command_is_killed(here, home, opml):
-    p = opml("trace", "--json", "--", *python(STEPS), cwd=here, start=True)
+    p = opml("provenance", "trace", "--json", "--", *python(STEPS), cwd=here, start=True)
     until(lambda: (here / "3.txt").exists())
     psutil.Process(p.pid).children()[0].kill()
     found = json.loads(p.communicate(timeout=20)[0])
@@ -248,7 +248,7 @@ def test_a_table_is_one_artifact(trace, here):
 @told
 def test_nested_captures(trace, here, notebook):
     "A trace in a trace, and a run in a trace: each stage has its own."
-    done, outer = trace("sh", "-c", f"echo 1 > a.txt; {sys.executable} -m opml_wb.core.cli trace --json -- sh -c 'cat a.txt > b.txt' > inner.json; echo 2 > c.txt")
+    done, outer = trace("sh", "-c", f"echo 1 > a.txt; {sys.executable} -m opml_wb.core.cli provenance trace --json -- sh -c 'cat a.txt > b.txt' > inner.json; echo 2 > c.txt")
     inner = json.loads((here / "inner.json").read_text())
     assert inner["capture"] == "seccomp" and not inner["partial"] and sorted(names(inner["events"])) == [("created", "b.txt"), ("read", "a.txt")]
     assert {("created", n) for n in ("a.txt", "b.txt", "c.txt")} <= set(names(outer["events"])) and done.returncode == 0
@@ -262,7 +262,7 @@ def test_nested_captures(trace, here, notebook):
 @told
 def test_a_home_that_cannot_be_written(here, opml):
     for place in ("/proc/nowhere", "/dev/null/home"):
-        done = opml("trace", "--json", "--", "sh", "-c", "echo 1 > a.txt; exit 4", cwd=here, env={"OPML_HOME": place})
+        done = opml("provenance", "trace", "--json", "--", "sh", "-c", "echo 1 > a.txt; exit 4", cwd=here, env={"OPML_HOME": place})
         found = json.loads(done.stdout)
         assert done.returncode == found["exit"] == 4 and found["run"] is None and "cannot be used" in done.stderr and (here / "a.txt").exists()
 
@@ -275,7 +275,7 @@ def test_a_full_disk(here, opml):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", small], capture_output=True).returncode: pytest.skip("no disk can be mounted here")
     try:
         code = f"open('{small}/fill', 'wb').write(b'x' * 10)\ntry: open('{small}/fill', 'ab').write(b'x' * (1 << 20))\nexcept OSError: pass\nfor i in range(50): open(f'f{{i}}', 'w').write('1')\n"
-        done = opml("trace", "--json", "--", *python(code), cwd=here, env={"OPML_HOME": f"{small}/home"})
+        done = opml("provenance", "trace", "--json", "--", *python(code), cwd=here, env={"OPML_HOME": f"{small}/home"})
         assert done.returncode == 0 and len(list(here.glob("f*"))) == 50      # the work is done, whatever could be written of it
         found = json.loads(done.stdout)
         assert found["partial"] or len(found["events"]) >= 50
@@ -327,7 +327,7 @@ signal.setitimer(signal.ITIMER_REAL, 0)
 
 def _within(opml, limit, *command, **options):
     "The JSON object of a trace that must end within `limit` seconds; what it started is killed otherwise."
-    p = opml("trace", "--json", "--", *command, start=True, start_new_session=True, **options)
+    p = opml("provenance", "trace", "--json", "--", *command, start=True, start_new_session=True, **options)
     try: return json.loads(p.communicate(timeout=limit)[0])
     except subprocess.TimeoutExpired:
         for child in psutil.Process(p.pid).children(recursive=True): child.kill()
@@ -448,9 +448,9 @@ open('n', 'w').write(str(len(broken)))
 def test_files_that_the_shell_opened(here, home, opml):
     (here / "in").write_text("1\n"); (here / "log").write_text("0\n")
     def shell(line):
-        line = line.replace("TRACE", f"{sys.executable} -m opml_wb.core.cli trace --")
+        line = line.replace("TRACE", f"{sys.executable} -m opml_wb.core.cli provenance trace --")
         done = subprocess.run(["sh", "-c", line], cwd=here, env={**os.environ, "OPML_HOME": str(home)}, capture_output=True, text=True, timeout=90)
-        run = done.stderr.strip().split("opml lineage ")[-1].split()[0]
+        run = done.stderr.strip().split("opml provenance lineage ")[-1].split()[0]
         reader = LineageReader()
         return {Path(e["path"]).name: (e["op"], e["version"], e["was"]) for e in reader.events(run)}, {s["fd"]: s for s in reader.facts(run)["streams"]}
     sha = lambda text: hashlib.sha256(text.encode()).hexdigest()
@@ -491,7 +491,7 @@ def test_what_is_not_seen_is_told(trace, opml, here, why):
     done, found = trace(*python(UNSEEN[why]))
     assert found["partial"] and [line.partition(":")[0] for line in found["why"]] == [why]
     assert [r["why"] for r in LineageReader().facts(found["run"])["partial"]] == [why]
-    assert f"not seen: {why}" in opml("lineage", found["run"]).stdout and LineageReader().stage(found["run"])["why"] == found["why"]
+    assert f"not seen: {why}" in opml("provenance", "lineage", found["run"]).stdout and LineageReader().stage(found["run"])["why"] == found["why"]
 
 
 @told
@@ -550,15 +550,15 @@ def test_secrets_are_written_down_nowhere_and_records_are_private(here, home, op
     words = ["--password=s3cr3t-3", "--token", "s3cr3t-4", "postgresql://ann:s3cr3t-5@db/x", "-H", "Authorization: Bearer s3cr3t-6", "--epochs", "3"]
     before = os.umask(0)
     try:
-        done = opml("trace", "--json", "--", "sh", "-c", "echo $1 > out.txt; TOKEN=s3cr3t-7 true", "sh", *words, cwd=here)
+        done = opml("provenance", "trace", "--json", "--", "sh", "-c", "echo $1 > out.txt; TOKEN=s3cr3t-7 true", "sh", *words, cwd=here)
     finally: os.umask(before)
     found = json.loads(done.stdout)
     assert (here / "out.txt").read_text() == "--password=s3cr3t-3\n" and (here / "out.txt").stat().st_mode & 0o777 == 0o666   # the command is as it was
-    opml("lineage", found["run"]); opml("ls")
+    opml("provenance", "lineage", found["run"]); opml("ls")
     for path in home.rglob("*"):
         if path.is_file(): assert b"s3cr3t" not in path.read_bytes(), path
         assert not path.stat().st_mode & 0o077, path
-    for words in (("lineage", found["run"]), ("lineage", found["run"], "--json"), ("show", found["run"], "--json"), ("ls", "--json")):
+    for words in (("provenance", "lineage", found["run"]), ("provenance", "lineage", found["run"], "--json"), ("show", found["run"], "--json"), ("ls", "--json")):
         assert "s3cr3t" not in opml(*words).stdout, words
     stage = LineageReader().stage(found["run"])
     assert stage["command"][-3:] == ["Authorization: ***", "--epochs", "3"] and not home.stat().st_mode & 0o077
@@ -597,10 +597,10 @@ def test_without_the_filter(trace, here, notebook):
 
 @told
 def test_off_and_no_nonsense(here, opml, notebook, monkeypatch):
-    done = opml("trace", "--json", "--", "sh", "-c", "echo x; exit 2", cwd=here, env={"OPML_CAPTURE": "off"})
+    done = opml("provenance", "trace", "--json", "--", "sh", "-c", "echo x; exit 2", cwd=here, env={"OPML_CAPTURE": "off"})
     found = json.loads(done.stdout)
     assert done.returncode == found["exit"] == 2 and found["capture"] == "off" and found["run"] is None and done.stderr == "x\n" and not LineageReader().runs.ls()
-    done = opml("trace", "--json", "--", "true", cwd=here, env={"OPML_CAPTURE": "perhaps"})
+    done = opml("provenance", "trace", "--json", "--", "true", cwd=here, env={"OPML_CAPTURE": "perhaps"})
     assert done.returncode == 2 and "expected auto or off" in done.stdout + done.stderr
 
 

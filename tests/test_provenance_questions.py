@@ -23,16 +23,16 @@ PY = [sys.executable, "-S", "-E", "-c"]
 
 
 def traced(home, work, *words):
-    "The JSON object of `opml trace` of `words`, in folder `work`."
+    "The JSON object of `opml provenance trace` of `words`, in folder `work`."
     words = words if len(words) > 1 else (*PY, words[0])
-    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *words], cwd=work, env={**os.environ, "OPML_HOME": str(home)}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--", *words], cwd=work, env={**os.environ, "OPML_HOME": str(home)}, capture_output=True, text=True, timeout=120)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture
 def trace(home, tmp_path, monkeypatch):
-    "trace(code or words...) -> the JSON object of `opml trace`, in the working directory, which is the test's own."
+    "trace(code or words...) -> the JSON object of `opml provenance trace`, in the working directory, which is the test's own."
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -250,12 +250,12 @@ def test_check_names_what_a_run_depends_on_beside_its_files(trace, opml, home, m
     said = [f"{d['class']} {os.path.relpath(d['name'])} {d['now']}" if "/" in d["name"] else f"{d['class']} {d['name']} {d['now']}" for d in found["differences"]] + found["unknown"]
     assert found["verdict"] == verdict and named in "\n".join(said), found
     if what == "the network":
-        done = opml("check", run, env={"OPML_HOME": str(home)}, cwd=Path.cwd())
+        done = opml("provenance", "check", run, env={"OPML_HOME": str(home)}, cwd=Path.cwd())
         assert done.returncode == 3 and done.stdout.startswith("cannot tell\n"), done.stdout + done.stderr
 
 
 def test_standard_input_and_repeats_that_came_out_otherwise_cannot_be_told(trace, home):
-    words = [sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--", *PY, "import os, sys; sys.stdin.read(); open('out', 'w').write(os.urandom(4).hex())"]
+    words = [sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--", *PY, "import os, sys; sys.stdin.read(); open('out', 'w').write(os.urandom(4).hex())"]
     runs = [json.loads(subprocess.run(words, input=b"x", capture_output=True, env={**os.environ, "OPML_HOME": str(home)}).stdout)["run"] for _ in range(2)]
     found = check(runs[0])
     assert found["verdict"] == "differs" or found["verdict"] == "cannot tell"
@@ -414,11 +414,11 @@ def test_openlineage_events_fit_the_standards_schema(dag):
 
 def test_a_chapter_goes_elsewhere_in_one_file(chapter, tmp_path, opml, monkeypatch):
     path, first = chapter
-    done = opml("pipeline", "export", first.key, tmp_path / "sums.zip")
+    done = opml("provenance", "pipeline", "export", first.key, tmp_path / "sums.zip")
     assert done.returncode == 0, done.stderr
     there = tmp_path / "there"
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "other home"))
-    done = opml("pipeline", "import", tmp_path / "sums.zip", "--to", there, "--json", env={"OPML_HOME": str(tmp_path / "other home")})
+    done = opml("provenance", "pipeline", "import", tmp_path / "sums.zip", "--to", there, "--json", env={"OPML_HOME": str(tmp_path / "other home")})
     told = json.loads(done.stdout)
     assert sorted(p.name for p in there.iterdir()) == ["helper.py", "sums.ipynb", "x.csv"] and told["differences"] == []
     again = run(told["commands"][0]["words"][2], preset="imported")
@@ -426,13 +426,13 @@ def test_a_chapter_goes_elsewhere_in_one_file(chapter, tmp_path, opml, monkeypat
 
 
 def test_the_verbs_print_json(dag, made, opml):
-    def ask(*words): return json.loads(opml(*words, "--json", cwd=made[1], env={"OPML_HOME": str(made[0])}).stdout)
+    def ask(*words): return json.loads(opml("provenance", *words, "--json", cwd=made[1], env={"OPML_HOME": str(made[0])}).stdout)
     assert ask("lineage", dag["features"])["before"] == [dag["clean"]]
     assert [e["op"] for e in ask("lineage", "clean.csv")["events"]] == ["created", "read", "modified", "read"]
     assert {r["run"] for r in ask("impact", dag["clean"], "--transitive")} == {dag["features"], dag["tree"], dag["net"]}
     assert ask("check", dag["tree"]) == SAME
     assert [r["run"] for r in ask("search", "tree.bin")] == [dag["tree"]]
-    refused = opml("impact", "nothing")
+    refused = opml("provenance", "impact", "nothing")
     assert refused.returncode == 2 and "no run 'nothing'" in refused.stderr
 
 
@@ -450,7 +450,7 @@ def test_paths_that_are_not_utf8_pass_every_question(trace, home, opml, tmp_path
     from opml_wb.provenance.ask.openlineage import openlineage
     assert "out" in lineage_graph(second).to_json() and json.dumps(openlineage(second), ensure_ascii=False).encode()
 
-    def ask(*words): return json.loads(opml(*words, "--json", env={"OPML_HOME": str(home)}, cwd=Path.cwd()).stdout)
+    def ask(*words): return json.loads(opml("provenance", *words, "--json", env={"OPML_HOME": str(home)}, cwd=Path.cwd()).stdout)
     assert {r["path"] for r in ask("impact", first)} == {out, last} == {e["path"] for e in ask("lineage", second)["events"]}
     assert ask("lineage", out)["path"] == out
     assert set(ask("pipeline", "export", second, "all.zip")["files"]) == {odd}

@@ -91,21 +91,21 @@ def write_scripts(folder: str | os.PathLike) -> Path:
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #83b54650
 def traced(folder: str | os.PathLike, *words: str) -> dict[str, Any]:
-    """Trace a Python script (its name and arguments) in `folder`: the JSON object of `opml trace`.
+    """Trace a Python script (its name and arguments) in `folder`: the JSON object of `opml provenance trace`.
 
     Raises RuntimeError when it cannot be traced."""
-    opml = [sys.executable, "-m", "opml_wb.core.cli", "trace", "--json", "--"]
+    opml = [sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--"]
     command = [*opml, sys.executable, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     try: return json.loads(done.stdout)
     except ValueError:
-        raise RuntimeError(f"opml trace {' '.join(words)} ended with code {done.returncode}: "
+        raise RuntimeError(f"opml provenance trace {' '.join(words)} ended with code {done.returncode}: "
                            f"{done.stderr[-1000:]}") from None
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #62d66743
 def pipeline(folder: str | os.PathLike,
              stages: Mapping[str, list[str]] = STAGES) -> dict[str, dict[str, Any]]:
-    "Trace `stages` {name: words} in order, with a progress bar: {name: answer of `opml trace`}."
+    "Trace `stages` {name: words} in order, with a progress bar: {name: answer of `opml provenance trace`}."
     shown = ui.progress(stages.items(), total=len(stages), desc="stages")
     return {name: traced(folder, *words) for name, words in shown}
 

@@ -183,7 +183,7 @@ def claims(as_json: bool, as_csv: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print `{runs, differences}` as JSON.")
 def compare(runs: Sequence[str], page: str | None, objective: str | None, as_json: bool) -> int:
     """Runs side by side, and why they differ: parameters, code, data, environment; of commands
-    (`opml trace`) what they used and what came out.
+    (`opml provenance trace`) what they used and what came out.
 
     A and B are keys or ids of runs (`opml ls`) or their first characters, or chapters; A alone:
     its two newest runs. Exit code 0: the same, 1: they differ, 3: it cannot be told, 2: bad use."""

@@ -107,7 +107,7 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
 def rerun(key: str, apply: bool, as_json: bool) -> int:
     """Repeat the newest run of KEY, and say what differs from then.
 
-    A chapter is executed with its parameters and today's code and data. A command (`opml trace`)
+    A chapter is executed with its parameters and today's code and data. A command (`opml provenance trace`)
     is executed in a view of its folder with its inputs of then; the folder itself is changed by
     --apply alone. Exit code 0: the same came out, 1: something else, or it failed, 3: it cannot be
     told, 2: bad use."""

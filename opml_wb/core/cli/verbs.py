@@ -9,10 +9,12 @@ __all__ = ['HERE', 'COMMANDS', 'MORE', 'VERBS', 'SETTINGS', 'NOWHERE', 'as_comma
 # %% ../../../nbs/core/cli/01_verbs.ipynb #a97d4a8a
 import os, sys, warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from .grammar import moved
 from ..kit.lazy import load_object
 from ..kit.words import nearest
 from ..request.plugin import PluginError, load, plugged
@@ -65,6 +67,14 @@ def as_command(found: Any) -> click.Command:
     if isinstance(found, click.Command): return found
     raise TypeError(f"expected a click command, got {type(found).__name__}")
 
+# %% ../../../nbs/core/cli/01_verbs.ipynb #ad6134d5
+def _newer(name: str) -> bool:
+    "True if the clone's setup.py registers a command `name`, which this installation doesn't know."
+    import opml_wb
+    try: setup = (Path(opml_wb.__file__ or "").parents[1]/"setup.py").read_text(encoding="utf-8")
+    except OSError: return False
+    return f'"{name} = opml_wb.' in setup
+
 # %% ../../../nbs/core/cli/01_verbs.ipynb #ef221b39
 class Commands(click.Group):
     """A group of our verbs, and of the commands that other packages registered as
@@ -84,12 +94,15 @@ class Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         """Find the command as click does.
 
-        A command that nobody has is answered with the nearest one."""
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            near = nearest(args[0], self.list_commands(ctx))
-            hint = f"; did you mean {near!r}?" if near else "; opml --help lists them"
-            ctx.fail(f"no command {args[0]!r}{hint}")
-        return super().resolve_command(ctx, args)
+        An old spelling finds the new one; a command that nobody has is answered with the
+        nearest."""
+        if not args or args[0].startswith("-") or self.get_command(ctx, args[0]):
+            return super().resolve_command(ctx, args)
+        if found := moved(args): return found
+        near = nearest(args[0], self.list_commands(ctx))
+        hint = f"; did you mean {near!r}?" if near else "; opml --help lists them"
+        if _newer(args[0]): hint = ": installed before it was there; `pip install -e .` adds it"
+        ctx.fail(f"no command {args[0]!r}{hint}")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write ours with a line of help, of the registered ones the name and the package.

@@ -165,7 +165,7 @@ def unpack(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, bytes]]:
             manifest = json.loads(z.read(MANIFEST))
             content = {place: z.read(f"{FILES}/{text_of(place)}") for place in manifest["files"]}
     except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
-        why = f"{file} is no pipeline that `opml pipeline export` wrote: {e}"
+        why = f"{file} is no pipeline that `opml provenance pipeline export` wrote: {e}"
         raise PipelineError(why) from None
     if manifest.get("format") != FORMAT:
         found = manifest.get("format")
@@ -198,7 +198,7 @@ def command_of(stage: Mapping[str, Any], base: str, folder: Path) -> dict[str, A
     program, *rest = stage["command"]
     if not shutil.which(program): program = os.path.basename(program)   # of another machine
     cwd = os.path.normpath(folder/os.path.relpath(stage["cwd"], base))
-    return {"cwd": cwd, "words": ["opml", "trace", "--", program, *rest]}
+    return {"cwd": cwd, "words": ["opml", "provenance", "trace", "--", program, *rest]}
 
 # %% ../../../nbs/provenance/ask/12_pipeline.ipynb #dc9a26b1
 def import_(file: str | os.PathLike, folder: str | os.PathLike | None = None) -> dict[str, Any]:
