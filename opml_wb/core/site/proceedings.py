@@ -7,7 +7,7 @@ __all__ = ['GOOD', 'LAST', 'MUTED', 'wanted', 'requests', 'room', 'performed', '
            'remember', 'summary', 'report']
 
 # %% ../../../nbs/core/site/06_proceedings.ipynb #310f4d96
-import json, os, time
+import os, time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -20,11 +20,10 @@ from ..engine.isolation import pools
 from ..engine.run import Run, RunRequest, cached, execute, start_here
 from ..kit.files import read_json, write_json
 from ..kit.markup import VERDICTS, num, table, tag
-from ..kit.plotly_json import PICTURE
 from ..record import data, store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
-from ..show.overview import PAPERS
+from ..show.overview import PAPERS, cited, cover
 
 GOOD = "exceeded", "reproduced"
 
@@ -155,17 +154,10 @@ def remember(home: Path, outcomes: Iterable[Outcome]) -> None:
 
 # %% ../../../nbs/core/site/06_proceedings.ipynb #00e9128e
 def _figure(notebook: str | None) -> str:
-    "The picture that a chapter shows last before its first claim, or its first one, as HTML."
-    try: nb = json.loads(Path(notebook or "").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return ""
-    shown = ""
-    for cell in nb["cells"]:
-        pictures = [o["data"][PICTURE] for o in cell.get("outputs", ())
-                    if PICTURE in o.get("data", {})]
-        if pictures: shown = pictures[-1]
-        if shown and "log.claim(" in "".join(cell["source"]): break
-    src = "".join(shown)
-    return f'<img alt="A figure of the chapter" src="data:image/jpeg;base64,{src}">' if src else ""
+    "The picture that stands for a chapter, as HTML."
+    src, title = cover(notebook)
+    said = escape(title or "A figure of the chapter")
+    return f'<img alt="{said}" src="data:image/jpeg;base64,{src}">' if src else ""
 
 def _claims(claims: Iterable[Mapping]) -> str:
     def row(c):
@@ -188,7 +180,7 @@ def _sources(doc: Mapping) -> str:
 def _section(o: Outcome) -> str:
     paper = next((p for p in PAPERS if p.package == o.chapter), None)
     title = f"{o.number or ''} {paper.name if paper else o.chapter}".strip()
-    of = f"<p class=m>{escape(paper.title)}</p>" if paper else ""
+    of = f"<p class=m>{cited(paper)}</p>" if paper else ""
     env = o.doc.get("env") or {}
     versions = ", ".join(f"{k} {v}" for k, v in sorted(env.items()) if isinstance(v, str))
     seconds = o.doc.get("seconds")
