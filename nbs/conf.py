@@ -27,6 +27,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "opml_wb"
 html_context = {"default_mode": "auto"}    # light or dark as the reader's system says
 html_static_path = ["_static"]
+html_extra_path = ["extra"]                 # pages at the addresses of before
 html_css_files = ["opml.css"]
 html_copy_source = html_show_sourcelink = False
 html_sidebars = {"index": []}

@@ -1,9 +1,14 @@
 """The words of the site: the glossary, the links of guide pages and chapters, the commands that pages name."""
 import json
+import os
 import re
-from itertools import pairwise
+import shlex
+import subprocess
+import sys
+from itertools import groupby, pairwise
 from pathlib import Path
 
+import click
 import pytest
 from conftest import ROOT
 
@@ -62,3 +67,116 @@ def test_links_lead_somewhere(path):
         generated = file.startswith(("../api/", "api/")) or file.endswith("reference.md")  # pages that only the site has
         assert there.exists() or generated, f"{path.name}: no file {file}"
         if part and there.suffix in (".md", ".ipynb"): assert part in anchors(there), f"{path.name}: no heading for {target}"
+
+
+def blocks(path: Path, *kinds: str) -> list[tuple[str, str]]:
+    "The fenced blocks of a guide page, (language, text), in order."
+    found = re.findall(r"^```(\w+)\n(.*?)^```", path.read_text("utf-8"), re.M | re.S)
+    return [b for b in found if b[0] in kinds]
+
+
+def typed(path: Path) -> list[tuple[str, bool]]:
+    "The command lines of a page, and whether each is set as code in its prose: else it is a line of a shell block."
+    lines = [line for _, block in blocks(path, "sh") for line in block.splitlines()]
+    whole = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+    spans = [s for s in re.findall(r"`(opml [^`\n]+)`", whole) if not re.search(r"\.\.\.| \| |VERB", s)]
+    return [(line, False) for line in lines if line.strip() and not line.startswith("#")] + [(s, True) for s in spans]
+
+
+def calls(line: str) -> list[list[str]]:
+    "The calls of `opml` in a command line, each as its arguments."
+    words = shlex.split(line, comments=True)
+    parts = [list(g) for end, g in groupby(words, lambda w: w in ("&&", "||", "|", ";")) if not end]
+    bare = ([w for i, w in enumerate(p) if i or not re.match(r"[A-Z_]+=", w)] for p in parts)
+    return [p[1:] for p in bare if p and p[0].rpartition("/")[2] == "opml"]
+
+
+def parameters_of(chapter: str) -> tuple[set[str], set[str]] | None:
+    "(parameters, presets) of a chapter; `mine` and `shop` are what `opml new` writes; None for a name that is only an example."
+    from opml_wb.core.request.chapter import find
+    from opml_wb.core.request.params import describe
+    if chapter.endswith(".ipynb") or re.search(r"<|[A-Z]{3}", chapter): return None
+    found = find(NBS/"_templates"/"skeleton.ipynb" if chapter in ("mine", "shop") else chapter)
+    return {r["name"] for r in describe(found.nb)}, set(found.meta.get("presets") or ())
+
+
+def check_call(args: list[str], mentioned: bool = False) -> None:
+    """Raise unless `opml ARGS` names a command, its options and arguments, and a chapter's own parameters and presets.
+
+    `mentioned`: the words may be a command's name only."""
+    from opml_wb.core.cli.verbs import cli
+    command, ctx, name = cli, click.Context(cli, info_name="opml"), "opml"
+    while isinstance(command, click.Group) and args and not args[0].startswith("-"):
+        found = command.get_command(ctx, args[0])
+        assert found is not None, f"no command {name} {args[0]}"
+        command, name, args = found, f"{name} {args[0]}", args[1:]
+        ctx = click.Context(command, info_name=name, parent=ctx)
+    if {"--help", "-h", "--version"} & set(args) or mentioned and not args: return
+    assert not isinstance(command, click.Group), f"{name}: no command"
+    given, rest, _ = command.make_parser(ctx).parse_args(list(args))
+    assert not rest, f"{name}: {rest} is too much"
+    for p in command.params:
+        there = isinstance(given.get(p.name), (str, tuple, list)) and given[p.name]
+        assert there or not (isinstance(p, click.Argument) and p.required), f"{name}: {p.name} is missing"
+    if name in ("opml run", "opml sweep", "opml params") and (known := parameters_of(args[0])):
+        names = {w.partition("=")[0] for w in args[1:] if re.match(r"\w+=", w)} | {args[i + 1] for i, w in enumerate(args) if w == "-p"}
+        assert names <= known[0], f"{' '.join(args)}: no parameter {names - known[0]}"
+        assert given.get("preset") in {None, *known[1]}, f"{' '.join(args)}: no preset {given['preset']}"
+    if name.startswith("opml data ") and given.get("names"):
+        from opml_wb.core.record.data import registry
+        assert set(given["names"]) <= registry().keys()
+
+
+def complete() -> bool:
+    "True if this installation has the commands of today: those of papers stand under their names."
+    from opml_wb.core.request.plugin import plugged
+    return "provenance" in plugged("commands")
+
+
+@pytest.mark.parametrize("path", GUIDE, ids=lambda p: p.stem)
+def test_no_dead_command(path):
+    "Each command of a guide page is one of `opml`'s, with its options, and a chapter's parameters and presets."
+    if "changes" in path.stem: return  # tells of old spellings, too
+    if not complete(): pytest.skip("installed before `opml provenance` was there: pip install -e .")
+    for line, mentioned in typed(path):
+        for args in calls(line): check_call(args, mentioned)
+
+
+def test_a_dead_command_is_found():
+    for line in "opml rnu riann", "opml run riann nobody=1", "opml run riann --preset nobody", "opml ls --nobody", "opml show", "opml data fetch no/body":
+        with pytest.raises((AssertionError, click.ClickException)): check_call(calls(line)[0])
+    check_call(calls("OPML_HOME=x .venv/bin/opml run riann seed=3 --show  # words")[0])
+
+
+SERVES = re.compile(r"\b(lab|serve|demo|docs|fetch|reproduce|flexserve|tcp:|export OPML|pip|pipeline import)\b|riann( --show| k=| --html)|--executor")
+ASKS = re.compile(r"opml (why|compare|rerun|provenance check)\b")  # their exit code is the answer
+
+
+@pytest.mark.slow
+def test_the_guide_can_be_typed(tmp_path, monkeypatch):
+    """What the pages say is typed and exits with 0, in reading order and in one home, Python too; KEY stands for the newest runs.
+
+    Left out: what serves, downloads, installs, needs a cluster, or runs for minutes. Those were checked against the commands."""
+    (tmp_path/"train.py").write_text("open('model.txt', 'w').write(open('data.csv').read().upper())")
+    (tmp_path/"data.csv").write_text("a,b\n1,2\n")
+    (tmp_path/"values.yaml").write_text("seed: 1\nsizes: [20, 50]\nrepeats: 1\n")
+    env = {**os.environ, "OPML_HOME": str(tmp_path/"home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    def run(*words, **kw): return subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, **kw)
+    ran = 0
+    for path in GUIDE:
+        if not re.match(r"0[2-7]_", path.name): continue
+        for kind, block in blocks(path, "sh", "python"):
+            if kind == "python" and "import opml_wb as wb" in block + "":
+                done = run(sys.executable, "-", input=block)
+                assert done.returncode == 0, f"{path.name}: {block}{done.stderr}"
+                ran += 1
+            for line in block.splitlines() if kind == "sh" else ():
+                if SERVES.search(line) or "opml" not in line: continue
+                if "opml provenance" in line and not complete(): continue
+                keys = dict.fromkeys(d["key"][:12] for d in json.loads(run("opml", "ls", "--json").stdout or "[]"))
+                for key in [*keys, "none"][:line.count("KEY")]: line = line.replace("KEY", key, 1)
+                line = line.replace("opml new mine", "opml new mine --folder .")
+                done = run("bash", "-c", line)
+                assert done.returncode in ((0, 1, 3) if ASKS.search(line) else (0,)), f"{path.name}: {line}\n{done.stdout}{done.stderr}"
+                ran += 1
+    assert ran > 20
