@@ -40,6 +40,7 @@ class Odd(nn.Module):
         while self.gate and not os.path.exists(self.gate): time.sleep(.01)
         if bool((mean > .99).any()): os._exit(9)
         if bool((mean == 0).any()): raise RuntimeError("black")
+        mean = torch.where(mean == 1 / 255, torch.nan, mean)
         return torch.stack([1 - mean, mean], 1) * self.one
 def odd(gate=None, seen=None, once=None):
     "`seen`: a file of the brightness of each picture; `once`: a file whose presence ends the process that loads, one time."
@@ -504,6 +505,11 @@ def test_poison(place):
         assert answer.models == {"odd": ["dark", None, "light"]} and answer.policy["result"] == [False, None, True]
         assert [(x["index"], x["code"]) for x in answer.errors] == [(1, "poison")]
         assert client.batch([picture(20)]).models == {"odd": ["dark"]}
+        # NaN is no answer, and no policy's True
+        with pytest.raises(ServerError) as e: client.batch([picture(1)], policy={"kind": "or", "target": "dark"})
+        assert e.value.status == 500 and "model 'odd' gave numbers that are not finite" in e.value.body["error"]
+        answer = client.batch([picture(1), picture(20)], on_error="skip", policy={"kind": "or", "target": "dark"})
+        assert answer.models == {"odd": [None, "dark"]} and answer.policy["result"] == [None, True]
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def probabilities(module: nn.Module, inputs: Sequence[np.ndarray],
                   classes: Sequence[str]) -> np.ndarray:
     """Compute (B, classes) float32 softmax of `module`'s logits for B tensors (3, h, w).
 
-    Raises BundleError unless it has as many `classes`."""
+    Raises BundleError unless it has as many `classes` and all are finite."""
     out = np.zeros((len(inputs), len(classes)), np.float32)
     with torch.inference_mode(), one_thread():
         for index, batch in by_shape(inputs):
@@ -40,6 +40,8 @@ def probabilities(module: nn.Module, inputs: Sequence[np.ndarray],
             if tuple(logits.shape) != (len(index), len(classes)):
                 raise BundleError(f"classes: {len(classes)} names, but the network gives "
                                   f"{tuple(logits.shape)}")
+            if not torch.isfinite(logits).all():
+                raise BundleError("weights: the network gives numbers that are not finite")
             out[index] = torch.softmax(logits.float(), 1).numpy()
     return out
 

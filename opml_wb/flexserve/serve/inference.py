@@ -41,7 +41,7 @@ def _lists(verdict):
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #372474d1
 def _infer(engine, images, **how):
     """Ask the engine: (labels (M, B), probs (M, B, C), verdict or None, failed images {place:
-    reason}).
+    (code, reason)}).
 
     Labels and probs are without the images on which a model failed, None when there are no
     others."""
@@ -49,7 +49,8 @@ def _infer(engine, images, **how):
         a = engine.infer(images, **how)
         return a.labels, a.probs, _lists(a.verdict), {}
     except Exception as e:
-        if len(images) == 1: return None, None, None, {0: f"{type(e).__name__}: {e}"}
+        why = getattr(e, "code", "model"), f"{type(e).__name__}: {e}"
+        if len(images) == 1: return None, None, None, {0: why}
     one = [_infer(engine, [image], **how) for image in images]
     good = [found[:3] for found in one if not found[3]]
     failed = {i: found[3][0] for i, found in enumerate(one) if found[3]}
@@ -106,12 +107,17 @@ def _how(parts):
 
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #d5d9ee15
 def _group(engine, parts, limits):
-    "Answer parts [(images, options)] that are run together: (answers, their costs and counts)."
+    """Answer parts [(images, options)] that are run together: (answers, [costs and counts]).
+
+    Where a model fails, each part is run by itself: who didn't ask that model has an answer."""
     began = time.perf_counter()
     read = [_decoded(images, limits) for images, _ in parts]
     flat = [image for good, _, _ in read for image in good]
     decoded, how = time.perf_counter(), _how(parts)
     labels, probs, verdict, failed = _infer(engine, flat, **how) if flat else (None, None, None, {})
+    if failed and len({o["models"] for _, o in parts}) > 1:
+        apart = [_group(engine, [part], limits) for part in parts]
+        return [a for (a,), _ in apart], [t for _, took in apart for t in took]
     names = [n for n in engine.names if how["want"] is None or n in how["want"]]
     if labels is None:
         labels, probs = np.empty((len(names), 0),
@@ -119,7 +125,7 @@ def _group(engine, parts, limits):
     row = np.cumsum([i not in failed for i in range(len(flat))]) - 1  # of an image in labels
     answers, first = [], 0
     for (images, o), (_, places, errors) in zip(parts, read):
-        bad = [(place, "model", failed[i]) for i, place in enumerate(places, first) if i in failed]
+        bad = [(place, *failed[i]) for i, place in enumerate(places, first) if i in failed]
         kept = [(row[i], place) for i, place in enumerate(places, first) if i not in failed]
         first += len(places)
         take = [r for r, _ in kept]
@@ -128,7 +134,7 @@ def _group(engine, parts, limits):
                                mine,
                                [place for _, place in kept], sorted(errors + bad), o))
     times = {"decode": decoded - began, "infer": time.perf_counter() - decoded}
-    return answers, {"images": len(flat), **times, **_counts(names, labels)}
+    return answers, [{"images": len(flat), **times, **_counts(names, labels)}]
 
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #e53050c6
 def run(engine: "Engine", parts: Sequence[tuple[list, dict]],
@@ -145,6 +151,6 @@ def run(engine: "Engine", parts: Sequence[tuple[list, dict]],
     took = []
     for places in groups.values():
         got, t = _group(engine, [parts[i] for i in places], limits or Limits())
-        took.append(t)
+        took += t
         for i, a in zip(places, got): answers[i] = a
     return answers, took

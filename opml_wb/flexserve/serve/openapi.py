@@ -75,9 +75,10 @@ WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one",
          404: "no such model or version", 408: "the body came too slowly", 409: "the store refuses",
          413: "too large",
          415: "another Content-Type is expected", 422: "a field or an image is refused",
+         500: "a model gave no answer: `error` names it",
          503: "not ready, or no answer in time is to be expected: Retry-After",
          504: "the deadline passed"}
-INFER = (400, 401, 403, 404, 408, 413, 415, 422, 503, 504)
+INFER = (400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504)
 
 def _operation(text, out, codes=(401, 403), body=None, query={}, path={}, kind="application/json",
                also=()):

@@ -283,13 +283,14 @@ def check(ask: Ask, names: list[str], classes: list[str], most: int) -> Ask:
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #a562f3ef
 def finish(ask: Ask, answer: dict[str, Any]) -> dict[str, Any]:
-    """Turn the errors of a joined answer into objects; the first one refuses the request (422)
-    unless the client skips bad images."""
+    """Turn the errors of a joined answer into objects; the first one refuses the request unless
+    the client skips bad images: 422, or 500 where a model gave no answer (code `output`)."""
     answer["errors"] = [{"index": i, "code": code, "reason": why}
                         for i, code, why in answer["errors"]]
     if answer["errors"] and ask.on_error == "reject":
         first = answer["errors"][0]
-        raise Refused(422, f"image {first['index']}: {first['reason']}", answer["errors"])
+        status = 500 if first["code"] == "output" else 422
+        raise Refused(status, f"image {first['index']}: {first['reason']}", answer["errors"])
     return answer
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #7729fa96
