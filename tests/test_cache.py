@@ -205,6 +205,35 @@ def test_changed_data_runs_again(home, notebook, times, tmp_path):
     assert run(nb).status == "failed"
 
 
+TABLE = """import sys, deltalake, pandas as pd, pyarrow as pa
+from opml_wb.provenance import FeatureStore
+t = pd.Timestamp("2024-01-01", tz="UTC")
+FeatureStore("lake").write("t", pd.DataFrame({"id": [1], "t": t, "x": float(sys.argv[1])}), "id", "t")
+deltalake.write_deltalake("plain", pa.table({"x": [1.0]}), mode="append")
+"""
+
+
+def test_a_changed_delta_table_runs_again(home, notebook, tmp_path):
+    pytest.importorskip("deltalake")
+    def write(x): subprocess.run([sys.executable, "-c", TABLE, str(x)], cwd=tmp_path, check=True)
+    def said(nb): return run(nb).status
+    t = "pd.Timestamp('2024-01-05', tz='UTC')"
+    store = f"import pandas as pd\nfrom opml_wb.provenance import FeatureStore\nFeatureStore({str(tmp_path / 'lake')!r})"
+    plain = f"import deltalake\ndeltalake.DeltaTable({str(tmp_path / 'plain')!r}%s).to_pyarrow_table()"
+    books = [notebook("n = 1", f"{store}.value('t', 1, 'x', {t})", name="now"),
+             notebook("n = 1", f"{store}.value('t', 1, 'x', {t}, known_at={t})", name="known"),   # which sets the table's clock
+             notebook("n = 1", plain % "", name="plain"),
+             notebook("n = 1", plain % ", version=0", name="old")]
+    write(1), write(2)
+    assert [said(nb) for nb in books] == ["done"] * 4
+    assert [said(nb) for nb in books] == ["cached"] * 4
+    write(3)
+    assert [said(nb) for nb in books] == ["done", "done", "done", "cached"]     # version 0 is what it was
+    assert [said(nb) for nb in books] == ["cached"] * 4
+    doc = run(books[2]).doc["facts"]["table"]
+    assert [(p, v[:9]) for p, v in doc.items()] == [(str(tmp_path / "plain"), "version 2")]
+
+
 def test_changed_registry_data_runs_again(home, notebook, times, tmp_path, monkeypatch):
     from opml_wb.core.record import data
     mine = tmp_path / "mine" / data.entry("riann/sift_photos")["file"]

@@ -45,6 +45,7 @@ CHECKS: dict[str, Ask] = {
     kept.LINK: lambda name, doc: kept.link(name),
     kept.FOLDER: lambda name, doc: kept.listed(name, kept.names(name), _made(doc)),
     kept.GLOB: lambda name, doc: kept.listed("/", matches(name), _made(doc)),
+    kept.TABLE: lambda name, doc: kept.table(name),
     kept.VARIABLE: lambda name, doc: secret(name, os.environ.get(name)),
     kept.MODULE: lambda name, doc: found_module(name, str(Path(doc.get("source") or ".").parent)),
     kept.LIBRARY: lambda name, doc: content(name)}
@@ -86,7 +87,8 @@ def name_of(kind: str, name: str) -> str:
     if kind == kept.GLOB: return "files " + _place(os.path.join(*json.loads(name)[1::-1]))
     if kind in (kept.VARIABLE, kept.MODULE, kept.LIBRARY): return f"{kind} {name}"
     shown = _place(name)
-    return {kept.FOLDER: f"names in {shown}", kept.LINK: f"link {shown}"}.get(kind, shown)
+    titles = {kept.FOLDER: "names in ", kept.LINK: "link ", kept.TABLE: "table "}
+    return f"{titles.get(kind, '')}{shown}"
 
 # %% ../../../nbs/core/request/09_answers.ipynb #1f5a0530
 GONE = "missing", "absent", UNSET
@@ -101,6 +103,7 @@ def said(change: Mapping[str, Any]) -> str:
     if was in GONE: return f"{name} is there now"
     if now in GONE: return f"{name} is gone"
     if kind == kept.LINK: return f"{name} pointed to {was[3:]}, now {now[3:]}"
-    if kind == kept.LIBRARY and was.split()[0] != now.split()[0]:
-        return f"{name} was {was.split()[0]}, is {now.split()[0]}"
+    told = {kept.LIBRARY: 1, kept.TABLE: 2}.get(kind, 0)  # words of the answer that a reader knows
+    a, b = (" ".join(str(v).split()[:told]) for v in (was, now))
+    if a != b: return f"{name} was {a}, is {b}"
     return f"{name} changed" + (" (same version)" if kind == kept.LIBRARY else "")

@@ -189,4 +189,5 @@ def touched(self: Tables, op: str, table: Table, version: int | None = None) -> 
     if (op, table.name, version) in self._told: return
     self._told.add((op, table.name, version))
     was = f"delta:{version - 1}" if op == "modified" else None
-    record(op, str(table.log.path), f"delta:{version}", kind="table", was=was)
+    at = table.log.delta.version()
+    record(op, str(table.log.path), f"delta:{version}", kind="table", was=was, at=at)

@@ -203,7 +203,7 @@ def _no_inputs(folder: Path) -> tuple[str, ...]:
 def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mapping]) -> None:
     """Add the files that the run read to its log as inputs, in the version that was read.
 
-    The files that other processes made are added to the run's own products."""
+    Of a Delta table that it read the newest commit becomes a fact. The files that other processes made are added to the run's own products."""
     known, folders = _covered(request)
     away = (*_no_inputs(folder), *folders)
     for e in events:
@@ -211,6 +211,22 @@ def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mappi
         version = read if e["op"] == "read" or e.get("was_read") else None
         if e["op"] == "created" and (folder/facts.FACTS).exists():
             facts.note(folder, facts.MADE, path)
-        if e["kind"] != "file" or e["part"] or not version or path in known: continue
+        if e["part"] or not version or path in known: continue
         if ".egg-info/" in path or path.startswith(away) and "/artifacts/" not in path: continue
-        append(folder/LOG, {"kind": "input", "path": path, "sha256": version})
+        if e["kind"] == "table": _note_table(folder, path, version, e.get("at"))
+        elif e["kind"] == "file":
+            append(folder/LOG, {"kind": "input", "path": path, "sha256": version})
+
+def _note_table(folder: Path, path: str, version: str, at: int | None) -> None:
+    """Make the Delta table at `path` a fact of the run: its newest commit, `at` if that is known.
+
+    Of a run that asked for an older version, that version's commit is an input."""
+    if not (folder/facts.FACTS).exists(): return     # a command, which is never answered
+    if "://" in path: return facts.note(folder, facts.UNSEEN, f"table {path}: on the network")
+    at = int(version.partition(":")[2]) if at is None else at
+    commit = "{}/_delta_log/{:020}.json".format
+    later, own = facts.mark(commit(path, at + 1)), facts.mark(commit(path, at))
+    if later and own and later[2] < (folder/REQUEST).stat().st_mtime_ns:
+        sha = facts.version(commit(path, at))
+        append(folder/LOG, {"kind": "input", "path": commit(path, at), "sha256": sha})
+    else: facts.note(folder, facts.TABLE, path, was=facts.table(path, at))

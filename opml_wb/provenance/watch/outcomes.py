@@ -249,11 +249,12 @@ def _table_event(path: str, rows: list[tuple]) -> dict:
     read = [n for op, n, e in rows if op == "read" and n >= 0]
     first = min((e for _, _, e in rows), key=lambda e: e["t"] or 0)
     wrote = made or any(op != "read" for op, _, _ in rows)
+    rows_read = any(op == "read" and "/_delta_log/" not in e["path"] for op, _, e in rows)
     version = max(made or read, default=None)
     return {"op": "created" if 0 in made else "modified" if wrote else "read", "path": path,
             "target": None, "version": None if version is None else f"delta:{version}",
             "was": f"delta:{max(read)}" if made and read else None, "kind": "table", "part": False,
-            **{k: first[k] for k in ("pid", "cell", "t")}}
+            **({"was_read": True} if rows_read else {}), **{k: first[k] for k in ("pid", "cell", "t")}}
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #ec5d25f0
 RANK = {"read": 0, "modified": 1, "renamed": 1, "created": 2, "deleted": 3}
@@ -267,9 +268,12 @@ def _merged(told: Iterable[dict]) -> list[dict]:
         had = out.get(e["path"])
         if had is None: out[e["path"]] = e
         elif RANK[e["op"]] >= RANK[had["op"]]:
-            was = had["version"] if had["op"] == "read" != e["op"] else had["was"]
+            read = had["op"] == "read" != e["op"]
             op = had["op"] if (had["op"], e["op"]) == ("created", "modified") else e["op"]
-            out[e["path"]] = {**e, "op": op, "was": was}
+            first = {"was_read": True} if read else {}   # not only added to
+            first |= {k: had[k] for k in ("at", "was_read") if k in had}
+            was = had["version"] if read else had["was"]
+            out[e["path"]] = {**e, "op": op, "was": was, **first}
         elif had["op"] == "created" and e["op"] == "modified": had["version"] = e["version"]
     return list(out.values())
 
