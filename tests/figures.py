@@ -9,6 +9,7 @@ What to do about it, in the chapter's `plots`:
   over       shorten a label or leave it out; textposition / xanchor / yanchor / xshift of an annotation; fewer ticks (`nticks`, `dtick`);
              a legend below (`legend_y=-.25, legend_yanchor="top"`) or names beside the lines instead; more height or margin.
   outside    a longer margin (`margin_r=90` for labels at the right end of lines), `xanchor="right"`, or `cliponaxis=False` with room.
+  cut        text of points that ends at the edge of the axes: another textposition, a wider range, or `cliponaxis=False`.
   bare ticks the house template labels log axes 1, 2, 5, 10, 20 ... by itself: leave `dtick`, `tickvals`, `nticks` out.
   few ticks  a log axis that spans less than two ticks: make it linear, or set its range to whole decades.
   long       an axis title longer than its axis: fewer words, or a `<br>`.
@@ -25,22 +26,28 @@ CHROMIUM = "/usr/bin/chromium"
 PLOTLY = "application/vnd.plotly.v1+json"
 
 # Everything that is written in an SVG as (kind, text, corners); overlapping ones by the separating axis theorem, since ticks may stand
-# askew. Boxes of text are higher than its letters: .15 of the height is taken off at top and bottom.
+# askew. Boxes of text are higher than its letters: a part of the line's height is taken off.
 LOOK = r"""(box) => {
   const gd = box.matches('.js-plotly-plot') ? box : box.querySelector('.js-plotly-plot')
-  if (!gd || !gd._fullLayout) return [['not drawn', '']]
+  if (!gd || !gd._fullLayout) return ['not drawn']
   const KINDS = {'.g-gtitle': 'title', '.annotation': 'annotation', '.legend': 'legend', '.colorbar': 'colour bar', '.textpoint': 'label',
     '.bartext': 'label', '.points': 'label', '.heatmap-label': 'cell', '[class*=title]': 'axis title', '[class*=tick]': 'tick'}
   const kind = t => { for (const [s, k] of Object.entries(KINDS)) if (t.closest(s)) return k; return 'text' }
   const seen = t => { for (let e = t; e && e !== gd; e = e.parentElement) { const s = getComputedStyle(e)
       if (s.display === 'none' || s.visibility === 'hidden' || +s.opacity < .1 || +s.fillOpacity < .1) return false } return true }
+  // what cuts the texts of points: the axes of their subplot, which the path behind its grid is as large as
+  const edge = t => { const id = t.closest('.textpoint') && (t.closest('g[clip-path]') ?? t.parentElement.closest('[clip-path]'))
+      ?.getAttribute('clip-path').match(/#([^)"']+)/)?.[1], r = id && document.getElementById(id)?.querySelector('rect')
+    if (!r) return null
+    const p = t.closest('g[clip-path], g.plot'), m = (p ?? t).getScreenCTM(), x = +(r.getAttribute('x') ?? 0), y = +(r.getAttribute('y') ?? 0)
+    return {left: m.e + x, top: m.f + y, right: m.e + x + +r.getAttribute('width'), bottom: m.f + y + +r.getAttribute('height')} }
   const name = s => s.replace(/\s+/g, ' ').trim().slice(0, 50)
   const frame = gd.querySelector('.main-svg').getBoundingClientRect()
   const texts = [...gd.querySelectorAll('.main-svg text')].filter(t => t.textContent.trim() && !t.closest('.hoverlayer') && seen(t)).map(t => {
-    const b = t.getBBox(), m = t.getScreenCTM(), cut = Math.min(.15 * b.height, 4)
+    const b = t.getBBox(), m = t.getScreenCTM(), line = b.height / (t.querySelectorAll('tspan.line').length || 1), up = .25 * line, down = .08 * line
     const at = (x, y) => [m.a * x + m.c * y + m.e, m.b * x + m.d * y + m.f]
-    return {kind: kind(t), said: name(t.textContent), corners: [at(b.x, b.y + cut), at(b.x + b.width, b.y + cut),
-      at(b.x + b.width, b.y + b.height - cut), at(b.x, b.y + b.height - cut)]} })
+    return {kind: kind(t), edge: edge(t), said: name(t.textContent), corners: [at(b.x, b.y + up), at(b.x + b.width, b.y + up),
+      at(b.x + b.width, b.y + b.height - down), at(b.x, b.y + b.height - down)]} })
   const depth = (p, q) => { let least = Infinity
     for (const s of [p, q]) for (let i = 0; i < 2; i++) {
       const [x, y] = [s[i + 1][0] - s[i][0], s[i + 1][1] - s[i][1]], n = Math.hypot(x, y) || 1
@@ -54,7 +61,9 @@ LOOK = r"""(box) => {
       if (depth(t.corners, u.corners) > 1.5) faults.push(['over', `${u.kind} "${u.said}" and ${t.kind} "${t.said}"`])
     const xs = t.corners.map(c => c[0]), ys = t.corners.map(c => c[1])
     if (Math.min(...xs) < frame.left - 1 || Math.max(...xs) > frame.right + 1 || Math.min(...ys) < frame.top - 1 || Math.max(...ys) > frame.bottom + 1)
-      faults.push(['outside', `${t.kind} "${t.said}"`]) })
+      faults.push(['outside', `${t.kind} "${t.said}"`])
+    else if (t.edge && (Math.min(...xs) < t.edge.left - .3 || Math.max(...xs) > t.edge.right + .3 || Math.min(...ys) < t.edge.top - .3
+      || Math.max(...ys) > t.edge.bottom + .3)) faults.push(['cut', `${t.kind} "${t.said}"`]) })
   const layout = gd._fullLayout, POWER = {G: 9, B: 9, M: 6, k: 3, m: -3, 'μ': -6, 'µ': -6, n: -9, '%': -2}
   const number = s => { const m = s.replace(/[−–]/g, '-').replace(/(\d),(?=\d{3})/g, '$1').match(/^(-?[\d.]+(?:e[-+]?\d+)?)\s*([GBMkmμµn%]?)$/)
     return m ? +m[1] * 10 ** (POWER[m[2]] ?? 0) : NaN }
@@ -141,9 +150,9 @@ def faults_of_page(page, moves=4, shots=None, theme="light"):
         box.scroll_into_view_if_needed()
         drawn = box.evaluate("b => (b.matches('.js-plotly-plot') ? b : b.querySelector('.js-plotly-plot'))?._fullLayout?.title?.text ?? ''")
         title = f"figure {i} {drawn[:40]!r}"
-        def look(state):
-            found.extend((title, state, f if isinstance(f, str) else ": ".join(f)) for f in box.evaluate(LOOK))
-            shot(box, shots, f"fig{i:02}-{theme}" + (f"-{re.sub(r'[^A-Za-z0-9]+', '-', state)}" if state else ""))
+        def look(state, box=box, title=title, name=f"fig{i:02}-{theme}"):
+            found.extend((title, state, fault) for fault in box.evaluate(LOOK))
+            shot(box, shots, name + (f"-{re.sub(r'[^A-Za-z0-9]+', '-', state)}" if state else ""))
         look("")
         form = box.locator("xpath=preceding-sibling::*[1][contains(@class, 'opml-play')]")
         if moves and form.count(): states(page, form, box, moves, look)
@@ -157,7 +166,7 @@ def plotly_figures(source):
         outs = [o.get("data", {}) for c in cells for o in c.get("outputs", ())]
         return [d[PLOTLY] for d in outs if PLOTLY in d]
     html = Path(source).read_text(encoding="utf-8")
-    return [json.loads(s) for s in re.findall(r'class="opml-fig"[^>]*><script type="application/json">(.*?)</script>', html, re.S)]
+    return [json.loads(s) for s in re.findall(r'class="opml-fig"[^>]*><script type="application/json">(.*?)</script>', html, re.DOTALL)]
 
 
 def written(sheet):
@@ -183,12 +192,18 @@ def written(sheet):
 def faults_of_picture(fig):
     "List what is wrong in the static picture of a figure `{data, layout}`; [] for one that has no picture."
     from matplotlib import rc_context
+
     from opml_wb.core.kit.picture import sheet_of
     sheet, out = sheet_of(fig), []
     if sheet is None: return []
     with rc_context(sheet.style):
         sheet.page.draw_without_rendering()
         texts = written(sheet)
+    for ax in sheet.page.axes:
+        for letter in "xy":
+            axis = getattr(ax, f"{letter}axis")
+            said = [t for t in axis._update_ticks() if t.label1.get_text()]
+            if axis.get_scale() == "log" and axis.get_visible() and len(said) < 2: out.append(f"few ticks: {letter} axis {axis.label.get_text()!r}")
     for i, (kind, said, box, askew) in enumerate(texts):
         for other, words, b, askew_too in texts[:i]:
             across = min(box.x1, b.x1) - max(box.x0, b.x0)

@@ -37,8 +37,12 @@ def _with_picture() -> Any:
     "Make plotly's renderer of a figure in two forms: interactive, and a static picture."
     from plotly.io._base_renderers import PlotlyRenderer
     from opml_wb.core.kit.picture import illustrate
+    from opml_wb.core.kit.picture_axes import legible
     class WithPicture(PlotlyRenderer):
-        def to_mimebundle(self, fig_dict): return illustrate(super().to_mimebundle(fig_dict))
+        def to_mimebundle(self, fig_dict):
+            bundle = super().to_mimebundle(fig_dict)
+            for fig in bundle.values(): legible(fig)
+            return illustrate(bundle)
     return WithPicture()
 
 def template() -> str:

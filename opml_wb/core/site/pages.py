@@ -15,6 +15,7 @@ from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
 from ..kit.picture import illustrate
+from ..kit.picture_axes import legible
 from ..kit.plotly_json import PICTURE, PLOTLY, plain
 from ..record import log
 from ..request import params
@@ -115,7 +116,7 @@ def output(out: dict, models: Mapping[str, Any] = {}) -> dict | None:
     if out["output_type"] not in ("display_data", "execute_result"): return out
     data = {mime: v for mime, v in out["data"].items() if mime != log.MIME}
     fig = data.get(PLOTLY) or widget_figure(models.get(data.get(VIEW, {}).get("model_id"), {}))
-    if fig: data = illustrate({PLOTLY: fig, **data})
+    if fig: data = illustrate({PLOTLY: legible(fig), **data})
     html = data.get("text/html")
     if fig:
         play = data.get(PLAY, {}).get("gzip", "")
