@@ -8,6 +8,7 @@ Exit code 1 if there is a line. `--shots` writes each figure as PNG, light, dark
 What to do about it, in the chapter's `plots`:
   over       shorten a label or leave it out; textposition / xanchor / yanchor / xshift of an annotation; fewer ticks (`nticks`, `dtick`);
              a legend below (`legend_y=-.25, legend_yanchor="top"`) or names beside the lines instead; more height or margin.
+  on a bar   a note or a point's text that lies on a bar: move it beside, or above the axes.
   outside    a longer margin (`margin_r=90` for labels at the right end of lines), `xanchor="right"`, or `cliponaxis=False` with room.
   cut        text of points that ends at the edge of the axes: another textposition, a wider range, or `cliponaxis=False`.
   bare ticks the house template labels log axes 1, 2, 5, 10, 20 ... by itself: leave `dtick`, `tickvals`, `nticks` out.
@@ -46,7 +47,7 @@ LOOK = r"""(box) => {
   const texts = [...gd.querySelectorAll('.main-svg text')].filter(t => t.textContent.trim() && !t.closest('.hoverlayer') && seen(t)).map(t => {
     const b = t.getBBox(), m = t.getScreenCTM(), line = b.height / (t.querySelectorAll('tspan.line').length || 1), up = .25 * line, down = .08 * line
     const at = (x, y) => [m.a * x + m.c * y + m.e, m.b * x + m.d * y + m.f]
-    return {kind: kind(t), edge: edge(t), said: name(t.textContent), corners: [at(b.x, b.y + up), at(b.x + b.width, b.y + up),
+    return {kind: kind(t), edge: edge(t), of_bar: !!t.closest('.barlayer'), said: name(t.textContent), corners: [at(b.x, b.y + up), at(b.x + b.width, b.y + up),
       at(b.x + b.width, b.y + b.height - down), at(b.x, b.y + b.height - down)]} })
   const depth = (p, q) => { let least = Infinity
     for (const s of [p, q]) for (let i = 0; i < 2; i++) {
@@ -60,10 +61,13 @@ LOOK = r"""(box) => {
     for (const u of texts.slice(0, i))
       if (depth(t.corners, u.corners) > 1.5) faults.push(['over', `${u.kind} "${u.said}" and ${t.kind} "${t.said}"`])
     const xs = t.corners.map(c => c[0]), ys = t.corners.map(c => c[1])
-    if (Math.min(...xs) < frame.left - 1 || Math.max(...xs) > frame.right + 1 || Math.min(...ys) < frame.top - 1 || Math.max(...ys) > frame.bottom + 1)
-      faults.push(['outside', `${t.kind} "${t.said}"`])
-    else if (t.edge && (Math.min(...xs) < t.edge.left - .3 || Math.max(...xs) > t.edge.right + .3 || Math.min(...ys) < t.edge.top - .3
-      || Math.max(...ys) > t.edge.bottom + .3)) faults.push(['cut', `${t.kind} "${t.said}"`]) })
+    const beyond = (e, by) => Math.min(...xs) < e.left - by || Math.max(...xs) > e.right + by || Math.min(...ys) < e.top - by || Math.max(...ys) > e.bottom + by
+    if (t.edge && beyond(t.edge, .3)) faults.push(['cut', `${t.kind} "${t.said}"`])
+    else if (beyond(frame, 1)) faults.push(['outside', `${t.kind} "${t.said}"`]) })
+  const bars = [...gd.querySelectorAll('.barlayer .point > path')].map(b => b.getBoundingClientRect())
+    .map(r => [[r.left, r.top], [r.right, r.top], [r.right, r.bottom], [r.left, r.bottom]])
+  for (const t of texts) if (['annotation', 'legend'].includes(t.kind) || t.kind === 'label' && !t.of_bar)
+    if (bars.some(b => depth(t.corners, b) > 2)) faults.push(['on a bar', `${t.kind} "${t.said}"`])
   const layout = gd._fullLayout, POWER = {G: 9, B: 9, M: 6, k: 3, m: -3, 'μ': -6, 'µ': -6, n: -9, '%': -2}
   const number = s => { const m = s.replace(/[−–]/g, '-').replace(/(\d),(?=\d{3})/g, '$1').match(/^(-?[\d.]+(?:e[-+]?\d+)?)\s*([GBMkmμµn%]?)$/)
     return m ? +m[1] * 10 ** (POWER[m[2]] ?? 0) : NaN }
