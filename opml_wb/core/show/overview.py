@@ -97,17 +97,21 @@ def _outcome(claims: Iterable[Mapping]) -> str:
 
 # %% ../../../nbs/core/show/03_overview.ipynb #1d4dc356
 def cover(notebook: str | Path | None) -> tuple[str, str]:
-    """Find the figure that stands for an executed notebook: the last one above its first claim,
-    else its first.
+    """Find the figure that stands for an executed notebook: of the cell that its metadata name,
+    else the last one above its first claim, else its first.
 
     Returns (JPEG in base64, its title); ("", "") when there is none, or no notebook."""
-    try: cells = json.loads(Path(notebook or "").read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError): return "", ""
-    shown: dict = {}
-    for cell in cells:
+    try: nb = json.loads(Path(notebook or "").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return "", ""
+    named = (nb.get("metadata", {}).get("opml") or {}).get("cover")
+    shown, found = {}, False
+    for cell in nb.get("cells", ()):
         datas = [o["data"] for o in cell.get("outputs", ()) if PICTURE in o.get("data", {})]
-        if datas: shown = datas[-1]
-        if shown and "log.claim(" in "".join(cell["source"]): break
+        if datas and not found: shown = datas[-1]
+        if datas and named and cell.get("id") == named:
+            shown = datas[-1]
+            break
+        found = found or bool(shown) and "log.claim(" in "".join(cell["source"])
     title = (shown.get(PLOTLY) or {}).get("layout", {}).get("title") or {}
     named = plain(title.get("text") if isinstance(title, dict) else title).replace("\n", " ")
     return "".join(shown.get(PICTURE, "")), named
@@ -174,9 +178,12 @@ class Map:
     def __init__(self, cards: list[Card]) -> None: self.cards = cards
 
     def _repr_html_(self) -> str:
-        cards = "".join(c.html() for c in self.cards)
-        style = (CSS + STYLE).replace("\n", "")
-        return f'{style}<div class=opml><div class=papers>{cards}</div></div>'
+        def grid(later):
+            cards = "".join(c.html() for c in self.cards if c.later == later)
+            return f"<div class=papers>{cards}</div>" if cards else ""
+        style, later = (CSS + STYLE).replace("\n", ""), grid(True)
+        said = "<p><b>Not begun</b></p>" if later else ""
+        return f"{style}<div class=opml>{grid(False)}{said}{later}</div>"
 
     def __repr__(self) -> str:
         return "\n".join(f"{plain(c.heading)}: {c.words}" for c in self.cards)
@@ -215,8 +222,7 @@ def overview(found: Iterable[Chapter] | None = None, claims: list[dict] | None =
     for p in PAPERS:
         name = f"{p.number}  {p.name}"
         if p.package in known: cards.append(there(known.pop(p.package), name, p.promise, cited(p)))
-        else: cards.append(Card(escape(name), p.promise, "<span class=m>not begun</span>",
-                                cited(p), True))
+        else: cards.append(Card(escape(name), p.promise, "", cited(p), True))
     for c in known.values():
         paper = paper_of(c)
         about = cited(paper) if paper else escape(f"chapter {c.name}")
