@@ -128,16 +128,19 @@ def _row_html(kept, verdict, target, b):
     return f"<tr><td>{thumbnail(kept.images[b])}</td>{answers}<td>{word}</td>{truth}</tr>"
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #ee15fbf5
-def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int]) -> str:
+def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int],
+              rule: str = "") -> str:
     """Make the table picture x model.
 
     Each answer (green: names the target), the verdict, the truth where it is known, wrong
-    verdicts marked."""
+    verdicts marked; `rule`: words for the policy behind the verdicts."""
     names = "picture", *kept.models, "verdict", *(["truth"] if kept.truth is not None else [])
     head, lines = "".join(f"<th>{escape(n)}</th>"
                           for n in names), "".join(_row_html(kept, verdict, target, b)
                                                    for b in shown)
-    more = f"<span class=m>{len(kept.images)} pictures, {lines.count('<tr>')} shown</span>"
+    said = f"; verdict: {escape(target)} is present from {escape(rule)}" if rule else ""
+    count = f"{lines.count('<tr>')} of {len(kept.images)} pictures"
+    more = f"<span class=m>{count}{said}</span>"
     return _page(f"<table><tr>{head}</tr>{lines}</table>{more}")
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #d3010761
@@ -146,7 +149,7 @@ def models_html(kept: Kept, target: str) -> str:
     without a truth."""
     if kept.truth is None: return ""
     words = "seen", "missed", "false alarms", "rightly absent", "sensitivity", "precision"
-    head, lines = f"<tr><th>model</th>{''.join(f'<th class=n>{w}</th>' for w in words)}</tr>", ""
+    head, lines = f"<tr><th>target {escape(target)}</th>{''.join(f'<th class=n>{w}</th>' for w in words)}</tr>", ""
     for name, labels in zip(kept.models, kept.labels):
         c = counts(labels == target, kept.truth, target)
         figures = [c["TP"], c["FN"], c["FP"], c["TN"],
@@ -230,6 +233,7 @@ class FlexCockpit:
         self.kept: Kept | None = None
         self.counts: dict[str, float] | None = None
         self.verdict: Verdict | None = None
+        self.rule = ""
         if folder is not None:
             ends = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"
             images = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in ends)
@@ -303,16 +307,16 @@ def _move(self: FlexCockpit, fig, target, mode, level):
             trace.update(x=new.x, y=new.y)
         self.drawn = target
     p, self.verdict, c = decide(self.kept, mode, level, target)
-    rule = f"{mode} of {target} from {level / 100:.2f}"
-    if mode == "votes": rule = f"{p.k} of {len(self.kept.models)} models"
+    self.rule = f"{mode} of {target} from {level / 100:.2f}"
+    if mode == "votes": self.rule = f"{p.k} of {len(self.kept.models)} models"
     self.counts = c
     self._show_rows()
     self.models.value = models_html(self.kept, target)
     fig.data[-1].update(x=[c["FP"]] if c else [], y=[c["FN"]] if c else [])
     if c is None:
-        return f"{rule}: {int(self.verdict.result.sum())} of {len(self.kept.images)} pictures"
+        return f"{self.rule}: {int(self.verdict.result.sum())} of {len(self.kept.images)} pictures"
     shares = f"sensitivity {c['sensitivity']:.3f}, precision {c['precision']:.3f}"
-    return f"{rule}: {c['FN']} missed, {c['FP']} false alarms; {shares}"
+    return f"{self.rule}: {c['FN']} missed, {c['FP']} false alarms; {shares}"
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #84320ecb
 @patch
@@ -322,4 +326,4 @@ def _show_rows(self: FlexCockpit):
     if k is None or verdict is None or len(verdict.result) != len(k.images): return
     shown = np.arange(len(k.images))[self.frame.value:][:4]
     if self.frame.layout.display == "none": shown = contested(k)[:8]
-    self.table.value = rows_html(k, verdict, self.drawn or "", shown)
+    self.table.value = rows_html(k, verdict, self.drawn or "", shown, self.rule)

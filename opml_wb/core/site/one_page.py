@@ -79,13 +79,13 @@ def body_of(nb: Mapping[str, Any]) -> str:
     "Write the cells of an executed notebook (dict of nbformat 4) as HTML without a frame."
     try: from nbconvert.exporters import HTMLExporter
     except ImportError: raise DocsError("a page needs nbconvert: pip install nbconvert") from None
-    from nbformat import from_dict
+    from nbformat import reads
     shown = page(dict(nb))
     shown["metadata"].pop("widgets", None)
     for cell in shown["cells"]:
         if "outputs" in cell: cell["outputs"] = [_without_widgets(o) for o in cell["outputs"]]
     exporter = HTMLExporter(template_name="basic", sanitize_html=False)
-    return exporter.from_notebook_node(from_dict(shown))[0]
+    return exporter.from_notebook_node(reads(json.dumps(shown), as_version=4))[0]
 
 def one_page(nb: Mapping[str, Any], title: str = "", about: str = "") -> str:
     "Write an executed notebook as one HTML page; `about`: a line of text above it."

@@ -115,7 +115,9 @@ def output(out: dict, models: Mapping[str, Any] = {}) -> dict | None:
     `out`: dict of nbformat; `models`: the widget state that the notebook saved, {id: model}."""
     if out["output_type"] not in ("display_data", "execute_result"): return out
     data = {mime: v for mime, v in out["data"].items() if mime != log.MIME}
-    fig = data.get(PLOTLY) or widget_figure(models.get(data.get(VIEW, {}).get("model_id"), {}))
+    widget = models.get(data.get(VIEW, {}).get("model_id"), {})
+    if widget.get("model_name") == "HTMLModel": data = {"text/html": widget["state"]["value"]}
+    fig = data.get(PLOTLY) or widget_figure(widget)
     if fig: data = illustrate({PLOTLY: legible(fig), **data})
     html = data.get("text/html")
     if fig:
