@@ -149,7 +149,8 @@ def models_html(kept: Kept, target: str) -> str:
     without a truth."""
     if kept.truth is None: return ""
     words = "seen", "missed", "false alarms", "rightly absent", "sensitivity", "precision"
-    head, lines = f"<tr><th>target {escape(target)}</th>{''.join(f'<th class=n>{w}</th>' for w in words)}</tr>", ""
+    heads = "".join(f"<th class=n>{w}</th>" for w in words)
+    head, lines = f"<tr><th>target {escape(target)}</th>{heads}</tr>", ""
     for name, labels in zip(kept.models, kept.labels):
         c = counts(labels == target, kept.truth, target)
         figures = [c["TP"], c["FN"], c["FP"], c["TN"],
