@@ -250,6 +250,58 @@ def test_open_cases_wherever_they_stand_and_whatever_asks():
         with pytest.raises(ValueError, match=says): AuditLog.from_wide(df, "case", "n", "at", ended=bad)
 
 
+def test_where_nobody_says_which_cases_have_ended_the_verdict_asks_wherever_it_matters():
+    "The shortest call, of 600 cases of which a quarter are open: as with ended=, or undetermined; never ok where ended= says otherwise."
+    asked, told = 0, 0
+    for seed in range(12):
+        for change in (.15, .18, .25):
+            df, _ = cut(600, change, np.random.default_rng(seed))
+            log = AuditLog.from_wide(df, "case", "n")
+            closed, all_ = (AuditLog.from_wide(df, "case", "n", ended=e) for e in (("state", "Closed"), True))
+            assert (log.maybe_open == ~closed.ended).all() and log.end_hint == "('state', 'Closed')" and log.ended is None
+            told += any("cases are open, by ended=('state', 'Closed')" in k for k in log.issues)
+            assert all_.maybe_open is None and not any("open" in k for k in all_.issues)
+            plain, full, bare = (verdicts(x).loc["prio"] for x in (log, closed, all_))
+            if bare.verdict == full.verdict: assert plain.verdict == full.verdict
+            else: assert plain.verdict == "undetermined"
+            if "may be open" in plain.reason:
+                asked += 1
+                assert bare.verdict == "ok" and "write ended=('state', 'Closed'), or ended=True" in plain.reason
+            halves = [df[df.case % 2 == i] for i in range(2)]
+            assert (scan_parts(halves, lambda d: AuditLog.from_wide(d, "case", "n")).of_ended is None) == (scan(log).of_ended is None)
+    assert asked >= 5 and told == 36
+
+
+def test_a_guess_of_what_has_ended_needs_evidence():
+    df, share = cut(600, .3, np.random.default_rng(2))
+    by_time = AuditLog.from_wide(df.drop(columns="state"), "case", "n")            # no field says it: the silent ones have ended
+    old = by_time.time[by_time.last()] < np.quantile(by_time.time, .3)
+    assert by_time.end_hint == "(field, value)" and not by_time.maybe_open[old].any() and by_time.maybe_open.any()
+    coded = df.assign(state=df.state.map({"New": 1, "Work": 2, "Closed": 7}))
+    assert AuditLog.from_wide(coded, "case", "n").end_hint == "('state', 7)"
+    blind = AuditLog.from_wide(df.drop(columns=["state", "at"]), "case", "n")      # not even times
+    assert blind.maybe_open is None and any("every case counts as ended" in k for k in blind.issues)
+    done = AuditLog.from_wide(df[df.case.isin(df.case[df.state == "Closed"])], "case", "n")
+    assert not done.maybe_open.any() and any("all cases have ended, for 'state' is 'Closed'" in k for k in done.issues)
+    assert "all cases have ended" in repr(done)
+
+
+def test_labels_and_models_leave_out_what_may_be_open():
+    df, _ = cut(600, .4, np.random.default_rng(3))
+    rng = np.random.default_rng(0)
+    df["outcome"] = np.where(df.state == "Closed", rng.choice(["won", "lost"], len(df)), np.where(df.n == 0, "pending", "in work"))
+    log, said = (AuditLog.from_wide(df, "case", "n", ended=e) for e in (None, ("state", "Closed")))
+    assert labels(said).loc["outcome", ["label", "values"]].tolist() == ["potential", 2]
+    df["won"] = np.where(df.state == "Closed", "?", "no")                          # of what has ended nobody has it
+    says = [labels(AuditLog.from_wide(df, "case", "n", ended=e)).label["won"] for e in (None, ("state", "Closed"), True)]
+    assert says == ["undetermined", "never filled", "constant"]
+    with pytest.warns(UserWarning, match=r"may still be open.*ended=\('state', 'Closed'\)"): found = useful(log, "outcome", seeds=1)
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert useful(said, "outcome", seeds=1).equals(found) and "open" in found.attrs["left_out"]
+
+
 def xes(path, cases, change, rng, delta, open_share=0):
     "Write a XES log; return the true share of cases whose prio changes."
     changed, traces = 0, []

@@ -37,7 +37,8 @@ class AuditLog:
     known as they are now only. issues: what was odd in the source, or guessed -> how often. doubts:
     field -> (why it can't be judged, what that takes away). still: fields that never change, see
     `evidence.set_still`. zoned: dates have a zone and are UTC (None: no time). ended: bool [C],
-    None where nobody says which cases are still open."""
+    None where all have or nobody says it; then maybe_open: bool [C], those still open by a guess,
+    and end_hint: what to write as `ended=`."""
     fields: list
     codes: np.ndarray
     levels: list
@@ -53,6 +54,8 @@ class AuditLog:
     still: dict = field(default_factory=dict)
     zoned: bool | None = None
     ended: np.ndarray | None = None
+    maybe_open: np.ndarray | None = None
+    end_hint: str = ""
 
     def __len__(self) -> int: return self.codes.shape[1]
 
@@ -115,6 +118,7 @@ def take(self: AuditLog, cases: Any) -> AuditLog:
                    cases=self.cases[cases],
                    time=None if self.time is None else self.time[rows], issues=dict(self.issues),
                    ended=None if self.ended is None else self.ended[cases],
+                   maybe_open=None if self.maybe_open is None else self.maybe_open[cases],
                    unaudited={f: (c[cases], levels) for f, (c, levels) in self.unaudited.items()})
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #89f430dc
@@ -168,7 +172,7 @@ def _finish(log, case, clock, by_time=None, current=None, null=NULL, planned=(),
         log.issues["time runs backwards"] = int(back.sum())
         log.issues["no time"] = int((log.time == NAT).sum())
     if current is not None: _compare(log, current, case, null)
-    if ended is not None: set_ended(log, ended)
+    set_ended(log, ended)
     return log
 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #252f73f6
@@ -192,9 +196,8 @@ def _build(get, names, case, order=None, time=None, null=NULL, by_time=None, dat
 # %% ../../nbs/eligibility/08_auditlog.ipynb #118505e6
 @patch(cls_method=True)
 def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable = None,
-              null: Any = NULL,
-              by_time: dict | None = None, dates: dict = {}, current: Any = None,
-              planned: Any = (), zone: str | None = None, ended: tuple | None = None) -> AuditLog:
+              null: Any = NULL, by_time: dict | None = None, dates: dict = {}, current: Any = None,
+              planned: Any = (), zone: str | None = None, ended: Any = None) -> AuditLog:
     """Read an audit log from rows that show all fields after each update.
 
     df: DataFrame [n rows] (pandas, polars, Arrow). case: column of the record's key. order:
@@ -207,8 +210,9 @@ def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable
     that may lie ahead by nature (a due date). current: DataFrame of the table now, a row per case;
     fields found only there are not audited. zone: of dates without one ("Europe/Rome"), where
     others have one. ended: (field, value or values) that a case ends with; others are open, and no
-    end bias is read from them. Raises ValueError naming the column, and row or value: empty, no
-    such column, no case, byte-equal rows, an order that sorts wrongly, dates not as said."""
+    end bias is read from them. True: none is. None: guessed, told in `issues`; what depends on open
+    cases is `undetermined`. Raises ValueError naming the column, and row or value: empty, no such
+    column, no case, byte-equal rows, an order that sorts wrongly, dates not as said."""
     df, current = as_pandas(df), None if current is None else as_pandas(current)
     return _build(df.__getitem__, list(df), case, order, time, null, by_time, dates, current,
                  planned, zone, ended)
@@ -230,11 +234,10 @@ def from_parquet(cls: AuditLog, path: str | os.PathLike, case: Hashable, order: 
 # %% ../../nbs/eligibility/08_auditlog.ipynb #f08d0136
 @patch(cls_method=True)
 def from_delta(cls: AuditLog, df: Any, case: Hashable, time: Hashable,
-               field: Hashable = None, old: Hashable = None,
-               new: Hashable = None, order: Hashable = None, null: Any = ("?",),
-               dates: dict = {}, by_time: dict | None = None,
+               field: Hashable = None, old: Hashable = None, new: Hashable = None,
+               order: Hashable = None, null: Any = ("?",), dates: dict = {}, by_time: Any = None,
                planned: Any = (), current: Any = None, created: Hashable = None,
-               zone: str | None = None, ended: tuple | None = None) -> AuditLog:
+               zone: str | None = None, ended: Any = None) -> AuditLog:
     """Read an audit log from rows that show changes.
 
     df: DataFrame. case, time: columns. Without `field`, each row has a column per field, in which
@@ -286,12 +289,12 @@ def from_xes(cls: AuditLog, path: str | os.PathLike, time: str | None = "time:ti
     now = [c for c in df.attrs["of traces"] if c not in named and c not in dated]
     kwargs |= {p: _without(kwargs[p], now) for p in ("dates", "planned") if p in kwargs}
     at: Any = False if time is None else time
-    later = {f: kwargs.pop(f) for f in ("ended",) if f in kwargs}
+    ended = kwargs.pop("ended", None)
     log = _build(df.__getitem__, [c for c in df if c not in now], "case", None, at, null,
-                 carry=carry, **kwargs)
+                 carry=carry, ended=True, **kwargs)
     first = df.drop_duplicates("case").set_index("case").reindex(log.cases)
     log.unaudited |= {c: encode(first[c], null, c) for c in now}
-    if later.get("ended") is not None: set_ended(log, later["ended"])
+    set_ended(log, ended)
     log.issues["repeated names"] = df.attrs["repeated names"]
     return log
 

@@ -34,7 +34,7 @@ TRUTH = {f: "ok" for f in ("opened_at", "opened_by", "caller", "company", "conta
     "link": "identifier", "resolved_at": "backfill", "resolved_by": "backfill",
     "close_code": "backfill",
     "duration_h": "null", "sla_met": "null"}
-OPTIONS = dict(case="number", order="mod_count", time="updated_at", planned=("due_at",),
+OPTIONS = dict(case="number", order="mod_count", time="updated_at", planned=("due_at",), ended=True,
                null=("?", "", -1),
                dates={d: "ISO8601" for d in ("updated_at", "opened_at", "due_at", "resolved_at")},
                by_time={"resolved_by": "resolved_at", "close_code": "resolved_at"})

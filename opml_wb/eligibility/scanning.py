@@ -10,7 +10,7 @@ __all__ = ['NULL', 'FILLED', 'CHANGED', 'LATER', 'DRIFTED', 'DATED', 'FUTURE', '
 import operator, os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import reduce
 from typing import Any
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from . import kernels
 from .auditlog import AuditLog, a_log, timed
 from .encode import NAT, whole
-from .evidence import end_weights, number_key
+from .evidence import end_weights, finished, number_key
 
 # %% ../../nbs/eligibility/09_scanning.ipynb #3305fcab
 NULL, FILLED, CHANGED, LATER, DRIFTED, DATED, FUTURE = range(7)   # columns of Scan.counts
@@ -109,8 +109,9 @@ class Scan:
     these later than that (float64 if cases are open). only: object [F], the one value of a constant
     field, else MANY. own: F
     sets, the values of a text field (it may identify cases), else None. filled: int64 [F], cases
-    ever filled, those left out too. dated: bool [F]. planned, unaudited: names. doubts, still: see
-    `AuditLog`."""
+    ever filled, those left out too. dated: bool [F]. planned, unaudited: names. doubts, still,
+    end_hint: see `AuditLog`. of_ended: float64 [D, F, 2], filled at e or later and of these
+    drifted, without the cases that may be open; None: there are none."""
     fields: tuple
     at: Point
     days: np.ndarray
@@ -125,6 +126,8 @@ class Scan:
     unaudited: tuple = ()
     doubts: dict = field(default_factory=dict)
     still: dict = field(default_factory=dict)
+    of_ended: np.ndarray | None = None
+    end_hint: str = ""
 
     @property
     def n(self) -> int:
@@ -188,11 +191,15 @@ def _merge(a, b):
         if x is None or y is None: return y if x is None else x
         return x if x is y or x == y else MANY
     own = tuple(None if x is None or y is None else x | y for x, y in zip(a.own, b.own))
+    ends = [s.counts[..., [LATER, DRIFTED]] if s.of_ended is None else s.of_ended
+            for s in (a, b)]
+    if a.of_ended is None and b.of_ended is None: ends = None
     return Scan(a.fields, a.at, days, added(a.cases, b.cases), added(a.left_out, b.left_out),
                 added(a.counts, b.counts),
                 np.array(list(map(one, a.only, b.only)), object), own, a.filled + b.filled,
                 a.dated | b.dated, a.planned, a.unaudited, {**b.doubts, **a.doubts},
-                {f: v for f, v in a.still.items() if f in b.still})
+                {f: v for f, v in a.still.items() if f in b.still}, added(*ends) if ends else None,
+                a.end_hint or b.end_hint)
 
 # %% ../../nbs/eligibility/09_scanning.ipynb #2334a9cf
 def _groups(log):
@@ -249,7 +256,7 @@ def _of_ended(log, states, rows, group, D, jobs):
     """Count what becomes of a field in ended cases, by their weights: float64 [F, D, 6].
 
     states: counts of all cases, of which the nulls at e are kept."""
-    weight = end_weights(log)
+    weight = end_weights(replace(log, ended=finished(log)))
     steps, of = np.unique(np.where(weight > 0, np.round(8 * np.log(np.maximum(weight, 1e-9))), 0),
                           return_inverse=True)                # cases of nearly one weight
     mean = np.bincount(of, weight) / np.maximum(1, np.bincount(of, weight > 0))
@@ -267,7 +274,9 @@ def _counted(log, at, rows, jobs=None):
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     states = _states(log, rows, group, len(days), jobs)
     filled = states[..., [FILLED, 5]].sum((1, 2))
-    if log.ended is not None: states = _of_ended(log, states, rows, group, len(days), jobs)
+    said, guessed = log.ended is not None, log.maybe_open is not None and log.maybe_open.any()
+    ends = _of_ended(log, states, rows, group, len(days), jobs) if said or guessed else states
+    if said: states = ends
     future, dated = _futures(log, rows, group, len(days))
     counts = np.concatenate([states[..., :5], future], 2).transpose(1, 0, 2)
     left_out = np.bincount(group[rows < 0], minlength=len(days))
@@ -276,7 +285,9 @@ def _counted(log, at, rows, jobs=None):
     for i in range(len(own)): only[i], own[i] = _values(log, i)
     return Scan(tuple(log.fields), at, days, cases, left_out, counts, only, tuple(own),
                 filled, dated,
-                log.planned, tuple(log.unaudited), log.doubts, log.still)
+                log.planned, tuple(log.unaudited), log.doubts, log.still,
+                None if said or not guessed else ends[..., [LATER, DRIFTED]].transpose(1, 0, 2),
+                log.end_hint)
 
 # %% ../../nbs/eligibility/09_scanning.ipynb #6a9dee0e
 def scan(log: AuditLog, at: Point = "start", jobs: int | None = None) -> Scan:

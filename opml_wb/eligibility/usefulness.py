@@ -6,11 +6,13 @@
 __all__ = ['split_in_time', 'commonest', 'by_day', 'hits', 'useful', 'summary', 'one_field_auc']
 
 # %% ../../nbs/eligibility/13_usefulness.ipynb #9860b267
+import warnings
 from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from .auditlog import AuditLog, timed
 from .encode import NAT, share, whole
+from .evidence import finished
 from .scanning import Point, rows_at
 from .verdict import counted, judge, masked, verdicts
 
@@ -94,7 +96,7 @@ def _arms(log, label, at, th):
     s, counts = counted(log, at)
     column, itself = judge(s, counts, th)[label], verdicts(s, th).verdict
     known = np.minimum(log.time[log.starts[:-1]], log.time[log.last()]) > NAT
-    if log.ended is not None: known &= log.ended
+    known &= finished(log)
     cases = np.flatnonzero((rows >= 0) & (log.codes[i, log.last()] > 0) & known)
     others = [f for f in log.fields if f != label]
     use = {"snapshot": others, "eligible": [f for f in others if column[f] == "ok"],
@@ -141,6 +143,13 @@ def _asked(log, label, arms, split, ended, seeds, classes, cases, trees, depth):
         out.append(right | {"loss": right["snapshot"] - right["production"]})
     return out, test
 
+# %% ../../nbs/eligibility/13_usefulness.ipynb #aeb1af95
+def _may_be_open(log):
+    "Say which cases are left out because they may be open, by a guess; '' if none."
+    n = 0 if log.maybe_open is None else int(log.maybe_open.sum())
+    return n and (f"useful: {n:,} of {log.n_cases:,} cases may still be open and are left out; "
+                  f"read the log with ended={log.end_hint}, or ended=True to keep them") or ""
+
 # %% ../../nbs/eligibility/13_usefulness.ipynb #8ec014b1
 def useful(log: AuditLog, label: str, at: Point = "start", seeds: int = 5,
            splits: Sequence[float] = (.6, .8), th: float = .2,
@@ -150,15 +159,15 @@ def useful(log: AuditLog, label: str, at: Point = "start", seeds: int = 5,
 
     log: AuditLog with times. seeds: how many, each with its own training sample of at most `cases`
     ended cases (four in five of them) and its own trees. splits: shares of cases begun when the
-    model is trained; it is asked about the next fifth. classes: the commonest ones, others are one
-    class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on all
-    that had begun, whose ends a model could not know yet; for logs so short that few have ended,
-    and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible |
-    eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus
-    production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus majority) over all
-    seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by arm,
-    config. Raises ValueError: unknown label, no times, a split without cases, fewer than two
-    classes."""
+    model is trained; it is asked about the next fifth. classes: the commonest ones, others are
+    one class. trees, depth: of XGBoost. ended: train on cases that had ended by then (False: on
+    all that had begun, whose ends a model could not know yet; for logs so short that few have
+    ended, and those the quick ones). Returns a DataFrame: arm (snapshot | production | eligible
+    | eligible+ties | majority | loss), seed, split, score (accuracy; loss: snapshot minus
+    production), lo, hi (95 %, by day). `.attrs`: loss and gain (eligible minus majority) over
+    all seeds and splits as (mean, lo, hi), answer ("useful" | "no useful label"), features by
+    arm, config, left_out: cases that may be open (there is a warning, too). Raises ValueError:
+    unknown label, no times, a split without cases, fewer than two classes."""
     timed(log, "useful").at(label)
     share(th, "th")
     config = dict(seeds=seeds, classes=classes, cases=cases, trees=trees, depth=depth)
@@ -167,6 +176,7 @@ def useful(log: AuditLog, label: str, at: Point = "start", seeds: int = 5,
             0 < share(s, "splits") < 1 for s in splits):
         raise ValueError(f"splits={splits!r}: expected shares of cases between 0 and 1, "
                          "like (.6, .8)")
+    if says := _may_be_open(log): warnings.warn(says, stacklevel=2)
     arms, days, rows = _arms(log, label, at, th), log.days(), []
     paired: dict[str, list] = {"loss": [], "gain": []}
     if not len(arms[0]):
@@ -182,7 +192,7 @@ def useful(log: AuditLog, label: str, at: Point = "start", seeds: int = 5,
     for arm, some in paired.items():
         out.attrs[arm] = tuple(map(float, by_day(*map(np.concatenate, zip(*some)))))
     out.attrs |= dict(answer="useful" if out.attrs["gain"][1] > 0 else "no useful label",
-                      features=arms[3], label=label,
+                      features=arms[3], label=label, left_out=says,
                       config=dict(at=str(at), splits=list(splits), th=th, ended=ended, **config))
     return out
 

@@ -15,6 +15,7 @@ from . import kernels
 from .auditlog import AuditLog, a_log
 from .clock import ALL, END
 from .encode import share
+from .evidence import finished
 from .scanning import (DATED, DRIFTED, FUTURE, LATER, MANY, NULL, Point, Scan,
                                           known_at, ratio, rows_at, scan)
 from .wide import several
@@ -120,18 +121,9 @@ def _doubted(s, verdict, reason):
                 f"filled in later (or are planned=); if this was, too, write by_time={{{f!r}: "
                 f"{dates[-1]!r}}}, if it is known from the start, by_time={{{f!r}: None}}")
 
-# %% ../../nbs/eligibility/10_verdict.ipynb #a8f1d42a
-def verdicts(log: AuditLog | Scan, th: float = .2, at: Point = "start") -> pd.DataFrame:
-    """Judge if each field may be used as a feature at e.
-
-    log: AuditLog (scanned at `at`) or Scan. th: share of cases, "often" (paper: > 20 %). Returns
-    DataFrame indexed by field: verdict (ok | ineligible | backfill | undetermined); reason;
-    null_rate, change_rate, future_rate: as `Scan.frame`; lo, hi: 95 % interval of the rate that
-    decided, by the spread over days. Undetermined: an interval that holds th (or `BACKFILL`),
-    however few or alike the cases; no case; a date that can't be read or compared; a field that
-    isn't audited. Raises ValueError for th outside 0 .. 1."""
-    share(th, "th")
-    s = log if isinstance(log, Scan) else scan(log, at)
+# %% ../../nbs/eligibility/10_verdict.ipynb #8e2d49f5
+def _judged(s, th):
+    "Judge each field of a Scan by its counts: the DataFrame that `verdicts` describes."
     F, against, more = len(s.fields), _against(s, th), np.full(len(s.unaudited), np.nan)
     verdict, reason = np.full(F, "ok", object), np.full(F, "", object)
     worse = np.nan_to_num(against[2][4]) > np.nan_to_num(against[1][4])
@@ -151,6 +143,37 @@ def verdicts(log: AuditLog | Scan, th: float = .2, at: Point = "start") -> pd.Da
     unknown = "undetermined", "not audited: only a snapshot can speak for it"
     for f in s.unaudited: out.loc[f, ["verdict", "reason"]] = unknown
     return out.assign(lo=np.append(lo, more), hi=np.append(hi, more))
+
+# %% ../../nbs/eligibility/10_verdict.ipynb #e5276aee
+def _asks_for_ended(found, s, th):
+    """Make undetermined, in place, what is judged otherwise without the cases that may be open.
+
+    found: `_judged` of the Scan s."""
+    if s.of_ended is None: return found
+    counts = s.counts.astype(float)
+    counts[..., [LATER, DRIFTED]] = s.of_ended
+    other = _judged(replace(s, counts=counts), th)
+    for f in found.index[(found.verdict != other.verdict) & (found.verdict != "undetermined")]:
+        all_, ended = (table.reason[f] or table.verdict[f] for table in (found, other))
+        found.loc[f, ["verdict", "reason"]] = "undetermined", (
+            f"{all_}, if every case has ended; {ended}, without those that may be open; "
+            f"write ended={s.end_hint}, or ended=True")
+    return found
+
+# %% ../../nbs/eligibility/10_verdict.ipynb #a8f1d42a
+def verdicts(log: AuditLog | Scan, th: float = .2, at: Point = "start") -> pd.DataFrame:
+    """Judge if each field may be used as a feature at e.
+
+    log: AuditLog (scanned at `at`) or Scan. th: share of cases, "often" (paper: > 20 %). Returns
+    DataFrame indexed by field: verdict (ok | ineligible | backfill | undetermined); reason;
+    null_rate, change_rate, future_rate: as `Scan.frame`; lo, hi: 95 % interval of the rate that
+    decided, by the spread over days. Undetermined: an interval that holds th (or `BACKFILL`),
+    however few or alike the cases; no case; a date that can't be read or compared; a field that
+    isn't audited; what is judged otherwise without the cases that may be open. Raises ValueError
+    for th outside 0 .. 1."""
+    share(th, "th")
+    s = log if isinstance(log, Scan) else scan(log, at)
+    return _asks_for_ended(_judged(s, th), s, th)
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #fbe9cc09
 def backfilled(log: AuditLog) -> list[str]:
@@ -259,28 +282,37 @@ def eligibility_matrix(log: AuditLog, at: Point = "start", th: float = .2) -> pd
     log: AuditLog. at, th: as for `verdicts`."""
     return judge(*counted(log, at), th)
 
+# %% ../../nbs/eligibility/10_verdict.ipynb #b5bda77b
+def _ends(end, now, key, th):
+    """Judge a field as a label: (kind, open rate, values, share of the commonest).
+
+    end, now: codes [m] at the end of the cases and at e. key: True if it is an identifier."""
+    seen = np.bincount(end[filled := end > 0])
+    n, values = int(filled.sum()), int((seen > 0).sum())
+    open_rate, top = ratio(((now != end) & filled).sum(), n), ratio(seen.max(initial=0), n)
+    kind = ("never filled" if not n else "constant" if values == 1 else "identifier" if key
+            else "potential" if open_rate > th else "known")
+    return kind, float(open_rate), values, float(top)
+
 # %% ../../nbs/eligibility/10_verdict.ipynb #3140b189
 def labels(log: AuditLog, at: Point = "start", th: float = .2) -> pd.DataFrame:
     """Find potential labels at e and their features.
 
     Returns DataFrame indexed by field: label (potential | known | constant | identifier | never
-    filled); open_rate: of the cases where it is filled in the end, those in which it is not yet
-    what it will be; values: levels; majority: share of the commonest end value; n_features,
-    features: those that may predict it; n_undetermined: those that come with it in one row. log,
-    at, th: as for `eligibility_matrix`."""
+    filled; undetermined: it depends on cases that may be open); open_rate: of the cases where it
+    is filled in the end, those in which it is not yet what it will be; values: levels; majority:
+    share of the commonest end value; n_features, features: those that may predict it;
+    n_undetermined: those that come with it in one row. log, at, th: as for `eligibility_matrix`."""
     s, counts = counted(log, at)
     matrix, clear, rows = judge(s, counts, th), masked(log), rows_at(log, at)
     kept, out = (rows >= 0) & (True if log.ended is None else log.ended), []
     for i, f in enumerate(log.fields):
-        end, now = log.codes[i][log.last()[kept]], clear.codes[i][rows[kept]]
-        seen = np.bincount(end[filled := end > 0])
-        open_rate, top = ratio(((now != end) & filled).sum(),
-                               filled.sum()), ratio(seen.max(initial=0), filled.sum())
-        what = ("never filled" if not filled.any() else "constant" if (seen > 0).sum() == 1 else
-                "identifier" if s.ids[i] else "potential" if open_rate > th else "known")
+        def ends(those):
+            return _ends(log.codes[i][log.last()[those]], clear.codes[i][rows[those]], s.ids[i], th)
+        what, *rest = ends(kept)
+        if ends(kept & finished(log))[0] != what: what = "undetermined"
         use = list(matrix.index[matrix[f] == "ok"])
-        out.append((what, float(open_rate), int((seen > 0).sum()), float(top), len(use),
-                    int((matrix[f] == "undetermined").sum()), use))
+        out.append((what, *rest, len(use), int((matrix[f] == "undetermined").sum()), use))
     columns = ["label", "open_rate", "values", "majority", "n_features", "n_undetermined",
                "features"]
     return pd.DataFrame(out, columns=columns, index=pd.Index(log.fields, name="field"))
