@@ -186,8 +186,8 @@ def shape(g: LineageGraph, node: Node) -> tuple[str, int, str]:
     return SHAPES["stage" if g.stages[node]["status"] == "done" else "failed"]
 
 # %% ../../../nbs/provenance/ask/13_graph.ipynb #7a62fd67
-BEND = [(t, u * u * (3 - 2 * u)) for t in (0, .3, .38, .46, .54, .62, .7, 1)
-        for u in [min(1, max(0, (t - .3) / .4))]]   # parts of the way across, and up or down
+BEND = [(t, u * u * (3 - 2 * u)) for t in (0, .42, .48, .54, .6, .66, .72, .78, 1)
+        for u in [min(1, max(0, (t - .42) / .36))]]   # parts of the way across, and up or down
 
 def _lines(g: LineageGraph, at: Places, light: set[Node]) -> tuple[list, list]:
     "x and y of the edges between nodes of `light`; they leave and arrive level."

@@ -62,12 +62,24 @@ def make(file: str | os.PathLike, vintages: Sequence[Sequence]) -> None:
     Path(file).write_text(json.dumps([dict(zip(names, v)) for v in vintages], indent=0))
 
 # %% ../../../nbs/provenance/features/08_vintages.ipynb #099208ca
-def vintages(name: str) -> "list[tuple[pd.Timestamp, pd.DataFrame]]":
-    """Real vintages, oldest first: (time of publication, DataFrame `series, date, value`) of each.
+def _own(file: str) -> "Iterator[tuple[pd.Timestamp, pd.DataFrame]]":
+    import pandas as pd
+    rows, columns = pd.read_csv(file), ["published", "series", "date", "value"]
+    if missing := [c for c in columns if c not in rows]:
+        raise ValueError(f"{file}: no column {missing[0]!r}; expected {', '.join(columns)}")
+    for c in ("published", "date"): rows[c] = pd.to_datetime(rows[c], utc=True)
+    for known, now in rows[columns].groupby("published", sort=True):
+        yield known, now.drop(columns="published").reset_index(drop=True)
 
-    `name`: frbny | covid. Raises ValueError, or `core.data.MissingData` saying how to get them."""
+def vintages(name: str) -> "list[tuple[pd.Timestamp, pd.DataFrame]]":
+    """List vintages, oldest first: (time of publication, DataFrame `series, date, value`) of each.
+
+    `name`: frbny | covid, or the path of a CSV file of your own with columns `published, series,
+    date, value`, each publication whole (dates without a time zone are UTC). Raises ValueError, or
+    `core.data.MissingData` saying how to get them."""
+    if name.endswith(".csv"): return list(_own(name))
     found = {"frbny": _frbny, "covid": _covid}.get(name)
-    if found is None: raise ValueError(f"vintages {name!r}: expected frbny or covid")
+    if found is None: raise ValueError(f"vintages {name!r}: expected frbny, covid or FILE.csv")
     return list(found())
 
 # %% ../../../nbs/provenance/features/08_vintages.ipynb #2f5635e9
