@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WIDGETS', 'ASSETS', 'PLAYED', 'HINT', 'MOVED', 'COMMANDS', 'REFERENCE', 'Modules', 'DocsError', 'assets', 'nbs',
-           'clone', 'slug', 'anchor', 'place', 'bar', 'about', 'contents', 'computed', 'guide_files', 'title',
-           'write_guide', 'modules', 'rooms', 'chapter_list', 'bench_list', 'module_list', 'page_names', 'sources']
+           'clone', 'slug', 'anchor', 'place', 'bar', 'with_record', 'about', 'contents', 'computed', 'guide_files',
+           'title', 'write_guide', 'modules', 'rooms', 'chapter_list', 'bench_list', 'module_list', 'page_names',
+           'sources']
 
 # %% ../../../nbs/core/site/03_sources.ipynb #c4c1fbbf
 import ast, json, re, shutil, time
@@ -20,6 +21,7 @@ from ..request.chapter import Chapter, folder_of, read, text
 from .api import api, module, reference
 from ..show.overview import paper_of
 from .pages import code, links, merged, notebook, page, prose
+from .recorded import page_of, recorded, source
 
 if TYPE_CHECKING:
     from opml_wb.core.engine.run import Run
@@ -89,8 +91,9 @@ def _file(chapter: Chapter) -> str:
     return f"{slug(chapter.name).replace('/', '-')}.ipynb"
 
 # %% ../../../nbs/core/site/03_sources.ipynb #8eba123e
-def bar(chapter: Chapter, done: "Run | None") -> str:
-    "Write the line below a chapter's title in Markdown; `done`: the run that the page shows."
+def bar(chapter: Chapter, done: "Run | None", told: Mapping | None = None) -> str:
+    """Write the line below a chapter's title in Markdown; `done`: the run that the page shows;
+    `told`: what is recorded where there is none."""
     words = [f"Run it: `opml run {chapter.name}`", f"play: `opml lab {chapter.name}`",
              f"{{download}}`notebook <../notebooks/{_file(chapter)}>`"]
     paper = paper_of(chapter)
@@ -100,6 +103,7 @@ def bar(chapter: Chapter, done: "Run | None") -> str:
         when = time.strftime("%Y-%m-%d", time.gmtime(done.doc["started"]))
         cost = f"{done.seconds:.1f} s on {machine.get('cores') or '?'} cores"
         words.append(f"shown: run `{done.key[:10]}` of {when}, {cost}")
+    elif told: words.append(f"shown: what was recorded on {told['date']}")
     else: words.append("not run yet: shown without results")
     return "{.opml-bar}\n" + " · ".join(words)
 
@@ -110,6 +114,17 @@ def _write(path: Path, content: str | dict) -> None:
     written = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     write_text(path, written, durable=False)
 
+# %% ../../../nbs/core/site/03_sources.ipynb #cf0012ca
+def with_record(nb: dict, told: Mapping | None) -> dict:
+    "Add to a notebook what was recorded of it, below its first cell of Markdown; None adds nothing."
+    if not told: return nb
+    cells = list(nb["cells"])
+    first = next((i for i, c in enumerate(cells) if c["cell_type"] == "markdown"), 0)
+    data = {"text/html": page_of(told), "text/plain": source(told)}
+    out = {"output_type": "display_data", "metadata": {}, "data": data}
+    cells.insert(first + 1, {"id": "recorded", **code("", [out], tags=["remove-input"])})
+    return {**nb, "cells": cells}
+
 # %% ../../../nbs/core/site/03_sources.ipynb #1368b9fc
 def _chapter_pages(src: Path, found: Iterable[Chapter], runs: "Mapping[str, Run | None]",
                    pages: Mapping[str, str],
@@ -118,10 +133,10 @@ def _chapter_pages(src: Path, found: Iterable[Chapter], runs: "Mapping[str, Run 
     (src/"notebooks").mkdir(exist_ok=True)
     for c in found:
         done = runs[c.name]
-        nb = merged(c.nb, read(done.notebook)) if done else c.nb
+        nb = merged(c.nb, read(done.notebook)) if done else with_record(c.nb, recorded(c))
         shutil.copyfile(c.path, src/"notebooks"/_file(c))
         _write(src/f"{place(c)}.ipynb",
-               page(nb, places[c.name], pages, bar(c, done), HINT % c.name,
+               page(nb, places[c.name], pages, bar(c, done, recorded(c)), HINT % c.name,
                     PLAYED % c.name))
 
 # %% ../../../nbs/core/site/03_sources.ipynb #abc3c51d
@@ -266,9 +281,13 @@ def chapter_list(found: list[Chapter]) -> str:
 # %% ../../../nbs/core/site/03_sources.ipynb #e60d0f01
 def bench_list(found: list[Chapter]) -> str:
     "Write the page that lists the benches with their questions, in Markdown."
-    lines = [f"- **[{c.title}]({_here(c)}.ipynb)** {about(c.nb)}" for c in found]
-    words = ("Ours beside the peers, at equal input and equal threads. "
-             "Each runs by `opml run bench/NAME`.")
+    def line(c):
+        told = recorded(c)
+        when = f" *Recorded: {source(told)}.*" if told else ""
+        return f"- **[{c.title}]({_here(c)}.ipynb)** {about(c.nb)}{when}"
+    lines = [line(c) for c in found]
+    words = ("Ours beside the peers, at equal input and equal threads. Each runs by "
+             "`opml run bench/NAME`; figures of time are those of the machine that is named.")
     return "\n".join(["# Benches", "", words, "", *lines, "", contents(map(_here, found))])
 
 # %% ../../../nbs/core/site/03_sources.ipynb #749caf37
