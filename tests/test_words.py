@@ -12,7 +12,7 @@ import click
 import pytest
 from conftest import ROOT
 
-from opml_wb.core.site.sources import anchor
+from opml_wb.core.site.guide import anchor
 
 NBS = ROOT/"nbs"
 GUIDE = sorted((NBS/"guide").glob("*.md"))
