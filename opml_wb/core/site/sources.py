@@ -103,7 +103,7 @@ def bar(chapter: Chapter, done: "Run | None", told: Mapping | None = None) -> st
 
 # %% ../../../nbs/core/site/03_sources.ipynb #cf0012ca
 def with_record(nb: dict, told: Mapping | None) -> dict:
-    "Add to a notebook what was recorded of it, below its first cell of Markdown; None adds nothing."
+    "Add what was recorded of a notebook below its first cell of Markdown; None adds nothing."
     if not told: return nb
     cells = list(nb["cells"])
     first = next((i for i, c in enumerate(cells) if c["cell_type"] == "markdown"), 0)
