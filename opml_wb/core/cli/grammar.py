@@ -44,9 +44,9 @@ class Noun(click.Group):
         named = {name for names in self.sections.values() for name in names}
         rest = [name for name in self.list_commands(ctx) if name not in named]
         for title, names in [*self.sections.items(), ("Commands" if not named else "More", rest)]:
-            if not names: continue
-            with formatter.section(title):
-                formatter.write_dl([(n, sentence(self.commands[n].help)) for n in names])
+            rows = [(n, sentence(self.commands[n].help)) for n in names if n in self.commands]
+            if not rows: continue
+            with formatter.section(title): formatter.write_dl(rows)
 
 # %% ../../../nbs/core/cli/11_grammar.ipynb #c73d8912
 def moved(args: Sequence[str]) -> tuple[str, click.Command, list[str]] | None:
