@@ -48,12 +48,9 @@ class Nearest(PythonDomain):
 
 
 def scripts(app, pagename, templatename, context, doctree):
-    "Only pages with a figure carry plotly, only those with a figure or a widget carry what draws them."
+    "Only pages with a figure or a widget carry what draws them; plotly is loaded when a reader touches a figure."
     body = context.get("body") or ""
-    figures, widgets = 'class="opml-fig"' in body, "vnd.jupyter.widget-view+json" in body
-    if figures or widgets:
-        app.add_js_file("plotly.min.js", priority=600)  # an Output widget may hold a figure, too
-        app.add_js_file("opml.js", priority=700)
+    if 'class="opml-fig"' in body or "vnd.jupyter.widget-view+json" in body: app.add_js_file("opml.js", priority=700)
 
 
 def setup(app):

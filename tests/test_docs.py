@@ -16,6 +16,7 @@ from pathlib import Path
 import house
 import pytest
 from conftest import ROOT
+from figures import ready
 from test_lab import CHROMIUM, CONTRAST, browser  # noqa: F401 (a fixture)
 
 for needed in ("sphinx", "myst_nb", "pydata_sphinx_theme"): pytest.importorskip(needed, reason="needs the extra [docs]")
@@ -137,7 +138,7 @@ def page(browser):
     context.close()
 
 
-def drawn(page): page.wait_for_selector("html[data-opml=drawn]")
+def drawn(page): ready(page)
 
 
 def shot(page, name):

@@ -1,5 +1,6 @@
 /* The figures and widgets of a page, drawn without a kernel and from files of this site alone.
-   Plotly figures: <div class="opml-fig"> with their JSON inside. Widgets: the state that the run saved, shown by the
+   Plotly figures: <div class="opml-fig"> with their JSON and a picture inside; the picture becomes the figure when a reader
+   touches it or its controls, so that a page which is only read loads no plotly. Widgets: the state that the run saved, shown by the
    classic-notebook build that every ipywidgets brings along (widgets/extension.js); here is the little of a classic
    notebook that it asks for. */
 (() => {
@@ -11,18 +12,33 @@ const saved = mime => [...document.querySelectorAll(`script[type="${mime}"]`)]
 
 /* text of a figure in the colour that the page, light or dark, has for what stands back; followed when the theme changes */
 const soft = () => getComputedStyle(document.documentElement).getPropertyValue("--pst-color-text-muted").trim()
+const unpacked = base64 => new Response(new Blob([Uint8Array.from(atob(base64), c => c.charCodeAt(0))]).stream()
+  .pipeThrough(new DecompressionStream("gzip")))
+/* plotly: inside a page that is one file, else a file of this site */
+let library
+function plotly() {
+  return library ??= (async () => {
+    const packed = document.getElementById("opml-plotly"), script = document.createElement("script")
+    if (window.Plotly) return
+    if (packed) {
+      script.textContent = await unpacked(packed.textContent).text()
+      return document.head.append(script)
+    }
+    const loaded = new Promise((ok, fail) => { script.onload = ok; script.onerror = () => fail(new Error("plotly.min.js is missing")) })
+    script.src = `${here}plotly.min.js`
+    document.head.append(script)
+    await loaded
+  })()
+}
 function draw(box, figure) {
   const layout = {...figure.layout, font: {...figure.layout?.font, color: soft()}}
   return Plotly.newPlot(box, figure.data, layout, {responsive: true, displaylogo: false, ...figure.config})
 }
-new MutationObserver(() => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, {"font.color": soft()})))
-  .observe(document.documentElement, {attributeFilter: ["data-theme"]})
+const recoloured = () => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, {"font.color": soft()}))
+new MutationObserver(recoloured).observe(document.documentElement, {attributeFilter: ["data-theme"]})
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recoloured)
 
 /* the states of a figure's controls, rendered when the page was made: {controls, together, frames} */
-async function unpacked(states) {
-  const bytes = Uint8Array.from(atob(states), c => c.charCodeAt(0))
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json()
-}
 function changed(figure, changes) {
   const fig = structuredClone({data: figure.data, layout: figure.layout})
   for (const [path, value] of changes) {
@@ -54,17 +70,20 @@ function control({name, choices}) {
   const input = element("select", {name}, ...texts.map((t, i) => new Option(t, i)))
   return {shown: element("label", {}, `${name} `, input), at: () => +input.value, set: i => { input.value = i }}
 }
-async function playable(form, box, figure) {
-  const {controls, together, frames} = await unpacked(form.dataset.states)
+async function playable(form, figure, drawn) {
+  const {controls, together, frames} = await unpacked(form.dataset.states).json()
   const note = element("output", {className: "opml-note"}), keys = Object.keys(frames).map(k => k.split(",").map(Number))
   const parts = controls.map(control), homes = controls.map(c => c.choices.findIndex(([i]) => i === c.at))
   parts.forEach((p, i) => p.set(homes[i]))
-  const show = () => {
+  const asked = () => {
     const now = parts.map((p, i) => controls[i].choices[p.at()][0])
     const far = key => key.reduce((sum, v, i) => sum + Math.abs(v - now[i]), 0)
-    const [text, changes] = frames[keys.reduce((a, b) => far(b) < far(a) ? b : a).join()]
-    note.textContent = text
-    const fig = changed(figure, changes)
+    return frames[keys.reduce((a, b) => far(b) < far(a) ? b : a).join()]
+  }
+  const show = async () => {
+    note.textContent = asked()[0]
+    const box = await drawn()
+    const fig = changed(figure, asked()[1])
     return Plotly.react(box, fig.data, {...fig.layout, template: figure.layout.template, font: {...fig.layout.font, color: soft()}})
   }
   parts.forEach((p, i) => p.shown.addEventListener("input", () => {
@@ -74,8 +93,37 @@ async function playable(form, box, figure) {
   form.addEventListener("submit", event => event.preventDefault())
   form.append(...parts.map(p => p.shown), note)
   if (!together) form.append(element("small", {}, "Here each control moves alone; in a notebook, together."))
-  await show()
+  note.textContent = asked()[0]
 }
+
+/* a figure: its picture first; drawn() puts the interactive one in its place, once */
+const figures = []
+async function prepared(box) {
+  const figure = JSON.parse(box.querySelector("script").textContent), picture = box.querySelector("img")
+  const form = box.previousElementSibling?.matches(".opml-play") ? box.previousElementSibling : null
+  let begun
+  const drawn = () => begun ??= (async () => {
+    await plotly()
+    const before = [...box.childNodes]
+    box.setAttribute("role", "figure")
+    box.setAttribute("aria-label", picture?.alt ?? "a figure")
+    box.style.height = `${box.dataset.height}px`
+    box.replaceChildren()
+    try { await draw(box, figure) } catch (error) { box.replaceChildren(...before); throw error }
+    return box
+  })()
+  const touched = () => drawn().catch(console.error)
+  figures.push(touched)
+  for (const part of [box, form]) for (const way of ["pointerenter", "touchstart", "focusin"])
+    part?.addEventListener(way, touched, {once: true, passive: true})
+  if (!picture) new IntersectionObserver(([seen], observer) => { if (seen.isIntersecting) { observer.disconnect(); touched() } }).observe(box)
+  if (form) await playable(form, figure, drawn)
+}
+async function drawAll() {
+  await Promise.all(figures.map(touched => touched()))
+  document.documentElement.dataset.opml = "drawn"
+}
+window.opml = {drawAll}
 
 /* modules in AMD form: `define(needs, make)` in a file of widgets/ */
 let defined
@@ -119,7 +167,7 @@ class OutputArea {
       const box = document.createElement("div")
       const html = data["text/html"], png = data["image/png"], plain = text ?? data["text/plain"] ?? traceback
       this.element.append(box)
-      if (data[PLOTLY] && window.Plotly) draw(box, data[PLOTLY])
+      if (data[PLOTLY]) plotly().then(() => draw(box, data[PLOTLY]))
       else if (html) box.innerHTML = [html].flat().join("")
       else if (png) box.append(Object.assign(new Image(), {src: `data:image/png;base64,${png}`}))
       else box.append(Object.assign(document.createElement("pre"), {textContent: [plain ?? ""].flat().join("")}))
@@ -127,6 +175,11 @@ class OutputArea {
   }
 }
 
+/* ipywidgets give the handle of a slider, and a field without a label, no name */
+function named(box) {
+  for (const handle of box.querySelectorAll(".noUi-handle, :is(input, select, textarea):not([aria-label], [id])"))
+    handle.setAttribute("aria-label", handle.closest(".jupyter-widgets")?.querySelector(".widget-label")?.textContent.trim() || "value")
+}
 async function widgets(state, views) {
   const kernel = {is_connected: () => true, comm_info: (_, answer) => answer({content: {comms: {}}})}
   kernel.comm_manager = {kernel, register_target() {}}
@@ -147,22 +200,16 @@ async function widgets(state, views) {
     try {
       const model = await manager.get_model(JSON.parse(script.textContent).model_id)
       classic.JupyterLuminoWidget.attach((await manager.create_view(model)).luminoWidget, box)
+      named(box)
     } catch (error) { box.textContent = `This widget cannot be shown here: ${error.message}` }
   }
 }
 
 document.addEventListener("DOMContentLoaded", async () => {
-  for (const box of document.querySelectorAll(".opml-fig")) {
-    const figure = JSON.parse(box.querySelector("script").textContent)
-    box.replaceChildren()
-    const form = box.previousElementSibling
-    try {
-      await draw(box, figure)
-      if (form?.matches(".opml-play")) await playable(form, box, figure)
-    } catch (error) { console.error(error) }        // one figure that can't be drawn takes no other with it
-  }
+  for (const box of document.querySelectorAll(".opml-fig"))
+    await prepared(box).catch(console.error)       // one figure that can't be drawn takes no other with it
   const [state] = saved(STATE), views = saved(VIEW)
   if (state && views.length) await widgets(JSON.parse(state.textContent), views)
-  document.documentElement.dataset.opml = "drawn"
+  document.documentElement.dataset.opml = "ready"
 })
 })()

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'WIDGET', 'colours_of_code', 'scripts', 'body_of', 'one_page', 'write_page']
 
 # %% ../../../nbs/core/site/05_one_page.ipynb #19fd22b0
-import json
+import base64, gzip, json
 from collections.abc import Mapping
 from html import escape
 from importlib.metadata import files
@@ -35,7 +35,13 @@ th, td { text-align: left; padding: .25em 1em .25em 0; border-bottom: 1px solid 
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 .opml-play { display: flex; flex-wrap: wrap; gap: .3em 1.6em; align-items: center; font-size: .9em }
 .opml-play label { display: flex; gap: .5em } .opml-play :is(.opml-note, small) { flex-basis: 100% }
-@media print { .opml-play { display: none } pre { white-space: pre-wrap } }
+table { display: block; max-width: 100%; overflow-x: auto } :is(p, li, td) { overflow-wrap: anywhere }
+.opml-fig > img { mix-blend-mode: multiply }
+@media (prefers-color-scheme: dark) {
+  .opml-fig > img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen } }
+@media print { .opml-play { display: none } pre { white-space: pre-wrap }
+  :root { color-scheme: light } .opml-fig > img { filter: none; mix-blend-mode: normal }
+  .opml-fig, img, tr { break-inside: avoid } :is(h1, h2, h3) { break-after: avoid } }
 """
 
 def colours_of_code() -> str:
@@ -56,16 +62,19 @@ def _of(package: str, end: str) -> str | None:
 def scripts(body: str) -> str:
     """Write the scripts that a page with this body needs: plotly where a figure is, MathJax where a
     formula is and the package `sphinx-mathjax-offline` is installed."""
-    out = []
+    out, packed = [], ""
     if 'class="opml-fig"' in body:
-        out += [_of("plotly", "/package_data/plotly.min.js") or "",
-                (nbs()/"_static"/"opml.js").read_text(encoding="utf-8")]
+        plotly = gzip.compress((_of("plotly", "/package_data/plotly.min.js") or "").encode(), 6,
+                               mtime=0)
+        packed = base64.b64encode(plotly).decode()
+        packed = f'<script type="text/plain" id="opml-plotly">{packed}</script>'
+        out.append((nbs()/"_static"/"opml.js").read_text(encoding="utf-8"))
     math = _of("sphinx-mathjax-offline", "/static/mathjax/tex-svg.js")
     if "$" in body and math:
         delimiters = 'MathJax = {tex: {inlineMath: [["$", "$"], ["\\\\(", "\\\\)"]]}}'
         out += [delimiters, math]
     closed = (s.replace("</script", "<\\/script") for s in out if s)
-    return "".join(f"<script>{s}</script>" for s in closed)
+    return packed + "".join(f"<script>{s}</script>" for s in closed)
 
 # %% ../../../nbs/core/site/05_one_page.ipynb #1516a0d4
 WIDGET = "(controls that need a kernel: open the notebook in JupyterLab)"

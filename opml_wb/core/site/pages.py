@@ -14,7 +14,7 @@ from html import escape
 from posixpath import dirname, join, normpath, splitext
 from typing import Any
 
-from ..kit.picture import illustrate
+from ..kit.picture import illustrate, lighter
 from ..kit.picture_axes import legible
 from ..kit.plotly_json import PICTURE, PLOTLY, plain
 from ..record import log
@@ -63,19 +63,23 @@ def alt(fig: Mapping[str, Any]) -> str:
 def figure(fig: Mapping[str, Any], picture: str = "", play: str = "") -> str:
     """Write the HTML of a plotly figure, a dict `{data, layout}`.
 
-    Its height is kept free until it is drawn. picture: a JPEG (base64), shown where no script
-    runs. play: the states of its controls, packed (`core.show.states`)."""
+    picture: a JPEG (base64), shown until a reader touches the figure, and where no script runs;
+    without one, the figure's height is kept free. play: the states of its controls, packed
+    (`core.show.states`)."""
     kept = {k: fig[k] for k in ("data", "layout", "config") if k in fig}
     layout = fig.get("layout") or {}
     usual = layout.get("template", {}).get("layout", {})
     height = layout.get("height") or usual.get("height") or 450
     body = json.dumps(kept, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     script = f'<script type="application/json">{body}</script>'
+    how = f'data-height="{height:.0f}"'
     if picture:
-        shown = f'<img alt="{alt(kept)}" src="data:image/jpeg;base64,{picture}">'
-        script += f"<noscript>{shown}</noscript>"
+        kind, light = lighter(picture)
+        look = f"max-height:{height:.0f}px"
+        script += f'<img alt="{alt(kept)}" style="{look}" src="data:image/{kind};base64,{light}">'
+    else: how += f' style="height:{height:.0f}px"'
     controls = f'<form class="opml-play" data-states="{escape(play)}"></form>' if play else ""
-    return f'{controls}<div class="opml-fig" style="height:{height:.0f}px">{script}</div>'
+    return f'{controls}<div class="opml-fig" {how}>{script}</div>'
 
 # %% ../../../nbs/core/site/01_pages.ipynb #c891a7f4
 ELSEWHERE = re.compile(r"<(?:script|link|img|iframe|video|audio|source)\b[^>]*?"
