@@ -1,4 +1,5 @@
 """The words of the site: the glossary, the links of guide pages and chapters, the commands that pages name."""
+import importlib.util
 import json
 import os
 import re
@@ -182,3 +183,17 @@ def test_the_guide_can_be_typed(tmp_path, monkeypatch):
                 assert done.returncode in ((0, 1, 3) if ASKS.search(line) else (0,)), f"{path.name}: {line}\n{done.stdout}{done.stderr}"
                 ran += 1
     assert ran > 20
+
+
+def test_terms_name_modules_that_are_there():
+    "Each term stands once, in order within its table, and the module that owns it exists."
+    seen = []
+    for table in (NBS/"guide"/"11_terms.md").read_text("utf-8").split("\n## ")[1:]:
+        rows = re.findall(r"^\| \*\*(.+?)\*\*.*\| (`[^|]*`) \|$", table, re.M)
+        assert rows, table[:80]
+        names = [re.sub(r"[^a-z0-9 ]", "", n.lower()) for n, _ in rows]
+        assert names == sorted(names), f"out of order: {[b for a, b in pairwise(names) if b < a]}"
+        seen += [n for n, _ in rows]
+        for module in (m for _, cell in rows for m in re.findall(r"`([^`]+)`", cell)):
+            assert importlib.util.find_spec(f"opml_wb.{module}"), module
+    assert len(seen) == len(set(seen)) > 80
