@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from ..core.kit.lazy import load_object
 from ..core.record import data
 from ..core.show import ui
 
@@ -216,5 +217,4 @@ MOVED = "vintage_figure", "show_known", "check_figure", "show_check", "leak_figu
 def __getattr__(name: str) -> Any:
     "Find a figure, which `plots` has now. Raises AttributeError."
     if name not in MOVED: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from opml_wb.provenance import plots
-    return getattr(plots, name)
+    return load_object(f"opml_wb.provenance.plots:{name}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..core.show import ui
-from .ask.graph import build, draw, highlight, views  # noqa: F401 (also told here)
+from .ask.graph import build, draw, highlight, views  # noqa: F401 (told here too)
 from .nowcast import CLASSES, differs
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ SERIES = {
     "BOPTEXP": "exports, million $", "BOPTIMP": "imports, million $",
     "PERMIT": "building permits, thousand a year", "HSN1F": "new homes sold, thousand a year",
     "JTSJOL": "job openings, thousand", "TCU": "capacity utilisation, %",
-    "WHLSLRIMSA": "wholesale inventories, million $", "PCEC96": "real consumption, billion $ a year"}
+    "WHLSLRIMSA": "wholesale inventories, million $", "PCEC96": "consumption, billion $ a year"}
 
 def named(series: str) -> str:
-    "Name `series` with its unit in two lines, where it is one of the panel's; else as it is called."
+    "Name `series` with its unit, in two lines, if it is one of the panel's; else as it is called."
     return SERIES.get(series, f"{series}, in its own unit").replace(", ", ",<br>", 1)
 
 def revised(changes: "pd.DataFrame") -> "pd.DataFrame":
     """Pair each corrected value with the one before: DataFrame `series, date, was, now, percent`.
 
-    `changes`: of `FeatureStore.changes`; `percent`: 100 (now - was) / |was|, null where was is 0."""
+    `changes`: of `FeatureStore.changes`; `percent`: 100 (now - was) / |was|, null if was is 0."""
     cell = ["series", "date", "_commit_version"]
     was, now = (changes[changes._change_type == f"update_{k}image"].set_index(cell).value
                 for k in ("pre", "post"))

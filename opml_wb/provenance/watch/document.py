@@ -203,7 +203,8 @@ def _no_inputs(folder: Path) -> tuple[str, ...]:
 def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mapping]) -> None:
     """Add the files that the run read to its log as inputs, in the version that was read.
 
-    Of a Delta table that it read the newest commit becomes a fact. The files that other processes made are added to the run's own products."""
+    Of a Delta table that it read the newest commit becomes a fact. The files that other processes
+    made are added to the run's own products."""
     known, folders = _covered(request)
     away = (*_no_inputs(folder), *folders)
     for e in events:

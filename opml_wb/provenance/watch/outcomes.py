@@ -254,7 +254,8 @@ def _table_event(path: str, rows: list[tuple]) -> dict:
     return {"op": "created" if 0 in made else "modified" if wrote else "read", "path": path,
             "target": None, "version": None if version is None else f"delta:{version}",
             "was": f"delta:{max(read)}" if made and read else None, "kind": "table", "part": False,
-            **({"was_read": True} if rows_read else {}), **{k: first[k] for k in ("pid", "cell", "t")}}
+            **({"was_read": True} if rows_read else {}),
+            **{k: first[k] for k in ("pid", "cell", "t")}}
 
 # %% ../../../nbs/provenance/watch/04_outcomes.ipynb #ec5d25f0
 RANK = {"read": 0, "modified": 1, "renamed": 1, "created": 2, "deleted": 3}
