@@ -35,7 +35,7 @@ def processor() -> str:
     return found[1].strip() if found else platform.machine()
 
 # %% ../../../nbs/core/site/07_recorded.ipynb #384bc6fd
-ROWS, COLUMNS = 40, 10
+ROWS, COLUMNS = 40, 15
 
 def _plain(v: Any) -> Any:
     "A table's value as JSON has it."
@@ -108,13 +108,14 @@ def recorded(chapter: Chapter, folder: Path | None = None) -> dict[str, Any] | N
 def source(told: Mapping[str, Any]) -> str:
     "Say in a line of text when, where and how a record was made."
     m = told.get("machine") or {}
-    load = m.get("load")
-    busy = f"; load {load:.1f} when it began" if isinstance(load, (int, float)) else ""
-    where = ", ".join(filter(None, [f"{m.get('cores') or '?'} cores", m.get("processor"),
+    load, cores = m.get("load"), m.get("cores")
+    there = isinstance(load, (int, float)) and isinstance(cores, int)
+    busy = f"; busy: load {load:.1f}, so times are rough" if there and load > cores else ""
+    where = ", ".join(filter(None, [f"{cores or '?'} cores", m.get("processor"),
                                     m.get("system")]))
     given = ", ".join(f"{k}={written(v)}" for k, v in (told.get("given") or {}).items())
-    asked = " and ".join(filter(None, [f"preset {told['preset']}" if told.get("preset") else "",
-                                       given])) or "the defaults"
+    preset = f"preset {told['preset']}" if told.get("preset") else ""
+    asked = f"{preset} ({given})" if preset and given else preset or given or "the defaults"
     return f"{told['date']}, {asked}, {told['seconds']:.0f} s on {where}{busy}"
 
 def page_of(told: Mapping[str, Any]) -> str:
