@@ -234,7 +234,9 @@ class Folds:
     "Claims (`Store.claims`) as HTML, one fold for each chapter; as aligned text elsewhere."
     def __init__(self, claims: Iterable[Mapping]) -> None:
         self.chapters: dict[str, list[dict]] = {}
-        for c in claims: self.chapters.setdefault(c["chapter"], []).append(dict(c))
+        for c in claims:
+            if c["chapter"].startswith("bench/"): continue
+            self.chapters.setdefault(c["chapter"], []).append(dict(c))
 
     def _fold(self, name: str, own: list[dict]) -> str:
         bare = [{k: v for k, v in c.items() if k != "chapter"} for c in own]

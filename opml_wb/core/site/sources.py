@@ -109,7 +109,7 @@ def with_record(nb: dict, told: Mapping | None) -> dict:
     first = next((i for i, c in enumerate(cells) if c["cell_type"] == "markdown"), 0)
     data = {"text/html": page_of(told), "text/plain": source(told)}
     out = {"output_type": "display_data", "metadata": {}, "data": data}
-    cells.insert(first + 1, {"id": "recorded", **code("", [out], tags=["remove-input"])})
+    cells.insert(first + 1, {"id": "recorded", **code("# recorded", [out], tags=["remove-input"])})
     return {**nb, "cells": cells}
 
 # %% ../../../nbs/core/site/03_sources.ipynb #1368b9fc
