@@ -30,5 +30,6 @@ MOVED = {  # old module: where it is now
     "coverage": "watch.coverage", "table": "features.table", "asof": "features.asof",
     "commits": "features.store", "vintages": "features.vintages", "questions": "ask.questions",
     "fulltext": "ask.fulltext", "reproduce": "ask.reproduce", "openlineage": "ask.openlineage",
-    "pipeline": "ask.pipeline", "graph": "ask.graph", "verbs": "commands"}
+    "pipeline": "ask.pipeline", "graph": "ask.graph", "verbs": "commands",
+    "traces": "traced_commands"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

@@ -132,6 +132,6 @@ def between(self: Capture, a: str, b: str) -> dict[str, list]:
 @patch
 def of_trace(self: Capture, verb: str) -> Callable[..., int]:
     "The function that does `verb` (rerun, compare, show) with runs of commands."
-    return load_object(f"opml_wb.provenance.traces:{verb}")
+    return load_object(f"opml_wb.provenance.traced_commands:{verb}")
 
 capture = Capture()
