@@ -300,6 +300,11 @@ def test_the_real_logs_snapshot_model_collapses_in_production():
     found = useful(servicenow(), "closed_code", seeds=5)
     assert found.attrs["loss"][1] > 0 and set(found.arm) >= {"snapshot", "production", "eligible", "majority"}
     assert found.attrs["answer"] == "no useful label"
+    from opml_wb.eligibility.plots import REAL                     # what the chapter shows as stored
+    scores = summary(found).score
+    assert {arm: scores[arm] for arm in ("snapshot", "production", "eligible", "majority")} == pytest.approx(
+        {arm: REAL[arm] for arm in ("snapshot", "production", "eligible", "majority")}, abs=.02)
+    assert found.attrs["loss"] == pytest.approx(REAL["loss"], abs=.03) and found.attrs["gain"] == pytest.approx(REAL["gain"], abs=.03)
 
 
 def test_a_real_xes_log():

@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.eligibility.scanning import Scan, rows_at, scan, scan_parts
     from opml_wb.eligibility.verdict import (PairCounts, backfilled, count_pairs, counted,
         eligibility_matrix, judge, labels, masked, models_left, pairs, verdicts)
-    from opml_wb.eligibility.sampling import agreement, attainable, read_samples, sample
+    from opml_wb.eligibility.sampling import (agreement, attainable, read_samples, sample,
+        share_error)
     from opml_wb.eligibility.snapshots import (count_new, expected_new, first_actions,
         sample_snapshots, snapshot, widen)
     from opml_wb.eligibility.usefulness import summary, useful

@@ -226,11 +226,20 @@ def make(file: str | os.PathLike, url: str, sha256: str, bytes: int) -> None:
         g.write(b"\n".join(lines[:ROWS + 1]) + b"\n")
 
 # %% ../../nbs/eligibility/14_example_logs.ipynb #bd01c592
-def load(name: str) -> AuditLog:
+def load(name: str, case: str = "", order: str = "") -> AuditLog:
     """Load a log by its registry name: "servicenow_part1", "servicenow" (whole) or "bpic2013".
 
-    "eligibility/..." is the same. Returns an AuditLog. Raises `core.data.UnknownData`, or
-    `MissingData` saying how to get it."""
+    "eligibility/..." is the same. Or a file: .csv, .csv.gz, .parquet, with its columns of the
+    case's key and of the order of rows; .xes, .xes.gz. Returns an AuditLog. Raises
+    `core.data.UnknownData`, `MissingData` saying how to get it, or ValueError for a column."""
+    kind = "".join(Path(name).suffixes[-2:]).lower().removesuffix(".gz")
+    if kind.endswith(".xes"): return AuditLog.from_xes(name)
+    if kind.endswith((".csv", ".parquet")):
+        if not case or not order:
+            raise ValueError(f"{name}: name its columns, case= of the case's key and order= "
+                             "of its rows")
+        if kind.endswith(".parquet"): return AuditLog.from_parquet(name, case, order)
+        return AuditLog.from_wide(pd.read_csv(name), case, order)
     name = name.removeprefix("eligibility/")
     path = data.path(f"eligibility/{name}")
     if name == "bpic2013": return AuditLog.from_xes(path)
