@@ -216,7 +216,7 @@ def bench_list(found: list[Chapter]) -> str:
     "Write the page that lists the benches with their questions, in Markdown."
     def line(c):
         told = recorded(c)
-        when = f" *Recorded: {source(told)}.*" if told else ""
+        when = f" *Recorded {told['date']}.*" if told else ""
         return f"- **[{c.title}]({_here(c)}.ipynb)** {about(c.nb)}{when}"
     lines = [line(c) for c in found]
     words = ("Ours beside the peers, at equal input and equal threads. Each runs by "
