@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from itertools import groupby, pairwise
@@ -139,9 +140,7 @@ def test_no_dead_command(path):
     "Each command of a guide page is one of `opml`'s, with its options, and a chapter's parameters and presets."
     if "changes" in path.stem: return  # tells of old spellings, too
     if not complete(): pytest.skip("installed before `opml provenance` was there: pip install -e .")
-    from opml_wb.core.cli.verbs import cli
     for line, mentioned in typed(path):
-        if "flexserve demo" in line and "demo" not in cli.get_command(None, "flexserve").commands: continue
         for args in calls(line): check_call(args, mentioned)
 
 
@@ -197,3 +196,26 @@ def test_terms_name_modules_that_are_there():
         for module in (m for _, cell in rows for m in re.findall(r"`([^`]+)`", cell)):
             assert importlib.util.find_spec(f"opml_wb.{module}"), module
     assert len(seen) == len(set(seen)) > 80
+
+
+@pytest.mark.slow
+def test_the_servers_page_is_answered(tmp_path):
+    "The curl and the Python of the page about serving, asked of the demo: an answer of each model, and a verdict."
+    env = {**os.environ, "OPML_HOME": str(tmp_path/"home")}
+    page = NBS/"guide"/"06_serving.md"
+    server = subprocess.Popen([sys.executable, "-m", "opml_wb.core.cli", "flexserve", "demo"], env=env, text=True, stdout=subprocess.PIPE)
+    try:
+        said = next(line for line in server.stdout if line.startswith("curl"))
+        url, picture = re.search(r"http://[\d.:]+", said)[0], re.search(r"file=@(\S+)", said)[1]
+        [curl] = [line for _, block in blocks(page, "sh") for line in block.splitlines() if line.startswith("curl")]
+        kind = "image/png" if picture.endswith("png") else "image/jpeg"
+        asked = curl.replace("http://127.0.0.1:8080", url).replace("cat.jpg", picture).replace("target=cat", "target=8").replace("image/jpeg", kind)
+        answer = json.loads(subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout)
+        assert answer["policy"]["result"] in ([True], [False]) and not answer["errors"], answer
+        [(_, code)] = blocks(page, "python")
+        names = {}
+        exec(code.replace("http://127.0.0.1:8080", url), names)
+        assert names["client"].batch([picture], policy={"kind": "majority", "target": "8"})
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
