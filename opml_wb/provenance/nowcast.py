@@ -88,7 +88,7 @@ def write_scripts(folder: str | os.PathLike) -> Path:
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #83b54650
 def traced(folder: str | os.PathLike, *words: str) -> dict[str, Any]:
-    """Trace a Python script (its name and arguments) in `folder`: the JSON object of `opml trace`.
+    """Trace a Python script (its name and arguments) in `folder`: what the command tells.
 
     Raises RuntimeError when it cannot be traced."""
     opml = [sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--"]
@@ -108,7 +108,7 @@ def imports(source: str) -> list[str]:
 
 def pipeline(folder: str | os.PathLike,
              stages: Mapping[str, list[str]] = STAGES) -> dict[str, dict[str, Any]]:
-    "Trace `stages` {name: words} in order, with a progress bar: {name: answer of `opml trace`}."
+    "Trace `stages` {name: words} in order, with a progress bar: {name: what `traced` says}."
     shown = ui.progress(stages.items(), total=len(stages), desc="stages")
     return {name: traced(folder, *words) for name, words in shown}
 

@@ -68,7 +68,7 @@ def revisions(changes: "pd.DataFrame", publications: int) -> "Figure":
 # %% ../../nbs/provenance/07_plots.ipynb #c0f64335
 def vintage_figure(store: "FeatureStore", series: str) -> "Figure":
     "Make a Figure of `series`, as known now (dashed) and then (full); `show_known` fills it."
-    fig = ui.figure("month that the figure is for", named(series), series, yaxis_tickformat=",")
+    fig = ui.figure("date that the figure is for", named(series), series, yaxis_tickformat=",")
     fig.add_scatter(mode="lines+markers", name="as known now", marker_symbol="circle-open",
                     line=dict(color=ui.COLOURS["baseline"], dash="dash"))
     return fig.add_scatter(mode="lines+markers", name="as known then",
@@ -77,10 +77,14 @@ def vintage_figure(store: "FeatureStore", series: str) -> "Figure":
 # %% ../../nbs/provenance/07_plots.ipynb #bb6029b0
 def show_known(fig: "Figure", store: "FeatureStore", series: str, known_at: "pd.Timestamp",
                months: int = 24, table: str = "series") -> str:
-    "Draw the last `months` of `series` as known at `known_at` and now; the differences in words."
+    """Draw `months` dates of `series` as known at `known_at` and now: the last that were known then,
+    and a few more; returns the differences in words."""
     every = pd.Timestamp("1900-01-01", tz="UTC"), pd.Timestamp("2100-01-01", tz="UTC")
     states = (store.range(table, "value", *every, known_at=k) for k in (None, known_at))
-    now, then = (s[s.series == series].tail(months).set_index("date").value for s in states)
+    now, then = (s[s.series == series].set_index("date").value for s in states)
+    known = now.index.searchsorted(then.index[-1], "right") if len(then) else len(now)
+    stop = min(len(now), known + months // 8)
+    now = now.iloc[max(0, stop - months):stop]
     then = then[then.index >= now.index[0]]
     for trace, s in zip(fig.data, (now, then)): trace.update(x=s.index, y=s.to_numpy())
     title = f"{series}, as known on {known_at:%d %B %Y}"
