@@ -271,6 +271,7 @@ def _ipython_display_(self: FlexCockpit):
 def _widgets(self: FlexCockpit, frames):
     "Make the form; `frames`: with a slider through them."
     import ipywidgets as w
+    self.frames = frames
     self.badge, self.table, self.models = w.HTML(), w.HTML(), w.HTML()
     self.upload = w.FileUpload(accept="image/*", multiple=True, description="pictures")
     self.upload.observe(lambda change: change["new"]
@@ -326,5 +327,5 @@ def _show_rows(self: FlexCockpit):
     k, verdict = self.kept, self.verdict
     if k is None or verdict is None or len(verdict.result) != len(k.images): return
     shown = np.arange(len(k.images))[self.frame.value:][:4]
-    if self.frame.layout.display == "none": shown = contested(k)[:8]
+    if not self.frames: shown = contested(k)[:8]
     self.table.value = rows_html(k, verdict, self.drawn or "", shown, self.rule)

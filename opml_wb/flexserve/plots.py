@@ -18,10 +18,10 @@ from ..core.show import ui
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% ../../nbs/flexserve/03_plots.ipynb #3952ac0b
-def pictures(images: np.ndarray, names: Sequence[str], height: int = 120) -> "go.Figure":
+def pictures(images: np.ndarray, names: Sequence[str], height: int = 140) -> "go.Figure":
     "Draw pictures (N, H, W, 3) uint8 in a row, each under its name."
     n, wide = len(images), images.shape[2]
-    fig = ui.figure("", "", height=height, margin=dict(l=10, r=10, t=24, b=10))
+    fig = ui.figure("class", "", height=height, margin=dict(l=10, r=10, t=48, b=10))
     gap = np.full((images.shape[1], max(wide // 4, 1), 3), 255, np.uint8)
     strip = np.concatenate([x for image in images for x in (image, gap)], axis=1)
     fig.add_heatmap(z=strip.mean(axis=2)[::-1], colorscale="gray", showscale=False,
@@ -87,7 +87,7 @@ def swap(ended: ArrayLike, versions: ArrayLike, lost: ArrayLike = ()) -> "go.Fig
     `ended`: (N,) s of the answers; `versions`: (N,) their versions; `lost`: s of the others."""
     names = [str(v) for v in sorted(set(np.asarray(versions).tolist()))]
     rows = [*(["none"] if len(lost) else []), *names]
-    fig = ui.figure("time since the first request (s)", "version that answered",
+    fig = ui.figure("time since the first request (s)", "version",
                     f"{len(ended) + len(lost)} requests while versions change, {len(lost)} "
                     "without an answer", height=240)
     at = [rows.index(str(v)) for v in versions]
@@ -136,4 +136,4 @@ def path(seen: pd.DataFrame, true: pd.DataFrame) -> "go.Figure":
                     marker=dict(symbol="circle-open", size=14, line_width=2))
     fig.add_scatter(x=seen.t, y=seen.col, name="where it is seen", mode="markers",
                     marker=dict(color=ui.COLOURS["ours"], size=9))
-    return fig.update_yaxes(dtick=1, rangemode="tozero")
+    return fig.update_yaxes(dtick=1, range=[-.5, max(true.col.max(), 1) + .5])

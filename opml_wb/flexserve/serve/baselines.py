@@ -60,9 +60,9 @@ def answering(bundle: Bundle, gradients: bool = False) -> Answering:
 def _settings() -> Answering:
     "Read what `start` put into the environment; the function that answers."
     import torch
-    published = os.environ.get("BASELINE_PUBLISHED") == "1"
-    if not published: torch.set_num_threads(1)
-    return answering(Bundle.load(os.environ["BASELINE_BUNDLE"]), gradients=published)
+    if threads := os.environ["BASELINE_THREADS"]: torch.set_num_threads(int(threads))
+    gradients = os.environ["BASELINE_GRADIENTS"] == "1"
+    return answering(Bundle.load(os.environ["BASELINE_BUNDLE"]), gradients)
 
 # %% ../../../nbs/flexserve/serve/19_baselines.ipynb #5a3e8107
 def flask_app() -> "Flask":
@@ -110,20 +110,22 @@ def available() -> list[str]:
     return [kind for kind in COMMANDS if all(map(find_spec, needs[kind]))]
 
 # %% ../../../nbs/flexserve/serve/19_baselines.ipynb #bc03b9a7
-def start(kind: str, bundle: Bundle, workers: int = 2, published: bool = False) -> Running:
+def start(kind: str, bundle: Bundle, workers: int = 2, threads: int | None = 1,
+          gradients: bool = False) -> Running:
     """Start a baseline in processes of its own: a Running, which may still be loading.
 
-    `kind`: one of `available()`, else ValueError; `published`: PyTorch's own number of threads,
-    and gradients recorded."""
+    `kind`: one of `available()`, else ValueError; `threads`: of PyTorch in each worker, None for
+    as many as it chooses; `gradients`: whether they are recorded."""
     if kind not in available():
         raise ValueError(f"kind: {kind!r}: expected one of {', '.join(available())}")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    preload = "" if published else "--preload"      # one import of PyTorch, shared memory
+    preload = "--preload" if threads == 1 else ""   # one import of PyTorch, shared memory
     words = shlex.split(COMMANDS[kind].format(workers=workers, port=port, preload=preload))
-    env = {**os.environ, "BASELINE_BUNDLE": str(bundle.dir)}
-    env |= {"BASELINE_PUBLISHED": "1"} if published else {"OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "BASELINE_BUNDLE": str(bundle.dir), "BASELINE_THREADS": str(threads or ""),
+           "BASELINE_GRADIENTS": str(int(gradients))}
+    if threads: env["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen([sys.executable, *words], env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return Running(process, f"http://127.0.0.1:{port}")

@@ -6,7 +6,7 @@
 __all__ = ['Handler', 'AdminApi', 'StatusApi', 'Service', 'routes', 'create_app']
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #d6105cca
-import asyncio, time
+import asyncio, sqlite3, time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -46,11 +46,23 @@ def _following(self: AdminApi):
     if self.follower is None: raise Refused(404, "this server follows no store")
     return self.follower
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #23c55055
+async def _of_store(ask, *args):
+    """Ask the store in a thread, which may wait for its disk and its locks.
+
+    Raises Refused: 404 for what isn't there, 409 for what may not be, 503 when the store fails."""
+    try: return await asyncio.to_thread(ask, *args)
+    except KeyError as e: raise Refused(404, str(e.args[0])) from None
+    except ValueError as e: raise Refused(409, str(e)) from None
+    except (sqlite3.Error, OSError) as e:
+        raise Refused(503, f"the model store fails: {type(e).__name__}: {e}",
+                      retry_after="1") from None
+
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5cf022f1
 @patch
 async def _change(self: AdminApi, request, operation, *names):
-    """Call the store's `operation` with the whole numbers `names` of the body; the server looks
-    at the store at once."""
+    """Call the store's `operation` with the whole numbers `names` of the body, and answer when it
+    is served."""
     follower = self._following()
     if media_type(request.headers.get("content-type", "")) != "application/json":
         raise Refused(415, "expected Content-Type application/json")
@@ -61,13 +73,13 @@ async def _change(self: AdminApi, request, operation, *names):
         raise Refused(422, f"body: expected an object with {expected}")
     if any(abs(v) >= 2**63 for v in given.values()):
         raise Refused(404, f"no version {given['version']}")
-    try:
-        version = await asyncio.to_thread(getattr(follower.store, operation), follower.name,
-                                          *given.values())
-    except KeyError as e: raise Refused(404, str(e.args[0])) from None
-    except ValueError as e: raise Refused(409, str(e)) from None
-    follower.poke()
-    return json_response({"version": version if isinstance(version, int) else given.get("version")})
+    await _of_store(follower.there)     # what is gone isn't made anew
+    found = await _of_store(getattr(follower.store, operation), follower.name, *given.values())
+    version = found if isinstance(found, int) else given.get("version")
+    if why := await follower.follow():
+        raise Refused(503, f"the store keeps this {operation}, but {why}: version "
+                           f"{follower.pool.serving} answers", retry_after="1")
+    return json_response({"version": version, "serving": follower.pool.serving})
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #c8447b4b
 @patch
@@ -91,15 +103,17 @@ async def rollback(self: AdminApi, request: HttpRequest) -> Response:
 async def versions(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `GET /v1/versions`."
     f = self._following()
-    history = await asyncio.to_thread(f.store.history, f.name)
+    history = await _of_store(f.store.history, f.name)
+    current = await _of_store(f.store.current, f.name)
     rows = orjson.loads(history.to_json(orient="records", date_format="iso"))
-    return json_response({"name": f.name, "current": f.store.current(f.name),
-                          "serving": f.pool.serving, "history": rows})
+    return json_response({"name": f.name, "current": current, "serving": f.pool.serving,
+                          "history": rows})
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #1541923a
 class StatusApi:
     "The endpoints that describe the server: health, metrics, its documentation."
-    def __init__(self, pool: WorkerPool) -> None: self.pool = pool
+    def __init__(self, pool: WorkerPool, follower: Follower | None = None) -> None:
+        self.pool, self.follower = pool, follower
 
 @patch
 async def live(self: StatusApi, request: HttpRequest) -> Response:
@@ -109,10 +123,14 @@ async def live(self: StatusApi, request: HttpRequest) -> Response:
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #7b4bebbe
 @patch
 async def ready(self: StatusApi, request: HttpRequest) -> Response:
-    "Answer `GET /health/ready`: 200 or 503."
-    p = self.pool
+    """Answer `GET /health/ready`: 200 or 503.
+
+    Who cannot follow the store goes on answering and is ready; `following` and `error` tell."""
+    p, f = self.pool, self.follower
     ready = p.ready and not p.draining
-    state = {"ready": ready, "draining": p.draining, "version": p.serving, "error": p.error}
+    state = {"ready": ready, "draining": p.draining, "version": p.serving,
+             "error": p.error or (f.error if f else None)}
+    if f: state["following"] = {"ok": f.error is None, "last_s": time.monotonic() - f.looked}
     return json_response(state, 200 if ready else 503)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #52180f25
@@ -120,6 +138,7 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
 async def metrics(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /metrics`."
     self.pool.gauge()
+    if self.follower: self.pool.metrics.following.set(self.follower.error is None)
     return Response(self.pool.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #229b997f
@@ -150,7 +169,8 @@ class Service:
         self.flexserve = FlexServeApi(self.predictor)
         self.prediction = PredictionApi(self.predictor)
         self.protocol = Protocol(self.predictor, self.follower)
-        self.admin, self.status = AdminApi(self.follower, pool.settings), StatusApi(pool)
+        self.admin = AdminApi(self.follower, pool.settings)
+        self.status = StatusApi(pool, self.follower)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #46d9bcd6
 @patch

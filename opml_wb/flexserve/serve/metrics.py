@@ -30,6 +30,7 @@ COUNTERS = {  # name: (metric, text, *labels)
 GAUGES = {
     "waiting": ("waiting_images", "Images that wait for a worker"),
     "workers": ("workers", "Workers that are ready"),
+    "following": ("following", "1 while the model store can be followed, else 0"),
     "version": ("version", "The version in service", "name", "version", "digest")}
 HISTOGRAMS = {
     "batch_images": ("Images in a batch", SIZES),

@@ -136,7 +136,7 @@ async def load(self: Protocol, request: HttpRequest) -> Response:
     "Look at the store now: it decides what is served."
     if request.path_params["model"] != self.predictor.name:
         raise Refused(404, f"no ensemble {request.path_params['model']!r} here")
-    if self.follower: self.follower.poke()
+    if self.follower and (why := await self.follower.follow()): raise Refused(503, why)
     return _reply({})
 
 # %% ../../../nbs/flexserve/serve/12_oip.ipynb #283bb3df

@@ -76,7 +76,7 @@ WORDS = {400: "the body cannot be read", 401: "no token, or a wrong one",
          413: "too large",
          415: "another Content-Type is expected", 422: "a field or an image is refused",
          500: "a model gave no answer: `error` names it",
-         503: "not ready, or no answer in time is to be expected: Retry-After",
+         503: "not ready, the store fails, or no answer in time is to be expected: Retry-After",
          504: "the deadline passed"}
 INFER = (400, 401, 403, 404, 408, 413, 415, 422, 500, 503, 504)
 
@@ -113,11 +113,11 @@ def _prediction_paths():
 def _operator_paths():
     "Describe the endpoints of an operator."
     def change(text, body):
-        codes = 400, 401, 403, 404, 408, 409, 413, 415, 422
-        return {"post": _operation(text, _object({"version": _maybe("integer")}, "version"), codes,
-                                   _json(body))}
+        codes = 400, 401, 403, 404, 408, 409, 413, 415, 422, 503
+        done = _object({k: _maybe("integer") for k in ("version", "serving")}, "version")
+        return {"post": _operation(text, done, codes, _json(body))}
     return {"/v1/versions": {"get": _operation("The history of this name in the store.", ANYTHING,
-                                               (401, 403, 404))},
+                                               (401, 403, 404, 503))},
             "/v1/pin": change("Serve this version until it is unpinned.",
                               _object({"version": WHOLE}, "version")),
             "/v1/unpin": change("Serve the newest promoted version again.", _object({})),
@@ -143,7 +143,7 @@ def _protocol_paths(models, serving):
            "/v2/repository/index": {"post": _operation("Models and their state.", _list(ANYTHING),
                                                        (401, 403, 503))},
            "/v2/repository/models/{model}/load": {"post": about("Look at the store now.",
-                                                                (401, 403, 404), model)},
+                                                                named, model)},
            "/v2/repository/models/{model}/unload": {"post": about("Refused.", (401, 403, 409),
                                                                   model)}}
     for base, path in (("/v2/models/{model}", model),
