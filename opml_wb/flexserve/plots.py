@@ -81,11 +81,12 @@ def frontier(table: pd.DataFrame, alone: pd.DataFrame, single: pd.DataFrame, bes
     return fig.update_xaxes(range=[-.02 * right, right]).update_yaxes(range=[-.03 * top, top])
 
 # %% ../../nbs/flexserve/03_plots.ipynb #f0262f37
-def swap(ended: ArrayLike, versions: ArrayLike, lost: ArrayLike = ()) -> "go.Figure":
+def swap(ended: Sequence[float], versions: Sequence[int],
+         lost: Sequence[float] = ()) -> "go.Figure":
     """Draw which version answered each request, in time; requests that got no answer at the bottom.
 
     `ended`: (N,) s of the answers; `versions`: (N,) their versions; `lost`: s of the others."""
-    names = [str(v) for v in sorted(set(np.asarray(versions).tolist()))]
+    names = [str(v) for v in sorted(set(versions))]
     rows = [*(["none"] if len(lost) else []), *names]
     fig = ui.figure("time since the first request (s)", "version",
                     f"{len(ended) + len(lost)} requests while versions change, {len(lost)} "
