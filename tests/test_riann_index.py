@@ -546,21 +546,29 @@ def test_different_demands_get_different_properties(sift):
     assert plans[2].recall >= .999 and plans[0].t_query < plans[1].t_query
 
 
-def test_the_measured_interval_holds_the_truth(sift):
-    "Coverage: by vectors held back, over many samples and beams, of what 3,000 queries that the graph never saw find."
+def test_the_measured_interval_holds_the_truth():
+    "Coverage: by vectors held back, over many samples, properties and beams, of what queries that the graph never saw find."
     from opml_wb.riann.graph.hnsw import DynamicHNSW
-    from opml_wb.riann.models.measure import Sample, held_back
-    covered = []
-    for x, q, metric in (gauss(6600, 24), topics(6600, 24)):
-        graph = DynamicHNSW(24, metric)
-        graph.insert(x, range(len(x)), 8, 20)
+    from opml_wb.riann.models.measure import Sample, held_back, interval, like_new
+    held, above, closed = [], [], []
+    for x, q, metric in (gauss(6600, 24), topics(6600, 24), shuffled(3600)):
         truth = ground_truth(x, q, 10, metric)[0]
-        true = {ef: recall(graph.search(q, 10, ef)[0], truth) for ef in (12, 40, 120)}
-        for seed in range(20):
-            slots = held_back(graph, 128, seed)
-            sample = Sample(graph, graph.memory.arrays.X[slots, :24].copy(), slots, 10)
-            covered += [low <= true[ef] <= high for ef in true for _, low, high in [sample.recall(ef)]]
-    assert np.mean(covered) >= .9, np.mean(covered)
+        for deg, cand in (8, 20), (16, 200):
+            graph = DynamicHNSW(x.shape[1], metric)
+            graph.insert(x, range(len(x)), deg, cand)
+            true = {ef: recall(graph.search(q, 10, ef)[0], truth) for ef in (12, 40)}
+            for seed in range(10):
+                slots = held_back(graph, 128, seed)
+                before = graph.memory.arrays.L0.copy()
+                sample = Sample(graph, graph.memory.arrays.X[slots, :x.shape[1]].copy(), slots, 10)
+                for ef, t in true.items():
+                    _, low, high = sample.recall(ef)
+                    held.append(low <= t <= high)
+                    above.append(t > high)
+                    closed.append(t > interval(sample.found(ef))[2])
+                assert (graph.memory.arrays.L0 == before).all()      # the bridges are built in a copy
+    assert np.mean(held) >= .9 and np.mean(above) <= .06 < np.mean(closed), (np.mean(held), np.mean(above), np.mean(closed))
+    assert like_new(np.ones(9), np.ones(9)).mean() == 1
 
 
 def test_queries_that_were_seen_stand_for_those_to_come():
