@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHOTOS', 'N_BASE', 'N_FULL', 'N_QUERY', 'FULL_CONTRAST', 'TEXTS', 'N_TEXT', 'N_TEXT_QUERY', 'photographs',
-           'sift_from_photos', 'paragraphs', 'text_vectors', 'make', 'load']
+           'sift_from_photos', 'paragraphs', 'text_vectors', 'make', 'own', 'load']
 
 # %% ../../nbs/riann/02_data.ipynb #841399d9
 import ast, os, re
@@ -166,14 +166,29 @@ def make(file: str | os.PathLike, part: str) -> None:
     x = makers[part]()
     with open(file, "wb") as f: np.save(f, x)
 
+# %% ../../nbs/riann/02_data.ipynb #e2a0b9d6
+def own(file: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Read vectors from a .npy file: base [n, dim] and, drawn from it, a tenth as queries (at most
+    1,000), both float32.
+
+    Raises ValueError naming the file for what isn't a table of finite numbers with 20 rows."""
+    x = np.load(file)
+    if x.ndim != 2 or len(x) < 20 or x.dtype.kind not in "fiu" or not np.isfinite(x).all():
+        raise ValueError(f"{file}: expected finite numbers, a row per vector, 20 rows or more; it "
+                         f"has {x.dtype}{list(x.shape)}")
+    held = np.zeros(len(x), bool)
+    held[np.random.default_rng(1).permutation(len(x))[:min(N_QUERY, len(x) // 10)]] = True
+    return x[~held].astype(np.float32), x[held].astype(np.float32)
+
 # %% ../../nbs/riann/02_data.ipynb #770d0738
 def load(
-    # or "sift_photos_full" (made on request, extra [vision]), "doc_paragraphs" (compare by cosine)
+    # or "sift_photos_full" (made on request, extra [vision]), "doc_paragraphs" (compare by cosine),
+    # or a file of one's own that ends in .npy
     name: str = "sift_photos",
     n: int | None = None,       # base rows (None: all)
-    order: str = "shuffled",    # "shuffled", or "photo": photograph after photograph
+    order: str = "shuffled",    # or "photo": photograph after photograph, a file's own order
     seed: int = 0,              # of the shuffle and of which n rows
-# base float32 [n, 128 or 64], query float32 [1000 or 500, the same]
+# base float32 [n, dim], query float32 [m, dim]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Load a stream of real vectors and held-out queries. `riann/` before the name is the same.
 
@@ -182,9 +197,11 @@ def load(
     if order not in ("shuffled", "photo"):
         raise ValueError(f"order={order!r}: expected 'shuffled' or 'photo'")
     name = name.removeprefix("riann/")
-    base = np.load(path(f"riann/{name}"))
-    if name == "doc_paragraphs": base, query = base[:N_TEXT], base[N_TEXT:]
-    else: query = np.load(path("riann/sift_photos_query"))
+    if name.endswith(".npy"): base, query = own(name)
+    else:
+        base = np.load(path(f"riann/{name}"))
+        if name == "doc_paragraphs": base, query = base[:N_TEXT], base[N_TEXT:]
+        else: query = np.load(path("riann/sift_photos_query"))
     if n is not None and not 1 <= n <= len(base):
         raise ValueError(f"n={n}: expected 1 to {len(base)} rows of {name}")
     rows = np.random.default_rng(seed).permutation(len(base))[:n]

@@ -71,7 +71,7 @@ def _judged(self: Forecast, deg: int, cand: int, cand_q: int, t_index: float, t_
     ok, why = False, what
     if limit is not None and t_index + GUARD_S > limit:
         least = what if deg else "a copy"
-        why = f"deadline {limit:.3g} s: even {least}, the cheapest, takes {t_index:.3g} s"
+        why = f"deadline {limit:.3g} s: even {least}, the cheapest rung, takes {t_index:.3g} s"
     elif need.query_s is not None and t_query > need.query_s:
         why = f"query_s {need.query_s:.3g}: {what} takes {t_query:.3g} s"
     elif deg and (short := self._short(what, recall, total)): why = short

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.riann.lab.bench import best_fixed, kept, optimum, oracle_grid
     from opml_wb.riann.lab.bench import protocol_a, protocol_b
     from opml_wb.riann.lab.churn import ChurnArm, churn_runbook, read_runbook, replacing, summary
+    from opml_wb.riann.lab.live import LiveStream
     from opml_wb.riann.lab.streams import stream
     from opml_wb.riann.lab.tuned import beside_tuned
 

@@ -25,29 +25,30 @@ Data = tuple[np.ndarray, np.ndarray]   # base [n, dim], query [m, dim]
 def protocol_a(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches: int = 10,
                k: int = 10, seed: int = 0,
                repeats: int = 3, options: Mapping[str, Any] | None = None, usual: Arm = DEFAULT,
-               progress: Progress = None) -> "pd.DataFrame":
-    """Index `n_batches` batches of each size: the default HNSW, RIANN, and RIANN without its flat
-    stage.
+               progress: Progress = None, others: Arms = (),
+               asked: int | None = None) -> "pd.DataFrame":
+    """Index `n_batches` batches of each size: the default HNSW, RIANN, RIANN without its flat
+    stage, and `others`.
 
     data: (base [n, dim], query [m, dim]). options: dict, further arguments of Riann. usual: Arm,
     the default.
     Other parameters as for `stream`.
     Returns `stream`'s DataFrame, rows of all sizes, and the column in_turn_s: index_s and cpu_s are
-    of each arm apart, in_turn_s are its CPU seconds where two other indexes and the queries to all
-    three came in between. Source: paper, section 3, Figure 2a."""
+    of each arm apart, in_turn_s are its CPU seconds where the other indexes and the queries to all
+    of them came in between. Source: paper, section 3, Figure 2a."""
     import pandas as pd
     (base, query), batches = data, list(batches)
     out: list[pd.DataFrame] = []
     if not batches: raise ValueError("batches: there is none")
     own = dict(requirement=Requirement(k=k)) | dict(options or {})
     arms: Arms = [usual, Planned("RIANN", own),
-                  Planned("RIANN, graph only", own | dict(flat_below=0))]
+                  Planned("RIANN, graph only", own | dict(flat_below=0)), *others]
     for size in batches:
         for apart in True, False:
             def tell(i, n, done=len(out)):
                 return progress and progress(done * n + i, 2 * len(batches) * n)
             out.append(stream(base, query, [size] * n_batches, arms, k, seed, repeats, apart=apart,
-                              progress=tell))
+                              progress=tell, asked=asked))
     alone, turns = (pd.concat(out[i::2], ignore_index=True) for i in range(2))
     return turns.assign(in_turn_s=turns.cpu_s, index_s=alone.index_s, cpu_s=alone.cpu_s)
 
@@ -181,14 +182,16 @@ def optimum(grid: "pd.DataFrame", least_recall: float, most_query_s: float = np.
     return ok.loc[ok.index_s.idxmin()]
 
 # %% ../../../nbs/riann/lab/03_bench.ipynb #2dcfe6e5
-def _built(arms, x, query, k, seed, repeats):
-    """Index all of `x` by each arm: recall of each, and the median CPU seconds of `repeats` rounds
-    of queries to them in turn."""
+def _filled(arms, x, seed):
+    "Index all of `x` by each arm: list of indexes."
     live = [arm.make(x.shape[1], "l2", len(x), seed) for arm in arms]
     for index in live: index.insert(x, np.arange(len(x)), None)
-    truth = ground_truth(x, query, k)[0]
-    spent = [[timed(index.search, query, k)[1] for index in live] for _ in range(repeats)]
-    return [recall(index.search(query, k)[0], truth) for index in live], np.median(spent, 0)
+    return live
+
+def _asked(live, query, k, repeats):
+    "Query indexes in turn: median CPU seconds of `repeats` rounds, f64[indexes]."
+    return np.median([[timed(index.search, query, k)[1] for index in live]
+                      for _ in range(repeats)], 0)
 
 # %% ../../../nbs/riann/lab/03_bench.ipynb #20856023
 def _candidates(grid, least, most_query_s, index):
@@ -219,13 +222,15 @@ def best_fixed(data: Data, sizes: Sequence[int], grid: "pd.DataFrame", k: int = 
     Source: paper, section 3, "optimal HNSW"."""
     base, query = stream_checked(*data, sizes, [usual], repeats)
     streams = {seed: shuffled(base, sizes, seed) for seed in grid.seed.unique().tolist()}
-    plain = [_built([usual], x, query, k, seed, 1) for seed, x in streams.items()]
-    least = np.median([found for found, _ in plain]) - lost
-    good = _candidates(grid, least, 1.3 * slower * np.median([q for _, q in plain]) / len(query),
-                       index)
+    plain = {seed: _filled([usual], x, seed)[0] for seed, x in streams.items()}
+    least = np.median([recall(plain[seed].search(query, k)[0], ground_truth(x, query, k)[0])
+                       for seed, x in streams.items()]) - lost
+    asked = np.median([_asked([one], query, k, 1) for one in plain.values()]) / len(query)
+    good = _candidates(grid, least, 1.3 * slower * asked, index)
     for i in range(0, len(good), finalists):
         arms = good[i:i + finalists]
-        spent = [_built([usual, *arms], x, query, k, s, repeats)[1] for s, x in streams.items()]
+        spent = [_asked([plain[s], *_filled(arms, x, s)], query, k, repeats)
+                 for s, x in streams.items()]
         over = np.median([s / s[0] for s in spent], 0)[1:]
         if arms := [a for a, q in zip(arms, over) if q <= slower]: break
     else:

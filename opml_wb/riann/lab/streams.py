@@ -66,10 +66,11 @@ def _due(arms, deadline_s):
     return {a.name: each.get(a.name) or np.nan for a in arms}
 
 # %% ../../../nbs/riann/lab/02_streams.ipynb #32e59e31
-def _play(live, cuts, x, query, k, due, truth, load, busy):
+def _play(live, cuts, x, query, k, due, truth, load, busy, asked):
     "Rows of `COLUMNS`, one step at a time, of arms in turn; queried if the `truth` is known."
-    ids = np.arange(cuts[-1])
+    ids, last = np.arange(cuts[-1]), len(cuts) - 2
     for s, (a, b) in enumerate(zip(cuts, cuts[1:])):
+        ask = query if s == last else query[:asked]
         if s in load: busy.set(load[s])
         rows, turn = [], _turned(live, s)
         for arm, index in turn:
@@ -78,8 +79,8 @@ def _play(live, cuts, x, query, k, due, truth, load, busy):
             rows.append([arm.name, s, b - a, b, *_mean(chunks), wall, cpu, np.nan, np.nan,
                          due[arm.name], not wall > due[arm.name], deferred])
         for row, (arm, index) in zip(rows, turn) if truth else ():
-            _, q, (found, _) = timed(index.search, query, min(k, int(b)))
-            row[8:10] = q / len(query), recall(found, truth[s])
+            _, q, (found, _) = timed(index.search, ask, min(k, int(b)))
+            row[8:10] = q / len(ask), recall(found, truth[s][:len(ask)])
         yield rows
 
 # %% ../../../nbs/riann/lab/02_streams.ipynb #ddda366a
@@ -98,7 +99,7 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
            repeats: int = 1, metric: str = "l2", deadline_s: float | Mapping[str, float]
            | None = None,
            load: Mapping[int, int] | None = None, apart: bool = False,
-           progress: Progress = None) -> "pd.DataFrame":
+           progress: Progress = None, asked: int | None = None) -> "pd.DataFrame":
     """Feed batches of `sizes` vectors into each arm in turn, and query all arms after each.
 
     base: [n, dim], shuffled by `seed`. query: [m, dim]. sizes: list of int. arms: list of Arm or
@@ -107,7 +108,8 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
     name: seconds} for some only.
     load: {step: number of busy processes from that step on}. apart: each arm takes all its batches
     before the next one begins, as if it had the machine for itself, and is not queried (query_s,
-    recall: NaN). progress: called with (steps done, steps in all).
+    recall: NaN). progress: called with (steps done, steps in all). asked: so many queries after each
+    batch (None: all), and all after the last.
     One thread throughout; compilation is not timed.
     Returns a DataFrame, a row per arm and step: arm, step (from 0), batch (its size), n (vectors
     indexed), deg, cand (mean over the batch; 0: no graph), index_s and cpu_s (wall and CPU seconds
@@ -124,7 +126,8 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
         for r in range(repeats):
             live = _turned([(a, a.make(x.shape[1], metric, len(x), seed)) for a in arms], r)
             for group in [[one] for one in live] if apart else [live]:
-                for more in _play(group, cuts, x, q, k, due, truth, load or {}, busy):
+                for more in _play(group, cuts, x, q, k, due, truth, load or {}, busy,
+                                  asked):
                     rows += more
                     if progress: progress(len(rows), repeats * len(sizes) * len(arms))
             busy.set(0)

@@ -59,14 +59,16 @@ def beside_tuned(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches
                  peers: Mapping[str, type] = PEERS, grid: Mapping[str, Sequence[int]] = GRID,
                  k: int = 10, seed: int = 0, repeats: int = 3,
                  options: Mapping[str, Any] | None = None, usual: Arm = DEFAULT,
-                 progress: Progress = None) -> "pd.DataFrame":
+                 progress: Progress = None,
+                 known: Mapping[int, tuple[float, float, float]] | None = None) -> "pd.DataFrame":
     """Index `n_batches` batches of each size: the default HNSW, RIANN's graph, and each peer with
     the property that a grid finds to be best for these very vectors.
 
     At the default's recall (less .002) and 1.1 times its query time, as for the paper's optimum.
     data: (base [n, dim], query [m, dim]). peers: {label: class}. options, usual: as for
     `protocol_a`. repeats: fresh indexes, of which medians are taken. progress: called with
-    (grids' properties done, in all).
+    (grids' properties done, in all). known: {batch: (cpu_s to index all, query_s, recall)} of the
+    default, where these were measured before.
     Returns a DataFrame of batch, arm, deg, cand, ef (0: RIANN's own choice), cpu_s (to index all),
     query_s (CPU seconds each), recall, and speedup (of RIANN's graph over this arm)."""
     import pandas as pd
@@ -77,7 +79,8 @@ def beside_tuned(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches
         sizes = [size] * n_batches
         b, q = stream_checked(*data, sizes, [usual], repeats)
         x, cuts = shuffled(b, sizes, seed), np.concatenate([[0], np.cumsum(sizes)])
-        [(_, query_s, found)] = plain = fed([usual], x, cuts, q, k, seed, repeats)
+        seen = (known or {}).get(size)
+        [(_, query_s, found)] = plain = [seen] if seen else fed([usual], x, cuts, q, k, seed, repeats)
         arms = []
         for j, (name, index) in enumerate(peers.items()):
             def tell(n, _, done=(i * len(peers) + j) * pairs):
