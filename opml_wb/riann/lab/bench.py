@@ -26,7 +26,7 @@ def protocol_a(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches: 
                k: int = 10, seed: int = 0,
                repeats: int = 3, options: Mapping[str, Any] | None = None, usual: Arm = DEFAULT,
                progress: Progress = None, others: Arms = (),
-               asked: int | None = None) -> "pd.DataFrame":
+               asked: int | None = None, once: int | None = None) -> "pd.DataFrame":
     """Index `n_batches` batches of each size: the default HNSW, RIANN, RIANN without its flat
     stage, and `others`.
 
@@ -35,21 +35,27 @@ def protocol_a(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches: 
     Other parameters as for `stream`.
     Returns `stream`'s DataFrame, rows of all sizes, and the column in_turn_s: index_s and cpu_s are
     of each arm apart, in_turn_s are its CPU seconds where the other indexes and the queries to all
-    of them came in between. Source: paper, section 3, Figure 2a."""
+    of them came in between. once: batches of so many vectors and more are taken in turn only, as
+    there is little of others in the caches that they would miss: cpu_s is in_turn_s. Source: paper,
+    section 3, Figure 2a."""
     import pandas as pd
     (base, query), batches = data, list(batches)
     out: list[pd.DataFrame] = []
+    both: list[tuple] = []
     if not batches: raise ValueError("batches: there is none")
     own = dict(requirement=Requirement(k=k)) | dict(options or {})
     arms: Arms = [usual, Planned("RIANN", own),
                   Planned("RIANN, graph only", own | dict(flat_below=0)), *others]
-    for size in batches:
-        for apart in True, False:
-            def tell(i, n, done=len(out)):
-                return progress and progress(done * n + i, 2 * len(batches) * n)
-            out.append(stream(base, query, [size] * n_batches, arms, k, seed, repeats, apart=apart,
-                              progress=tell, asked=asked))
-    alone, turns = (pd.concat(out[i::2], ignore_index=True) for i in range(2))
+    ways = [(size, apart) for size in batches
+            for apart in ((False,) if once and size >= once else (True, False))]
+    for done, (size, apart) in enumerate(ways):
+        def tell(i, n, done=done):
+            return progress and progress(done * n + i, len(ways) * n)
+        out.append(stream(base, query, [size] * n_batches, arms, k, seed, repeats, apart=apart,
+                          progress=tell, asked=asked))
+        if apart: continue
+        both.append((out[-2] if len(out) > 1 and ways[done - 1][1] else out[-1], out[-1]))
+    alone, turns = (pd.concat(frames, ignore_index=True) for frames in zip(*both))
     return turns.assign(in_turn_s=turns.cpu_s, index_s=alone.index_s, cpu_s=alone.cpu_s)
 
 # %% ../../../nbs/riann/lab/03_bench.ipynb #f9d344bf

@@ -28,20 +28,22 @@ def mean_cand(report: Report) -> float:
 
 # %% ../../../nbs/riann/lab/07_live.ipynb #26315e76
 class LiveStream:
-    """An index that is fed from `base` (f32[n, dim]), over and over.
+    """An index of the first `start` vectors of `base` (f32[n, dim]), fed with those that follow.
 
-    options: arguments of Riann. start: vectors that are in it at first. most: it begins anew before
-    it holds more. k: neighbours asked for. batches: how many a `move` adds."""
+    options: arguments of Riann. k: neighbours asked for. batches: how many a `move` adds; each move
+    begins with `start` vectors again, so that what it shows hangs on its demands alone."""
     def __init__(self, base: np.ndarray, options: Mapping[str, Any], seed: int = 0,
-                 start: int = 4000, most: int = 12_000, k: int = 10, batches: int = 12) -> None:
+                 start: int = 4000, k: int = 10, batches: int = 12) -> None:
+        if len(base) < start + batches:
+            raise ValueError(f"base: expected {start + batches} vectors or more, got {len(base)}")
         self.base, self.options, self.seed = base, dict(options), seed
-        self.start, self.most, self.k, self.batches = start, min(most, len(base)), k, batches
-        self.anew()
+        self.start, self.k, self.batches = start, k, batches
 
-    def anew(self) -> None:
-        "Begin with `start` vectors."
+    def anew(self, need: Requirement) -> None:
+        "Begin with `start` vectors, under `need`."
         self.index = Riann(self.base.shape[1], seed=self.seed, **self.options)
         self.index.add(self.base[:self.start], np.arange(self.start))
+        self.index.require(need)
 
     def feed(self, batch: int, deadline_ms: float) -> dict[str, Any]:
         "Add the next `batch` vectors; a row for `plots.live`, and whether the deadline was kept."
@@ -52,10 +54,11 @@ class LiveStream:
                     kept=r.satisfied)
 
     def fed(self, deadline: float, recall: float, batch: int, busy: int = 0) -> "pd.DataFrame":
-        "Add batches under a deadline (ms) and a recall (%), while `busy` processes compute."
+        """Add batches under a deadline (ms) and a recall (%), while `busy` processes compute; as large
+        as the vectors allow."""
         import pandas as pd
-        if len(self.index) + self.batches * batch > self.most: self.anew()
-        self.index.require(Requirement(deadline / 1000, recall / 100, self.k))
+        self.anew(Requirement(deadline / 1000, recall / 100, self.k))
+        batch = min(batch, (len(self.base) - self.start) // self.batches)
         with Busy() as load:
             load.set(busy)
             return pd.DataFrame([self.feed(batch, deadline) for _ in range(self.batches)])

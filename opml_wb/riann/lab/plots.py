@@ -102,7 +102,7 @@ def ladder_curve(rungs: Sequence[Rung], usual: Rung, k: int = 10) -> "Figure":
 # %% ../../../nbs/riann/lab/06_plots.ipynb #7c7a04dd
 LIVE = (("took_ms", "the batch took", "ours", 1, None), ("predicted_ms", "predicted", "muted", 1, "dot"),
         ("deadline_ms", "deadline", "baseline", 1, "dash"), ("cand", "cand, mean of the batch", "good", 2, None),
-        ("waiting", "vectors that wait", "paper", 2, None))
+        ("waiting", "vectors that wait", "paper", 3, None))
 
 def live(rows: "pd.DataFrame | None" = None, fig: "Figure | None" = None) -> "Figure":
     """Draw the batches of a stream, or put them into the `fig` of an earlier call.
@@ -117,13 +117,14 @@ def live(rows: "pd.DataFrame | None" = None, fig: "Figure | None" = None) -> "Fi
 
 def _live_panels():
     from plotly.subplots import make_subplots
-    fig = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=.08, figure=ui.figure(height=460))
+    fig = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.07, figure=ui.figure(height=520),
+                        row_heights=[.5, .25, .25])
     for _, name, colour, row, dash in LIVE:
         fig.add_scatter(x=[], y=[], name=name, mode="lines+markers" if dash is None else "lines",
                         line=dict(color=ui.COLOURS[colour], dash=dash), row=row, col=1)
-    for row, title in (1, "ms per batch"), (2, "candidates, vectors"):
+    for row, title in (1, "ms per batch"), (2, "candidates"), (3, "vectors"):
         fig.update_yaxes(title_text=title, rangemode="tozero", row=row)
-    return fig.update_xaxes(title_text="batch", row=2)
+    return fig.update_xaxes(title_text="batch", row=3)
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #f63a4b2c
 def figure_2a(table: "pd.DataFrame", arms: Sequence[str]) -> "Figure":
@@ -187,11 +188,13 @@ def figure_2b(sums: "pd.DataFrame", usual: str, paper: Mapping[str, float]) -> "
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #93a77d54
 def against_deadline(rows: "pd.DataFrame", arms: Mapping[str, str], deadline_s: float, x: str = "batch",
-                     busy: tuple[float, float] | None = None, title: str = "") -> "Figure":
+                     busy: tuple[float, float] | None = None, title: str = "",
+                     log: bool = False) -> "Figure":
     """Draw the wall time of each batch beside the deadline.
 
     rows: of `stream`, columns arm, `x` and index_s (s). arms: {arm: colour's name}. x: "batch", its
-    size, or "step". busy: the span of x in which other processes compete; grey in the figure."""
+    size, or "step". busy: the span of x in which other processes compete; grey in the figure. log:
+    whether the axis of times is logarithmic."""
     labels = {"batch": "vectors in the batch", "step": "batch"}
     fig = ui.figure(labels[x], "wall time (ms)", title, yaxis_rangemode="tozero")
     for name, colour in arms.items():
@@ -201,6 +204,6 @@ def against_deadline(rows: "pd.DataFrame", arms: Mapping[str, str], deadline_s: 
     ends = [rows[x].min() + (x == "step"), rows[x].max() + (x == "step")]
     fig.add_scatter(x=ends, y=[deadline_s * 1e3] * 2, name="deadline", mode="lines",
                     line=dict(color=ui.COLOURS["muted"], dash="dash"))
-    if busy:
-        fig.add_vrect(*busy, fillcolor=ui.COLOURS["muted"], opacity=.15, line_width=0)
-    return fig
+    if busy: fig.add_vrect(*busy, fillcolor=ui.COLOURS["muted"], opacity=.15, line_width=0)
+    times = [*rows.index_s[rows.arm.isin(list(arms))] * 1e3, deadline_s * 1e3]
+    return fig.update_layout(yaxis=log_axis(times)) if log else fig
