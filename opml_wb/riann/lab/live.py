@@ -54,8 +54,8 @@ class LiveStream:
                     kept=r.satisfied)
 
     def fed(self, deadline: float, recall: float, batch: int, busy: int = 0) -> "pd.DataFrame":
-        """Add batches under a deadline (ms) and a recall (%), while `busy` processes compute; as large
-        as the vectors allow."""
+        """Add batches under a deadline (ms) and a recall (%), while `busy` processes compute; as
+        large as the vectors allow."""
         import pandas as pd
         self.anew(Requirement(deadline / 1000, recall / 100, self.k))
         batch = min(batch, (len(self.base) - self.start) // self.batches)
@@ -68,5 +68,6 @@ class LiveStream:
         rows = self.fed(deadline, recall, batch, busy)
         live(rows, fig)
         plan = self.index.plan(batch)
-        return (f"{rows.kept.sum()} of {len(rows)} batches kept the deadline; {rows.waiting.iloc[-1]} of "
-                f"{len(self.index):,} vectors wait. The plan for the next batch: {plan.reason}")
+        return (f"{rows.kept.sum()} of {len(rows)} batches kept the deadline; "
+                f"{rows.waiting.iloc[-1]} of {len(self.index):,} vectors wait. "
+                f"The plan for the next batch: {plan.reason}")

@@ -25,12 +25,12 @@ COLOUR = {GRAPH: "ours", "RIANN": "good"}   # of an arm; the default: "baseline"
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #b7de0648
 def log_axis(values: Iterable[float], room: float = 1.25) -> dict[str, Any]:
-    "Make the settings of a log axis around positive `values`, with ticks at 1, 2, 5, 10, ...: a dict."
+    "Make the settings of a log axis around positive `values`, with ticks at 1, 2, 5, 10, ..."
     v = [float(x) for x in values if x > 0 and math.isfinite(x)] or [1., 10.]
     low, high = min(v) / room, max(v) * room
     steps = (1, 2, 5) if high / low < 300 else (1,)
-    ticks = [float(f"{s}e{e}") for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-             for s in steps]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{s}e{e}") for e in decades for s in steps]
     return dict(type="log", range=[math.log10(low), math.log10(high)],
                 tickvals=[t for t in ticks if low <= t <= high],
                 ticktext=[f"{t:,g}" for t in ticks if low <= t <= high])
@@ -52,8 +52,8 @@ def fixed_properties(table: "pd.DataFrame", k: int = 10) -> "Figure":
 # %% ../../../nbs/riann/lab/06_plots.ipynb #cd5d853d
 def link_counts(groups: Mapping[str, np.ndarray]) -> "Figure":
     "Draw how many links the nodes of each group have: name -> int[n], of nodes of one graph."
-    fig = ui.figure("links of a node in the bottom layer", "nodes", "Links of the nodes of one graph",
-                    barmode="overlay")
+    fig = ui.figure("links of a node in the bottom layer", "nodes",
+                    "Links of the nodes of one graph", barmode="overlay")
     most = max(int(max(v)) for v in groups.values())
     for (name, links), colour in zip(groups.items(), ("baseline", "ours", "good")):
         fig.add_histogram(x=links, name=name, opacity=.75, marker_color=ui.COLOURS[colour],
@@ -81,15 +81,16 @@ def time_predictions(times: "pd.DataFrame") -> "Figure":
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #005953a9
 def ladder_curve(rungs: Sequence[Rung], usual: Rung, k: int = 10) -> "Figure":
-    "Draw predicted indexing time against predicted recall of a ladder's rungs, beside the default's."
+    "Draw predicted indexing time against predicted recall of a ladder's rungs and the default's."
     fig = ui.figure("predicted indexing time (µs of CPU per vector)", f"predicted recall@{k}",
                     f"A ladder of {len(rungs)} properties")
-    each = [2 if i % 2 else -2 for i in range(len(rungs))]
     fig.add_scatter(x=[r.t_index * 1e6 for r in rungs], y=[r.recall for r in rungs],
-                    mode="lines+markers", name="the ladder: deg, cand", line_color=ui.COLOURS["ours"])
-    for r, where in zip((rungs[0], rungs[-1]), ("bottom right", "bottom right")):
-        fig.add_scatter(x=[r.t_index * 1e6], y=[r.recall], text=[f"{r.deg}, {r.cand}"], mode="text",
-                        textposition=where, showlegend=False, cliponaxis=False)
+                    mode="lines+markers", name="the ladder: deg, cand",
+                    line_color=ui.COLOURS["ours"])
+    for r in rungs[0], rungs[-1]:
+        fig.add_scatter(x=[r.t_index * 1e6], y=[r.recall], text=[f"  {r.deg}, {r.cand}"],
+                        mode="text", textposition="middle right", showlegend=False,
+                        cliponaxis=False)
     fig.add_scatter(x=[usual.t_index * 1e6], y=[usual.recall], mode="markers+text",
                     name="the default HNSW's property", text=[f"{usual.deg}, {usual.cand}"],
                     textposition="bottom center",
@@ -100,8 +101,10 @@ def ladder_curve(rungs: Sequence[Rung], usual: Rung, k: int = 10) -> "Figure":
                              yaxis_range=[min(recalls) - room, max(recalls) + room])
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #7c7a04dd
-LIVE = (("took_ms", "the batch took", "ours", 1, None), ("predicted_ms", "predicted", "muted", 1, "dot"),
-        ("deadline_ms", "deadline", "baseline", 1, "dash"), ("cand", "cand, mean of the batch", "good", 2, None),
+LIVE = (("took_ms", "the batch took", "ours", 1, None),
+        ("predicted_ms", "predicted", "muted", 1, "dot"),
+        ("deadline_ms", "deadline", "baseline", 1, "dash"),
+        ("cand", "cand, mean of the batch", "good", 2, None),
         ("waiting", "vectors that wait", "paper", 3, None))
 
 def live(rows: "pd.DataFrame | None" = None, fig: "Figure | None" = None) -> "Figure":
@@ -117,8 +120,8 @@ def live(rows: "pd.DataFrame | None" = None, fig: "Figure | None" = None) -> "Fi
 
 def _live_panels():
     from plotly.subplots import make_subplots
-    fig = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.07, figure=ui.figure(height=520),
-                        row_heights=[.5, .25, .25])
+    fig = make_subplots(3, 1, shared_xaxes=True, vertical_spacing=.07,
+                        figure=ui.figure(height=520), row_heights=[.5, .25, .25])
     for _, name, colour, row, dash in LIVE:
         fig.add_scatter(x=[], y=[], name=name, mode="lines+markers" if dash is None else "lines",
                         line=dict(color=ui.COLOURS[colour], dash=dash), row=row, col=1)
@@ -135,8 +138,8 @@ def figure_2a(table: "pd.DataFrame", arms: Sequence[str]) -> "Figure":
     from plotly.subplots import make_subplots
     fig = make_subplots(1, 3, horizontal_spacing=.11, figure=ui.figure(height=380))
     shown = table.assign(missed=(1 - table.recall) * 1000)
-    panels = {"index_ms": "indexing (ms of CPU per batch)", "query_us": "search (µs of CPU per query)",
-              "missed": "neighbours missed, of 1,000"}
+    panels = {"index_ms": "indexing (ms of CPU per batch)",
+              "query_us": "search (µs of CPU per query)", "missed": "neighbours missed, of 1,000"}
     for i, name in enumerate(arms):
         rows = shown.xs(name, level="arm")
         colour = ui.COLOURS[COLOUR.get(name, "muted") if i else "baseline"]
@@ -144,7 +147,8 @@ def figure_2a(table: "pd.DataFrame", arms: Sequence[str]) -> "Figure":
             fig.add_bar(x=rows.index.astype(str), y=rows[what], name=name, showlegend=col == 1,
                         row=1, col=col, marker_color=colour)
     fig.update_xaxes(title_text="vectors in a batch", type="category")
-    for col, title in enumerate(panels.values(), 1): fig.update_yaxes(title_text=title, row=1, col=col)
+    for col, title in enumerate(panels.values(), 1):
+        fig.update_yaxes(title_text=title, row=1, col=col)
     return fig.update_layout(yaxis=log_axis(table.index_ms, 1.6), bargroupgap=.05)
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #18938d41
@@ -152,7 +156,7 @@ def speedups(table: "pd.DataFrame", paper: float = 2.42) -> "Figure":
     """Draw speed-ups by batch size as bars, and the paper's mean as a dashed line.
 
     table: a row per batch size, a column per comparison, in times; at most four."""
-    fig = ui.figure("vectors in a batch", "indexing: times as fast (log)", "RIANN's indexing speed-up",
+    fig = ui.figure("vectors in a batch", "indexing: times as fast", "RIANN's indexing speed-up",
                     xaxis_type="category", barmode="group", bargroupgap=.05, height=400)
     for name, colour in zip(table, ("ours", "muted", "baseline", "good")):
         fig.add_bar(x=table.index.astype(str), y=table[name], name=name, texttemplate="%{y:.1f}",
@@ -164,14 +168,15 @@ def speedups(table: "pd.DataFrame", paper: float = 2.42) -> "Figure":
 def figure_2b(sums: "pd.DataFrame", usual: str, paper: Mapping[str, float]) -> "Figure":
     """Draw Figure 2b: the share of batches that kept their deadline, for each deadline.
 
-    sums: of `bench.kept`. usual: the default's arm. paper: {name: its percentage}. What of RIANN's bar
-    is pale kept it with vectors that are not linked yet."""
+    sums: of `bench.kept`. usual: the default's arm. paper: {name: its percentage}. What of RIANN's
+    bar is pale kept it with vectors that are not linked yet."""
     fig = ui.figure("deadline, and of whose time for the largest batch it is a share",
                     "batches that kept it (%)", xaxis_type="category", barmode="group",
                     yaxis_range=[0, 112], height=400, bargroupgap=.05, margin_r=118)
     def bars(arm, name, y, shade, group, **more):
         d = sums[sums.arm == arm]
-        where = [f"{s * 1e3:.3g} ms<br>{l:g} of {o}'s" for s, l, o in zip(d.deadline_s, d.level, d.of)]
+        where = [f"{s * 1e3:.3g} ms<br>{l:g} of {o}'s"
+                 for s, l, o in zip(d.deadline_s, d.level, d.of)]
         fig.add_bar(x=where, y=y(d) * 100, name=name, marker_color=shade, offsetgroup=group, **more)
     ours, none = sums[sums.arm == "RIANN"], dict(textposition="none")
     bars(usual, usual, lambda d: d.satisfied, ui.COLOURS["baseline"], "a", texttemplate="%{y:.0f}",
@@ -187,8 +192,8 @@ def figure_2b(sums: "pd.DataFrame", usual: str, paper: Mapping[str, float]) -> "
     return fig
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #93a77d54
-def against_deadline(rows: "pd.DataFrame", arms: Mapping[str, str], deadline_s: float, x: str = "batch",
-                     busy: tuple[float, float] | None = None, title: str = "",
+def against_deadline(rows: "pd.DataFrame", arms: Mapping[str, str], deadline_s: float,
+                     x: str = "batch", busy: tuple[float, float] | None = None, title: str = "",
                      log: bool = False) -> "Figure":
     """Draw the wall time of each batch beside the deadline.
 

@@ -108,8 +108,8 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
     name: seconds} for some only.
     load: {step: number of busy processes from that step on}. apart: each arm takes all its batches
     before the next one begins, as if it had the machine for itself, and is not queried (query_s,
-    recall: NaN). progress: called with (steps done, steps in all). asked: so many queries after each
-    batch (None: all), and all after the last.
+    recall: NaN). progress: called with (steps done, steps in all). asked: so many queries after
+    each batch (None: all), and all after the last.
     One thread throughout; compilation is not timed.
     Returns a DataFrame, a row per arm and step: arm, step (from 0), batch (its size), n (vectors
     indexed), deg, cand (mean over the batch; 0: no graph), index_s and cpu_s (wall and CPU seconds

@@ -80,7 +80,8 @@ def beside_tuned(data: Data, batches: Sequence[int] = (10, 100, 1000), n_batches
         b, q = stream_checked(*data, sizes, [usual], repeats)
         x, cuts = shuffled(b, sizes, seed), np.concatenate([[0], np.cumsum(sizes)])
         seen = (known or {}).get(size)
-        [(_, query_s, found)] = plain = [seen] if seen else fed([usual], x, cuts, q, k, seed, repeats)
+        plain = [seen] if seen else fed([usual], x, cuts, q, k, seed, repeats)
+        [(_, query_s, found)] = plain
         arms = []
         for j, (name, index) in enumerate(peers.items()):
             def tell(n, _, done=(i * len(peers) + j) * pairs):

@@ -194,9 +194,8 @@ class Sample:
         self.reach = reach(graph, self.slots, q, but, self.k)
 
     def found(self, beam: int, bridged: bool = False) -> np.ndarray:
-        """Share of each query's true neighbours that a search with `beam` finds, f64[m]; ties count.
-
-        bridged: as for `searched`."""
+        """Share of each query's true neighbours that a search with `beam` finds, f64[m]; ties
+        count. bridged: as for `searched`."""
         ids = searched(self.graph, self.q, self.but, self.k, beam, bridged)
         out = np.zeros(len(self.q))
         slots = self.graph.memory.directory.find(ids.ravel()).reshape(ids.shape)
