@@ -14,7 +14,7 @@ import click
 import pytest
 from conftest import ROOT
 
-from opml_wb.core.site.guide import anchor
+from opml_wb.core.site.pages import anchor
 
 NBS = ROOT/"nbs"
 GUIDE = sorted((NBS/"guide").glob("*.md"))
@@ -39,7 +39,10 @@ def headings(path: Path) -> list[str]: return HEAD.findall(re.sub(r"<!--.*?-->",
 def said(heading: str) -> str: return re.sub(r"<[^>]*>|[`*]", "", heading)
 
 
-def anchors(path: Path) -> set[str]: return {anchor(said(h)) for h in HEAD.findall(prose(path))}
+def anchors(path: Path) -> set[str]:
+    "The anchors of a page in JupyterLab: each heading as it is written, spaces as hyphens, and those that are set by hand."
+    heads = HEAD.findall(prose(path))
+    return {said(h).replace(" ", "-") for h in heads} | {a for h in heads for a in re.findall(r'<a id="([^"]*)">', h)}
 
 
 def test_glossary_is_in_order_and_each_term_can_be_linked_everywhere():
@@ -68,7 +71,9 @@ def test_links_lead_somewhere(path):
         there = (path.parent/file).resolve() if file else path
         generated = file.startswith(("../api/", "api/")) or file.endswith("reference.md")  # pages that only the site has
         assert there.exists() or generated, f"{path.name}: no file {file}"
-        if part and there.suffix in (".md", ".ipynb"): assert part in anchors(there), f"{path.name}: no heading for {target}"
+        if part and there.suffix in (".md", ".ipynb"):
+            assert part in anchors(there), f"{path.name}: no heading for {target}"
+            assert anchor(part) in {anchor(said(h)) for h in HEAD.findall(prose(there))}, f"{path.name}: {target} fails on the site"
 
 
 def blocks(path: Path, *kinds: str) -> list[tuple[str, str]]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEW', 'STATE', 'HIDDEN', 'TAGS', 'ELSEWHERE', 'NUMBER', 'LINK', 'FOLDS', 'directives', 'hidden', 'tags', 'alt',
-           'figure', 'offline', 'widget_figure', 'output', 'reachable', 'links', 'prose', 'code', 'merged', 'notebook',
-           'under_title', 'folded', 'parameters', 'page']
+           'figure', 'offline', 'widget_figure', 'output', 'reachable', 'anchor', 'links', 'prose', 'code', 'merged',
+           'notebook', 'under_title', 'folded', 'parameters', 'page']
 
 # %% ../../../nbs/core/site/01_pages.ipynb #8e2e65a7
 import ast, json, re
@@ -152,6 +152,11 @@ def reachable(models: Mapping[str, Any], views: Iterable[str]) -> dict[str, Any]
     keep |= {i for i, m in linking.items() if _named(m) & keep}
     return {i: m for i, m in models.items() if i in keep}
 
+# %% ../../../nbs/core/site/01_pages.ipynb #390a9c7f
+def anchor(heading: str) -> str:
+    "Name the anchor of a heading: its letters and digits in lower case, joined by hyphens."
+    return "-".join(re.findall(r"[a-z0-9]+", heading.lower()))
+
 # %% ../../../nbs/core/site/01_pages.ipynb #d3d7c9b5
 LINK = re.compile(r"\]\((?!\w+:)([^)\s#]+\.(?:ipynb|md))(#[^)\s]*)?\)")
 
@@ -172,9 +177,11 @@ def links(source: str, pages: Mapping[str, str], here: str) -> str:
     up = "../" * pages.get(here, "").count("/")
     def to(m):
         page, end = _page_of(m[1], pages, here), splitext(m[1])[1]
-        if page: return f"]({up}{page}{end}{m[2] or ''})"
+        at = f"#{anchor(m[2])}" if m[2] else ""
+        if page: return f"]({up}{page}{end}{at})"
         return "](#)" if end == ".ipynb" else m[0]
-    return re.sub(r"\[([^\]]*)\]\(#\)", r"\1", LINK.sub(to, source))
+    out = re.sub(r"\[([^\]]*)\]\(#\)", r"\1", LINK.sub(to, source))
+    return re.sub(r"\]\(#([^)\s]+)\)", lambda m: f"](#{anchor(m[1])})", out)
 
 # %% ../../../nbs/core/site/01_pages.ipynb #d508d4e5
 def prose(source: str) -> dict:
