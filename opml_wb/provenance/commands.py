@@ -23,7 +23,7 @@ SECTIONS = {"Capture": ["trace"], "Ask": ["lineage", "impact", "check", "search"
 
 @click.group(cls=Noun, sections=SECTIONS)
 def provenance() -> None:
-    "Trace what runs and commands read and made, and ask who used it (paper 4)."
+    "Trace which files commands read and made (paper 4)."
 
 # %% ../../nbs/provenance/05_commands.ipynb #e1d76e29
 def _print_json(value: Any) -> None:
@@ -38,10 +38,11 @@ def _records(frame: "pd.DataFrame") -> list[dict]:
 # %% ../../nbs/provenance/05_commands.ipynb #a70f046c
 def _print_table(rows: Iterable[Mapping], *columns: str) -> None:
     "Print dicts as a table of some of their columns."
-    from opml_wb.core.show import terminal
-    grid = terminal.grid(*columns)
-    for r in rows: grid.add_row(*(terminal.plain(cell(c, r[c])) for c in columns))
-    terminal.console().print(grid)
+    from opml_wb.core.show.tables import Column, Table, iso, raw
+    def spelled(name):
+        return Column(name, lambda v: cell(name, v), iso if name == "started" else raw,
+                      rank={"who": 1, "cell": 2, "version": 3}.get(name, 0))
+    Table(*map(spelled, columns), rows=[[r[c] for c in columns] for r in rows]).print()
 
 def short_version(version: str) -> str:
     "A table's version whole, of a hash the first ten digits."

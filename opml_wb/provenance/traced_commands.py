@@ -29,11 +29,10 @@ def _line(title: str, text: Any) -> None:
 # %% ../../nbs/provenance/06_traced_commands.ipynb #7971e2fc
 def _rows(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     "Print a table, if it has rows."
-    shown = [[terminal.plain(shorten(c) if c is not None else "") for c in r] for r in rows]
-    if not shown: return
-    table = terminal.grid(*columns, title=title, title_justify="left", title_style="bold")
-    for row in shown: table.add_row(*row)
-    terminal.console().print(table)
+    from opml_wb.core.show.tables import Column, Table
+    def short(value): return "" if value is None else str(shorten(value))
+    table = Table(*(Column(c, short) for c in columns), title=title, rows=rows)
+    if table.rows: table.print()
 
 # %% ../../nbs/provenance/06_traced_commands.ipynb #384c16e8
 def near(path: str, cwd: str | None) -> str:

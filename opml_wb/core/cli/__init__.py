@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.core.cli.running import run
     from opml_wb.core.cli.looking import list_, params, ls, show, claims
     from opml_wb.core.cli.housekeeping import (
-        UNITS, span, rm, gc, reindex, data, data_ls, data_fetch, data_verify, data_rm)
+        UNITS, span, rm, gc, reindex, data, data_ls, data_show, data_fetch, data_verify, data_rm)
     from opml_wb.core.cli.author import new, again
     from opml_wb.core.cli.export import to_mlflow
 

@@ -16,12 +16,11 @@ import click
 from ..kit.files import write_text
 from ..record import store
 from ..show import terminal
+from ..show.tables import Column, Table
 from ..site import proceedings
 from ..site.proceedings import Outcome
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from opml_wb.core.engine.run import RunRequest
 
 # %% ../../../nbs/core/cli/10_reproduce.ipynb #e710257d
@@ -51,16 +50,14 @@ def expected(asked: "list[RunRequest]", home: store.Store) -> dict[str, float]:
                                else last["seconds"] if last else GUESS)
     return out
 
-def outcome_table(outcomes: list[Outcome]) -> "Table":
+def outcome_table(outcomes: list[Outcome]) -> Table:
     "Make a table with a row for each chapter: status, time, its claims by verdict, what changed."
-    grid = terminal.grid("", "chapter", "status", ">s", "claims", "since the last time")
-    for o in outcomes:
-        seconds = o.doc.get("seconds")
-        said = o.error or "; ".join(o.changes)
-        grid.add_row(str(o.number or ""), terminal.plain(o.chapter), terminal.status(o.status),
-                     "" if seconds is None else f"{seconds:.1f}",
-                     terminal.plain(proceedings.summary([o])), terminal.plain(said))
-    return grid
+    seconds = Column("seconds", lambda v: "" if v is None else f"{v:.1f}", right=True)
+    return Table(Column("#", right=True), "chapter", terminal.STATUS, seconds, "claims",
+                 "since the last time",
+                 rows=[[o.number, o.chapter, o.status, o.doc.get("seconds"),
+                        proceedings.summary([o]), o.error or "; ".join(o.changes)]
+                       for o in outcomes])
 
 # %% ../../../nbs/core/cli/10_reproduce.ipynb #79ab202e
 def reproduced(asked: "list[RunRequest]", jobs: int, say: Any) -> list[Outcome]:
@@ -107,7 +104,7 @@ def reproduce(only: str, preset: str | None, jobs: int | None, out: Path | None,
     write_text(out, proceedings.report(outcomes, STYLE))
     if as_json: terminal.print_json([o.told() for o in outcomes])
     else:
-        terminal.console().print(outcome_table(outcomes))
+        outcome_table(outcomes).print()
         said = proceedings.summary(outcomes)
         click.echo(f"{said}; {time.monotonic() - began:.0f} s\npage: {out}")
     return int(any(not o.ok or o.fell for o in outcomes))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..show import terminal
+from ..show.tables import Column, Table
 
 if TYPE_CHECKING:
     from opml_wb.core.engine.run import RunRequest
@@ -138,7 +139,7 @@ def _rerun_chapter(doc: dict, as_json: bool) -> int:
     terminal.brief(done)
     if told["metrics"]:
         click.echo("A is then, B is now")
-        terminal.console().print(metric_table(told["metrics"]))
+        metric_table(told["metrics"]).print()
     if done.ok: click.echo(f"metrics and artifacts: {told['verdict']}")
     return EXIT[told["verdict"]] if done.ok else 1
 
@@ -148,17 +149,17 @@ def show_sweep(done: "Sweep") -> None:
     ones with their reason."""
     from opml_wb.core.sweep import live as board
     out = terminal.console()
-    def text(v): return terminal.plain("" if v is None else board.short(v))
     def state(s): return "[yellow]pruned[/]" if s == "pruned" else terminal.status(s)
     counts = ", ".join(f"{n} {state(s)}" for s, n in board.tally(done.runs).items())
     title = f"[bold]{terminal.plain(done.chapter)}[/]  sweep {done.id[:10]}"
     out.print(f"\n{title}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
     keys = [r.key[:10] for r in board.ranked(done)]
     for (names, lines, more), last in (board.rows(done), keys), (board.failures(done), None):
-        table = terminal.grid(*map(terminal.plain, names), *(["key"] if last else []))
-        for i, line in enumerate(lines):
-            table.add_row(*map(text, line), *([last[i]] if last else []))
-        if lines: out.print(table)
+        columns = [Column(n, board.shown, right=n not in ("status", "why")) for n in names]
+        if lines:
+            out.print()
+            Table(*columns, *(["key"] if last else []), rows=[
+                [*line, *([last[i]] if last else [])] for i, line in enumerate(lines)]).print()
         if more: out.print(f"{more} more: --json has all")
     if not done.front: return
     best = terminal.plain(board.verdict(done).replace("best ", "best  ", 1))

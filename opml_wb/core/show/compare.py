@@ -20,10 +20,9 @@ from ..record import store
 from ..request import dependencies as deps
 from ..request.plugin import offer
 from . import terminal
+from .tables import Column, Table
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.table import Table
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../../nbs/core/show/07_compare.ipynb #1e361896
 def load(names: Iterable[str | Run], home: store.Store | None = None) -> list[Run]:
@@ -216,26 +215,19 @@ def differences(a: dict | Run, b: dict | Run) -> dict[str, Any]:
     return {**d, "why": reasons(d)}
 
 # %% ../../../nbs/core/show/07_compare.ipynb #e9dafb01
-def pair_table(title: str, rows: Iterable[Mapping], ends: Sequence[str] = ("A", "B")) -> "Table":
+def pair_table(title: str, rows: Iterable[Mapping], ends: Sequence[str] = ("A", "B")) -> Table:
     "Make a table of `changes` for the terminal."
-    table = terminal.grid(title, f">{ends[0]}", f">{ends[1]}")
-    for r in rows:
-        sides = [r.get(k, "") for k in "ab"]
-        words = [v if k not in r or isinstance(v, (int, float))
-                 else json.dumps(v, ensure_ascii=False)
-                 for k, v in zip("ab", sides)]
-        table.add_row(terminal.plain(r["name"]), *map(terminal.number, words))
-    return table
+    def side(r, k):
+        v = r.get(k, "")
+        return v if k not in r or isinstance(v, (int, float)) else json.dumps(v, ensure_ascii=False)
+    return Table(title, *ends, rows=[[r["name"], side(r, "a"), side(r, "b")] for r in rows])
 
 # %% ../../../nbs/core/show/07_compare.ipynb #00346946
-def metric_table(rows: Iterable[Mapping]) -> "Table":
+def metric_table(rows: Iterable[Mapping]) -> Table:
     "Make a table of `metric_changes` for the terminal."
-    table = terminal.grid("metric", ">A", ">B", ">B − A", ">B / A", ">range over repeats")
-    for r in rows:
-        cells = [r[k] for k in ("a", "b", "delta", "ratio", "noise")]
-        table.add_row(terminal.plain(r["name"]),
-                      *("" if v is None else terminal.number(v) for v in cells))
-    return table
+    more = Column("B / A", right=True, rank=1), Column("range over repeats", right=True, rank=2)
+    return Table("metric", ">A", ">B", ">B − A", *more, rows=[
+        [r[k] for k in ("name", "a", "b", "delta", "ratio", "noise")] for r in rows])
 
 # %% ../../../nbs/core/show/07_compare.ipynb #05bde7e5
 UNWATCHED = "what they depended on beside their keys was not captured"
@@ -274,8 +266,8 @@ def show_pair(a: Run, b: Run, lines: int = 40) -> str:
         out.print(f"[bold]{letter}[/]  {'  '.join(words)}")
     out.print("\n[bold]Why they differ[/]")
     for sentence in _all_reasons(d, known): out.print(f"  {sentence}", markup=False)
-    if d["params"]: out.print(pair_table("parameter", d["params"]))
-    if a.metrics or b.metrics: out.print(metric_table(metric_changes(a, b)))
+    if d["params"]: out.print(); pair_table("parameter", d["params"]).print()
+    if a.metrics or b.metrics: out.print(); metric_table(metric_changes(a, b)).print()
     for r in d["code"]:
         text = (r["diff"] or "").splitlines()
         for line in text[:lines]:
@@ -302,13 +294,11 @@ def show_runs(runs: Sequence[Run]) -> list[str]:
     rows, out = [_figures(r) for r in runs], terminal.console()
     names = [n for n in frame(runs) if n.startswith("metrics.")
              or n.startswith("params.") and len({json.dumps(row.get(n)) for row in rows}) > 1]
-    shown = terminal.grid("run", "status", ">seconds", *(f">{n.partition('.')[2]}" for n in names))
+    figures = [Column(n.partition(".")[2], right=True, rank=i) for i, n in enumerate(names)]
+    shown = Table("run", terminal.STATUS, ">seconds", *figures)
     for r, row in zip(runs, rows):
-        words = [v if isinstance(v := row.get(n, ""), (int, float, str)) else json.dumps(v)
-                 for n in names]
-        first = r.key[:10], terminal.status(r.status), terminal.number(r.seconds or 0.)
-        shown.add_row(*first, *map(terminal.number, words))
-    out.print(shown)
+        shown.add(r.key[:10], r.status, r.seconds, *map(row.get, names))
+    shown.print()
     said = []
     for r in runs[1:]:
         d, known = differences(runs[0], r), beside(runs[0], r)

@@ -26,13 +26,13 @@ def number(value: Any) -> str:
 def shown(value: Any) -> str:
     "A value on a terminal: numbers with four digits, None empty, what is nested as JSON."
     if value is None: return ""
-    if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, dict, bool)): return json.dumps(value, ensure_ascii=False)
     return number(value)
 
 def raw(value: Any) -> str:
     "A value in full, in one line without tabs, for a pipe."
     if value is None: return ""
-    if isinstance(value, (list, dict)): return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, dict, bool)): return json.dumps(value, ensure_ascii=False)
     return re.sub(r"[\s\x00-\x1f\x7f]+", " ", str(value))
 
 # %% ../../../nbs/core/show/12_tables.ipynb #01d5f8e9
@@ -137,10 +137,10 @@ def choose(columns: Sequence[Column], natural: Sequence[int], least: Sequence[in
 class Table:
     """Rows of raw values under columns (Columns, or names as `column` takes them).
 
-    `title`: stands above it on a terminal."""
-    def __init__(self, *columns: "str | Column", title: str = "",
+    `title`: stands above it on a terminal; `more`: what has the columns that are left out."""
+    def __init__(self, *columns: "str | Column", title: str = "", more: str = "| cat has all",
                  rows: Iterable[Sequence[Any]] = ()) -> None:
-        self.columns, self.title = [column(c) for c in columns], title
+        self.columns, self.title, self.more = [column(c) for c in columns], title, more
         self.rows: list[Sequence[Any]] = list(rows)
 
     def add(self, *values: Any) -> None:
@@ -184,10 +184,11 @@ def lines(self: Table, width: int) -> "Iterator[Text]":
         above = said
         styles = [c.style(v) if callable(c.style) else c.style for c, v in zip(self.columns, row)]
         yield from self._row(texts, styles, sizes)
-        yield from self._below([(heads[i], texts[i]) for i in below if texts[i]], width)
+        names = heads if len(below) > 1 else [""] * len(heads)
+        yield from self._below([(names[i], texts[i]) for i in below if texts[i]], width)
     if gone:
         yield from (Text(line, "dim") for line in wrap(
-            f"too narrow for {', '.join(heads[i] for i in gone)}: a pipe (| cat) has all", width))
+            f"left out here: {', '.join(heads[i] for i in gone)} ({self.more})", width))
 
 @patch
 def _least(self: Table, i: int, natural: int, texts: Sequence[str]) -> int:
@@ -228,6 +229,7 @@ def _below(self: Table, named: Sequence[tuple[str, str]], width: int) -> "Iterat
     "The lines below a record: what has no column, with its name."
     from rich.text import Text
     longest = max((len(name) for name, _ in named), default=0)
+    indent = longest + 2 * (longest > 0)
     for name, text in named:
-        for n, part in enumerate(wrap(text, width - longest - 4)):
-            yield Text.assemble("  ", (f"{'' if n else name:<{longest}}", "dim"), "  ", part)
+        for n, part in enumerate(wrap(text, width - indent - 2)):
+            yield Text.assemble("  ", (f"{'' if n else name:<{indent}}", "dim"), part)
