@@ -16,7 +16,7 @@ from ..kit.files import append, opened, plain, read_json, write_json, write_text
 from ..kit.procs import die_with_parent
 from ..record import progress, store
 from ..request.plugin import around
-from .ending import NO_MEMORY, notebook_text, source_index
+from .ending import NO_MEMORY, in_number, notebook_text, source_index
 from .isolation import limit_data, seed_everything
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _execute(spec: dict[str, Any], shell: "InteractiveShell") -> dict[str, Any]:
     outcome, cell = _outcome(error, execution.last_error), (error or {}).get("cell")
     if outcome["kind"] in (None, "exit") and cell is not None:
         outcome["exit"] = {"cell": source_index(cell, spec["injected"]),
+                           "execution_count": in_number(nb.cells, cell),
                            "after": after(nb, execution.at)}
     return outcome
 

@@ -16,7 +16,8 @@ from ..kit.files import read_json, write_json, write_text
 from ..record import store
 from ..request.plugin import around, offered
 from .child import after, cell_teller
-from .ending import conclude, last_cell, notebook_text, source_index
+from .ending import (conclude, in_number, last_cell, notebook_text, place,
+                                        source_index)
 
 if TYPE_CHECKING:
     import psutil
@@ -89,6 +90,7 @@ def main() -> None:
         outcome = {**_outcome(e), "cell": cell}
         if outcome["kind"] in (None, "exit") and cell is not None:
             outcome["exit"] = {"cell": source_index(cell, spec["injected"]),
+                               "execution_count": in_number(nb.cells, cell),
                                "after": after(nb, cell)}
     nb.metadata["opml_run"] = store.summary(folder)
     write_text(folder/store.NOTEBOOK, notebook_text(nb))
@@ -149,7 +151,7 @@ def _finish(process: subprocess.Popen, spec: Mapping[str, Any], asked: threading
         folder = Path(spec["dir"])
         outcome = read_json(folder/store.OUTCOME, None)
         status, error = conclude(spec, code, outcome, reason)
-        if error: error["cell"] = source_index(error["cell"], spec["injected"])
+        place(error, folder, spec["injected"])
         request = read_json(folder/store.REQUEST)
         for ended in offered(spec.get("hooks") or (), "ended"): ended(folder, request)
         (folder/"spec.json").unlink(missing_ok=True)

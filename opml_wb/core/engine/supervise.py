@@ -19,7 +19,7 @@ from ..kit.procs import (
 from ..record import store
 from ..request.plugin import offered
 from .child import child
-from .ending import conclude, notebook_text, source_index
+from .ending import conclude, notebook_text, place
 from .isolation import pools  # noqa: F401 (its place before)
 
 if TYPE_CHECKING: from IPython.core.interactiveshell import InteractiveShell
@@ -85,7 +85,7 @@ def finish(spec: Mapping[str, Any], watched: "Supervisor", starved_by_kernel: bo
     outcome = read_json(folder/store.OUTCOME, None)
     status, error = conclude(spec, watched.status or 0, outcome, watched.reason, starved_by_kernel)
     if outcome is None or outcome["kind"] == "engine": _save_what_was_shown(folder, error)
-    if error: error["cell"] = source_index(error["cell"], spec["injected"])
+    place(error, folder, spec["injected"])
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     store.finish(folder, status=status, error=error, seconds=seconds,
                  cpu=usage.ru_utime + usage.ru_stime, rss=max(usage.ru_maxrss << 10, watched.peak),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAME', 'DIFFERS', 'CANNOT_TELL', 'EXIT', 'nearest', 'did_you_mean', 'is_number', 'is_whole', 'check_number',
-           'check_whole', 'check_choice', 'masked', 'secrets_of', 'unsecret']
+           'check_whole', 'check_choice', 'place_of', 'masked', 'secrets_of', 'unsecret']
 
 # %% ../../../nbs/core/kit/02_words.ipynb #4530b6d5
 import difflib, math, numbers, re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
@@ -72,6 +72,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str],
 # %% ../../../nbs/core/kit/02_words.ipynb #ef284b77
 SAME, DIFFERS, CANNOT_TELL = "same", "differs", "cannot tell"
 EXIT = {SAME: 0, DIFFERS: 1, CANNOT_TELL: 3}
+
+# %% ../../../nbs/core/kit/02_words.ipynb #35f3e1a5
+def place_of(error: Mapping[str, Any] | None) -> str:
+    """Say where a run's error is: `In[3], line 2: 1 / n`; empty where that isn't known.
+
+    Cells are counted as Jupyter counts those it executes, from 1; in records without that count
+    the cell's index is given."""
+    e = error or {}
+    if e.get("cell") is None: return ""
+    count = e.get("execution_count")
+    cell = f"In[{count}]" if count else f"the cell of index {e['cell']}"
+    line = f", line {e['line']}" if e.get("line") else ""
+    return cell + line + (f": {e['source']}" if e.get("source") else "")
 
 # %% ../../../nbs/core/kit/02_words.ipynb #226cd18e
 def masked(url: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from html import escape
 
 from ..kit.markup import CSS, VERDICTS, num, table, tag, written
+from ..kit.words import place_of
 
 # %% ../../../nbs/core/record/10_card.ipynb #ac0d79a6
 class ClaimsTable:
@@ -66,9 +67,9 @@ def _error(e: dict | None) -> str:
     "Write a run's error in HTML: what happened, where, and how it ended."
     if not e: return ""
     what = ": ".join(str(e[k]) for k in ("ename", "evalue") if e.get(k))
-    told = [k for k in ("cell", "line", "signal", "exitcode") if e.get(k) is not None]
-    where = ", ".join(f"{k} {e[k]}" for k in told)
-    return (f'<div>{tag(e.get("kind") or "error", "baseline")} <span class=m>{escape(where)}</span>'
+    told = [f"{k} {e[k]}" for k in ("signal", "exitcode") if e.get(k) is not None]
+    where = ", ".join(filter(None, [place_of(e), *told]))
+    return (f'<div>{tag(e.get("kind") or "error", "baseline")} <code>{escape(where)}</code>'
             f'<pre>{escape(what)}</pre></div>')
 
 def cost(run: dict) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..kit.files import Tail
 from ..kit.files import plain as plain_json
+from ..kit.words import place_of
 from .tables import Column, Table, age, number
 
 if TYPE_CHECKING:
@@ -117,17 +118,17 @@ def status(status: str) -> str:
 
 # %% ../../../nbs/core/show/02_terminal.ipynb #e964f132
 def _said(error: Mapping) -> str:
-    "A run's error in one line: its kind, message and place."
-    line = f", line {error['line']}" if error.get("line") else ""
-    where = "" if error.get("cell") is None else f" in cell {error['cell']}{line}"
-    return plain(f"{error['ename']}: {error['evalue']}{where}")
+    "A run's error in a line or two: its kind and message, and its place."
+    where = place_of(error)
+    return plain(f"{error['ename']}: {error['evalue']}" + (f"\n  in {where}" if where else ""))
 
 # %% ../../../nbs/core/show/02_terminal.ipynb #3f3f18a5
 def _left(done: "Run") -> str:
     "Say that the notebook ended the run before its last cell; empty if it didn't."
     left = done.doc.get("exit") or {}
     n = left.get("after")
-    return f"ended by exit in cell {left['cell']}: {n} code cell(s) after it not run" if n else ""
+    where = place_of(left)
+    return f"ended by exit in {where}: {n} code cell(s) after it not run" if n else ""
 
 # %% ../../../nbs/core/show/02_terminal.ipynb #fec077f5
 def brief(done: "Run", stderr: bool = False) -> None:

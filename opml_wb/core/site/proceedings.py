@@ -20,6 +20,7 @@ from ..engine.isolation import pools
 from ..engine.run import Run, RunRequest, cached, execute, start_here
 from ..kit.files import read_json, write_json
 from ..kit.markup import VERDICTS, num, table, tag
+from ..kit.words import place_of
 from ..record import data, store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
@@ -132,8 +133,8 @@ def outcome(request: RunRequest, got: Run | Exception, before: Mapping[str, Any]
     if isinstance(got, Exception):
         return Outcome(c.number, c.name, "failed", f"{type(got).__name__}: {got}", [], [], {})
     e = got.error or {}
-    where = f" in cell {e['cell']}" if e.get("cell") is not None else ""
-    said = f"{e.get('ename')}: {e.get('evalue')}{where}" if e else ""
+    where = place_of(e)
+    said = f"{e.get('ename')}: {e.get('evalue')}" + (f", in {where}" if where else "") if e else ""
     changes = changed(before, got.claims) if got.ok else []
     doc = {**got.doc, "notebook": got.notebook}
     return Outcome(c.number, c.name, got.status, said, got.claims, changes, doc)

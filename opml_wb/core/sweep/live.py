@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Union
 from fastcore.basics import patch
 
 from ..kit.markup import COLOURS, CSS, num, table as _table, tag
+from ..kit.words import place_of
 
 if TYPE_CHECKING:
     from opml_wb.core.engine.result import Run
@@ -83,8 +84,8 @@ def why(run: "Run") -> str:
     "Tell a run's error in a line; empty when there is none."
     e = run.error
     if not e: return ""
-    cell = f" (cell {e['cell']})" if e.get("cell") is not None else ""
-    return f"{e.get('ename')}: {e.get('evalue')}"[:160] + cell
+    where = place_of(e)
+    return f"{e.get('ename')}: {e.get('evalue')}"[:160] + (f" ({where})"[:160] if where else "")
 
 # %% ../../../nbs/core/sweep/07_live.ipynb #8a6a9d3b
 def headline(view: View, lead: str = "") -> str:
@@ -258,7 +259,7 @@ class InTerminal(Silent):
 def _tell(self: InTerminal, state: State, run: "Run") -> None:
     "Print a line on a run that ended."
     from opml_wb.core.show.terminal import number, plain, status
-    found = "".join(f"  {plain(name)}={number(run.metrics[name])}"
+    found = "".join(f"  {plain(name)}={plain(number(run.metrics[name]))}"
                     for name, _ in state.goals if name in run.metrics)
     said = f"  {plain(why(run))}" if run.error else found
     at, far = plain(words(point(run, state.names))), f"[{len(self.said)}/{state.n}]"
