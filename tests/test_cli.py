@@ -122,7 +122,7 @@ def test_run_for_people(opml, home, demo):
 
 def test_quiet_speaks_of_a_failure_on_stderr(opml, notebook):
     done = opml("run", notebook("n = 1", "raise ValueError('why it failed')"), "--quiet")
-    assert done.returncode == 1 and done.stdout == "" and "why it failed" in done.stderr and "cell 1" in done.stderr
+    assert done.returncode == 1 and done.stdout == "" and "why it failed" in done.stderr and "in In[2], line 1: raise ValueError" in done.stderr
 
 
 def test_progress_is_told_on_stderr(opml, notebook):

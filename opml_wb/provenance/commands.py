@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..core.cli import completing
 from ..core.cli.grammar import Noun
 
 if TYPE_CHECKING: import pandas as pd
@@ -129,7 +130,7 @@ def of_run(run: Any) -> dict[str, Any]:
 
 # %% ../../nbs/provenance/05_commands.ipynb #7257eb8b
 @provenance.command()
-@click.argument("what", metavar="RUN|PATH")
+@click.argument("what", metavar="RUN|PATH", shell_complete=completing.run_or_file)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--openlineage", "as_events", is_flag=True,
               help="Print a run as OpenLineage events, one a line.")
@@ -162,7 +163,7 @@ def _print_run(found: Mapping[str, Any], as_json: bool) -> None:
 
 # %% ../../nbs/provenance/05_commands.ipynb #138cb8db
 @provenance.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completing.run_key)
 @click.option("--transitive", is_flag=True, help="Follow on to the end.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def impact(run: str, transitive: bool, as_json: bool) -> None:
@@ -189,7 +190,7 @@ def search(text: tuple[str, ...], limit: int, as_json: bool) -> None:
 
 # %% ../../nbs/provenance/05_commands.ipynb #59827182
 @provenance.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completing.run_key)
 @click.option("--json", "as_json", is_flag=True,
               help="Print `{verdict, differences, unknown}` as JSON.")
 def check(run: str, as_json: bool) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completing
 from ..kit.files import read_json, sha256, write_json, write_text
 from ..record import store
 from ..request.chapter import (
@@ -196,7 +197,7 @@ def copy_of(chapter: str | None, folder: str | None) -> Path:
     return copies.get(found.name, found.path)
 
 @click.command("lab", context_settings={"ignore_unknown_options": True})
-@click.argument("chapter", required=False)
+@click.argument("chapter", required=False, shell_complete=completing.chapter)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--copy", "folder", type=click.Path(), metavar="DIR",
               help="Where the copies are (default: lab in the workbench's home).")

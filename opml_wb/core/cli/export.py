@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completing
 from ..engine.run import Run
 from ..kit.files import read_lines
 from ..record import store
@@ -204,7 +205,7 @@ def to_mlflow(uri: str, runs: Iterable[Run] | None = None, artifacts: str | None
 @click.command("export")
 @click.option("--mlflow", "uri", required=True, metavar="URI",
               help="MLflow's tracking store: sqlite:///FILE.db, http://HOST:PORT, ...")
-@click.option("--chapter", help="Only this chapter's runs.")
+@click.option("--chapter", shell_complete=completing.chapter, help="Only this chapter's runs.")
 @click.option("--artifacts", metavar="URL",
               help="Folder or URL for the files; default: the server's, beside an SQLite file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON.")

@@ -80,13 +80,14 @@ def described(entry: "EntryPoint") -> str:
     return found or f"of package {entry.dist.name if entry.dist else top}"
 
 # %% ../../../nbs/core/cli/11_grammar.ipynb #c73d8912
-def moved(args: Sequence[str]) -> tuple[str, click.Command, list[str]] | None:
+def moved(args: Sequence[str], quiet: bool = False) -> tuple[str, click.Command, list[str]] | None:
     """Find the noun of a command that is spelled as it was before: (noun, its group, arguments).
 
-    The new spelling is told on stderr; None if the first of `args` is no such command."""
+    The new spelling is told on stderr, unless `quiet`; None if the first of `args` is no such command."""
     entry = plugged("moved_commands").get(args[0]) if args else None
     if entry is None: return None
     group = load(entry)
-    click.echo(f"opml: `opml {args[0]}` is now `opml {group.name} {args[0]}`; the old spelling "
-               "goes with the next version", err=True)
+    if not quiet:
+        click.echo(f"opml: `opml {args[0]}` is now `opml {group.name} {args[0]}`; the old "
+                   "spelling goes with the next version", err=True)
     return group.name, group, list(args)

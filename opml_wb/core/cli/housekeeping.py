@@ -9,13 +9,14 @@ __all__ = ['UNITS', 'DATA', 'FULL', 'rm', 'span', 'gc', 'reindex', 'data', 'mega
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #0420da27
 import click
 
+from . import completing
 from .grammar import Noun
 from ..show import terminal
 from ..show.tables import Column, Table, wrap
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #f08cc2a8
 @click.command()
-@click.argument("key")
+@click.argument("key", shell_complete=completing.run_key)
 @click.option("--forget", is_flag=True,
               help="Also those of another machine's home that is gone for good.")
 def rm(key: str, forget: bool) -> None:
@@ -95,7 +96,7 @@ def data_ls(long: bool, as_json: bool) -> None:
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #a9e77e95
 @data.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.data_name)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def data_show(name: str, as_json: bool) -> None:
     "Show all that is known of data set NAME: what it is, licence, source, where it lies, sha256."
@@ -110,7 +111,7 @@ def data_show(name: str, as_json: bool) -> None:
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #e84e2f7d
 @data.command("fetch")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=completing.data_name)
 def data_fetch(names: tuple[str, ...]) -> None:
     "Get data sets, check them, keep them in the cache."
     from opml_wb.core.record import data as d
@@ -118,7 +119,7 @@ def data_fetch(names: tuple[str, ...]) -> None:
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #02ae6980
 @data.command("verify")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completing.data_name)
 def data_verify(name: str | None) -> int:
     "Check the files that are here against the registry's hashes."
     from opml_wb.core.record import data as d
@@ -128,7 +129,7 @@ def data_verify(name: str | None) -> int:
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #37953b46
 @data.command("rm")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.data_name)
 def data_rm(name: str) -> None:
     "Remove a fetched data set from the cache."
     from opml_wb.core.record import data as d

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import click
 
+from . import completing
 from ..show import terminal
 from ..show.tables import WHEN, Column, Table, number
 
@@ -72,7 +73,7 @@ def parameter_row(r: Mapping) -> list[str]:
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #cc4c2bc1
 @click.command()
-@click.argument("chapter")
+@click.argument("chapter", shell_complete=completing.chapter)
 @click.option("--json", "as_json", is_flag=True, help="Print `{parameters, presets}` as JSON.")
 def params(chapter: str, as_json: bool) -> None:
     "List the parameters of CHAPTER: type, default, range, meaning; and its presets."
@@ -114,7 +115,7 @@ def run_table(docs: Sequence[Mapping]) -> Table:
 # %% ../../../nbs/core/cli/03_looking.ipynb #a82fb9d6
 @click.command()
 @click.option("-n", "limit", default=30, show_default=True, help="How many, newest first; 0: all.")
-@click.option("--chapter", help="Only this chapter's.")
+@click.option("--chapter", shell_complete=completing.chapter, help="Only this chapter's.")
 @click.option("--json", "as_json", is_flag=True, help="Print all as a JSON array.")
 def ls(limit: int, chapter: str | None, as_json: bool) -> None:
     "List the runs in the store, newest first."
@@ -140,7 +141,7 @@ def of_trace(verb: str) -> Callable[..., int]:
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #0ccba194
 @click.command()
-@click.argument("key")
+@click.argument("key", shell_complete=completing.run_or_chapter)
 @click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
               help="Write the run's notebook as one page that needs no kernel and no network.")
@@ -183,7 +184,8 @@ def claims(as_json: bool, as_csv: bool) -> None:
 
 # %% ../../../nbs/core/cli/03_looking.ipynb #f82fe4a8
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="A [B] [MORE]...")
+@click.argument("runs", nargs=-1, required=True, metavar="A [B] [MORE]...",
+                shell_complete=completing.run_or_chapter)
 @click.option("--html", "page", type=click.Path(dir_okay=False), metavar="FILE",
               help="Write one self-contained page.")
 @click.option("--objective", metavar="METRIC",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completing
 from ..kit.files import write_text
 from ..record import store
 from ..show import terminal
@@ -81,7 +82,7 @@ def reproduced(asked: "list[RunRequest]", jobs: int, say: Any) -> list[Outcome]:
 
 @click.command("reproduce")
 @click.option("--only", default="", metavar="3,7", help="These chapters: numbers or names.")
-@click.option("--preset", help="Run the chapters that have this preset with it.")
+@click.option("--preset", shell_complete=completing.preset, help="Run the chapters that have this preset with it.")
 @click.option("--jobs", type=click.IntRange(1), help="Chapters at once; default: what cores and "
               "memory allow. Those that measure time run alone.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),

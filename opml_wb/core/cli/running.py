@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completing
 from ..show import terminal
 from ..show.tables import Column, Table
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from opml_wb.core.record.store import Store
     from opml_wb.core.sweep.study import Sweep
 
-PRESET = click.option("--preset", help="A named set of parameters of the chapter (`opml params "
+PRESET = click.option("--preset", shell_complete=completing.preset,
+                      help="A named set of parameters of the chapter (`opml params "
                                        "CHAPTER` lists them).")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the run as one JSON object.")
 MEM = "Stop when its processes hold more than G GiB of private memory."
@@ -63,8 +65,9 @@ def tell_why(request: "RunRequest", home: "Store") -> None:
     if said := because(request, home): click.echo(said, err=True)
 
 @click.command()
-@click.argument("chapter")
-@click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...")
+@click.argument("chapter", shell_complete=completing.chapter)
+@click.argument("parameters", nargs=-1, metavar="[NAME=VALUE]...",
+                shell_complete=completing.parameter)
 @click.option("-p", "given", type=(str, str), multiple=True, metavar="NAME VALUE",
               help="A parameter, as papermill takes it.")
 @click.option("--params", "file", metavar="FILE",
@@ -101,7 +104,7 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
 
 # %% ../../../nbs/core/cli/02_running.ipynb #06e317c5
 @click.command("rerun")
-@click.argument("key")
+@click.argument("key", shell_complete=completing.run_or_chapter)
 @click.option("--apply", is_flag=True, help="Of a command: put what came out into its folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print `{run, since}` as JSON; of a command "
                                                       "its outputs then and now.")
@@ -167,8 +170,9 @@ def show_sweep(done: "Sweep") -> None:
 
 # %% ../../../nbs/core/cli/02_running.ipynb #f7cae1ad
 @click.command()
-@click.argument("chapter")
-@click.argument("parameters", nargs=-1, metavar="NAME=VALUES...")
+@click.argument("chapter", shell_complete=completing.chapter)
+@click.argument("parameters", nargs=-1, metavar="NAME=VALUES...",
+                shell_complete=completing.parameter)
 @click.option("-n", type=int, metavar="N",
               help="How many points; needed by every sampler but grid.")
 @click.option("--sampler", default="grid", show_default=True, metavar="S",
@@ -184,7 +188,7 @@ def show_sweep(done: "Sweep") -> None:
 @click.option("--prune", is_flag=True,
               help="Stop a run whose objective is worse than the others' median at the same step.")
 @click.option("--seed", default=0, show_default=True, metavar="S", help="Of the sampler.")
-@click.option("--preset",
+@click.option("--preset", shell_complete=completing.preset,
               help="A named set of the chapter's parameters, for those that aren't varied.")
 @click.option("--timeout", type=float, metavar="S", help="Stop each run after S seconds.")
 @click.option("--mem-gb", type=float, metavar="G", help=MEM.replace("Stop when", "Stop a run when"))

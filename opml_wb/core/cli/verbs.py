@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
+from . import completing
 from .grammar import described, moved
 from ..kit.lazy import load_object
 from ..kit.words import nearest
@@ -87,11 +89,18 @@ class Commands(click.Group):
         nearest."""
         if not args or args[0].startswith("-") or self.get_command(ctx, args[0]):
             return super().resolve_command(ctx, args)
-        if found := moved(args): return found
+        if found := moved(args, ctx.resilient_parsing): return found
         near = nearest(args[0], self.list_commands(ctx))
         hint = f"; did you mean {near!r}?" if near else "; opml --help lists them"
         if _newer(args[0]): hint = ": installed before it was there; `pip install -e .` adds it"
         ctx.fail(f"no command {args[0]!r}{hint}")
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        "Offer the commands and what they are for; nothing is imported."
+        told = {n: text for n, (_, text) in VERBS.items()}
+        told |= {n: described(e) for n, e in plugged("commands").items() if n not in VERBS}
+        return [*completing.offered(told, incomplete),
+                *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all commands on one screen, by purpose; those of other packages last.

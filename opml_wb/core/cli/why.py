@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import completing
 from .running import PRESET, pairs
 from ..show import terminal
 
@@ -61,8 +62,9 @@ def _of_two(a: dict, b: dict) -> tuple[dict[str, Any], str]:
 
 # %% ../../../nbs/core/cli/09_why.ipynb #2c8093a9
 @click.command()
-@click.argument("what", metavar="CHAPTER|KEY")
-@click.argument("words", nargs=-1, metavar="[KEY | NAME=VALUE...]")
+@click.argument("what", metavar="CHAPTER|KEY", shell_complete=completing.run_or_chapter)
+@click.argument("words", nargs=-1, metavar="[KEY | NAME=VALUE...]",
+                shell_complete=completing.parameter)
 @PRESET
 @click.option("--all", "all_of_them", is_flag=True, help="Name everything that is the same.")
 @click.option("--json", "as_json", is_flag=True,

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from ...core.cli import completing
 from ...core.cli.grammar import Noun
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #a68f5350
@@ -103,7 +104,7 @@ def pack(recipe: str, bundle_dir: str, allow: tuple[str, ...]) -> None:
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #215517bc
 @flexserve.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 @click.argument("bundle_dir", type=click.Path(exists=True, file_okay=False))
 @click.option("--config", help="The hardware configuration this version is for.")
 @click.option("--parent", "parents", type=int, multiple=True, help="A version it comes from.")
@@ -125,7 +126,7 @@ def publish(name: str, bundle_dir: str, config: str | None, parents: tuple[int, 
 ABOVE_0 = click.FloatRange(0, min_open=True)
 
 @flexserve.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 @click.option("--port", type=click.IntRange(0, 65535), default=5050, show_default=True,
               help="0: any free one, told on the first line.")
 @click.option("--host", default="127.0.0.1", show_default=True,
@@ -198,7 +199,7 @@ def ls_(as_json: bool) -> None:
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #3fbe6333
 @flexserve.command("versions")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def versions(name: str, as_json: bool) -> None:
     "List the versions of NAME: which one is served, and where `rollback` may go."
@@ -219,7 +220,7 @@ def versions(name: str, as_json: bool) -> None:
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #392f1e9d
 @flexserve.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 @click.argument("version", type=int)
 def pin(name: str, version: int) -> None:
     "Serve VERSION of NAME, whatever is promoted later."
@@ -228,7 +229,7 @@ def pin(name: str, version: int) -> None:
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #41fcae5a
 @flexserve.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 def unpin(name: str) -> None:
     "Serve the newest promoted version of NAME again."
     store = _store()
@@ -237,14 +238,14 @@ def unpin(name: str) -> None:
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #2bc343ba
 @flexserve.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 def rollback(name: str) -> None:
     "Go back to the last stable version of NAME before the current one."
     click.echo(f"{name}: serves version {_call(_store().rollback, name)}")
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #e51cb562
 @flexserve.command("diff")
-@click.argument("name")
+@click.argument("name", shell_complete=completing.model_name)
 @click.argument("old", type=int)
 @click.argument("new", type=int)
 @click.argument("images", type=click.Path(exists=True))
