@@ -239,7 +239,7 @@ def test_a_relative_path_and_the_folder_of_the_call(opml, tmp_path, notebook):
 # ------------------------------------------------------------------ the store's commands
 
 def test_ls_show_rm(typed, run_json, demo, notebook, home):
-    assert typed("ls", "--json").stdout.strip() == "[]" and "no runs yet" in typed("ls").stdout
+    assert typed("ls", "--json").stdout.strip() == "[]" and "no runs yet" in typed("ls").stderr
     runs = [run_json(demo, f"n={n}")[1] for n in (1, 2, 3)]
     _, failed = run_json(notebook("n = 1", "1/0", name="bad"))
     listed = strict(typed("ls", "--json").stdout)
@@ -247,8 +247,10 @@ def test_ls_show_rm(typed, run_json, demo, notebook, home):
     for d in listed: assert RUN <= set(d)
     assert listed[0]["error"]["ename"] == "ZeroDivisionError" and listed[1]["metrics"] == runs[2]["metrics"]
     assert [d["chapter"] for d in strict(typed("ls", "--json", "--chapter", "demo").stdout)] == ["demo"] * 3
-    table = typed("ls", "-n", "2").stdout
-    assert "failed" in table and "2 more" in table and runs[0]["key"][:10] not in table
+    table = typed("ls", "-n", "2")
+    assert table.stderr == "2 more: opml ls -n 0\n"
+    table = table.stdout
+    assert "failed" in table and runs[0]["key"][:10] not in table
     assert runs[0]["key"][:10] in typed("ls", "-n", "0").stdout
 
     key = runs[1]["key"]
@@ -263,7 +265,7 @@ def test_ls_show_rm(typed, run_json, demo, notebook, home):
 
 
 def test_claims(typed, run_json, demo, notebook):
-    assert strict(typed("claims", "--json").stdout) == [] and "no claims yet" in typed("claims").stdout
+    assert strict(typed("claims", "--json").stdout) == [] and "no claims yet" in typed("claims").stderr
     assert len(typed("claims", "--csv").stdout.splitlines()) == 1
     other = notebook("n = 1", "from opml_wb import log\nlog.claim('odd, \"name\"\\nü', paper=float('nan'), measured=n)", name="another")
     run_json(demo, "n=1"); run_json(demo, "n=2"); run_json(other)
@@ -303,8 +305,10 @@ def test_list_and_params(typed, run_json, demo):
     rows = strict(typed("list", "--json").stdout)
     assert rows and {"name", "number", "title", "path", "presets"} <= set(rows[0])
     for r in rows: assert Path(r["path"]).is_file() and r["title"]
-    table = typed("list").stdout
+    table = typed("list", "--benches").stdout
     for r in rows: assert r["name"] in table
+    short = typed("list")
+    assert "bench/" not in short.stdout and "riann" in short.stdout and "opml list --benches" in short.stderr
     numbered = next((r for r in rows if r["number"]), None)
     if numbered: assert strict(typed("params", numbered["number"], "--json").stdout)["chapter"] == numbered["name"]
 
@@ -314,7 +318,7 @@ def test_list_and_params(typed, run_json, demo):
     assert list(by_name) == ["n", "rate", "kind", "text", "sizes", "free"]
     assert (by_name["n"]["lo"], by_name["n"]["hi"], by_name["n"]["default"], by_name["n"]["help"]) == (1, 100, 3, "how many")
     table = typed("params", demo).stdout
-    for word in ("how many", "1 .. 100", "--preset paper", "list[int]"): assert word in table, table
+    for word in ("how many", "1 .. 100", "preset\tvalues\npaper\tn=50", "list[int]"): assert word in table, table
 
 
 def test_data(opml, tmp_path):
@@ -340,7 +344,7 @@ def test_data(opml, tmp_path):
 def test_help_of_everything(typed):
     text = typed("--help").stdout
     for command in ("list", "params", "run", "ls", "show", "rm", "claims", "gc", "reindex", "data", "lab"):
-        assert f"\n  {command} " in text
+        assert f" {command} " in text
         done = typed(command, "--help")
         assert done.returncode == 0 and "Usage: opml" in done.stdout
     for option in ("-p", "--preset", "--force", "--timeout", "--mem-gb", "--show", "--quiet", "--json"):
@@ -436,12 +440,13 @@ def test_a_command_of_another_package(opml, plug):
     done = opml("hello", "you", env=env)
     assert (done.returncode, done.stdout) == (3, "hello you\n") and "Greets" in opml("hello", "--help", env=env).stdout
     listed = opml("--help", env=env)
-    assert listed.returncode == 0 and "hello" in listed.stdout and "acme" in listed.stdout and listed.stderr == ""
+    told = {line.split()[-2]: line.split()[-1] for line in listed.stdout.splitlines() if line.endswith(("Greets", "acme_gone", "acme"))}
+    assert listed.returncode == 0 and listed.stderr == "" and told["hello"] == "Greets" and told["package"] == "acme"
     for name, why in (("gone", "No module named 'acme_gone'"), ("odd", "expected a click command")):
         done = opml(name, env=env)
         assert done.returncode == 2 and f"opml_wb.commands {name!r} of package 'acme'" in done.stderr and why in done.stderr
         assert "Traceback" not in done.stderr
-    assert opml("ls", env=env).stdout.count("no runs yet") == 1          # ours cannot be replaced
+    assert opml("ls", env=env).stderr.count("no runs yet") == 1          # ours cannot be replaced
 
 
 def test_an_old_spelling_names_the_new_one(opml, plug):
@@ -452,7 +457,7 @@ def test_an_old_spelling_names_the_new_one(opml, plug):
     assert (old.returncode, old.stdout) == (4, "a!\n") and old.stderr.count("\n") == 1 and "`opml noun verb`" in old.stderr
     assert "Usage: opml noun verb" in opml("verb", "--help", env=env).stdout
     assert "verb" not in [line.split()[0] for line in opml("--help", env=env).stdout.splitlines() if line.strip()]
-    assert opml("gone", env=env).returncode == 2 and opml("ls", env=env).stderr == ""
+    assert opml("gone", env=env).returncode == 2 and "noun" not in opml("ls", env=env).stderr
     assert "no command 'vrb'; did you mean 'verb'?" in opml("noun", "vrb", env=env).stderr
 
 

@@ -49,13 +49,17 @@ def values(row: Mapping[str, Any]) -> list[str]:
     names = list(registry())
     return names if row["default"] in names else []
 
+def _named(ctx: click.Context) -> str | None:
+    "The chapter on the command line; before an option's value click leaves it among the `args`."
+    given = ctx.params.get("chapter") or ctx.params.get("what")
+    return given or next((a for a in ctx.args if "=" not in a), None)
+
 @quiet
 def parameter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     "Offer the chapter's parameters that aren't given yet as `name=`; behind `=`, known values."
     from opml_wb.core.request.chapter import find
     from opml_wb.core.request.params import describe
-    rows = {r["name"]: r for r in describe(find(ctx.params.get("chapter") or
-                                                ctx.params["what"]).nb)}
+    rows = {r["name"]: r for r in describe(find(_named(ctx) or "").nb)}
     name, eq, _ = incomplete.partition("=")
     if eq: return offered([f"{name}={v}" for v in values(rows[name])], incomplete)
     given = {w.partition("=")[0] for k in ("parameters", "words") for w in ctx.params.get(k) or ()}
@@ -67,7 +71,7 @@ def parameter(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 def preset(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     "Offer the presets of the chapter; of every chapter where none is named."
     from opml_wb.core.request.chapter import chapters, find
-    named = ctx.params.get("chapter")
+    named = _named(ctx)
     out = {}
     for c in [find(named)] if named else chapters():
         for name, given in (c.meta.get("presets") or {}).items():
@@ -104,9 +108,8 @@ def model_name(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
 def run_or_chapter(ctx: click.Context, param: click.Parameter,
                    incomplete: str) -> list[CompletionItem]:
     "Offer the runs, and all chapters."
-    names = {i.value: i for i in [*run_key(ctx, param, incomplete),
-                                  *chapter(ctx, param, incomplete)]}
-    return list(names.values())
+    named = [i for i in chapter(ctx, param, incomplete) if i.type == "plain"]
+    return list({i.value: i for i in [*run_key(ctx, param, incomplete), *named]}.values())
 
 # %% ../../../nbs/core/cli/12_completing.ipynb #5cc3e39d
 @quiet

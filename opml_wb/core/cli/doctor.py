@@ -256,11 +256,13 @@ def examine() -> list[dict]:
 # %% ../../../nbs/core/cli/06_doctor.ipynb #5b379930
 def show_checks(checks: list[dict]) -> None:
     "Print the screen: a line for each check, its advice below, and the names of those to look at."
-    out = terminal.console()
+    out, wide = terminal.console(), max(len(c["name"]) for c in checks) + 2
+    blank = " " * (wide + 2)
     for c in checks:
-        name = terminal.plain(c["name"] + " " * (15 - len(c["name"])))
-        out.print(f"{SIGN[c['state']]} {name}{terminal.plain(c['value'])}")
-        if c["advice"]: out.print(f"{'':<17}[dim]→ {terminal.plain(c['advice'])}[/]")
+        sign = f"{SIGN[c['state']]} {terminal.plain(c['name'].ljust(wide))}"
+        out.print(sign, end="")
+        terminal.paragraph(c["value"], "", blank)
+        if c["advice"]: terminal.paragraph(f"→ {c['advice']}", blank, style="dim")
     todo = [c["name"] for c in checks if c["state"] != OK]
     said = "Runs cannot work yet." if any(c["state"] == BAD for c in checks) else "Runs work."
     out.print(f"\n{said} To look at: {', '.join(map(terminal.plain, todo))}" if todo

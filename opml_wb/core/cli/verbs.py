@@ -115,7 +115,8 @@ class Commands(click.Group):
         for title, names in {**SECTIONS, "Papers": tuple(theirs)}.items():
             for n, name in enumerate(names):
                 start = f"{'' if n else title:<7}{name:<{wide}}"
-                lines = textwrap.wrap(told[name], max(30, formatter.width - len(start))) or [""]
+                lines = textwrap.wrap(told[name], max(30, formatter.width - len(start)),
+                                      break_on_hyphens=False) or [""]
                 formatter.write(start + f"\n{'':{len(start)}}".join(lines) + "\n")
         formatter.write(COMPLETION)
 

@@ -265,7 +265,7 @@ def show_pair(a: Run, b: Run, lines: int = 40) -> str:
         words = terminal.plain(r.chapter), terminal.status(r.status), r.key[:10], r.doc["id"]
         out.print(f"[bold]{letter}[/]  {'  '.join(words)}")
     out.print("\n[bold]Why they differ[/]")
-    for sentence in _all_reasons(d, known): out.print(f"  {sentence}", markup=False)
+    for sentence in _all_reasons(d, known): terminal.paragraph(sentence)
     if d["params"]: out.print(); pair_table("parameter", d["params"]).print()
     if a.metrics or b.metrics: out.print(); metric_table(metric_changes(a, b)).print()
     for r in d["code"]:
@@ -304,7 +304,7 @@ def show_runs(runs: Sequence[Run]) -> list[str]:
         d, known = differences(runs[0], r), beside(runs[0], r)
         said.append(verdict(runs[0], r, d, known))
         out.print(f"[bold]{runs[0].key[:10]} against {r.key[:10]}[/]: {said[-1]}")
-        for sentence in _all_reasons(d, known): out.print(f"  {sentence}", markup=False)
+        for sentence in _all_reasons(d, known): terminal.paragraph(sentence)
     return said
 
 # %% ../../../nbs/core/show/07_compare.ipynb #452c0870

@@ -113,7 +113,7 @@ def show(found: Mapping[str, list], all_of_them: bool = False) -> None:
     def tell(title: str, lines: Iterable[str]) -> None:
         lines = list(lines)
         if lines: out.print(f"[bold]{title}[/]")
-        for line in lines: out.print(f"  {line}", markup=False)
+        for line in lines: terminal.paragraph(line)
     tell(CHANGED, (r["said"] for r in found[CHANGED]))
     kinds: dict[str, list[str]] = {}
     for r in found[SAME]: kinds.setdefault(r["fact"], []).append(r["said"])
