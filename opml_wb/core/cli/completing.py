@@ -84,7 +84,7 @@ def run_key(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
     "Offer the newest runs by the first characters of their keys, and the chapters that have runs."
     from opml_wb.core.record.store import Store
     from opml_wb.core.show.tables import age
-    keys, names = {}, {}
+    keys, names = dict[str, str](), dict[str, str]()
     for d in Store().ls(200):
         key = d["key"][:max(10, len(incomplete))]
         keys.setdefault(key, f"{d['chapter']}, {d['status']}, {age(d['started'])}")

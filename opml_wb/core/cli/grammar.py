@@ -70,7 +70,7 @@ def described(entry: "EntryPoint") -> str:
     module, _, name = entry.value.partition(":")
     top, *rest = module.split(".")
     try:
-        home = find_spec(top)
+        home: Any = find_spec(top)
         place = Path(home.submodule_search_locations[0], *rest) if rest else Path(home.origin)
         files = [place.with_suffix(".py"), place/"__init__.py"] if rest else [place]
         source = next(f for f in files if f.is_file()).read_text(encoding="utf-8")
