@@ -172,12 +172,18 @@ def sensitivity_figure(table: pd.DataFrame, th: float = .2) -> "go.Figure":
     fig = ui.figure("threshold θ: the share of cases that is called “often”",
                     "fields above the threshold", yaxis_rangemode="tozero")
     for column, name in (("null", "null at start"), ("change", "end bias"),
-                         ("ineligible", "either")):
+                         ("ineligible", "total ineligible")):
         fig.add_scatter(x=table.th, y=table[column], name=name,
                         line=dict(shape="hv", width=3 if column == "ineligible" else 2))
     fig.update_xaxes(tickformat=".0%")
     if th != .2: fig.add_vline(th, line_dash="dot", annotation_text=f"here: {th:.0%}")
     return ui.paper_line(fig, .2, "paper: 20 %", axis="x")
+
+# %% ../../nbs/eligibility/15_plots.ipynb #a31f3058
+def _faint(colour, opacity):
+    "Write one of `ui.COLOURS` with an opacity of 0 to 1, as plotly reads it."
+    red, green, blue = bytes.fromhex(ui.COLOURS[colour][1:])
+    return f"rgba({red},{green},{blue},{opacity})"
 
 # %% ../../nbs/eligibility/15_plots.ipynb #82c19fa6
 def arms_figure(found: pd.DataFrame, title: str = "") -> "go.Figure":
@@ -189,11 +195,11 @@ def arms_figure(found: pd.DataFrame, title: str = "") -> "go.Figure":
     whiskers = dict(type="data", array=table.hi - table.score, arrayminus=table.score - table.lo,
                     color="rgba(128,128,128,.9)")
     fig.add_bar(y=names, x=table.score, orientation="h", error_x=whiskers,
-                marker=dict(color=[ui.COLOURS[c] for c in colours], opacity=faint))
-    for name, score, hi in zip(names, table.score, table.hi):
-        fig.add_annotation(x=max(score, np.nan_to_num(hi)), y=name, text=f"{score:.2f}",
-                           showarrow=False, xanchor="left", xshift=6)
-    return fig.update_yaxes(autorange="reversed")
+                marker_color=[_faint(c, a) for c, a in zip(colours, faint)])
+    fig.add_scatter(y=names, x=table[["score", "hi"]].max(axis=1) + .01, mode="text",
+                    text=[f"{v:.2f}" for v in table.score], textposition="middle right",
+                    hoverinfo="skip")
+    return fig.update_yaxes(autorange="reversed", type="category")
 
 # %% ../../nbs/eligibility/15_plots.ipynb #d586fada
 def arms_table(found: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -231,7 +237,7 @@ def reading_figure(told: pd.DataFrame, size: int = 5) -> "go.Figure":
     fig = ui.figure("cases read until a field was decided", "fields", barmode="stack",
                     xaxis_rangemode="tozero", height=300, bargap=.1)
     for name, those, colour in (("decided", told.decided, "ours"),
-                                ("open at the end", ~told.decided, "muted")):
+                                ("not decided", ~told.decided, "muted")):
         read = told.cases[those].value_counts().sort_index()
         fig.add_bar(x=read.index, y=read, name=name, marker_color=ui.COLOURS[colour],
                     width=.8 * size)

@@ -134,11 +134,13 @@ def agreement(log: AuditLog, runs: int = 20, seed: int = 0, th: float = .2, deci
 def share_error(log: AuditLog, runs: int = 20, seed: int = 0, **how: Any) -> np.ndarray:
     """Compute how far the shares read are from those of the full scan, in each run: float64 [runs].
 
-    Root of the mean square over fields, of null and of changed. how: as for `read_samples`, which
-    see for errors."""
-    full, seeds = scan(log).frame()[RATES], np.random.SeedSequence(seed).spawn(whole(runs, "runs"))
+    Root of the mean square over fields, of null and of changed; the latter of fields that most
+    cases have. how: as for `read_samples`, which see for errors."""
+    full, seeds = scan(log).frame(), np.random.SeedSequence(seed).spawn(whole(runs, "runs"))
+    rates = full[RATES].copy()
+    rates.loc[full.n_filled < log.n_cases / 2, "change_rate"] = np.nan
     read = (read_samples(log, seed=s, **how)[1][RATES] for s in seeds)
-    return np.array([np.sqrt(np.nanmean((found - full).to_numpy()**2)) for found in read])
+    return np.array([np.sqrt(np.nanmean((found - rates).to_numpy()**2)) for found in read])
 
 # %% ../../nbs/eligibility/11_sampling.ipynb #ec114b26
 def attainable(log: AuditLog, cases: int = 50, th: float = .2) -> float:
