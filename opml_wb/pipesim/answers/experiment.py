@@ -7,7 +7,7 @@ __all__ = ['measure', 'Experiment', 'Result', 'platform_json', 'platform_of', 's
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #e844dbac
 import hashlib, json, math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -118,8 +118,18 @@ def workload(self: Experiment, replication: int = 0) -> Workload:
 @patch
 def trace(self: Experiment, replication: int = 0) -> Trace:
     "Simulate one replication."
-    return simulate(self.workload(replication), self.platform, self.policy, engine=self.engine,
+    return self.simulated(self.workload(replication), replication)
+
+@patch
+def simulated(self: Experiment, work: Workload, replication: int = 0) -> Trace:
+    "Simulate `work` as a replication of this experiment."
+    return simulate(work, self.platform, self.policy, engine=self.engine,
                     seed=self.seed + replication, drift=self.drift)
+
+@patch
+def _told(self: Experiment) -> dict[str, Any]:
+    "The parameters that a store keeps beside the trace."
+    return {"policy": str(self.policy), "days": self.days, "users": self.users, "seed": self.seed}
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #aaddc092
 @dataclass(frozen=True, eq=False)
@@ -202,9 +212,32 @@ def run(self: Experiment, jobs: int = 1, store: "TraceStore | None" = None,
     with ThreadPoolExecutor(jobs) as pool:
         rest = pool.map(lambda r: measure(self.trace(r)), range(1, n))
         rows = [measure(first), *progress(rest)]
-    params = {"policy": str(self.policy), "days": self.days, "users": self.users, "seed": self.seed}
-    if store is not None: store.write(first, self.name, params, replace=True)
+    if store is not None: store.write(first, self.name, self._told(), replace=True)
     return Result(pd.DataFrame(rows), first, self)
+
+# %% ../../../nbs/pipesim/answers/04_experiment.ipynb #89b59762
+@patch
+def compared(self: Experiment, policies: Iterable[str], jobs: int = 1,
+             store: "TraceStore | None" = None, works: Sequence[Workload] | None = None,
+             progress: Callable[[Iterable], Iterable] = iter) -> dict[str, Result]:
+    """Run the experiment under each of several policies: {name: Result}, each as of `run`.
+
+    A replication's workload is drawn once and simulated under all of them. works: the
+    replications' workloads, where they are drawn already; jobs, store, progress: as for `run`."""
+    need(is_whole(jobs, 1), "jobs", jobs, "a whole number >= 1")
+    each = {p: self.varied(policy=p, name=p) for p in policies}
+    n = 1 if self.design.kind == "fixed" and self.drift is None else self.replications
+    need(works is None or len(works) >= n, "works", works and len(works), f"{n} workloads")
+    def traces(r):
+        work = works[r] if works is not None else self.workload(r)
+        return {p: e.simulated(work, r) for p, e in each.items()}
+    first = traces(0)
+    with ThreadPoolExecutor(jobs) as pool:
+        rest = pool.map(lambda r: {p: measure(t) for p, t in traces(r).items()}, range(1, n))
+        rows = [{p: measure(t) for p, t in first.items()}, *progress(rest)]
+    if store is not None:
+        for p, e in each.items(): store.write(first[p], p, e._told(), replace=True)
+    return {p: Result(pd.DataFrame([r[p] for r in rows]), first[p], e) for p, e in each.items()}
 
 # %% ../../../nbs/pipesim/answers/04_experiment.ipynb #56f24909
 def platform_json(platform: Platform) -> str:

@@ -130,10 +130,11 @@ def _keys(self: DurationModel, df: pd.DataFrame) -> np.ndarray:
     need_columns(df, self.by)
     if not self.by: return np.full(len(df), "", object)
     texts = (df[c].astype(str).to_numpy(object) for c in self.by)
-    levels, codes = zip(*(np.unique(text, return_inverse=True) for text in texts))
-    rows, inverse = np.unique(np.stack(codes, 1), axis=0, return_inverse=True)
-    return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows],
-                    object)[inverse.ravel()]
+    codes, levels = zip(*map(pd.factorize, texts))
+    shape = [max(1, len(l)) for l in levels]
+    which, seen = pd.factorize(np.ravel_multi_index(codes, shape))
+    rows = zip(*np.unravel_index(seen, shape))
+    return np.array(["|".join(l[i] for l, i in zip(levels, r)) for r in rows], object)[which]
 
 # %% ../../../nbs/pipesim/synth/05_durations.ipynb #70db3018
 @patch
@@ -176,7 +177,7 @@ def quantile(self: DurationModel, df: pd.DataFrame, u: ArrayLike) -> np.ndarray:
     self._fitted()
     keys, x, u = self._keys(df), self._logsize(df), np.broadcast_to(np.asarray(u, float), len(df))
     out = np.empty(len(df))
-    for k in np.unique(keys):
+    for k in pd.unique(keys):
         g, rows = self.groups.get(k, self.groups[""]), np.flatnonzero(keys == k)
         where = 1 + np.searchsorted(g["edges"], x[rows], "right")
         for b in np.unique(where):

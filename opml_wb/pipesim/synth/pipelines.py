@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRUCTURES', 'FAN', 'POOLS', 'structure', 'assemble', 'parents', 'as_shares', 'link_bytes', 'duration_shares',
-           'PipelineModel']
+           'PipelineModel', 'fans']
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #0094504f
 from collections.abc import Callable, Mapping, Sequence
@@ -47,15 +47,17 @@ def assemble(names: Sequence[str],
     pipeline order.
 
     Returns (pipeline i8 [T], kind object [T], edges i8 [E, 2])."""
-    keys = pd.Series(list(zip(names, fans)))
-    shapes = {k: structure(*k) for k in keys.unique()}
-    first = np.concatenate([[0], np.cumsum([len(shapes[k][0]) for k in keys])])
+    code, known = pd.factorize(np.asarray(names, object))
+    which, seen = pd.factorize(code + len(known) * np.asarray(fans, np.int64))
+    shapes = [structure(known[k % len(known)], int(k // len(known))) for k in seen]
+    sizes = np.array([len(kinds) for kinds, _ in shapes], np.int64)[which]
+    first = np.concatenate([[0], np.cumsum(sizes)])
     kind, edges = np.empty(first[-1], object), []
-    for k, (kinds, pairs) in shapes.items():
-        at = first[np.flatnonzero(keys.map(lambda x: x == k))]
+    for k, (kinds, pairs) in enumerate(shapes):
+        at = first[np.flatnonzero(which == k)]
         for j, what in enumerate(kinds): kind[at + j] = what
         edges.append((at[:, None, None] + np.array(pairs)).reshape(-1, 2))
-    pipeline = np.repeat(np.arange(len(keys)), np.diff(first))
+    pipeline = np.repeat(np.arange(len(which)), sizes)
     return pipeline, kind, np.concatenate(edges) if edges else np.zeros((0, 2), np.int64)
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #192f31cb
@@ -227,6 +229,43 @@ def over(self: PipelineModel, horizon_s: float,
     """Make a function (users, rng) -> Workload of that horizon (s), as `capacity_plan` and
     `Experiment` take it."""
     return lambda users, rng: self.sample(horizon_s, rng, users, start)
+
+# %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #8dad89a3
+def fans(name: str) -> dict[int, float]:
+    "Return the shares of 1, 2, .. trainings side by side in a structure: {trainings: share}."
+    return dict(enumerate(FAN, 1)) if name == "build" else {1: 1.}
+
+@patch
+def _longest(self: PipelineModel, p: pd.DataFrame, fan: int, levels: np.ndarray) -> np.ndarray:
+    """Average the longest of `fan` trainings: (s, unit-s of one of them) f8 [2], over gang sizes.
+
+    p: drawn attributes [n]; levels: f8 [n], evenly spaced in 0 .. 1, in any order."""
+    out = np.zeros(2)
+    for units, share in self.units.items():
+        took = self.train.quantile(p.assign(kind="train", units=int(units)), levels ** (1 / fan))
+        out += share * took.mean() * np.array([1., int(units)])
+    return out
+
+@patch
+def demand(self: PipelineModel, n: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Compute what a pipeline asks of each pool on average: {pool: unit-seconds}.
+
+    Training times by the midpoint rule over n quantiles; assets and frameworks from n drawn
+    ones (`seed`)."""
+    *rngs, last = np.random.default_rng(seed).spawn(5)
+    p = self._fitted().frame(n, rngs)
+    levels = last.permutation((np.arange(n) + .5) / n)
+    long = {k: self._longest(p, k, levels) for k in range(1, 1 + len(FAN))}
+    share = {k: self.shares.quantile(p.assign(kind=k), last.permutation(levels)).mean()
+             for k in ("preprocess", "validate", "compress")}
+    out = dict.fromkeys(self.pools.values(), 0.)
+    for name, weight in self.structures.items():
+        for fan, part in fans(name).items():
+            for kind in structure(name, fan)[0]:
+                asked = {"train": long[1][1], "deploy": self.deploy_s}.get(kind)
+                if asked is None: asked = share[kind] * long[fan][0]
+                out[self.pools[kind]] += weight * part * float(asked)
+    return out
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #b85b51d3
 @patch

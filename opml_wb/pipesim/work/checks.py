@@ -95,7 +95,8 @@ def codes(value: ArrayLike, name: str, n: int) -> tuple[np.ndarray, tuple[str, .
         ok = np.array([isinstance(v, str) for v in raw], bool)
         need_all(ok, name, raw, "a name (str) or an index", "task")
         raw = raw.astype(str)
-    names, code = np.unique(raw, return_inverse=True)
+    import pandas as pd
+    code, names = pd.factorize(raw if raw.dtype.kind in "iu" else raw.astype(object), sort=True)
     return code.astype(np.int32).reshape(n), tuple(str(v) for v in names)
 
 # %% ../../../nbs/pipesim/work/01_checks.ipynb #b3e291ae

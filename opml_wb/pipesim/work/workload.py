@@ -38,7 +38,8 @@ def checked_edges(edges: ArrayLike | None, pipeline: np.ndarray) -> np.ndarray:
     need_all(pipeline[raw[:, 0]] == pipeline[raw[:, 1]], "edges", raw, "two tasks of one pipeline")
     acyclic = (levels(n, raw)[raw] >= 0).any(1)
     need_all(acyclic, "edges", raw, "no cycle, but it lies on one, or on the way from one")
-    return np.unique(raw.astype(np.int64), axis=0)
+    first, second = raw.astype(np.int64).T
+    return np.stack(np.divmod(np.unique(first * n + second), n), 1)
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #d5e488d7
 def window_of(arrival: np.ndarray, t0: float, end: float) -> tuple[float, float]:
