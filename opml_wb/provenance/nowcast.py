@@ -143,17 +143,16 @@ CHANGES: dict[str, Change | None] = {
 @contextlib.contextmanager
 def _file(file: Path, edit: Edit | None) -> Iterator[None]:
     "Write, change or remove (no `edit`) a file; undone afterwards, its times too."
-    before, times = file.read_bytes() if file.exists() else None, None
-    if before is not None: times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    before, found = (file.read_bytes(), file.stat()) if file.exists() else (None, None)
     try:
         file.unlink(missing_ok=True)
         if edit: file.write_bytes(edit(before or b""))
         yield
     finally:
         file.unlink(missing_ok=True)
-        if before is not None:
+        if before is not None and found:
             file.write_bytes(before)
-            os.utime(file, ns=times)
+            os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #c9924c18
 def changed(folder: str | os.PathLike, what: str) -> contextlib.AbstractContextManager:
