@@ -108,6 +108,8 @@ def test_lab_leaves_the_chapters_alone(command, home, notebook):
     assert command("lab", "riann", "--version").returncode == 0
     copy = home/"lab"/"07_riann.ipynb"
     assert copy.exists() and copy_of("riann", None) == copy
+    links = re.findall(r"\]\((guide/[\w.]+)", copy.read_text())
+    assert links and all((copy.parent/link).exists() for link in links)   # the glossary lies beside
     own = notebook("n = 1")
     assert str(copy_of(str(own), None)) == str(own)
     assert command("lab", "riann", "--edit", "--copy", home/"x", "--version").returncode == 2

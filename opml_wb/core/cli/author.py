@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COPIED', 'skeleton', 'new_place', 'check_name', 'new', 'chapter_of', 'again', 'since', 'outcome', 'rerun',
-           'copy_chapters', 'new_command', 'copy_of', 'lab_command']
+           'copy_guide', 'copy_chapters', 'new_command', 'copy_of', 'lab_command']
 
 # %% ../../../nbs/core/cli/05_author.ipynb #4eb2209c
 import hashlib, json, os, re, shutil, sys
@@ -155,20 +155,33 @@ def rerun(key: str, *, watch: Callable[[Path], None] | None = None,
 # %% ../../../nbs/core/cli/05_author.ipynb #e560fd37
 COPIED = ".copied.json"  # {file: hash of the copy as it was made}
 
+def _copy_text(of: Path, to: Path, old: str, new: str) -> None:
+    "Copy a text file, its links from folder `old` to `new`."
+    whole = of.read_text(encoding="utf-8")
+    write_text(to, whole.replace(f"]({old}/", f"]({new}/"), durable=False)
+
+def copy_guide(folder: Path) -> None:
+    "Copy the guide into `folder`/guide, so that the links of copied chapters lead somewhere."
+    (folder/"guide").mkdir(parents=True, exist_ok=True)
+    for page in sorted((folder_of("chapters").parent/"guide").glob("*.md")):
+        _copy_text(page, folder/"guide"/page.name, "../chapters", "..")
+
 def copy_chapters(folder: str | os.PathLike) -> dict[str, Path]:
-    """Copy the chapters to `folder`; returns {name: Path of the copy}, all of them.
+    """Copy the chapters to `folder`, the guide with them; returns {name: Path of the copy}, all of
+    the chapters.
 
     A copy that was worked on stays as it is; one that wasn't follows its chapter. Raises
     ChapterError when `folder` is a file."""
     folder, out = Path(folder).expanduser().absolute(), {}
     if folder.is_file(): raise ChapterError(f"--copy: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    copy_guide(folder)
     copied = read_json(folder/COPIED, {})
     for c in chapters():
         if c.name.startswith("bench/"): continue
         out[c.name] = to = folder/c.path.name
         if to.exists() and sha256(to) != copied.get(to.name): continue
-        shutil.copyfile(c.path, to)
+        _copy_text(c.path, to, "../guide", "guide")
         copied[to.name] = sha256(to)
     write_json(folder/COPIED, copied)
     return out
@@ -213,4 +226,7 @@ def lab_command(chapter: str | None, options: tuple[str, ...], folder: str | Non
     target = find(chapter).path if chapter else folder_of("chapters")
     if not edit: target = copy_of(chapter, folder)
     quiet = "--LabApp.news_url=None"  # its notice lies over the figures
-    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", quiet, str(target), *options])
+    ours = folder_of("chapters").parent
+    root = [f"--ServerApp.root_dir={ours}"] if edit and ours in target.parents else []  # its guide
+    os.execv(sys.executable, [sys.executable, "-m", "jupyterlab", quiet, *root, str(target),
+                              *options])
