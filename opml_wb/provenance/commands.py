@@ -77,7 +77,8 @@ def unseen(why: Sequence[str] | None, most: int = 5) -> list[str]:
     return lines
 
 # %% ../../nbs/provenance/05_commands.ipynb #ac7924a0
-@provenance.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@provenance.command(context_settings={"ignore_unknown_options": True,
+                                      "allow_interspersed_args": False})
 @click.option("--json", "as_json", is_flag=True,
               help="Print one JSON object; the command's own output goes to standard error.")
 @click.option("--kernel", is_flag=True,

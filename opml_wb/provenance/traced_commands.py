@@ -60,7 +60,8 @@ def show(run: str, as_json: bool = False) -> int:
     _rows("files", ((e["op"], near(e["target"] or e["path"], stage["cwd"]), e["version"])
                     for e in events), ("what", "file", "version"))
     _rows("metrics", doc.get("metrics", {}).items(), ("metric", "value"))
-    click.echo(f"ask more: opml provenance lineage {doc['key'][:10]}, opml provenance check, opml rerun")
+    click.echo(f"ask more: opml provenance lineage, opml provenance check, opml rerun; "
+               f"each with {doc['key'][:10]}")
     return 0
 
 # %% ../../nbs/provenance/06_traced_commands.ipynb #c0b7da8a

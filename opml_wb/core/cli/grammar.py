@@ -83,7 +83,8 @@ def described(entry: "EntryPoint") -> str:
 def moved(args: Sequence[str], quiet: bool = False) -> tuple[str, click.Command, list[str]] | None:
     """Find the noun of a command that is spelled as it was before: (noun, its group, arguments).
 
-    The new spelling is told on stderr, unless `quiet`; None if the first of `args` is no such command."""
+    The new spelling is told on stderr, unless `quiet`; None if the first of `args` is no such
+    command."""
     entry = plugged("moved_commands").get(args[0]) if args else None
     if entry is None: return None
     group = load(entry)

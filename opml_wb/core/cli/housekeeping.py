@@ -12,7 +12,7 @@ import click
 from . import completing
 from .grammar import Noun
 from ..show import terminal
-from ..show.tables import Column, Table, wrap
+from ..show.tables import Column, Table
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #f08cc2a8
 @click.command()
@@ -76,7 +76,7 @@ def megabytes(size: int) -> str:
     "Write bytes as MB."
     return f"{size / 1e6:.1f}" if size >= 50_000 else "<0.1"
 
-DATA = Column("name"), Column("MB", megabytes, lambda b: f"{b / 1e6:g}", right=True), Column("where")
+DATA = "name", Column("MB", megabytes, lambda b: f"{b / 1e6:g}", right=True), "where"
 FULL = "description", "licence", "source", "path"
 
 @data.command("ls")
@@ -91,7 +91,9 @@ def data_ls(long: bool, as_json: bool) -> None:
             for i, n in enumerate(FULL)]
     shown = more if long or terminal.piped() else more[:2]
     keys = "name", "bytes", "where", *(c.name for c in shown)
-    Table(*DATA, *shown, more="opml data show NAME", rows=[[r[k] for k in keys] for r in rows]).print()
+    table = Table(*DATA, *shown, more="opml data show NAME")
+    table.rows = [[r[k] for k in keys] for r in rows]
+    table.print()
     return None
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #a9e77e95
@@ -104,9 +106,7 @@ def data_show(name: str, as_json: bool) -> None:
     sha = d.entry(name)["sha256"]
     row = {**next(r for r in d.ls() if r["name"] == name), "sha256": sha}
     if as_json: return terminal.print_json(row)
-    for field, value in row.items():
-        lines = [str(value)] if terminal.piped() else wrap(str(value), terminal.console().width - 13)
-        for n, line in enumerate(lines): click.echo(f"{'' if n else field:<13}{line}")
+    for field, value in row.items(): terminal.paragraph(str(value), f"{field:<13}", " " * 13)
     return None
 
 # %% ../../../nbs/core/cli/04_housekeeping.ipynb #e84e2f7d

@@ -82,7 +82,8 @@ def reproduced(asked: "list[RunRequest]", jobs: int, say: Any) -> list[Outcome]:
 
 @click.command("reproduce")
 @click.option("--only", default="", metavar="3,7", help="These chapters: numbers or names.")
-@click.option("--preset", shell_complete=completing.preset, help="Run the chapters that have this preset with it.")
+@click.option("--preset", shell_complete=completing.preset,
+              help="Run the chapters that have this preset with it.")
 @click.option("--jobs", type=click.IntRange(1), help="Chapters at once; default: what cores and "
               "memory allow. Those that measure time run alone.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path),

@@ -104,16 +104,16 @@ def run(chapter: str, parameters: Sequence[str], given: Sequence[tuple[str, str]
 
 # %% ../../../nbs/core/cli/02_running.ipynb #06e317c5
 @click.command("rerun")
-@click.argument("key", shell_complete=completing.run_or_chapter)
+@click.argument("key", shell_complete=completing.run_key)
 @click.option("--apply", is_flag=True, help="Of a command: put what came out into its folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print `{run, since}` as JSON; of a command "
                                                       "its outputs then and now.")
 def rerun(key: str, apply: bool, as_json: bool) -> int:
     """Repeat the newest run of KEY, and say what differs from then.
 
-    A chapter is executed with its parameters and today's code and data. A command (`opml provenance trace`)
-    is executed in a view of its folder with its inputs of then; the folder itself is changed by
-    --apply alone. Exit code 0: the same came out, 1: something else, or it failed, 3: it cannot be
+    A chapter is executed with its parameters and today's code and data. A command (of
+    `opml provenance trace`) is executed in a view of its folder with its inputs of then; the
+    folder itself is changed by --apply alone. Exit code 0: the same came out, 1: something else, or it failed, 3: it cannot be
     told, 2: bad use."""
     from opml_wb.core.cli.looking import of_trace
     from opml_wb.core.record.store import Store

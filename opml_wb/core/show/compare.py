@@ -39,7 +39,7 @@ def load(names: Iterable[str | Run], home: store.Store | None = None) -> list[Ru
                                                       if not d["lost"]]
         new = next((r for r in found if r.doc["id"] not in {o.doc["id"] for o in out}), None)
         if new is None:
-            why = "each `opml provenance trace` has a key of its own" if "command" in found[0].doc else \
+            why = "each trace of a command has a key of its own" if "command" in found[0].doc else \
                 "`opml run --force` makes one"
             raise store.StoreError(f"{name!r}: no further run of that name is in the store; {why}")
         out.append(new)

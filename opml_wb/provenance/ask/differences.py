@@ -31,7 +31,7 @@ if TYPE_CHECKING: from opml_wb.core.engine.run import Plan
 
 # %% ../../../nbs/provenance/ask/06_differences.ipynb #f69d0186
 def traced(doc: Mapping[str, Any]) -> bool:
-    "True if the run document `doc` is that of a command (`opml provenance trace`), not of a chapter."
+    "True if the run document `doc` is that of a traced command, not of a chapter."
     return "command" in doc
 
 # %% ../../../nbs/provenance/ask/06_differences.ipynb #3e4aee8d

@@ -149,7 +149,8 @@ def last_successful(pipeline: str) -> dict[str, Any] | None:
     """The newest run of the latest version of `pipeline` that succeeded, or None.
 
     A dict `run, who, host, code, started`. `pipeline`: a chapter's name, or the script's of
-    `opml provenance trace`; its version is the hash of its code. Raises KeyError for an unknown one."""
+    `opml provenance trace`; its version is the hash of its code. Raises KeyError for an unknown
+    one."""
     db, name = LineageReader().db, text_of(pipeline)
     newest = db.execute(CODE, (name,)).fetchone()
     if newest is None:

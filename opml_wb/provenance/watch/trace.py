@@ -106,7 +106,8 @@ def _become(command: list[str], intake: socket.socket, folder: Path, env: dict[s
     except BaseException as e:
         missing = isinstance(e, FileNotFoundError)
         why = "command not found" if missing else getattr(e, "strerror", e)
-        os.write(2, f"opml provenance trace: {command[0]}: {why}\n".encode("utf-8", "backslashreplace"))
+        said = f"opml provenance trace: {command[0]}: {why}\n"
+        os.write(2, said.encode("utf-8", "backslashreplace"))
         os._exit(127 if missing else 126)
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #3413cfaf
@@ -124,7 +125,8 @@ def _passing_signals(pid: int) -> Iterator[None]:
         for sig, handler in before.items(): signal.signal(sig, handler)
 
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #3f4ead12
-LOST = "opml provenance trace was killed; the command went on without it, and how it ended is unknown"
+LOST = ("opml provenance trace was killed; the command went on without it, and how it ended is "
+        "unknown")
 
 def error_of(code: int | None) -> dict[str, Any] | None:
     "The error in a run's record for exit code `code` (None: nobody saw the end)."
@@ -172,7 +174,9 @@ def unwatched(command: Sequence[str], to_stderr: bool = False) -> dict[str, Any]
     "Just run `command`, unwatched; as `watch` returns it."
     began = time.monotonic()
     try: code = subprocess.call(command, stdout=2 if to_stderr else None)
-    except OSError as e: click.echo(f"opml provenance trace: {command[0]}: {e.strerror}", err=True); code = 127
+    except OSError as e:
+        click.echo(f"opml provenance trace: {command[0]}: {e.strerror}", err=True)
+        code = 127
     return _unrecorded(128 - code if code < 0 else code, began)
 
 def _complain(error: Exception) -> str:
