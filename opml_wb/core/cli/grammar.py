@@ -35,6 +35,11 @@ class Noun(click.Group):
         super().__init__(*args, **options)
         self.sections = dict(sections or {})
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        "The names of the commands, by purpose."
+        named = [n for names in self.sections.values() for n in names if n in self.commands]
+        return [*named, *sorted(set(self.commands) - set(named))]
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         "Find the command as click does; one that isn't there is answered with the nearest."
         if not args or args[0].startswith("-") or self.get_command(ctx, args[0]):

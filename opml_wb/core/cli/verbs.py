@@ -70,9 +70,15 @@ def _newer(name: str) -> bool:
 class Commands(click.Group):
     """A group of our verbs, and of the commands that other packages registered as
     `opml_wb.commands`."""
+    @property
+    def sections(self) -> dict[str, Sequence[str]]:
+        "The names of all commands by purpose, those of other packages last; nothing is imported."
+        theirs = [name for name in sorted(plugged("commands")) if name not in VERBS]
+        return {**SECTIONS, "Papers": theirs}
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         "The names of all commands; nothing is imported."
-        return [*VERBS, *(name for name in sorted(plugged("commands")) if name not in VERBS)]
+        return [name for names in self.sections.values() for name in names]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Import the command `name`: ours, else a registered one; None when there is neither.
@@ -95,24 +101,26 @@ class Commands(click.Group):
         if _newer(args[0]): hint = ": installed before it was there; `pip install -e .` adds it"
         ctx.fail(f"no command {args[0]!r}{hint}")
 
+    def told(self) -> dict[str, str]:
+        "What each command is for: {name: text}; nothing is imported."
+        found = plugged("commands")
+        return {name: VERBS[name][1] if name in VERBS else described(found[name])
+                for names in self.sections.values() for name in names}
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         "Offer the commands and what they are for; nothing is imported."
-        told = {n: text for n, (_, text) in VERBS.items()}
-        told |= {n: described(e) for n, e in plugged("commands").items() if n not in VERBS}
-        return [*completing.offered(told, incomplete),
+        return [*completing.offered(self.told(), incomplete),
                 *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write all commands on one screen, by purpose; those of other packages last.
 
         Nothing is imported: theirs are told by the docstring in their source."""
-        theirs = {name: described(e) for name, e in sorted(plugged("commands").items())
-                  if name not in VERBS}
-        told = {name: text for name, (_, text) in VERBS.items()} | theirs
+        told = self.told()
         formatter.write(f"Usage: {ctx.command_path} COMMAND [ARGUMENTS]    "
                         f"{ctx.command_path} COMMAND --help tells all of it\n")
         wide = max(map(len, told)) + 2
-        for title, names in {**SECTIONS, "Papers": tuple(theirs)}.items():
+        for title, names in self.sections.items():
             for n, name in enumerate(names):
                 start = f"{'' if n else title:<7}{name:<{wide}}"
                 lines = textwrap.wrap(told[name], max(30, formatter.width - len(start)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['module', 'docstring', 'function_of', 'definition', 'arguments', 'bound', 'directive', 'documented', 'members',
            'parameters_of', 'member', 'class_', 'patched', 'joined', 'Symbols', 'api', 'walk', 'options', 'entry',
-           'reference']
+           'by_purpose', 'reference']
 
 # %% ../../../nbs/core/site/02_api.ipynb #b8374301
 import ast, inspect, re, textwrap
@@ -253,8 +253,17 @@ def entry(name: str, command: click.Command, ctx: click.Context) -> str:
     return "\n\n".join(p for p in parts if p)
 
 # %% ../../../nbs/core/site/02_api.ipynb #293157f1
+def by_purpose(group: click.Command, name: str) -> str:
+    "Write the commands of a group (with `sections`) in a table by purpose, linked to their entries."
+    def link(verb): return f"[{verb}](#{name.replace(' ', '-')}-{verb})"
+    rows = [f"| {purpose} | {', '.join(map(link, verbs))} |"
+            for purpose, verbs in getattr(group, "sections", {}).items() if verbs]
+    return "\n".join(["| purpose | commands |", "|---|---|", *rows]) if rows else ""
+
 def reference(group: click.Command, name: str) -> str:
     "Write the page of a command line that is called `name`, in Markdown."
     _, *commands = walk(group, name)
     head = "Every command tells the same with `--help`; most answer in JSON with `--json`."
-    return "\n\n".join(["# Commands", head, *(entry(*found) for found in commands), ""])
+    parts = ["# Commands", head, by_purpose(group, name)]
+    for found in commands: parts += [entry(*found), by_purpose(found[1], found[0])]
+    return "\n\n".join([*filter(None, parts), ""])
