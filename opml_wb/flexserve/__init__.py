@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.bundle import Bundle
     from opml_wb.flexserve.model.weights import BundleError, import_torch
     from opml_wb.flexserve.model.engine import Engine, EngineError, Answer
-    from opml_wb.flexserve.model.policy import Policy, PolicyError, Verdict
+    from opml_wb.flexserve.model.answer_policy import Policy, PolicyError, Verdict
     from opml_wb.flexserve.model.evaluation import sweep, confusion, per_class, flips
     from opml_wb.flexserve.model.images import decode, Transform
     from opml_wb.flexserve.serve.client import Client
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # imported at first use
 MOVED = {  # old module: where it is now
     "images": "model.images", "weights": "model.weights", "zoo": "model.zoo",
     "bundle": "model.bundle", "ensemble": "model.ensemble", "onnx": "model.onnx",
-    "policy": "model.policy", "engine": "model.engine", "frontier": "model.evaluation",
+    "policy": "model.answer_policy", "model.policy": "model.answer_policy",
+    "engine": "model.engine", "frontier": "model.evaluation",
     "diff": "model.evaluation", "data": "model.data", "track": "tracking",
     "batching": "serve.batching", "worker": "serve.worker", "metrics": "serve.metrics",
     "pool": "serve.pool", "request": "serve.request", "openapi": "serve.openapi",

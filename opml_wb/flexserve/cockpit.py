@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core.show import ui
 from .model.engine import Engine
 from .model.evaluation import counts, sweep
-from .model.policy import Policy, Verdict
+from .model.answer_policy import Policy, Verdict
 
 if TYPE_CHECKING:
     import anywidget

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.ensemble import one_thread
     from opml_wb.flexserve.model.bundle import Bundle
     from opml_wb.flexserve.model.onnx import place, prepare
-    from opml_wb.flexserve.model.policy import PolicyError, Verdict, Policy
+    from opml_wb.flexserve.model.answer_policy import PolicyError, Verdict, Policy
     from opml_wb.flexserve.model.engine import EngineError, Answer, Engine
     from opml_wb.flexserve.model.evaluation import counts, sweep, confusion, per_class, flips
     from opml_wb.flexserve.model.data import pictures, cifar, cifar_models

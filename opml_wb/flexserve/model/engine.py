@@ -18,7 +18,7 @@ from ...core.kit.words import check_whole
 from .bundle import Bundle, BundleError
 from .images import is_picture
 from .onnx import Backend, OnnxBackend, place, prepare, softmax
-from .policy import Policy, PolicyError, Verdict, index_of
+from .answer_policy import Policy, PolicyError, Verdict, index_of
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #8332a8c8
 ENGINES = "auto", "torch", "onnx", "onnx-int8"

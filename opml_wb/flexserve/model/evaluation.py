@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from .bundle import Bundle
 from .engine import Engine
-from .policy import Policy
+from .answer_policy import Policy
 
 if TYPE_CHECKING: import pandas as pd
 

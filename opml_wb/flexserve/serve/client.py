@@ -17,7 +17,7 @@ from fastcore.basics import patch
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-    from opml_wb.flexserve.model.policy import Policy
+    from opml_wb.flexserve.model.answer_policy import Policy
 
 # %% ../../../nbs/flexserve/serve/15_client.ipynb #9fb21322
 class ServerError(RuntimeError):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..model.images import Limits, Reject, decode
-from ..model.policy import Policy
+from ..model.answer_policy import Policy
 
 if TYPE_CHECKING: from opml_wb.flexserve.model.engine import Engine
 

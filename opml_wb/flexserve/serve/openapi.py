@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..model.policy import KINDS
+from ..model.answer_policy import KINDS
 from .request import FIELDS, POLICY, TEXT
 
 # %% ../../../nbs/flexserve/serve/09_openapi.ipynb #d66af792

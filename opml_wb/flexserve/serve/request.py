@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from ..model.policy import REDUCE, Policy, PolicyError
+from ..model.answer_policy import REDUCE, Policy, PolicyError
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #77af9b0f
 class Refused(Exception):
