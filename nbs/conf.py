@@ -41,8 +41,23 @@ html_theme_options = {
 
 class Nearest(PythonDomain):
     "Types in signatures lead to the class that is meant: of several with one name, that of the nearest module."
+    narrowed = None
+
+    @property
+    def objects(self):
+        return self.data.setdefault("objects", {}) if self.narrowed is None else self.narrowed
+
     def find_obj(self, env, modname, classname, name, type, searchmode=0):
-        found = super().find_obj(env, modname, classname, name, type, searchmode)
+        # Sphinx goes through all objects for each name; those with the same last part will do
+        every, last = self.objects, name.removesuffix("()").rpartition(".")[2]
+        known = self.__dict__.setdefault("by_last", {})
+        if self.__dict__.get("counted") != len(every):
+            known.clear()
+            for whole, entry in every.items(): known.setdefault(whole.rpartition(".")[2], {})[whole] = entry
+            self.counted = len(every)
+        self.narrowed = known.get(last, {})
+        try: found = super().find_obj(env, modname, classname, name, type, searchmode)
+        finally: self.narrowed = None
         def near(match): return len(commonprefix([match[0].split("."), (modname or "").split(".")]))
         return [max(found, key=near)] if len(found) > 1 else found
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..kit.files import read_json, write_json
 from ..record import store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
 from ..show import terminal
-from .sources import DocsError, clone, sources
+from .sources import DocsError, clone, nbs, sources
+from .workshop import Kept, outline, stamp, synced, workshop
 
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
@@ -50,13 +52,15 @@ def results(found: Iterable[Chapter], run: bool = True,
 
     Raises DocsError that names the chapters that failed."""
     from opml_wb.core.engine.run import RunRequest, cached, execute
-    out: "dict[str, Run | None]" = {}
+    from opml_wb.core.request.dependencies import at_one_moment
+    def asked(c):
+        try: return RunRequest(c)
+        except ParamError: return None  # it has no defaults to run with
+    with at_one_moment(): requests = [(c, asked(c)) for c in found]
+    out: "dict[str, Run | None]" = {c.name: None for c in found}
     failed: list[str] = []
-    for c in found:
-        try: request = RunRequest(c)
-        except ParamError:
-            out[c.name] = None  # it has no defaults to run with
-            continue
+    for c, request in requests:
+        if not request: continue
         out[c.name] = done = cached(request, store.Store())
         if done:
             when = f"run {done.key[:10]}, {terminal.age(done.doc['started'])}"
@@ -99,14 +103,27 @@ def swap(site: Path, out: Path) -> None:
 # %% ../../../nbs/core/site/04_build.ipynb #0d5585d2
 LARGE = 2_000_000  # bytes
 
-def _sphinx(src: Path, site: Path, trees: Path) -> None:
-    "Draw the pages; warnings are errors."
+def _sphinx(src: Path, site: Path, trees: Path, every: bool = False) -> None:
+    "Draw the pages that changed, or every one; warnings are errors."
     from sphinx.cmd.build import build_main
-    strict = ["-q", "-W", "--keep-going", "-b", "html"]
+    strict = ["-q", "-W", "--keep-going", "-b", "html", *(["-a"] if every else [])]
     if build_main([*strict, "-d", str(trees), str(src), str(site)]):
         raise DocsError("Sphinx found the faults above; the site was left as it was")
 
 # %% ../../../nbs/core/site/04_build.ipynb #819692e2
+def _mark() -> str:
+    "Hash what each page of the site depends on: Sphinx and its settings, and how pages are made."
+    root, here = nbs(), Path(__file__).parent
+    return stamp(root/"conf.py", *here.glob("*.py"), *(here.parent/"kit").glob("*.py"))
+
+def _say_drawing(src: Path, differ: list[str], known: str | None,
+                 say: Callable[[str], None]) -> None:
+    "Tell how many pages are drawn."
+    total = sum(1 for _ in src.rglob("*.ipynb"))
+    pages = sum(p.endswith((".ipynb", ".md")) for p in differ)
+    say(f"2/3 drawing {total} notebooks" if known is None else
+        f"2/3 {pages} of {total} pages changed")
+
 def _say_large(site: Path, say: Callable[[str], None]) -> None:
     "Name the pages that are too large to load quickly."
     for p in site.rglob("*.html"):
@@ -121,6 +138,7 @@ def build(out: str | os.PathLike | None = None, *, run: bool = True,
           commands: click.Command | None = None) -> Path:
     """Make the docs site in folder `out` (default `default_out()`); returns its Path.
 
+    What the last build left in the home serves again: only what changed is made.
     `run`: execute chapters that the store doesn't know; `say`: called with each line of progress;
     `commands`: the command line whose reference is shown.
     Raises DocsError; then `out` is as before."""
@@ -130,12 +148,15 @@ def build(out: str | os.PathLike | None = None, *, run: bool = True,
     say("1/3 chapters")
     found = chapters()
     runs = results(found, run, say)
-    with tempfile.TemporaryDirectory(prefix="opml-docs-") as folder:
-        src, site = Path(folder)/"src", Path(folder)/"site"
-        src.mkdir()
-        sources(src, found, runs, commands)
-        say(f"2/3 drawing {sum(1 for _ in src.rglob('*.ipynb'))} notebooks")
-        _sphinx(src, site, Path(folder)/"trees")
+    with workshop(store.home()/"docs-work", _mark()) as work, \
+            tempfile.TemporaryDirectory(prefix="opml-docs-") as fresh:
+        src, site, known = work/"src", work/"site", read_json(work/"outline", None)
+        sources(Path(fresh), found, runs, commands, Kept(work/"api"))
+        differ = synced(Path(fresh), src)
+        listed = outline(src)
+        _say_drawing(src, differ, known, say)
+        _sphinx(src, site, work/"trees", every=known not in (None, listed))
+        write_json(work/"outline", listed)
         for name in (MARK, ".nojekyll"): (site/name).touch()
         _say_large(site, say)
         swap(site, out)

@@ -23,6 +23,7 @@ from ..kit.markup import VERDICTS, num, table, tag
 from ..kit.words import place_of
 from ..record import data, store
 from ..request.chapter import Chapter, chapters
+from ..request.dependencies import at_one_moment
 from ..request.params import ParamError
 from ..show.overview import PAPERS, cited, cover
 
@@ -46,11 +47,12 @@ def requests(found: Iterable[Chapter], preset: str | None = None) -> list[RunReq
 
     Raises ParamError when none has it; a chapter without defaults is left out."""
     out, having = [], 0
-    for c in found:
-        has = preset is not None and preset in (c.meta.get("presets") or {})
-        having += has
-        try: out.append(RunRequest(c, preset=preset if has else None))
-        except ParamError: continue
+    with at_one_moment():
+        for c in found:
+            has = preset is not None and preset in (c.meta.get("presets") or {})
+            having += has
+            try: out.append(RunRequest(c, preset=preset if has else None))
+            except ParamError: continue
     if preset and not having: raise ParamError(f"no chapter here has a preset {preset!r}")
     return out
 

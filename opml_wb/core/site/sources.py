@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..kit.files import hash_json, sha256
 from ..request.chapter import Chapter, folder_of, read, text
 from .api import api, module, reference
 from ..show.overview import paper_of
 from .guide import contents, guide_files, write_guide, write_page
 from .pages import code, merged, notebook, page, prose
 from .recorded import page_of, recorded, source
+from .workshop import Kept
 
 if TYPE_CHECKING:
     from opml_wb.core.engine.run import Run
@@ -114,17 +116,18 @@ def with_record(nb: dict, told: Mapping | None) -> dict:
 
 # %% ../../../nbs/core/site/03_sources.ipynb #1368b9fc
 def _chapter_pages(src: Path, found: Iterable[Chapter], runs: "Mapping[str, Run | None]",
-                   pages: Mapping[str, str],
-                   places: Mapping[str, str]) -> None:
-    "Write the page of each chapter and the notebook to download."
+                   pages: Mapping[str, str], places: Mapping[str, str], kept: Kept) -> None:
+    "Write the page of each chapter, anew if its run is another, and the notebook to download."
     (src/"notebooks").mkdir(exist_ok=True)
     for c in found:
-        done = runs[c.name]
-        nb = merged(c.nb, read(done.notebook)) if done else with_record(c.nb, recorded(c))
+        done, record, where = runs[c.name], recorded(c), places[c.name]
+        line = bar(c, done, record)
+        def made(c=c, done=done, record=record, where=where, line=line):
+            nb = merged(c.nb, read(done.notebook)) if done else with_record(c.nb, record)
+            return page(nb, where, pages, line, HINT % c.name, PLAYED % c.name)
+        ran = sha256(done.notebook) if done else record
         shutil.copyfile(c.path, src/"notebooks"/_file(c))
-        write_page(src/f"{place(c)}.ipynb",
-               page(nb, places[c.name], pages, bar(c, done, recorded(c)), HINT % c.name,
-                    PLAYED % c.name))
+        write_page(src/f"{place(c)}.ipynb", kept.get([ran, c.nb, line, where, pages], made))
 
 # %% ../../../nbs/core/site/03_sources.ipynb #abc3c51d
 def about(nb: dict) -> str:
@@ -253,29 +256,33 @@ def page_names(root: Path, found: Iterable[Chapter], ours: Modules) -> dict[str,
                for w, (name, _) in ours.items()}}
 
 # %% ../../../nbs/core/site/03_sources.ipynb #95ae46dd
-def _api_pages(src: Path, ours: Modules, pages: Mapping[str, str]) -> None:
-    "Write the page of each module. Raises DocsError that names the module that cannot be imported."
+def _api_pages(src: Path, ours: Modules, pages: Mapping[str, str], kept: Kept) -> None:
+    """Write the page of each module, anew after any change of the package.
+
+    Raises DocsError that names the module that cannot be imported."""
+    package = Path(__file__).parents[2]
+    state = hash_json([pages, [sha256(p) for p in sorted(package.rglob("*.py"))]])
     for where, (name, nb) in ours.items():
-        try: write_page(src/f"{pages[where]}.ipynb", api(nb, where, pages, f"nbs/{where}"))
+        def made(nb=nb, where=where): return api(nb, where, pages, f"nbs/{where}")
+        try: write_page(src/f"{pages[where]}.ipynb", kept.get([state, where, nb], made))
         except ImportError as e:
             raise DocsError(f"{name} cannot be imported, so it has no page: {e}") from e
 
 # %% ../../../nbs/core/site/03_sources.ipynb #5156df8d
 def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]",
-            commands: click.Command | None = None) -> None:
+            commands: click.Command | None, kept: Kept) -> None:
     """Lay out in folder `src` all that Sphinx needs.
 
     `runs`: the run of each chapter, as `results` gives them; `commands`: the command line `opml`,
-    for its reference."""
+    for its reference; `kept`: pages that an earlier build made."""
     root = nbs()
     shutil.copytree(root/"_static", src/"_static")
     assets(src/"_static")
     shutil.copyfile(root/"conf.py", src/"conf.py")
-    (src/"extra").mkdir()
     ours = modules(root)
     pages = page_names(root, found, ours)
-    _api_pages(src, ours, pages)
-    _chapter_pages(src, found, runs, pages, {c.name: _where(c.path, root) for c in found})
+    _api_pages(src, ours, pages, kept)
+    _chapter_pages(src, found, runs, pages, {c.name: _where(c.path, root) for c in found}, kept)
     write_guide(src, root, pages)
     benches = [c for c in found if place(c).startswith("bench/")]
     write_page(src/"chapters/index.md", chapter_list([c for c in found if c not in benches]))
@@ -287,3 +294,4 @@ def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]",
         write_page(src/"commands.md", reference(commands, "opml"))
         trees.insert(-1, "commands")
     write_page(src/"index.ipynb", _home(read(root/"index.ipynb"), found, pages, trees))
+    kept.tidy()
