@@ -765,3 +765,19 @@ def test_stock_papermill_reads_the_chapters_parameters(caplog):
     from conftest import ROOT
     found = pm.inspect_notebook(str(ROOT/"nbs"/"chapters"/"03_eligibility.ipynb"))
     assert found["state"]["default"] == '"state,Active"' and "Unable to parse" not in caplog.text
+
+
+@pytest.mark.slow
+def test_the_chapter_runs_on_a_file_of_ones_own(tmp_path):
+    "Key and order of rows are named, the rest is guessed; a column that isn't there is refused by its name before anything is trained."
+    import os
+    import subprocess
+    simulate(600, seed=4).df.to_csv(tmp_path/"tickets.csv", index=False)
+    names = ["case=number", "order=updated_at", "label=close_code", "state=state,Active", "pair=assigned_to,priority", "runs=2"]
+    def run(*words):
+        return subprocess.run(["opml", "run", "eligibility", f"dataset={tmp_path/'tickets.csv'}", *words], capture_output=True, text=True,
+                              env=os.environ | {"OPML_HOME": str(tmp_path/"home")})
+    done = run(*names)
+    assert done.returncode == 0 and "eligible_accuracy" in done.stdout, done.stdout + done.stderr
+    wrong = run("case=numbr", *names[1:])
+    assert wrong.returncode and "did you mean 'number'" in wrong.stdout + wrong.stderr
