@@ -77,8 +77,8 @@ def vintage_figure(store: "FeatureStore", series: str) -> "Figure":
 # %% ../../nbs/provenance/07_plots.ipynb #bb6029b0
 def show_known(fig: "Figure", store: "FeatureStore", series: str, known_at: "pd.Timestamp",
                months: int = 24, table: str = "series") -> str:
-    """Draw `months` dates of `series` as known at `known_at` and now: the last that were known then,
-    and a few more; returns the differences in words."""
+    """Draw `months` dates of `series` as known at `known_at` and now: the last ones known then, and
+    a few more; returns the differences in words."""
     every = pd.Timestamp("1900-01-01", tz="UTC"), pd.Timestamp("2100-01-01", tz="UTC")
     states = (store.range(table, "value", *every, known_at=k) for k in (None, known_at))
     now, then = (s[s.series == series].set_index("date").value for s in states)
