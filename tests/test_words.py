@@ -86,7 +86,7 @@ def typed(path: Path) -> list[tuple[str, bool]]:
     "The command lines of a page, and whether each is set as code in its prose: else it is a line of a shell block."
     lines = [line for _, block in blocks(path, "sh") for line in block.splitlines()]
     whole = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
-    spans = [s for s in re.findall(r"`(opml [^`\n]+)`", whole) if not re.search(r"\.\.\.| \| |VERB", s)]
+    spans = [s for s in re.findall(r"`(opml [^`\n]+)`", whole) if not re.search(r"\.\.\.| \| |VERB|<TAB>", s)]
     return [(line, False) for line in lines if line.strip() and not line.startswith("#")] + [(s, True) for s in spans]
 
 
@@ -111,14 +111,16 @@ def check_call(args: list[str], mentioned: bool = False) -> None:
     """Raise unless `opml ARGS` names a command, its options and arguments, and a chapter's own parameters and presets.
 
     `mentioned`: the words may be a command's name only."""
+    from opml_wb.core.cli.grammar import moved
     from opml_wb.core.cli.verbs import cli
     command, ctx, name = cli, click.Context(cli, info_name="opml"), "opml"
     while isinstance(command, click.Group) and args and not args[0].startswith("-"):
         found = command.get_command(ctx, args[0])
+        if found is None and mentioned and moved(args): return  # told as an old spelling
         assert found is not None, f"no command {name} {args[0]}"
         command, name, args = found, f"{name} {args[0]}", args[1:]
         ctx = click.Context(command, info_name=name, parent=ctx)
-    if {"--help", "-h", "--version"} & set(args) or mentioned and not args: return
+    if {"--help", "-h", "--version"} & set(args) or (mentioned or name == "opml") and not args: return
     assert not isinstance(command, click.Group), f"{name}: no command"
     given, rest, _ = command.make_parser(ctx).parse_args(list(args))
     assert not rest, f"{name}: {rest} is too much"
