@@ -31,11 +31,13 @@ pre { overflow-x: auto; font-size: 13px; line-height: 1.45 }
 img { max-width: 100%; height: auto }
 .output_html, .jp-RenderedHTMLCommon { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88em }
-th, td { text-align: left; padding: .25em 1em .25em 0; border-bottom: 1px solid var(--opml-line) }
+th, td { text-align: left; padding: .25em 1em .25em 0; border: 0;
+  border-bottom: 1px solid var(--opml-line) }
 td.n { text-align: right; font-variant-numeric: tabular-nums }
 .opml-play { display: flex; flex-wrap: wrap; gap: .3em 1.6em; align-items: center; font-size: .9em }
 .opml-play label { display: flex; gap: .5em } .opml-play :is(.opml-note, small) { flex-basis: 100% }
-table { display: block; max-width: 100%; overflow-x: auto } :is(p, li, td) { overflow-wrap: anywhere }
+table { display: block; max-width: 100%; overflow-x: auto; border: 0 }
+:is(p, li) { overflow-wrap: anywhere }
 .opml-fig > img { mix-blend-mode: multiply }
 @media (prefers-color-scheme: dark) {
   .opml-fig > img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen } }
