@@ -263,7 +263,8 @@ def _code(cell: dict, models: Mapping[str, Any]) -> dict | None:
 def _plain(words: str) -> str: return re.sub(r"([\\`*_<>$\[\]{}|~^#])", r"\\\1", words)
 def _quoted(words: str) -> str:
     "`words` as code; every reader of Markdown tables takes the entity, few an escaped bar."
-    return f"<code>{escape(words).replace('|', '&#124;')}</code>" if words else ""
+    if "|" in words: return f"<code>{escape(words).replace('|', '&#124;')}</code>"
+    return f"`{words}`" if words else ""
 
 # %% ../../../nbs/core/site/01_pages.ipynb #69d8320e
 def _row(r: Mapping[str, Any]) -> str:
