@@ -260,7 +260,12 @@ def _code(cell: dict, models: Mapping[str, Any]) -> dict | None:
     return code(source, outs, cell.get("execution_count"), **{**meta, "tags": marks})
 
 # %% ../../../nbs/core/site/01_pages.ipynb #1f62c9a9
-def _plain(words: str) -> str: return re.sub(r"([\\`*_<>$\[\]{}|~^#])", r"\\\1", words)
+def _plain(words: str) -> str:
+    "`words` as Markdown that shows them as they are, but what stands between backticks as code."
+    parts = words.split("`") if words.count("`") % 2 == 0 else [words]
+    return "".join(_quoted(p) if i % 2 else re.sub(r"([\\`*_<>$\[\]{}|~^#])", r"\\\1", p)
+                   for i, p in enumerate(parts))
+
 def _quoted(words: str) -> str:
     "`words` as code; every reader of Markdown tables takes the entity, few an escaped bar."
     if "|" in words: return f"<code>{escape(words).replace('|', '&#124;')}</code>"
