@@ -251,7 +251,8 @@ def _heatmap(panel, t, x, y, colour):
     panel.ax.grid(False)
     if t.get("showscale", True): _scale(panel.ax, mesh, t.get("colorbar") or {})
     if t.get("texttemplate"):
-        _cell_texts(panel.ax, mesh, array(t.get("text")) or z.tolist(), x, y, z)
+        colour = (t.get("textfont") or {}).get("color")
+        _cell_texts(panel.ax, mesh, array(t.get("text")) or z.tolist(), x, y, z, colour)
 
 def _scale(ax, mesh, settings):
     bar = ax.figure.colorbar(mesh, ax=ax, pad=.02, fraction=.05)
@@ -260,13 +261,13 @@ def _scale(ax, mesh, settings):
     if at := array(settings.get("tickvals")):
         bar.set_ticks(at, labels=[plain(s) for s in array(settings.get("ticktext")) or at])
 
-def _cell_texts(ax, mesh, rows, x, y, z):
+def _cell_texts(ax, mesh, rows, x, y, z, colour=None):
     for i, row in enumerate(rows):
         for j, said in enumerate(array(row)):
             if said in ("", None): continue
             dark = np.mean(mesh.cmap(mesh.norm(z[i, j]))[:3]) < .55
             ax.text(x[j], y[i], plain(said), ha="center", va="center", fontsize=9,
-                    color="white" if dark else "black")
+                    color=colour or ("white" if dark else "black"))
 
 # %% ../../../nbs/core/kit/09_picture_traces.ipynb #c5d75216
 DRAW = {"scatter": _scatter, "scattergl": _scatter, "bar": _bar, "histogram": _histogram,
