@@ -214,7 +214,7 @@ def _candidates(grid, least, most_query_s, index):
 def best_fixed(data: Data, sizes: Sequence[int], grid: "pd.DataFrame", k: int = 10,
                repeats: int = 5, finalists: int = 5,
                lost: float = .002, slower: float = 1.1, usual: Arm = DEFAULT,
-               index: type = DynamicHNSW) -> Arm:
+               index: type = DynamicHNSW, nearest: bool = False) -> Arm:
     """Find the optimum: of the fixed properties of a grid, the one that indexes fastest and keeps
     the default's recall and query time.
 
@@ -224,13 +224,14 @@ def best_fixed(data: Data, sizes: Sequence[int], grid: "pd.DataFrame", k: int = 
     measured
     again, beside the default. lost: recall that may be lost against it. slower: query time over its
     own. repeats: rounds of queries, and streams, of which medians are taken. index: class of the
-    index, as for the grid. Errors: ValueError if no property keeps both.
-    Source: paper, section 3, "optimal HNSW"."""
+    index, as for the grid. nearest: where no property keeps both, take what comes nearest.
+    Errors: ValueError if no property keeps both. Source: paper, section 3, "optimal HNSW"."""
     base, query = stream_checked(*data, sizes, [usual], repeats)
     streams = {seed: shuffled(base, sizes, seed) for seed in grid.seed.unique().tolist()}
     plain = {seed: _filled([usual], x, seed)[0] for seed, x in streams.items()}
     least = np.median([recall(plain[seed].search(query, k)[0], ground_truth(x, query, k)[0])
                        for seed, x in streams.items()]) - lost
+    if nearest: least = min(least, grid.groupby(["deg", "cand", "ef"]).recall.median().max())
     asked = np.median([_asked([one], query, k, 1) for one in plain.values()]) / len(query)
     good = _candidates(grid, least, 1.3 * slower * asked, index)
     for i in range(0, len(good), finalists):
@@ -240,6 +241,8 @@ def best_fixed(data: Data, sizes: Sequence[int], grid: "pd.DataFrame", k: int = 
         over = np.median([s / s[0] for s in spent], 0)[1:]
         if arms := [a for a, q in zip(arms, over) if q <= slower]: break
     else:
+        arms = sorted(good, key=lambda a: a.ef)[:nearest]
+    if not arms:
         raise ValueError(
             f"no property of the {len(good)} fastest with recall {least:.4f} answers in {slower:g} "
             "times the default's time")
