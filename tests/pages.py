@@ -11,7 +11,8 @@ from figures import browser_of, open_page, ready
 
 WIDE, PHONE = {"width": 1280, "height": 1000}, {"width": 390, "height": 844}
 # thousands of coloured words of code take axe most of its time: one of each kind is measured by CODE instead
-AXE = """async () => (await axe.run({exclude: ['.highlight pre', '.main-svg']}, {resultTypes: ['violations']})).violations
+AXE = """async only => (await axe.run({exclude: ['.highlight pre', '.main-svg']},
+    {resultTypes: ['violations'], ...only && {runOnly: ['color-contrast']}})).violations
   .filter(v => ['serious', 'critical'].includes(v.impact))
   .flatMap(v => v.nodes.slice(0, 3).map(n => `${v.id}: ${n.target.join(' ')}: ${n.failureSummary.split('\\n').slice(1, 2).join(' ').trim().slice(0, 160)}`))"""
 CODE = """() => {
@@ -48,10 +49,10 @@ def axe_source():
     return (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 
 
-def serious(page, source):
+def serious(page, source, contrast_only=False):
     "List what axe finds on the open page that is serious or critical, and code that can hardly be read."
     page.evaluate(source)
-    return [*page.evaluate(AXE), *page.evaluate(CODE)]
+    return [*page.evaluate(AXE, contrast_only), *page.evaluate(CODE)]
 
 
 def off_screen(page): return page.evaluate(OFF)
@@ -87,7 +88,7 @@ def transferred(context, address, act=None):
 
 def pages_of(folder, parts=()):
     "The pages of a built site, other than those of Sphinx's own files."
-    found = sorted(p for p in Path(folder).rglob("*.html") if "_static" not in p.parts)
+    found = sorted(p for p in Path(folder).rglob("*.html") if "_static" not in p.parts and "http-equiv=\"refresh" not in p.read_text())
     return [p for p in found if not parts or any(part in p.relative_to(folder).as_posix() for part in parts)]
 
 

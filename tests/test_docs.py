@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import house
+import pages
 import pytest
 from conftest import ROOT
 from figures import ready
@@ -231,6 +232,67 @@ def test_controls_answer_without_a_kernel(site, build, web, page):
             assert len(states) > 1, f"{p.name}: nothing answers the controls of figure {i}"
             moved += 1
     assert moved >= 5 and page.faults == []
+
+
+def looked_at(site):
+    "Every page but those of the modules and benches, which are made alike: of them every fifteenth."
+    def alike(p): return p.relative_to(site).parts[0] in ("api", "bench") and p.name != "index.html"
+    found = pages.pages_of(site)
+    return [*(p for p in found if not alike(p)), *[p for p in found if alike(p)][::15]]
+
+
+@browser_only
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_readers_with_any_eyes_and_hands_can_use_the_pages(site, web, browser, theme):
+    "axe finds nothing serious: names of controls, alternatives to pictures, landmarks, contrast of words and of code."
+    context = browser.new_context(viewport=pages.WIDE, color_scheme=theme)
+    source, found = pages.axe_source(), {}
+    for p in looked_at(site):
+        page = pages.open_page(context, f"{web}/{p.relative_to(site)}")
+        page.set_default_timeout(300_000)
+        if "opml.js" in p.read_text(): page.wait_for_selector("html[data-opml]", state="attached")
+        if lines := pages.serious(page, source, contrast_only=theme == "dark"): found[str(p.relative_to(site))] = lines
+        page.close()
+    context.close()
+    assert not found
+
+
+@browser_only
+def test_a_phone_shows_everything(site, web, browser):
+    "At 390 px only code, tables and formulas are wider than the screen, each in a box that scrolls."
+    context = browser.new_context(viewport=pages.PHONE)
+    found = {}
+    for p in looked_at(site):
+        page = pages.open_page(context, f"{web}/{p.relative_to(site)}")
+        page.set_default_timeout(300_000)
+        lines = pages.off_screen(page)
+        if 'class="opml-fig"' in p.read_text():
+            drawn(page)
+            lines += pages.off_screen(page)
+        if lines: found[str(p.relative_to(site))] = lines
+        page.close()
+    context.close()
+    assert not found
+
+
+@browser_only
+def test_a_page_costs_its_reader_little(site, browser):
+    "Bytes on the wire with an empty cache, packed as hosts do: a chapter read to its end, and once a figure is touched."
+    context = browser.new_context(viewport=pages.WIDE)
+    def read(page): page.evaluate("() => { for (const e of document.querySelectorAll('h2, .opml-fig')) e.scrollIntoView() }")
+    def touch(page):
+        read(page)
+        page.locator(".opml-fig").first.hover()
+        page.wait_for_selector(".opml-fig .main-svg")
+    chapters = [p for p in sorted((site/"chapters").glob("*.html")) if 'class="opml-fig"' in p.read_text()]
+    assert len(chapters) >= 5
+    with pages.served(site) as address:
+        for p in [*chapters, site/"index.html", site/"commands.html"]:
+            cost, parts = pages.transferred(context, f"{address}/{p.relative_to(site)}", read)
+            assert 20_000 < cost < 2_000_000 and not any("plotly" in name for name in parts), (p.name, cost, parts)
+        cost, parts = pages.transferred(context, f"{address}/{chapters[0].relative_to(site)}", touch)
+        assert 1_000_000 < next(n for name, n in parts.items() if "plotly.min.js" in name) < 1_700_000 and cost < 3_500_000, (cost, parts)
+    context.close()
 
 
 SET = """(e, to) => { const last = e.max || e.length - 1

@@ -30,11 +30,41 @@ function plotly() {
     await loaded
   })()
 }
+/* a colour of the house style, moved towards the page's text, so that words in it can be read, too */
+function readable(colour) {
+  const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true})
+  const rgb = c => { pen.fillStyle = c; pen.fillRect(0, 0, 1, 1); return [...pen.getImageData(0, 0, 1, 1).data] }
+  const text = rgb(getComputedStyle(document.body).color)
+  return `rgb(${rgb(colour).slice(0, 3).map((v, i) => Math.round(.7 * v + .3 * text[i])).join()})`
+}
+const inked = layout => ({font: {...layout?.font, color: soft()}, ...layout?.annotations && {annotations: layout.annotations.map(note =>
+  note.font?.color ? {...note, font: {...note.font, color: readable(note.font.color)}} : note)}})
+/* on a narrow screen titles take more lines, and the legend has a line for each series */
+function fitted(box, {data, layout}) {
+  const wide = box.clientWidth
+  if (!wide || wide >= 600) return layout
+  const broken = (text, px) => { const lines = [""]
+    for (const word of (text ?? "").replace(/<br>/g, " ").split(" ")) {
+      if (lines.at(-1) && (lines.at(-1).length + word.length) * 8.2 > px) lines.push("")
+      lines.push(`${lines.pop()} ${word}`.trim()) }
+    return lines }
+  const fit = {...layout}, head = broken(layout?.title?.text, wide - 60)
+  if (layout?.title?.text) fit.title = {...layout.title, text: head.join("<br>"), pad: {t: head.length > 1 ? 22 : 8}}
+  for (const name of Object.keys(layout ?? {}).filter(k => /^[xy]axis\d*$/.test(k) && layout[k].title?.text)) {
+    const [low, high] = layout[name].domain ?? [0, 1], room = name[0] === "x" ? wide - 80 : box.clientHeight - 110
+    fit[name] = {...layout[name], title: {...layout[name].title, text: broken(layout[name].title.text, room * (high - low)).join("<br>")}}
+  }
+  const series = layout?.showlegend === false ? 0 : new Set(data.filter(t => t.name && t.showlegend !== false).map(t => t.name)).size
+  const more = 19 * (head.length - 1 + Math.max(0, series - 1)), t = layout?.margin?.t ?? layout?.template?.layout?.margin?.t ?? 100
+  return {...fit, margin: {...layout?.margin, t: t + more}, height: box.clientHeight + more}
+}
 function draw(box, figure) {
-  const layout = {...figure.layout, font: {...figure.layout?.font, color: soft()}}
+  const layout = {...fitted(box, figure), ...inked(figure.layout)}
+  if (box.clientWidth < 600) box.style.height = `${layout.height ?? box.clientHeight}px`
+  box.opmlLayout = figure.layout
   return Plotly.newPlot(box, figure.data, layout, {responsive: true, displaylogo: false, ...figure.config})
 }
-const recoloured = () => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, {"font.color": soft()}))
+const recoloured = () => document.querySelectorAll(".js-plotly-plot").forEach(box => Plotly.relayout(box, inked(box.opmlLayout)))
 new MutationObserver(recoloured).observe(document.documentElement, {attributeFilter: ["data-theme"]})
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recoloured)
 
@@ -84,7 +114,10 @@ async function playable(form, figure, drawn) {
     note.textContent = asked()[0]
     const box = await drawn()
     const fig = changed(figure, asked()[1])
-    return Plotly.react(box, fig.data, {...fig.layout, template: figure.layout.template, font: {...fig.layout.font, color: soft()}})
+    box.opmlLayout = fig.layout
+    const layout = {...fig.layout, template: figure.layout.template}
+    const fit = fitted({clientWidth: box.clientWidth, clientHeight: +box.dataset.height}, {data: fig.data, layout})
+    return Plotly.react(box, fig.data, {...fit, ...inked(layout)})
   }
   parts.forEach((p, i) => p.shown.addEventListener("input", () => {
     if (!together) parts.forEach((q, j) => j !== i && q.set(homes[j]))

@@ -22,7 +22,8 @@ from .sources import DocsError, nbs
 # %% ../../../nbs/core/site/05_one_page.ipynb #cffbc6c8
 STYLE = """
 :root { color-scheme: light dark; --pst-color-text-muted: light-dark(#57606a, #9aa4ae);
-  --opml-line: rgba(128, 128, 128, .35); --pst-color-surface: light-dark(#f6f8fa, #1c2128) }
+  --jp-content-font-color2: var(--pst-color-text-muted); --opml-line: rgba(128, 128, 128, .35);
+  --pst-color-surface: light-dark(#f6f8fa, #1c2128) }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1.5rem;
   background: light-dark(#fff, #111418); color: light-dark(#1f2328, #d6dde4) }
 pre { overflow-x: auto; font-size: 13px; line-height: 1.45 }
@@ -41,7 +42,9 @@ table { display: block; max-width: 100%; overflow-x: auto; border: 0 }
 .opml-fig > img { mix-blend-mode: multiply }
 @media (prefers-color-scheme: dark) {
   .opml-fig > img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen } }
+@page { margin: 14mm }
 @media print { .opml-play { display: none } pre { white-space: pre-wrap }
+  body { max-width: none; padding: 0; font-size: 11pt } table { display: table; font-size: .75em }
   :root { color-scheme: light } .opml-fig > img { filter: none; mix-blend-mode: normal }
   .opml-fig, img, tr { break-inside: avoid } :is(h1, h2, h3) { break-after: avoid } }
 """

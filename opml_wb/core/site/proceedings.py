@@ -196,7 +196,10 @@ def _section(o: Outcome) -> str:
             f"{f'<ul>{changes}</ul>' if changes else ''}{_claims(o.claims)}"
             f"{_figure(o.doc.get('notebook'))}{_sources(o.doc)}{fold if env else ''}</section>")
 
-MUTED = ".m { color: var(--pst-color-text-muted) }"
+MUTED = """.m { color: var(--pst-color-text-muted) }
+section > img { max-height: 24rem }
+@media print { section > img { max-height: 9cm } details { display: none }
+  section > :is(h2, h2 + p, h2 + p + p) { break-after: avoid } a { color: inherit } }"""
 
 def summary(outcomes: Iterable[Outcome]) -> str:
     "Count all verdicts in a line of text."
