@@ -226,3 +226,14 @@ def test_the_servers_page_is_answered(tmp_path):
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(60)
+
+
+def test_each_chapter_cites_the_papers_page():
+    "The citation of each of our chapters links the address that `PAPERS` has; the figure that stands for it is one of its cells."
+    from opml_wb.core.show.overview import PAPERS
+    papers = {p.package: p for p in PAPERS}
+    for path in CHAPTERS:
+        nb = json.loads(path.read_text("utf-8"))
+        assert papers[path.stem.partition("_")[2]].url in "".join(nb["cells"][0]["source"]), path.stem
+        cover = nb["metadata"]["opml"].get("cover")
+        assert cover is None or cover in {c["id"] for c in nb["cells"] if c["cell_type"] == "code"}, path.stem
