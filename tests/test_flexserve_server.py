@@ -7,6 +7,7 @@ import json
 import os
 import random
 import select
+import shlex
 import signal
 import socket
 import struct
@@ -708,3 +709,50 @@ def test_ray_serve_gives_the_same_answers(place, right):
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+# ------------------------------------------------------------------ the shortest way in
+
+@contextmanager
+def demonstration(opml, *words):
+    "(process, url, words of its curl, what it said before) of `opml flexserve demo`, once it serves."
+    process = opml("flexserve", "demo", *words, start=True)
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("curl "): break
+        curl = shlex.split(said[-1]) if said else []
+        yield process, curl[-1].removesuffix("/v1/predict") if curl else None, curl, "".join(said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_demonstration_answers_and_leaves_others_alone(opml, home, tmp_path):
+    (tmp_path / "weights").write_bytes(b"mine")
+    store = ModelStore(home / "models")
+    for name in "mine", "other": store.promote(name, store.publish(name, tmp_path / "weights"))
+    before = {name: store.history(name).to_dict("records") for name in store.names()}
+    refused = opml("flexserve", "demo", "--name", "mine")
+    assert refused.returncode == 2 and "'mine' is a model of yours, which stays as it is" in refused.stderr
+    with demonstration(opml) as (process, url, curl, said):
+        assert "published  flexserve-demo version 1" in said and "no other model is touched" in said, said
+        fields = dict(w.split("=", 1) for w in curl if "=" in w)
+        picture = fields["file"].removeprefix("@")
+        answer = Client(url).batch([open(picture, "rb").read()], policy={"kind": fields["policy"], "target": fields["target"]})
+        assert answer.policy["result"] == [True] and 0 < sum(c == ["8"] for c in answer.models.values()) < 3
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().endswith("stopped\n") and process.wait(60) == 0 and not os.path.exists(os.path.dirname(picture))
+    with demonstration(opml, "--port", "0") as (process, url, curl, said):
+        assert "training" not in said and "version 1" in said and url.startswith("http://127.0.0.1:")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert {name: store.history(name).to_dict("records") for name in before} == before
+    assert set(store.names()) == {"mine", "other", "flexserve-demo"}
+
+    rows = json.loads(opml("flexserve", "ls", "--json").stdout)
+    assert [(r["name"], r["serves"], r["versions"]) for r in rows] == [("flexserve-demo", 1, 1), ("mine", 1, 1), ("other", 1, 1)]
+    store.publish("mine", tmp_path / "weights", metrics={"accuracy": .5}); store.pin("mine", 1)
+    one, two = (line.split("\t") for line in opml("flexserve", "versions", "mine").stdout.splitlines()[1:])
+    assert one[0] == "1" and one[2] == "served, pinned" and two[0] == "2" and two[2] == "" and two[4] == '{"accuracy": 0.5}'
