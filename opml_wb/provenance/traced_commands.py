@@ -30,7 +30,9 @@ def _line(title: str, text: Any) -> None:
 def _rows(title: str, rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> None:
     "Print a table, if it has rows."
     from opml_wb.core.show.tables import Column, Table
-    def short(value): return "" if value is None else str(shorten(value))
+    def short(value):
+        if isinstance(value, str) and " " in value: return value  # its words are wrapped
+        return "" if value is None else str(shorten(value))
     table = Table(*(Column(c, short) for c in columns), title=title, rows=rows)
     if table.rows: table.print()
 
@@ -60,8 +62,9 @@ def show(run: str, as_json: bool = False) -> int:
     _rows("files", ((e["op"], near(e["target"] or e["path"], stage["cwd"]), e["version"])
                     for e in events), ("what", "file", "version"))
     _rows("metrics", doc.get("metrics", {}).items(), ("metric", "value"))
-    click.echo(f"ask more: opml provenance lineage, opml provenance check, opml rerun; "
-               f"each with {doc['key'][:10]}")
+    key = doc["key"][:10]
+    _line("ask more", f"opml provenance lineage {key}, opml provenance check {key}, "
+                      f"opml rerun {key}")
     return 0
 
 # %% ../../nbs/provenance/06_traced_commands.ipynb #c0b7da8a

@@ -158,7 +158,8 @@ def show_sweep(done: "Sweep") -> None:
     out.print(f"\n{title}  {counts or 'nothing'} of {done.n}, {done.executed} executed now")
     keys = [r.key[:10] for r in board.ranked(done)]
     for (names, lines, more), last in (board.rows(done), keys), (board.failures(done), None):
-        columns = [Column(n, board.shown, right=n not in ("status", "why")) for n in names]
+        figures = [all(isinstance(v, (int, float, type(None))) for v in vs) for vs in zip(*lines)]
+        columns = [Column(n, board.shown, right=r) for n, r in zip(names, figures)]
         if lines:
             out.print()
             Table(*columns, *(["key"] if last else []), rows=[

@@ -7,7 +7,7 @@ __all__ = ['HERE', 'VERBS', 'SECTIONS', 'COMPLETION', 'SETTINGS', 'NOWHERE', 'as
            'main']
 
 # %% ../../../nbs/core/cli/01_verbs.ipynb #a97d4a8a
-import os, sys, textwrap, warnings
+import os, shutil, sys, textwrap, warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -148,6 +148,13 @@ def _told(error: BaseException) -> str:
     return error.format_message() if isinstance(error, click.ClickException) else str(error)
 
 # %% ../../../nbs/core/cli/01_verbs.ipynb #7788d892
+def _folded(text: str, before: str = "") -> str:
+    "A message wrapped at words where stderr is a terminal; `before`: what stands before it."
+    if not sys.stderr.isatty(): return text
+    wide = shutil.get_terminal_size().columns - len(before)
+    return "\n".join("\n".join(textwrap.wrap(line, wide, break_on_hyphens=False,
+                                             break_long_words=False)) for line in text.split("\n"))
+
 def refuse(error: Exception, argv: Sequence[str]) -> int:
     "Tell of bad use: on stderr, with `--json` as an object on stdout; returns the exit code 2."
     if "--json" in argv:
@@ -156,8 +163,10 @@ def refuse(error: Exception, argv: Sequence[str]) -> int:
             "kind": "parameter" if kind == "ParamError" else "usage", "ename": kind,
             "evalue": _told(error), "param": param if isinstance(param, str) else None,
             **NOWHERE, "cell": getattr(error, "cell", None), "exitcode": 2}})
-    elif isinstance(error, click.ClickException): error.show()
-    else: click.echo(f"opml: {error}", err=True)
+    elif isinstance(error, click.ClickException):
+        error.message = _folded(error.message, "Error: ")
+        error.show()
+    else: click.echo(_folded(f"opml: {error}"), err=True)
     return 2
 
 # %% ../../../nbs/core/cli/01_verbs.ipynb #95d939a8

@@ -36,8 +36,8 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 def shown(value: Any) -> str:
-    "A value on a terminal: numbers with four digits, None empty, what is nested as JSON."
-    if value is None: return ""
+    "A value on a terminal: numbers with four digits, what is nested as JSON, empty ones as ''."
+    if value is None or value == {}: return ""
     if isinstance(value, (list, dict, bool)): return json.dumps(value, ensure_ascii=False)
     return number(value)
 

@@ -278,8 +278,8 @@ def _render(self: InTerminal) -> Any:
              for j in s.jobs[:8]]
     at = f" at {words(point(s.front[0], s.names))}" if len(s.goals) == 1 and s.front else ""
     top = [Text(f"  {headline(s)}{at}", style="green")] if s.front else []
-    bar = ProgressBar(total=s.n, completed=len(s.runs), width=50)
-    return Group(bar, Text(summary(s)), *lines, *top)
+    bar = ProgressBar(total=s.n, completed=len(s.runs), width=24)
+    return Group(bar, Text(f"  {summary(s)}"), *lines, *top)
 
 # %% ../../../nbs/core/sweep/07_live.ipynb #dc1fbbcf
 def live(terminal: bool = False) -> Silent:
