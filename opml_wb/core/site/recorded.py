@@ -7,7 +7,7 @@ __all__ = ['ROWS', 'COLUMNS', 'processor', 'rows', 'record', 'keep', 'recorded',
 
 # %% ../../../nbs/core/site/07_recorded.ipynb #d015e108
 import base64, json, os, platform, re, time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..kit.files import read_json, write_text
-from ..kit.markup import num, table, written
+from ..kit.markup import CSS, num, table, written
 from ..record.card import claims_table
 from ..record import data
 from ..request.chapter import Chapter
@@ -124,19 +124,23 @@ def page_of(told: Mapping[str, Any]) -> str:
     picture = (f'<img alt="A figure of {name}" src="data:image/jpeg;base64,{told["picture"]}">'
                if told.get("picture") else "")
     claims = claims_table(told["claims"])._repr_html_() if told.get("claims") else ""
-    tables = "".join(f"<p><b>{escape(n)}</b></p>{table(t['columns'], _shown(t['rows']))}"
+    tables = "".join(f"<p><b>{escape(n)}</b></p>{_table(t)}"
                      for n, t in (told.get("tables") or {}).items())
     metrics = table(["metric", ""], [[k, num(v)] for k, v in told["metrics"].items()], {1})
     versions = ", ".join(f"{k} {v}" for k, v in sorted((told.get("env") or {}).items()))
     folded = (f"<details><summary>{len(told['metrics'])} metrics, libraries</summary>{metrics}"
               f"<p class=m>{escape(versions)}</p></details>")
-    html = (f"<div class=opml><p><b>Last recorded result</b>: {escape(source(told))}.</p>{claims}"
+    html = (f"{CSS}<div class=opml><p><b>Last recorded result</b>: {escape(source(told))}.</p>{claims}"
             f"{picture}{tables}{folded}</div>")
     return html.replace("\n", "")
 
-def _shown(rows: Iterable[Iterable]) -> list[list[str]]:
-    "Values of a table for people."
-    return [["" if v is None else num(v) for v in r] for r in rows]
+def _table(kept: Mapping[str, Any]) -> str:
+    "Write a kept table, its numbers to the right."
+    columns = list(zip(*kept["rows"]))
+    right = {i for i, c in enumerate(columns)
+             if all(v is None or isinstance(v, (int, float)) for v in c)}
+    shown = [["" if v is None else num(v) for v in r] for r in kept["rows"]]
+    return table(kept["columns"], shown, right)
 
 # %% ../../../nbs/core/site/07_recorded.ipynb #a7d397d4
 @click.command()
