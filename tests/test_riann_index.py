@@ -571,6 +571,32 @@ def test_the_measured_interval_holds_the_truth():
     assert like_new(np.ones(9), np.ones(9)).mean() == 1
 
 
+def test_a_graph_is_measured_while_it_changes():
+    "Looks at held-back vectors, bridged and not, beside a thread that removes and inserts: both come to an end."
+    from opml_wb.riann.graph.hnsw import DynamicHNSW
+    from opml_wb.riann.models.measure import held_back, searched
+    x = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    graph, looked, bad = DynamicHNSW(16), threading.Event(), []
+    graph.insert(x, range(3000), 8, 20)
+    slots = held_back(graph, 50, 0)
+    slots = slots[slots >= 100]
+    def change():
+        while not looked.is_set():
+            graph.remove(range(100))
+            graph.insert(x[:100], range(100), 8, 20)
+    def look():
+        for i in range(30):
+            found = searched(graph, x[slots], slots, 5, 20, bridged=bool(i % 2))
+            bad.append((found == slots[:, None]).any() or (found < 0).any())
+        looked.set()
+    threads = [threading.Thread(target=f, daemon=True) for f in (change, look)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert not any(t.is_alive() for t in threads) and len(bad) == 30 and not any(bad)
+    plain = searched(graph, x[slots], np.full(len(slots), -1), 1, 50, bridged=True)
+    assert (plain[:, 0] == slots).mean() > .95      # nothing is held back
+
+
 def test_queries_that_were_seen_stand_for_those_to_come():
     "Queries unlike the vectors: held-back vectors say too much, the queries seen say what is."
     x, _, metric = topics(5000, 32)

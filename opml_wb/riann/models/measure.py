@@ -9,6 +9,7 @@ __all__ = ['FIRST', 'MOST', 'ENOUGH', 'Z', 'OFF', 'interval', 'Measured', 'Asked
 # %% ../../../nbs/riann/models/09_measure.ipynb #5efe4787
 import math, random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -89,16 +90,19 @@ def searched(graph: DynamicHNSW, q: np.ndarray, but: np.ndarray, k: int, ef: int
     """Search for each row of `q` (f32[m, dim], as kept) as if its slot in `but` weren't there.
 
     Returns ids i64[m, k], -1 where there are no more. but: -1 holds nothing back. bridged: the
-    slot's neighbours are linked past it first, in a copy of the bottom layer's links."""
+    slot's neighbours are linked past it first, in a copy of the bottom layer's links; writers
+    wait."""
     m, out, ip = graph.memory, np.full((len(q), k), -1), graph.links.ip
     far = np.full((len(q), k), np.inf, np.float32)
-    with graph.gate:
-        wait, g = m.pending, _copied(graph) if bridged else m.arrays
+    # as a writer has it: its lock first, then the gate
+    with graph.writer if bridged else nullcontext(), graph.gate:
+        wait, g = m.pending, m.arrays
+        if bridged: g = g._replace(L0=g.L0[:m.used].copy())
         rows = np.pad(q, ((0, 0), (0, g.X.shape[1] - q.shape[1])))
         tag, s = m.scratch(g, max(ef, k), len(q) * (1 + 2 * NEAR))
         n = min(m.used, len(g.ids))
         for i, slot in enumerate(but):
-            near = _bridged(g, ip, slot, tag, s) if bridged else None
+            near = _bridged(g, ip, slot, tag, s) if bridged and slot >= 0 else None
             tag += 2 * NEAR * bridged
             if slot >= 0: s.seen[slot] = tag + 1
             row = slice(i, i + 1)
@@ -107,11 +111,6 @@ def searched(graph: DynamicHNSW, q: np.ndarray, but: np.ndarray, k: int, ef: int
             if near: g.L0[near[0]] = near[1]
         m.spare.append((tag, s))
     return out
-
-def _copied(graph: DynamicHNSW) -> Graph:
-    "The graph's arrays, with a copy of the bottom links of the slots in use."
-    with graph.writer: return graph.memory.arrays._replace(
-        L0=graph.memory.arrays.L0[:graph.memory.used].copy())
 
 def _bridged(g: Graph, ip: bool, slot: int, tag: int, s: Scratch) -> tuple:
     "Link the neighbours of `slot` past it; (their slots, their links as they were)."
