@@ -39,7 +39,7 @@ EXPECTED: dict[str, str] = {
     "opml lab riann": r"http://",
     "opml flexserve demo": r"curl",
     "opml provenance trace": r"sorted.txt",
-    "opml provenance lineage": r"README.md",
+    "opml provenance lineage": r"created",
     "opml new mine && opml run mine": r"mine +done",
     "opml reproduce": r"reproduced.html",
     "opml sweep riann": r"4",
@@ -132,7 +132,7 @@ class Newcomer:
             while time.monotonic() < end and p.poll() is None and not answered:
                 time.sleep(.5)
                 out.seek(0)
-                for url in re.findall(r"http://(?:localhost|127\.0\.0\.1):\d+[^\s'\"]*", out.read()):
+                for url in re.findall(r"http://(?:localhost|127\.0\.0\.1):\d+[^\s'\";,)]*", out.read()):
                     try: answered = urlopen(url, timeout=5).status
                     except OSError as e: answered = getattr(e, "code", None)   # an answer, too
             os.killpg(p.pid, signal.SIGINT) if p.poll() is None else None
