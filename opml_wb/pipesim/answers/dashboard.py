@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from ...core.show import ui
 from ..stores.tables import TraceStore, begin_of
 
-if TYPE_CHECKING: from plotly.graph_objects import Figure
+if TYPE_CHECKING:
+    from IPython.display import HTML, DisplayHandle
+    from plotly.graph_objects import Figure
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #19cf0a4c
 MOST = 2000
@@ -35,16 +37,21 @@ def thin(t: np.ndarray, y: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np
     return t[keep], y[keep]
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #eaa0c2f9
-def panel(store: TraceStore, metric: str, experiment: str, bin_s: float,
-          scale: float | None) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def panel(store: TraceStore, metric: str, experiment: str, bin_s: float, scale: float | None,
+          seen: dict | None = None) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Query the lines of one panel: [(label, days since t0 f8 [<= 2000], values f8)].
 
-    `scale`: None for counts and bytes."""
-    df = store.series(metric, experiment, bin_s)
-    df["t"] -= begin_of(store.experiments()[experiment])
-    factor = scale or {"arrivals": 3600 / bin_s, "read": 1e-6 / bin_s}[metric]
-    groups = df.groupby("tag", observed=True) if "tag" in df else [("", df)]
-    return [(str(tag), *thin(g.t / 86400, g.value * factor)) for tag, g in groups]
+    `scale`: None for counts and bytes; seen: lines that were queried already, of traces that
+    have not changed since."""
+    about, seen = store.experiments()[experiment], {} if seen is None else seen
+    key = metric, experiment, about["digest"], bin_s
+    if key not in seen:
+        df = store.series(metric, experiment, bin_s)
+        df["t"] -= begin_of(about)
+        factor = scale or {"arrivals": 3600 / bin_s, "read": 1e-6 / bin_s}[metric]
+        groups = df.groupby("tag", observed=True) if "tag" in df else [("", df)]
+        seen[key] = [(str(tag), *thin(g.t / 86400, g.value * factor)) for tag, g in groups]
+    return seen[key]
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #9503b361
 PANELS = (("utilisation", "utilisation", 1.), ("arrivals", "tasks / h", None),
@@ -54,14 +61,15 @@ TITLES = ("Utilisation of pools", "Arrivals of tasks, by kind",
 GREY = [ui.COLOURS["muted"]]
 COLOURS = (ui.SERIES[:2], ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#8C6D9F"], GREY, GREY)
 
-def _lines(fig: "Figure", store: TraceStore, row: int, names: Sequence[str], bin_s: float) -> float:
+def _lines(fig: "Figure", store: TraceStore, row: int, names: Sequence[str], bin_s: float,
+           seen: dict | None = None) -> float:
     """Add one panel: a colour per pool or kind, else grey; the second experiment dotted.
 
     Returns its last day."""
     (metric, unit, scale), last = PANELS[row - 1], 0.
     for i, name in enumerate(names):
         legend = (row < 3 and i == 0) or (row == 4 and len(names) > 1)
-        for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale)):
+        for k, (tag, t, y) in enumerate(panel(store, metric, name, bin_s, scale, seen)):
             label = tag or name
             colour = COLOURS[row - 1][k % len(COLOURS[row - 1])]
             fig.add_scatter(x=t, y=y, name=label, legendgroup=label, showlegend=legend,
@@ -72,15 +80,16 @@ def _lines(fig: "Figure", store: TraceStore, row: int, names: Sequence[str], bin
     return last
 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #3045d498
-def draw(store: TraceStore, experiments: Sequence[str], bin_s: float = 3600.) -> "Figure":
+def draw(store: TraceStore, experiments: Sequence[str], bin_s: float = 3600.,
+         seen: dict | None = None) -> "Figure":
     """Draw the four panels as one figure with linked time axes, from the first to the last arrival.
 
-    experiments: one or two names, the second dotted; bin_s: s."""
+    experiments: one or two names, the second dotted; bin_s: s; seen: as for `panel`."""
     from plotly.subplots import make_subplots
     fig = make_subplots(4, 1, shared_xaxes=True, vertical_spacing=.06, subplot_titles=TITLES)
     fig.update_layout(template=ui.template(), height=820, margin=dict(t=90, b=50),
                       hovermode="x unified", legend=dict(y=1.04))
-    last = [_lines(fig, store, row, experiments, bin_s) for row in range(1, 5)][-1]
+    last = [_lines(fig, store, row, experiments, bin_s, seen) for row in range(1, 5)][-1]
     fig.update_xaxes(range=[0, max(1.05 * last, bin_s / 86400)])
     said = "days since the beginning (zoom out for what runs on after the last arrival)"
     fig.update_xaxes(title_text=said, row=4, col=1)
@@ -135,13 +144,15 @@ class Dashboard:
         for n in [n for n in (first, second) if n not in (None, *names)]:
             said = f"dashboard: experiment {n!r} is not in the store"
             raise ValueError(f"{said}; there are: {', '.join(names)}")
-        self.store, self.names, self.about, self.tasks = store, names, w.HTML(), w.HTML()
+        self.store, self.names, self.about, self.tasks = store, names, "", ""
+        self.tables: DisplayHandle | None = None        # once shown
         self.first = w.Dropdown(options=names, value=first or names[0], description="experiment")
         self.second = w.Dropdown(options=["(none)", *names], value=second or "(none)",
                                  description="compare")
         bins = sorted({6, 24, bin_h or 6})
         self.bin = w.Dropdown(options=bins, value=bin_h or 6, description="bin, h")
-        self.fig = draw(store, self.chosen, 3600. * self.bin.value)
+        self.seen: dict = {}
+        self.fig = draw(store, self.chosen, 3600. * self.bin.value, self.seen)
         self.play = ui.play(self.fig, self._update, experiment=self.first, compare=self.second,
                             bin=self.bin)
 
@@ -155,12 +166,12 @@ def chosen(self: Dashboard) -> list[str]:
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #2d368b41
 @patch
 def _update(self: Dashboard, fig: "Figure", experiment: str, compare: str, bin: int) -> str:
-    new = draw(self.store, self.chosen, 3600. * bin)
+    new = draw(self.store, self.chosen, 3600. * bin, self.seen)
     fig.data = ()
     fig.add_traces(new.data)
-    self.about.value = _html(facts(self.store, self.chosen))
-    self.tasks.value = _html(kinds(self.store,
-                                   experiment)) if hasattr(self.store, "table") else ""
+    self.about = _html(facts(self.store, self.chosen))
+    self.tasks = self._kinds(experiment) if hasattr(self.store, "table") else ""
+    if self.tables is not None: self.tables.update(self._tables())
     dotted = " (dotted)" if len(self.chosen) > 1 else ""
     points = sum(len(s.x) for s in fig.data)
     return f"{' against '.join(self.chosen)}{dotted}, {points:,} points drawn"
@@ -168,8 +179,18 @@ def _update(self: Dashboard, fig: "Figure", experiment: str, compare: str, bin: 
 # %% ../../../nbs/pipesim/answers/07_dashboard.ipynb #bcfcfe53
 @patch
 def _ipython_display_(self: Dashboard) -> None:
-    import ipywidgets as w
     from IPython.display import display
-    display(w.HBox([self.about, self.tasks],
-                   layout=w.Layout(flex_flow="row wrap", grid_gap="2em")))
+    self.tables = display(self._tables(), display_id=True)
     display(self.play)
+
+@patch
+def _kinds(self: Dashboard, name: str) -> str:
+    key = "kinds", name, self.store.experiments()[name]["digest"]
+    if key not in self.seen: self.seen[key] = _html(kinds(self.store, name))
+    return self.seen[key]
+
+@patch
+def _tables(self: Dashboard) -> "HTML":
+    "Both tables side by side; they show without a kernel, too."
+    from IPython.display import HTML
+    return HTML(f'<div style="display:flex;flex-wrap:wrap;gap:2em">{self.about}{self.tasks}</div>')

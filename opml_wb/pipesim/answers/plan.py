@@ -76,13 +76,15 @@ def mean_times(works: Iterable[Workload], platform: Platform, policy: str | Poli
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #d0e0c252
 def least_capacity(works: Sequence[Workload], platform: Platform, name: str, slo: float,
                    policy: str | Policy = "fifo", bound: str = "mean", design: Design = Design(),
-                   seen: dict[float, Interval] | None = None, jobs: int = 1) -> float:
+                   seen: dict[float, Interval] | None = None, jobs: int = 1,
+                   step: int = 1) -> float:
     """Find by bisection the smallest constant capacity of pool `name` that keeps the promise `slo`
     (s); NaN if none does.
 
     Kept: p95 of the pipelines' waits over `works` (their mean, or the `low` or `high` end of its
     interval: `bound`) is at most `slo`, the other pools as they are. seen: what is known of
-    capacities already; jobs: threads."""
+    capacities already; jobs: threads; step: units by which the answer may be too
+    large."""
     seen = {} if seen is None else seen
     def widest(w):
         return w.units[np.array(w.pools)[w.pool] == name].max(initial=1) if w.n_tasks else 1
@@ -96,7 +98,9 @@ def least_capacity(works: Sequence[Workload], platform: Platform, name: str, slo
     low = least - 1
     high = max(least, platform[name].steps[0][1] if platform[name].most < UNLIMITED else least)
     while not meets(high): low, high = high, 2 * high
-    while high - low > 1: low, high = (low, mid) if meets(mid := (low + high) // 2) else (mid, high)
+    while high - low > step:
+        mid = (low + high) // 2
+        low, high = (low, mid) if meets(mid) else (mid, high)
     return high
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #c3eed37a
@@ -184,8 +188,9 @@ def capacity_plan(workload_or_model: "Source", platform: Platform,
     Workload, or a PipelineModel, sampled for `horizon` s; growth: numbers of users, 1 = today;
     slo: s, p95 of waits to keep; jobs: threads; works: as of `draw_works`, where they are drawn
     already. Columns: growth, pool, rho (mean load of the pool), wait_p50/p95 and exec_p50/p95
-    (pipelines' waits, and times from arrival to end, s, mean over replications), gain (s of mean wait saved by a tenth more of this pool, the same
-    work), bottleneck (the pool with the largest gain, where there is one) and bottleneck_share
+    (pipelines' waits, and times from arrival to end, s, mean over replications), gain (s of mean
+    wait saved by a tenth more of this pool, the same work), bottleneck (the pool with the largest
+    gain, where there is one) and bottleneck_share
     (of the replications in which it is this one), min_capacity (units of this pool that keep the
     slo, others as they are; NaN: none does, or no slo), stable (share of the replications with
     rho < 1: in others waits only say how long the trace was), rho_long (the load to be expected

@@ -25,7 +25,8 @@ if TYPE_CHECKING: from plotly.graph_objects import Figure
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #7e2bb857
 def log_ticks(*values: Iterable[float]) -> dict[str, Any]:
-    """Choose labelled ticks of a log axis that shows `values` > 0: {tickvals, ticktext}.
+    """Choose range and labelled ticks of a log axis that shows `values` > 0: {tickvals, ticktext,
+    range}.
 
     1, 2, 3, 4, 6, 8, 10, .. within a decade, 1, 2, 5, 10, .. up to two, else powers of ten."""
     all_ = np.concatenate([np.asarray(list(v), float) for v in values])
@@ -33,8 +34,12 @@ def log_ticks(*values: Iterable[float]) -> dict[str, Any]:
     if not len(all_): return {}
     low, high = math.log10(all_.min()), math.log10(all_.max())
     steps = (1, 2, 3, 4, 6, 8) if high - low < .8 else (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [s * 10. ** e for e in range(math.floor(low) - 1, math.ceil(high) + 1) for s in steps]
-    return {"tickvals": ticks, "ticktext": [f"{t:,.0f}" if t >= 1 else f"{t:.6g}" for t in ticks]}
+    room = max(.05 * (high - low), .08)
+    ends = [low - room, high + room]
+    ticks = [s * 10. ** e for e in range(math.floor(ends[0]), math.ceil(ends[1])) for s in steps]
+    ticks = [t for t in ticks if ends[0] <= math.log10(t) <= ends[1]]
+    labels = [f"{t:,.0f}" if t >= 1 else f"{t:.6g}" for t in ticks]
+    return {"tickvals": ticks, "ticktext": labels, "range": ends}
 
 # %% ../../../nbs/pipesim/answers/06_plots.ipynb #60849bcb
 def synthetic_week(model: ArrivalModel, weeks: int = 60,

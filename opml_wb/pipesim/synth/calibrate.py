@@ -8,7 +8,8 @@ __all__ = ['FRAMEWORKS', 'asset', 'preprocess', 'train', 'validate', 'compress',
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #8a14b9c5
 import copy, pickle, time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -148,6 +149,16 @@ def _checked(rows: Sequence[int], cols: Sequence[int], repeats: int,
         raise ValueError(f"frameworks: expected of {', '.join(FRAMEWORKS)}, got {unknown[0]!r}")
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #6ddf6252
+@contextmanager
+def _one_thread(used: bool) -> Iterator[None]:
+    "Let torch compute in one thread, where it is `used`."
+    if not used: return (yield)
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 def calibrate(rows: Sequence[int] | None = None, cols: Sequence[int] = (8, 24),
               frameworks: Sequence[str] = FRAMEWORKS, repeats: int = 2, seed: int = 0,
               progress: Callable[[Iterable], Iterable] = iter) -> pd.DataFrame:
@@ -156,20 +167,15 @@ def calibrate(rows: Sequence[int] | None = None, cols: Sequence[int] = (8, 24),
     The order of runs is random, in one thread, after a warm-up. rows: sequence of row counts >=
     50 (None: `grid()`); cols: column counts >= 4; repeats >= 1; progress: wraps the iteration.
     Raises ValueError naming the parameter."""
-    import torch
     from threadpoolctl import threadpool_limits
     rows = list(grid() if rows is None else rows)
     _checked(rows, cols, repeats, frameworks)
     jobs = [(f, int(r), int(c), int(seed + k)) for f in frameworks for r in rows for c in cols
             for k in range(repeats)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            for f in frameworks: one_pipeline(f, 300, 8, seed)
-            order = np.random.default_rng(seed).permutation(len(jobs))
-            return pd.DataFrame([r for i in progress(order) for r in one_pipeline(*jobs[i])])
-    finally: torch.set_num_threads(threads)
+    with threadpool_limits(1), _one_thread("torch" in frameworks):
+        for f in frameworks: one_pipeline(f, 300, 8, seed)
+        order = np.random.default_rng(seed).permutation(len(jobs))
+        return pd.DataFrame([r for i in progress(order) for r in one_pipeline(*jobs[i])])
 
 # %% ../../../nbs/pipesim/synth/08_calibrate.ipynb #c46d6fd0
 def fit_growth(size: Sequence[float], dur: Sequence[float]) -> dict[str, float]:
