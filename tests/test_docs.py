@@ -85,16 +85,15 @@ def guest(packages): return packages/"acme_guest"/"guest.ipynb"
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory, packages, executed):
-    """build(*options, api=True) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this
-    module that has the chapters' runs; without `api` three modules get a page, which is quicker."""
+    """build(*options) -> CompletedProcess of `opml docs` with the guest's package installed, in a home of this module that has
+    the chapters' runs; what the first build made serves the later ones."""
     home = tmp_path_factory.mktemp("home")
     for chapter in sorted((ROOT/"nbs"/"chapters").glob("*.ipynb")):
         ran = Path(executed(chapter).notebook).parent
         shutil.copytree(ran, home/"runs"/ran.name)
-    def call(*options, command="docs", api=True):
+    def call(*options, command="docs"):
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
-        how = ["-m", "opml_wb.core.cli"] if api else ["-c", FEW]
-        return subprocess.run([sys.executable, *how, command, *map(str, options)], cwd=ROOT,
+        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", command, *map(str, options)], cwd=ROOT,
                               env={**os.environ, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True)
     call.home = home
     return call
@@ -468,10 +467,26 @@ def test_a_second_build_executes_nothing(site, build, tmp_path):
     import sqlite3
     def runs(): return sqlite3.connect(build.home/"opml.db").execute("select count(*) from run").fetchone()[0]
     before, was = runs(), (site/"chapters"/"riann.html").read_text()
-    done = build("--out", tmp_path/"again", api=False)
+    done = build("--out", tmp_path/"again")
     assert done.returncode == 0, done.stderr
     assert runs() == before and "riann: unchanged, from the store" in done.stdout
+    assert re.search(r"2/3 [01] of \d{3} pages changed", done.stdout), done.stdout       # the home page tells how old runs are
     assert (tmp_path/"again"/"chapters"/"riann.html").read_text() == was
+
+
+def test_one_changed_chapter_is_one_page_to_make(site, build, guest, tmp_path):
+    source, work = guest.read_text(), build.home/"docs-work"/"site"
+    try:
+        guest.write_text(source.replace("Wait for $5 or so.", "Wait for $6 or more."))
+        assert build("--out", tmp_path/"before").returncode == 0
+        written = {p: p.stat().st_mtime_ns for p in (work/"api").rglob("*.html")}
+        guest.write_text(source.replace("Wait for $5 or so.", "Wait for $7 or more."))
+        done = build("--out", tmp_path/"after")
+    finally: guest.write_text(source)
+    assert done.returncode == 0 and re.search(r"2/3 [12] of \d{3} pages changed", done.stdout), done.stdout + done.stderr
+    assert len(written) > 100 and written == {p: p.stat().st_mtime_ns for p in (work/"api").rglob("*.html")}
+    assert "$7 or more" in (tmp_path/"after"/"chapters"/"guest.html").read_text()
+    assert "$6 or more" in (tmp_path/"before"/"chapters"/"guest.html").read_text()
 
 
 def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, guest, tmp_path):
@@ -481,7 +496,7 @@ def test_a_failing_chapter_or_a_stranger_leaves_the_site_alone(site, build, gues
         done = build("--out", site)
         assert done.returncode == 1 and "guest failed (ZeroDivisionError" in done.stderr and "--no-run" in done.stderr
         guest.write_text(source.replace(f"the run engine](../core/engine/{RUN.name})", "nowhere](nowhere.md)"))
-        done = build("--out", site, "--no-run", api=False)
+        done = build("--out", site, "--no-run")
         assert done.returncode == 1 and "nowhere.md" in done.stderr and "Sphinx found" in done.stderr
     finally: guest.write_text(source)
     assert (site/"index.html").read_text() == was

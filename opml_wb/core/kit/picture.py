@@ -43,7 +43,7 @@ class Sheet:
         self.page = Figure((width / DPI, self.height / DPI), DPI)
         self.axes = {c: axes_of(layout, self.traces, c) for c in "xy"}
         self.panels: dict[tuple[str, str], Panel] = {}
-        self.style: dict[str, Any] = {}  # matplotlib's settings to draw it with
+        self.style: Any = {}  # matplotlib's settings to draw it with
 
     @staticmethod
     def pair(trace: Mapping) -> tuple[str, str]:

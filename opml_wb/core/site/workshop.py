@@ -6,11 +6,11 @@
 __all__ = ['TOOLS', 'stamp', 'workshop', 'synced', 'outline', 'Kept']
 
 # %% ../../../nbs/core/site/09_workshop.ipynb #ceff0af9
-import contextlib, fcntl, filecmp, re, shutil, tempfile
-from collections.abc import Callable, Iterator, Mapping
+import contextlib, filecmp, re, shutil, tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..kit.files import hash_json, read_json, sha256, write_json
 
@@ -27,6 +27,14 @@ def stamp(*files: Path) -> str:
                       [[p.name, sha256(p)] for p in sorted(files)]])
 
 # %% ../../../nbs/core/site/09_workshop.ipynb #5ea532c4
+def _taken(lock: IO) -> bool:
+    "True if another process holds the lock; where there are no locks nobody does."
+    try: import fcntl
+    except ImportError: return False
+    try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    return False
+
 @contextlib.contextmanager
 def workshop(home: Path, mark: str) -> Iterator[Path]:
     """Give the folder `home` to a build, with what the last one left if that had the same `mark`.
@@ -34,8 +42,7 @@ def workshop(home: Path, mark: str) -> Iterator[Path]:
     While another build has it, a folder that is thrown away."""
     home.parent.mkdir(parents=True, exist_ok=True)
     with open(home.with_name(f"{home.name}.lock"), "w") as lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if _taken(lock):
             with tempfile.TemporaryDirectory(prefix="opml-docs-") as folder: yield Path(folder)
             return
         if read_json(home/"mark", None) != mark: shutil.rmtree(home, ignore_errors=True)
@@ -79,7 +86,7 @@ class Kept:
         self.folder, self.asked = folder, set[str]()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, of: Any, make: Callable[[], Mapping]) -> Mapping:
+    def get(self, of: Any, make: Callable[[], dict]) -> dict:
         "Return what `make()` returned for an equal `of` (JSON) before; else call it."
         name = f"{hash_json(of)[:32]}.json"
         self.asked.add(name)
