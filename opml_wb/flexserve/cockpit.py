@@ -289,7 +289,7 @@ def _widgets(self: FlexCockpit, frames):
     self.play = ui.play(frontier_figure(None, None), self._move, level=level,
                         target=w.Dropdown(options=[self.drawn] if self.drawn else [],
                                           description="target"),
-                        mode=w.Dropdown(options=list(MODES), description="by"))
+                        mode=w.Dropdown(options=list(MODES), description="mode"))
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #296f6eb2
 @patch
