@@ -246,3 +246,17 @@ def test_a_crash_has_its_cell_too(opml, notebook):
     assert done.returncode == 1 and "in In[2], line 2: os.kill(os.getpid(), 11)" in done.stderr
     done = opml("run", notebook("n = 1", "import sys\nsys.exit()", "left = 1", name="left"))
     assert done.returncode == 0 and "ended by exit in In[2]: 1 code cell(s)" in done.stdout
+
+
+# ------------------------------------------------------------------ the page of all commands
+
+def test_the_reference_is_ordered_by_purpose():
+    from opml_wb.core.site.api import reference, walk
+    from opml_wb.core.site.pages import anchor
+    page = reference(cli, "opml")
+    heads = re.findall(r"^#+ (opml .*)$", page, re.M)
+    assert heads == [name for name, *_ in walk(cli, "opml")][1:]
+    assert [h for h in heads if h.count(" ") == 1] == [f"opml {n}" for names in cli.sections.values() for n in names]
+    assert {"opml provenance trace", "opml provenance pipeline export", "opml flexserve demo", "opml data show"} <= set(heads)
+    linked = re.findall(r"\]\(#([\w-]+)\)", page)
+    assert len(linked) > 30 and set(linked) <= {anchor(h) for h in heads}

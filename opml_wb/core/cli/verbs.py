@@ -164,7 +164,7 @@ def refuse(error: Exception, argv: Sequence[str]) -> int:
             "evalue": _told(error), "param": param if isinstance(param, str) else None,
             **NOWHERE, "cell": getattr(error, "cell", None), "exitcode": 2}})
     elif isinstance(error, click.ClickException):
-        error.message = _folded(error.message, "Error: ")
+        vars(error)["message"] = _folded(error.message, "Error: ")
         error.show()
     else: click.echo(_folded(f"opml: {error}"), err=True)
     return 2
