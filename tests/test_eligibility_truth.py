@@ -286,6 +286,26 @@ def test_a_guess_of_what_has_ended_needs_evidence():
     assert "all cases have ended" in repr(done)
 
 
+def test_open_cases_do_not_make_a_pair_inverse():
+    "17 % of the cases fill the label first, at once; in the others it comes at their end, which many have not reached when the log ends."
+    rng, n = np.random.default_rng(0), 4000
+    begin, took = np.sort(rng.uniform(0, 60, n)), rng.gamma(3, 8, n)
+    at = np.stack([begin, begin + .1 * took, begin + took], 1)
+    case, step = np.nonzero(at <= 60)
+    early = rng.random(n) < .17
+    there = {"label": np.where(early[case], step >= 1, step == 2), "feature": np.where(early[case], step == 2, step >= 1)}
+    df = pd.DataFrame({"case": case, "n": step, "at": pd.Timestamp("2020-01-01") + pd.to_timedelta((at[case, step] * 1440).astype(int), unit="min"),
+                       "state": np.array(["New", "Work", "Closed"])[step], **{f: np.where(v, "x", "?") for f, v in there.items()}})
+    def of(**how): return pairs(AuditLog.from_wide(df, "case", "n", "at", **how)).set_index(["feature", "label"]).loc[("feature", "label")]
+    assert of(ended=True).verdict == "inverse" and of(ended=("state", "Closed")).verdict == "ok"
+    assert of().verdict == "undetermined" and of().n == of(ended=True).n
+    log = AuditLog.from_wide(df, "case", "n", "at")
+    parts = [count_pairs(log.take(np.arange(n)[:len(log.cases)] % 2 == i)) for i in range(2)]
+    whole, merged = count_pairs(log), parts[0] + parts[1]
+    assert (whole.before == merged.before).all() and (whole.ended.n == merged.ended.n).all()
+    assert eligibility_matrix(log, at=1).loc["feature", "label"] == "undetermined"
+
+
 def test_labels_and_models_leave_out_what_may_be_open():
     df, _ = cut(600, .4, np.random.default_rng(3))
     rng = np.random.default_rng(0)

@@ -209,12 +209,12 @@ def end_values(codes: np.ndarray, starts: np.ndarray) -> np.ndarray:
 def ending_field(log: "AuditLog") -> tuple[Hashable, np.ndarray] | None:
     """Find the field that says that a case has ended: (name, its codes that say so), or None.
 
-    Nine of ten cases of the older half must end so. Numbers that only grow count something. Of
+    Nine of ten cases of the oldest fifth must end so. Numbers that only grow count something. Of
     several a state by its name is taken, or the one with the fewest such values."""
     some = np.unique(np.linspace(0, len(log.starts) - 2, LOOKED).astype(int))
     seen, best, found = log.take(some), (True, ENDINGS), None
     begin = np.arange(len(some)) if seen.time is None else seen.time[seen.starts[:-1]]
-    old = begin <= np.median(begin)
+    old = begin <= np.quantile(begin, .2)
     for i, (f, levels) in enumerate(zip(log.fields, log.levels)):
         named = bool(STATE_WORDS.intersection(name_words(f)))
         counts = levels.dtype.kind in "iuf" and not named and not (

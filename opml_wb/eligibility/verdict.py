@@ -204,18 +204,21 @@ class PairCounts:
     """Counts of the order in which pairs of fields are filled. Those of different cases add up.
 
     fields: F names. at: the point e. n: int64 [F], cases whose label is filled. before, tie: int64
-    [F, F], feature x label."""
+    [F, F], feature x label. ended: those without the cases that may be open; None: there are
+    none."""
     fields: tuple
     at: Point
     n: np.ndarray
     before: np.ndarray
     tie: np.ndarray
+    ended: "PairCounts | None" = None
 
     def __add__(self, other: "PairCounts") -> "PairCounts":
         if self.fields != other.fields or self.at != other.at:
             raise ValueError("pair counts add up only at one point e and over the same fields")
+        ended = (self.ended or self) + (other.ended or other) if self.ended or other.ended else None
         return PairCounts(self.fields, self.at, self.n + other.n, self.before + other.before,
-                          self.tie + other.tie)
+                          self.tie + other.tie, ended)
 
     def rates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Compute (first, tie, last) float64 [F, F], feature x label.
@@ -226,21 +229,32 @@ class PairCounts:
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #f938db0f
 def count_pairs(log: AuditLog, at: Point = "start") -> PairCounts:
-    "Count the order of all pairs in a log's cases that come to the point `at` (see `rows_at`)."
+    """Count the order of all pairs in a log's cases that come to the point `at` (see `rows_at`).
+
+    A case that is open is left out: it may have the feature, and lack the label still."""
     rows, F = rows_at(log, at), len(log.fields)
-    fill, (before, tie) = kernels.first_fills(log.codes, log.starts,
-                                              rows), np.zeros((2, F, F), np.int64)
-    kernels.count_pairs(fill, before, tie)
-    return PairCounts(tuple(log.fields), at, (fill != kernels.NEVER).sum(1), before, tie)
+    def count(rows, ended=None):
+        fill = kernels.first_fills(log.codes, log.starts, rows)
+        before, tie = np.zeros((2, F, F), np.int64)
+        kernels.count_pairs(fill, before, tie)
+        n = (fill != kernels.NEVER).sum(1)
+        return PairCounts(tuple(log.fields), at, n, before, tie, ended)
+    ended = np.where(done := finished(log), rows, -1)
+    if log.ended is not None or done.all(): return count(ended)
+    return count(rows, count(ended))
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #511b5896
 def pair_verdicts(counts: PairCounts, th: float = .2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Judge all pairs: (object [F, F] of ok | inverse | undetermined, lo, hi of `last`)."
+    """Judge all pairs: (object [F, F] of ok | inverse | undetermined, lo, hi of `last`).
+
+    Undetermined is also what is judged otherwise without the cases that may be open."""
     n = np.broadcast_to(counts.n, counts.before.shape)
     lo, hi = wilson(n - counts.before - counts.tie, n)
     doubt = (n == 0) | (counts.rates()[1] > TIES) | _unsure(lo, hi, th)
-    return np.where(doubt, "undetermined",
-                    np.where(lo > th, "inverse", "ok")).astype(object), lo, hi
+    out = np.where(doubt, "undetermined", np.where(lo > th, "inverse", "ok")).astype(object)
+    if counts.ended is not None:
+        out[out != pair_verdicts(counts.ended, th)[0]] = "undetermined"
+    return out, lo, hi
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #6e67ee67
 def pairs(log: AuditLog | PairCounts, at: Point = "start", th: float = .2) -> pd.DataFrame:
