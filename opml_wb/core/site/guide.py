@@ -9,13 +9,14 @@ __all__ = ['MOVED', 'COMMANDS', 'NAMED', 'REFERENCE', 'write_page', 'contents', 
 import json, re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..kit.files import write_text
 from ..request.chapter import folder_of, read, text
 from .pages import links, page
 
 # %% ../../../nbs/core/site/08_guide.ipynb #209f4358
-def write_page(path: Path, content: str | dict) -> None:
+def write_page(path: Path, content: str | Mapping[str, Any]) -> None:
     "Write text, or a notebook, to a new file."
     path.parent.mkdir(parents=True, exist_ok=True)
     written = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
