@@ -267,7 +267,7 @@ def illustrate(data: dict[str, Any]) -> dict[str, Any]:
 def lighter(picture: str) -> tuple[str, str]:
     """Turn a JPEG (base64) into WebP, a quarter of its bytes: (`webp`, base64).
 
-    One that can't be read stays: (`jpeg`, itself). Notebooks keep JPEG, which every viewer knows."""
+    One that can't be read stays: (`jpeg`, itself). Notebooks keep JPEG: every viewer knows it."""
     from PIL import Image, UnidentifiedImageError
     out = io.BytesIO()
     try: Image.open(io.BytesIO(base64.b64decode(picture))).save(out, "webp", quality=80)

@@ -11,6 +11,7 @@ import gzip, io, os, shutil, sys, tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def _without_grammars() -> None:
     modules: dict[str, Any] = sys.modules
     if "jsonschema" in modules or "rfc3987_syntax" in modules: return
     modules["rfc3987_syntax"] = None
-    with suppress(ImportError): import jsonschema  # noqa: F401
+    with suppress(ImportError): import_module("jsonschema")
     del modules["rfc3987_syntax"]
 
 def _sphinx(src: Path, site: Path, trees: Path, every: bool = False) -> None:
