@@ -2,6 +2,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom
 
@@ -155,3 +156,31 @@ def test_skew_and_even_values():
         assert got.low <= got.mean <= got.high and got.mean == np.mean(x)
     assert estimate([3.], design=Design("weeks", 5)).mean == 3 and math.isnan(paired_diff([1., 2], [0., 0], design=Design("fixed", why="x")).half)
     assert ci([4., 4]).half == 0 and "+-" not in repr(ci([4., 4]))
+
+
+def test_whether_a_load_is_borne_is_told_by_what_is_to_be_expected():
+    "Half a month's load scatters widely; the model's own decides, and lies near the mean of many months."
+    model = ps.PipelineModel.default()
+    users = 24.07 / model.arrivals.profile.mean()
+    pools = ps.Platform([ps.Pool("gpu", 320), ps.Pool("cpu", 60)])
+    plan = ps.capacity_plan(model, pools, [users, 1.2 * users], replications=2, horizon=14 * 86400)
+    gpu = plan[plan.pool == "gpu"]
+    assert gpu.borne.tolist() == ["yes", "no"] and gpu.rho_long.iloc[1] == pytest.approx(1.2 * gpu.rho_long.iloc[0])
+    months = [ps.stats.load(model.sample(28 * 86400, r, users), pools).rho[0] for r in range(12)]
+    error = np.std(months, ddof=1) / np.sqrt(12)
+    assert abs(np.mean(months) - gpu.rho_long.iloc[0]) < 4 * error and max(months) - min(months) > .2
+    few = ps.capacity_plan(model.over(14 * 86400), pools, [users], replications=2)     # a function doesn't know
+    assert few.rho_long.isna().all() and few.borne[0] == "unknown"
+
+
+def test_the_jobs_of_a_csv_file_are_a_model(tmp_path):
+    from opml_wb.pipesim.synth.public_traces import model_of
+    rng = np.random.default_rng(0)
+    at = np.sort(rng.uniform(0, 21 * 86400, 3000))
+    pd.DataFrame(dict(timestamp=pd.Timestamp("2026-03-02") + pd.to_timedelta(at, "s"), duration=rng.lognormal(6, 1, 3000),
+                      num_gpus=rng.choice([1, 4], 3000))).to_csv(tmp_path / "jobs.csv", index=False)
+    model = model_of(tmp_path / "jobs.csv")
+    work = model.sample(14 * 86400, 1)
+    train = work.tasks[work.tasks.kind == "train"]
+    assert abs(len(work) / 2000 - 1) < .15 and set(train.units) == {1, 4}
+    assert train.dur.median() == pytest.approx(np.exp(6), rel=.15)
