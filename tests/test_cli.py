@@ -318,7 +318,7 @@ def test_list_and_params(typed, run_json, demo):
     assert list(by_name) == ["n", "rate", "kind", "text", "sizes", "free"]
     assert (by_name["n"]["lo"], by_name["n"]["hi"], by_name["n"]["default"], by_name["n"]["help"]) == (1, 100, 3, "how many")
     table = typed("params", demo).stdout
-    for word in ("how many", "1 .. 100", "preset\tvalues\npaper\tn=50", "list[int]"): assert word in table, table
+    for word in ("how many", "1 .. 100", 'preset\tvalues\npaper\tkind="b", n=50', "list[int]"): assert word in table, table
 
 
 def test_data(opml, tmp_path):

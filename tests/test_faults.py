@@ -59,7 +59,7 @@ def test_ends(home, notebook, code, status, error):
 
 def test_exit_0_is_done_and_stops(home, notebook):
     r = went(run(notebook("n = 1", "import sys; sys.exit(0)", "1/0", " ", "2")), "done")
-    assert r.error is None and r.doc["exit"] == {"cell": 1, "after": 2}
+    assert r.error is None and r.doc["exit"] == {"cell": 1, "execution_count": 2, "after": 2}
 
 
 def test_exit_ends_the_kernel_and_the_record_tells_it(home, notebook, capsys):
@@ -68,7 +68,7 @@ def test_exit_ends_the_kernel_and_the_record_tells_it(home, notebook, capsys):
     r = went(run(nb, n=2), "failed", kind="exit", ename="DeadKernelError", cell=1)
     assert r.doc["exit"]["cell"] == 1 and r.doc["exit"]["after"] in (2, 3)  # what begins within .1 s is executed, as in a kernel
     terminal.show_run(r)
-    assert "ended by exit in cell 1" in capsys.readouterr().out
+    assert "ended by exit in In[3]" in capsys.readouterr().out
     r = went(run(notebook("n = 1", "exit", name="last")), "done")
     assert "exit" not in r.doc
 

@@ -113,8 +113,8 @@ def rerun(key: str, apply: bool, as_json: bool) -> int:
 
     A chapter is executed with its parameters and today's code and data. A command (of
     `opml provenance trace`) is executed in a view of its folder with its inputs of then; the
-    folder itself is changed by --apply alone. Exit code 0: the same came out, 1: something else, or it failed, 3: it cannot be
-    told, 2: bad use."""
+    folder itself is changed by --apply alone. Exit code 0: the same came out, 1: something else,
+    or it failed, 3: it cannot be told, 2: bad use."""
     from opml_wb.core.cli.looking import of_trace
     from opml_wb.core.record.store import Store
     doc = Store().get(key)[0]

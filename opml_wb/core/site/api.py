@@ -254,7 +254,7 @@ def entry(name: str, command: click.Command, ctx: click.Context) -> str:
 
 # %% ../../../nbs/core/site/02_api.ipynb #293157f1
 def by_purpose(group: click.Command, name: str) -> str:
-    "Write the commands of a group (with `sections`) in a table by purpose, linked to their entries."
+    "Write the commands of a group that has `sections` by purpose, each linked to its entry."
     def link(verb): return f"[{verb}](#{name.replace(' ', '-')}-{verb})"
     rows = [f"| {purpose} | {', '.join(map(link, verbs))} |"
             for purpose, verbs in getattr(group, "sections", {}).items() if verbs]
