@@ -51,8 +51,8 @@ def _record(**record: Any) -> dict[str, Any]:
 
 # %% ../../../nbs/core/record/07_log.ipynb #fe65b967
 def _publish(record: dict) -> None:
-    """Put the record into the cell's outputs, in a form that nothing draws: the page stays as it is,
-    `read` finds it."""
+    """Put the record into the cell's outputs, in a form that nothing draws: the page stays as it
+    is, `read` finds it."""
     if "IPython" not in sys.modules: return
     from IPython import get_ipython
     if get_ipython() is None: return

@@ -140,7 +140,8 @@ def page_of(told: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in sorted((told.get("env") or {}).items()))
     folded = (f"<details><summary>{len(told['metrics'])} metrics, libraries</summary>{metrics}"
               f"<p class=m>{escape(versions)}</p></details>")
-    html = (f"{CSS}<div class=opml><p><b>Last recorded result</b>: {escape(source(told))}.</p>{claims}"
+    html = (f"{CSS}<div class=opml><p><b>Last recorded result</b>: {escape(source(told))}.</p>"
+            f"{claims}"
             f"{picture}{tables}{folded}</div>")
     return html.replace("\n", "")
 
