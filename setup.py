@@ -50,7 +50,8 @@ EXTRAS = {
 # nbdev 3 refuses settings.ini; the others are the versions that nbdev 2.4 works with
 NBDEV = ["nbdev>=2.4.14,<3", "execnb<0.2", "fastcore<2", "ghapi<2", "fastgit<0.1"]
 TESTS = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "playwright>=1.44", "moto[s3,server]>=5", "ruff>=0.6", "mypy>=1.11",
-         "tritonclient[http]>=2.48", "schemathesis>=4"]
+         "tritonclient[http]>=2.48", "schemathesis>=4",
+         "axe-playwright-python>=0.1.4"]
 DEV = TESTS + NBDEV + [r for name, lines in EXTRAS.items() if name != "ray" for r in lines]
 
 # In a wheel, the notebooks and the shipped data travel inside the package; a clone reads them where they lie.

@@ -234,10 +234,10 @@ def test_controls_answer_without_a_kernel(site, build, web, page):
 
 
 def looked_at(site):
-    "Every page but those of the modules and benches, which are made alike: of them every fifteenth."
+    "Every page but those of the modules and benches, which are made alike: of them every fortieth."
     def alike(p): return p.relative_to(site).parts[0] in ("api", "bench") and p.name != "index.html"
     found = pages.pages_of(site)
-    return [*(p for p in found if not alike(p)), *[p for p in found if alike(p)][::15]]
+    return [*(p for p in found if not alike(p)), *[p for p in found if alike(p)][::40]]
 
 
 @browser_only
