@@ -35,7 +35,9 @@ def test_each_figure_is_seen_everywhere(executed, browser, tmp_path, chapter):
     from nbconvert import HTMLExporter
 
     from opml_wb.core.site.one_page import write_page
-    ran = Path(executed(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb").notebook)
+    done = executed(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb")
+    assert done.ok, done.error
+    ran = Path(done.notebook)
     plots, pictures = figures_of(ran)
     assert pictures >= plots > 0                                             # each figure has its picture
     theirs, ours = tmp_path / "nbconvert.html", tmp_path / "ours.html"

@@ -26,7 +26,9 @@ def page_of(figs, path):
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_figures_of_a_chapter_can_be_read(executed, browser, tmp_path, chapter):
     from opml_wb.core.site.one_page import write_page
-    ran = Path(executed(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb").notebook)
+    done = executed(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb")
+    assert done.ok, done.error
+    ran = Path(done.notebook)
     page = write_page(ran, tmp_path / "page.html", chapter)
     assert len(figures.plotly_figures(page)) == len(figures.plotly_figures(ran)) > 0
     assert figures.look_at(page, moves=3, browser=browser) == []
