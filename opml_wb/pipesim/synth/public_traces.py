@@ -108,7 +108,10 @@ def model_of(trace: str | os.PathLike, seed: int = 0) -> PipelineModel:
 
     Of a file's jobs arrivals, training times and gang sizes are fitted; assets, the other tasks
     and the models' metrics are the shipped model's."""
-    if trace == "philly": return fit_default(seed)[0]
+    if trace == "philly":
+        model, report = fit_default(seed)
+        model.about = {"gof": report}
+        return model
     model = PipelineModel.default()
     if trace == "shipped": return model
     need(Path(trace).is_file(), "trace", str(trace), "shipped, philly, or a CSV file of jobs")
