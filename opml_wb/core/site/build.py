@@ -133,9 +133,10 @@ def _mark() -> str:
 def _say_drawing(src: Path, differ: list[str], known: str | None,
                  say: Callable[[str], None]) -> None:
     "Tell how many pages are drawn."
-    total = sum(1 for _ in src.rglob("*.ipynb"))
-    pages = sum(p.endswith((".ipynb", ".md")) for p in differ)
-    say(f"2/3 drawing {total} notebooks" if known is None else
+    def is_page(p): return p.endswith((".ipynb", ".md")) and not p.startswith("notebooks/")
+    total = sum(is_page(p.relative_to(src).as_posix()) for p in src.rglob("*"))
+    pages = sum(map(is_page, differ))
+    say(f"2/3 drawing {total} pages" if known is None else
         f"2/3 {pages} of {total} pages changed")
 
 def _say_large(site: Path, say: Callable[[str], None]) -> None:
