@@ -16,9 +16,13 @@ from ..kit.plotly_json import plain
 
 # %% ../../../nbs/core/site/10_figures.ipynb #c62841b1
 def alt(fig: Mapping[str, Any]) -> str:
-    "Describe a figure in a line for those who can't see it: its title, axes and series."
+    """Describe a figure in a line for those who can't see it: its title, axes and series.
+
+    fig: a plotly figure, a dict `{data, layout}`. Returns text in which HTML is escaped, such as
+    "Waits: hours against GPUs: fifo, sjf"."""
     layout = fig.get("layout") or {}
-    def title(d): return plain((d.get("title") or {}).get("text")).replace("\n", " ")
+    def title(d: Mapping[str, Any]) -> str:
+        return plain((d.get("title") or {}).get("text")).replace("\n", " ")
     axes = [title(layout[k]) for k in sorted(layout) if re.match(r"[xy]axis\d*$", k)]
     names = dict.fromkeys(plain(t["name"]) for t in fig.get("data") or () if t.get("name"))
     parts = [title(layout) or "Figure", " against ".join(dict.fromkeys(filter(None, axes[::-1]))),
@@ -29,9 +33,11 @@ def alt(fig: Mapping[str, Any]) -> str:
 def figure(fig: Mapping[str, Any], picture: str = "", play: str = "") -> str:
     """Write the HTML of a plotly figure, a dict `{data, layout}`.
 
+    fig: its data, layout and config are kept, as JSON beside the picture; nothing else is.
     picture: a JPEG (base64), shown until a reader touches the figure, and where no script runs;
-    without one, the figure's height is kept free. play: the states of its controls, packed
-    (`core.show.states`)."""
+    without one, the figure's height is kept free.
+    play: the states of its controls, packed (`core.show.states`).
+    Returns one element of class `opml-fig`, below the form of its controls if it has some."""
     kept = {k: fig[k] for k in ("data", "layout", "config") if k in fig}
     layout = fig.get("layout") or {}
     usual = layout.get("template", {}).get("layout", {})
@@ -51,7 +57,9 @@ def figure(fig: Mapping[str, Any], picture: str = "", play: str = "") -> str:
 def widget_figure(model: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the figure `{data, layout}` that a saved widget model holds.
 
-    None when it is no plotly FigureWidget."""
+    model: a model of ipywidgets' saved state, `{state, buffers}`; arrays lie in its buffers, in
+    base64, and become plotly's `{dtype, bdata, shape}`.
+    Returns None when it is no plotly FigureWidget."""
     if "_widget_data" not in model.get("state", {}): return None
     state = model["state"]
     fig = {k: json.loads(json.dumps(state.get(f"_widget_{k}"))) for k in ("data", "layout")}

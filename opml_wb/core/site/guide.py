@@ -68,10 +68,11 @@ def write_guide(src: Path, root: Path, pages: Mapping[str, str]) -> None:
     _moved(src, found)
     for p in found:
         here = f"guide/{p.name}"
-        whole = page(read(p), here,
-                     pages) if p.suffix == ".ipynb" else links(p.read_text(encoding="utf-8"), pages,
-                                                               here)
-        if isinstance(whole, str): whole = NAMED.sub("", whole.replace(COMMANDS, REFERENCE))
+        whole: Any
+        if p.suffix == ".ipynb": whole = page(read(p), here, pages)
+        else:
+            whole = links(p.read_text(encoding="utf-8"), pages, here)
+            whole = NAMED.sub("", whole.replace(COMMANDS, REFERENCE))
         write_page(src/here, whole)
     if not found: return
     listed = "\n".join(f"- [{title(p)}]({p.name})" for p in found)
