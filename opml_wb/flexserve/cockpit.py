@@ -144,15 +144,17 @@ def rows_html(kept: Kept, verdict: Verdict, target: str, shown: Iterable[int],
     return _page(f"<table><tr>{head}</tr>{lines}</table>{more}")
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #d3010761
-def models_html(kept: Kept, target: str) -> str:
+def models_html(kept: Kept, target: str, verdict: Verdict | None = None, rule: str = "") -> str:
     """Make a table of each model alone: its misses, false alarms, sensitivity and precision; ''
     without a truth."""
     if kept.truth is None: return ""
     words = "seen", "missed", "false alarms", "rightly absent", "sensitivity", "precision"
     heads = "".join(f"<th class=n>{w}</th>" for w in words)
     head, lines = f"<tr><th>target {escape(target)}</th>{heads}</tr>", ""
-    for name, labels in zip(kept.models, kept.labels):
-        c = counts(labels == target, kept.truth, target)
+    rows = [(name, said == target) for name, said in zip(kept.models, kept.labels)]
+    if verdict is not None: rows.append((f"verdict, {rule}", verdict.result))
+    for name, present in rows:
+        c = counts(present, kept.truth, target)
         figures = [c["TP"], c["FN"], c["FP"], c["TN"],
                    *(f"{c[k]:.3f}" for k in ("sensitivity", "precision"))]
         cells = "".join(f"<td class=n>{v}</td>" for v in figures)
@@ -163,6 +165,14 @@ def models_html(kept: Kept, target: str) -> str:
 LINES = {"votes": ("k_of_n", "good"), "mean probability": ("mean_prob", "ours"),
          "highest probability": ("max_prob", "baseline"),
          "lowest probability": ("min_prob", "paper")}
+
+def _ranges(fig):
+    "Let both axes end a little above the votes' largest value, or the present point's."
+    for axis in "xy":
+        shown = [v for i in (0, -1) if (v := fig.data[i][axis]) is not None]
+        most = max([4, *(float(x) for v in shown for x in v)])
+        fig.layout[f"{axis}axis"].range = [0, 1.15 * most]
+    return fig
 
 def frontier_figure(kept: Kept | None, target: str | None) -> "go.Figure":
     """Plot missed targets against false alarms, a line for each mode; the last trace is the
@@ -175,11 +185,11 @@ def frontier_figure(kept: Kept | None, target: str | None) -> "go.Figure":
         points = table[table.policy == name] if table is not None else {"FP": [], "FN": []}
         fig.add_scatter(x=points["FP"], y=points["FN"], name=mode, mode="lines+markers",
                         line_color=ui.COLOURS[colour],
-                        marker_size=5, cliponaxis=False)
+                        marker_size=5)
     ring = dict(size=15, symbol="circle-open", line_width=3, color=ui.COLOURS["muted"])
-    fig.add_scatter(x=[], y=[], name="now", mode="markers", cliponaxis=False, marker=ring)
-    fig.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
-    return fig
+    fig.add_scatter(x=[], y=[], name="now: the controls", mode="markers", cliponaxis=False,
+                    marker=ring)
+    return _ranges(fig)
 
 # %% ../../nbs/flexserve/02_cockpit.ipynb #b0ba1094
 CAMERA = """
@@ -313,8 +323,9 @@ def _move(self: FlexCockpit, fig, target, mode, level):
     if mode == "votes": self.rule = f"{p.k} of {len(self.kept.models)} models"
     self.counts = c
     self._show_rows()
-    self.models.value = models_html(self.kept, target)
+    self.models.value = models_html(self.kept, target, self.verdict, self.rule)
     fig.data[-1].update(x=[c["FP"]] if c else [], y=[c["FN"]] if c else [])
+    _ranges(fig)
     if c is None:
         return f"{self.rule}: {int(self.verdict.result.sum())} of {len(self.kept.images)} pictures"
     shares = f"sensitivity {c['sensitivity']:.3f}, precision {c['precision']:.3f}"

@@ -53,7 +53,7 @@ def misses(labels: np.ndarray, truth: ArrayLike, models: Sequence[str],
 def _line(fig, table, name, colour, **how):
     "Add a line of points [FP, FN] to a frontier; the setting is told when the mouse is over it."
     fig.add_scatter(x=table.FP, y=table.FN, name=name, mode="lines+markers", line_color=colour,
-                    customdata=table.param, cliponaxis=False, **how,
+                    customdata=table.param, **how,
                     hovertemplate="%{x} false alarms, %{y} missed (%{customdata:g})")
 
 # %% ../../nbs/flexserve/03_plots.ipynb #db443374
@@ -69,8 +69,12 @@ def frontier(table: pd.DataFrame, alone: pd.DataFrame, single: pd.DataFrame, bes
     _line(fig, share[0], "mean probability of all", ui.COLOURS["ours"])
     votes = table[table.policy == "k_of_n"]
     _line(fig, votes, "at least k of n", ui.COLOURS["good"], marker_size=9)
-    fig.add_scatter(x=alone.FP, y=alone.FN, name="one model as it is", mode="markers",
-                    text=alone.model, hovertemplate="%{text}: %{x} false alarms, %{y} missed",
+    fig.data[-1].update(mode="lines+markers+text", text=[f"k = {k:g}" for k in votes.param],
+                        textposition="bottom left", textfont_color=ui.COLOURS["good"])
+    fig.add_scatter(x=alone.FP, y=alone.FN, name="one model as it is",
+                    mode="markers+text", text=alone.model, textposition="top right",
+                    textfont_color=ui.COLOURS["muted"],
+                    hovertemplate="%{text}: %{x} false alarms, %{y} missed",
                     marker=dict(color=ui.COLOURS["muted"], size=10, symbol="x"))
     first = votes.iloc[0]
     fig.add_scatter(x=[first.FP], y=[first.FN], name="OR, the paper's policy", mode="markers",
@@ -118,7 +122,7 @@ def servers(table: pd.DataFrame) -> "go.Figure":
     found = table.groupby("server", sort=False).cpu_ms.agg(["median", "min", "max"])
     colours = [ui.COLOURS["ours" if n.startswith("ours") else "baseline"] for n in found.index]
     fig = ui.figure("CPU of all of the server's processes (ms a picture)", "",
-                    height=110 + 38 * len(found), margin_t=20)
+                    "CPU a picture, lower is better", height=150 + 38 * len(found))
     fig.add_bar(y=list(found.index), x=found["median"], orientation="h", marker_color=colours,
                 hovertemplate="%{x:.2f} ms<extra></extra>",
                 error_x=dict(type="data", symmetric=False, array=found["max"] - found["median"],

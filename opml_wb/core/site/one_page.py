@@ -82,7 +82,7 @@ def scripts(body: str) -> str:
     return packed + "".join(f"<script>{s}</script>" for s in closed)
 
 # %% ../../../nbs/core/site/05_one_page.ipynb #1516a0d4
-WIDGET = "(controls that need a kernel: open the notebook in JupyterLab)"
+WIDGET = "(JupyterLab shows a form here; it needs a kernel)"
 
 def _without_widgets(out: dict) -> dict:
     "An output with words in the place of an ipywidget, whose scripts the page doesn't carry."

@@ -335,7 +335,9 @@ def _requeue(self: Group, parts):
     alone = len(parts) == 1 and len(parts[0]) == 1
     if alone: parts[0].deaths += 1
     if alone and parts[0].deaths >= DEATHS: self._settle(parts[0], self._poison(parts[0].request))
-    else: self.queue.retry(parts)
+    else:
+        self.metrics.requeued.inc(sum(map(len, parts)))
+        self.queue.retry(parts)
 
 # %% ../../../nbs/flexserve/serve/06_group.ipynb #d11017b3
 @patch

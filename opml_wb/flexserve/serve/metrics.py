@@ -23,6 +23,7 @@ COUNTERS = {  # name: (metric, text, *labels)
     "images": ("images", "Images answered"),
     "bad": ("bad_images", "Images refused, by reason", "code"),
     "restarts": ("worker_restarts", "Workers that died and were replaced"),
+    "requeued": ("requeued_images", "Images put back when their worker died"),
     "swaps": ("swaps", "Versions put into service"),
     "classes": ("answers", "Answers of a model by class", "model", "class_name"),
     "compared": ("compared", "Images that both models of a pair answered", "a", "b"),
