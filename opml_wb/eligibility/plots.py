@@ -35,7 +35,7 @@ ARMS = {"snapshot": ("snapshot: tested on final values", "baseline", .5),
         "majority": ("majority: the commonest class", "muted", 1)}
 REAL = {"snapshot": .655, "production": .373, "eligible": .511, "majority": .637,
         "loss": (.282, .253, .311), "gain": (-.125, -.178, -.073), "answer": "no useful label"}
-REAL_NAME = "ServiceNow, 10,448 real incidents (stored)"   # from preset servicenow
+REAL_NAME = "ServiceNow, 10,448 real incidents (stored run)"   # from preset servicenow
 
 # %% ../../nbs/eligibility/15_plots.ipynb #cd0ef0f1
 def _coded(matrix):
@@ -217,15 +217,23 @@ def arms_table(found: pd.DataFrame, name: str) -> pd.DataFrame:
 
 # %% ../../nbs/eligibility/15_plots.ipynb #a8679c09
 def bias_figure(curve: pd.DataFrame) -> "go.Figure":
-    "Draw loss in production against the end bias of one field, of `bias_curve`; 20 % dashed."
-    loss = (curve.snapshot - curve.production) * 100
-    mean = curve.assign(loss=loss).groupby("share")[["end_bias", "loss"]].mean()
+    """Draw the gain over the commonest class against the end bias of one field, of `bias_curve`.
+
+    Of the snapshot's model in its own test and in production: dots are processes, lines means. 20 %
+    is dashed."""
     fig = ui.figure("end bias of one feature: share of cases that end with another value",
-                    "accuracy lost (percentage points)")
-    fig.add_scatter(x=curve.end_bias, y=loss, mode="markers", name="a process",
-                    marker=dict(color=ui.COLOURS["muted"], size=7))
-    fig.add_scatter(x=mean.end_bias, y=mean.loss, mode="lines+markers", name="mean",
-                    line=dict(color=ui.COLOURS["ours"], width=3))
+                    "accuracy above the commonest class<br>(percentage points)")
+    for arm, name, colour in (("snapshot", "in its own test", "muted"),
+                              ("production", "in production", "baseline")):
+        gain = curve.assign(gain=(curve[arm] - curve.majority) * 100)
+        mean = gain.groupby("share")[["end_bias", "gain"]].mean()
+        fig.add_scatter(x=gain.end_bias, y=gain.gain, mode="markers", showlegend=False,
+                        marker=dict(color=_faint(colour, .5), size=6))
+        fig.add_scatter(x=mean.end_bias, y=mean.gain, mode="lines", name=name,
+                        line=dict(color=ui.COLOURS[colour], width=3))
+    fig.add_hline(0, line_color="rgba(128,128,128,.9)", line_width=1.5)
+    both = curve[["snapshot", "production"]].sub(curve.majority, axis=0).to_numpy() * 100
+    fig.update_yaxes(range=[min(0, both.min()) - 2, both.max() + 5])    # room for the label
     fig.update_xaxes(tickformat=".0%")
     return ui.paper_line(fig, .2, "paper: unusable from about here", axis="x")
 
