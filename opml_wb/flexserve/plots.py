@@ -70,7 +70,7 @@ def frontier(table: pd.DataFrame, alone: pd.DataFrame, single: pd.DataFrame, bes
     votes = table[table.policy == "k_of_n"]
     _line(fig, votes, "at least k of n", ui.COLOURS["good"], marker_size=9)
     fig.data[-1].update(mode="lines+markers+text", text=[f"k = {k:g}" for k in votes.param],
-                        textposition="bottom left", textfont_color=ui.COLOURS["good"])
+                        textposition="top right", textfont_color=ui.COLOURS["good"])
     fig.add_scatter(x=alone.FP, y=alone.FN, name="one model as it is",
                     mode="markers+text", text=alone.model, textposition="top right",
                     textfont_color=ui.COLOURS["muted"],
