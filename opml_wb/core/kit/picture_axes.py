@@ -103,7 +103,10 @@ def _number_ticks(axis: Axis, drawn: "Drawn") -> None:
 def _ticks(axis: Axis, drawn: "Drawn") -> None:
     at, texts = array(axis.settings.get("tickvals")), array(axis.settings.get("ticktext"))
     if not at and axis.names: at = axis.names[::max(1, len(axis.names) // 40)]
-    if at: drawn.set_ticks(axis.numbers(at), [plain(t) for t in texts or at])
+    if at:
+        from matplotlib import ticker
+        drawn.set_ticks(axis.numbers(at), [plain(t) for t in texts or at])
+        drawn.set_minor_formatter(ticker.NullFormatter())
     elif axis.kind == "date":
         from matplotlib import dates
         found = dates.AutoDateLocator(maxticks=8)

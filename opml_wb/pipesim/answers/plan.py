@@ -214,11 +214,22 @@ def capacity_plan(workload_or_model: "Source", platform: Platform,
         return pd.DataFrame([r for part in rows for r in part], columns=COLUMNS)
 
 # %% ../../../nbs/pipesim/answers/03_plan.ipynb #7defe7e6
+def _bottlenecks(plan: pd.DataFrame) -> list[str]:
+    "Say of each row in how many replications its pool is the bottleneck, where they can tell."
+    def text(share, low, pools):
+        if pools == 1: return "only pool"
+        if not share: return ""
+        return f"can't tell (in {share:.0%})" if low <= 0 else f"in {share:.0%}"
+    pools = plan.groupby("growth").pool.transform("size")
+    return [text(*r) for r in zip(plan.bottleneck_share, plan.gain_low, pools)]
+
 def readable(plan: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """Show a plan as text: `figure [low, high]` in one cell, times in hours.
 
     Only columns that have a value; `stable` is the column `rho < 1`, the share of replications.
-    An end beyond 100 times the figure is `unbounded`: nothing is known of it."""
+    An end beyond 100 times the figure is `unbounded`: nothing is known of it. `bottleneck`: in how
+    many replications it is this pool, `can't tell` before it where the gain's interval holds 0;
+    `only pool` where there is no other."""
     def text(c, *ends):
         scale = 3600 if c in (*TIMES, "gain") else 1
         mean, low, high = (f"{x / scale:.{digits}g}" for x in ends)
@@ -234,5 +245,5 @@ def readable(plan: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     if plan.rho_long.notna().any():
         out["rho, long run"] = [f"{x:.{digits}g}" for x in plan.rho_long]
     out["borne"] = plan.borne
-    out["bottleneck"] = [f"in {x:.0%}" if x else "" for x in plan.bottleneck_share]
+    out["bottleneck"] = _bottlenecks(plan)
     return out.assign(note=plan.note) if plan.note.any() else out

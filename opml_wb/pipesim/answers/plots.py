@@ -63,7 +63,7 @@ def _panel(fig: "Figure", row: int, model: ArrivalModel, mean: np.ndarray, sd: n
                     line_width=0, fillcolor="rgba(0,114,178,.22)", name="ours ± 1 sd",
                     hoverinfo="skip", **at)
     bars = dict(type="data", array=users * np.nan_to_num(model.sd), color="rgba(213,94,0,.45)",
-                thickness=1.2, width=0)
+                thickness=1, width=0)
     fig.add_scatter(x=hour, y=users * model.profile, mode="markers", name="trace ± 1 sd",
                     marker=dict(size=4, color=ui.COLOURS["baseline"]), error_y=bars, **at)
     fig.add_scatter(x=hour, y=users * mean, mode="lines", name="ours, mean",
@@ -90,7 +90,7 @@ def figure3(models: Mapping[str, ArrivalModel], weeks: int = 60, seed: int = 0,
         _panel(fig, row, model, *synthetic_week(model, weeks, seed), users)
     top = users * max(float(np.nanmax(m.profile + np.nan_to_num(m.sd))) for m in models.values())
     fig.update_yaxes(title_text="arrivals an hour", range=[0, 1.05 * top])
-    fig.update_xaxes(title_text="day of the week, in hours", row=len(models), col=1)
+    fig.update_xaxes(title_text="hour of the week (labels at noon)", row=len(models), col=1)
     return fig.update_xaxes(tickvals=24 * np.arange(7) + 12, ticktext=DAYS, range=[-1, WEEK],
                             showgrid=False, ticks="")
 
@@ -156,9 +156,10 @@ def wait_figure(today: Trace) -> "Figure":
                            line=dict(color=ui.COLOURS["muted"], dash="dot"))
 
 def show_wait(fig: "Figure", then: Trace) -> str:
-    "Set the second line of `wait_figure` to another run: its waits in words."
+    "Set the second line of `wait_figure` to another run, and name it: its waits in words."
     y = daily_wait(then)
-    fig.data[0].update(x=y.index, y=y.to_numpy())
+    gpus = ", ".join(f"{p.steps[-1][1]:,} {p.name}" for p in then.platform.pools[:1])
+    fig.data[0].update(x=y.index, y=y.to_numpy(), name=f"{gpus}, {then.policy}")
     mean, p95 = then.wait.mean() / 3600, np.quantile(then.wait, .95) / 3600
     units = ", ".join(f"{p.steps[-1][1]:,} {p.name}" for p in then.platform.pools)
     return f"{units}, {then.policy}: mean wait {mean:.2f} h, 95 % wait {p95:.1f} h"
