@@ -222,7 +222,7 @@ def bias_figure(curve: pd.DataFrame) -> "go.Figure":
     Of the snapshot's model in its own test and in production: dots are processes, lines means. 20 %
     is dashed."""
     fig = ui.figure("end bias of one feature: share of cases that end with another value",
-                    "accuracy above the commonest class<br>(percentage points)")
+                    "gain in accuracy (% points)")
     for arm, name, colour in (("snapshot", "in its own test", "muted"),
                               ("production", "in production", "baseline")):
         gain = curve.assign(gain=(curve[arm] - curve.majority) * 100)
