@@ -60,9 +60,10 @@ class Grid:
         if self.together: yield from itertools.product(*self.kept)
         else:
             yield self.defaults
-            for c, kept in enumerate(self.kept):
-                for i in kept:
-                    if i != self.defaults[c]: yield (*self.defaults[:c], i, *self.defaults[c + 1:])
+            others = [[i for i in kept if i != d] for kept, d in zip(self.kept, self.defaults)]
+            for row in itertools.zip_longest(*others):   # where time ends, all have moved
+                for c, i in enumerate(row):
+                    if i is not None: yield (*self.defaults[:c], i, *self.defaults[c + 1:])
 
 # %% ../../../nbs/core/show/10_states.ipynb #641ebd98
 def rounded(v: Any) -> Any:
@@ -92,44 +93,48 @@ def _state_of(fig: "Figure") -> dict:
     return rounded({k: told[k] for k in ("data", "layout")})
 
 def render(fig: "Figure", controls: Mapping[str, "Widget"], move: Callable[[], str],
-           seconds: float = SECONDS) -> dict[str, Any] | None:
+           seconds: float = SECONDS, note: str | None = None) -> dict[str, Any] | None:
     """Set `controls` (name -> ipywidget) to their choices, let `move()` change `fig` and return its
     line of text; returns what a page needs to show these states, None when nothing can be moved.
 
     A control that takes anything stays; at the end all are as before. seconds: after so many no
-    state is begun; a missing one is shown by its nearest neighbour."""
+    state is begun; a choice that was never reached is left out. note: what `move()` said of `fig` as
+    it is, which is the state of the present choices; None: it is asked once more."""
     moved = {name: c for name, w in controls.items() if (c := choices(w)) and len(c) > 1}
     if not moved: return None
     now = {name: controls[name].value for name in moved}
     at = [next((i for i, (_, v) in enumerate(c) if v == now[name]), 0)
           for name, c in moved.items()]
+    if note is None: note = move() or ""
     base = _state_of(fig)
     def state(indices):
         for i, (name, c) in zip(indices, moved.items()): controls[name].value = c[i][1]
         try: note = move() or ""
         except Exception as e: note = f"{type(e).__name__}: {e}"
         return note, changes(base, _state_of(fig))
-    try: return _played(moved, at, state, seconds)
+    try: return _played(moved, at, note, state, seconds)
     finally:
         for name, value in now.items(): controls[name].value = value
         move()
 
 # %% ../../../nbs/core/show/10_states.ipynb #f1923652
-def _played(moved: Mapping[str, list], at: list[int], state: Callable, seconds: float) -> dict:
-    "Render the states (by `state(indices)`) that time and bytes allow."
+def _played(moved: Mapping[str, list], at: list[int], note: str, state: Callable,
+            seconds: float) -> dict:
+    "Render the states (by `state(indices)`) that time and bytes allow; that of `at` is there."
     began = time.monotonic()
     state(tuple(at))
     cost = time.monotonic() - began
     most = max(2 * len(at), min(STATES, int(seconds / max(cost, 1e-4))))
     while True:
         grid = Grid([len(c) for c in moved.values()], at, most)
-        frames: dict[str, tuple] = {}
+        frames: dict[str, tuple] = {",".join(map(str, at)): (note, [])}
         until = time.monotonic() + seconds
         for indices in grid:
             if time.monotonic() > until and len(frames) > 1: break
-            frames[",".join(map(str, indices))] = state(indices)
+            if indices != tuple(at): frames[",".join(map(str, indices))] = state(indices)
+        reached = [sorted(set(i)) for i in zip(*(map(int, key.split(",")) for key in frames))]
         controls = [dict(name=name, choices=[[i, c[i][0]] for i in kept], at=i0)
-                    for (name, c), kept, i0 in zip(moved.items(), grid.kept, at)]
+                    for (name, c), kept, i0 in zip(moved.items(), reached, at)]
         told = dict(controls=controls, together=grid.together, frames=frames)
         packed = gzip.compress(json.dumps(told, separators=(",", ":")).encode(), mtime=0)
         if len(packed) <= BYTES * 3 / 4 or most <= 2 * len(at): break

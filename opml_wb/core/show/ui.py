@@ -117,7 +117,9 @@ class Play:
     def _said(self):
         return self.update(self.fig, **{name: s.value for name, s in self.sliders.items()}) or ""
 
-    def _move(self): self.note.value = escape(self._said())
+    def _move(self):
+        self.said = self._said()  # of the figure as it is
+        self.note.value = escape(self.said)
 
     def _moved(self, change):
         try: self._move()
@@ -142,7 +144,7 @@ class Play:
         "Render what a page shows later without a kernel; `view`: the controls' widget model."
         from opml_wb.core.show.states import PLAY, render
         for s in self.sliders.values(): s.unobserve(self._moved, "value")
-        states = render(self.fig, self.sliders, self._said)
+        states = render(self.fig, self.sliders, self._said, note=self.said)
         for s in self.sliders.values(): s.observe(self._moved, "value")
         return {PLAY: {**states, "view": view}} if states else {}
 
