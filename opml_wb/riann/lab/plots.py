@@ -28,12 +28,12 @@ def log_axis(values: Iterable[float], room: float = 1.25) -> dict[str, Any]:
     "Make the settings of a log axis around positive `values`, with ticks at 1, 2, 5, 10, ..."
     v = [float(x) for x in values if x > 0 and math.isfinite(x)] or [1., 10.]
     low, high = min(v) / room, max(v) * room
-    steps = (1, 2, 5) if high / low < 300 else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{s}e{e}") for e in decades for s in steps]
+    for steps in (1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9):   # three ticks at least
+        ticks = [t for e in decades for s in steps if low <= (t := float(f"{s}e{e}")) <= high]
+        if len(ticks) >= 3 and (len(steps) > 1 or high / low >= 300): break
     return dict(type="log", range=[math.log10(low), math.log10(high)],
-                tickvals=[t for t in ticks if low <= t <= high],
-                ticktext=[f"{t:,g}" for t in ticks if low <= t <= high])
+                tickvals=ticks, ticktext=[f"{t:,.15g}" for t in ticks])
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #9d866773
 def fixed_properties(table: "pd.DataFrame", k: int = 10) -> "Figure":
@@ -104,8 +104,8 @@ def ladder_curve(rungs: Sequence[Rung], usual: Rung, k: int = 10) -> "Figure":
 LIVE = (("took_ms", "the batch took", "ours", 1, None),
         ("predicted_ms", "predicted", "muted", 1, "dot"),
         ("deadline_ms", "deadline", "baseline", 1, "dash"),
-        ("cand", "cand, mean of the batch", "good", 2, None),
-        ("waiting", "vectors that wait", "paper", 3, None))
+        ("cand", "candidates, mean of what was linked", "ours", 2, None),
+        ("waiting", "vectors that wait", "ours", 3, None))
 
 def live(rows: "pd.DataFrame | None" = None, fig: "Figure | None" = None) -> "Figure":
     """Draw the batches of a stream, or put them into the `fig` of an earlier call.
@@ -124,8 +124,9 @@ def _live_panels():
                         figure=ui.figure(height=520), row_heights=[.5, .25, .25])
     for _, name, colour, row, dash in LIVE:
         fig.add_scatter(x=[], y=[], name=name, mode="lines+markers" if dash is None else "lines",
-                        line=dict(color=ui.COLOURS[colour], dash=dash), row=row, col=1)
-    for row, title in (1, "ms per batch"), (2, "candidates"), (3, "vectors"):
+                        line=dict(color=ui.COLOURS[colour], dash=dash), row=row, col=1,
+                        showlegend=row == 1)
+    for row, title in (1, "ms per batch"), (2, "candidates"), (3, "vectors waiting"):
         fig.update_yaxes(title_text=title, rangemode="tozero", row=row)
     return fig.update_xaxes(title_text="batch", row=3)
 
@@ -153,15 +154,17 @@ def figure_2a(table: "pd.DataFrame", arms: Sequence[str]) -> "Figure":
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #18938d41
 def speedups(table: "pd.DataFrame", paper: float = 2.42) -> "Figure":
-    """Draw speed-ups by batch size as bars, and the paper's mean as a dashed line.
+    """Draw speed-ups by batch size as bars that start at 1, and the paper's mean, dashed.
 
     table: a row per batch size, a column per comparison, in times; at most four."""
     fig = ui.figure("vectors in a batch", "indexing: times as fast", "RIANN's indexing speed-up",
                     xaxis_type="category", barmode="group", bargroupgap=.05, height=400)
-    for name, colour in zip(table, ("ours", "muted", "baseline", "good")):
-        fig.add_bar(x=table.index.astype(str), y=table[name], name=name, texttemplate="%{y:.1f}",
-                    textposition="outside", cliponaxis=False, marker_color=ui.COLOURS[colour])
-    fig.update_layout(yaxis=log_axis([*table.to_numpy().ravel(), paper], 1.8))
+    shades = *(ui.COLOURS[c] for c in ("ours", "muted", "baseline")), "rgba(213,94,0,.45)"
+    for name, shade in zip(table, shades):
+        fig.add_bar(x=table.index.astype(str), y=table[name] - 1, base=[1.] * len(table), name=name,
+                    text=[f"{v:.1f}" for v in table[name]], textposition="outside",
+                    cliponaxis=False, marker_color=shade)
+    fig.update_layout(yaxis=log_axis([*table.to_numpy().ravel(), paper, 1], 1.8))
     return ui.paper_line(fig, paper, f"paper: {paper} on average")
 
 # %% ../../../nbs/riann/lab/06_plots.ipynb #66eb073e
@@ -175,15 +178,15 @@ def figure_2b(sums: "pd.DataFrame", usual: str, paper: Mapping[str, float]) -> "
                     yaxis_range=[0, 112], height=400, bargroupgap=.05, margin_r=118)
     def bars(arm, name, y, shade, group, **more):
         d = sums[sums.arm == arm]
-        where = [f"{s * 1e3:.3g} ms<br>{l:g} of {o}'s"
+        where = [f"{s * 1e3:.3g} ms<br>{l:g} of<br>{o}'s"
                  for s, l, o in zip(d.deadline_s, d.level, d.of)]
         fig.add_bar(x=where, y=y(d) * 100, name=name, marker_color=shade, offsetgroup=group, **more)
     ours, none = sums[sums.arm == "RIANN"], dict(textposition="none")
     bars(usual, usual, lambda d: d.satisfied, ui.COLOURS["baseline"], "a", texttemplate="%{y:.0f}",
          textposition="outside")
-    bars("RIANN", "RIANN, none waits", lambda d: d.wholly, ui.COLOURS["good"], "b", **none)
+    bars("RIANN", "RIANN, none waits", lambda d: d.wholly, ui.COLOURS["ours"], "b", **none)
     bars("RIANN", "RIANN, some wait to be linked", lambda d: d.satisfied - d.wholly,
-         "rgba(0,158,115,.45)", "b", base=ours.wholly * 100, textposition="outside",
+         "rgba(0,114,178,.45)", "b", base=ours.wholly * 100, textposition="outside",
          text=[f"{v:.0f}" for v in ours.satisfied * 100])
     for name, value in paper.items():
         ui.paper_line(fig, value, "")
