@@ -124,7 +124,7 @@ async function playable(form, figure, drawn) {
     show()
   }))
   form.addEventListener("submit", event => event.preventDefault())
-  form.append(...parts.map(p => p.shown), note)
+  form.append(...parts.filter((_, i) => controls[i].choices.length > 1).map(p => p.shown), note)  // no choice: not shown
   if (!together) form.append(element("small", {}, "Here each control moves alone; in a notebook, together."))
   note.textContent = asked()[0]
 }
