@@ -98,8 +98,8 @@ def render(fig: "Figure", controls: Mapping[str, "Widget"], move: Callable[[], s
     line of text; returns what a page needs to show these states, None when nothing can be moved.
 
     A control that takes anything stays; at the end all are as before. seconds: after so many no
-    state is begun; a choice that was never reached is left out. note: what `move()` said of `fig` as
-    it is, which is the state of the present choices; None: it is asked once more."""
+    state is begun; a choice that was never reached is left out. note: what `move()` said of `fig`
+    as it is, which is the state of the present choices; None: it is asked once more."""
     moved = {name: c for name, w in controls.items() if (c := choices(w)) and len(c) > 1}
     if not moved: return None
     now = {name: controls[name].value for name in moved}
