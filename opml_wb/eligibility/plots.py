@@ -29,7 +29,7 @@ PAPER = {"P1": (99, 62.6, 10.5, 68.5, 1908), "P2": (173, 100.5, 15.5, 105.7, 623
 PAPER_SNAPSHOTS = {"P1": (99, 60.5, 2303), "P2": (173, 91.6, 8011), "P3": (181, 98.2, 8659),
                    "P4": (241, 161.7, 13193)}
 ARMS = {"snapshot": ("snapshot: tested on final values", "baseline", .5),
-        "production": ("production: that model, asked at e", "baseline", 1),
+        "production": ("production: that model, at point e", "baseline", 1),
         "eligible": ("eligible features only", "ours", 1),
         "eligible+ties": ("eligible, and those that tie", "ours", .5),
         "majority": ("majority: the commonest class", "muted", 1)}
