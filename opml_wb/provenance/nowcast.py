@@ -127,9 +127,9 @@ def _other_value(held: bytes) -> bytes:
 
 CHANGES: dict[str, Change | None] = {
     "nothing": None,
-    "july.csv is written anew": ("july.csv", lambda b: b),
+    "july.csv rewritten, same content": ("july.csv", lambda b: b),
     "notes.txt lies beside them": ("notes.txt", lambda b: b"no code reads this"),
-    "a variable that nobody reads": ("$PLOT_STYLE", None),
+    "an environment variable nobody reads": ("$PLOT_STYLE", None),
     "a comment in ridge.py": ("ridge.py", lambda b: b + b"# a thought\n"),
     "the code of ridge.py": ("ridge.py", lambda b: b.replace(b"Ridge()", b"Ridge(alpha=2.0)")),
     "one byte of june.csv": ("june.csv", lambda b: b.replace(b"96373", b"96374", 1)),

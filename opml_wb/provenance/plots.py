@@ -7,7 +7,7 @@ __all__ = ['SERIES', 'MOST', 'INK', 'ALARMS', 'named', 'revised', 'revisions', '
            'check_figure', 'show_check', 'outcomes', 'alarms_figure', 'leak_figure']
 
 # %% ../../nbs/provenance/07_plots.ipynb #0ba1c3f9
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,14 @@ def revised(changes: "pd.DataFrame") -> "pd.DataFrame":
 # %% ../../nbs/provenance/07_plots.ipynb #d2fb9a06
 MOST = 20   # % of revision at the edge of the figure
 
-def revisions(changes: "pd.DataFrame", publications: int) -> "Figure":
+def revisions(changes: "pd.DataFrame", days: "Sequence[pd.Timestamp]") -> "Figure":
     """Draw each correction by a later publication: its date and its size in % (within ±20 %).
 
-    `changes`: of `FeatureStore.changes`; `publications`: how many there are."""
+    `changes`: of `FeatureStore.changes`; `days`: of the publications."""
     rows = revised(changes)
     far = int((rows.percent.abs() > MOST).sum())
-    title = f"{len(rows):,} corrections in {publications} publications"
+    title = (f"{len(rows):,} corrections between the vintages of {days[0]:%d %B %Y} "
+             f"and {days[-1]:%d %B %Y}")
     fig = ui.figure("date that the figure is for", "correction, % of the figure",
                     title + f"; {far:,} beyond ±{MOST} % drawn at the edge" * bool(far))
     dot = dict(size=7, color=ui.COLOURS["baseline"], opacity=.6)
@@ -110,7 +111,8 @@ def check_figure(runs: Mapping[str, Any]) -> "Figure":
     fig = ui.figure("what differs", "stage", "Will it reproduce?", height=130 + 36 * len(runs),
                     yaxis_autorange="reversed")
     colours = [[0, ui.COLOURS["good"]], [1, ui.COLOURS["baseline"]]]
-    return fig.add_heatmap(x=CLASSES, y=list(runs), z=[[0] * len(CLASSES)] * len(runs), zmin=0,
+    words = [{"environment": "environment<br>variable"}.get(c, c) for c in CLASSES]
+    return fig.add_heatmap(x=words, y=list(runs), z=[[0] * len(CLASSES)] * len(runs), zmin=0,
                            zmax=1, colorscale=colours, showscale=False, xgap=4, ygap=4,
                            texttemplate="%{text}", textfont_color=INK
                            ).update_xaxes(showgrid=False).update_yaxes(showgrid=False)
@@ -151,7 +153,7 @@ def alarms_figure(alarm: "pd.DataFrame", needed: "pd.DataFrame") -> "Figure":
                     text=found.replace("quiet", "").to_numpy(), texttemplate="%{text}", zmin=-.5,
                     zmax=3.5, colorscale=scale, showscale=False, xgap=3, ygap=3,
                     textfont_color=INK, hovertemplate="%{y}<br>%{x}: %{text}<extra></extra>")
-    words = "quiet, rightly", "alarm, rightly", "alarm, but the same comes out", "no alarm, missed"
+    words = "quiet, rightly", "alarm, rightly", "alarm, nothing can change", "no alarm, missed"
     for name, colour in zip(words, ALARMS.values()):
         fig.add_scatter(x=[None], y=[None], mode="markers", name=name,
                         marker=dict(color=colour, size=11, symbol="square"))
@@ -163,8 +165,10 @@ def leak_figure(labels: "pd.DataFrame", honest: "pd.Series", leaky: "pd.Series")
     leak = differs(honest, leaky).to_numpy()
     week = labels.date.dt.tz_localize(None).dt.to_period("W").dt.start_time
     count = pd.DataFrame({"week": week, "leak": leak}).groupby("week").leak.agg(["sum", "size"])
-    fig = ui.figure("week of the row", "rows of the training set", "An event-time-only join",
-                    barmode="stack")
+    fig = ui.figure("week of the row (its Monday)", "rows of the training set",
+                    "An event-time-only join", barmode="stack")
+    ticks = count.index[::len(count)//8 + 1]
+    fig.update_xaxes(tickvals=ticks, ticktext=[f"{t:%d %b}<br>{t:%Y}" for t in ticks])
     for y, name, colour in ((count["size"] - count["sum"], "as known then", "ours"),
                             (count["sum"], "from the future", "baseline")):
         fig.add_bar(x=count.index, y=y, name=name, marker_color=ui.COLOURS[colour])

@@ -258,10 +258,11 @@ def sweep(home: str) -> None:
     "Remove the scratch folders of processes that were killed."
     for base in bases(home):
         for entry in os.scandir(base):
-            found = entry.stat(follow_symlinks=False)
+            if not entry.name.startswith(PREFIX): continue
+            try: found = entry.stat(follow_symlinks=False)
+            except FileNotFoundError: continue     # removed by another process in this moment
             ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-            if entry.name.startswith(PREFIX) and ours and not _in_use(entry.path, found.st_mtime):
-                clear(entry.path)
+            if ours and not _in_use(entry.path, found.st_mtime): clear(entry.path)
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #20846890
 def _in_use(folder: str, made: float) -> bool:
