@@ -172,6 +172,8 @@ def _bar_texts(ax, t, x, y, tips, flat, base):
     for i, (px, py, said) in enumerate(zip(*tips, texts)):
         if said in ("", None) or not np.isfinite(px + py): continue
         off, ha, va = ((4, 0), "left", "center") if flat else ((0, 3), "center", "bottom")
+        if (x if flat else y)[i] < 0:   # a bar to the left, or down
+            off, ha, va = ((-4, 0), "right", "center") if flat else ((0, -3), "center", "top")
         shade: Any = rgba(COLOURS["muted"])
         if base is not None:
             px, py = ((px + base[i]) / 2, py) if flat else (px, (py + base[i]) / 2)

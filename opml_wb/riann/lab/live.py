@@ -64,10 +64,15 @@ class LiveStream:
             return pd.DataFrame([self.feed(batch, deadline) for _ in range(self.batches)])
 
     def move(self, fig: "Figure", deadline: float, recall: float, batch: int, busy: int = 0) -> str:
-        "Feed batches, put them into `fig` (of `plots.live`), and say in words what came of them."
+        """Feed batches, put them into `fig` (of `plots.live`), and say in words what came of them.
+
+        That is how many kept the deadline, and what gave way: vectors that wait, candidates."""
         rows = self.fed(deadline, recall, batch, busy)
         live(rows, fig)
-        plan = self.index.plan(batch)
+        plan, linked = self.index.plan(batch), rows.cand[rows.cand > 0]
+        with_cand = "nothing was linked" if linked.empty else (
+            f"in {len(linked)} some vectors were linked, with {linked.min():.0f} to "
+            f"{linked.max():.0f} candidates")
         return (f"{rows.kept.sum()} of {len(rows)} batches kept the deadline; "
-                f"{rows.waiting.iloc[-1]} of {len(self.index):,} vectors wait. "
+                f"{rows.waiting.iloc[-1]} of {len(self.index):,} vectors wait; {with_cand}. "
                 f"The plan for the next batch: {plan.reason}")
