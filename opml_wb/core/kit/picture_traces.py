@@ -78,9 +78,10 @@ def _texts(ax, t, x, y):
         dx, align = SIDES.get(side, (0, "center"))
         dy = {"top": off, "bottom": -off}.get(up, 0)
         upright = {"top": "bottom", "bottom": "top"}.get(up, "center")
+        own = str(said).partition('<span style="color:')[2].partition('"')[0]
         ax.annotate(plain(said), (xi, yi), (dx * off, dy), textcoords="offset points", ha=align,
                     va=upright, fontsize=font.get("size", 12) * PT, annotation_clip=False,
-                    color=rgba(font.get("color") or COLOURS["muted"]))
+                    color=rgba(own or font.get("color") or COLOURS["muted"]))
 
 # %% ../../../nbs/core/kit/09_picture_traces.ipynb #c8d27b34
 def _fill(panel, t, x, y, shade):

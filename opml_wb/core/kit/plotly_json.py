@@ -102,6 +102,9 @@ def colours(marker: Mapping[str, Any], n: int, default: Any, alpha: float = 1.) 
     "Find the colours of `n` points: `marker`'s one, its column, or numbers through its scale."
     given, opacity = marker.get("color"), marker.get("opacity")
     if isinstance(opacity, int | float): alpha *= opacity
+    if isinstance(opacity, list | tuple | Mapping):   # one a point
+        full = colours({**marker, "opacity": None}, n, default, alpha)
+        return [(*c[:3], c[3] * o) for c, o in zip(full, array(opacity))]
     values = array(given) if isinstance(given, list | tuple | Mapping) else []
     if values and not isinstance(values[0], str):
         v = np.array([np.nan if c is None else c for c in values], float)
