@@ -24,9 +24,10 @@ def alt(fig: Mapping[str, Any]) -> str:
     def title(d: Mapping[str, Any]) -> str:
         return plain((d.get("title") or {}).get("text")).replace("\n", " ")
     axes = [title(layout[k]) for k in sorted(layout) if re.match(r"[xy]axis\d*$", k)]
-    names = dict.fromkeys(plain(t["name"]) for t in fig.get("data") or () if t.get("name"))
-    parts = [title(layout) or "Figure", " against ".join(dict.fromkeys(filter(None, axes[::-1]))),
-             ", ".join(names)]
+    series = fig.get("data") or ()
+    names = dict.fromkeys(plain(t["name"]) for t in series if t.get("name"))
+    against = " against ".join(dict.fromkeys(filter(None, axes[::-1])))
+    parts = [title(layout) or "Figure", against, ", ".join(names)]
     return escape(": ".join(filter(None, parts)))
 
 # %% ../../../nbs/core/site/10_figures.ipynb #ae39e8b1
