@@ -109,7 +109,8 @@ def run_all(page, timeout_s=600):
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=timeout_s*1000)
 
 
-PLAY = ".jp-CodeCell:has(.noUi-handle)"                    # the cell of the widget: sliders, a line of text, the figure
+CONTROL = ":is(.noUi-handle, .widget-dropdown select)"      # a slider or a menu
+PLAY = f".jp-CodeCell:has({CONTROL})"                       # the cell of the widget: its controls, a line of text, the figure
 DRAWN = """() => { const e = document.querySelector('%s .jp-OutputArea'); return e && JSON.stringify([
     [...e.querySelectorAll('.main-svg path, .main-svg rect, .main-svg image')].map(p => [p.getAttribute('transform'), p.getAttribute('d')]),
     [...e.querySelectorAll('.main-svg text, .widget-html-content')].map(t => t.textContent)]) }""" % PLAY
@@ -143,7 +144,7 @@ def scroll_to(page, selector):
 
 @pytest.mark.parametrize("chapter", sorted(p.name for p in (HERE.parent/"nbs"/"chapters").glob("*.ipynb")))
 def test_a_chapter_in_jupyterlab(lab, page, chapter):
-    "Run All, then a reader moves the first slider: what the widget shows changes. Nothing fails, nothing is asked of elsewhere."
+    "Run All, then a reader moves the first slider, or takes another entry of the first menu: what the widget shows changes. Nothing fails, nothing is asked of elsewhere."
     shots, name = HERE/"artefacts", chapter.removesuffix(".ipynb")
     shots.mkdir(exist_ok=True)
     strangers, faults = [], []
@@ -152,14 +153,16 @@ def test_a_chapter_in_jupyterlab(lab, page, chapter):
     page.goto(lab.format(chapter))
     run_all(page)
     page.screenshot(path=shots/f"lab-{name}-top.png")
-    scroll_to(page, f"{PLAY} .noUi-handle")
+    scroll_to(page, f"{PLAY} {CONTROL}")
     page.wait_for_selector(f"{PLAY} .js-plotly-plot .main-svg")
     page.wait_for_timeout(500)
     page.screenshot(path=shots/f"lab-{name}-play-default.png")
 
-    before, slider = page.evaluate(DRAWN), page.locator(f"{PLAY} .noUi-handle").first
-    slider.focus()
-    for _ in range(4): page.keyboard.press("ArrowRight")
+    before, slider, menu = page.evaluate(DRAWN), page.locator(f"{PLAY} .noUi-handle"), page.locator(f"{PLAY} select")
+    if slider.count():
+        slider.first.focus()
+        for _ in range(4): page.keyboard.press("ArrowRight")
+    else: menu.first.select_option(index=1)
     began = time.monotonic()
     page.wait_for_function(f"before => {{ const now = ({DRAWN})(); return now && now !== before }}", arg=before)
     (shots/f"lab-{name}-answer.txt").write_text(f"{time.monotonic() - began:.2f} s from the last key to a changed widget\n")

@@ -233,6 +233,7 @@ async function widgets(state, views) {
     try {
       const model = await manager.get_model(JSON.parse(script.textContent).model_id)
       classic.JupyterLuminoWidget.attach((await manager.create_view(model)).luminoWidget, box)
+      new MutationObserver(() => named(box)).observe(box, {childList: true, subtree: true})   // parts come later
       named(box)
     } catch (error) { box.textContent = `This widget cannot be shown here: ${error.message}` }
   }
