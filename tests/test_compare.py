@@ -82,7 +82,7 @@ def test_more_than_two(two, command):
     assert len(json.loads(command("compare", *(r.doc["id"] for r in two), "--json").stdout)["differences"]) == 2
 
 
-@pytest.mark.parametrize("args, said", [(["zzz", "{a}"], "no run 'zzz'"), (["{a}"], "two runs or more"), (["{a}", "{a}"], "no further run"),
+@pytest.mark.parametrize("args, said", [(["zzz", "{a}"], "no run 'zzz'"), (["{a}"], "no further run"), (["{a}", "{a}"], "no further run"),
                                         (["{a}", "{b}", "--html", "{tmp}/x.html", "--objective", "los"], "they have: loss, final"),
                                         (["{a}", "{b}", "--html", "{tmp}/no/x.html"], "no folder")])
 def test_bad_use(two, command, tmp_path, args, said):

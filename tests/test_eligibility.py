@@ -772,10 +772,11 @@ def test_the_chapter_runs_on_a_file_of_ones_own(tmp_path):
     "Key and order of rows are named, the rest is guessed; a column that isn't there is refused by its name before anything is trained."
     import os
     import subprocess
+    import sys
     simulate(600, seed=4).df.to_csv(tmp_path/"tickets.csv", index=False)
     names = ["case=number", "order=updated_at", "label=close_code", "state=state,Active", "pair=assigned_to,priority", "runs=2"]
     def run(*words):
-        return subprocess.run(["opml", "run", "eligibility", f"dataset={tmp_path/'tickets.csv'}", *words], capture_output=True, text=True,
+        return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "run", "eligibility", f"dataset={tmp_path/'tickets.csv'}", *words], capture_output=True, text=True,
                               env=os.environ | {"OPML_HOME": str(tmp_path/"home")})
     done = run(*names)
     assert done.returncode == 0 and "eligible_accuracy" in done.stdout, done.stdout + done.stderr
