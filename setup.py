@@ -33,6 +33,7 @@ PARTS = {  # what the rest needs beside it
               "pyyaml>=6", "hnswlib>=0.8"],
     "flexserve": ["torch>=2.2", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4", "pillow>=10", "pyyaml>=6", "scikit-learn>=1.4",
                   "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20"],
+    "explain": ["pandas>=2.1", "numba>=0.60", "llvmlite>=0.43", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0"],
 }
 CHOSEN = os.environ.get("OPML_WB_PARTS", " ".join(PARTS)).replace(",", " ").split()
 if unknown := set(CHOSEN) - set(PARTS): raise SystemExit(f"OPML_WB_PARTS: no part {sorted(unknown)}; there are: {', '.join(PARTS)}")
@@ -79,7 +80,8 @@ setup(
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
         "opml_wb.commands": ["provenance = opml_wb.provenance.commands:provenance",
-                             "flexserve = opml_wb.flexserve.serve.cli:flexserve"],
+                             "flexserve = opml_wb.flexserve.serve.cli:flexserve",
+                             "explain = opml_wb.explain.commands:explain"],
         "opml_wb.moved_commands": [f"{name} = opml_wb.provenance.commands:provenance" for name in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
