@@ -95,10 +95,11 @@ def attributions(model: Any, target: Any = None) -> Callable[[pd.DataFrame], np.
     Shapley values of a tree, forest or XGBoost model, bare or a `TableModel`. Raises TypeError for
     a model of another kind."""
     from opml_wb.explain.shapley.treeshap import TreeShap
-    inner, (_, column) = getattr(model, "estimator", model), wanted(model, target)
-    shap, groups = TreeShap(inner), getattr(getattr(model, "encoder", None), "groups", None)
+    behind, (_, column) = hasattr(model, "encode"), wanted(model, target)      # a TableModel
+    shap = TreeShap(model.estimator if behind else model)
+    groups = model.encoder.groups if behind else None
     def explain(rows):
-        found = shap.values(model.encode(rows) if hasattr(model, "encode") else rows)
+        found = shap.values(model.encode(rows) if behind else rows)
         if found.ndim == 3: found = found[..., column]
         elif column == 0: found = -found
         if groups is None or len(groups) == len(set(groups)): return found
