@@ -6,7 +6,7 @@
 __all__ = ['MITIGATIONS', 'MEASURES', 'parity_gap', 'odds_gap', 'Split', 'none', 'drop', 'drop_proxies', 'residualise',
            'constrain', 'mitigations']
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #22534750
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #c6ffa7ca
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ..answers.tables import Columns
 from ..intervals import mean_interval
 from .proxying import JOINT, groups_of, proxies
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #9486d763
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #d4a4ce2c
 def parity_gap(granted: np.ndarray, group: np.ndarray) -> float:
     "Largest difference between two groups' shares of granted, bool [n]: demographic parity."
     shares = [granted[group == g].mean() for g in np.unique(group)]
@@ -27,7 +27,7 @@ def odds_gap(granted: np.ndarray, group: np.ndarray, y: np.ndarray) -> float:
     "Larger one of the parity gaps among those with y True and with y False: equalised odds."
     return max(parity_gap(granted[y == c], group[y == c]) for c in (False, True))
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #3077e7b7
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #2914e9fb
 class Split(NamedTuple):
     "One split: encoded columns, answers and groups of the rows to learn from and to judge on."
     learn: np.ndarray
@@ -54,7 +54,7 @@ def _forest(split: Split, columns: np.ndarray | None = None, learn: np.ndarray |
 def _without(split: Split, names: Sequence[str]) -> np.ndarray:
     return np.array([j for j, n in enumerate(split.names) if n not in names])
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #381f2055
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #251a4d19
 def none(split: Split) -> np.ndarray:
     "Decide with all columns: bool [n]."
     return _forest(split)[1] > .5
@@ -92,7 +92,7 @@ MITIGATIONS: dict[str, Callable[[Split], np.ndarray]] = {
     "none": none, "drop": drop, "drop proxies": drop_proxies, "residualise": residualise,
     "constrain": constrain}
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #40603873
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #cff9e7b9
 def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], seeds: int, test: float
             ) -> list[Split]:
     "Make the splits, one for each seed."
@@ -129,7 +129,7 @@ def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, se
     runs = pd.DataFrame(rows, columns=["mitigation", "seed", *MEASURES])
     table = pd.DataFrame([_summed(name, some, runs) for name, some in
                           runs.groupby("mitigation", sort=False)])
-    table.attrs.update(proxies=found, runs=runs)
+    table.attrs.update(proxies=found)
     return table
 
 MEASURES = ("accuracy", "parity", "odds")
