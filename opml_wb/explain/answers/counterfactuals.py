@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ANY', 'UP', 'DOWN', 'Change', 'Counterfactual', 'twins', 'cuts_of', 'values_for', 'Search', 'counterfactual']
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #92cfad4f
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #0b04c48f
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -18,7 +18,7 @@ from .tables import TableModel, frame, table_model
 from .wording import is_gap, listed, named, shown
 from ..shapley.forests import is_forest, read
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #d828df1f
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #fc37a348
 ANY, UP, DOWN = "any", "up", "down"
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Counterfactual:
         return [listed([f"{named(c.column)} {shown(c.new)} instead of {shown(c.old)}" for c in o])
                 for o in self.options]
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #e9a88e4b
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #50b0998e
 def twins(X: pd.DataFrame, columns: list[str]) -> dict[str, list[str]]:
     "Find for each of `columns` the other columns of `X` that are its values under another name."
     found: dict[str, list[str]] = {c: [] for c in columns}
@@ -67,7 +67,7 @@ def cuts_of(model: TableModel) -> dict[int, np.ndarray]:
     forest = read(model.estimator)
     return {j: np.unique(forest.threshold[forest.feature == j]) for j in range(forest.features)}
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #f35d0b9f
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #b1da5f72
 def values_for(model: TableModel, X: pd.DataFrame, row: pd.Series, column: str, way: str,
                cuts: Mapping[int, np.ndarray], most: int = 20) -> list[Any]:
     "List the values of `column` worth trying for `row`: observed, in the allowed direction."
@@ -89,7 +89,7 @@ def values_for(model: TableModel, X: pd.DataFrame, row: pd.Series, column: str, 
     if len(observed) > most: observed = observed[np.linspace(0, len(observed) - 1, most).astype(int)]
     return list(observed)
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #053b0064
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #0d61301c
 class Search:
     "Ask `model` about changed rows, and count; a changed row that is a row of `X` isn't accepted."
 
@@ -102,6 +102,15 @@ class Search:
         self.code = {c: self._coded(X, c, vs, together[c]) for c, vs in choices.items()}
         self.known = {r.tobytes() for r in np.nan_to_num(model.encode(X), nan=-1.)}
         self.at = list(model.classes).index(wanted)
+        self.spread = {c: float(X[c].std()) or 1. for c in choices
+                       if pd.api.types.is_numeric_dtype(X[c])}
+
+    def effort(self, trial: Mapping[str, Any]) -> float:
+        "Measure how far changes lead: in standard deviations for a number, 1 for a category."
+        def one(c, v):
+            gap = is_gap(self.row[c])
+            return 1. if gap or c not in self.spread else abs(v - self.row[c]) / self.spread[c]
+        return sum(one(c, v) for c, v in trial.items())
 
     def _coded(self, X: pd.DataFrame, column: str, values: list[Any], twin: list[str]
                ) -> dict[Any, list[tuple[int, float]]]:
@@ -129,7 +138,7 @@ class Search:
                 self.found.append((trials[k], float(score[k, self.at])))
         return score[:, self.at]
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #577dc070
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #f10e6fc1
 def _grid(choices: Mapping[str, list[Any]], size: int) -> Iterator[dict[str, Any]]:
     "Enumerate all changes of `size` columns."
     for columns in combinations(choices, size):
@@ -154,7 +163,7 @@ def _search(search: Search, most: int, beam: int, exhaust: int) -> str:
         if search.found: return ""
     return f"the whole grid of up to {most} changes"
 
-# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #f2ed5d6c
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #5167badc
 def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[str, str],
                    wanted: Any = None, most: int = 3, options: int = 3, beam: int = 8,
                    exhaust: int = 200_000) -> Counterfactual:
@@ -162,7 +171,7 @@ def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[st
 
     `X`: table whose values may be tried, and whose rows may not be answered; `actionable`: {column:
     "any", "up" or "down"}; `wanted`: class (default, of two classes, the other one); `most`:
-    changes; `options`: alternatives returned; `beam`, `exhaust`: effort. Raises ValueError that
+    changes; `options`: alternatives returned, of equally many changes the nearest; `beam`, `exhaust`: effort. Raises ValueError that
     names a column or class that isn't there, TypeError for a regression."""
     model = table_model(model, X)
     if model.classes is None: raise TypeError("model: counterfactuals are for classes")
@@ -184,7 +193,7 @@ def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[st
     if wanted == answer: return Counterfactual(given, wanted, [], X[:0], np.empty(0), 1, "the answer "
                                                "is the wanted one already")
     why = _search(search, most, beam, exhaust)
-    best = sorted(search.found, key=lambda f: (len(f[0]), -f[1]))[:options]
+    best = sorted(search.found, key=lambda f: (len(f[0]), search.effort(f[0])))[:options]
     return _made(search, best, together, X, why)
 
 def _made(search: Search, best: list, together: Mapping[str, list[str]], X: pd.DataFrame, why: str

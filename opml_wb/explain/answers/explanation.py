@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['REFUSE', 'FLAG', 'KINDS', 'Refused', 'Explanation', 'Told', 'of']
 
-# %% ../../../nbs/explain/answers/02_explanation.ipynb #92659c9b
+# %% ../../../nbs/explain/answers/02_explanation.ipynb #58055b24
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-# %% ../../../nbs/explain/answers/02_explanation.ipynb #6010e86f
+# %% ../../../nbs/explain/answers/02_explanation.ipynb #d633648b
 class Refused(ValueError): "An explanation isn't true of the decision, and isn't given."
 
 REFUSE, FLAG = "refuse", "flag"
@@ -68,7 +68,7 @@ class Explanation:
                 f"{int(self.agrees.sum()):,} of {len(self):,} rows</p>")
         return head + self.values.head(5).to_html(float_format="{:+.3f}".format)
 
-# %% ../../../nbs/explain/answers/02_explanation.ipynb #9d424ee3
+# %% ../../../nbs/explain/answers/02_explanation.ipynb #ab96e780
 @dataclass(frozen=True)
 class Told:
     "One row's explanation: all that a text or a picture for an audience needs."
@@ -108,7 +108,7 @@ def of(explanation: Explanation, row: Any, refuse: bool | None = None) -> Told:
                 explanation.method, explanation.space, explanation.model_hash)
     if refuse is None: refuse = explanation.on_disagreement == REFUSE
     if refuse and not told.agrees:
-        raise Refused(f"row {row!r}: the model answers {told.answer!r} (score {told.score:.3f}), the "
+        raise Refused(f"row {row!r}: the model answers {told.answer} (score {told.score:.3f}), the "
                       f"explainer ({explanation.method}) comes to {told.base + told.values.sum():.3f}"
                       ": the explanation isn't true of this decision")
     return told

@@ -6,7 +6,7 @@
 __all__ = ['MITIGATIONS', 'MEASURES', 'parity_gap', 'odds_gap', 'Split', 'none', 'drop', 'drop_proxies', 'residualise',
            'constrain', 'mitigations']
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #c6ffa7ca
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #cacf643c
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ..answers.tables import Columns
 from ..intervals import mean_interval
 from .proxying import JOINT, groups_of, proxies
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #d4a4ce2c
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #fa74fdcc
 def parity_gap(granted: np.ndarray, group: np.ndarray) -> float:
     "Largest difference between two groups' shares of granted, bool [n]: demographic parity."
     shares = [granted[group == g].mean() for g in np.unique(group)]
@@ -27,7 +27,7 @@ def odds_gap(granted: np.ndarray, group: np.ndarray, y: np.ndarray) -> float:
     "Larger one of the parity gaps among those with y True and with y False: equalised odds."
     return max(parity_gap(granted[y == c], group[y == c]) for c in (False, True))
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #2914e9fb
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #b568879d
 class Split(NamedTuple):
     "One split: encoded columns, answers and groups of the rows to learn from and to judge on."
     learn: np.ndarray
@@ -47,14 +47,14 @@ def _forest(split: Split, columns: np.ndarray | None = None, learn: np.ndarray |
     from sklearn.ensemble import RandomForestClassifier
     a, b = (split.learn, split.judge) if learn is None or judge is None else (learn, judge)
     if columns is not None: a, b = a[:, columns], b[:, columns]
-    model = RandomForestClassifier(50, min_samples_leaf=5, oob_score=True, random_state=split.seed)
+    model = RandomForestClassifier(40, min_samples_leaf=5, oob_score=True, random_state=split.seed)
     model.fit(a, split.y)
     return model.oob_decision_function_[:, 1], model.predict_proba(b)[:, 1]
 
 def _without(split: Split, names: Sequence[str]) -> np.ndarray:
     return np.array([j for j, n in enumerate(split.names) if n not in names])
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #251a4d19
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #a8c3f511
 def none(split: Split) -> np.ndarray:
     "Decide with all columns: bool [n]."
     return _forest(split)[1] > .5
@@ -92,7 +92,7 @@ MITIGATIONS: dict[str, Callable[[Split], np.ndarray]] = {
     "none": none, "drop": drop, "drop proxies": drop_proxies, "residualise": residualise,
     "constrain": constrain}
 
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #cff9e7b9
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #fae4de5b
 def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], seeds: int, test: float
             ) -> list[Split]:
     "Make the splits, one for each seed."
@@ -109,15 +109,17 @@ def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], s
 
 def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, seeds: int = 5,
                 test: float = .4, progress: Callable[[Any], Any] = iter,
-                how: Sequence[str] = tuple(MITIGATIONS)) -> pd.DataFrame:
+                how: Sequence[str] = tuple(MITIGATIONS),
+                told: pd.DataFrame | None = None) -> pd.DataFrame:
     """Measure each mitigation on `seeds` splits: DataFrame[mitigation, and for each of accuracy,
     parity, odds its mean, `_lo`, `_hi`, and its change against "none", paired, with interval].
 
-    `strong`: AUC from which on a column counts as a proxy (`.attrs["proxies"]`); groups of fewer
+    `strong`: AUC from which on a column counts as a proxy (`.attrs["proxies"]`), in `told` (of
+    `proxies`; computed where it isn't given); groups of fewer
     than 2 % of the rows are left out. Intervals of 95 % over splits (Student). Raises ValueError."""
     if restricted not in X: raise ValueError(f"restricted: no column {restricted!r}")
     y = np.asarray(y).astype(bool)
-    told = proxies(X, restricted)
+    if told is None: told = proxies(X, restricted)
     found = told.feature[(told.auc >= strong) & (told.feature != JOINT)].tolist()
     if len(found) + 1 >= X.shape[1]: raise ValueError(f"strong: {strong} makes each column a proxy")
     rows = []
