@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #a651c714
@@ -60,19 +61,35 @@ class Examples:
 class SyntheticExamples:
     """Explain rows by examples that are nobody: fields drawn apart from the nearest records.
 
-    base: Examples; around: how many records a field is drawn from; seed: of the draws, which hang
-    on the row, so that asking again gives the same. Numbers of more than `fine` distinct values are
-    drawn between two neighbours."""
-    def __init__(self, base: Examples, around: int = 50, seed: int = 0, fine: int = 100) -> None:
+    base: Examples; model: draw from records that it answers as the row; around: how many records a
+    field is drawn from; seed: of the draws, which hang on the rows asked about, so that asking again
+    gives the same. Numbers of more than `fine` distinct values are drawn between two neighbours."""
+    def __init__(self, base: Examples, model: Any = None, around: int = 200, seed: int = 0,
+                 fine: int = 100) -> None:
         if around < 2: raise ValueError(f"around: expected at least 2 records, got {around}")
-        self.base, self.k, self.seed = base, base.k, seed
+        self.base, self.model, self.k, self.seed = base, model, base.k, seed
         self.around = min(around, len(base.records) - 1)
         self.fine = {c for c in base.place.numbers if base.records[c].nunique() > fine}
+        self.said = None if model is None else np.asarray(model.predict(base.records))
 
     @property
     def records(self) -> pd.DataFrame:
         "The training table behind it."
         return self.base.records
+
+    def nearest(self, X: pd.DataFrame) -> np.ndarray:
+        "Find the records that a row's fields are drawn from: int [n, around], with the same answer."
+        if self.said is None: return self.base.nearest(X, self.around)
+        own, points = np.asarray(self.model.predict(X)), self.base.place(X)
+        out = np.empty((len(X), self.around), int)
+        for answer in np.unique(own):
+            rows, those = np.flatnonzero(own == answer), np.flatnonzero(self.said == answer)
+            if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
+            far = pairwise_distances(points[rows], self.base.points[those])
+            far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
+            order = those[far.argsort(1, kind="stable")[:, :max(1, min(self.around, len(those) - 1))]]
+            out[rows] = np.resize(order.T, (self.around, len(rows))).T
+        return out
 
     def _draw(self, values: pd.Series, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         "Draw one field for each place, from its `at` int [n * k, around] records."
@@ -85,7 +102,7 @@ class SyntheticExamples:
 
     def examples(self, X: pd.DataFrame) -> pd.DataFrame:
         "Give k synthetic rows for each row: DataFrame [n * k rows]."
-        at = np.repeat(self.base.nearest(X, self.around), self.k, axis=0)
+        at = np.repeat(self.nearest(X), self.k, axis=0)
         keys = pd.util.hash_pandas_object(X.astype(str), index=False).to_numpy()
         rng = np.random.default_rng([self.seed, int(keys.sum(dtype=np.uint64) % (1 << 62))])
         out = {c: self._draw(self.records[c], at, rng) for c in self.records}

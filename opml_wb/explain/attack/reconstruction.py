@@ -18,9 +18,8 @@ from ..intervals import mean_interval
 
 # %% ../../../nbs/explain/attack/05_reconstruction.ipynb #1bf298d3
 def keys(rows: pd.DataFrame) -> np.ndarray:
-    "Hash whole rows, gaps too: uint64 [n]; equal rows have equal keys."
-    return pd.util.hash_pandas_object(rows.astype(object).where(rows.notna(), None).astype(str),
-                                      index=False).to_numpy()
+    "Hash whole rows, gaps too: uint64 [n]; equal rows of equal column types have equal keys."
+    return pd.util.hash_pandas_object(rows, index=False).to_numpy()
 
 def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Generator,
             most: int = 200) -> np.ndarray:
@@ -51,7 +50,7 @@ def starts(records: pd.DataFrame, seed_rows: Any, draws: int, seed: int) -> list
     if isinstance(seed_rows, pd.DataFrame):
         if lost := [c for c in records if c not in seed_rows]:
             raise ValueError(f"seed_rows: no column {lost[0]!r}")
-        return [seed_rows[list(records)]]
+        return [seed_rows[list(records)].astype(records.dtypes.to_dict())]
     n = round(seed_rows * len(records)) if isinstance(seed_rows, float) and seed_rows < 1 else int(seed_rows)
     if not 1 <= n < len(records): raise ValueError(f"seed_rows: expected 1 to {len(records) - 1} rows, got {seed_rows}")
     rngs = [np.random.default_rng([seed, d]) for d in range(draws)]
@@ -77,7 +76,7 @@ def reconstruct(explainer: Any, seed_rows: Any = .01, budget: int | None = None,
         runs.append(harvest(safer, known, budget, np.random.default_rng([seed, d, 1])))
     at = np.unique(np.linspace(0, budget, points + 1).round().astype(int))
     share = [[run[min(q, len(run) - 1)] / len(explainer.records) for run in runs] for q in at]
-    rows = [(q, *mean_interval(s)) for q, s in zip(at, share)]
+    rows = [(q, *np.clip(mean_interval(s), 0, 1)) for q, s in zip(at, share)]
     table = pd.DataFrame(rows, columns=["queries", "recovered", "lo", "hi"])
     table.attrs.update(runs=len(runs), asked=float(np.mean([len(r) - 1 for r in runs])))
     return table
