@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['clutter', 'effects_figure', 'curve_figure', 'proxies_figure', 'mitigation_figure', 'mitigation_table',
-           'readability_figure', 'disagreement_figure', 'become']
+           'readability_figure', 'disagreement_figure', 'become', 'bare']
 
-# %% ../../nbs/explain/06_plots.ipynb #078b1fbb
+# %% ../../nbs/explain/06_plots.ipynb #ee5c1781
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from .answers.wording import MISSING, named, shown
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
-# %% ../../nbs/explain/06_plots.ipynb #1ea6a568
+# %% ../../nbs/explain/06_plots.ipynb #40e969fa
 def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.Figure":
     """Draw what the paper's Figure 1 draws: rows as points, the classes compared by pairs of columns
     (each with the next), categories as codes, gaps left out."""
@@ -37,7 +37,7 @@ def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.
         fig.update_yaxes(title_text=named(b), row=1, col=k, title_standoff=2)
     return fig.update_layout(template=ui.template(), height=360, margin_t=50)
 
-# %% ../../nbs/explain/06_plots.ipynb #d0036840
+# %% ../../nbs/explain/06_plots.ipynb #b348ccda
 def _level(level: Any, width: int = 26) -> str:
     "Write a level: a range of a number as `17 to 25`, a long name cut."
     if hasattr(level, "left"): said = f"{shown(max(level.left, 0))} to {shown(level.right)}"
@@ -70,7 +70,7 @@ def effects_figure(effects: pd.DataFrame, columns: Sequence[str], most: int = 7)
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False,
                             tickfont_size=12, dtick=1)
 
-# %% ../../nbs/explain/06_plots.ipynb #ec48fd0f
+# %% ../../nbs/explain/06_plots.ipynb #1d2ab281
 def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
     """Draw the curve of one column of an additive model: steps of a number, bars of categories; a bar
     of its own for a gap. Rows that lie there stand in the hover text."""
@@ -95,7 +95,7 @@ def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
                 customdata=gap.rows, hovertemplate=hover, marker_color="#8C8C8C")
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #1cae03f1
+# %% ../../nbs/explain/06_plots.ipynb #a1d642da
 def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     "Draw how well columns tell a restricted attribute (of `proxies`), with 95 % intervals."
     some = found.head(most)
@@ -140,7 +140,7 @@ def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
                                          for c, a, b in zip(change, lo, hi)]
     return found
 
-# %% ../../nbs/explain/06_plots.ipynb #240a2343
+# %% ../../nbs/explain/06_plots.ipynb #381a324e
 def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     "Draw accuracy against how much one would have to read (of `cost_of_readability`)."
     fig = ui.figure("parts to read: leaves, or curves (log)", "accuracy", height=360, margin_t=30,
@@ -172,10 +172,16 @@ def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
                     marker_color=ui.COLOURS[("ours", "baseline", "paper")[k % 3]])
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #960f6c7a
+# %% ../../nbs/explain/06_plots.ipynb #eff6b92e
 def become(fig: "go.Figure", other: "go.Figure") -> "go.Figure":
     "Make `fig` show what `other` shows, in place: its traces and its layout."
     fig.data = []
     fig.add_traces(list(other.data))
     fig.layout = other.layout
     return fig
+
+def bare(table: pd.DataFrame) -> pd.DataFrame:
+    "Copy a table without what it carries beside its cells (`attrs`), to be kept with a run."
+    found = table.copy()
+    found.attrs = {}
+    return found

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ID_LEVELS', 'Column', 'read_column', 'Columns', 'frame', 'TableModel', 'PipelineColumns', 'table_model']
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #8d01393b
+# %% ../../../nbs/explain/answers/01_tables.ipynb #419e54c6
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #789cf539
+# %% ../../../nbs/explain/answers/01_tables.ipynb #113a4720
 ID_LEVELS = 1000   # more levels than this, or one for nearly each row, name rows: no category
 
 class Column(NamedTuple):
@@ -39,7 +39,7 @@ def read_column(values: pd.Series) -> Column:
     notes = {0: "no value at all: tells nothing", 1: "one value throughout: tells nothing"}
     return Column(name, levels, notes.get(found, ""))
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #67d3255c
+# %% ../../../nbs/explain/answers/01_tables.ipynb #8bdc29d0
 class Columns:
     """Encode a table as numbers, float64 (n, F), column by column; gaps become NaN.
 
@@ -60,22 +60,25 @@ class Columns:
 
     def _codes(self, column: Column, values: pd.Series) -> np.ndarray:
         if column.levels is None: return _numbers(values)
-        gap = values.isna().to_numpy()
-        codes = pd.Index(column.levels).get_indexer(values.astype(str)).astype(float)
-        unknown = (codes < 0) & ~gap
+        known: dict[Any, float] = {level: float(k) for k, level in enumerate(column.levels)}
+        codes = np.array([known.get(v if v.__class__ is str else str(v), -1.)
+                          for v in values.to_numpy(object)])
+        strange = codes < 0
+        if strange.any(): codes[strange & values.isna().to_numpy()] = np.nan
+        unknown = codes < 0
         if unknown.any() and self.unseen == "error":
             row = int(np.flatnonzero(unknown)[0])
             raise ValueError(f"column {column.name!r}: level {str(values.iloc[row])!r} (row {row}) "
                              "was not seen in training; unseen='missing' takes it as a gap")
-        codes[gap | unknown] = np.nan
+        codes[unknown] = np.nan
         return codes
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #553b93ca
+# %% ../../../nbs/explain/answers/01_tables.ipynb #9ad445cf
 def _twice(X: pd.DataFrame) -> Any: return X.columns[X.columns.duplicated()][0]
 
 def _numbers(values: pd.Series) -> np.ndarray:
     "Read a column as numbers."
-    try: found = values.astype(float).to_numpy(float)
+    try: found = values.to_numpy(float, na_value=np.nan)
     except (TypeError, ValueError) as e:
         raise ValueError(f"column {values.name!r} should hold numbers: {e}") from None
     if np.isinf(found).any(): raise ValueError(f"column {values.name!r} holds an infinite number")
@@ -92,11 +95,12 @@ def frame(X: Any, names: Sequence[str]) -> pd.DataFrame:
             raise ValueError(f"X: expected {len(names)} columns ({', '.join(names[:3])}, ...), "
                              f"got {X.shape[1]}")
         return pd.DataFrame(X, columns=list(names))
+    if list(X.columns) == list(names): return X
     X = X.set_axis([str(c) for c in X.columns], axis=1)
     if lost := [n for n in names if n not in X]: raise ValueError(f"X: no column {lost[0]!r}")
     return X[list(names)]
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #28259259
+# %% ../../../nbs/explain/answers/01_tables.ipynb #ac968f62
 class TableModel:
     """A model behind a table with gaps and categories.
 
@@ -152,7 +156,7 @@ class TableModel:
         "Return the accuracy (for a regression: R squared) on table `X` with answers `y`."
         return float(self.estimator.score(self.encode(X), y))
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #40284da1
+# %% ../../../nbs/explain/answers/01_tables.ipynb #c2acb53e
 class PipelineColumns:
     """Encode a table by the fitted steps of a scikit-learn pipeline.
 
