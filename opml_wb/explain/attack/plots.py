@@ -50,9 +50,10 @@ def curve_figure(curves: Mapping[str, pd.DataFrame], records: int) -> "go.Figure
     for k, (name, t) in enumerate(curves.items()):
         known = next((v for n, v in DEFENCES.items() if name.startswith(n)), None)
         colour, dash = (ui.COLOURS[known[0]], known[1]) if known else (palette[k % 4], "solid")
-        x = t.queries / records
+        x, tint = t.queries / records, colour.lstrip("#")
+        soft = ",".join(str(int(tint[i:i + 2], 16)) for i in (0, 2, 4))
         fig.add_scatter(x=[*x, *x[::-1]], y=[*t.hi.fillna(t.recovered), *t.lo.fillna(t.recovered)[::-1]], fill="toself",
-                        line_width=0, fillcolor=colour, opacity=.18, hoverinfo="skip", showlegend=False)
+                        line_width=0, fillcolor=f"rgba({soft},.18)", hoverinfo="skip", showlegend=False)
         fig.add_scatter(x=x, y=t.recovered, name=name, mode="lines", line=dict(color=colour, width=3, dash=dash))
     return fig
 

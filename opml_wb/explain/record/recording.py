@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..people.rendering import render
+from ..people.rendering import write
 from .decisions import AUDIENCES, Decision, recorded
 
 if TYPE_CHECKING: from opml_wb.explain.answers.explanation import Explanation
@@ -21,9 +21,9 @@ if TYPE_CHECKING: from opml_wb.explain.answers.explanation import Explanation
 def texts(explanation: "Explanation", row: Any, **customer: Any) -> dict[str, str]:
     """Write the texts of one row (its label) for each audience; {} where it isn't true.
 
-    customer: options of `render` for the customer's text (`way_out`, `restricted`, `outcome`)."""
+    customer: options of `write` for the customer's text (`way_out`, `restricted`, `outcome`)."""
     if not bool(explanation.agrees.loc[row]): return {}
-    return {a: render(explanation, row, a, **(customer if a == "customer" else {}))[0] for a in AUDIENCES}
+    return {a: write(explanation, row, a, **(customer if a == "customer" else {})) for a in AUDIENCES}
 
 def stored(model: str, version: int, models: "ModelStore | None" = None) -> str | None:
     "Look up the SHA-256 of a version in the model store; None where it has no such version."
