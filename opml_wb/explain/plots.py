@@ -6,7 +6,7 @@
 __all__ = ['clutter', 'effects_figure', 'curve_figure', 'proxies_figure', 'mitigation_figure', 'mitigation_table',
            'readability_figure', 'disagreement_figure', 'become', 'bare']
 
-# %% ../../nbs/explain/06_plots.ipynb #c2944a0f
+# %% ../../nbs/explain/06_plots.ipynb #bc434960
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from .answers.wording import MISSING, named, shown
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
-# %% ../../nbs/explain/06_plots.ipynb #c746e239
+# %% ../../nbs/explain/06_plots.ipynb #4b88f2da
 def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.Figure":
     """Draw what the paper's Figure 1 draws: rows as points, the classes compared by pairs of columns
     (each with the next), categories as codes, gaps left out."""
     from plotly.subplots import make_subplots
-    codes = pd.DataFrame({c: X[c] if pd.api.types.is_numeric_dtype(X[c]) else
-                          pd.factorize(X[c], sort=True, use_na_sentinel=True)[0] for c in columns})
+    def coded(values):
+        if pd.api.types.is_numeric_dtype(values): return values.to_numpy(float)
+        found = pd.factorize(values, sort=True, use_na_sentinel=True)[0].astype(float)
+        return np.where(found < 0, np.nan, found)
+    codes = pd.DataFrame({c: coded(X[c]) for c in columns})
     pairs = list(zip(columns, [*columns[1:], columns[0]]))
     fig = make_subplots(rows=1, cols=len(pairs), horizontal_spacing=.08)
     for k, (a, b) in enumerate(pairs, 1):
@@ -37,7 +40,7 @@ def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.
         fig.update_yaxes(title_text=named(b), row=1, col=k, title_standoff=2)
     return fig.update_layout(template=ui.template(), height=360, margin_t=50)
 
-# %% ../../nbs/explain/06_plots.ipynb #553e5cb5
+# %% ../../nbs/explain/06_plots.ipynb #1ad2ca81
 def _level(level: Any, width: int = 26) -> str:
     "Write a level: a range of a number as `17 to 25`, a long name cut."
     if hasattr(level, "left"): said = f"{shown(max(level.left, 0))} to {shown(level.right)}"
@@ -70,7 +73,7 @@ def effects_figure(effects: pd.DataFrame, columns: Sequence[str], most: int = 7)
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False,
                             tickfont_size=12, dtick=1)
 
-# %% ../../nbs/explain/06_plots.ipynb #7f60060f
+# %% ../../nbs/explain/06_plots.ipynb #1bb05aa7
 def _level_bars(found: pd.DataFrame) -> "go.Figure":
     "Draw the effects of a column's categories as bars, the gap in grey at the end."
     names = [f"{_level(v)} ({n:,})" for v, n in zip(found.level, found.rows)]
@@ -101,7 +104,7 @@ def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
                 customdata=gap.rows, hovertemplate=hover, marker_color="#8C8C8C")
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #cbdb5c0e
+# %% ../../nbs/explain/06_plots.ipynb #83ae0a9a
 def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     "Draw how well columns tell a restricted attribute (of `proxies`), with 95 % intervals."
     some = found.head(most)
@@ -146,7 +149,7 @@ def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
                                          for c, a, b in zip(change, lo, hi)]
     return found
 
-# %% ../../nbs/explain/06_plots.ipynb #3dd7544f
+# %% ../../nbs/explain/06_plots.ipynb #20481736
 def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     "Draw accuracy against how much one would have to read (of `cost_of_readability`)."
     fig = ui.figure("parts to read: leaves, or curves (log)", "accuracy", height=360, margin_t=30,
@@ -178,7 +181,7 @@ def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
                     marker_color=ui.COLOURS[("ours", "baseline", "paper")[k % 3]])
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #2ae61f58
+# %% ../../nbs/explain/06_plots.ipynb #6be8dcd3
 def become(fig: "go.Figure", other: "go.Figure") -> "go.Figure":
     "Make `fig` show what `other` shows, in place: its traces and its layout."
     fig.data = []
