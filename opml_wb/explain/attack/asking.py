@@ -82,10 +82,14 @@ def oracle(model: Any, target: Any = None) -> Callable[[pd.DataFrame], tuple[np.
 
     A model without `predict_proba` gives its bare answer as the score."""
     name, column = wanted(model, target)
+    likeliest: list[bool] = []               # does the model answer the class of the largest score?
     def ask(rows):
+        score = np.asarray(model.predict_proba(rows)) if hasattr(model, "predict_proba") else None
+        if score is not None and likeliest and likeliest[0]: return score.argmax(1) == column, score[:, column]
         granted = np.asarray(model.predict(rows)) == name
-        if not hasattr(model, "predict_proba"): return granted, granted.astype(float)
-        return granted, np.asarray(model.predict_proba(rows))[:, column]
+        if score is None: return granted, granted.astype(float)
+        likeliest[:] = [bool((granted == (score.argmax(1) == column)).all())]
+        return granted, score[:, column]
     return ask
 
 # %% ../../../nbs/explain/attack/01_asking.ipynb #ce987635

@@ -151,13 +151,16 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
     skill: {arm: share right}, for trust {arm: (followed when right, when wrong)}; people: an arm,
     or within: in all; spread: standard deviation of people's true shares. Nothing is written."""
     if set(skill) != set(self.arms): raise ValueError(f"skill: expected the arms {', '.join(self.arms)}")
-    lines, every = [], list(self.arms)
-    for n in range(people * (1 if self.design == "within" else len(every))):
-        person, rng = f"simulated {n}", np.random.default_rng([seed, n])
-        rank = rng.random(2)
-        for arm in every if self.design == "within" else [every[n % len(every)]]:
-            p = [planning.skills(v, spread).ppf(r) for v, r in zip(planning.shares(skill[arm]), rank)]
-            lines += [self._simulated(person, arm, item, p, rng) for item in self._draw(rng)]
+    every, within = list(self.arms), self.design == "within"
+    n = people * (1 if within else len(every))
+    rank = np.random.default_rng([seed, 1]).random((n, 2))
+    true = {arm: np.stack([planning.skills(v, spread).ppf(rank[:, k])
+                           for k, v in enumerate(planning.shares(skill[arm]))], 1) for arm in every}
+    lines = []
+    for i in range(n):
+        rng = np.random.default_rng([seed, 2, i])
+        for arm in every if within else [every[i % len(every)]]:
+            lines += [self._simulated(f"simulated {i}", arm, item, true[arm][i], rng) for item in self._draw(rng)]
     return pd.DataFrame(lines, columns=COLUMNS)
 
 @patch
@@ -167,7 +170,7 @@ def _draw(self: Study, rng: np.random.Generator) -> list:
     return [*rng.choice(self.kinds[0], self.items - half, replace=False), *rng.choice(self.kinds[1], half, replace=False)]
 
 @patch
-def _simulated(self: Study, person: str, arm: str, item: Any, p: list[float], rng: np.random.Generator) -> dict:
+def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray, rng: np.random.Generator) -> dict:
     "Answer an item with the planted chance."
     other = next((o for o in self.options if not self.right(item, o)), self.options[0])
     good = next(o for o in self.options if self.right(item, o))
