@@ -51,7 +51,7 @@ def decisions(explanation: "Explanation", model: str, version: int | None = None
         answer = e.answers.iloc[i] if served is None else served[i]
         told = recorded(e, i)
         told["model_hash"] = e.model_hash
-        told["agrees"] = bool(told["agrees"]) and (served is None or same(answer, e.explained.iloc[i]))
+        told["agrees"] = bool(told["agrees"]) and (served is None or same(answer, e.answers.iloc[i]))
         out.append(Decision(e.rows.iloc[i].to_dict(), answer, model, version, digest,
                             float(e.score.iloc[i]), told, texts(e, row, **customer) if told["agrees"] else {},
                             dict(defences or {}), **({"id": ids[i]} if ids is not None else {})))
@@ -59,7 +59,7 @@ def decisions(explanation: "Explanation", model: str, version: int | None = None
 
 # %% ../../../nbs/explain/record/08_recording.ipynb #7588113e
 def same(served: Any, explained: Any) -> bool:
-    "Compare an answer as it was served with the class that an explanation speaks about."
+    "Compare an answer as it was served with the answer that was explained."
     if isinstance(served, np.generic): served = served.item()
     if isinstance(explained, np.generic): explained = explained.item()
     if isinstance(served, bool | int | float) and isinstance(explained, bool | int | float):
