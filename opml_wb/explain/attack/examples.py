@@ -26,7 +26,8 @@ class Places:
     def __call__(self, X: pd.DataFrame) -> np.ndarray:
         "Place the rows of a table that has the same columns."
         given = X[self.numbers].astype(float)
-        parts = [((given.fillna(self.middle) - self.middle) / self.spread).to_numpy(), given.isna().to_numpy()]
+        parts = [((given.fillna(self.middle) - self.middle) / self.spread).to_numpy(),
+                 given.isna().to_numpy()]
         for c, levels in self.levels.items():
             hot = np.zeros((len(X), len(levels) + 1))
             hot[np.arange(len(X)), levels.get_indexer(X[c])] = np.sqrt(.5)
@@ -39,7 +40,8 @@ class Examples:
 
     records: the training table. `.examples(X)` gives k rows for each row of X, in order."""
     def __init__(self, records: pd.DataFrame, k: int = 5) -> None:
-        if not 1 <= k < len(records): raise ValueError(f"k: expected 1 to {len(records) - 1}, got {k}")
+        if not 1 <= k < len(records):
+            raise ValueError(f"k: expected 1 to {len(records) - 1}, got {k}")
         self.records, self.k, self.place = records.reset_index(drop=True), k, Places(records)
         self.points = self.place(self.records)
         self.near = NearestNeighbors(algorithm="brute").fit(self.points)
@@ -49,7 +51,8 @@ class Examples:
         k, points = k or self.k, self.place(X)
         most = min(k + 4, len(self.records))
         far, at = self.near.kneighbors(points, most)
-        same = (self.points[at] == points[:, None]).all(2)                # the row itself, and its doubles
+        # the row itself, and its doubles
+        same = (self.points[at] == points[:, None]).all(2)
         order = np.argsort(same, axis=1, kind="stable")
         return np.take_along_axis(at, order, 1)[:, :k]
 
@@ -62,8 +65,9 @@ class SyntheticExamples:
     """Explain rows by examples that are nobody: fields drawn apart from the nearest records.
 
     base: Examples; model: draw from records that it answers as the row; around: how many records a
-    field is drawn from; seed: of the draws, which hang on the rows asked about, so that asking again
-    gives the same. Numbers of more than `fine` distinct values are drawn between two neighbours."""
+    field is drawn from; seed: of the draws, which hang on the rows asked about, so that asking
+    again gives the same. Numbers of more than `fine` distinct values are drawn between two
+    neighbours."""
     def __init__(self, base: Examples, model: Any = None, around: int = 200, seed: int = 0,
                  fine: int = 100) -> None:
         if around < 2: raise ValueError(f"around: expected at least 2 records, got {around}")
@@ -78,7 +82,7 @@ class SyntheticExamples:
         return self.base.records
 
     def nearest(self, X: pd.DataFrame) -> np.ndarray:
-        "Find the records that a row's fields are drawn from: int [n, around], with the same answer."
+        "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
         if self.said is None: return self.base.nearest(X, self.around)
         own, points = np.asarray(self.model.predict(X)), self.base.place(X)
         out = np.empty((len(X), self.around), int)
@@ -87,7 +91,8 @@ class SyntheticExamples:
             if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
             far = pairwise_distances(points[rows], self.base.points[those])
             far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
-            order = those[far.argsort(1, kind="stable")[:, :max(1, min(self.around, len(those) - 1))]]
+            order = those[far.argsort(1, kind="stable")[:,
+                                                        :max(1, min(self.around, len(those) - 1))]]
             out[rows] = np.resize(order.T, (self.around, len(rows))).T
         return out
 

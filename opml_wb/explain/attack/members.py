@@ -20,7 +20,8 @@ def _confidence(model, X, y):
     return np.asarray(model.predict_proba(X)).max(1)
 
 def _truth(model, X, y):
-    if y is None: raise ValueError("signal 'truth' needs the answers: give members and others as (X, y)")
+    if y is None:
+        raise ValueError("signal 'truth' needs the answers: give members and others as (X, y)")
     classes = list(getattr(model, "classes", None) if getattr(model, "classes", None) is not None
                    else model.classes_)
     return np.asarray(model.predict_proba(X))[np.arange(len(X)), [classes.index(v) for v in y]]
@@ -44,8 +45,8 @@ def membership(model: Any, members: Any, others: Any, signal: str | Callable = "
                level: float = .95) -> Interval:
     """Measure how well a signal tells training rows from others: (auc, lo, hi).
 
-    members, others: tables of rows that were and weren't trained on, or pairs (X, y); signal: a name
-    of `SIGNALS`, or f(model, X) -> float [n]. Interval of DeLong. Raises ValueError."""
+    members, others: tables of rows that were and weren't trained on, or pairs (X, y); signal: a
+    name of `SIGNALS`, or f(model, X) -> float [n]. Interval of DeLong. Raises ValueError."""
     if isinstance(signal, str) and signal not in SIGNALS:
         near = nearest(signal, list(SIGNALS))
         raise ValueError(f"signal {signal!r}: expected {', '.join(SIGNALS)}, or a function"
@@ -53,7 +54,8 @@ def membership(model: Any, members: Any, others: Any, signal: str | Callable = "
     def score(rows):
         X, y = rows if isinstance(rows, tuple) else (rows, None)
         if y is not None and len(X) != len(y): raise ValueError(f"{len(X)} rows, {len(y)} answers")
-        found = SIGNALS[signal](model, X, None if y is None else list(y)) if isinstance(signal, str) \
+        found = SIGNALS[signal](model, X, None if y is None else list(y)) if isinstance(signal,
+                                                                                        str) \
             else signal(model, X)
         return np.asarray(found, float)
     wanted(model)

@@ -37,7 +37,8 @@ def link(before: bytes, seq: int, id: str, at: str, kind: str, about: str, proof
     return hashlib.sha256(before + canonical([seq, id, at, kind, about, proof.hex()])).digest()
 
 # %% ../../../nbs/explain/record/02_chain.ipynb #4afad25d
-def new_entry(before: bytes, seq: int, id: str, at: str, kind: str, about: bytes, body: bytes) -> Entry:
+def new_entry(before: bytes, seq: int, id: str, at: str, kind: str, about: bytes,
+              body: bytes) -> Entry:
     "Make the entry that follows the digest `before`, with a fresh salt."
     salt, text = os.urandom(SALT), about.decode()
     proof = commitment(salt, body)
@@ -52,7 +53,7 @@ def fault(e: Entry, before: bytes, seq: int) -> str | None:
     except (TypeError, ValueError, AttributeError): return "a column has lost its type"
     if digest != e.digest: return "its id, time, model, proof or digest was changed"
     if e.body is None and e.salt is None: return None
-    try: proof = commitment(e.salt, e.body)
+    try: proof = commitment(e.salt, e.body)  # type: ignore[arg-type]
     except TypeError: return "its body or salt has lost its type"
     return None if proof == e.proof else "its input, answer, explanation or texts were changed"
 
@@ -76,7 +77,7 @@ COLUMNS = ", ".join(Entry._fields)
 # %% ../../../nbs/explain/record/02_chain.ipynb #4a7a1c35
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found: `ok`; `first_bad`: id of the first entry that is wrong, `page N` where
+    """Tell what `verify` found: `ok`; `first_bad`: id of the first wrong entry, `page N` where
     bytes changed that belong to none, or None; `why`: in words; `count` entries, `erased` bodies,
     `head`: hex digest of the last; `sealed`; `pages`: numbers (from 1) of pages that changed."""
     ok: bool

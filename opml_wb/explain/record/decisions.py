@@ -76,7 +76,8 @@ class Decision:
 
     def about(self) -> bytes:
         "Write what stays after an erasure: the model that decided."
-        return canonical(jsonable({k: getattr(self, k) for k in ("model", "version", "model_hash")}))
+        return canonical(jsonable({k: getattr(self, k)
+                                   for k in ("model", "version", "model_hash")}))
 
     def body(self) -> bytes:
         "Write what an erasure takes away: input, answer, explanation, texts."

@@ -13,7 +13,8 @@ from ...core.kit.files import read_json, sha256, write_text
 from .anchor import Line
 
 # %% ../../../nbs/explain/record/04_sealing.ipynb #349f4adf
-class LogError(RuntimeError): "A decision log can't do what it was asked: it is sealed, damaged, or no log."
+class LogError(RuntimeError):
+    "A decision log can't do what it was asked: it is sealed, damaged, or no log."
 
 def connect(path: str | os.PathLike, write: bool = False) -> sqlite3.Connection:
     """Open a log's file; a sealed one is read as its bytes are, whatever lies beside it.
@@ -52,7 +53,8 @@ def against_seal(path: Path, lines: list[Line | None] | None) -> tuple[tuple[int
     Returns (numbers of the pages that changed, from 1; why)."""
     seals = [line for line in lines or [] if line and line.kind == "seal"]
     if not seals: return (), "the anchor knows no seal of it"
-    if sha256(seal_of(path)) != seals[-1].id: return (), "its seal isn't the one that the anchor knows"
+    if sha256(seal_of(path)) != seals[-1].id:
+        return (), "its seal isn't the one that the anchor knows"
     known, found = read_json(seal_of(path))["pages"], page_hashes(path)
     longest = max(len(known), len(found))
     pad = [""] * longest

@@ -22,7 +22,8 @@ def asked_rows(body: bytes, kind: str) -> list[dict[str, Any]] | None:
     "Read the rows of a request's body by its media type; None where it holds none that are known."
     try:
         if kind == "text/csv":
-            return [{k: v or None for k, v in row.items()} for row in csv.DictReader(io.StringIO(body.decode()))]
+            return [{k: v or None for k, v in row.items()}
+                    for row in csv.DictReader(io.StringIO(body.decode()))]
         given = json.loads(body) if kind == "application/json" else {}
         if "rows" in given: return [dict(r) for r in given["rows"]]
         columns = given["columns"]
@@ -67,11 +68,14 @@ class AnswerLog:
             import pandas as pd
             try: found = self.explain(pd.DataFrame(rows))
             except (ValueError, TypeError, KeyError) as e: why = f"{type(e).__name__}: {e}"
-            else: return decisions(found, model, version, model_hash, answers, ids=ids, models=self.log.models,
+            else:
+                return decisions(found, model, version, model_hash, answers, ids=ids,
+                                 models=self.log.models,
                                    **self.customer)
         else: why = ""
         unable = {"defences": {"not explained": why}} if why else {}
-        return [Decision(jsonable(r), a, model, version, model_hash, **unable, **({"id": ids[i]} if ids else {}))
+        return [Decision(jsonable(r), a, model, version, model_hash, **unable,
+                         **({"id": ids[i]} if ids else {}))
                 for i, (r, a) in enumerate(zip(rows, answers))]
 
 # %% ../../../nbs/explain/record/09_serving.ipynb #983329d9
@@ -108,9 +112,11 @@ class Recorded:
         "Answer for a decision."
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
         if scope["method"] != "GET": return await _json(send, 405, {"error": "expected GET"})
-        if self.allowed and not self.allowed(headers): return await _json(send, 403, {"error": "not for this asker"})
+        if self.allowed and not self.allowed(headers):
+            return await _json(send, 403, {"error": "not for this asker"})
         id = unquote(scope["path"][len(self.ANSWERS):])
-        audience = parse_qs(scope["query_string"].decode("latin-1")).get("audience", ["customer"])[-1]
+        audience = parse_qs(scope["query_string"].decode("latin-1")).get("audience",
+                                                                         ["customer"])[-1]
         try: text = await asyncio.to_thread(self.answers.log.answer, id, audience)
         except KeyError as e: return await _json(send, 404, {"error": e.args[0]})
         except Refused as e: return await _json(send, 409, {"error": str(e)})
@@ -135,7 +141,8 @@ class Recorded:
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         try: said = await asyncio.to_thread(self._logged, bytes(taken), kind, json.loads(body))
         except Exception as e:
-            return await _json(send, 503, {"error": f"the answer could not be logged, and isn't given: {e}"})
+            return await _json(send, 503,
+                               {"error": f"the answer could not be logged, and isn't given: {e}"})
         text = json.dumps(said).encode()
         kept = [(k, v) for k, v in held[0]["headers"] if k.lower() != b"content-length"]
         await send({**held[0], "headers": [*kept, (b"content-length", str(len(text)).encode())]})
