@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'COLUMNS', 'Study']
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #1b6ce6a6
 import csv, hashlib, os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from ...core.kit.files import fsync
 from . import answering
 from .anchor import Anchor
-from .chain import COLUMNS, FORMAT, TABLES, Entry, Report, fault, new_entry
+from .chain import COLUMNS, FORMAT, TABLES, Entry, fault, new_entry
 from .decisions import Decision, as_decision, canonical, now
-from .sealing import LogError, connect, page_hashes, seal_of, write_seal
+from .sealing import (
+    LogError, Report, connect, page_hashes, seal_of, write_seal)
 from .verifying import verify as check
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ __all__ = ['AUDIENCES', 'jsonable', 'canonical', 'now', 'Decision', 'as_decision
 # %% ../../../nbs/explain/record/01_decisions.ipynb #55f10921
 import json, math, secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import date, datetime, timezone
 from typing import Any
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .anchor import Anchor, Line, against
-from .chain import COLUMNS, Entry, Report, fault
-from .sealing import LogError, against_seal, connect, seal_of
+from .chain import COLUMNS, Entry, fault
+from .sealing import LogError, Report, against_seal, connect, seal_of
 
 # %% ../../../nbs/explain/record/05_verifying.ipynb #c7b9a592
 def _genesis(db: sqlite3.Connection) -> bytes:
