@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'AUDIENCES', 'STATES', 'explain', 'opened', 'verify', 'an
 
 # %% ../../nbs/explain/20_commands.ipynb #d8d55915
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ def opened(file: str) -> Any:
 # %% ../../nbs/explain/20_commands.ipynb #d244271e
 @explain.command()
 @click.argument("file", type=click.Path(dir_okay=False))
-@click.option("--anchor", type=click.Path(dir_okay=False), help="File of its heads; default FILE.anchor.")
+@click.option("--anchor", type=click.Path(dir_okay=False),
+              help="File of its heads; default FILE.anchor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def verify(ctx: click.Context, file: str, anchor: str | None, as_json: bool) -> None:
@@ -54,8 +55,10 @@ def verify(ctx: click.Context, file: str, anchor: str | None, as_json: bool) -> 
 @explain.command()
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.argument("id")
-@click.option("--audience", type=click.Choice(AUDIENCES), default="customer", show_default=True, help="Who reads it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record with its answer as one JSON object.")
+@click.option("--audience", type=click.Choice(AUDIENCES), default="customer", show_default=True,
+              help="Who reads it.")
+@click.option("--json", "as_json", is_flag=True,
+              help="Print the record with its answer as one JSON object.")
 def answer(file: str, id: str, audience: str, as_json: bool) -> None:
     """Answer for decision ID of the log FILE, from what was recorded on the day.
 
@@ -65,7 +68,8 @@ def answer(file: str, id: str, audience: str, as_json: bool) -> None:
     log = opened(file)
     try:
         text = log.answer(id, audience)
-        click.echo(json.dumps({**log.read(id), "audience": audience, "text": text}) if as_json else text)
+        click.echo(json.dumps({**log.read(id), "audience": audience, "text": text}) if as_json
+                   else text)
     except (Refused, LogError) as e: raise click.ClickException(str(e)) from e
     except KeyError as e: raise click.ClickException(e.args[0]) from e
     finally: log.close()
@@ -85,17 +89,21 @@ def counts(log: Any, model: str) -> list[dict[str, Any]]:
         live = g[~g.erased]
         state = model_state(log.read(g.id.iloc[0]), log.models)[0]
         out.append({"version": None if version != version else int(version), "decisions": len(g),
-                    "explained": int((live.agrees == True).sum()), "untrue": int((live.agrees == False).sum()),  # noqa: E712
-                    "without": int(live.agrees.isna().sum()), "erased": int(g.erased.sum()), "model": state})
+                    "explained": int((live.agrees == True).sum()),
+                    "untrue": int((live.agrees == False).sum()),  # noqa: E712
+                    "without": int(live.agrees.isna().sum()), "erased": int(g.erased.sum()),
+                    "model": state})
     return out
 
 # %% ../../nbs/explain/20_commands.ipynb #62a2fb76
-STATES = {"kept": "still in the model store", "changed": "another model is stored under this version",
+STATES = {"kept": "still in the model store",
+          "changed": "another model is stored under this version",
           "missing": "no longer in the model store", "unnamed": "no version was named"}
 
 @explain.command()
 @click.argument("model")
-@click.option("--log", "file", required=True, type=click.Path(dir_okay=False), help="The decision log.")
+@click.option("--log", "file", required=True, type=click.Path(dir_okay=False),
+              help="The decision log.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def audit(ctx: click.Context, model: str, file: str, as_json: bool) -> None:
@@ -109,10 +117,12 @@ def audit(ctx: click.Context, model: str, file: str, as_json: bool) -> None:
     else: _print_audit(model, report, rows)
     ctx.exit(0 if report.ok else 1)
 
-def _print_audit(model: str, report: Any, rows: list[Mapping]) -> None:
+def _print_audit(model: str, report: Any, rows: Sequence[Mapping]) -> None:
     click.echo(f"log {report}")
     for r in rows:
         version = "without a version" if r["version"] is None else f"version {r['version']}"
-        click.echo(f"{model} {version} ({STATES[r['model']]}): {r['decisions']} decisions; explained {r['explained']}, "
-                   f"explanation untrue and refused {r['untrue']}, without explanation {r['without']}, "
+        click.echo(f"{model} {version} ({STATES[r['model']]}): {r['decisions']} decisions; "
+                   f"explained {r['explained']}, "
+                   f"explanation untrue and refused {r['untrue']}, without explanation "
+                   f"{r['without']}, "
                    f"erased {r['erased']}")

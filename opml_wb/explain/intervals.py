@@ -28,7 +28,8 @@ def _level(level: float) -> float:
 def mean_interval(values: Any, level: float = .95) -> Interval:
     """Compute the mean of independent runs with Student's interval.
 
-    values: float [n], gaps left out; of one run alone the ends are NaN. Raises ValueError for none."""
+    values: float [n], gaps left out; of one run alone the ends are NaN. Raises ValueError for
+    none."""
     x = np.asarray(values, float)
     x = x[~np.isnan(x)]
     if not len(x): raise ValueError("values: no run gave a value")
@@ -39,7 +40,8 @@ def mean_interval(values: Any, level: float = .95) -> Interval:
 # %% ../../nbs/explain/05_intervals.ipynb #7ca77144
 def share_interval(hits: int, n: int, level: float = .95) -> Interval:
     "Compute the share `hits` of `n` with Wilson's score interval. Raises ValueError for n = 0."
-    if n < 1 or not 0 <= hits <= n: raise ValueError(f"hits, n: expected 0 <= hits <= n, got {hits}, {n}")
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"hits, n: expected 0 <= hits <= n, got {hits}, {n}")
     z = stats.norm.ppf(.5 + _level(level) / 2)
     p, scale = hits / n, 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
@@ -65,5 +67,6 @@ def auc_interval(positive: Any, negative: Any, level: float = .95) -> Interval:
 # %% ../../nbs/explain/05_intervals.ipynb #e8306471
 def paired(ours: Sequence[float], theirs: Sequence[float], level: float = .95) -> Interval:
     "Compute the mean difference of runs that share their seeds, with its interval."
-    if len(ours) != len(theirs): raise ValueError(f"{len(ours)} and {len(theirs)} runs: expected pairs")
+    if len(ours) != len(theirs):
+        raise ValueError(f"{len(ours)} and {len(theirs)} runs: expected pairs")
     return mean_interval(np.asarray(ours, float) - np.asarray(theirs, float), level)

@@ -23,7 +23,8 @@ def choices(values: pd.Series, most: int = MOST_VALUES) -> np.ndarray:
     there = values.dropna()
     found = np.array(sorted(there.unique()), dtype=object)
     if len(found) <= most: return found
-    if not pd.api.types.is_numeric_dtype(there): return there.value_counts().index[:most].to_numpy(object)
+    if not pd.api.types.is_numeric_dtype(there):
+        return there.value_counts().index[:most].to_numpy(object)
     return np.array(found[np.linspace(0, len(found) - 1, most).round().astype(int)], dtype=object)
 
 def moves(X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple]:
@@ -37,9 +38,11 @@ def moves(X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any]) -> dic
     for name, how in asked.items():
         if name not in X:
             near = nearest(str(name), [str(c) for c in X])
-            raise ValueError(f"actionable: there is no field {name!r}" + (f"; did you mean {near!r}?" if near else ""))
+            raise ValueError(f"actionable: there is no field {name!r}"
+                             + (f"; did you mean {near!r}?" if near else ""))
         if isinstance(how, str) and how not in WAYS:
-            raise ValueError(f"actionable: {name!r}: expected {', '.join(WAYS)} or values, got {how!r}")
+            raise ValueError(f"actionable: {name!r}: expected {', '.join(WAYS)} or values, got "
+                             f"{how!r}")
         values = choices(X[name]) if isinstance(how, str) else np.array(list(how), dtype=object)
         if not len(values): raise ValueError(f"actionable: field {name!r} has no value at all")
         way = how if isinstance(how, str) else "any"
@@ -49,7 +52,8 @@ def moves(X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any]) -> dic
     return out
 
 # %% ../../../nbs/explain/attack/01_asking.ipynb #ba54f2e7
-def allowed(values: np.ndarray, way: str, start: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def allowed(values: np.ndarray, way: str, start: np.ndarray,
+            rng: np.random.Generator) -> np.ndarray:
     """Draw a value for each of `start` (object [n]), in the direction `way`; its own where there is
     no other."""
     n, drawn = len(start), values[rng.integers(0, len(values), len(start))]
@@ -70,14 +74,16 @@ def wanted(model: Any, target: Any = None) -> tuple[Any, int]:
     for a model of one class."""
     classes = getattr(model, "classes", None)
     if classes is None: classes = getattr(model, "classes_", None)
-    if classes is None: raise ValueError(f"{type(model).__name__} answers no classes: nothing is granted or refused")
+    if classes is None:
+        raise ValueError(f"{type(model).__name__} answers no classes: nothing is granted")
     names = list(classes)
     if len(names) < 2: raise ValueError(f"the model knows one class only: {names[0]!r}")
     if target is None: return names[-1], len(names) - 1
     if target not in names: raise ValueError(f"target {target!r}: the model's classes are {names}")
     return target, names.index(target)
 
-def oracle(model: Any, target: Any = None) -> Callable[[pd.DataFrame], tuple[np.ndarray, np.ndarray]]:
+def oracle(model: Any, target: Any = None) -> Callable[[pd.DataFrame],
+                                                       tuple[np.ndarray, np.ndarray]]:
     """Make the question that an attacker asks: rows -> (granted bool [n], score float64 [n]).
 
     A model without `predict_proba` gives its bare answer as the score."""
@@ -85,7 +91,8 @@ def oracle(model: Any, target: Any = None) -> Callable[[pd.DataFrame], tuple[np.
     likeliest: list[bool] = []               # does the model answer the class of the largest score?
     def ask(rows):
         score = np.asarray(model.predict_proba(rows)) if hasattr(model, "predict_proba") else None
-        if score is not None and likeliest and likeliest[0]: return score.argmax(1) == column, score[:, column]
+        if score is not None and likeliest and likeliest[0]:
+            return score.argmax(1) == column, score[:, column]
         granted = np.asarray(model.predict(rows)) == name
         if score is None: return granted, granted.astype(float)
         likeliest[:] = [bool((granted == (score.argmax(1) == column)).all())]

@@ -19,7 +19,8 @@ def coarsened(values: np.ndarray, digits: int | None = 2, top: int | None = None
 
     values: float [n, F]; digits: decimals (None: not rounded). Raises ValueError."""
     out = np.array(values, float)
-    if out.ndim != 2: raise ValueError(f"values: expected rows of contributions, got {out.ndim} axes")
+    if out.ndim != 2:
+        raise ValueError(f"values: expected rows of contributions, got {out.ndim} axes")
     if top is not None:
         if top < 1: raise ValueError(f"top: expected at least 1 field, got {top}")
         rest = np.argsort(-np.abs(out), 1, kind="stable")[:, top:]
@@ -54,7 +55,8 @@ class RateLimit:
 
     def _count(self, n: int) -> None:
         if self.used + n > self.most:
-            raise OverLimit(f"{n} rows asked about, {self.most - self.used} of {self.most} are left")
+            left = self.most - self.used
+            raise OverLimit(f"{n} rows asked about, {left} of {self.most} are left")
         self.used += n
 
     def __call__(self, X: pd.DataFrame) -> Any:
@@ -74,7 +76,8 @@ def min_leaf(model: Any, X: pd.DataFrame, y: Any, leaf: int) -> Any:
     model: a tree or forest of scikit-learn, or a TableModel of one. Raises TypeError for others."""
     inner = model.estimator if hasattr(model, "encode") else model
     if "min_samples_leaf" not in inner.get_params():
-        raise TypeError(f"{type(inner).__name__} has no min_samples_leaf: its leaves can't be asked "
+        raise TypeError(f"{type(inner).__name__} has no min_samples_leaf: its leaves can't be "
+                        f"asked "
                         "to hold more people")
     new = clone(inner).set_params(min_samples_leaf=leaf)
     if inner is model: return new.fit(X, y)

@@ -25,7 +25,8 @@ class Places:
     def __call__(self, X: pd.DataFrame) -> np.ndarray:
         "Place the rows of a table that has the same columns."
         given = X[self.numbers].astype(float)
-        parts = [((given.fillna(self.middle) - self.middle) / self.spread).to_numpy(), given.isna().to_numpy()]
+        parts = [((given.fillna(self.middle) - self.middle) / self.spread).to_numpy(),
+                 given.isna().to_numpy()]
         for c, levels in self.levels.items():
             hot = np.zeros((len(X), len(levels) + 1))
             hot[np.arange(len(X)), levels.get_indexer(X[c])] = np.sqrt(.5)
@@ -38,7 +39,8 @@ class Examples:
 
     records: the training table. `.examples(X)` gives k rows for each row of X, in order."""
     def __init__(self, records: pd.DataFrame, k: int = 5) -> None:
-        if not 1 <= k < len(records): raise ValueError(f"k: expected 1 to {len(records) - 1}, got {k}")
+        if not 1 <= k < len(records):
+            raise ValueError(f"k: expected 1 to {len(records) - 1}, got {k}")
         self.records, self.k, self.place = records.reset_index(drop=True), k, Places(records)
         self.points = self.place(self.records)
         self.lengths = (self.points.astype(float)**2).sum(1)
@@ -48,8 +50,9 @@ class Examples:
         k, points = k or self.k, self.place(X)
         most = min(k + 4, len(self.records))
         at = np.concatenate([self._closest(part, most) for part in np.array_split(
-            points, max(1, len(points) * len(self.points) // 4_000_000))])
-        same = (self.points[at] == points[:, None]).all(2)                # the row itself, and its doubles
+            points, 1 + len(points) * len(self.points) // 4_000_000)])
+        # the row itself, and its doubles
+        same = (self.points[at] == points[:, None]).all(2)
         order = np.argsort(same, axis=1, kind="stable")
         return np.take_along_axis(at, order, 1)[:, :k]
 
@@ -57,8 +60,9 @@ class Examples:
         "Find the `most` records nearest to each point, in order: int [n, most]."
         far = self.lengths - 2 * (points @ self.points.T)
         at = np.argpartition(far, most - 1, axis=1)[:, :most]
-        at.sort(axis=1)                                                   # ties: by position
-        return np.take_along_axis(at, np.take_along_axis(far, at, 1).argsort(1, kind="stable"), 1)
+        at.sort(axis=1)                    # ties: by position
+        near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
+        return np.take_along_axis(at, near, 1)
 
     def examples(self, X: pd.DataFrame) -> pd.DataFrame:
         "Give the k nearest other records of each row: DataFrame [n * k rows]."
@@ -69,8 +73,9 @@ class SyntheticExamples:
     """Explain rows by examples that are nobody: fields drawn apart from the nearest records.
 
     base: Examples; model: draw from records that it answers as the row; around: how many records a
-    field is drawn from; seed: of the draws, which hang on the rows asked about, so that asking again
-    gives the same. Numbers of more than `fine` distinct values are drawn between two neighbours."""
+    field is drawn from; seed: of the draws, which hang on the rows asked about, so that asking
+    again gives the same. Numbers of more than `fine` distinct values are drawn between two
+    neighbours."""
     def __init__(self, base: Examples, model: Any = None, around: int = 200, seed: int = 0,
                  fine: int = 100) -> None:
         if around < 2: raise ValueError(f"around: expected at least 2 records, got {around}")
@@ -85,7 +90,7 @@ class SyntheticExamples:
         return self.base.records
 
     def nearest(self, X: pd.DataFrame) -> np.ndarray:
-        "Find the records that a row's fields are drawn from: int [n, around], with the same answer."
+        "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
         if self.said is None: return self.base.nearest(X, self.around)
         own, points = np.asarray(self.model.predict(X)), self.base.place(X)
         out = np.empty((len(X), self.around), int)
@@ -94,7 +99,8 @@ class SyntheticExamples:
             if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
             far = pairwise_distances(points[rows], self.base.points[those])
             far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
-            order = those[far.argsort(1, kind="stable")[:, :max(1, min(self.around, len(those) - 1))]]
+            order = those[far.argsort(1, kind="stable")[:,
+                                                        :max(1, min(self.around, len(those) - 1))]]
             out[rows] = np.resize(order.T, (self.around, len(rows))).T
         return out
 

@@ -32,14 +32,16 @@ class Players:
         self.at = [rows.columns.get_loc(f) for f in self.fields]
         self.start = np.stack([rows[f].to_numpy(object) for f in self.fields], 1)
         self.score = ask(rows)[1]
-        self.told = explain(rows)[:, self.at] if explain else None
-        self.best, self.best_told = self.start.copy(), None if self.told is None else self.told.copy()
+        self.told: Any = explain(rows)[:, self.at] if explain else None
+        self.best = self.start.copy()
+        self.best_told: Any = None if self.told is None else self.told.copy()
         self.gain = np.zeros(self.start.shape)      # of the best single change of a field, so far
 
     def table(self, values: np.ndarray, who: np.ndarray) -> pd.DataFrame:
         "The rows of players `who` with `values` (object [n, fields]) in the changeable fields."
         new = {f: pd.Series(list(values[:, j]), self.rows.index[who], self.rows[f].dtype
-                            if self.rows[f].dtype == object else None) for j, f in enumerate(self.fields)}
+                            if self.rows[f].dtype == object else None) for j,
+               f in enumerate(self.fields)}
         return self.rows.iloc[who].assign(**new)
 
     def draw(self, j: int, who: np.ndarray) -> np.ndarray:
@@ -55,7 +57,8 @@ class Players:
         if told is None: return self.rng.random(shape).argsort(1)
         harm = np.maximum(-told, 0)
         weight = harm / np.maximum(harm.sum(1, keepdims=True), 1e-12) + .25 / len(self.fields)
-        return (self.rng.exponential(size=shape) / weight).argsort(1)      # draws without replacement
+        # draws without replacement
+        return (self.rng.exponential(size=shape) / weight).argsort(1)
 
 # %% ../../../nbs/explain/attack/02_gaming.ipynb #0a4a9333
 def jump(p: Players, who: np.ndarray) -> np.ndarray:
@@ -120,9 +123,10 @@ def _note(p: Players, who: np.ndarray, values: np.ndarray, score: np.ndarray) ->
 def play(model: Any, rows: pd.DataFrame, may: Mapping[str, tuple], budget: int, arm: str,
          rng: np.random.Generator, explain: Callable | None = None, target: Any = None,
          most: int = 3) -> pd.DataFrame:
-    """Let each of `rows` search by one arm: `climb`, `jump`, `learn`, `guided climb`, `guided jump`.
+    """Let each of `rows` search by an arm: `climb`, `jump`, `learn`, `guided climb`, `guided jump`.
 
-    Returns DataFrame [row, flipped, queries, changes], a row each; queries of who never flipped: all."""
+    Returns DataFrame [row, flipped, queries, changes], a row each; queries of who never flipped:
+    all."""
     ask, guided = oracle(model, target), arm.startswith("guided")
     p = Players(rows, may, ask, explain if guided else None, most, rng)
     now, score, told, idle = p.start.copy(), p.score.copy(), p.told, np.zeros(len(rows), int)
@@ -135,7 +139,8 @@ def play(model: Any, rows: pd.DataFrame, may: Mapping[str, tuple], budget: int, 
         table = p.table(new, live)
         granted, gain = ask(table)
         if arm == "learn": _note(p, live, new, gain)
-        if p.explain: told = _learn(p, live, new, p.explain(table)[:, p.at], gain > score[live], told)
+        if p.explain:
+            told = _learn(p, live, new, p.explain(table)[:, p.at], gain > score[live], told)
         won = live[granted]
         flipped[won], queries[won] = True, turn
         changes[won] = differs(new[granted], p.start[won]).sum(1)
@@ -146,7 +151,8 @@ def play(model: Any, rows: pd.DataFrame, may: Mapping[str, tuple], budget: int, 
         now[tired], score[tired], idle[tired] = p.start[tired], p.score[tired], 0
         if told is not None: told[tired] = p.told[tired]
         live = live[~granted]
-    return pd.DataFrame({"row": rows.index, "flipped": flipped, "queries": queries, "changes": changes})
+    return pd.DataFrame({"row": rows.index, "flipped": flipped, "queries": queries,
+                         "changes": changes})
 
 def _learn(p: Players, who: np.ndarray, values: np.ndarray, found: np.ndarray, rose: np.ndarray,
            told: np.ndarray) -> np.ndarray:
@@ -165,10 +171,11 @@ def refused(model: Any, X: pd.DataFrame, target: Any = None) -> pd.DataFrame:
     if not len(rows): raise ValueError(f"the model grants all {len(X)} rows: nobody has to game it")
     return rows
 
-def game(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any], budget: int = 30,
+def game(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any],
+         budget: int = 30,
          guide: str = "explanation", seed: int = 0, target: Any = None, most: int = 3,
          explain: Callable | None = None) -> pd.DataFrame:
-    """Let the refused rows of `X` change what they can until `model` grants, with `budget` questions.
+    """Let the refused rows of `X` change what they can until `model` grants: `budget` questions.
 
     actionable: fields, or {field: `any`, `up`, `down` or values}; guide: `explanation`, `queries`
     (answers and scores alone) or `random` (joint jumps); target: the class wanted (default: the
@@ -192,7 +199,8 @@ def _rates(model, X, may, budgets, seed, n, explain, target, most):
     rows = X.iloc[np.sort(draw.permutation(len(X))[:n])]
     out = {}
     for k, arm in enumerate((*ARMS["queries"], *ARMS["explanation"])):
-        played = play(model, rows, may, max(budgets), arm, np.random.default_rng([seed, k]), explain,
+        played = play(model, rows, may, max(budgets), arm, np.random.default_rng([seed, k]),
+                      explain,
                       target, most)
         for b in budgets: out[b, arm] = float((played.flipped & (played.queries <= b)).mean())
     return out
@@ -211,9 +219,11 @@ def games(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, 
                          for s in seeds], index=list(seeds))
     lines = []
     for b in budgets:
-        best = {g: max(ARMS[g], key=lambda arm: runs[b, arm].mean()) for g in ("explanation", "queries")}
+        best = {g: max(ARMS[g], key=lambda arm: runs[b, arm].mean())
+                for g in ("explanation", "queries")}
         for g, arm in best.items(): lines.append((b, g, arm, *mean_interval(runs[b, arm])))
-        lines.append((b, "edge", "", *paired(runs[b, best["explanation"]], runs[b, best["queries"]])))
+        lines.append((b, "edge", "",
+                      *paired(runs[b, best["explanation"]], runs[b, best["queries"]])))
     table = pd.DataFrame(lines, columns=["budget", "guide", "arm", "flipped", "lo", "hi"])
     table.attrs["runs"] = runs
     return table
@@ -224,5 +234,6 @@ def verdict(table: pd.DataFrame) -> str:
     def words(line):
         if line.lo > 0: return f"at {line.budget} questions explanations help ({line.flipped:+.3f})"
         if line.hi < 0: return f"at {line.budget} questions they do worse ({line.flipped:+.3f})"
-        return f"at {line.budget} questions no difference is carried ({line.lo:+.3f} to {line.hi:+.3f})"
+        return (f"at {line.budget} questions no difference is carried "
+                f"({line.lo:+.3f} to {line.hi:+.3f})")
     return "; ".join(words(line) for line in table[table.guide == "edge"].itertuples()) + "."

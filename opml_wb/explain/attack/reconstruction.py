@@ -39,7 +39,9 @@ def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Gen
         for answer in names.reshape(len(batch), -1):
             found |= targets.intersection(answer.tolist())
             curve.append(len(found))
-        fresh = [i for i, k in enumerate(names.tolist()) if not (k in seen or seen.add(k))]
+        _, first = np.unique(names, return_index=True)
+        fresh = [i for i in first if int(names[i]) not in seen]
+        seen.update(names.tolist())
         waiting = pd.concat([waiting, back.iloc[rng.permutation(fresh)]])
     return np.array(curve)
 
@@ -51,8 +53,10 @@ def starts(records: pd.DataFrame, seed_rows: Any, draws: int, seed: int) -> list
         if lost := [c for c in records if c not in seed_rows]:
             raise ValueError(f"seed_rows: no column {lost[0]!r}")
         return [seed_rows[list(records)].astype(records.dtypes.to_dict())]
-    n = round(seed_rows * len(records)) if isinstance(seed_rows, float) and seed_rows < 1 else int(seed_rows)
-    if not 1 <= n < len(records): raise ValueError(f"seed_rows: expected 1 to {len(records) - 1} rows, got {seed_rows}")
+    n = round(seed_rows * len(records)) if isinstance(seed_rows,
+                                                      float) and seed_rows < 1 else int(seed_rows)
+    if not 1 <= n < len(records):
+        raise ValueError(f"seed_rows: expected 1 to {len(records) - 1} rows, got {seed_rows}")
     rngs = [np.random.default_rng([seed, d]) for d in range(draws)]
     return [records.iloc[r.permutation(len(records))[:n]] for r in rngs]
 
@@ -66,7 +70,8 @@ def reconstruct(explainer: Any, seed_rows: Any = .01, budget: int | None = None,
     record); defence: turns the explainer into a safer one. Returns DataFrame [queries, recovered,
     lo, hi], shares of the records, 95 % interval over the draws. Raises ValueError."""
     if not hasattr(explainer, "examples") or not hasattr(explainer, "records"):
-        raise ValueError(f"explainer: {type(explainer).__name__} gives no examples; for contributions "
+        raise ValueError(f"explainer: {type(explainer).__name__} gives no examples; for "
+                         f"contributions "
                          "use infer_fields")
     budget = len(explainer.records) if budget is None else budget
     if budget < 1: raise ValueError(f"budget: expected at least 1 question, got {budget}")
@@ -133,7 +138,8 @@ def infer_fields(explain: Callable[[pd.DataFrame], np.ndarray], records: pd.Data
     recovered, lo, hi, baseline, near]: mean shares over the seeds with 95 % intervals, and a last
     row `(all)`; `near`: how near counts as right."""
     shown, runs = explain(targets), []
-    near = {c: tolerance(records[c]) if pd.api.types.is_numeric_dtype(records[c]) else None for c in records}
+    near = {c: tolerance(records[c]) if pd.api.types.is_numeric_dtype(records[c]) else None
+            for c in records}
     for s in seeds:
         rng = np.random.default_rng([s, 7])
         known = starts(records, seed_rows, 1, s)[0]

@@ -21,7 +21,8 @@ if TYPE_CHECKING: from opml_wb.explain.people.studying import Study
 def item_table(row: pd.Series) -> str:
     "Write an item as an HTML table of its fields; a gap is said."
     def value(v): return "<i>missing</i>" if pd.isna(v) else escape(str(v))
-    cells = "".join(f"<tr><th style='text-align:left;padding-right:1em'>{escape(str(k))}</th><td>{value(v)}</td></tr>"
+    left = "style='text-align:left;padding-right:1em'"
+    cells = "".join(f"<tr><th {left}>{escape(str(k))}</th><td>{value(v)}</td></tr>"
                     for k, v in row.items())
     return f"<table class='opml-study-item'>{cells}</table>"
 
@@ -36,8 +37,10 @@ class StudyForm(w.VBox):
         self.waiting = [(a, i) for a, i in zip(plan.arm, plan.item) if (a, i) not in done]
         self.total = len(plan)
         self.bar, self.item, self.beside = w.IntProgress(min=0, max=self.total), w.HTML(), w.HTML()
-        self.sure = w.IntSlider(value=50, min=0, max=100, step=10, description="how sure", continuous_update=False)
-        self.buttons = [w.Button(description=o, layout=w.Layout(width="auto")) for o in study.options]
+        self.sure = w.IntSlider(value=50, min=0, max=100, step=10, description="how sure",
+                                continuous_update=False)
+        self.buttons = [w.Button(description=o, layout=w.Layout(width="auto"))
+                        for o in study.options]
         for b in self.buttons: b.on_click(self._clicked)
         self.question, self.note = w.HTML(f"<b>{TASKS[study.task]}</b>"), w.HTML()
         row = w.HBox([self.item, self.beside], layout=w.Layout(align_items="flex-start"))
@@ -47,7 +50,7 @@ class StudyForm(w.VBox):
 
     @property
     def left(self) -> int:
-        "How many items are still to be answered."
+        "Count the items that are still to be answered."
         return len(self.waiting)
 
     def _show(self) -> None:

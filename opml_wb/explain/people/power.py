@@ -22,7 +22,8 @@ def skills(p: float, spread: float) -> Any:
     Raises ValueError for a share outside 0 to 1, and a spread that no shares can have."""
     if not 0 < p < 1: raise ValueError(f"share: expected between 0 and 1, got {p}")
     if not 0 <= spread < (most := np.sqrt(p * (1 - p))):
-        raise ValueError(f"spread: people whose mean is {p} differ by less than {most:.2f}, got {spread}")
+        raise ValueError(f"spread: people whose mean is {p} differ by less than {most:.2f}, got "
+                         f"{spread}")
     if spread == 0: return stats.uniform(p, 1e-12)
     size = p * (1 - p) / spread**2 - 1
     return stats.beta(p * size, (1 - p) * size)
@@ -34,7 +35,7 @@ def shown_variance(p: float, spread: float, items: int) -> float:
 # %% ../../../nbs/explain/people/11_power.ipynb #d5d34cab
 def shares(arm: Any) -> tuple[float, ...]:
     "Read an arm's truth: one share, or (followed when right, followed when wrong)."
-    return (float(arm),) if np.isscalar(arm) else tuple(float(v) for v in arm)
+    return (float(arm),) if isinstance(arm, float | int) else tuple(float(v) for v in arm)
 
 def score_of(arm: Any) -> float:
     "Compute the expected score of an arm: its share, or right minus wrong."
@@ -45,12 +46,15 @@ def variances(arms: Sequence[Any], items: int, spread: float, design: str) -> li
     """Compute the variance of a person's score in each of two arms, or of the difference within.
 
     Within, a person keeps his rank in both arms, as if by the same quantile of each."""
-    if design not in DESIGNS: raise ValueError(f"design: expected {' or '.join(DESIGNS)}, got {design!r}")
-    each = [[shown_variance(p, spread, max(1, items // len(shares(a)))) for p in shares(a)] for a in arms]
+    if design not in DESIGNS:
+        raise ValueError(f"design: expected {' or '.join(DESIGNS)}, got {design!r}")
+    each = [[shown_variance(p, spread, max(1, items // len(shares(a)))) for p in shares(a)]
+            for a in arms]
     if design == "between": return [sum(v) for v in each]
     u = (np.arange(2000) + .5) / 2000
     chance = sum(sum(v) for v in each) - sum(len(v) for v in each) * spread**2
-    curves = [[skills(p, spread).ppf(u) if spread else np.full(2000, p) for p in shares(a)] for a in arms]
+    curves = [[skills(p, spread).ppf(u) if spread else np.full(2000, p) for p in shares(a)]
+              for a in arms]
     moved = sum(np.var(c[1] - c[0]) for c in zip(*curves))
     return [float(chance + moved)]
 
@@ -63,18 +67,21 @@ def power(arms: Sequence[Any], people: int, items: int, spread: float = .1,
     (`between`), or all (`within`: each sees both); items: a person answers in an arm; level:
     of the interval that must not hold 0. Raises ValueError."""
     if len(arms) != 2: raise ValueError(f"arms: expected two, got {len(arms)}")
-    if people < 2 or items < 1: raise ValueError(f"expected at least 2 people and 1 item, got {people}, {items}")
+    if people < 2 or items < 1:
+        raise ValueError(f"expected at least 2 people and 1 item, got {people}, {items}")
     v = np.array(variances(arms, items, spread, design)) / people
     free = (v.sum()**2 / (v**2 / (people - 1)).sum()) if v.sum() > 0 else people - 1
     if v.sum() == 0: return float(score_of(arms[0]) != score_of(arms[1]))
-    shift, edge = abs(score_of(arms[1]) - score_of(arms[0])) / np.sqrt(v.sum()), stats.t.ppf(.5 + level / 2, free)
+    shift = abs(score_of(arms[1]) - score_of(arms[0])) / np.sqrt(v.sum())
+    edge = stats.t.ppf(.5 + level / 2, free)
     other = np.nan_to_num(stats.nct.cdf(-edge, free, shift))     # scipy has nan where it is 0
     return float(stats.nct.sf(edge, free, shift) + other)
 
 def people_needed(arms: Sequence[Any], items: int, spread: float = .1, design: str = "between",
                   wanted: float = .8, level: float = .95, most: int = 10_000) -> int:
     "Find the least number of people (an arm, or within: in all) for a power of `wanted`."
-    if score_of(arms[0]) == score_of(arms[1]): raise ValueError("arms: no difference, no number of people finds it")
+    if score_of(arms[0]) == score_of(arms[1]):
+        raise ValueError("arms: no difference, no number of people finds it")
     lo, hi = 2, most
     if power(arms, most, items, spread, design, level) < wanted:
         raise ValueError(f"{most} people don't reach a power of {wanted}")
@@ -96,11 +103,13 @@ def simulated_scores(arms: Sequence[Any], people: int, items: int, spread: float
     for a, arm in enumerate(arms):
         m = max(1, items // len(shares(arm)))
         for k, p in enumerate(shares(arm)):
-            out[a] += rng.binomial(m, skills(p, spread).ppf(rank[a, :, :, k])) / m * (1 if k == 0 else -1)
+            out[a] += rng.binomial(m, skills(p, spread).ppf(rank[a, :, :, k])) / m * (1 if k == 0
+                                                                                      else -1)
     return out
 
 def simulated_power(arms: Sequence[Any], people: int, items: int, spread: float = .1,
-                    design: str = "between", level: float = .95, repeats: int = 2000, seed: int = 0) -> float:
+                    design: str = "between", level: float = .95, repeats: int = 2000,
+                    seed: int = 0) -> float:
     "Simulate `repeats` studies; returns the share in which the t test finds the difference."
     rng = np.random.default_rng(seed)
     a, b = simulated_scores(arms, people, items, spread, design, rng, repeats)

@@ -36,10 +36,12 @@ def study_figure(found: pd.DataFrame, score: str = "share of right answers") -> 
     for those, colour in ((found[~differs], "muted"), (found[differs], "ours")):
         if not len(those): continue
         fig.add_scatter(x=those.value, y=those.what, mode="markers",
-                        error_x=dict(type="data", array=those.hi - those.value, arrayminus=those.value - those.lo,
+                        error_x=dict(type="data", array=those.hi - those.value,
+                                     arrayminus=those.value - those.lo,
                                      color=ui.COLOURS[colour], thickness=2),
                         marker=dict(color=ui.COLOURS[colour], size=11,
-                                    symbol=["circle-open" if s else "circle" for s in those.simulated]))
+                                    symbol=["circle-open" if s else "circle"
+                                            for s in those.simulated]))
     fig.add_vline(0, line_color="rgba(128,128,128,.9)", line_width=1)
     fig.update_yaxes(categoryorder="array", categoryarray=list(found.what)[::-1])
     lo, hi = min(0, found.lo.min()), max(0, found.hi.max())
@@ -54,7 +56,8 @@ def power_figure(before: float = .6, effects: Sequence[float] = (.05, .1, .15, .
     before: share right in the first arm. The dashed line is the power that is wanted."""
     people = np.unique(np.geomspace(4, 400, 40).round().astype(int))
     unit = "in all" if design == "within" else "an arm"
-    fig = ui.figure(f"people {unit}", "chance to find the effect", xaxis_type="log", yaxis_range=[0, 1.04])
+    fig = ui.figure(f"people {unit}", "chance to find the effect", xaxis_type="log",
+                    yaxis_range=[0, 1.04])
     fig.update_xaxes(tickvals=[5, 10, 20, 50, 100, 200, 400], range=[np.log10(4), np.log10(400)])
     shades = [.35, .55, .75, 1] if len(effects) == 4 else np.linspace(.35, 1, len(effects))
     for e, o in zip(effects, shades):
@@ -66,8 +69,11 @@ def power_figure(before: float = .6, effects: Sequence[float] = (.05, .1, .15, .
 
 # %% ../../../nbs/explain/people/14_study_plots.ipynb #613c35d3
 def people_table(before: float = .6, effects: Sequence[float] = (.05, .1, .15, .2),
-                 items: Sequence[int] = (6, 12, 24), spread: float = .1, design: str = "between") -> pd.DataFrame:
+                 items: Sequence[int] = (6, 12, 24), spread: float = .1,
+                 design: str = "between") -> pd.DataFrame:
     "Make a table of the people that a power of 80 % needs: DataFrame [effect x items a person]."
-    cells = {f"{m} items a person": [people_needed((before, before + e), m, spread, design) for e in effects]
+    cells = {f"{m} items a person": [people_needed((before, before + e), m, spread, design)
+                                     for e in effects]
              for m in items}
-    return pd.DataFrame(cells, index=[f"{100 * e:+.0f} points" for e in effects]).rename_axis("true effect")
+    return pd.DataFrame(cells, index=[f"{100 * e:+.0f} points"
+                                      for e in effects]).rename_axis("true effect")

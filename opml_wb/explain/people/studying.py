@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'COLUMNS', 'Study']
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #1b6ce6a6
 import csv, hashlib, os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +39,19 @@ class Study:
     text or HTML} or f(item)}; task: `forward`, `error` or `trust` (these two need `truth`, [n]);
     items: a person answers in an arm; design: `between` (one arm a person) or `within` (all arms);
     file: the CSV of answers. Raises ValueError."""
-    def __init__(self, rows: pd.DataFrame, answers: Any, arms: Mapping[str, Any], task: str = "forward",
+    def __init__(self, rows: pd.DataFrame, answers: Any, arms: Mapping[str, Any],
+                 task: str = "forward",
                  truth: Any = None, items: int = 12, design: str = "between", seed: int = 0,
                  file: str | os.PathLike = "answers.csv", name: str = "study") -> None:
         if task not in TASKS: raise ValueError(f"task {task!r}: expected {', '.join(TASKS)}")
-        if design not in planning.DESIGNS: raise ValueError(f"design {design!r}: expected between or within")
+        if design not in planning.DESIGNS:
+            raise ValueError(f"design {design!r}: expected between or within")
         if len(arms) < 2: raise ValueError("arms: expected at least two to compare")
         if not rows.index.is_unique: raise ValueError("rows: two items have one label")
-        if len(answers) != len(rows): raise ValueError(f"answers: {len(answers)}, rows: {len(rows)}")
-        if truth is None and task != "forward": raise ValueError(f"task {task!r} needs the truth of each row")
+        if len(answers) != len(rows):
+            raise ValueError(f"answers: {len(answers)}, rows: {len(rows)}")
+        if truth is None and task != "forward":
+            raise ValueError(f"task {task!r} needs the truth of each row")
         self.rows, self.arms, self.task, self.design = rows, dict(arms), task, design
         self.model = pd.Series(np.asarray(answers), rows.index).astype(str)
         self.truth = pd.Series("" if truth is None else np.asarray(truth), rows.index).astype(str)
@@ -56,7 +60,8 @@ class Study:
 
     def _kinds(self) -> list[pd.Index]:
         "The two kinds of items that each person sees in equal numbers."
-        flag = self.model == self.truth if self.task != "forward" else self.model == self.model.iloc[0]
+        forward = self.task == "forward"
+        flag = self.model == (self.model.iloc[0] if forward else self.truth)
         kinds = [self.rows.index[flag], self.rows.index[~flag]]
         need = self.items // 2 * (len(self.arms) if self.design == "within" else 1)
         words = ("answers one way", "answers another way") if self.task == "forward" else \
@@ -74,13 +79,13 @@ class Study:
         return ["yes", "no"]
 
     def right(self, item: Any, response: str) -> bool:
-        "Say whether a response is right: names the model's answer, its error, or follows a right one."
+        "Say whether a response names the model's answer, its error, or follows a right one."
         if self.task == "forward": return response == self.model[item]
         wrong = self.model[item] != self.truth[item]
         return (response == "yes") == (wrong if self.task == "error" else not wrong)
 
     def shown(self, arm: str, item: Any) -> str:
-        "What is shown beside an item in an arm; empty for nothing."
+        "Give what is shown beside an item in an arm; empty for nothing."
         what = self.arms[arm]
         return "" if what is None else str(what(item) if callable(what) else what[item])
 
@@ -109,7 +114,8 @@ def _arm(self: Study, person: str) -> str:
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #c41b861f
 @patch
-def put(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None = None,
+def put(self: Study, person: str, arm: str, item: Any, response: str,
+        confidence: float | None = None,
         seconds: float | None = None, simulated: bool = False) -> dict[str, Any]:
     "Append an answer to the CSV; returns its line. Raises ValueError for no answer of the task."
     line = self._line(person, arm, item, response, confidence, seconds, simulated)
@@ -125,10 +131,12 @@ def put(self: Study, person: str, arm: str, item: Any, response: str, confidence
 @patch
 def _line(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None,
           seconds: float | None, simulated: bool) -> dict[str, Any]:
-    if response not in self.options: raise ValueError(f"response {response!r}: expected {', '.join(self.options)}")
+    if response not in self.options:
+        raise ValueError(f"response {response!r}: expected {', '.join(self.options)}")
     if arm not in self.arms: raise ValueError(f"arm {arm!r}: expected {', '.join(self.arms)}")
     if item not in self.rows.index: raise ValueError(f"item {item!r} isn't a row of the study")
-    return dict(study=self.name, person=person, arm=arm, task=self.task, item=item, model=self.model[item],
+    return dict(study=self.name, person=person, arm=arm, task=self.task, item=item,
+                model=self.model[item],
                 truth=self.truth[item], response=response, right=self.right(item, response),
                 confidence=confidence, seconds=seconds, simulated=simulated,
                 at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -137,7 +145,8 @@ def _line(self: Study, person: str, arm: str, item: Any, response: str, confiden
 def answers(self: Study) -> pd.DataFrame:
     "Read the CSV of answers; an empty table when nobody answered yet."
     if not self.file.exists(): return pd.DataFrame(columns=COLUMNS)
-    found = pd.read_csv(self.file, dtype={"person": str, "response": str, "model": str, "truth": str, "arm": str})
+    found = pd.read_csv(self.file, dtype={"person": str, "response": str, "model": str,
+                                          "truth": str, "arm": str})
     if lost := [c for c in COLUMNS if c not in found]:
         raise ValueError(f"{str(self.file)!r} has no column {lost[0]!r}: it isn't a study's CSV")
     return found
@@ -150,7 +159,8 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
 
     skill: {arm: share right}, for trust {arm: (followed when right, when wrong)}; people: an arm,
     or within: in all; spread: standard deviation of people's true shares. Nothing is written."""
-    if set(skill) != set(self.arms): raise ValueError(f"skill: expected the arms {', '.join(self.arms)}")
+    if set(skill) != set(self.arms):
+        raise ValueError(f"skill: expected the arms {', '.join(self.arms)}")
     every, within = list(self.arms), self.design == "within"
     n = people * (1 if within else len(every))
     rank = np.random.default_rng([seed, 1]).random((n, 2))
@@ -160,17 +170,20 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
     for i in range(n):
         rng = np.random.default_rng([seed, 2, i])
         for arm in every if within else [every[i % len(every)]]:
-            lines += [self._simulated(f"simulated {i}", arm, item, true[arm][i], rng) for item in self._draw(rng)]
+            lines += [self._simulated(f"simulated {i}", arm, item, true[arm][i], rng)
+                      for item in self._draw(rng)]
     return pd.DataFrame(lines, columns=COLUMNS)
 
 @patch
 def _draw(self: Study, rng: np.random.Generator) -> list:
     "Draw a person's items, half of each kind."
     half = self.items // 2
-    return [*rng.choice(self.kinds[0], self.items - half, replace=False), *rng.choice(self.kinds[1], half, replace=False)]
+    return [*rng.choice(self.kinds[0], self.items - half, replace=False),
+            *rng.choice(self.kinds[1], half, replace=False)]
 
 @patch
-def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray, rng: np.random.Generator) -> dict:
+def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray,
+               rng: np.random.Generator) -> dict:
     "Answer an item with the planted chance."
     other = next((o for o in self.options if not self.right(item, o)), self.options[0])
     good = next(o for o in self.options if self.right(item, o))
@@ -198,13 +211,16 @@ def analyse(self: Study, answers: pd.DataFrame | None = None, level: float = .95
     """Tell what the answers carry: DataFrame [what, value, lo, hi, p, people, simulated].
 
     A line for each arm's mean score, and for each arm minus the first. answers: default the CSV's.
-    Raises ValueError where simulated and real people are mixed, or an arm has fewer than 2 people."""
+    Raises ValueError where simulated and real people are mixed, or an arm has fewer than 2
+    people."""
     a = self.answers() if answers is None else answers
-    if a.simulated.nunique() > 1: raise ValueError("answers: simulated and real people are mixed: analyse one of them")
+    if a.simulated.nunique() > 1:
+        raise ValueError("answers: simulated and real people are mixed: analyse one of them")
     s, arms = self.scores(a), list(self.arms)
     by = {arm: s[s.arm == arm].set_index("person").score for arm in arms}
     if few := [arm for arm in arms if len(by[arm]) < 2]:
-        raise ValueError(f"arm {few[0]!r}: {len(by[few[0]])} people answered, at least 2 are needed")
+        raise ValueError(f"arm {few[0]!r}: {len(by[few[0]])} people answered, at least 2 are "
+                         "needed")
     lines = [(arm, *_mean(by[arm].to_numpy(), level), np.nan, len(by[arm])) for arm in arms]
     for arm in arms[1:]:
         compare = _paired if self.design == "within" else _apart
@@ -220,7 +236,8 @@ def _mean(x: np.ndarray, level: float) -> tuple[float, float, float]:
 def _apart(a: pd.Series, b: pd.Series, level: float) -> tuple:
     "Compare two groups of people: difference, its ends, p, people."
     difference, people = float(a.mean() - b.mean()), len(a) + len(b)
-    if a.std() + b.std() == 0: return difference, difference, difference, float(difference == 0), people
+    if a.std() + b.std() == 0:
+        return difference, difference, difference, float(difference == 0), people
     found = stats.ttest_ind(a, b, equal_var=False)
     lo, hi = found.confidence_interval(level)
     return difference, float(lo), float(hi), float(found.pvalue), people
@@ -234,14 +251,17 @@ def _paired(a: pd.Series, b: pd.Series, level: float) -> tuple:
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #3ccdab6a
 @patch
-def power(self: Study, before: Any, after: Any, people: int, spread: float = .1, level: float = .95) -> float:
+def power(self: Study, before: Any, after: Any, people: int, spread: float = .1,
+          level: float = .95) -> float:
     """Compute the chance that this study finds the difference between two arms: see `people.power`.
 
-    before, after: true shares of right answers (for trust: pairs); people: an arm, or within: in all."""
+    before, after: true shares of right answers (for trust: pairs); people: an arm, or within: in
+    all."""
     return planning.power((before, after), people, self.items, spread, self.design, level)
 
 @patch
-def people_needed(self: Study, before: Any, after: Any, spread: float = .1, wanted: float = .8) -> int:
+def people_needed(self: Study, before: Any, after: Any, spread: float = .1,
+                  wanted: float = .8) -> int:
     "Find how many people (an arm, or within: in all) this study needs for a power of `wanted`."
     return planning.people_needed((before, after), self.items, spread, self.design, wanted)
 

@@ -18,7 +18,7 @@ from ...core.kit.files import fsync
 class Line(NamedTuple):
     "A line of an anchor: the log had `count` entries, the last one `id` with `digest` (hex)."
     kind: str   # `at`, or `seal` whose id is the SHA-256 of the seal's file
-    count: int
+    count: int  # type: ignore[assignment]
     digest: str
     id: str
 
@@ -78,7 +78,8 @@ def against(lines: list[Line | None] | None,
     for line in whole:
         if line.count >= len(digests):
             return line.id, (f"the anchor knows {whole[-1].count} entries, the file has "
-                             f"{len(digests) - 1}: its tail was cut, or its write-ahead log damaged")
+                             f"{len(digests) - 1}: its tail was cut, or its write-ahead log is "
+                             "damaged")
         if digests[line.count].hex() != line.digest:
             return line.id, f"entry {line.count} isn't the one that the anchor knows"
     return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING: from opml_wb.core.record.models import ModelStore
 
 # %% ../../../nbs/explain/record/06_answering.ipynb #94c17558
 def model_state(record: Mapping[str, Any], models: "ModelStore | None" = None) -> tuple[str, str]:
-    """Tell what became of a record's model: (`kept`, `changed`, `missing` or `unnamed`, a sentence).
+    """Tell what became of a record's model: (`kept`, `changed`, `missing` or `unnamed`, in words).
 
     record: of `DecisionLog.read`. models: the store to look in (default: the workbench's)."""
     from opml_wb.core.record.models import ModelError, ModelStore
@@ -28,10 +28,12 @@ def model_state(record: Mapping[str, Any], models: "ModelStore | None" = None) -
     called, store = f"{name!r} version {version}", models or ModelStore()
     try: info = store.info(name, version)
     except (ModelError, KeyError):
-        return "missing", (f"The model {called} is no longer in the model store: this answer is what "
+        return "missing", (f"The model {called} is no longer in the model store: this answer is "
+                           f"what "
                            "was recorded with the decision; it can't be computed again.")
     if not info["path"].exists():
-        return "missing", f"The files of the model {called} are gone: this answer is what was recorded."
+        return "missing", (f"The files of the model {called} are gone: this answer is what was "
+                           "recorded.")
     if digest and digest != info["digest"]:
         return "changed", (f"The model store has another model under {called} than the one that "
                            "decided: this answer is what was recorded.")
@@ -56,7 +58,8 @@ def plain_text(record: Mapping[str, Any], audience: str) -> str:
         told = ", ".join(n.split(" (")[0] for n in names)
         return f"{head} These of your data weighed most: {told}." if told else head
     fidelity = e.get("fidelity")
-    how = f" by {e['method']}" + (f", fidelity {fidelity:.3f}" if isinstance(fidelity, float) else "")
+    how = f" by {e['method']}" + (f", fidelity {fidelity:.3f}" if isinstance(fidelity, float)
+                                  else "")
     return f"{head} Contributions{how}: {'; '.join(names)}."
 
 # %% ../../../nbs/explain/record/06_answering.ipynb #30c920ad
@@ -71,7 +74,8 @@ def source(record: Mapping[str, Any]) -> str:
 def _erased(record: Mapping[str, Any]) -> str:
     gone = record["erased"]
     return (f"{source(record)} Its data, answer and explanation were erased on {gone['at'][:10]} "
-            f"({gone['reason']}). The chain still proves that it was made, when, and by which model.")
+            f"({gone['reason']}). The chain still proves that it was made, when, and by which "
+            f"model.")
 
 # %% ../../../nbs/explain/record/06_answering.ipynb #3c9c58f2
 def answer(record: Mapping[str, Any], audience: str = "customer",
@@ -87,7 +91,8 @@ def answer(record: Mapping[str, Any], audience: str = "customer",
     if record.get("erased"): return _erased(record)
     e = record.get("explanation")
     if e and e.get("agrees") is False:
-        raise Refused(f"decision {record['id']!r} was {record['answer']!r}, and the explanation that "
+        raise Refused(f"decision {record['id']!r} was {record['answer']!r}, and the explanation "
+                      f"that "
                       f"was computed ({e['method']}) isn't true of it: none is given")
     text = record["texts"].get(audience) or plain_text(record, audience)
     state, told = model_state(record, models)

@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from ...core.kit.files import fsync
 from . import answering
 from .anchor import Anchor
-from .chain import COLUMNS, FORMAT, TABLES, Entry, Report, fault, new_entry
+from .chain import COLUMNS, FORMAT, TABLES, Entry, fault, new_entry
 from .decisions import Decision, as_decision, canonical, now
-from .sealing import LogError, connect, page_hashes, seal_of, write_seal
+from .sealing import (
+    LogError, Report, connect, page_hashes, seal_of, write_seal)
 from .verifying import verify as check
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #c36e0d32
 class DecisionLog:
-    """A log of decisions at `path`, which only grows; `append`, `answer`, `verify`, `seal`, `erase`.
+    """A log of decisions at `path`: `append`, `answer`, `verify`, `seal`, `erase`.
 
     anchor: the file of its heads (default: PATH.anchor; better on another disk). models: the
     ModelStore that knows its models (default: the workbench's). Raises LogError."""
@@ -38,7 +39,9 @@ class DecisionLog:
         if not self.path.parent.is_dir():
             raise LogError(f"{str(self.path)!r}: there is no folder {str(self.path.parent)!r}")
         self.anchor = Anchor(anchor or f"{self.path}.anchor")
-        self._lock, self._db, self._left = threading.RLock(), {}, []
+        self._lock = threading.RLock()
+        self._db: dict[int, sqlite3.Connection] = {}        # of each process
+        self._left: list[sqlite3.Connection] = []
         with self._lock, self.anchor.lock() as fd: self._begin(fd)
 
     def __repr__(self) -> str: return f"DecisionLog({str(self.path)!r})"
@@ -68,10 +71,12 @@ class DecisionLog:
 def _begin(self: DecisionLog, fd: int) -> None:
     "Make the tables of a new log, or check that the file is a log."
     try: found = self.db.execute("select count(*) from sqlite_master").fetchone()[0]
-    except sqlite3.DatabaseError as e: raise LogError(f"{str(self.path)!r} is no decision log: {e}") from e
+    except sqlite3.DatabaseError as e:
+        raise LogError(f"{str(self.path)!r} is no decision log: {e}") from e
     if not found:
         name = secrets.token_hex(32)
-        self.db.executescript(f"begin immediate;{TABLES}insert into log values('format','{FORMAT}'),"
+        self.db.executescript(f"begin immediate;{TABLES}insert into log "
+                              f"values('format','{FORMAT}'),"
                               f"('genesis','{name}');commit;")
     said = self.db.execute("select value from log where key='format'").fetchone() \
         if self.db.execute("select 1 from sqlite_master where name='log'").fetchone() else None
@@ -99,7 +104,8 @@ def _writing(self: DecisionLog) -> Iterator[tuple[int, int, bytes]]:
         try:
             count, head = self._last()
             known = self.anchor.last(fd)
-            if known is None: raise LogError(f"{str(self.path)!r}: its anchor {str(self.anchor.path)!r} "
+            if known is None:
+                raise LogError(f"{str(self.path)!r}: its anchor {str(self.anchor.path)!r} "
                                              "is missing or empty")
             if known.count > count or (known.count == count and known.digest != head.hex()):
                 raise LogError(f"{str(self.path)!r} isn't as its anchor knows it ({known.count} "
@@ -123,7 +129,8 @@ def extend(self: DecisionLog, decisions: Iterable[Decision | Mapping[str, Any]])
 
     Raises TypeError, ValueError for what is no decision, LogError."""
     asked = [as_decision(d) for d in decisions]
-    written = [(d, d.about(), d.body()) for d in asked]          # refused before anything is written
+    # refused before anything is written
+    written = [(d, d.about(), d.body()) for d in asked]
     if not asked: return []
     with self._writing() as (fd, count, head):
         for n, (d, about, body) in enumerate(written, count + 1):
@@ -159,7 +166,8 @@ def entry(self: DecisionLog, id: str) -> Entry:
     if not rows or rows[-1][1] != id: raise KeyError(f"the log has no decision {id!r}")
     found = Entry(*rows[-1])
     before = rows[0][-1] if len(rows) > 1 else self._genesis()
-    if why := fault(found, before, found.seq): raise LogError(f"decision {id!r} isn't what was logged: {why}")
+    if why := fault(found, before, found.seq):
+        raise LogError(f"decision {id!r} isn't what was logged: {why}")
     return found
 
 @patch
@@ -169,12 +177,14 @@ def _genesis(self: DecisionLog) -> bytes:
 @patch
 def read(self: DecisionLog, id: str) -> dict[str, Any]:
     """Read a decision: {id, at, seq, model, version, model_hash, erased, input, answer, score,
-    explanation, texts, defences}; the last six are missing once erased. Raises KeyError, LogError."""
+    explanation, texts, defences}; the last six are missing once erased. Raises KeyError,
+    LogError."""
     e = self.entry(id)
     if e.kind != "decision": raise KeyError(f"{id!r} is the record of an erasure, no decision")
     gone = self._erasures().get(id) if e.body is None else None
     if e.body is None and gone is None:
-        raise LogError(f"decision {id!r} isn't what was logged: its body is gone without an erasure")
+        raise LogError(f"decision {id!r} isn't what was logged: its body is gone without an "
+                       "erasure")
     body = json.loads(e.body) if e.body is not None else {}
     return {"id": e.id, "at": e.at, "seq": e.seq, **json.loads(e.about), "erased": gone, **body}
 
@@ -184,7 +194,8 @@ def answer(self: DecisionLog, id: str, audience: str = "customer") -> str:
     """Answer for decision `id` from its record, also when its model is gone: see `answering`.
 
     audience: `regulator`, `business` or `customer`. Raises ValueError for another, KeyError for an
-    id that isn't there, Refused where the explanation wasn't true, LogError where it was changed."""
+    id that isn't there, Refused where the explanation wasn't true, LogError where it was
+    changed."""
     return answering.answer(self.read(id), audience, self.models)
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #6d5d200c
@@ -202,7 +213,8 @@ def erase(self: DecisionLog, id: str, reason: str = "request under GDPR article 
 
     Works on a sealed log, too, which is sealed anew. Returns the id of the erasure's entry. Raises
     KeyError, LogError."""
-    if gone := self.read(id)["erased"]: raise LogError(f"decision {id!r} was erased at {gone['at']}")
+    if gone := self.read(id)["erased"]:
+        raise LogError(f"decision {id!r} was erased at {gone['at']}")
     if sealed := self.sealed: self._unseal()
     about = canonical({"erases": id, "reason": str(reason)})
     with self._writing() as (fd, count, head):
@@ -222,7 +234,8 @@ def _rewrite(self: DecisionLog) -> None:
     with self._lock:
         self.db.execute("vacuum")
         busy = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]
-    if busy: raise LogError("what was erased is still in the write-ahead log, which another process "
+    if busy:
+        raise LogError("what was erased is still in the write-ahead log, which another process "
                             "reads: call `compact` when it has ended")
 
 @patch

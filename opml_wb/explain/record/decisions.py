@@ -8,7 +8,7 @@ __all__ = ['AUDIENCES', 'jsonable', 'canonical', 'now', 'Decision', 'as_decision
 # %% ../../../nbs/explain/record/01_decisions.ipynb #55f10921
 import json, math, secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import date, datetime, timezone
 from typing import Any
 
@@ -76,7 +76,8 @@ class Decision:
 
     def about(self) -> bytes:
         "Write what stays after an erasure: the model that decided."
-        return canonical(jsonable({k: getattr(self, k) for k in ("model", "version", "model_hash")}))
+        return canonical(jsonable({k: getattr(self, k)
+                                   for k in ("model", "version", "model_hash")}))
 
     def body(self) -> bytes:
         "Write what an erasure takes away: input, answer, explanation, texts."

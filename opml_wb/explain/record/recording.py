@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..people.rendering import write
 from .decisions import AUDIENCES, Decision, recorded
 
-if TYPE_CHECKING: from opml_wb.explain.answers.explanation import Explanation
+if TYPE_CHECKING:
+    from opml_wb.core.record.models import ModelStore
+    from opml_wb.explain.answers.explanation import Explanation
 
 # %% ../../../nbs/explain/record/08_recording.ipynb #1234cdaf
 def texts(explanation: "Explanation", row: Any, **customer: Any) -> dict[str, str]:
@@ -23,13 +24,14 @@ def texts(explanation: "Explanation", row: Any, **customer: Any) -> dict[str, st
 
     customer: options of `write` for the customer's text (`way_out`, `restricted`, `outcome`)."""
     if not bool(explanation.agrees.loc[row]): return {}
-    return {a: write(explanation, row, a, **(customer if a == "customer" else {})) for a in AUDIENCES}
+    return {a: write(explanation, row, a, **(customer if a == "customer" else {}))
+            for a in AUDIENCES}
 
 def stored(model: str, version: int, models: "ModelStore | None" = None) -> str | None:
     "Look up the SHA-256 of a version in the model store; None where it has no such version."
-    from opml_wb.core.record.models import ModelError, ModelStore
-    try: return (models or ModelStore()).info(model, version)["digest"]
-    except (ModelError, KeyError): return None
+    from opml_wb.core.record import models as core
+    try: return (models or core.ModelStore()).info(model, version)["digest"]
+    except (core.ModelError, KeyError): return None
 
 def decisions(explanation: "Explanation", model: str, version: int | None = None,
               model_hash: str | None = None, served: Sequence[Any] | None = None,
@@ -37,29 +39,32 @@ def decisions(explanation: "Explanation", model: str, version: int | None = None
               models: "ModelStore | None" = None, **customer: Any) -> list[Decision]:
     """Make a Decision of each row that was explained, for `DecisionLog.extend`.
 
-    model, version, model_hash: as the model store names it (default hash: of the version in `models`,
-    without a version the explanation's);
+    model, version, model_hash: as the model store names it (default hash: of the version in
+    `models`, without a version the explanation's);
     served: the answers that were given, where others gave them: an explanation of another answer
     isn't true of them; ids: the decisions' ids; customer: see `texts`. Raises ValueError."""
     e, n = explanation, len(explanation)
     if not e.rows.index.is_unique: raise ValueError("explanation: two rows have one label")
     for name, given in (("served", served), ("ids", ids)):
-        if given is not None and len(given) != n: raise ValueError(f"{name}: {len(given)}, rows: {n}")
+        if given is not None and len(given) != n:
+            raise ValueError(f"{name}: {len(given)}, rows: {n}")
     digest = model_hash or (e.model_hash if version is None else stored(model, version, models))
     out = []
     for i, row in enumerate(e.rows.index):
         answer = e.answers.iloc[i] if served is None else served[i]
         told = recorded(e, i)
         told["model_hash"] = e.model_hash
-        told["agrees"] = bool(told["agrees"]) and (served is None or same(answer, e.explained.iloc[i]))
+        told["agrees"] = bool(told["agrees"]) and (served is None
+                                                   or same(answer, e.answers.iloc[i]))
         out.append(Decision(e.rows.iloc[i].to_dict(), answer, model, version, digest,
-                            float(e.score.iloc[i]), told, texts(e, row, **customer) if told["agrees"] else {},
+                            float(e.score.iloc[i]), told,
+                            texts(e, row, **customer) if told["agrees"] else {},
                             dict(defences or {}), **({"id": ids[i]} if ids is not None else {})))
     return out
 
 # %% ../../../nbs/explain/record/08_recording.ipynb #7588113e
 def same(served: Any, explained: Any) -> bool:
-    "Compare an answer as it was served with the class that an explanation speaks about."
+    "Compare an answer as it was served with the answer that was explained."
     if isinstance(served, np.generic): served = served.item()
     if isinstance(explained, np.generic): explained = explained.item()
     if isinstance(served, bool | int | float) and isinstance(explained, bool | int | float):

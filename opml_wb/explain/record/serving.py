@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from fastcore.basics import patch
+
 from ..answers.explanation import Refused
 from .decision_log import DecisionLog
 from .decisions import Decision, jsonable
@@ -22,7 +24,8 @@ def asked_rows(body: bytes, kind: str) -> list[dict[str, Any]] | None:
     "Read the rows of a request's body by its media type; None where it holds none that are known."
     try:
         if kind == "text/csv":
-            return [{k: v or None for k, v in row.items()} for row in csv.DictReader(io.StringIO(body.decode()))]
+            return [{k: v or None for k, v in row.items()}
+                    for row in csv.DictReader(io.StringIO(body.decode()))]
         given = json.loads(body) if kind == "application/json" else {}
         if "rows" in given: return [dict(r) for r in given["rows"]]
         columns = given["columns"]
@@ -67,11 +70,14 @@ class AnswerLog:
             import pandas as pd
             try: found = self.explain(pd.DataFrame(rows))
             except (ValueError, TypeError, KeyError) as e: why = f"{type(e).__name__}: {e}"
-            else: return decisions(found, model, version, model_hash, answers, ids=ids, models=self.log.models,
+            else:
+                return decisions(found, model, version, model_hash, answers, ids=ids,
+                                 models=self.log.models,
                                    **self.customer)
         else: why = ""
         unable = {"defences": {"not explained": why}} if why else {}
-        return [Decision(jsonable(r), a, model, version, model_hash, **unable, **({"id": ids[i]} if ids else {}))
+        return [Decision(jsonable(r), a, model, version, model_hash, **unable,
+                         **({"id": ids[i]} if ids else {}))
                 for i, (r, a) in enumerate(zip(rows, answers))]
 
 # %% ../../../nbs/explain/record/09_serving.ipynb #983329d9
@@ -104,48 +110,57 @@ class Recorded:
             await self._answer(scope, send)
         else: await self.app(scope, receive, send)
 
-    async def _answer(self, scope: Mapping, send: Callable) -> None:
-        "Answer for a decision."
-        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        if scope["method"] != "GET": return await _json(send, 405, {"error": "expected GET"})
-        if self.allowed and not self.allowed(headers): return await _json(send, 403, {"error": "not for this asker"})
-        id = unquote(scope["path"][len(self.ANSWERS):])
-        audience = parse_qs(scope["query_string"].decode("latin-1")).get("audience", ["customer"])[-1]
-        try: text = await asyncio.to_thread(self.answers.log.answer, id, audience)
-        except KeyError as e: return await _json(send, 404, {"error": e.args[0]})
-        except Refused as e: return await _json(send, 409, {"error": str(e)})
-        except ValueError as e: return await _json(send, 422, {"error": str(e)})
-        except LogError as e: return await _json(send, 500, {"error": str(e)})
-        await _json(send, 200, {"id": id, "audience": audience, "text": text})
+# %% ../../../nbs/explain/record/09_serving.ipynb #a6993259
+@patch
+async def _answer(self: Recorded, scope: Mapping, send: Callable) -> None:
+    "Answer for a decision."
+    headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    if scope["method"] != "GET": return await _json(send, 405, {"error": "expected GET"})
+    if self.allowed and not self.allowed(headers):
+        return await _json(send, 403, {"error": "not for this asker"})
+    id = unquote(scope["path"][len(self.ANSWERS):])
+    audience = parse_qs(scope["query_string"].decode("latin-1")).get("audience",
+                                                                     ["customer"])[-1]
+    try: text = await asyncio.to_thread(self.answers.log.answer, id, audience)
+    except KeyError as e: return await _json(send, 404, {"error": e.args[0]})
+    except Refused as e: return await _json(send, 409, {"error": str(e)})
+    except ValueError as e: return await _json(send, 422, {"error": str(e)})
+    except LogError as e: return await _json(send, 500, {"error": str(e)})
+    await _json(send, 200, {"id": id, "audience": audience, "text": text})
 
-    async def _predict(self, scope: Mapping, receive: Callable, send: Callable) -> None:
-        "Let the app answer, log what it said, then send it on with its ids."
-        taken, held = bytearray(), []
-        async def receive_too():
-            message = await receive()
-            if message["type"] == "http.request": taken.extend(message.get("body", b""))
-            return message
-        async def hold(message): held.append(message)
-        await self.app(scope, receive_too, hold)
-        if not held or held[0]["status"] != 200:
-            for message in held: await send(message)
-            return
-        body = b"".join(m.get("body", b"") for m in held[1:])
-        headers = dict(scope["headers"])
-        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-        try: said = await asyncio.to_thread(self._logged, bytes(taken), kind, json.loads(body))
-        except Exception as e:
-            return await _json(send, 503, {"error": f"the answer could not be logged, and isn't given: {e}"})
-        text = json.dumps(said).encode()
-        kept = [(k, v) for k, v in held[0]["headers"] if k.lower() != b"content-length"]
-        await send({**held[0], "headers": [*kept, (b"content-length", str(len(text)).encode())]})
-        await send({"type": "http.response.body", "body": text})
+# %% ../../../nbs/explain/record/09_serving.ipynb #1a5a7dc5
+@patch
+async def _predict(self: Recorded, scope: Mapping, receive: Callable, send: Callable) -> None:
+    "Let the app answer, log what it said, then send it on with its ids."
+    taken, held = bytearray(), []
+    async def receive_too():
+        message = await receive()
+        if message["type"] == "http.request": taken.extend(message.get("body", b""))
+        return message
+    async def hold(message): held.append(message)
+    await self.app(scope, receive_too, hold)
+    if not held or held[0]["status"] != 200:
+        for message in held: await send(message)
+        return
+    body = b"".join(m.get("body", b"") for m in held[1:])
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    try: said = await asyncio.to_thread(self._logged, bytes(taken), kind, json.loads(body))
+    except Exception as e:
+        return await _json(send, 503,
+                           {"error": f"the answer could not be logged, and isn't given: {e}"})
+    text = json.dumps(said).encode()
+    kept = [(k, v) for k, v in held[0]["headers"] if k.lower() != b"content-length"]
+    await send({**held[0], "headers": [*kept, (b"content-length", str(len(text)).encode())]})
+    await send({"type": "http.response.body", "body": text})
 
-    def _logged(self, body: bytes, kind: str, said: dict[str, Any]) -> dict[str, Any]:
-        "Log an answer; returns it with its ids."
-        results, rows = answers_of(said), asked_rows(body, kind)
-        if rows is None or len(rows) != len(results):
-            from opml_wb.core.kit.files import hash_json
-            rows = [{"body": hash_json([kind, body.hex()]), "row": i} for i in range(len(results))]
-        ids = self.answers.put(rows, results, said["name"], said.get("version"), None)
-        return {**said, "decisions": ids}
+# %% ../../../nbs/explain/record/09_serving.ipynb #fa46fe3f
+@patch
+def _logged(self: Recorded, body: bytes, kind: str, said: dict[str, Any]) -> dict[str, Any]:
+    "Log an answer; returns it with its ids."
+    results, rows = answers_of(said), asked_rows(body, kind)
+    if rows is None or len(rows) != len(results):
+        from opml_wb.core.kit.files import hash_json
+        rows = [{"body": hash_json([kind, body.hex()]), "row": i} for i in range(len(results))]
+    ids = self.answers.put(rows, results, said["name"], said.get("version"), None)
+    return {**said, "decisions": ids}

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .anchor import Anchor, Line, against
-from .chain import COLUMNS, Entry, Report, fault
-from .sealing import LogError, against_seal, connect, seal_of
+from .chain import COLUMNS, Entry, fault
+from .sealing import LogError, Report, against_seal, connect, seal_of
 
 # %% ../../../nbs/explain/record/05_verifying.ipynb #c7b9a592
 def _genesis(db: sqlite3.Connection) -> bytes:
@@ -29,11 +29,13 @@ def walk(db: sqlite3.Connection) -> tuple[list[bytes], int, tuple[str, str] | No
 
     Returns (digests, that of the empty log first; bodies erased; (id, why) of the first that is
     wrong, or None)."""
-    digests, bare, erased = [_genesis(db)], {}, set()
+    digests, erased = [_genesis(db)], set()
+    bare: dict[str, int] = {}      # entries without a body
     try:
         for row in db.execute(f"select {COLUMNS} from entry order by seq"):
             e, seq = Entry(*row), len(digests)
-            if why := fault(e, digests[-1], seq): return digests, len(bare), (str(e.id), f"entry {seq}: {why}")
+            if why := fault(e, digests[-1], seq):
+                return digests, len(bare), (str(e.id), f"entry {seq}: {why}")
             if e.body is None: bare[e.id] = seq
             if e.kind == "erasure": erased.add(json.loads(e.about)["erases"])
             digests.append(e.digest)
@@ -53,9 +55,10 @@ def _inside(path: Path, lines: list[Line | None] | None) -> Report:
     try:
         db.execute("begin")
         digests, erased, wrong = walk(db)
-        found = [wrong] if wrong else []
+        found: list[tuple[str | None, str]] = [wrong] if wrong else []
         if missing := against(lines, digests):
-            if not (wrong and wrong[0]): found = [missing, *found] if missing[0] else [*found, missing]
+            if not (wrong and wrong[0]):
+                found = [missing, *found] if missing[0] else [*found, missing]
         if not found and (why := _structure(db)): found = [(None, why)]
     finally: db.close()
     first = next((id for id, _ in found if id), None)
