@@ -135,6 +135,7 @@ def _kind(values, name):
     raise ValueError(f"column {name!r}: expected numbers, texts, categories, pictures (bytes) or "
                      f"arrays, got {values.dtype} {[k.__name__ for k in kinds]}")
 
+# %% ../../../nbs/flexserve/model/20_columns.ipynb #9bdbf3fc
 def schema_of(frame: "pd.DataFrame", kinds: Mapping[str, str] | None = None,
               gaps: bool | None = None) -> Schema:
     """Make the schema of a DataFrame; `kinds` {column: kind} goes before what it shows.

@@ -62,6 +62,7 @@ def _signatures(schema) -> Iterator[tuple[list, list[dict]]]:
         yield ([(n, kinds[d]([None, 1])) for n, d in each],
                [{"columns": [n], "dtype": d, "input": n} for n, d in each])
 
+# %% ../../../nbs/flexserve/model/27_convert.ipynb #7e920591
 def _converted(estimator, types):
     "Convert with skl2onnx: the model's bytes."
     from skl2onnx import convert_sklearn

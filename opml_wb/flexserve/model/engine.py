@@ -96,7 +96,8 @@ class FileBackend:
     def forward(self, batches: Sequence[np.ndarray | None],
                 rows: Iterable[int]) -> list[np.ndarray]:
         "Compute the raw outputs of models `rows`; `batches`: an array for each feed, or None."
-        return [self.runners[i]([batches[k] for k in self.inputs[i]]) for i in rows]
+        return [self.runners[i]([a for k in self.inputs[i] if (a := batches[k]) is not None])
+                for i in rows]
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #13305ff2
 class Engine:
@@ -169,8 +170,8 @@ def _batches(self: Engine, items, rows):
 def _run(self: Engine, part, rows, labels, probs):
     """Run models `rows` on a batch; their answers are written into `labels` and `probs` (all
     models, all pictures)."""
-    index, batches = part
-    for i, raw in zip(rows, self.backend.forward(batches, rows)):
+    index, arrays = part
+    for i, raw in zip(rows, self.backend.forward(arrays, rows)):
         model = self.bundle.models[i]
         names, output = model["classes"] or (), model.get("output", "logits")
         p = answer_of(raw, output, len(index), len(names), self.names[i])
@@ -202,9 +203,9 @@ def _lazily(self: Engine, policy, parts, rows, labels, probs):
         if n:
             still_open = ~only.decided(labels[asked], probs[asked], models=names,
                                        classes=self.classes)
-        for index, batches in parts:
+        for index, arrays in parts:
             if (keep := still_open[index]).any():
-                kept = [b if b is None or keep.all() else b[keep] for b in batches]
+                kept = [a if a is None or keep.all() else a[keep] for a in arrays]
                 self._run((index[keep], kept), [row], labels, probs)
     return order
 

@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'FIELDS', 'Feed', 'feed_of', 'hashed', 'usual', 'batches']
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from fastcore.basics import patch
@@ -51,8 +51,10 @@ class Feed:
         return {k: v for k, v in shown.items() if v is not None}
 
 # %% ../../../nbs/flexserve/model/22_feeds.ipynb #28916bf7
-def _wrong(what, expected, got): raise ValueError(f"takes: {what}: expected {expected}, got {got!r:.80}")
+def _wrong(what: str, expected: str, got: Any) -> NoReturn:
+    raise ValueError(f"takes: {what}: expected {expected}, got {got!r:.80}")
 
+# %% ../../../nbs/flexserve/model/22_feeds.ipynb #50e5bdef
 def feed_of(spec: Mapping[str, Any], schema: Schema) -> Feed:
     """Make the feed that dict `spec` {columns, dtype, transform, hash, input} describes.
 
@@ -72,6 +74,7 @@ def feed_of(spec: Mapping[str, Any], schema: Schema) -> Feed:
     if kinds == {"tensor"}: return replace(feed, shape=found[0].shape)
     return replace(feed, dtype="text", hash=_hash(spec.get("hash")))
 
+# %% ../../../nbs/flexserve/model/22_feeds.ipynb #f1ae8ff7
 def _of_numbers(feed, found, schema):
     "Complete a feed of numeric columns."
     places = tuple(schema.numeric.index(name) for name in feed.columns)
@@ -80,6 +83,7 @@ def _of_numbers(feed, found, schema):
         _wrong("dtype text", "a single category", feed.columns)
     return replace(feed, places=places, categories=found[0].categories)
 
+# %% ../../../nbs/flexserve/model/22_feeds.ipynb #da78f65c
 def _hash(value):
     "Check the hashing of a text: (features, shortest, longest n-gram), or None."
     if value is None: return None
@@ -106,11 +110,13 @@ def _pictures(images, transform):
         return found
     return [transform(read(i, image)) for i, image in enumerate(images)]
 
+# %% ../../../nbs/flexserve/model/22_feeds.ipynb #2b7193af
 def _words(codes, categories):
     "Write the codes of a category as texts: (B, 1) object; a gap is the empty text."
     texts = [*map(str, categories), ""]
     return np.array([[texts[-1 if math.isnan(c) else int(c)]] for c in codes], object)
 
+# %% ../../../nbs/flexserve/model/22_feeds.ipynb #4a8e6396
 @patch
 def many(self: Feed, rows: Rows) -> "np.ndarray | list[np.ndarray]":
     "Make the array of B rows, or a list of B arrays (3, h, w) for pictures."

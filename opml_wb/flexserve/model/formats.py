@@ -55,6 +55,7 @@ def _is_size(text):
     called = re.findall(r"(\w*)\s*\(", rest)
     return bool(SIZES.fullmatch(rest)) and "__" not in rest and set(called) <= FUNCTIONS
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #d99873d6
 def _expressions(value):
     "Find every text that torch would evaluate in a graph's JSON."
     if isinstance(value, dict):
@@ -63,6 +64,7 @@ def _expressions(value):
     elif isinstance(value, list):
         for inner in value: yield from _expressions(inner)
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #4ef20a01
 def safe_pt2(path: str | os.PathLike) -> None:
     "Raise BundleError where loading the `torch.export` file could run code that is in it."
     import torch
@@ -124,6 +126,7 @@ def _tensor(array):
     if array.dtype == object: return [row[0] for row in array]
     return torch.from_numpy(np.ascontiguousarray(array))
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #ec8a3f49
 def torch_runner(module: "torch.nn.Module", threads: int = 1) -> Runner:
     "Run a torch module on feeds in their order."
     import torch
@@ -150,6 +153,7 @@ def session(path: str | os.PathLike, threads: int = 1) -> Any:
     except Exception as e:
         raise BundleError(f"{path}: ONNX Runtime refuses it: {str(e).splitlines()[0][:200]}") from e
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #124f0673
 def onnx_output(of: Any) -> str:
     "Choose the output of a session that holds probabilities, logits or values: its name."
     outs = [o for o in of.get_outputs() if "int64" not in o.type and "string)" != o.type[-7:]]
@@ -182,11 +186,13 @@ def booster(path: str | os.PathLike, threads: int = 1) -> Any:
     found.set_param({"nthread": threads})
     return found
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #9a40a0d0
 def objective(of: Any) -> tuple[str, int]:
     "Read what a booster was trained for: (objective, number of classes, 0 without)."
     learner = json.loads(of.save_config())["learner"]
     return learner["objective"]["name"], int(learner["learner_model_param"]["num_class"])
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #a9f7be5d
 def xgboost_runner(path: str | os.PathLike, threads: int = 1) -> Runner:
     "Run an XGBoost model on one matrix: probabilities, or the margins of a plain class."
     found = booster(path, threads)
@@ -202,6 +208,7 @@ def one_by_one(run: Runner) -> Runner:
         return np.concatenate([np.asarray(r).reshape(1, -1) for r in rows])
     return each
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #e88583f8
 def runner(kind: str, path: str | os.PathLike, inputs: Sequence[str | None], threads: int = 1,
            batch: int | None = None) -> Runner:
     """Load the runner of a model file; `inputs` as in `onnx_runner`; `batch` 1: for one sample at
@@ -218,6 +225,7 @@ class OutputError(RuntimeError):
     "What a model gave is no answer: not finite, or of another shape. `code`: of a row's error."
     code = "output"
 
+# %% ../../../nbs/flexserve/model/23_formats.ipynb #30bd4e24
 def answer_of(raw: np.ndarray, output: str, rows: int, classes: int, name: str) -> np.ndarray:
     """Make (B, C) float32 probabilities, or (B, 1) float64 values, of the raw output of model `name`.
 

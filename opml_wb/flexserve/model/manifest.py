@@ -37,6 +37,7 @@ def check_name(field: str, value: Any) -> str:
         raise BundleError(f"{field}: expected printable text, got {value!r:.80}")
     return value
 
+# %% ../../../nbs/flexserve/model/25_manifest.ipynb #f9f04895
 def check_classes(field: str, value: Any) -> list[str]:
     "Check a list of different class names. Raises BundleError."
     if not isinstance(value, (list, tuple)) or not value:
@@ -60,6 +61,7 @@ def _known(where, model, schema):
     for key in needed:
         if key not in model: raise BundleError(f"{where}: {key!r} is missing")
 
+# %% ../../../nbs/flexserve/model/25_manifest.ipynb #e6c9e376
 def _more(where, model, schema):
     "Check what says how a model is fed and what it gives."
     out = {k: model[k] for k in ("output", "batch") if model.get(k) is not None}
@@ -118,6 +120,7 @@ def schema_in(manifest: Mapping[str, Any]) -> Schema | None:
         raise BundleError(f"kind: {manifest['kind']!r:.40}: its columns make it {found.kind!r}")
     return found
 
+# %% ../../../nbs/flexserve/model/25_manifest.ipynb #95cba1d9
 def of_kind(models: Sequence[Mapping[str, Any]], schema: Schema | None) -> dict[str, Any]:
     "Make what a manifest says of its format and kind; nothing new for networks of pictures."
     if schema: return {"format": 2, "kind": schema.kind, "columns": schema.spec}
@@ -131,6 +134,7 @@ def _again(model):
         raise BundleError(f"format: expected one of {', '.join(FORMATS)}, got {model['format']!r:.40}")
     return {"model": model["weights"]["file"], **{k: model[k] for k in FILE if k in model}}
 
+# %% ../../../nbs/flexserve/model/25_manifest.ipynb #c1bad871
 def judge(path: Path, manifest: Any, allow: Iterable[str] = ()) -> None:
     """Raise BundleError unless `manifest` is one that `Bundle.create` could have written and its
     modules are allowed."""

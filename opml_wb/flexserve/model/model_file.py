@@ -49,6 +49,7 @@ def _column(name, dtype, shape):
     if None in size: raise BundleError(f"input {name!r} has the free sizes {size}: name its columns")
     return {"name": name, "kind": "tensor", "shape": size}
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #6bc3e985
 def of_inputs(inputs: Sequence[tuple[str, str, list]], columns: Sequence[str] | None = None
               ) -> tuple[list[dict], list[dict]]:
     """Make (columns, takes) for the inputs of a model; `columns`: names of the columns of its one
@@ -66,6 +67,7 @@ def of_inputs(inputs: Sequence[tuple[str, str, list]], columns: Sequence[str] | 
 # %% ../../../nbs/flexserve/model/24_model_file.ipynb #2c5be42a
 def _sizes(shape): return [d if isinstance(d, int) and d > 0 else None for d in shape]
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #468cf9a3
 def _of_onnx(path, kind):
     "Read an ONNX file: inputs, and the classes of a classifier that names them."
     import onnx
@@ -89,6 +91,7 @@ def _categories(found):
     except (AttributeError, TypeError, ValueError): return {}
     return {name: values.to_pylist() for name, values in arrow if values is not None}
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #d9575e21
 def _of_xgboost(path, kind):
     "Read an XGBoost model: columns with their categories, classes, output."
     found = booster(path)
@@ -111,6 +114,7 @@ def _extra(path):
         name = next((n for n in z.namelist() if n.endswith("extra/opml.json")), None)
         return json.loads(z.read(name)) if name else {}
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #df390496
 def _of_module(path, kind):
     "Read a torch.export file's inputs; TorchScript tells none."
     if kind == "torchscript": return Told(kind, written=_extra(path))
@@ -125,6 +129,7 @@ def _of_module(path, kind):
             inputs.append((node.name, TORCH_DTYPES.get(str(value.dtype), "float32"), shape))
     return Told(kind, inputs, written=_extra(path))
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #f1ae003c
 def told(path: str | os.PathLike) -> Told:
     "Read what a model file tells. Raises BundleError for what isn't one, or may run code."
     kind = format_of(path)
@@ -146,13 +151,14 @@ def takes_of(found: Told, schema: Schema) -> list[dict[str, Any]]:
     if len(inputs) != len(feeds): return feeds
     return [{**f, "dtype": d, "input": n} for f, (n, d, _) in zip(feeds, inputs)]
 
+# %% ../../../nbs/flexserve/model/24_model_file.ipynb #9554e3ef
 def filled(model: Any, schema: Schema | None = None) -> Any:
     """Complete an entry of `Bundle.create`'s `models` that names a file by what the file tells.
 
     Raises BundleError."""
     if not isinstance(model, dict) or "model" not in model: return model
     found = told(model["model"])
-    more = {"classes": found.classes, "output": found.output}
+    more: dict[str, Any] = {"classes": found.classes, "output": found.output}
     if model.get("output") == "value": more["classes"] = None
     if schema: more["takes"] = takes_of(found, schema)
     elif found.written.get("transform"): more["transform"] = found.written["transform"]

@@ -62,7 +62,7 @@ def golden_items(golden: Any, schema: Schema | None) -> tuple[Any, list[str] | N
     labels, key = None, "rows" if schema else "images"
     if isinstance(golden, dict) and key in golden: golden, labels = golden[key], golden.get("labels")
     if schema:
-        try: out = read_rows(schema, golden)
+        try: out: Any = read_rows(schema, golden)
         except ValueError as e: raise BundleError(f"golden: {e}") from None
         for i, (_, why) in out.bad.items(): raise BundleError(f"golden[{i}]: {why}")
     else: out = [_picture(i, image) for i, image in enumerate(golden)]
@@ -91,6 +91,7 @@ def network(folder: Path, entry: Mapping[str, Any], allow: Iterable[str] = ()) -
     from safetensors.torch import load_file
     return fill(build(entry["arch"], entry["kwargs"], allow), load_file(path))
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #42daa62d
 def runner_of(folder: Path, entry: Mapping[str, Any], allow: Iterable[str] = (),
               threads: int = 1) -> Runner:
     "Load the runner of an entry: its file, or its network on torch. Raises BundleError."
@@ -100,6 +101,7 @@ def runner_of(folder: Path, entry: Mapping[str, Any], allow: Iterable[str] = (),
                       entry.get("batch"))
     return torch_runner(network(folder, entry, allow), threads)
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #27e85242
 def feeds_of(entry: Mapping[str, Any], schema: Schema | None) -> list:
     "Make the feeds of an entry: its transform, or those of its `takes`."
     if schema is None: return [Transform.parse(entry["transform"])]
@@ -113,6 +115,7 @@ def _raw(run, feeds, items):
         for j, row in zip(index, np.asarray(run(given))): out[j] = row
     return np.stack(out)
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #8953215b
 def _tried(entry, run, feeds, items):
     "Run a model in a batch; singly where it was saved for that: (raw output, whether singly)."
     where = f"model {entry['name']!r} fails on {'rows' if 'takes' in entry else 'pictures'}"
@@ -134,6 +137,7 @@ def output_of(raw: np.ndarray, classes: Sequence[str] | None) -> str:
         return "value" if classes is None else "probability" if inside else "logit"
     return "probabilities" if inside and abs(good.sum(1) - 1).max() < 1e-3 else "logits"
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #75fedd34
 def complete(entry: dict[str, Any], raw: np.ndarray) -> None:
     "Fill in an entry's kind of output and, by number, its classes. Raises BundleError."
     if raw.ndim > 2:
@@ -162,6 +166,7 @@ def saved(path: Path) -> dict[str, Any]:
     fsync(path)
     return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #b7a88480
 def _copied(source, to):
     "Copy a model file; an ONNX file that keeps its weights elsewhere becomes one."
     if to.suffix == ".onnx":
@@ -171,6 +176,7 @@ def _copied(source, to):
             return onnx.save(onnx.load(source), to)
     shutil.copyfile(source, to)
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #fb8d19f6
 def _file(folder, stem, entry, source):
     "Put a model file into the folder; its entry gets format and file."
     kind = format_of(source)
@@ -178,6 +184,7 @@ def _file(folder, stem, entry, source):
     _copied(source, path)
     entry |= {"format": kind, "weights": saved(path), "parameters": 0, "flops": path.stat().st_size}
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #2c3f1e2f
 def _weights(folder, stem, entry, source, allow):
     "Put the weights of a network into the folder; its module."
     from safetensors.torch import save_file
@@ -215,6 +222,7 @@ def _run_said(folder, entry, items, schema, allow):
     try: return said(answer_of(raw[:len(items)], entry["output"], len(items), n, entry["name"]), entry)
     except OutputError as e: raise BundleError(f"golden: {e}") from e
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #a8f8eb40
 def pack_models(folder: Path, found: Sequence[dict[str, Any]], models: Sequence[Mapping[str, Any]],
                 items: Any, schema: Schema | None = None,
                 allow: Iterable[str] = ()) -> dict[str, Any]:
@@ -246,6 +254,7 @@ def pack_golden(folder: Path, items: Any, labels: list[str] | None, answers: dic
         save_file({f"{i:06d}": image for i, image in enumerate(items)}, path)
     return {**saved(path), "labels": labels, "answers": answers}
 
+# %% ../../../nbs/flexserve/model/26_packing.ipynb #06355f2a
 def read_golden(path: Path, schema: Schema | None) -> Any:
     "Read the golden pictures or rows of a bundle."
     if schema: return read_rows(schema, json.loads(path.read_text(encoding="utf-8")))

@@ -48,6 +48,7 @@ def _entry(name, model, schema, frame, folder):
     classes = getattr(model, "classes_", None)
     return {"model": path, **({} if classes is None else {"classes": [str(c) for c in classes]})}
 
+# %% ../../../nbs/flexserve/model/28_publish.ipynb #69c4e273
 def _arrays(frame, takes, schema):
     "Make the arrays of two rows or more for a module's export."
     rows = read_rows(schema, frame)
@@ -55,6 +56,7 @@ def _arrays(frame, takes, schema):
              for f in takes]
     return [np.stack(a) if isinstance(a, list) else a for a in found]
 
+# %% ../../../nbs/flexserve/model/28_publish.ipynb #17849c1b
 def _schema(frame, models, kinds, columns):
     "Read the columns from the frame, or take those that are given."
     if columns is not None:
@@ -98,6 +100,7 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     if promote: kept.promote(name, version)
     return version
 
+# %% ../../../nbs/flexserve/model/28_publish.ipynb #8e89d56a
 def _told_columns(models):
     "Read the columns from the first file that tells them."
     for m in models.values():

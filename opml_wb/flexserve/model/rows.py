@@ -26,6 +26,7 @@ class OneRow(NamedTuple):
     "What a queue knows of one row: about how many bytes it has."
     nbytes: int
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #f040e3d4
 @dataclass(slots=True, eq=False)
 class Rows:
     """A batch of B rows: `numbers` (B, K) float64, NaN for a gap, of the numeric columns in
@@ -55,6 +56,7 @@ class Rows:
                 for v in self.others.values())
         return self.numbers.nbytes + sum(more)
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #87c29470
 def _size(value): return getattr(value, "nbytes", None) or len(value or "")
 
 # %% ../../../nbs/flexserve/model/21_rows.ipynb #efcf5c52
@@ -89,12 +91,14 @@ def _category(column, value):
     return (f"{column.name}: {value!r:.60} is none of its {len(column.categories)} categories"
             + (did_you_mean(value, column.categories) if isinstance(value, str) else ""))
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #f8aba09c
 def _text(column, value):
     "Read one text: (value, None) or (None, reason)."
     if isinstance(value, str): return value, None
     if value in (None, ABSENT) and column.gaps: return "", None
     return None, f"{column.name}: expected a text, got {_told(value)}"
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #38026c3d
 def _told(value): return "none" if value is None or value is ABSENT else f"{value!r:.60}"
 
 # %% ../../../nbs/flexserve/model/21_rows.ipynb #18c4825e
@@ -108,6 +112,7 @@ def _image(column, value):
     if value in (None, ABSENT) and column.gaps: return None, None
     return None, f"{column.name}: expected a picture, got {_told(value)}"
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #9a72eca0
 def _tensor(column, value):
     "Read one array: (float32 array, None) or (None, reason)."
     try: array = np.asarray(value, np.float64)
@@ -155,6 +160,7 @@ def from_columns(schema: Schema, columns: Mapping[str, Sequence]) -> Rows:
         else: others[c.name] = _others(c, values, bad)
     return Rows(numbers, others, bad)
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #dcd9fed8
 def _others(column, values, bad):
     "Read a column that is no number: a list, or the (B, ...) float32 of a tensor."
     if column.kind == "text" and set(map(type, values)) == {str}: return list(values)
@@ -169,7 +175,7 @@ def _others(column, values, bad):
 # %% ../../../nbs/flexserve/model/21_rows.ipynb #9c0878b4
 def from_records(schema: Schema, records: Sequence[Mapping[str, Any]]) -> Rows:
     "Read a list of dicts, a row each. Raises ValueError."
-    own, odd = set(schema.names), {}
+    own, odd = set(schema.names), dict[int, str]()
     for i, r in enumerate(records):
         if not isinstance(r, Mapping): odd[i] = f"expected an object, got {r!r:.60}"
         elif not own.issuperset(r): schema.known(r)
@@ -191,6 +197,7 @@ def from_frame(schema: Schema, frame: "pd.DataFrame") -> Rows:
     if not len(frame): return from_records(schema, [])
     return from_columns(schema, {name: values(name) for name in frame.columns})
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #71dd2ffb
 def read_rows(schema: Schema, given: "Rows | pd.DataFrame | Mapping | Sequence") -> Rows:
     "Read rows as they come: `Rows`, a DataFrame, {column: values} or a list of dicts."
     if isinstance(given, Rows): return given
@@ -209,6 +216,7 @@ def _value(column, value):
         value = out.getvalue()
     return {"b64": base64.b64encode(value).decode()}
 
+# %% ../../../nbs/flexserve/model/21_rows.ipynb #61be02c7
 def to_records(schema: Schema, rows: Rows) -> list[dict[str, Any]]:
     "Write rows as a list of dicts of JSON values, which `read_rows` reads."
     columns: dict[str, list] = {}

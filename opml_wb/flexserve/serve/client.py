@@ -27,6 +27,7 @@ class ServerError(RuntimeError):
         super().__init__(f"{status}: {body.get('error', body) if isinstance(body, dict) else body}")
         self.status, self.body, self.retry_after = status, body, retry_after
 
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #696e7615
 class Prediction(dict):
     """The answer of `/v1/predict`; its fields are attributes too.
 
@@ -55,6 +56,7 @@ class Connections:
         if self.at.scheme not in ("http", "https") or not self.at.hostname:
             raise ValueError(f"url: expected http://HOST:PORT, got {url!r}")
 
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #1eba2c49
 @patch
 def _open(self: Connections):
     "This thread's connection; a new one where the server has closed it meanwhile."
@@ -149,6 +151,7 @@ def arrow_body(frame: "pd.DataFrame") -> bytes:
     with pa.ipc.new_stream(out := io.BytesIO(), table.schema) as writer: writer.write_table(table)
     return out.getvalue()
 
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #3f2611ef
 def _row(row):
     "Write one row for JSON: bytes of pictures in base64, NaN as null."
     def of(value):
@@ -157,6 +160,7 @@ def _row(row):
         return value.item() if hasattr(value, "item") else value
     return {k: of(v) for k, v in row.items()}
 
+# %% ../../../nbs/flexserve/serve/15_client.ipynb #c95bf938
 @patch
 def rows(self: Client, rows: "pd.DataFrame | Sequence[dict]",
          policy: "Policy | dict[str, Any] | None" = None, lazy: bool = False, **how: Any) -> Prediction:

@@ -33,6 +33,7 @@ def _decoded(images, limits):
         else: good.append(image); places.append(i)
     return good, places, errors
 
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #95a84277
 def _decoded_rows(rows, limits):
     "Decode the pictures among rows: as `_decoded`."
     bad = {i: (code, why) for i, (code, why) in rows.bad.items()}

@@ -21,6 +21,7 @@ def rows_of(schema: Schema, given: Any) -> Rows:
     try: return read_rows(schema, given)
     except ValueError as e: raise Refused(422, str(e)) from None
 
+# %% ../../../nbs/flexserve/serve/30_row_request.ipynb #8c5f7542
 def _json(body, schema):
     "Read a JSON body: (rows, ids or None, other fields)."
     given = parsed_json(body, "body")
@@ -53,6 +54,7 @@ def _arrow(body, schema):
     except Refused: raise
     except Exception as e: raise Refused(422, f"Arrow: {str(e).splitlines()[0]:.200}") from None
 
+# %% ../../../nbs/flexserve/serve/30_row_request.ipynb #ed246c09
 def _listed(column):
     "Turn an Arrow column into a list; NaN is a gap."
     import pyarrow as pa
@@ -75,6 +77,7 @@ def _typed(schema, columns: Mapping[str, Sequence[str]]) -> dict[str, list]:
     return {n: [of(kinds[n], t) for t in texts] if n in kinds else list(texts)
             for n, texts in columns.items()}
 
+# %% ../../../nbs/flexserve/serve/30_row_request.ipynb #64ecc532
 def _csv(body, schema):
     "Read a CSV with a header."
     import csv, io
