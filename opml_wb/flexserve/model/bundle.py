@@ -80,7 +80,9 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     (bytes, paths, (H, W, 3) uint8) or rows whose answers are recorded, or `{"images" or "rows",
     "labels"}`; `allow`: modules that `arch` may name besides the zoo, trusted in this home from
     now on; `name`: of the ensemble (default: the folder's). All or nothing. Raises BundleError."""
-    try: schema = columns if columns is None or isinstance(columns, Schema) else Schema.parse(columns)
+    try:
+        schema = columns if columns is None or isinstance(columns,
+                                                          Schema) else Schema.parse(columns)
     except ValueError as e: raise BundleError(str(e)) from None
     if isinstance(models, (list, tuple)): models = [filled(m, schema) for m in models]
     folder, found = Path(dir), entries(models, schema)
@@ -126,7 +128,8 @@ def golden(self: Bundle) -> tuple[Any, list[str] | None]:
     """Read (pictures as a list of (H, W, 3) uint8, or Rows; their true class names or None);
     ([], None) without a golden set."""
     found = self.manifest["golden"]
-    return (read_golden(self.dir/found["file"], self.schema), found["labels"]) if found else ([], None)
+    return (read_golden(self.dir/found["file"], self.schema), found["labels"]) if found else ([],
+                                                                                              None)
 
 # %% ../../../nbs/flexserve/model/05_bundle.ipynb #2a32f95e
 @patch

@@ -37,7 +37,8 @@ def differ(a: np.ndarray, b: np.ndarray) -> float:
 def reference(estimator: Any, frame: "pd.DataFrame") -> tuple[np.ndarray, str, list[str] | None]:
     """Ask an estimator itself: (its answers, their kind, class names or None).
 
-    Probabilities of a classifier, scores of a detector of outliers (positive: inside), else values."""
+    Probabilities of a classifier, scores of a detector of outliers (positive: inside), or
+    values."""
     if hasattr(estimator, "predict_proba"):
         return estimator.predict_proba(frame), "probabilities", [str(c) for c in estimator.classes_]
     if getattr(estimator, "_estimator_type", "") == "classifier" or hasattr(estimator, "classes_"):
@@ -76,7 +77,7 @@ def _converted(estimator, types):
 # %% ../../../nbs/flexserve/model/27_convert.ipynb #eff81e9c
 def from_sklearn(estimator: Any, frame: "pd.DataFrame", schema: Schema,
                  path: str | os.PathLike) -> dict[str, Any]:
-    """Write a fitted scikit-learn estimator as an ONNX file at `path`: the entry of a bundle's model.
+    """Write a fitted scikit-learn estimator as an ONNX file at `path`; its entry for a bundle.
 
     `frame`: rows on which the file must agree with the estimator to CLOSE. Raises BundleError with
     what came nearest."""
@@ -94,7 +95,8 @@ def from_sklearn(estimator: Any, frame: "pd.DataFrame", schema: Schema,
             given = [feed_of(f, schema).many(rows) for f in takes]
             off = differ(onnx_runner(path, [f["input"] for f in takes])(given), right)
         except OSError: raise
-        except Exception as e: tries.append(f"{type(e).__name__}: {str(e).splitlines()[0]:.150}"); continue
+        except Exception as e:
+            tries.append(f"{type(e).__name__}: {str(e).splitlines()[0]:.150}"); continue
         if off <= CLOSE:
             return {"model": path, "takes": takes, "output": output, "classes": classes}
         tries.append(f"its file differs by {off:.1g}")
@@ -114,7 +116,8 @@ def from_torch(module: "torch.nn.Module", given: Sequence[np.ndarray],
         batch = torch.export.Dim("batch", min=1)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, args, dynamic_shapes=tuple({0: batch} for _ in args))
+            program = torch.export.export(module, args,
+                                          dynamic_shapes=tuple({0: batch} for _ in args))
             torch.export.save(program, path)
     except OSError: raise
     except Exception as e:

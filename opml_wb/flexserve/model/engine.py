@@ -57,7 +57,8 @@ def choose(bundle: Bundle, engine: str, device: str) -> tuple[str, str, dict[str
     if not bundle.plain:
         if engine in ("auto", "torch") and device == "cpu":
             return "files", "each model runs as its file has it", None
-        raise EngineError(f"engine {engine!r} on {device}: these models run as they are, on the CPU")
+        raise EngineError(f"engine {engine!r} on {device}: these models run as they are, on the "
+                          f"CPU")
     if engine == "torch": return "torch", "asked for", None
     if device != "cpu":
         if engine != "auto":

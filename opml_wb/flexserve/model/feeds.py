@@ -62,7 +62,8 @@ def feed_of(spec: Mapping[str, Any], schema: Schema) -> Feed:
     if not isinstance(spec, Mapping) or not set(spec) <= set(FIELDS):
         _wrong("a feed", f"an object with {', '.join(FIELDS)}", spec)
     names = spec.get("columns")
-    if not isinstance(names, (list, tuple)) or not names: _wrong("columns", "a list of names", names)
+    if not isinstance(names, (list, tuple)) or not names:
+        _wrong("columns", "a list of names", names)
     schema.known(names)
     found = [c for c in schema.columns if c.name in names]
     kinds, dtype = {c.kind for c in found}, spec.get("dtype", "float32")

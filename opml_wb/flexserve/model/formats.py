@@ -46,7 +46,8 @@ def format_of(path: str | os.PathLike) -> str:
 # %% ../../../nbs/flexserve/model/23_formats.ipynb #7c345470
 SIZES = re.compile(r"[\w\s+*/()%,<>=&|~-]*")    # of a symbolic size: no quotes, no attributes
 SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=True)*\)")
-FUNCTIONS = {"Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "Max", "Min", "Add", "Mul", "Pow",
+FUNCTIONS = {"Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "Max", "Min", "Add", "Mul",
+             "Pow",
              "Integer", "Rational", "Eq", "Ne", "And", "Or", "Not", ""}
 
 def _is_size(text):
@@ -197,7 +198,8 @@ def xgboost_runner(path: str | os.PathLike, threads: int = 1) -> Runner:
     "Run an XGBoost model on one matrix: probabilities, or the margins of a plain class."
     found = booster(path, threads)
     how = "margin" if objective(found)[0] == "multi:softmax" else "value"
-    def run(feeds): return found.inplace_predict(feeds[0], predict_type=how, validate_features=False)
+    def run(feeds):
+        return found.inplace_predict(feeds[0], predict_type=how, validate_features=False)
     return run
 
 # %% ../../../nbs/flexserve/model/23_formats.ipynb #7dd4949b
@@ -227,7 +229,7 @@ class OutputError(RuntimeError):
 
 # %% ../../../nbs/flexserve/model/23_formats.ipynb #30bd4e24
 def answer_of(raw: np.ndarray, output: str, rows: int, classes: int, name: str) -> np.ndarray:
-    """Make (B, C) float32 probabilities, or (B, 1) float64 values, of the raw output of model `name`.
+    """Make (B, C) float32 probabilities, or (B, 1) float64 values, of model `name`'s raw output.
 
     `output`: logits or probabilities of C classes, the logit or probability of the second of two,
     value. Raises OutputError that names the model."""
@@ -235,7 +237,8 @@ def answer_of(raw: np.ndarray, output: str, rows: int, classes: int, name: str) 
     shape = (rows, classes if output in ("logits", "probabilities") else 1)
     if a.shape != shape and not (shape[1] == 1 and a.shape == (rows,)):
         raise OutputError(f"model {name!r} gave an array of shape {a.shape}, expected {shape}")
-    if not np.isfinite(a).all(): raise OutputError(f"model {name!r} gave numbers that are not finite")
+    if not np.isfinite(a).all():
+        raise OutputError(f"model {name!r} gave numbers that are not finite")
     if output == "value": return a.reshape(shape).astype(np.float64)
     if output == "logits":
         e = np.exp(a - a.max(axis=1, keepdims=True))

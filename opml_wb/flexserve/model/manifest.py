@@ -131,7 +131,8 @@ def _again(model):
     "Turn a manifest's entry back into one that `entry` judges."
     if "format" not in model: return {k: model[k] for k in (*NETWORK, *ROWS) if k in model}
     if model["format"] not in FORMATS:
-        raise BundleError(f"format: expected one of {', '.join(FORMATS)}, got {model['format']!r:.40}")
+        raise BundleError(f"format: expected one of {', '.join(FORMATS)}, got "
+                          f"{model['format']!r:.40}")
     return {"model": model["weights"]["file"], **{k: model[k] for k in FILE if k in model}}
 
 # %% ../../../nbs/flexserve/model/25_manifest.ipynb #c1bad871

@@ -46,7 +46,8 @@ def _column(name, dtype, shape):
     size = shape[1:]
     if len(size) == 3 and size[0] == 3: return {"name": name, "kind": "image"}
     if size in ([], [1]): return {"name": name, "kind": "number"}
-    if None in size: raise BundleError(f"input {name!r} has the free sizes {size}: name its columns")
+    if None in size:
+        raise BundleError(f"input {name!r} has the free sizes {size}: name its columns")
     return {"name": name, "kind": "tensor", "shape": size}
 
 # %% ../../../nbs/flexserve/model/24_model_file.ipynb #6bc3e985
@@ -135,8 +136,10 @@ def told(path: str | os.PathLike) -> Told:
     kind = format_of(path)
     read = {"onnx": _of_onnx, "xgboost": _of_xgboost}.get(kind, _of_module)
     try: found = read(Path(path), kind)
-    except json.JSONDecodeError as e: raise BundleError(f"{path}: opml.json: no JSON: {e}") from None
-    if not isinstance(found.written, dict): raise BundleError(f"{path}: opml.json: expected an object")
+    except json.JSONDecodeError as e:
+        raise BundleError(f"{path}: opml.json: no JSON: {e}") from None
+    if not isinstance(found.written, dict):
+        raise BundleError(f"{path}: opml.json: expected an object")
     found.classes = found.written.get("classes") or found.classes
     found.columns = found.written.get("columns") or found.columns
     return found

@@ -60,7 +60,8 @@ def golden_items(golden: Any, schema: Schema | None) -> tuple[Any, list[str] | N
     `golden`: pictures or rows, or `{"images" or "rows": them, "labels"}`. Raises BundleError."""
     if golden is None: return [], None
     labels, key = None, "rows" if schema else "images"
-    if isinstance(golden, dict) and key in golden: golden, labels = golden[key], golden.get("labels")
+    if isinstance(golden, dict) and key in golden:
+        golden, labels = golden[key], golden.get("labels")
     if schema:
         try: out: Any = read_rows(schema, golden)
         except ValueError as e: raise BundleError(f"golden: {e}") from None
@@ -219,7 +220,9 @@ def _run_said(folder, entry, items, schema, allow):
     complete(entry, raw)
     if not len(items): return None
     n = len(entry["classes"] or ())
-    try: return said(answer_of(raw[:len(items)], entry["output"], len(items), n, entry["name"]), entry)
+    try:
+        return said(answer_of(raw[:len(items)], entry["output"], len(items), n, entry["name"]),
+                    entry)
     except OutputError as e: raise BundleError(f"golden: {e}") from e
 
 # %% ../../../nbs/flexserve/model/26_packing.ipynb #a8f8eb40

@@ -31,8 +31,8 @@ def _family(model):
     known = [c.__module__.partition(".")[0] for c in type(model).__mro__]
     for family in ("xgboost", "torch", "sklearn"):
         if family in known: return family
-    raise BundleError(f"model: expected a file, an XGBoost or scikit-learn model or a torch module, "
-                      f"got {type(model).__name__}")
+    raise BundleError(f"model: expected a file, an XGBoost or scikit-learn model or a torch "
+                      f"module, got {type(model).__name__}")
 
 # %% ../../../nbs/flexserve/model/28_publish.ipynb #e01eba34
 def _entry(name, model, schema, frame, folder):
@@ -78,8 +78,8 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
 
     `model`: an XGBoost or scikit-learn model, a torch module, the path of a model file, or {name:
     any of these}, all of which take the same columns; `frame`: rows of its inputs (DataFrame), of
-    which the first GOLDEN_ROWS are the golden set; `kinds`: {column: kind} where the frame misleads;
-    `columns`: a Schema or its list, in the place of what the frame shows; `classes`: names of the
+    which the first GOLDEN_ROWS are the golden set; `kinds`: {column: kind} where the frame
+    misleads; `columns`: a Schema or its list, in the place of what the frame shows; `classes`: names of the
     classes; `labels`: the true classes of the frame's rows; `provenance`: JSON values that every
     server tells; `metrics`: for `opml flexserve versions`; `store`: default this home's; `promote`:
     serve it. Returns the version. Raises BundleError, ModelError."""
@@ -88,7 +88,8 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     try: schema = _schema(frame, models.values(), kinds, columns)
     except ValueError as e: raise BundleError(str(e)) from None
     with tempfile.TemporaryDirectory(prefix="flexserve-publish-") as folder:
-        own = {"provenance": dict(provenance or {})} | ({"classes": list(classes)} if classes else {})
+        own = {"provenance": dict(provenance or {})} | ({"classes": list(classes)}
+                                                        if classes else {})
         found = [{"name": n, **_entry(n, m, schema, frame, Path(folder)), **own}
                  for n, m in models.items()]
         few = None if frame is None else {"rows": frame[:GOLDEN_ROWS], "labels": (

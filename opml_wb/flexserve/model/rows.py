@@ -221,7 +221,8 @@ def to_records(schema: Schema, rows: Rows) -> list[dict[str, Any]]:
     "Write rows as a list of dicts of JSON values, which `read_rows` reads."
     columns: dict[str, list] = {}
     for c in schema.columns:
-        if c.kind not in NUMERIC: columns[c.name] = [_value(c, v) for v in rows.others[c.name]]; continue
+        if c.kind not in NUMERIC:
+            columns[c.name] = [_value(c, v) for v in rows.others[c.name]]; continue
         numbers = rows.numbers[:, schema.numeric.index(c.name)].tolist()
         of = c.categories
         columns[c.name] = [None if v != v else of[int(v)] if of else v for v in numbers]

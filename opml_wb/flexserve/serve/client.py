@@ -163,7 +163,8 @@ def _row(row):
 # %% ../../../nbs/flexserve/serve/15_client.ipynb #c95bf938
 @patch
 def rows(self: Client, rows: "pd.DataFrame | Sequence[dict]",
-         policy: "Policy | dict[str, Any] | None" = None, lazy: bool = False, **how: Any) -> Prediction:
+         policy: "Policy | dict[str, Any] | None" = None, lazy: bool = False,
+         **how: Any) -> Prediction:
     """Predict rows of a model that takes columns: a DataFrame, sent as Arrow, or a list of dicts.
 
     `policy`, `lazy` and `how` (probs, models, on_error, version, provenance, deadline_ms) as in

@@ -49,7 +49,8 @@ def _arrow(body, schema):
             table = reader.read_all()
         for i, of in enumerate(table.schema.types):
             if pa.types.is_dictionary(of):
-                table = table.set_column(i, table.schema.names[i], table.column(i).cast(of.value_type))
+                table = table.set_column(i, table.schema.names[i],
+                                         table.column(i).cast(of.value_type))
         return rows_of(schema, {n: _listed(table.column(n)) for n in table.column_names})
     except Refused: raise
     except Exception as e: raise Refused(422, f"Arrow: {str(e).splitlines()[0]:.200}") from None
@@ -87,7 +88,8 @@ def _csv(body, schema):
     if not lines: raise Refused(422, "CSV: expected a line with the names of the columns")
     head, *rest = lines
     for n, line in enumerate(rest, 2):
-        if len(line) != len(head): raise Refused(422, f"CSV: line {n}: {len(line)} fields, not {len(head)}")
+        if len(line) != len(head):
+            raise Refused(422, f"CSV: line {n}: {len(line)} fields, not {len(head)}")
     if len(set(head)) < len(head): raise Refused(422, "CSV: a column is there twice")
     return rows_of(schema, _typed(schema, {n: [r[i] for r in rest] for i, n in enumerate(head)}))
 
@@ -109,10 +111,11 @@ def _form(body, content_type, schema, query):
 
 # %% ../../../nbs/flexserve/serve/30_row_request.ipynb #9ba93e27
 ARROW = "application/vnd.apache.arrow.stream", "application/vnd.apache.arrow.file"
-TABLES: dict[str, Callable[[bytes, Schema], Rows]] = {"text/csv": _csv, **dict.fromkeys(ARROW, _arrow)}
+TABLES: dict[str, Callable[[bytes, Schema], Rows]] = {"text/csv": _csv,
+                                                      **dict.fromkeys(ARROW, _arrow)}
 
 def parse_rows(body: bytes, content_type: str, query: Mapping[str, str], schema: Schema) -> Ask:
-    "Parse a body with this Content-Type into rows of `schema`; `query`: of the URL. Raises Refused."
+    "Parse a body with this Content-Type into rows of `schema`; `query`: the URL's. Raises Refused."
     kind = media_type(content_type)
     if kind == "application/json":
         if query:
