@@ -79,7 +79,8 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     `model`: an XGBoost or scikit-learn model, a torch module, the path of a model file, or {name:
     any of these}, all of which take the same columns; `frame`: rows of its inputs (DataFrame), of
     which the first GOLDEN_ROWS are the golden set; `kinds`: {column: kind} where the frame
-    misleads; `columns`: a Schema or its list, in the place of what the frame shows; `classes`: names of the
+    misleads; `columns`: a Schema or its list, in the place
+    of what the frame shows; `classes`: names of the
     classes; `labels`: the true classes of the frame's rows; `provenance`: JSON values that every
     server tells; `metrics`: for `opml flexserve versions`; `store`: default this home's; `promote`:
     serve it. Returns the version. Raises BundleError, ModelError."""
