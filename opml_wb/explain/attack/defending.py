@@ -27,6 +27,7 @@ def coarsened(values: np.ndarray, digits: int | None = 2, top: int | None = None
         np.put_along_axis(out, rest, 0, 1)
     return out if digits is None else np.round(out, digits) + 0.
 
+# %% ../../../nbs/explain/attack/06_defending.ipynb #ea73e2f9
 class Coarse:
     "An explainer of contributions whose answers are `coarsened`: `Coarse(explain, 2, top=3)(X)`."
     def __init__(self, explain: Callable[[pd.DataFrame], np.ndarray], digits: int | None = 2,
@@ -40,6 +41,7 @@ class Coarse:
 # %% ../../../nbs/explain/attack/06_defending.ipynb #f0c00749
 class OverLimit(PermissionError): "An asker has used up the questions that a rate limit grants."
 
+# %% ../../../nbs/explain/attack/06_defending.ipynb #56e12aac
 class RateLimit:
     """An explainer that answers `most` rows, then refuses (OverLimit).
 

@@ -128,6 +128,7 @@ def fidelity(model: Any, explainer: Any, X: pd.DataFrame) -> float:
     said = np.asarray(model.predict(explainer.examples(X))).reshape(len(X), -1)
     return float(((said == own[:, None]).mean(1) > .5).mean())
 
+# %% ../../../nbs/explain/attack/04_examples.ipynb #2c4ac380
 def matched(rows: pd.DataFrame, released: pd.DataFrame, fields: int) -> np.ndarray:
     "Say for each row whether a released row equals it in at least `fields` fields: bool [n]."
     both = pd.concat([rows, released[list(rows)]], ignore_index=True)
@@ -135,6 +136,7 @@ def matched(rows: pd.DataFrame, released: pd.DataFrame, fields: int) -> np.ndarr
     a, b = codes[:len(rows)], np.unique(codes[len(rows):], axis=0)
     return np.array([((b == row).sum(1) >= fields).any() for row in a])
 
+# %% ../../../nbs/explain/attack/04_examples.ipynb #7769ce27
 def excess(explainer: Any, asked: pd.DataFrame, members: pd.DataFrame, others: pd.DataFrame,
            fields: int | None = None) -> dict[str, float]:
     """Compare near matches of people in the training data with those of people who never were.

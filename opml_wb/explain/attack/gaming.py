@@ -76,6 +76,7 @@ def jump(p: Players, who: np.ndarray) -> np.ndarray:
             new[those, j] = value
     return new
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #0a56309a
 def climb(p: Players, who: np.ndarray, now: np.ndarray, told: np.ndarray | None) -> np.ndarray:
     "Propose one change of where the players `who` stand (`now`, object [n, fields])."
     new, order = now[who].copy(), p.order(None if told is None else told[who], len(who))
@@ -89,6 +90,7 @@ def climb(p: Players, who: np.ndarray, now: np.ndarray, told: np.ndarray | None)
         if len(those): new[those, j] = p.draw(j, who[those])
     return new
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #c739c4b1
 def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Compare values, two gaps being equal: bool [n, fields]."
     return (a != b) & ~(pd.isna(a) & pd.isna(b))
@@ -110,6 +112,7 @@ def learn(p: Players, who: np.ndarray, turn: int) -> np.ndarray:
             new[joined, j] = np.where(fresh, p.draw(j, who[joined]), p.best[who[joined], j])
     return new
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #427bd7fc
 def _note(p: Players, who: np.ndarray, values: np.ndarray, score: np.ndarray) -> None:
     "Remember what single changes gained."
     changed = differs(values, p.start[who])
@@ -154,6 +157,7 @@ def play(model: Any, rows: pd.DataFrame, may: Mapping[str, tuple], budget: int, 
     return pd.DataFrame({"row": rows.index, "flipped": flipped, "queries": queries,
                          "changes": changes})
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #526ae9dc
 def _learn(p: Players, who: np.ndarray, values: np.ndarray, found: np.ndarray, rose: np.ndarray,
            told: np.ndarray) -> np.ndarray:
     "Remember the best value of each field, and the contributions where a player now stands."
@@ -171,6 +175,7 @@ def refused(model: Any, X: pd.DataFrame, target: Any = None) -> pd.DataFrame:
     if not len(rows): raise ValueError(f"the model grants all {len(X)} rows: nobody has to game it")
     return rows
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #4da0d1cf
 def game(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any],
          budget: int = 30,
          guide: str = "explanation", seed: int = 0, target: Any = None, most: int = 3,
@@ -205,6 +210,7 @@ def _rates(model, X, may, budgets, seed, n, explain, target, most):
         for b in budgets: out[b, arm] = float((played.flipped & (played.queries <= b)).mean())
     return out
 
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #b1ef8543
 def games(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any],
           budgets: Sequence[int] = (10, 30, 100), seeds: Sequence[int] = range(5), rows: int = 200,
           target: Any = None, most: int = 3, explain: Callable | None = None) -> pd.DataFrame:

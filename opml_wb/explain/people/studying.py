@@ -103,6 +103,7 @@ def session(self: Study, person: str) -> pd.DataFrame:
     order = rng.permutation(len(plan))
     return pd.DataFrame([plan[i] for i in order], columns=["arm", "item"])
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #ec4c8ad5
 @patch
 def _arm(self: Study, person: str) -> str:
     seen = self.answers()
@@ -128,6 +129,7 @@ def put(self: Study, person: str, arm: str, item: Any, response: str,
         os.fsync(f.fileno())
     return line
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #09d71431
 @patch
 def _line(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None,
           seconds: float | None, simulated: bool) -> dict[str, Any]:
@@ -174,6 +176,7 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
                       for item in self._draw(rng)]
     return pd.DataFrame(lines, columns=COLUMNS)
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #d184c6b7
 @patch
 def _draw(self: Study, rng: np.random.Generator) -> list:
     "Draw a person's items, half of each kind."
@@ -206,6 +209,7 @@ def scores(self: Study, answers: pd.DataFrame) -> pd.DataFrame:
     table = follow.groupby(["person", "arm", "good"]).follow.mean().unstack("good")
     return (table[True] - table[False]).rename("score").dropna().reset_index()
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #14278e91
 @patch
 def analyse(self: Study, answers: pd.DataFrame | None = None, level: float = .95) -> pd.DataFrame:
     """Tell what the answers carry: DataFrame [what, value, lo, hi, p, people, simulated].

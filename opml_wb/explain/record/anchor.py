@@ -22,6 +22,7 @@ class Line(NamedTuple):
     digest: str
     id: str
 
+# %% ../../../nbs/explain/record/03_anchor.ipynb #553664c6
 def read_line(text: str) -> Line | None:
     "Read a line; None for one that isn't whole."
     kind, count, digest, id = ([*text.split(), "", "", "", ""])[:4]

@@ -85,6 +85,7 @@ def _begin(self: DecisionLog, fd: int) -> None:
     count, head = self._last()
     if not self.anchor.last(fd) and not count: self.anchor.add(fd, 0, head, "empty")
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #ce6bcd28
 @patch
 def _last(self: DecisionLog) -> tuple[int, bytes]:
     "Read the number of entries and the digest of the last (of none: the log's own name)."
@@ -115,6 +116,7 @@ def _writing(self: DecisionLog) -> Iterator[tuple[int, int, bytes]]:
             if self.db.in_transaction: self.db.execute("rollback")
             raise
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #9cef7c2b
 @patch
 def _insert(self: DecisionLog, e: Entry) -> None:
     "Insert an entry. Raises ValueError for an id that is there."
@@ -141,6 +143,7 @@ def extend(self: DecisionLog, decisions: Iterable[Decision | Mapping[str, Any]])
         self.anchor.add(fd, count + len(asked), head, asked[-1].id)
     return [d.id for d in asked]
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #79eb4c31
 @patch
 def append(self: DecisionLog, decision: Decision | Mapping[str, Any]) -> str:
     "Append one decision (a Decision or a mapping with its fields); returns its id: see `extend`."
@@ -157,6 +160,7 @@ def head(self: DecisionLog) -> str:
     "The hex digest of the last entry: publish it, and the log up to here is fixed."
     return self._last()[1].hex()
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #41c0da59
 @patch
 def entry(self: DecisionLog, id: str) -> Entry:
     "Read the entry `id` and check its hashes. Raises KeyError; LogError when it was changed."
@@ -170,10 +174,12 @@ def entry(self: DecisionLog, id: str) -> Entry:
         raise LogError(f"decision {id!r} isn't what was logged: {why}")
     return found
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #cbd1a530
 @patch
 def _genesis(self: DecisionLog) -> bytes:
     return bytes.fromhex(self.db.execute("select value from log where key='genesis'").fetchone()[0])
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #babde261
 @patch
 def read(self: DecisionLog, id: str) -> dict[str, Any]:
     """Read a decision: {id, at, seq, model, version, model_hash, erased, input, answer, score,
@@ -207,6 +213,7 @@ def _erasures(self: DecisionLog) -> dict[str, dict[str, str]]:
     told = [(id, at, json.loads(about)) for id, at, about in rows]
     return {a["erases"]: {"at": at, "reason": a["reason"], "by": id} for id, at, a in told}
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #f2ba90db
 @patch
 def erase(self: DecisionLog, id: str, reason: str = "request under GDPR article 17") -> str:
     """Delete what the log says of decision `id`; its salted hash stays in the chain.
@@ -238,6 +245,7 @@ def _rewrite(self: DecisionLog) -> None:
         raise LogError("what was erased is still in the write-ahead log, which another process "
                             "reads: call `compact` when it has ended")
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #4cbae94e
 @patch
 def compact(self: DecisionLog) -> None:
     "Write the file anew without what was erased. Raises LogError while others read."
@@ -262,6 +270,7 @@ def seal(self: DecisionLog) -> str:
         self.anchor.add(fd, count, head, found, "seal")
     return found
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6c915d4c
 @patch
 def _unseal(self: DecisionLog) -> None:
     "Take the seal away, for an erasure. Raises LogError when the log isn't whole."
@@ -269,6 +278,7 @@ def _unseal(self: DecisionLog) -> None:
     self.close()
     seal_of(self.path).unlink()
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #b41c5333
 @patch
 def verify(self: DecisionLog) -> Report:
     "Check every entry, the anchor, and of a sealed log every byte: see `record.verifying`."

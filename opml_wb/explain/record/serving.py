@@ -32,6 +32,7 @@ def asked_rows(body: bytes, kind: str) -> list[dict[str, Any]] | None:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
     except (ValueError, TypeError, KeyError, AttributeError): return None
 
+# %% ../../../nbs/explain/record/09_serving.ipynb #41c95b10
 def answers_of(said: Mapping[str, Any]) -> list[Any]:
     "Read the answer of each row: the policy's, else the one model's, else {model: answer}."
     if "policy" in said: return list(said["policy"]["result"])
