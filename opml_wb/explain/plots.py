@@ -6,7 +6,7 @@
 __all__ = ['clutter', 'effects_figure', 'curve_figure', 'proxies_figure', 'mitigation_figure', 'mitigation_table',
            'readability_figure', 'disagreement_figure', 'become', 'bare']
 
-# %% ../../nbs/explain/06_plots.ipynb #ee5c1781
+# %% ../../nbs/explain/06_plots.ipynb #bc434960
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,16 @@ from .answers.wording import MISSING, named, shown
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
-# %% ../../nbs/explain/06_plots.ipynb #40e969fa
+# %% ../../nbs/explain/06_plots.ipynb #4b88f2da
 def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.Figure":
     """Draw what the paper's Figure 1 draws: rows as points, the classes compared by pairs of columns
     (each with the next), categories as codes, gaps left out."""
     from plotly.subplots import make_subplots
-    codes = pd.DataFrame({c: X[c] if pd.api.types.is_numeric_dtype(X[c]) else
-                          pd.factorize(X[c], sort=True, use_na_sentinel=True)[0] for c in columns})
+    def coded(values):
+        if pd.api.types.is_numeric_dtype(values): return values.to_numpy(float)
+        found = pd.factorize(values, sort=True, use_na_sentinel=True)[0].astype(float)
+        return np.where(found < 0, np.nan, found)
+    codes = pd.DataFrame({c: coded(X[c]) for c in columns})
     pairs = list(zip(columns, [*columns[1:], columns[0]]))
     fig = make_subplots(rows=1, cols=len(pairs), horizontal_spacing=.08)
     for k, (a, b) in enumerate(pairs, 1):
@@ -37,7 +40,7 @@ def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.
         fig.update_yaxes(title_text=named(b), row=1, col=k, title_standoff=2)
     return fig.update_layout(template=ui.template(), height=360, margin_t=50)
 
-# %% ../../nbs/explain/06_plots.ipynb #b348ccda
+# %% ../../nbs/explain/06_plots.ipynb #1ad2ca81
 def _level(level: Any, width: int = 26) -> str:
     "Write a level: a range of a number as `17 to 25`, a long name cut."
     if hasattr(level, "left"): said = f"{shown(max(level.left, 0))} to {shown(level.right)}"
@@ -70,32 +73,38 @@ def effects_figure(effects: pd.DataFrame, columns: Sequence[str], most: int = 7)
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False,
                             tickfont_size=12, dtick=1)
 
-# %% ../../nbs/explain/06_plots.ipynb #1d2ab281
+# %% ../../nbs/explain/06_plots.ipynb #1bb05aa7
+def _level_bars(found: pd.DataFrame) -> "go.Figure":
+    "Draw the effects of a column's categories as bars, the gap in grey at the end."
+    names = [f"{_level(v)} ({n:,})" for v, n in zip(found.level, found.rows)]
+    colour = np.where(found.level == MISSING, "#8C8C8C", np.where(
+        found.effect > 0, ui.COLOURS["ours"], ui.COLOURS["baseline"]))
+    fig = ui.figure("adds to the log-odds", named(str(found.column.iloc[0])), margin_t=20,
+                    height=110 + 23 * len(names), showlegend=False)
+    fig.add_bar(y=names, x=found.effect, orientation="h", marker_color=list(colour))
+    return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False, dtick=1)
+
 def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
     """Draw the curve of one column of an additive model: steps of a number, bars of categories; a bar
     of its own for a gap. Rows that lie there stand in the hover text."""
     found = curves[curves.column == column]
     gap, known = found[found.level == MISSING], found[found.level != MISSING]
+    if not known.low.notna().any(): return _level_bars(pd.concat([known.sort_values("effect"), gap]))
     fig = ui.figure(named(column), "adds to the log-odds", height=320, margin_t=40)
     hover = "%{customdata:,} rows<extra></extra>"
-    if known.low.notna().any():
-        left = known.low.replace(-np.inf, known.high.min() - 1)
-        right = known.high.replace(np.inf, known.low.max() + 1)
-        x = np.column_stack([left, right]).ravel()
-        fig.add_scatter(x=x, y=np.repeat(known.effect, 2), mode="lines", name="known",
-                        customdata=np.repeat(known.rows, 2), hovertemplate=hover,
-                        line=dict(color=ui.COLOURS["ours"], width=2.5))
-        at, width = float(right.max()) + .08 * float(np.ptp(x) or 1), .05 * float(np.ptp(x) or 1)
-    else:
-        fig.add_bar(x=[_level(v) for v in known.level], y=known.effect, name="known",
-                    customdata=known.rows, hovertemplate=hover, marker_color=ui.COLOURS["ours"])
-        at, width = MISSING, None
+    left = known.low.replace(-np.inf, known.high.min() - 1)
+    right = known.high.replace(np.inf, known.low.max() + 1)
+    x = np.column_stack([left, right]).ravel()
+    fig.add_scatter(x=x, y=np.repeat(known.effect, 2), mode="lines", name="known",
+                    customdata=np.repeat(known.rows, 2), hovertemplate=hover,
+                    line=dict(color=ui.COLOURS["ours"], width=2.5))
+    at, width = float(right.max()) + .08 * float(np.ptp(x) or 1), .05 * float(np.ptp(x) or 1)
     if gap.rows.sum() == 0: return fig   # nobody left it blank: nothing was learned about it
     fig.add_bar(x=[at], y=gap.effect, width=width, name=f"missing ({int(gap.rows.sum()):,} rows)",
                 customdata=gap.rows, hovertemplate=hover, marker_color="#8C8C8C")
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #a1d642da
+# %% ../../nbs/explain/06_plots.ipynb #83ae0a9a
 def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     "Draw how well columns tell a restricted attribute (of `proxies`), with 95 % intervals."
     some = found.head(most)
@@ -140,7 +149,7 @@ def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
                                          for c, a, b in zip(change, lo, hi)]
     return found
 
-# %% ../../nbs/explain/06_plots.ipynb #381a324e
+# %% ../../nbs/explain/06_plots.ipynb #20481736
 def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     "Draw accuracy against how much one would have to read (of `cost_of_readability`)."
     fig = ui.figure("parts to read: leaves, or curves (log)", "accuracy", height=360, margin_t=30,
@@ -148,15 +157,15 @@ def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     spread = dict(type="data", symmetric=False, array=curve.hi - curve.accuracy,
                   arrayminus=curve.accuracy - curve.lo)
     at = np.log10(curve.parts.to_numpy(float))
-    close = [((at > x) & (at < x + .5)).any() for x in at]
+    close = [((at > x) & (at < x + .75)).any() for x in at]
     text = [f" {m} " for m in curve.model]
     fig.add_scatter(x=curve.parts, y=curve.accuracy, mode="markers+text", text=text, error_y=spread,
                     textposition=["middle left" if c else "middle right" for c in close],
                     marker=dict(color=ui.COLOURS["ours"], size=11))
-    powers = [10**k for k in range(0, 7)]
+    powers = [10**k for k in range(7)]
     top = float(np.log10(curve.parts.max())) + .9
     return fig.update_xaxes(tickvals=powers, ticktext=[f"{p:,}" for p in powers],
-                            range=[float(np.log10(curve.parts.min())) - .6, top])
+                            range=[float(np.log10(curve.parts.min())) - 1, top])
 
 def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
     "Draw how far pairs of explainers ({name: of `disagreement`}) agree: mean and middle 80 % of rows."
@@ -172,7 +181,7 @@ def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
                     marker_color=ui.COLOURS[("ours", "baseline", "paper")[k % 3]])
     return fig
 
-# %% ../../nbs/explain/06_plots.ipynb #eff6b92e
+# %% ../../nbs/explain/06_plots.ipynb #6be8dcd3
 def become(fig: "go.Figure", other: "go.Figure") -> "go.Figure":
     "Make `fig` show what `other` shows, in place: its traces and its layout."
     fig.data = []

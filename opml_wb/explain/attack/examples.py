@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.metrics import pairwise_distances
-from sklearn.neighbors import NearestNeighbors
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #a651c714
 class Places:
@@ -44,17 +43,25 @@ class Examples:
             raise ValueError(f"k: expected 1 to {len(records) - 1}, got {k}")
         self.records, self.k, self.place = records.reset_index(drop=True), k, Places(records)
         self.points = self.place(self.records)
-        self.near = NearestNeighbors(algorithm="brute").fit(self.points)
+        self.lengths = (self.points.astype(float)**2).sum(1)
 
     def nearest(self, X: pd.DataFrame, k: int | None = None) -> np.ndarray:
         "Find the positions of the k nearest other records: int [n, k]."
         k, points = k or self.k, self.place(X)
         most = min(k + 4, len(self.records))
-        far, at = self.near.kneighbors(points, most)
+        at = np.concatenate([self._closest(part, most) for part in np.array_split(
+            points, max(1, len(points) * len(self.points) // 4_000_000))])
         # the row itself, and its doubles
         same = (self.points[at] == points[:, None]).all(2)
         order = np.argsort(same, axis=1, kind="stable")
         return np.take_along_axis(at, order, 1)[:, :k]
+
+    def _closest(self, points: np.ndarray, most: int) -> np.ndarray:
+        "Find the `most` records nearest to each point, in order: int [n, most]."
+        far = self.lengths - 2 * (points @ self.points.T)
+        at = np.argpartition(far, most - 1, axis=1)[:, :most]
+        at.sort(axis=1)                                                   # ties: by position
+        return np.take_along_axis(at, np.take_along_axis(far, at, 1).argsort(1, kind="stable"), 1)
 
     def examples(self, X: pd.DataFrame) -> pd.DataFrame:
         "Give the k nearest other records of each row: DataFrame [n * k rows]."

@@ -100,6 +100,11 @@ def _lines(s: Split, attacks: Sequence[str]) -> list[tuple]:
                        "20 people a leaf": lambda: _members(s, 20)}}
     return [(a, d, *measure()) for a in attacks for d, measure in plans[a].items()]
 
+def _share(values: pd.Series, signed: bool = False) -> tuple[float, ...]:
+    "Mean of shares with its interval, cut to where a share (or a difference of two) can lie."
+    if not values.notna().any(): return (np.nan,) * 3
+    return tuple(np.clip(mean_interval(values), -1. if signed else 0., 1.).tolist())
+
 def tradeoff(model: Any, X: pd.DataFrame, y: Any, rows: int = 500, seeds: Sequence[int] = range(5),
              attacks: Sequence[str] = tuple(ATTACKS)) -> pd.DataFrame:
     """Measure attacks with and without their defences: what they buy, and what they cost.
@@ -115,9 +120,8 @@ def tradeoff(model: Any, X: pd.DataFrame, y: Any, rows: int = 500, seeds: Sequen
     table = pd.DataFrame(runs, columns=names)
     out = []
     for (a, d), g in table.groupby(["against", "defence"], sort=False):
-        worth = mean_interval(g.fidelity) if g.fidelity.notna().any() else (np.nan,) * 3
-        out.append((a, d, *mean_interval(g.attack), g.chance.mean(), *worth,
-                    *mean_interval(g.accuracy)))
+        out.append((a, d, *_share(g.attack, a == "near matches"), g.chance.mean(),
+                    *_share(g.fidelity), *_share(g.accuracy)))
     def three(name): return [name, f"{name}_lo", f"{name}_hi"]
     found = pd.DataFrame(out, columns=["against", "defence", *three("attack"), "chance",
                                        *three("fidelity"), *three("accuracy")])

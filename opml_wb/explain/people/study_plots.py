@@ -63,8 +63,7 @@ def power_figure(before: float = .6, effects: Sequence[float] = (.05, .1, .15, .
     for e, o in zip(effects, shades):
         y = [power((before, before + e), int(n), items, spread, design) for n in people]
         fig.add_scatter(x=people, y=y, mode="lines", name=f"{100 * e:+.0f} points",
-                        opacity=float(o),
-                        line=dict(color=ui.COLOURS["ours"], width=3))
+                        line=dict(color=f"rgba(0,114,178,{float(o):.2f})", width=3))
     fig.update_yaxes(tickformat=".0%")
     return fig.add_hline(wanted, line_dash="dash", line_color=ui.COLOURS["muted"])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..people.rendering import render
+from ..people.rendering import write
 from .decisions import AUDIENCES, Decision, recorded
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def texts(explanation: "Explanation", row: Any, **customer: Any) -> dict[str, str]:
     """Write the texts of one row (its label) for each audience; {} where it isn't true.
 
-    customer: options of `render` for the customer's text (`way_out`, `restricted`, `outcome`)."""
+    customer: options of `write` for the customer's text (`way_out`, `restricted`, `outcome`)."""
     if not bool(explanation.agrees.loc[row]): return {}
-    return {a: render(explanation, row, a, **(customer if a == "customer" else {}))[0]
+    return {a: write(explanation, row, a, **(customer if a == "customer" else {}))
             for a in AUDIENCES}
 
 def stored(model: str, version: int, models: "ModelStore | None" = None) -> str | None:

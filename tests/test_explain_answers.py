@@ -1,0 +1,188 @@
+"Explanations on tables with gaps: refused where untrue, valid ways out, odd columns named."
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
+
+from opml_wb.explain import (Refused, TableModel, additive, counterfactual, disagreement, explain, mitigations, needs,
+                             proxies, render, surrogate)
+from opml_wb.explain.answers.counterfactuals import Search, cuts_of, twins, values_for
+from opml_wb.explain.data import actionable, load
+from opml_wb.explain.judging.proxying import group_auc
+from opml_wb.explain.people.needing import AUDIENCES, every_need
+
+CAN = actionable("adult")
+
+
+@pytest.fixture(scope="module", params=["adult", "german"])
+def case(request):
+    X, y = load(request.param)
+    n = min(len(X), 6000)
+    order = np.random.default_rng(3).permutation(len(X))[:n]
+    X, y = X.iloc[order], y.iloc[order]
+    half = n // 2
+    model = TableModel(RandomForestClassifier(25, random_state=0), unseen="missing").fit(X[:half], y[:half])
+    return request.param, X[:half], X[half:], y[half:], model
+
+
+@pytest.fixture(scope="module")
+def adult():
+    X, y = load("adult")
+    model = TableModel(RandomForestClassifier(25, random_state=0), unseen="missing").fit(X[:3000], y[:3000])
+    return X[:3000], X[3000:5000], y[3000:5000], model
+
+
+def test_each_disagreeing_row_is_refused_for_each_audience(case):
+    name, learn, new, y, model = case
+    for depth in (1, 3, 5):
+        found = explain(model, new, method="surrogate", depth=depth)
+        tree = surrogate(model, new, depth).tree
+        differ = tree.predict(model.encode(new)) != model.predict(new)
+        assert (~found.agrees).to_numpy().tolist() == differ.tolist() and differ.any()
+        for row in new.index[differ][:40]:
+            for audience in AUDIENCES:
+                with pytest.raises(Refused): render(found, row, audience)
+        for row in new.index[~differ][:5]: render(found, row, "customer")
+
+
+def test_exact_explanations_add_up_and_agree(case):
+    _, learn, new, y, model = case
+    for background in (None, learn[:40]):
+        found = explain(model, new[:300], background=background)
+        assert found.agrees.all() and np.abs(found.told - found.score).max() < 1e-9
+
+
+def test_an_explanation_that_was_tampered_with_is_refused(adult):
+    from dataclasses import replace
+    _, new, _, model = adult
+    found = explain(model, new[:10])
+    wrong = replace(found, agrees=found.agrees & False)
+    with pytest.raises(Refused): render(wrong, new.index[0], "business")
+    flagged = explain(model, new, method="surrogate", on_disagreement="flag", depth=1)
+    row = new.index[~flagged.agrees][0]
+    assert all(render(flagged, row, a)[0].startswith("CAUTION") for a in AUDIENCES)
+
+
+def test_pipelines_are_explained_by_the_columns_of_the_table(adult):
+    learn, new, _, _ = adult
+    from sklearn.compose import ColumnTransformer
+    names = ["age", "sex", "education_num", "race"]
+    hot = ColumnTransformer([("hot", OneHotEncoder(handle_unknown="ignore"), ["sex", "race"])], remainder="passthrough")
+    y = (learn.age > 40).to_numpy()
+    pipe = make_pipeline(hot, RandomForestClassifier(10, random_state=0)).fit(learn[names], y)
+    found = explain(pipe, new[names])
+    assert list(found.values) == names and found.agrees.all()
+    assert found.values.abs().mean().idxmax() == "age"
+
+
+def test_a_surrogate_explains_any_model(adult):
+    learn, new, _, _ = adult
+    numbers = ["age", "education_num", "hours_per_week"]
+    model = LogisticRegression(max_iter=500).fit(learn[numbers], learn.age > 40)
+    assert explain(model, new[numbers]).method.startswith("surrogate")
+    with pytest.raises(TypeError, match="LogisticRegression"): explain(model, new[numbers], ("local", "inherent"))
+
+
+def test_additive_curves_are_the_model(adult):
+    learn, new, y, _ = adult
+    model = additive(learn, learn.age > 38, rounds=40)
+    found = explain(model, new, ("local", "inherent"))
+    assert found.fidelity == 1 and found.space == "margin"
+    assert set(model.curves.column) == set(learn) and (model.curves.groupby("column").rows.sum() == len(learn)).all()
+
+
+def test_ways_out_exist_where_a_whole_grid_has_one(adult):
+    "Valid, directions kept, nothing else changed, nobody's row; found wherever the grid search finds one."
+    learn, new, _, model = adult
+    refused = new[~model.predict(new)][:14]
+    exists = found_there = 0
+    for k in range(len(refused)):
+        row = refused.iloc[k]
+        out = counterfactual(model, row, learn, CAN)
+        cuts, same = cuts_of(model), twins(learn, list(CAN))
+        choices = {c: values_for(model, learn, row, c, way, cuts) for c, way in CAN.items()}
+        grid = Search(model, learn, row, True, choices, same)
+        for size in (1, 2):
+            trials = [dict(zip(cs, vs)) for cs in itertools.combinations(choices, size)
+                      for vs in itertools.product(*(choices[c] for c in cs))]
+            grid.ask(trials)
+        if grid.found:
+            exists += 1
+            found_there += bool(out)
+        if not out: continue
+        assert (model.predict(out.rows) == out.wanted).all()
+        for changes, (_, made) in zip(out.options, out.rows.iterrows()):
+            assert {c.column for c in changes} <= set(CAN)
+            assert made.age >= row.age and made.education_num >= row.education_num
+            for c in set(new) - set(CAN) - {"education"}:
+                assert made[c] == row[c] or (pd.isna(made[c]) and pd.isna(row[c]))
+            assert not (learn.fillna("?") == made.fillna("?")).all(axis=1).any()
+    assert exists >= 5 and found_there == exists
+
+
+def test_odd_tables_are_named(adult):
+    learn, new, _, model = adult
+    y = learn.age > 40
+    with pytest.raises(ValueError, match="column 'id' has"):
+        TableModel(RandomForestClassifier()).fit(learn.assign(id=[f"n{k}" for k in range(len(learn))]), y)
+    big = pd.DataFrame({"id": [f"n{k}" for k in range(100_000)], "a": 1.})
+    with pytest.raises(ValueError, match="100,000 distinct"): TableModel(RandomForestClassifier()).fit(big, np.arange(100_000) % 2)
+    with pytest.raises(ValueError, match="one class only"): TableModel(RandomForestClassifier()).fit(learn, y | True)
+    strict = TableModel(RandomForestClassifier(5, random_state=0)).fit(learn.assign(empty=np.nan, same="x"), y)
+    assert strict.columns["empty"].note and strict.columns["same"].note
+    with pytest.raises(ValueError, match="column 'race': level 'Martian'"):
+        explain(strict, new.assign(empty=np.nan, same="x", race="Martian"))
+    doubled = pd.concat([new[:3], new[:3]])
+    with pytest.raises(ValueError, match="names several rows"): render(explain(model, doubled), doubled.index[0])
+
+
+def test_disagreement_of_planted_explanations(adult):
+    from dataclasses import replace
+    _, new, _, model = adult
+    found = explain(model, new[:50])
+    turned = replace(found, values=-found.values)
+    told = disagreement(found, turned)
+    assert np.allclose(told["rank"], 1) and (told.sign == 0).all() and (told.top_k == 1).all()
+    mixed = replace(found, values=pd.DataFrame(np.random.default_rng(0).normal(size=found.values.shape), found.values.index,
+                                               found.values.columns))
+    assert abs(disagreement(found, mixed)["rank"].mean()) < .2
+
+
+def test_intervals_of_group_auc_cover():
+    "95 % intervals hold the true AUC in 93 to 97 % of 400 draws; two groups and three."
+    for shifts in ((0., 1.), (0., .7, 1.4)):
+        rng, k, hits, draws = np.random.default_rng(1), len(shifts), 0, 400
+        def draw(n):
+            group = rng.integers(0, k, n)
+            x = rng.normal(np.array(shifts)[group])
+            return np.column_stack([-(x - s) ** 2 for s in shifts]), group
+        truth = group_auc(*draw(400_000))[0]
+        for _ in range(draws):
+            _, lo, hi = group_auc(*draw(250))
+            hits += lo <= truth <= hi
+        assert .925 <= hits / draws <= .98, (shifts, hits)
+
+
+def test_proxies_of_sex_on_adult():
+    X, _ = load("adult")
+    found = proxies(X[:8000], "sex").set_index("feature")
+    alone = found.drop("(joint)")
+    assert alone.auc.idxmax() == "relationship" and found.auc["(joint)"] >= .9
+
+
+def test_mitigations_move_what_they_say():
+    X, y = load("adult")
+    found = mitigations(X[:4000], y[:4000], "sex", seeds=5).set_index("mitigation")
+    assert found.parity_change_hi["constrain"] < 0 and found.parity_change_hi["drop proxies"] < 0
+    assert (found[["accuracy_lo", "parity_lo"]].to_numpy() <= found[["accuracy", "parity"]].to_numpy()).all()
+
+
+def test_each_need_has_an_answer_with_its_reason():
+    table = every_need()
+    assert len(table) == len(AUDIENCES) * 16 and table.reason.str.len().min() > 40
+    with pytest.raises(ValueError, match="did you mean 'regulator'"): needs("regulater", "decide", "accuracy")
