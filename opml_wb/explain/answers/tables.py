@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['ID_LEVELS', 'Column', 'read_column', 'Columns', 'frame', 'TableModel', 'PipelineColumns', 'table_model']
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #419e54c6
+# %% ../../../nbs/explain/answers/01_tables.ipynb #47e0174b
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #113a4720
+# %% ../../../nbs/explain/answers/01_tables.ipynb #1ccc00b1
 ID_LEVELS = 1000   # more levels than this, or one for nearly each row, name rows: no category
 
 class Column(NamedTuple):
@@ -39,7 +39,7 @@ def read_column(values: pd.Series) -> Column:
     notes = {0: "no value at all: tells nothing", 1: "one value throughout: tells nothing"}
     return Column(name, levels, notes.get(found, ""))
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #8bdc29d0
+# %% ../../../nbs/explain/answers/01_tables.ipynb #30a20925
 class Columns:
     """Encode a table as numbers, float64 (n, F), column by column; gaps become NaN.
 
@@ -73,7 +73,7 @@ class Columns:
         codes[unknown] = np.nan
         return codes
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #9ad445cf
+# %% ../../../nbs/explain/answers/01_tables.ipynb #e62caff0
 def _twice(X: pd.DataFrame) -> Any: return X.columns[X.columns.duplicated()][0]
 
 def _numbers(values: pd.Series) -> np.ndarray:
@@ -100,7 +100,7 @@ def frame(X: Any, names: Sequence[str]) -> pd.DataFrame:
     if lost := [n for n in names if n not in X]: raise ValueError(f"X: no column {lost[0]!r}")
     return X[list(names)]
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #ac968f62
+# %% ../../../nbs/explain/answers/01_tables.ipynb #d66a6cba
 class TableModel:
     """A model behind a table with gaps and categories.
 
@@ -132,7 +132,7 @@ class TableModel:
 
     @property
     def columns(self) -> dict[str, Column]:
-        "What each column of the table holds, by name."
+        "Tell what each column of the table holds, by name."
         return {c.name: c for c in self.encoder.columns}
 
     @property
@@ -144,19 +144,24 @@ class TableModel:
         "Encode `X` as the estimator takes it: float64 (n, F)."
         return self.encoder.encode(X)
 
+    def _named(self, X: Any) -> Any:
+        "Encode `X` under the names that the estimator was fitted with, if it knows any."
+        codes, names = self.encode(X), getattr(self.estimator, "feature_names_in_", None)
+        return codes if names is None else pd.DataFrame(codes, columns=names)
+
     def predict(self, X: Any) -> np.ndarray:
         "Answer each row of `X`."
-        return self.estimator.predict(self.encode(X))
+        return self.estimator.predict(self._named(X))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         "Return the probability of each class for each row: float64 (n, K)."
-        return self.estimator.predict_proba(self.encode(X))
+        return self.estimator.predict_proba(self._named(X))
 
     def score(self, X: Any, y: Any) -> float:
         "Return the accuracy (for a regression: R squared) on table `X` with answers `y`."
-        return float(self.estimator.score(self.encode(X), y))
+        return float(self.estimator.score(self._named(X), y))
 
-# %% ../../../nbs/explain/answers/01_tables.ipynb #c2acb53e
+# %% ../../../nbs/explain/answers/01_tables.ipynb #827a5743
 class PipelineColumns:
     """Encode a table by the fitted steps of a scikit-learn pipeline.
 

@@ -50,7 +50,7 @@ class Examples:
         k, points = k or self.k, self.place(X)
         most = min(k + 4, len(self.records))
         at = np.concatenate([self._closest(part, most) for part in np.array_split(
-            points, max(1, len(points) * len(self.points) // 4_000_000))])
+            points, 1 + len(points) * len(self.points) // 4_000_000)])
         # the row itself, and its doubles
         same = (self.points[at] == points[:, None]).all(2)
         order = np.argsort(same, axis=1, kind="stable")
@@ -60,8 +60,9 @@ class Examples:
         "Find the `most` records nearest to each point, in order: int [n, most]."
         far = self.lengths - 2 * (points @ self.points.T)
         at = np.argpartition(far, most - 1, axis=1)[:, :most]
-        at.sort(axis=1)                                                   # ties: by position
-        return np.take_along_axis(at, np.take_along_axis(far, at, 1).argsort(1, kind="stable"), 1)
+        at.sort(axis=1)                    # ties: by position
+        near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
+        return np.take_along_axis(at, near, 1)
 
     def examples(self, X: pd.DataFrame) -> pd.DataFrame:
         "Give the k nearest other records of each row: DataFrame [n * k rows]."

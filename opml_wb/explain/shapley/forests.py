@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SKLEARN', 'XGBOOST', 'Forest', 'round_down', 'margin', 'outputs', 'is_forest', 'read', 'fingerprint']
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #27f6fb75
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #220a51eb
 import hashlib, json
 from typing import Any, NamedTuple
 
 import numpy as np
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #7ac29e56
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #c865b990
 class Forest(NamedTuple):
     """The trees of a model, one after the other: `root` int64 [T + 1] says where each begins; the
     other arrays are by node.
@@ -32,13 +32,13 @@ class Forest(NamedTuple):
     features: int
     space: str
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #410f9082
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #f3d37162
 def round_down(threshold: np.ndarray) -> np.ndarray:
     "Round float64 down to float32."
     near = threshold.astype(np.float32)
     return np.where(near > threshold, np.nextafter(near, np.float32(-np.inf)), near)
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #03052418
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #f2003ad4
 def _joined(trees: list[dict[str, np.ndarray]], **more: Any) -> Forest:
     "Put the trees' arrays one after the other; children become numbers of the whole."
     sizes = [len(t["feature"]) for t in trees]
@@ -61,7 +61,7 @@ def _sklearn_tree(tree: Any, share: float, classify: bool) -> dict[str, np.ndarr
                 left=tree.children_left.astype(np.int64), right=tree.children_right.astype(np.int64),
                 cover=tree.weighted_n_node_samples.astype(float), value=value * share)
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #52b8cea6
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #fc6cdf0a
 def _sklearn(model: Any) -> Forest:
     "Read a tree or forest of scikit-learn: the mean over trees of probabilities or values."
     if model.n_outputs_ > 1:
@@ -74,7 +74,7 @@ def _sklearn(model: Any) -> Forest:
     return _joined(found, start=np.zeros(found[0]["value"].shape[1]), features=model.n_features_in_,
                    space="probability" if classify else "value")
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #cb469505
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #da590303
 def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarray]:
     "Read one tree of XGBoost's JSON, which speaks for class `k`."
     if any(tree.get("split_type", ())):
@@ -84,11 +84,13 @@ def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarra
     leaf = left < 0
     value = np.zeros((len(left), classes))
     value[leaf, k] = condition[leaf]
+    cover, right = np.array(tree["sum_hessian"], float), np.array(tree["right_children"], np.int64)
+    for node in np.flatnonzero(~leaf)[::-1]:   # in 32 bits the parts don't add up to the whole
+        cover[node] = cover[left[node]] + cover[right[node]]
     return dict(feature=np.where(leaf, -1, tree["split_indices"]).astype(np.int32),
                 threshold=np.nextafter(condition, np.float32(-np.inf)),
                 gap_left=np.array(tree["default_left"], np.uint8), left=left.astype(np.int64),
-                right=np.array(tree["right_children"], np.int64),
-                cover=np.array(tree["sum_hessian"], float), value=value)
+                right=right, cover=cover, value=value)
 
 def _xgboost(model: Any) -> Forest:
     "Read a model of XGBoost (scikit-learn's form or a Booster), as far as it predicts with it."
@@ -109,7 +111,7 @@ def _xgboost(model: Any) -> Forest:
     gaps = np.full((1, found.features), np.nan)
     return found._replace(start=margin(model, gaps)[0] - outputs(found, gaps)[0])
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #d9a61318
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #b833d3df
 def margin(model: Any, X: np.ndarray) -> np.ndarray:
     "Compute XGBoost's own margin: float64 (n, K)."
     import xgboost
@@ -131,7 +133,7 @@ def outputs(forest: Forest, X: np.ndarray) -> np.ndarray:
             found[i] += forest.value[node]
     return found
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #2ba48789
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #7d3f028d
 SKLEARN = ("RandomForestClassifier", "RandomForestRegressor", "ExtraTreesClassifier",
            "ExtraTreesRegressor", "DecisionTreeClassifier", "DecisionTreeRegressor",
            "ExtraTreeClassifier", "ExtraTreeRegressor")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATH', 'BACKGROUND', 'known_value', 'mixed_value', 'by_definition', 'TreeShap']
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #11358716
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #8305f658
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import combinations
@@ -22,7 +22,7 @@ from .lanes import WIDTH
 from .programs import write
 from .walking import path_values
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #1881c799
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #40367218
 def known_value(forest: Forest, node: int, row: np.ndarray, known: frozenset[int]) -> np.ndarray:
     "Answer of the tree at `node` when only the features `known` of `row` are: float64 [K]."
     f = forest.feature[node]
@@ -43,7 +43,7 @@ def mixed_value(forest: Forest, row: np.ndarray, known: frozenset[int],
     mixed[:, list(known)] = row[list(known)]
     return outputs(forest, mixed).mean(0) - forest.start
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #83ac1ad5
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #1e77fd9a
 def by_definition(forest: Forest, row: np.ndarray, background: np.ndarray | None = None
                   ) -> np.ndarray:
     """Compute Shapley values of one row over all coalitions: float64 [F, K]. It takes 2^F answers.
@@ -62,7 +62,7 @@ def by_definition(forest: Forest, row: np.ndarray, background: np.ndarray | None
             phi[j] += (worth[s | {j}] - value) / (n * comb(n - 1, len(s)))
     return phi
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #0338712d
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #461f1464
 PATH = ("path-dependent: an unknown feature follows the training rows that came by at each split; "
         "correlated features share as the trees do")
 BACKGROUND = ("interventional: an unknown feature is taken from {} background rows; a feature gets "
@@ -98,7 +98,7 @@ class TreeShap:
 
     @property
     def outputs(self) -> int:
-        "How many answers are shared out: 1, or a multi-class model's classes."
+        "Count the answers that are shared out: 1, or a multi-class model's classes."
         return self.forest.value.shape[1]
 
     def rows(self, X: Any, name: str = "X") -> np.ndarray:
@@ -119,7 +119,7 @@ class TreeShap:
         if np.isinf(X).any(): raise ValueError(f"{name}: an infinite number")
         return X
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #81f8c5d4
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #30e7da79
 def _squeezed(found: np.ndarray) -> Any:
     "Leave the last axis out if it has one place."
     return found[..., 0] if found.shape[-1] == 1 else found
@@ -150,7 +150,7 @@ def values(self: TreeShap, X: Any) -> np.ndarray:
             parts = list(pool.map(part, _parts(len(X), self.n_jobs)))
     return _squeezed(np.concatenate(parts))
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #debad40d
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #a5f4101b
 @jit(nogil=True, error_model="numpy")
 def _reach(forest, weight):
     "Put the share of training weight that reaches each node into `weight` (children stand later)."
@@ -172,7 +172,7 @@ def answer(self: TreeShap, X: Any) -> np.ndarray:
 
 @patch(as_prop=True)
 def expected(self: TreeShap) -> Any:
-    "What the answer is when no feature is known: float, or float64 [K]."
+    "Compute the answer when no feature is known: float, or float64 [K]."
     forest = self.forest
     if self.background is not None: found = np.atleast_2d(self.answer(self.background).T).mean(1)
     else:
@@ -188,7 +188,7 @@ def additivity(self: TreeShap, X: Any) -> float:
     found = self.expected + self.values(X).sum(1)
     return float(np.abs(found - self.answer(X)).max(initial=0))
 
-# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #eeea2cca
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #e9b708a0
 @patch
 def interactions(self: TreeShap, X: Any) -> np.ndarray:
     """Compute Shapley interactions of rows `X`: float64 (n, F, F), or (n, F, F, K); the rows of a
