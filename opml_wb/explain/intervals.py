@@ -21,6 +21,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str: return f"{self.value:.3f} ({self.lo:.3f} to {self.hi:.3f})"
 
+# %% ../../nbs/explain/05_intervals.ipynb #23a7352c
 def _level(level: float) -> float:
     if not 0 < level < 1: raise ValueError(f"level: expected a share between 0 and 1, got {level}")
     return level

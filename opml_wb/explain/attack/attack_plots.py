@@ -57,6 +57,7 @@ def recovery_figure(curves: Mapping[str, pd.DataFrame], records: int, limit: flo
                     line=dict(color=ui.COLOURS["muted"], dash="dot"))
     return fig
 
+# %% ../../../nbs/explain/attack/08_attack_plots.ipynb #31cfeb0e
 def known_at(curve: pd.DataFrame, records: int, limit: float) -> tuple[float, float, float]:
     "Read off what is known after `limit` of the records as questions: (recovered, lo, hi)."
     row = curve[curve.queries <= limit * records].iloc[-1]

@@ -27,6 +27,7 @@ def _truth(model, X, y):
                    else model.classes_)
     return np.asarray(model.predict_proba(X))[np.arange(len(X)), [classes.index(v) for v in y]]
 
+# %% ../../../nbs/explain/attack/03_members.ipynb #aa9145d2
 def _variance(model, X, y): return attributions(model)(X).var(1)
 
 def _size(model, X, y): return np.abs(attributions(model)(X)).sum(1)

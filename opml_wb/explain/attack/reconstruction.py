@@ -60,6 +60,7 @@ def starts(records: pd.DataFrame, seed_rows: Any, draws: int, seed: int) -> list
     rngs = [np.random.default_rng([seed, d]) for d in range(draws)]
     return [records.iloc[r.permutation(len(records))[:n]] for r in rngs]
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #58436724
 def reconstruct(explainer: Any, seed_rows: Any = .01, budget: int | None = None,
                 defence: Callable[[Any], Any] | None = None, draws: int = 5, seed: int = 0,
                 points: int = 20) -> pd.DataFrame:
@@ -95,6 +96,7 @@ def invent(known: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFram
         rows[c] = rows[c].where(rng.random(n) < .5, pd.Series(other, dtype=rows[c].dtype))
     return rows
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #036a338f
 def tolerance(values: pd.Series) -> float:
     "Say how near a guessed number must be: a twentieth of the middle 90 %; exact for few values."
     if values.nunique() <= 20: return 0.
@@ -104,6 +106,7 @@ def words(values: pd.Series) -> pd.Series:
     "Write a column of texts; a gap is a word of its own."
     return values.astype(object).where(values.notna(), "missing").astype(str)
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #3a3d1962
 def hits(guess: np.ndarray, truth: pd.Series, near: float | None) -> float:
     "Compute the share of guesses that are right; near: how far a number may be off; None: texts."
     if near is None: return float((guess == words(truth).to_numpy()).mean())
@@ -122,12 +125,14 @@ def _guess(column: str, rows: pd.DataFrame, told: np.ndarray, shown: np.ndarray,
             told[there], values[there].astype(str)).predict(shown).astype(float)
     return ExtraTreesRegressor(30, random_state=seed).fit(told[there], values[there]).predict(shown)
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #6fa298ee
 def _baseline(column: str, known: pd.DataFrame, n: int) -> np.ndarray:
     values = known[column]
     if not pd.api.types.is_numeric_dtype(values): return np.repeat(words(values).mode()[0], n)
     middle = values.mode()[0] if values.nunique() <= 20 else values.median()
     return np.repeat(float(middle), n)
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #bd3a58d9
 def infer_fields(explain: Callable[[pd.DataFrame], np.ndarray], records: pd.DataFrame,
                  targets: pd.DataFrame, seed_rows: float | int = .01, queries: int = 1000,
                  seeds: Sequence[int] = range(5)) -> pd.DataFrame:

@@ -33,6 +33,7 @@ ATTACKS = {"records": "reconstruct records from examples",
            "near matches": "find people by examples, over people never used",
            "fields": "infer fields from contributions", "membership": "tell who was trained on"}
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #693df797
 def split(model: Any, X: pd.DataFrame, y: Any, rows: int, seed: int) -> Split:
     """Draw training rows and as many others, and fit a model like `model`.
 
@@ -59,6 +60,7 @@ def _records(s: Split, budget: int, defence: Callable | None) -> Measured:
     except PermissionError: worth = fidelity(s.model, base, s.others[:200])
     return float(got.recovered.iloc[-1]), .01, worth, accuracy(s)
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #1f5b88fd
 def _near(s: Split, defence: Callable | None) -> Measured:
     base = Examples(s.X, 5)
     shown = defence(base) if defence else base
@@ -76,6 +78,7 @@ def _fields(s: Split, defence: Callable | None) -> Measured:
     return (float(got.recovered), float(got.baseline), agreement(shown, base, granted, targets),
             accuracy(s))
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #bbb4665a
 def _members(s: Split, leaf: int) -> Measured:
     model = s.model if leaf == 1 else min_leaf(s.model, s.X, s.y, leaf)
     auc = membership(model, (s.X, s.y), (s.others, s.truth), "truth").value
@@ -100,6 +103,7 @@ def _lines(s: Split, attacks: Sequence[str]) -> list[tuple]:
                        "20 people a leaf": lambda: _members(s, 20)}}
     return [(a, d, *measure()) for a in attacks for d, measure in plans[a].items()]
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #28107156
 def _share(values: pd.Series, signed: bool = False) -> tuple[float, ...]:
     "Mean of shares with its interval, cut to where a share (or a difference of two) can lie."
     if not values.notna().any(): return (np.nan,) * 3
