@@ -32,7 +32,7 @@ PARTS = {  # what the rest needs beside it
     "riann": ["pandas>=2.1", "numba>=0.60", "llvmlite>=0.43", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0", "pillow>=10",
               "pyyaml>=6", "hnswlib>=0.8"],
     "flexserve": ["torch>=2.2", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4", "pillow>=10", "pyyaml>=6", "scikit-learn>=1.4",
-                  "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20"],
+                  "skl2onnx>=1.17", "xgboost>=2.0", "pandas>=2.1", "pyarrow>=14", "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20"],
     "explain": ["pandas>=2.1", "numba>=0.60", "llvmlite>=0.43", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0"],
 }
 CHOSEN = os.environ.get("OPML_WB_PARTS", " ".join(PARTS)).replace(",", " ").split()

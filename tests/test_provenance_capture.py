@@ -313,7 +313,9 @@ def test_workers_threads_and_signals(trace, here):
     code = """
 import multiprocessing, os, signal, threading
 def put(name): open(name, 'w').write('1')
-signal.signal(signal.SIGALRM, lambda *a: None); signal.setitimer(signal.ITIMER_REAL, .001, .001)
+signal.signal(signal.SIGALRM, lambda *a: None)
+signal.siginterrupt(signal.SIGALRM, False)          # else a call that waits to be received may fail with EINTR
+signal.setitimer(signal.ITIMER_REAL, .001, .001)
 with multiprocessing.get_context('fork').Pool(3) as pool: pool.map(put, [f'p{i}' for i in range(30)])
 threads = [threading.Thread(target=lambda k=k: [put(f't{k}-{i}') for i in range(20)]) for k in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]

@@ -397,7 +397,7 @@ def test_a_read_only_home_can_be_read(home, opml, notebook, log):
         if log != "beside": return
         for args, said in ((["show", "k2"], "loss"), (["claims"], "no claims"), (["compare", first.key, "k2"], "loss"), (["run", nb, "n=2"], "cached")):
             done = opml(*args, preexec_fn=powerless)
-            assert done.returncode in ((0, 1, 3) if args[0] == "compare" else (0,)) and said in done.stdout, done.stderr
+            assert done.returncode in ((0, 1, 3) if args[0] == "compare" else (0,)) and said in done.stdout + done.stderr, done.stderr
         for args in (["run", nb, "n=3"], ["rm", "k2"], ["gc"], ["reindex"], ["sweep", nb, "n=2,3"]):
             done = opml(*args, preexec_fn=powerless)
             assert done.returncode == 2 and "is read-only" in done.stderr and str(home) in done.stderr, done.stderr

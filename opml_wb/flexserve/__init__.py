@@ -12,6 +12,8 @@ from ..core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.bundle import Bundle
+    from opml_wb.flexserve.model.columns import Column, Schema, schema_of
+    from opml_wb.flexserve.model.publish import publish
     from opml_wb.flexserve.model.weights import BundleError, import_torch
     from opml_wb.flexserve.model.engine import Engine, EngineError, Answer
     from opml_wb.flexserve.model.answer_policy import Policy, PolicyError, Verdict

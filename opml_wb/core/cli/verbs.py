@@ -66,6 +66,15 @@ def _newer(name: str) -> bool:
     except OSError: return False
     return f'"{name} = opml_wb.' in setup
 
+# %% ../../../nbs/core/cli/01_verbs.ipynb #6ffcc7d8
+def _block(formatter: click.HelpFormatter, title: str, told: dict[str, str], wide: int) -> None:
+    "Write the commands of one purpose, each with its text; names take `wide` columns."
+    for n, (name, text) in enumerate(told.items()):
+        start = f"{'' if n else title:<7}{name:<{wide}}"
+        lines = textwrap.wrap(text, max(30, formatter.width - len(start)),
+                              break_on_hyphens=False) or [""]
+        formatter.write(start + f"\n{'':{len(start)}}".join(lines) + "\n")
+
 # %% ../../../nbs/core/cli/01_verbs.ipynb #ef221b39
 class Commands(click.Group):
     """A group of our verbs, and of the commands that other packages registered as
@@ -119,13 +128,8 @@ class Commands(click.Group):
         told = self.told()
         formatter.write(f"Usage: {ctx.command_path} COMMAND [ARGUMENTS]    "
                         f"{ctx.command_path} COMMAND --help tells all of it\n")
-        wide = max(map(len, told)) + 2
         for title, names in self.sections.items():
-            for n, name in enumerate(names):
-                start = f"{'' if n else title:<7}{name:<{wide}}"
-                lines = textwrap.wrap(told[name], max(30, formatter.width - len(start)),
-                                      break_on_hyphens=False) or [""]
-                formatter.write(start + f"\n{'':{len(start)}}".join(lines) + "\n")
+            _block(formatter, title, {name: told[name] for name in names}, max(map(len, told)) + 2)
         formatter.write(COMPLETION)
 
 # %% ../../../nbs/core/cli/01_verbs.ipynb #4ec1590f

@@ -23,6 +23,7 @@ from ..record import store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
 from ..show import terminal
+from .recorded import recorded
 from .sources import DocsError, clone, nbs, sources
 from .workshop import Kept, outline, stamp, synced, workshop
 
@@ -76,6 +77,7 @@ def results(found: Iterable[Chapter], run: bool = True,
             error = done.error or {}
             said = f"{error.get('ename')}: {error.get('evalue'):.200}"
             failed.append(f"{c.name} {done.status} ({said})")
+        elif told := recorded(c): say(f"  {c.name}: as recorded on {told['date']}")
         else: say(f"  {c.name}: shown without results: opml run {c.name}")
     if failed:
         raise DocsError("; ".join(failed)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.weights import BundleError, import_torch
     from opml_wb.flexserve.model.ensemble import one_thread
     from opml_wb.flexserve.model.bundle import Bundle
+    from opml_wb.flexserve.model.columns import Column, Schema, schema_of
+    from opml_wb.flexserve.model.publish import publish
     from opml_wb.flexserve.model.onnx import place, prepare
     from opml_wb.flexserve.model.answer_policy import PolicyError, Verdict, Policy
     from opml_wb.flexserve.model.engine import EngineError, Answer, Engine

@@ -176,13 +176,17 @@ def rows(self: Policy, models: Sequence[str] | None, n: int) -> list[int]:
 
 # %% ../../../nbs/flexserve/model/07_answer_policy.ipynb #c9e36d99
 @patch
-def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = None) -> None:
+def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = None,
+          valued: Sequence[str] = ()) -> None:
     """PolicyError where the policy doesn't fit: an unknown model or target, `k` above the number of
     models, no weight for one.
 
     `models`: names of the models, in the order of the answers; `classes`: all the names that
-    these may give, or None."""
+    these may give, or None; `valued`: those that give values, which no policy combines."""
     asked = [models[i] for i in self.rows(models, len(models))]
+    for name in asked:
+        if name in valued:
+            raise PolicyError(f"models: {name!r} gives values, not classes: name the others")
     if classes is not None and self.target is not None: index_of(self.target, classes, "target")
     if self.k is not None and self.k > len(asked):
         raise PolicyError(f"k: {self.k}: there are {len(asked)} models")

@@ -194,6 +194,10 @@ class Transform:
         if self.crop is not None: image = _cropped(image, self.crop)
         return ((image.astype(np.float32) - self._mean) / self._std).transpose(2, 0, 1)
 
+    def many(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        "Transform B pictures."
+        return [self(image) for image in images]
+
 # %% ../../../nbs/flexserve/model/01_images.ipynb #c0f6d424
 def by_shape(inputs: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
     "Group tensors that may differ in size: [(indices, stacked (b, 3, h, w))]."

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..model.images import Limits, Reject, decode
 from ..model.answer_policy import Policy
+from ..model.rows import Rows, joined
 
 if TYPE_CHECKING: from opml_wb.flexserve.model.engine import Engine
 
@@ -23,13 +24,28 @@ if TYPE_CHECKING: from opml_wb.flexserve.model.engine import Engine
 VERDICT = "result", "score", "decided_by"
 
 def _decoded(images, limits):
-    "Decode: (good (HWC uint8 arrays), their places, errors [(place, code, reason)])."
+    "Decode: (good (HWC uint8 arrays, or Rows), their places, errors [(place, code, reason)])."
+    if isinstance(images, Rows): return _decoded_rows(images, limits)
     good, places, errors = [], [], []
     for i, data in enumerate(images):
         image = decode(data, limits) if isinstance(data, bytes) else data
         if isinstance(image, Reject): errors.append((i, image.code, image.reason))
         else: good.append(image); places.append(i)
     return good, places, errors
+
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #95a84277
+def _decoded_rows(rows, limits):
+    "Decode the pictures among rows: as `_decoded`."
+    bad = {i: (code, why) for i, (code, why) in rows.bad.items()}
+    for name, values in rows.others.items():
+        if not any(isinstance(v, bytes) for v in values): continue
+        found = [decode(v, limits) if isinstance(v, bytes) else v for v in values]
+        bad = {**{i: (f.code, f"{name}: {f.reason}") for i, f in enumerate(found)
+                  if isinstance(f, Reject)}, **bad}
+        rows = Rows(rows.numbers, {**rows.others, name: found}, rows.bad)
+    errors = [(i, *why) for i, why in sorted(bad.items())]
+    places = [i for i in range(len(rows)) if i not in bad]
+    return rows[places] if bad else rows, places, errors
 
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #9116e26c
 def _lists(verdict):
@@ -51,7 +67,7 @@ def _infer(engine, images, **how):
     except Exception as e:
         why = getattr(e, "code", "model"), f"{type(e).__name__}: {e}"
         if len(images) == 1: return None, None, None, {0: why}
-    one = [_infer(engine, [image], **how) for image in images]
+    one = [_infer(engine, images[i:i + 1], **how) for i in range(len(images))]
     good = [found[:3] for found in one if not found[3]]
     failed = {i: found[3][0] for i, found in enumerate(one) if found[3]}
     if not good: return None, None, None, failed
@@ -84,14 +100,22 @@ def _answer(n, names, classes, labels, probs, verdict, places, errors, options):
     out["verdict"] = {k: _spread(n, verdict[k] if places else (), places) for k in VERDICT}
     return out
 
+# %% ../../../nbs/flexserve/serve/03_inference.ipynb #a6f3e09e
+def _flat(parts):
+    "Put the images, or the rows, of several parts together."
+    if parts and isinstance(parts[0], Rows): return joined(parts)
+    return [image for part in parts for image in part]
+
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #f6f2c775
 def _counts(names, labels):
     """Count for monitoring: classes per model, and how often two models differ {(a, b): (images,
     differing)}."""
-    classes = {(name, c): k for name, row in zip(names, labels)
+    voting = [(name, row) for name, row in zip(names, labels)
+              if not any(isinstance(c, float) for c in row)]
+    classes = {(name, c): k for name, row in voting
                for c, k in Counter(row).items() if c is not None}
     pairs = {}
-    for (a, x), (b, y) in combinations(zip(names, labels), 2):
+    for (a, x), (b, y) in combinations(voting, 2):
         both = [(p, q) for p, q in zip(x, y) if p is not None and q is not None]
         pairs[a, b] = len(both), sum(p != q for p, q in both)
     return {"classes": classes, "pairs": pairs}
@@ -112,9 +136,10 @@ def _group(engine, parts, limits):
     Where a model fails, each part is run by itself: who didn't ask that model has an answer."""
     began = time.perf_counter()
     read = [_decoded(images, limits) for images, _ in parts]
-    flat = [image for good, _, _ in read for image in good]
+    flat = _flat([good for good, _, _ in read])
     decoded, how = time.perf_counter(), _how(parts)
-    labels, probs, verdict, failed = _infer(engine, flat, **how) if flat else (None, None, None, {})
+    labels, probs, verdict, failed = (_infer(engine, flat, **how) if len(flat)
+                                      else (None, None, None, {}))
     if failed and len({o["models"] for _, o in parts}) > 1:
         apart = [_group(engine, [part], limits) for part in parts]
         return [a for (a,), _ in apart], [t for _, took in apart for t in took]

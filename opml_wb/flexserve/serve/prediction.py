@@ -23,6 +23,7 @@ from .pool import WorkerPool
 from .request import (Ask, Refused, check, files, finish, media_type,
                                              multipart, parse, prediction,
                                              seconds)
+from .row_request import parse_rows
 from .settings import Expired, Overloaded
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #a9fb34da
@@ -131,8 +132,11 @@ async def answer(self: Predictor, request: HttpRequest, ask: Ask) -> tuple[Group
 
     A client that leaves cancels its work."""
     group = self.group(ask.version)
+    takes = "image" if group.bundle.schema is None else "row"
+    if ask.unit != takes:
+        raise Refused(422, f"this model takes {takes}s: POST them to /v1/predict")
     check(ask, [m["name"] for m in group.bundle.models], group.bundle.classes,
-          self.settings.max_images)
+          group.settings.max_images, group.bundle.valued)
     done = group.submit(Request(ask.images, **ask.options()), ask.deadline or self.budget(request))
     gone = asyncio.ensure_future(request.receive())
     try: await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -197,13 +201,20 @@ def _provenance(self: PredictionApi, group):
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #026f24f3
 @patch
+def _parse(self: PredictionApi, request, body, query):
+    "Parse a body as the models in service take it: images, or rows of their columns."
+    header, schema = request.headers.get("content-type", ""), self.predictor.group().bundle.schema
+    if schema is None: return parse(body, header, query)
+    return parse_rows(body, header, query, schema)
+
+@patch
 async def predict(self: PredictionApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/predict`."
     query = list(request.query_params.multi_items())
     if twice := [k for i, (k, _) in enumerate(query) if k in dict(query[:i])]:
         raise Refused(422, f"{twice[0]!r} in the URL: given twice")
     body = await self.predictor.body(request)
-    ask = parse(body, request.headers.get("content-type", ""), dict(query))
+    ask = self._parse(request, body, dict(query))
     group, answer = await self.predictor.answer(request, ask)
     out = prediction(ask, answer, group.about["classes"], **self._who(group))
     full = ask.provenance == "full"

@@ -8,7 +8,7 @@ __all__ = ['PARAMETER', 'BOOLS', 'TEXT', 'POLICY', 'FIELDS', 'Refused', 'multipa
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #c8c9feaf
 import base64, binascii, io, math, re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,8 +69,8 @@ def multipart(body: bytes, content_type: str) -> list[tuple[str, bytes]]:
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #14e26a1d
 @dataclass
 class Ask:
-    "A checked request: images (bytes of files or (H, W, 3) uint8 arrays) and how to answer."
-    images: list
+    "A checked request: images (bytes of files or (H, W, 3) uint8 arrays) or Rows, how to answer."
+    images: Any
     ids: list | None = None
     models: tuple[str, ...] | None = None
     policy: dict[str, Any] | None = None
@@ -80,6 +80,7 @@ class Ask:
     version: int | None = None  # refused unless this is the one in service
     provenance: str = "ref"    # ref | full
     deadline: float | None = None  # s
+    unit: str = "image"        # what `images` are: image | row
 
     def options(self) -> dict[str, Any]:
         "The part of it that the engine needs."
@@ -268,16 +269,18 @@ def parse(body: bytes, content_type: str, query: Mapping[str, str]) -> Ask:
                        "image/* or application/x-npy")
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #6f4b07a1
-def check(ask: Ask, names: list[str], classes: list[str], most: int) -> Ask:
-    "Refuse what the models in service cannot answer; `most`: images."
-    if not ask.images: raise Refused(422, "images: none; expected one or more")
+def check(ask: Ask, names: list[str], classes: list[str], most: int,
+          valued: Sequence[str] = ()) -> Ask:
+    """Refuse what the models in service cannot answer; `most`: images, `valued`: models that give
+    values."""
+    if not len(ask.images): raise Refused(422, f"{ask.unit}s: none; expected one or more")
     if len(ask.images) > most:
-        raise Refused(413, f"{len(ask.images)} images: at most {most} in one request")
+        raise Refused(413, f"{len(ask.images)} {ask.unit}s: at most {most} in one request")
     for name in ask.models or ():
         if name not in names:
             raise Refused(422, f"models: no model {name!r}; there are {', '.join(names)}")
     if ask.policy is None: return ask
-    try: Policy.parse(ask.policy).check(list(ask.models or names), list(classes))
+    try: Policy.parse(ask.policy).check(list(ask.models or names), list(classes), valued)
     except PolicyError as e: raise Refused(422, str(e)) from None
     return ask
 
@@ -290,7 +293,7 @@ def finish(ask: Ask, answer: dict[str, Any]) -> dict[str, Any]:
     if answer["errors"] and ask.on_error == "reject":
         first = answer["errors"][0]
         status = 500 if first["code"] == "output" else 422
-        raise Refused(status, f"image {first['index']}: {first['reason']}", answer["errors"])
+        raise Refused(status, f"{ask.unit} {first['index']}: {first['reason']}", answer["errors"])
     return answer
 
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #7729fa96

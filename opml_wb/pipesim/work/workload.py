@@ -58,6 +58,7 @@ def window_of(arrival: np.ndarray, t0: float, end: float) -> tuple[float, float]
 TASK = ("dur", "est", "read", "write", "priority", "pool", "units", "pipeline", "kind", "observed")
 PIPE = ("arrival", "model", "perf")
 
+# %% ../../../nbs/pipesim/work/03_workload.ipynb #d39e58b9
 @dataclass(frozen=True, eq=False)
 class Workload:
     """Pipelines and their tasks, P and T of them; made by `from_arrays` or a reader.

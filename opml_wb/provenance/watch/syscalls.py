@@ -114,7 +114,7 @@ class Program(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 
 NEW_LISTENER, SPEC_ALLOW = 8, 4  # the second: no slowing against Spectre
-KILLABLE = 32                    # no signal interrupts a call that is reported (since 5.19)
+KILLABLE = 32                    # no signal interrupts a call that was received (since 5.19)
 
 def _seccomp(number: int, operation: int, flags: int, arg: object) -> tuple[int, int]:
     "(result, errno) of the system call `seccomp`, which has `number`."

@@ -126,7 +126,7 @@ def _live_panels():
         fig.add_scatter(x=[], y=[], name=name, mode="lines+markers" if dash is None else "lines",
                         line=dict(color=ui.COLOURS[colour], dash=dash), row=row, col=1,
                         showlegend=row == 1)
-    for row, title in (1, "ms per batch"), (2, "candidates"), (3, "vectors waiting"):
+    for row, title in (1, "ms per batch"), (2, "candidates"), (3, "waiting"):
         fig.update_yaxes(title_text=title, rangemode="tozero", row=row)
     return fig.update_xaxes(title_text="batch", row=3)
 
