@@ -32,9 +32,12 @@ def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Gen
     seen, curve, waiting = set(keys(known).tolist()), [len(found)], known
     while len(waiting) and len(curve) <= budget:
         n = min(most, budget - len(curve) + 1, len(waiting))
+        try: back = explainer.examples(waiting.iloc[:n])
+        except PermissionError:                          # a rate limit: ask for less, then no more
+            if n == 1: break
+            most = n // 2
+            continue
         batch, waiting = waiting.iloc[:n], waiting.iloc[n:]
-        try: back = explainer.examples(batch)
-        except PermissionError: break                              # a rate limit
         names = keys(back)
         for answer in names.reshape(len(batch), -1):
             found |= targets.intersection(answer.tolist())
