@@ -73,15 +73,16 @@ def environment() -> list[Path]:
     return sorted(p for p in folders if not any(p != q and p.is_relative_to(q) for q in folders))
 
 def arguments(command: Sequence[str], image: str, name: str, python: str, pool: Path | None,
-              readable: Iterable[Path], env: dict[str, str], limits: Limits) -> list[str]:
+              readable: Sequence[Path], env: dict[str, str], limits: Limits) -> list[str]:
     """Make the command that starts a worker in a container, the same for podman and docker.
 
     readable: files and folders that it sees at their own paths; pool: the folder of the shared
     memory, the only thing that it can write beside /tmp."""
     mounts = [f"type=bind,source={p},target={p},readonly" for p in readable]
     if pool: mounts.append(f"type=bind,source={pool},target=/opml")
+    own = ["--tmpfs", "/root:mode=755"] if any(Path("/root") in Path(p).parents for p in readable) else []
     return [*command, "run", "--rm", "-i", "--name", name, "--pull=never", "--network", "none",
-            "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all",
+            "--read-only", "--tmpfs", "/tmp", *own, "--cap-drop", "all",
             "--security-opt", "no-new-privileges", "--user", "65534:65534",
             "--pids-limit", str(limits.pids), "--memory", f"{limits.memory_gb * 1024:.0f}m",
             "--cpus", f"{limits.cpus:g}", *(a for m in mounts for a in ("--mount", m)),

@@ -220,8 +220,9 @@ def decode(value: Any, pool: Pool) -> Any:
 def answer(job: dict[str, Any], pool: Pool) -> dict[str, Any]:
     "Run one job: {ok: encoded result}, or {failed: traceback, type, text}."
     import traceback
-    data, pool.used = decode(job.pop("data"), pool), 0
-    try: return {"ok": encode(Pipeline(job)(data), pool)}
+    try:
+        data, pool.used = decode(job.pop("data"), pool), 0
+        return {"ok": encode(Pipeline(job)(data), pool)}
     except BaseException as e:
         if isinstance(e, SystemExit | KeyboardInterrupt): e = RuntimeError(f"the stage ended with {e!r}")
         own = traceback.TracebackException.from_exception(e)
