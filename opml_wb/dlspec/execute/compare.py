@@ -30,6 +30,7 @@ def ranks_below(n: int, level: float = LEVEL) -> int:
     tail = np.cumsum(ways) / 2.**n
     return int((tail <= (1 - level) / 2).sum())
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #670da3f2
 def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float, float]:
     """Estimate the typical one of positive `values`: (estimate, low, high).
 
@@ -42,17 +43,20 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
     if not out: return float(np.median(means)), math.nan, math.nan
     return float(np.median(means)), float(means[out - 1]), float(means[-out])
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #b389501b
 def ratio(ours: Sequence[float], first: Sequence[float]) -> tuple[float, float, float]:
     "Estimate how many times `first` the values `ours` are, pair by pair: (ratio, low, high)."
     return interval(np.asarray(ours, float) / np.asarray(first, float))
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #31ba235b
-def alternatives(task: Task, catalog: Catalog, varied: dict[str, Sequence]) -> tuple[str, dict[str, Task]]:
+def alternatives(task: Task, catalog: Catalog,
+                 varied: dict[str, Sequence]) -> tuple[str, dict[str, Task]]:
     """Make a task for each alternative of the one aspect in `varied`: (aspect, {ID: Task}).
 
     Raises ValueError unless one aspect is named, with two alternatives or more."""
     if len(varied) != 1 or next(iter(varied)) not in ASPECTS:
-        raise ValueError(f"vary exactly one of {', '.join(ASPECTS)}, got {', '.join(varied) or 'none'}: "
+        got = ", ".join(varied) or "none"
+        raise ValueError(f"vary exactly one of {', '.join(ASPECTS)}, got {got}: "
                          "with two at once nobody can tell which one made the difference")
     (aspect, refs), = varied.items()
     if isinstance(refs, str | Manifest) or len(refs) < 2:
@@ -65,6 +69,7 @@ def alternatives(task: Task, catalog: Catalog, varied: dict[str, Sequence]) -> t
         out[name] = task.model_copy(update={aspect: m})
     return aspect, out
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #3278a0ed
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     "Give the order of each round: rotated by one, and turned about every second time."
     for i in range(rounds):
@@ -78,15 +83,20 @@ def _seconds(result: Result) -> float:
     rows = result.trace[result.trace.step.isin(["run", "train"])]
     return max(float(rows.seconds.sum()), 1e-9)
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #eb41d777
 def _told(aspect: str, name: str, first: str, seconds: dict[str, list[float]],
           metrics: dict[str, dict[str, float]]) -> Iterator[tuple]:
     "Rows about one alternative."
     n = len(seconds[name])
     yield (aspect, name, "run_s", *interval(seconds[name]), n)
-    if name != first: yield (aspect, name, "run_s, ratio to the first", *ratio(seconds[name], seconds[first]), n)
-    for metric, value in metrics[name].items(): yield aspect, name, metric, value, math.nan, math.nan, 1
+    if name != first:
+        yield (aspect, name, "run_s, ratio to the first", *ratio(seconds[name], seconds[first]), n)
+    for metric, value in metrics[name].items():
+        yield aspect, name, metric, value, math.nan, math.nan, 1
 
-def vary(task: Task, *, repeats: int = 20, catalog: Catalog | None = None, executor: str = "inprocess",
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #244fe46b
+def vary(task: Task, *, repeats: int = 20, catalog: Catalog | None = None,
+         executor: str = "inprocess",
          progress: Any = None, data: Any = None, options: dict[str, Any] | None = None,
          **varied: Sequence) -> "pd.DataFrame":
     """Run a task with each alternative of one aspect, and compare: DataFrame aspect, ref, metric,
@@ -105,7 +115,8 @@ def vary(task: Task, *, repeats: int = 20, catalog: Catalog | None = None, execu
     rounds = list(turns(list(tasks), repeats + 1))
     for i, order in enumerate(progress(rounds) if progress else rounds):
         for name in order:
-            result = run(tasks[name], executor=executor, catalog=catalog, data=data, **(options or {}))
+            result = run(tasks[name], executor=executor, catalog=catalog, data=data,
+                         **(options or {}))
             metrics[name] = result.metrics
             if i: seconds[name].append(_seconds(result))   # the first round only warms up
     first = next(iter(tasks))
@@ -119,6 +130,7 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         for k, v in value.items(): yield from _flat(v, f"{place}.{k}" if place else k)
     else: yield place, value
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #d091fd45
 def diff(a: Manifest, b: Manifest, catalog: Catalog | None = None) -> "pd.DataFrame":
     """Tell what two manifests, or two tasks aspect by aspect, differ in: DataFrame aspect, field,
     a, b; empty if in nothing."""

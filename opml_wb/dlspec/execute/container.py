@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'CPUS', 'PIDS', 'FITS', 'QUIET', 'engine', 'layers', 'chosen', 'Limits', 'environment', 'arguments',
-           'sweep', 'Oci']
+           'sweep', 'contained', 'Oci']
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #18013022
 import json, os, platform, secrets, shutil, subprocess, sys
@@ -13,14 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ...core.kit.procs import stamp, stamp_lives
 from . import pipeline
 from .executors import (LIMIT_S, WARM, ExecutionError, WorkerProcess,
                                               asked, pool_folder, unfit)
 from ..spec.manifest import Container, Software
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #c481ab67
 MEMORY_GB, CPUS, PIDS = 4., 2., 64   # of a container
+
 FITS: dict[str, str] = {}            # software and image that were checked: what was found
+
 QUIET = {"PODMAN_IGNORE_CGROUPSV1_WARNING": "1"}
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #481e6376
@@ -34,22 +39,27 @@ def engine(which: str | None = None) -> list[str]:
         raise ExecutionError(f"no container engine: {' or '.join(names)} is needed (Debian: apt "
                              "install podman runc); the executors inprocess and venv need none")
     if found == "docker": return ["docker"]
-    return ["podman", "--cgroup-manager=cgroupfs", *(["--runtime", "runc"] if shutil.which("runc") else [])]
+    return ["podman", "--cgroup-manager=cgroupfs",
+            *(["--runtime", "runc"] if shutil.which("runc") else [])]
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #fccca63f
 def _engine(command: Sequence[str], *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*command, *args], capture_output=True, text=True, env={**os.environ, **QUIET})
+    return subprocess.run([*command, *args], capture_output=True, text=True,
+                          env={**os.environ, **QUIET})
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #034e93c1
 def layers(command: Sequence[str], image: str) -> list[str]:
     "List the sha256 of an image's layers. Raises ExecutionError if the engine has no such image."
     done = _engine(command, "image", "inspect", image)
     if done.returncode:
         raise ExecutionError(f"image {image!r} is not on this machine (nothing is pulled): "
-                             f"{done.stderr.strip().splitlines()[-1] if done.stderr.strip() else ''}")
+                             f"{(done.stderr.strip() or ' ').splitlines()[-1]}")
     found = json.loads(done.stdout)[0]["RootFS"].get("Layers") or []
     return [layer.removeprefix("sha256:") for layer in found]
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #29c63232
 def chosen(software: Software) -> Container:
-    "Choose the container for this machine's architecture. Raises ExecutionError naming what there is."
+    "Choose the container for this machine. Raises ExecutionError naming what there is."
     arch = platform.machine()
     found = software.container.get(arch) or software.container.get("any")
     if found is None or not found.image:
@@ -60,19 +70,22 @@ def chosen(software: Software) -> Container:
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #aaea65d8
 @dataclass(frozen=True)
 class Limits:
-    "What a container may use. memory_gb: GiB. cpus: cores. pids: processes. limit_s: seconds a job."
+    "Bound a container. memory_gb: GiB. cpus: cores. pids: processes. limit_s: seconds a job."
     memory_gb: float = MEMORY_GB
     cpus: float = CPUS
     pids: int = PIDS
     limit_s: float = LIMIT_S
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #b2142913
 def environment() -> list[Path]:
     "List the folders of this Python and its libraries, to be mounted."
     base = Path(sys.base_prefix)
     folders = {Path(sys.prefix), base, Path(pipeline.__file__).resolve().parent}
-    folders |= {Path(p) for p in sys.path if p and Path(p).is_dir() and Path(p).name.endswith("-packages")}
+    folders |= {Path(p) for p in sys.path if p and Path(p).is_dir()
+                and Path(p).name.endswith("-packages")}
     return sorted(p for p in folders if not any(p != q and p.is_relative_to(q) for q in folders))
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #28150504
 def arguments(command: Sequence[str], image: str, name: str, python: str, pool: Path | None,
               readable: Sequence[Path], env: dict[str, str], limits: Limits) -> list[str]:
     """Make the command that starts a worker in a container, the same for podman and docker.
@@ -81,7 +94,8 @@ def arguments(command: Sequence[str], image: str, name: str, python: str, pool: 
     memory, the only thing that it can write beside /tmp."""
     mounts = [f"type=bind,source={p},target={p},readonly" for p in readable]
     if pool: mounts.append(f"type=bind,source={pool},target=/opml")
-    own = ["--tmpfs", "/root:mode=755"] if any(Path("/root") in Path(p).parents for p in readable) else []
+    own = ["--tmpfs", "/root:mode=755"] if any(Path("/root") in Path(p).parents
+                                               for p in readable) else []
     return [*command, "run", "--rm", "-i", "--name", name, "--pull=never", "--network", "none",
             "--read-only", "--tmpfs", "/tmp", *own, "--cap-drop", "all",
             "--security-opt", "no-new-privileges", "--user", "65534:65534",
@@ -97,6 +111,11 @@ def sweep(command: Sequence[str]) -> list[str]:
     gone = [n for n in names if not stamp_lives(n.removeprefix("opml-"))]
     for name in gone: _engine(command, "rm", "-f", "-t", "0", name)
     return gone
+
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #39af673d
+def contained(software: Software, own_python: bool = False, **limits: Any) -> "Oci":
+    "Make the executor of `software`; limits: of the container, see `Limits`."
+    return Oci(software, Limits(**limits), own_python)
 
 @dataclass
 class Oci:
@@ -116,23 +135,11 @@ class Oci:
         have = layers(self.command, self.image)
         if wanted.layers and have != wanted.layers:
             raise ExecutionError(f"{self.software.id}: image {self.image!r} has the layers "
-                                 f"{[x[:12] for x in have]}, expected {[x[:12] for x in wanted.layers]}")
+                                 f"{[x[:12] for x in have]}, expected "
+                                 f"{[x[:12] for x in wanted.layers]}")
         key = f"{self.software.digest}{have}{self.own_python}"
         if key not in FITS: FITS[key] = self._checked(have)
         return FITS[key]
-
-    def _checked(self, have: list[str]) -> str:
-        "Start the image's Python once, and look at the libraries that it sees."
-        sweep(self.command)
-        version, lib = asked(self.argv(None), self.software)
-        if lacks := unfit(self.software, version, lib):
-            raise ExecutionError(f"{self.software.id} doesn't fit image {self.image!r}: {'; '.join(lacks)}")
-        return f"Python {version}, image {self.image}, layer {have[0][:12] if have else 'none'}"
-
-    @property
-    def python(self) -> str:
-        "The Python in the container."
-        return "/usr/bin/python3" if self.own_python else sys.executable
 
     def argv(self, pool: Path | None, paths: Iterable[Path] = ()) -> list[str]:
         "Make the command that starts the container's Python; the container is named after us."
@@ -141,18 +148,39 @@ class Oci:
         return arguments(self.command, self.image, name, self.python, pool, [*own, *paths],
                          self.software.env, self.limits)
 
-    def __call__(self, job: dict[str, Any], data: Any, paths: Iterable[Path] = ()) -> dict[str, Any]:
-        "Run a job in the container; it sees the files `paths`, and can't change them."
-        paths = sorted({Path(p).resolve() for p in paths})
-        key = self.name, f"{self.software.digest}{self.own_python}{self.limits}{paths}"
-        if key not in WARM or not WARM[key].alive:
-            folder = pool_folder()
-            os.chmod(folder, 0o777)
-            argv = [*self.argv(folder, paths), str(Path(pipeline.__file__).resolve())]
-            WARM[key] = WorkerProcess(argv, {**os.environ, **QUIET}, "/opml", folder)
-        self.key = key
-        return WARM[key].ask(job, data, self.limits.limit_s)
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #ea948691
+@patch
+def _checked(self: Oci, have: list[str]) -> str:
+    "Start the image's Python once, and look at the libraries that it sees."
+    sweep(self.command)
+    if not have: raise ExecutionError(f"image {self.image!r} is empty: it has no layer")
+    version, lib = asked(self.argv(None), self.software)
+    if lacks := unfit(self.software, version, lib):
+        raise ExecutionError(f"{self.software.id} doesn't fit image {self.image!r}: "
+                             f"{'; '.join(lacks)}")
+    return f"Python {version}, image {self.image}, layer {have[0][:12]}"
 
-    def close(self) -> None:
-        "End the container."
-        if worker := WARM.pop(getattr(self, "key", ("", "")), None): worker.close()
+@patch(as_prop=True)
+def python(self: Oci) -> str:
+    "Name the Python in the container."
+    return "/usr/bin/python3" if self.own_python else sys.executable
+
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #c0d26c87
+@patch
+def __call__(self: Oci, job: dict[str, Any], data: Any,
+             paths: Iterable[Path] = ()) -> dict[str, Any]:
+    "Run a job in the container; it sees the files `paths`, and can't change them."
+    paths = sorted({Path(p).resolve() for p in paths})
+    key = self.name, f"{self.software.digest}{self.own_python}{self.limits}{paths}"
+    if key not in WARM or not WARM[key].alive:
+        folder = pool_folder()
+        os.chmod(folder, 0o777)
+        argv = [*self.argv(folder, paths), str(Path(pipeline.__file__).resolve())]
+        WARM[key] = WorkerProcess(argv, {**os.environ, **QUIET}, "/opml", folder)
+    self.key = key
+    return WARM[key].ask(job, data, self.limits.limit_s)
+
+@patch
+def close(self: Oci) -> None:
+    "End the container."
+    if worker := WARM.pop(getattr(self, "key", ("", "")), None): worker.close()

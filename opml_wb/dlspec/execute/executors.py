@@ -19,18 +19,18 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from ...core.kit.procs import stamp, stamp_lives
 from ...core.record.folder import home
+
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #3c99a7c6
 from . import pipeline
 from ..spec.manifest import Software
-
 EXECUTORS = "inprocess", "venv", "oci"
 LIMIT_S = 600.   # of one job in a worker
-
 class ExecutionError(RuntimeError):
     "A task that could not be executed; says what is missing, or shows the stage's own traceback."
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #937ba055
 def _required(software: Software) -> dict[str, SpecifierSet]:
-    "Map each distribution to the versions asked for. Raises ExecutionError naming what can't be read."
+    "Map distributions to the versions asked for. Raises ExecutionError for what can't be read."
     out = {}
     for name, versions in software.libraries.items():
         try: out[name] = SpecifierSet(versions)
@@ -39,18 +39,21 @@ def _required(software: Software) -> dict[str, SpecifierSet]:
                                  "specifier such as >=2,<3") from None
     return out
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #f54a1be8
 def _python(software: Software) -> SpecifierSet:
     try: return SpecifierSet(software.python)
     except InvalidSpecifier:
         raise ExecutionError(f"{software.id}: python: {software.python!r} is no version specifier "
                              "such as >=3.11") from None
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #c210d3ed
 def unfit(software: Software, python: str, have: dict[str, str | None]) -> list[str]:
     """List what of `software` an environment lacks, in words; empty: it fits.
 
     python: its version. have: {distribution: its version there, or None}."""
     out = []
-    if python not in _python(software): out.append(f"Python {python}, asked for is {software.python}")
+    if python not in _python(software):
+        out.append(f"Python {python}, asked for is {software.python}")
     for name, versions in _required(software).items():
         if (there := have.get(name)) is None: out.append(f"{name} is not installed")
         elif not versions.contains(there, prereleases=True):
@@ -69,6 +72,7 @@ def _environment(env: dict[str, str]) -> Iterator[None]:
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #a430ad71
 class InProcess:
     """Runs stages in this process: no files, no copies; what a library read from the environment
     when it was imported stays."""
@@ -80,15 +84,18 @@ class InProcess:
         "Check that this environment fits. Raises ExecutionError before anything is fetched."
         have = {name: _installed(name) for name in self.software.libraries}
         if lacks := unfit(self.software, platform.python_version(), have):
-            raise ExecutionError(f"{self.software.id} doesn't fit this environment: {'; '.join(lacks)}")
+            raise ExecutionError(f"{self.software.id} doesn't fit this environment: "
+                                 f"{'; '.join(lacks)}")
         return f"Python {platform.python_version()}, this process"
 
-    def __call__(self, job: dict[str, Any], data: Any, paths: Iterable[Path] = ()) -> dict[str, Any]:
+    def __call__(self, job: dict[str, Any], data: Any,
+                 paths: Iterable[Path] = ()) -> dict[str, Any]:
         "Run a job, see `pipeline.Pipeline`."
         with _environment(self.software.env): return pipeline.Pipeline(job)(data)
 
     def close(self) -> None: "Nothing is left to end."
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #21b6f9af
 def _installed(name: str) -> str | None:
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
@@ -96,6 +103,7 @@ def _installed(name: str) -> str | None:
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #d57f9f98
 SHM = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(os.environ.get("TMPDIR", "/tmp"))
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #faaed85c
 class WorkerProcess:
     """A process that answers jobs. argv: its command, to which `--serve POOL` is added.
 
@@ -115,13 +123,16 @@ class WorkerProcess:
     def alive(self) -> bool: return self.process.poll() is None
 
     def said(self) -> str:
-        "The end of what it wrote to standard error."
-        return (self.process.stderr.read() or b"").decode(errors="replace")[-2000:].strip()   # type: ignore[union-attr]
+        "Read the end of what it wrote to standard error."
+        text = self.process.stderr.read() or b""   # type: ignore[union-attr]
+        return text.decode(errors="replace")[-2000:].strip()
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #5106a04d
 def pool_folder() -> Path:
     "Make a folder for shared memory, named after this process."
     for left in SHM.glob("opml-dlspec-*"):
-        if not stamp_lives(left.name.removeprefix("opml-dlspec-")): shutil.rmtree(left, ignore_errors=True)
+        if not stamp_lives(left.name.removeprefix("opml-dlspec-")):
+            shutil.rmtree(left, ignore_errors=True)
     folder = SHM/f"opml-dlspec-{stamp()}.{secrets.token_hex(8)}"
     folder.mkdir(mode=0o711)
     return folder
@@ -139,6 +150,7 @@ def line(self: WorkerProcess, limit_s: float) -> bytes:
     out, _, self.rest = self.rest.partition(b"\n")
     return out
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #a3f1fea0
 @patch
 def ask(self: WorkerProcess, job: dict[str, Any], data: Any, limit_s: float) -> dict[str, Any]:
     """Run a job on `data`. Raises ExecutionError: with the stage's traceback, or saying how the
@@ -146,7 +158,8 @@ def ask(self: WorkerProcess, job: dict[str, Any], data: Any, limit_s: float) -> 
     self.pool.used = 0
     sent = json.dumps({**job, "data": pipeline.encode(data, self.pool)}) + "\n"
     try:
-        self.process.stdin.write(sent.encode()); self.process.stdin.flush()   # type: ignore[union-attr]
+        self.process.stdin.write(sent.encode())   # type: ignore[union-attr]
+        self.process.stdin.flush()                # type: ignore[union-attr]
         line = self.line(limit_s)
     except BrokenPipeError: line = b""
     except TimeoutError:
@@ -155,11 +168,13 @@ def ask(self: WorkerProcess, job: dict[str, Any], data: Any, limit_s: float) -> 
     if not line:
         rc = self.process.wait()
         why = {137: "out of memory, or killed", -9: "killed"}.get(rc, f"exit code {rc}")
-        raise ExecutionError(f"the worker ended: {why}" + (f": {said}" if (said := self.said()) else ""))
+        said = self.said()
+        raise ExecutionError(f"the worker ended: {why}" + (f": {said}" if said else ""))
     answer = json.loads(line)
     if "failed" in answer: raise ExecutionError(answer["failed"].rstrip())
     return pipeline.decode(answer["ok"], self.pool)
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #45b1c1c4
 @patch
 def close(self: WorkerProcess) -> None:
     "End the process and give the memory back."
@@ -179,6 +194,7 @@ def close_all() -> None:
 
 atexit.register(close_all)
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #935f5ccc
 ASKING = """import json, sys
 from importlib import metadata
 def version(name):
@@ -186,11 +202,14 @@ def version(name):
     except metadata.PackageNotFoundError: return None
 print(json.dumps([sys.version.split()[0], {name: version(name) for name in sys.argv[1:]}]))"""
 
+# %% ../../../nbs/dlspec/execute/04_executors.ipynb #aa7c96a1
 def asked(argv: Sequence[str], software: Software) -> tuple[str, dict[str, str | None]]:
     "Ask the Python that `argv` starts for its version and those of the libraries."
-    done = subprocess.run([*argv, "-c", ASKING, *software.libraries], capture_output=True, text=True)
+    done = subprocess.run([*argv, "-c", ASKING, *software.libraries], capture_output=True,
+                          text=True)
     if done.returncode:
-        raise ExecutionError(f"{software.id}: {' '.join(argv[:2])} ... ended with {done.returncode}: "
+        command = " ".join(argv[:2])
+        raise ExecutionError(f"{software.id}: {command} ... ended with {done.returncode}: "
                              f"{done.stderr.strip()[-500:]}")
     return tuple(json.loads(done.stdout))
 
@@ -211,15 +230,18 @@ class Venv:
         "Check that the environment fits. Raises ExecutionError before anything is fetched."
         version, have = asked([self.python], self.software)
         if lacks := unfit(self.software, version, have):
-            raise ExecutionError(f"{self.software.id} doesn't fit {self.python}: {'; '.join(lacks)}; "
+            told = "; ".join(lacks)
+            raise ExecutionError(f"{self.software.id} doesn't fit {self.python}: {told}; "
                                  f"make one that does: opml dlspec build {self.software.id}")
         return f"Python {version}, {self.python}"
 
-    def __call__(self, job: dict[str, Any], data: Any, paths: Iterable[Path] = ()) -> dict[str, Any]:
+    def __call__(self, job: dict[str, Any], data: Any,
+                 paths: Iterable[Path] = ()) -> dict[str, Any]:
         "Run a job in the warm worker."
         key = self.name, self.software.digest
         if key not in WARM or not WARM[key].alive:
-            WARM[key] = WorkerProcess([self.python, pipeline.__file__], {**os.environ, **self.software.env})
+            WARM[key] = WorkerProcess([self.python, pipeline.__file__],
+                                      {**os.environ, **self.software.env})
         return WARM[key].ask(job, data, self.limit_s)
 
     def close(self) -> None:

@@ -21,14 +21,15 @@ from ..spec.manifest import Hardware, Settings
 # %% ../../../nbs/dlspec/execute/03_hardware.ipynb #dee104ee
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has. arch: as `uname -m` says. cores: that this process may use. memory_gb:
-    GiB. isa: flags of its CPU. accelerators: {kind: [memory in GiB, ...]}."""
+    """Hold what a machine has. arch: as `uname -m` says. cores: that this process may use.
+    memory_gb: GiB. isa: flags of its CPU. accelerators: {kind: [memory in GiB, ...]}."""
     arch: str
     cores: int
     memory_gb: float
     isa: frozenset[str]
     accelerators: dict[str, list[float]]
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #99fa58a4
 def _flags() -> frozenset[str]:
     "The CPU's flags, as Linux lists them; empty elsewhere."
     try: text = Path("/proc/cpuinfo").read_text()
@@ -36,6 +37,7 @@ def _flags() -> frozenset[str]:
     lines = (line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
     return frozenset(next(lines, ":").partition(":")[2].split())
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #29f555e2
 def _cuda() -> list[float]:
     "Memory of each CUDA device in GiB."
     import shutil, subprocess
@@ -44,11 +46,13 @@ def _cuda() -> list[float]:
     done = subprocess.run(ask, capture_output=True, text=True, timeout=20)
     return [float(line) / 1024 for line in done.stdout.split()] if not done.returncode else []
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #0fa48fd2
 @lru_cache(1)
 def machine() -> Machine:
     "Look at this machine, once."
     import psutil
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pinned = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
     cuda = _cuda()
     return Machine(platform.machine(), cores, psutil.virtual_memory().total / 2**30, _flags(),
                    {"cuda": cuda} if cuda else {})
@@ -85,6 +89,7 @@ def _chosen(text: str) -> str:
     "The choice in brackets, as in 'always [madvise] never'."
     return text.partition("[")[2].partition("]")[0] or text.strip()
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #c518cd46
 KNOBS: dict[str, list[Knob]] = {
     "turbo": [Knob(f"{CPU}/intel_pstate/no_turbo", lambda on: "0" if on else "1"),
               Knob(f"{CPU}/cpufreq/boost", lambda on: "1" if on else "0")],
@@ -126,6 +131,7 @@ class Journal:
             out += was
         return out
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #ce98ddd6
 def _written_back(was: dict[str, str]) -> list[str]:
     "Write the texts to their files; those that refuse."
     failed = []
@@ -153,6 +159,7 @@ def _set(name: str, value: object, root: Path, journal: Journal) -> str:
         return "set"
     return "unsupported"
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #ff6df349
 def _pinned(cpus: list[int]) -> str:
     "Let this process run on `cpus` only."
     if not hasattr(os, "sched_setaffinity"): return "unsupported"

@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from ...core.kit.files import fsync, remove
 from ...core.kit.words import unsecret
 from ...core.record.folder import home
+
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #ab94ac0e
 from ..spec.manifest import Resource
-
 BLOCK, PATIENCE_S, MOST_UNPACKED = 1 << 20, 60, 64 << 30
-
 class ResourceError(ValueError):
     "A resource that can't be had, or isn't what its manifest says; names its URL and the remedy."
 
@@ -34,6 +34,7 @@ def _http(url: str, start: int) -> Iterator[bytes]:
         if start and getattr(answer, "status", 200) != 206: yield b""
         while block := answer.read(BLOCK): yield block
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #dfe13311
 def _opened(url: str, start: int) -> Iterator[bytes]:
     "Blocks of a file that fsspec opens: file, s3, gs, az, ftp, ..."
     import fsspec
@@ -41,6 +42,7 @@ def _opened(url: str, start: int) -> Iterator[bytes]:
         f.seek(start)
         while block := f.read(BLOCK): yield block
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #d9e44a7e
 def installed(url: str) -> Path:
     """Find the file that pypi:DISTRIBUTION/PATH names in an installed distribution.
 
@@ -66,7 +68,8 @@ def blocks(url: str, start: int = 0) -> Iterator[bytes]:
         elif scheme == "pypi": yield from _opened(str(installed(url)), start)
         else: yield from _opened(url, start)
     except HTTPError as e:
-        raise ResourceError(f"{unsecret(url, url)}: the server answers {e.code} {e.reason}") from None
+        why = f"the server answers {e.code} {e.reason}"
+        raise ResourceError(f"{unsecret(url, url)}: {why}") from None
     except (OSError, URLError) as e:
         raise ResourceError(f"{unsecret(url, url)}: {getattr(e, 'reason', e)}") from None
     except (ImportError, ValueError) as e:
@@ -85,6 +88,7 @@ def _alone(file: Path) -> Iterator[None]:
 def _hash(path: Path, kind: str) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, kind).hexdigest()
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #42d75e07
 def _transfer(url: str, part: Path) -> None:
     "Append what is missing to `part`, flushed to the disk."
     with open(part, "ab") as f:
@@ -106,7 +110,9 @@ class Resources:
     fetched: int = 0
 
     def place(self, r: Resource) -> Path:
-        "The file of a resource, whether it is there or not. Raises ResourceError if nothing names it."
+        """Name the file of a resource, whether it is there or not.
+
+        Raises ResourceError if nothing names it."""
         if r.sha256: return self.root/r.sha256
         if r.md5: return self.root/f"md5-{r.md5}"
         if r.url not in self.allow and "*" not in self.allow:
@@ -140,6 +146,7 @@ def fetch(self: Resources, r: Resource) -> Path:
     self._note(r, file)
     return self._unpacked(r, file) if r.unpack else file
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #a93d4306
 @patch
 def _fetch(self: Resources, r: Resource, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
@@ -169,6 +176,7 @@ def _inside(name: str, url: str) -> PurePosixPath:
         raise ResourceError(f"{url}: the archive names {name!r}, outside of its folder")
     return path
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #72f910ce
 def _entries(file: Path, url: str) -> Iterator[tuple[str, int, object]]:
     "Plain files of a zip or tar archive: (name, bytes, function that opens it)."
     if zipfile.is_zipfile(file):
@@ -182,7 +190,8 @@ def _entries(file: Path, url: str) -> Iterator[tuple[str, int, object]]:
             for member in t:
                 if not (member.isfile() or member.isdir()):
                     raise ResourceError(f"{url}: {member.name!r} in the archive is no plain file")
-                if member.isfile(): yield member.name, member.size, lambda m=member: t.extractfile(m)
+                if not member.isfile(): continue
+                yield member.name, member.size, lambda m=member: t.extractfile(m)
     else: raise ResourceError(f"{url}: neither a zip nor a tar archive, so it can't be unpacked")
 
 # %% ../../../nbs/dlspec/execute/01_resources.ipynb #55021068
@@ -202,6 +211,7 @@ def unpack(file: Path, to: Path, url: str) -> None:
         raise ResourceError(f"{url}: can't be unpacked: {e}") from None
     except ResourceError: remove(to); raise
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #a07c338a
 @patch
 def _unpacked(self: Resources, r: Resource, file: Path) -> Path:
     folder, part = file.with_name(f"{file.name}.d"), file.with_name(f"{file.name}.d.part")

@@ -19,24 +19,24 @@ from fastcore.basics import patch
 from ...core.kit.words import check_choice
 from . import hardware as machines
 from .container import Oci
+
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #6168eadb
 from .executors import EXECUTORS, ExecutionError, InProcess, Venv
 from .resources import Resources
 from ..spec import code
 from ..spec.catalog import Catalog, stages_of
 from ..spec.manifest import (ASPECTS, WEIGHTS, Dataset, Hardware, Manifest, Metric,
                                           Model, ReferenceLog, Resource, Software, Task, Used)
-
 if TYPE_CHECKING: import pandas as pd
-
 SCENARIOS = "single-stream", "offline"
 MOST_OUTPUT = 10_000   # characters of outputs that a log holds itself; of more it holds the hash
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #48d6c765
 @dataclass
 class Result:
-    """What came of a task. outputs: of the last stage. metrics: {name: value}. trace: DataFrame
-    step, callout, seconds, note, in the order executed. log: ReferenceLog. matches: {name: whether
-    it is as in the task's own log}. model: in training mode the new Model, else None."""
+    """Hold what came of a task. outputs: of the last stage. metrics: {name: value}. trace:
+    DataFrame step, callout, seconds, note, in the order executed. log: ReferenceLog. matches:
+    {name: whether it is as in the task's own log}. model: in training mode the new Model, else None."""
     outputs: Any
     metrics: dict[str, float]
     trace: "pd.DataFrame"
@@ -47,11 +47,14 @@ class Result:
     model: Model | None = None
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{k} {v:.4g}" for k, v in self.metrics.items() if isinstance(v, int | float))
+        told = ", ".join(f"{k} {v:.4g}" for k,
+                         v in self.metrics.items() if isinstance(v, int | float))
         off = [k for k, ok in self.matches.items() if not ok]
-        match = f"; not as in the log: {', '.join(off)}" if off else "; as in the log" if self.matches else ""
+        match = f"; not as in the log: {', '.join(off)}" if off else ""
+        if self.matches and not off: match = "; as in the log"
         return f"Result({self.executor}, {self.weights_class}: {told}{match})"
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #a2e6a2e0
 class Trace:
     "The steps of a run as they happen."
     def __init__(self) -> None: self.rows: list[tuple[str, int, float, str]] = []
@@ -80,6 +83,7 @@ def listed(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value): return repr(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #bfa72cb6
 def size_of(value: Any, most: int) -> int:
     "Count the values in outputs, up to about `most`: a list is one, too, beside its items."
     if hasattr(value, "shape"): return math.prod(value.shape)
@@ -91,6 +95,7 @@ def size_of(value: Any, most: int) -> int:
         n += size_of(one, most)
     return n
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #7e953bbf
 def fingerprint(value: Any) -> str:
     "Compute the sha256 of outputs: of their values, and of the types of arrays."
     h = hashlib.sha256()
@@ -120,12 +125,14 @@ def close(a: Any, b: Any, tolerance: float = 1e-6) -> bool:
         return numbers and math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
     return type(a) is type(b) and a == b
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #4668b62f
 def matched(expected: ReferenceLog, outputs: Any, metrics: dict[str, float]) -> dict[str, bool]:
     "Compare what came out with a reference log: {name: whether it is as expected}."
     out = {name: name in metrics and abs(metrics[name] - m.value) <= m.tolerance + 1e-12
            for name, m in expected.metrics.items()}
     if expected.outputs is not None:
-        out["outputs"] = size_of(outputs, MOST_OUTPUT) <= MOST_OUTPUT and close(listed(outputs), expected.outputs)
+        short = size_of(outputs, MOST_OUTPUT) <= MOST_OUTPUT
+        out["outputs"] = short and close(listed(outputs), expected.outputs)
     elif expected.outputs_sha256: out["outputs"] = fingerprint(outputs) == expected.outputs_sha256
     return out
 
@@ -143,11 +150,13 @@ class Parts:
         "Say exactly which manifests these are: by aspect, ID and digest."
         return {a: Used(id=m.id, digest=m.digest) for a in ASPECTS for m in [getattr(self, a)]}
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #632494ad
 def found(task: Task, catalog: Catalog | None) -> Parts:
     "Find a task's manifests. Raises ManifestError for a reference that nothing satisfies."
     catalog = catalog if catalog is not None else Catalog()
     return Parts(task, *(catalog.get(getattr(task, a)) for a in ASPECTS))
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #cc2badc7
 def _stages(parts: Parts) -> list[list[str]]:
     "The stages of a task in their order, [stage, name, text]. Raises ExecutionError for none."
     model, wanted = parts.model, "train" if parts.task.mode == "training" else "run"
@@ -171,9 +180,11 @@ def context(parts: Parts, files: dict[str, str]) -> dict[str, Any]:
             "dataset": told(parts.dataset, "split", "attributes", "items"),
             "software": told(parts.software), "hardware": told(parts.hardware)}
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #a1218628
 def environment_facts(software: Software, note: str) -> dict[str, Any]:
     "Tell what equal bits depend on: versions, threads, CPU."
-    isa = sorted(machines.machine().isa & {"avx", "avx2", "avx512f", "fma", "sse4_2", "asimd", "sve"})
+    isa = sorted(machines.machine().isa & {"avx", "avx2", "avx512f", "fma", "sse4_2", "asimd",
+                                           "sve"})
     return {"executed": note, "arch": platform.machine(), "isa": isa,
             "threads": software.env.get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "")),
             "libraries": dict(software.libraries)}
@@ -181,6 +192,7 @@ def environment_facts(software: Software, note: str) -> dict[str, Any]:
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #5828b473
 MAKE = {"inprocess": InProcess, "venv": Venv, "oci": Oci}
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #e0ba182b
 @dataclass
 class Run:
     "One run of a task as it goes on. See `run` for the options."
@@ -195,6 +207,7 @@ class Run:
         "Fetch resources: {name: path}."
         return {r.file: str(self.resources.fetch(r)) for r in resources}
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #8757befb
 @patch
 def data(self: Run, given: Any) -> Any:
     "Steps 4 to 6: the data set's files; or `given` in their place."
@@ -244,12 +257,15 @@ def _log(parts: Parts, answer: dict[str, Any], note: str) -> ReferenceLog:
                         outputs_sha256=fingerprint(answer["outputs"]),
                         environment=environment_facts(parts.software, note))
 
+# %% ../../../nbs/dlspec/execute/06_runtime.ipynb #f10219f9
 def trained(parts: Parts, artifacts: Any, folder: Path) -> Model:
     """Write the artifacts of a training, and make the manifest of the model that they are.
 
     artifacts: {file name: bytes}. Raises ExecutionError for anything else."""
-    good = isinstance(artifacts, dict) and artifacts and all(isinstance(v, bytes) for v in artifacts.values())
-    if not good: raise ExecutionError(f"{parts.model.id}: stage train must give {{file name: bytes}}")
+    good = isinstance(artifacts,
+                      dict) and artifacts and all(isinstance(v, bytes) for v in artifacts.values())
+    if not good:
+        raise ExecutionError(f"{parts.model.id}: stage train must give {{file name: bytes}}")
     folder.mkdir(parents=True, exist_ok=True)
     resources = []
     for name, data in artifacts.items():
@@ -264,7 +280,8 @@ def trained(parts: Parts, artifacts: Any, folder: Path) -> Model:
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #975448bb
 def run(task: Task, *, executor: str = "inprocess", catalog: Catalog | None = None,
         scenario: str | None = None, batch: int | None = None, repeats: int = 1,
-        allow_unverified: Collection[str] = (), data: Any = None, out: str | os.PathLike | None = None,
+        allow_unverified: Collection[str] = (), data: Any = None,
+        out: str | os.PathLike | None = None,
         sysfs: str | os.PathLike = "/sys", **limits: Any) -> Result:
     """Run a task: a Result.
 
@@ -282,7 +299,8 @@ def run(task: Task, *, executor: str = "inprocess", catalog: Catalog | None = No
         if lacks := machines.unmet(parts.hardware):
             raise ExecutionError(f"{parts.hardware.id} is not met: {'; '.join(lacks)}")
     _stages(parts)
-    one = Run(parts, MAKE[executor](parts.software, **limits), Resources(allow=allow_unverified), trace,
+    one = Run(parts, MAKE[executor](parts.software, **limits), Resources(allow=allow_unverified),
+              trace,
               dict(batch=batch, scenario=scenario, repeats=repeats))
     with ExitStack() as stack:
         with trace.step("set up the machine", 2) as notes:
@@ -302,6 +320,7 @@ def _result(one: Run, answer: dict[str, Any], out: str | os.PathLike | None) -> 
     matches = matched(expected, answer["outputs"], answer["metrics"]) if expected else {}
     model = None
     if task.mode == "training":
-        model = trained(one.parts, answer["outputs"], Path(out or one.resources.root.parent/"dlspec"/"trained"/task.name))
+        model = trained(one.parts, answer["outputs"],
+                        Path(out or one.resources.root.parent/"dlspec"/"trained"/task.name))
     return Result(answer["outputs"], answer["metrics"], one.trace.frame(), log, one.executor.name,
                   one.parts.model.weights_class, matches, model)

@@ -10,7 +10,6 @@ __all__ = ['MOST_BYTES', 'MOST_DEPTH', 'MOST_NODES', 'Place', 'WHOLE', 'REAL', '
 import os, re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,7 +22,8 @@ Place = tuple[str | int, ...]   # the way to a value: keys and indices from the 
 class ManifestError(ValueError):
     """A manifest that can't be read, or isn't valid.
 
-    reason: what is wrong and what was expected. file, line: where (line from 1), as far as known."""
+    reason: what is wrong and what was expected. file, line: where (line from 1), as far as
+    known."""
     def __init__(self, reason: str, file: str | os.PathLike | None = None,
                  line: int | None = None) -> None:
         self.reason, self.file, self.line = reason, None if file is None else str(file), line
@@ -33,7 +33,7 @@ class ManifestError(ValueError):
 # %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #7efc5c12
 @dataclass
 class Document:
-    """What a YAML file says. `data`: JSON values. `lines`: {place: line}, from 1, of each value.
+    """Hold what a YAML file says. `data`: JSON values. `lines`: {place: line}, from 1.
     `warnings`: what a lenient reader put up with. `file`: its name, or None."""
     data: Any
     lines: dict[Place, int] = field(default_factory=dict)
@@ -52,7 +52,10 @@ class Document:
 
 # %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #4383a34d
 WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)")
+
 REAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(\.\d*)?[eE][-+]?\d+)")
+
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #f1b3987e
 DOUBTFUL = {   # what another reader of YAML takes for something else than it looks like
     "a truth value in YAML 1.1": re.compile(r"(?i)(y|n|yes|no|on|off)"),
     "an octal number": re.compile(r"[-+]?0(o[0-7]+|\d+)"),
@@ -62,6 +65,8 @@ DOUBTFUL = {   # what another reader of YAML takes for something else than it lo
     "no finite number": re.compile(r"(?i)[-+]?\.(inf|nan)"),
     "a date": re.compile(r"\d{4}-\d\d?-\d\d?([Tt ].*)?"),
 }
+
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #44d98362
 WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True,
          "TRUE": True, "false": False, "False": False, "FALSE": False}
 
@@ -71,6 +76,7 @@ def doubt(text: str) -> str:
     if found or not REAL.fullmatch(text): return found
     return "" if abs(float(text)) < float("inf") else "no finite number"
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #a55908c3
 def plain(text: str) -> Any:
     "Give the value of the plain scalar `text`, of which there is no doubt: JSON value."
     if text in WORDS: return WORDS[text]
@@ -118,7 +124,8 @@ def node(self: Reader, event: ev.Event, place: Place) -> Any:
     if len(place) > MOST_DEPTH: self.refuse(event, f"nested more than {MOST_DEPTH} deep")
     if isinstance(event, ev.AliasEvent): return self.alias(event)
     if event.tag is not None:
-        self.refuse(event, f"the tag {event.tag!r}: a manifest has plain values only", "passed over")
+        self.refuse(event, f"the tag {event.tag!r}: a manifest has plain values only",
+                    "passed over")
     if isinstance(event, ev.ScalarEvent): value = self.scalar(event)
     elif isinstance(event, ev.SequenceStartEvent): value = self.sequence(place)
     else: value = self.mapping(place)
@@ -139,6 +146,7 @@ def alias(self: Reader, event: ev.AliasEvent) -> Any:
     self.count(event, nodes)
     return value
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #d589336e
 @patch
 def sequence(self: Reader, place: Place) -> list:
     "Make a list."
@@ -159,6 +167,7 @@ def key(self: Reader, event: ev.Event, place: Place) -> str:
         value = str(said)
     return value
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #ef0fb944
 @patch
 def mapping(self: Reader, place: Place) -> dict[str, Any]:
     "Make a dict."
@@ -183,6 +192,7 @@ def text_of(file: str | os.PathLike) -> str:
         line = raw[:e.start].count(b"\n") + 1
         raise ManifestError(f"no UTF-8 at byte {e.start}", file, line) from None
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #df635742
 def parse(text: str, file: str | os.PathLike | None = None, lenient: bool = False) -> Document:
     """Read YAML or JSON: a Document.
 
@@ -193,7 +203,8 @@ def parse(text: str, file: str | os.PathLike | None = None, lenient: bool = Fals
         reader = Reader(doc, yaml.parse(text, Loader=yaml.CSafeLoader), lenient)
         for event in reader.events:
             if isinstance(event, ev.DocumentStartEvent):
-                if () in doc.lines: reader.refuse(event, "a second document: one file, one manifest")
+                if () in doc.lines:
+                    reader.refuse(event, "a second document: one file, one manifest")
                 doc.data = reader.node(next(reader.events), ())
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
@@ -201,6 +212,7 @@ def parse(text: str, file: str | os.PathLike | None = None, lenient: bool = Fals
         raise ManifestError(f"no YAML: {why}", file, mark and mark.line + 1) from None
     return doc
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #586d0b14
 def read(file: str | os.PathLike, lenient: bool = False) -> Document:
     "Read the YAML of `file`, see `parse`. Raises ManifestError with file and line."
     return parse(text_of(file), file, lenient)
