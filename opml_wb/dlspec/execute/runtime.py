@@ -145,6 +145,7 @@ class Parts:
     software: Software
     dataset: Dataset
     model: Model
+    log: ReferenceLog | None = None
 
     def used(self) -> dict[str, Used]:
         "Say exactly which manifests these are: by aspect, ID and digest."
@@ -154,7 +155,8 @@ class Parts:
 def found(task: Task, catalog: Catalog | None) -> Parts:
     "Find a task's manifests. Raises ManifestError for a reference that nothing satisfies."
     catalog = catalog if catalog is not None else Catalog()
-    return Parts(task, *(catalog.get(getattr(task, a)) for a in ASPECTS))
+    log = None if task.log is None else catalog.get(task.log)
+    return Parts(task, *(catalog.get(getattr(task, a)) for a in ASPECTS), log)
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #cc2badc7
 def _stages(parts: Parts) -> list[list[str]]:
@@ -316,7 +318,7 @@ def _result(one: Run, answer: dict[str, Any], out: str | os.PathLike | None) -> 
     "Put a run's Result together, and compare it with the task's own log."
     task, log = one.parts.task, _log(one.parts, answer, f"{one.executor.name}: {one.note}")
     for note in one.resources.notes: one.trace.rows.append(("checksum", 5, 0., note))
-    expected = task.log if isinstance(task.log, ReferenceLog) else None
+    expected = one.parts.log
     matches = matched(expected, answer["outputs"], answer["metrics"]) if expected else {}
     model = None
     if task.mode == "training":
