@@ -36,7 +36,8 @@ MOST_OUTPUT = 10_000   # characters of outputs that a log holds itself; of more 
 class Result:
     """Hold what came of a task. outputs: of the last stage. metrics: {name: value}. trace:
     DataFrame step, callout, seconds, note, in the order executed. log: ReferenceLog. matches:
-    {name: whether it is as in the task's own log}. model: in training mode the new Model, else None."""
+    {name: whether it is as in the task's own log}. model: in training mode the new
+    Model, else None."""
     outputs: Any
     metrics: dict[str, float]
     trace: "pd.DataFrame"

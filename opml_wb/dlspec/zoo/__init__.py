@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.dlspec.zoo.census import catalog, counts, frameworks, models, sweep
+    from opml_wb.dlspec.zoo.census import catalog, counts, frameworks, models
     from opml_wb.dlspec.zoo.importers import import_any, to_croissant
+    from opml_wb.dlspec.zoo.sweeping import sweep
     from opml_wb.dlspec.zoo.wheels import requirements
 
 __getattr__, __dir__, __all__ = lazy(__name__)

@@ -7,7 +7,7 @@ __all__ = ['ESTIMATORS', 'DATA', 'PICTURE', 'TRAIN', 'RUN', 'ACCURACY', 'R2', 'u
 
 # %% ../../../nbs/dlspec/zoo/04_trainings.ipynb #71cf7aec
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..execute.runtime import run
@@ -25,8 +25,8 @@ ESTIMATORS = {   # name: (classifier, regressor), as Python
     "trees": ("sklearn.ensemble.ExtraTreesClassifier(100, random_state=0)",
               "sklearn.ensemble.ExtraTreesRegressor(100, random_state=0)"),
     "bayes": ("sklearn.naive_bayes.GaussianNB()", "sklearn.linear_model.BayesianRidge()"),
-    "mlp": ("sklearn.neural_network.MLPClassifier(max_iter=60, random_state=0)",
-            "sklearn.neural_network.MLPRegressor(max_iter=60, random_state=0)")}
+    "mlp": ("sklearn.neural_network.MLPClassifier(max_iter=20, random_state=0)",
+            "sklearn.neural_network.MLPRegressor(max_iter=20, random_state=0)")}
 
 DATA = "iris", "wine", "breast-cancer", "digits", "diabetes", "photos"
 
@@ -59,7 +59,7 @@ TRAIN = text("""
         rows = list(data)
         x, y = np.array([r["x"] for r in rows]), np.array([r["y"] for r in rows])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # that 60 steps are no convergence
+            warnings.simplefilter("ignore")      # that 20 steps are no convergence
             fitted = make_pipeline(StandardScaler(), made).fit(x, y)
         out = io.BytesIO()
         joblib.dump(fitted, out)
@@ -109,9 +109,9 @@ def untrained(data: str, name: str) -> Model:
                  attributes={"software": "scikit-learn", "estimator": ESTIMATORS[name][number]},
                  origin="rule opml_wb.dlspec.zoo.trainings")
 
-def trainings() -> Iterator[tuple[Model, Task]]:
-    "Give each model to be trained, and its training task."
-    for data in DATA:
+def trainings(datasets: Iterable[str] = DATA) -> Iterator[tuple[Model, Task]]:
+    "Give each model to be trained on the data sets, and its training task."
+    for data in datasets:
         for name in ESTIMATORS:
             model = untrained(data, name)
             yield model, task_of(model, f"dataset/{data}-train@^1", "training")

@@ -21,7 +21,8 @@ def named(licence: str) -> str:
     "Name a licence by its text; '' for one that isn't known here."
     said = " ".join(licence.split())
     known = {"Apache-2.0": "Apache License Version 2.0",
-             "MIT": "Permission is hereby granted, free", "BSD": "Redistributions of source code must retain"}
+             "MIT": "Permission is hereby granted, free",
+             "BSD": "Redistributions of source code must retain"}
     return next((name for name, words in known.items() if words in said), "")
 
 # %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #59591547
