@@ -20,5 +20,6 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.dlspec.execute.runtime import Result, run
     from opml_wb.dlspec.execute.compare import diff, vary
     from opml_wb.dlspec.zoo.importers import import_any
+    from opml_wb.dlspec.zoo.starting import init
 
 __getattr__, __dir__, __all__ = lazy(__name__)
