@@ -54,8 +54,9 @@ def readings(table: pd.DataFrame, chance: float) -> "go.Figure":
     fig.add_bar(x=list(table.index), y=table.accuracy, marker_color=colours, showlegend=False,
                 text=[f"{a:.0%}" for a in table.accuracy], textposition="outside")
     fig.add_hline(y=chance, line_dash="dash", line_color=ui.COLOURS["muted"])
-    fig.add_scatter(x=[None], y=[None], mode="lines", name="guessing",
-                    line=dict(dash="dash", color=ui.COLOURS["muted"]))
+    fig.add_annotation(x=1, xref="paper", y=chance, text="guessing", showarrow=False,
+                       xanchor="left", font_color=ui.COLOURS["muted"])
+    fig.update_layout(margin_r=80)
     return fig.update_yaxes(range=[0, 1], tickformat=".0%")
 
 # %% ../../nbs/dlspec/01_plots.ipynb #89f06b25
@@ -69,11 +70,11 @@ def compared(table: pd.DataFrame) -> "go.Figure":
     fig = ui.figure("run stage (milliseconds)", "accuracy", height=360)
     ms = 1e3 * wide[["value", "lo", "hi"]].astype(float)
     fig.add_scatter(x=ms.value, y=quality, mode="markers+text", text=names, showlegend=False,
-                    textposition="top center", marker=dict(size=10, color=ui.COLOURS["ours"]),
+                    textposition=["top right", "bottom right"] * len(names), marker=dict(size=10, color=ui.COLOURS["ours"]),
                     error_x=dict(array=(ms.hi - ms.value).fillna(0), symmetric=False,
                                  arrayminus=(ms.value - ms.lo).fillna(0)))
-    ticks = [t for e in range(-2, 5) for t in (10.**e, 2 * 10.**e, 5 * 10.**e)]
-    low, high = ms.value.min() / 2.5, ms.value.max() * 2.5
+    low, high = ms.value.min() / 2.5, ms.value.max() * 4
+    ticks = [t for e in range(-4, 6) for t in (10.**e, 2 * 10.**e, 5 * 10.**e) if low < t < high]
     fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks],
                      range=[np.log10(low), np.log10(high)])
     return fig.update_yaxes(range=[0, 1], tickformat=".0%")
@@ -89,9 +90,10 @@ def handed(table: pd.DataFrame, megabytes: int) -> "go.Figure":
     colours = [ui.COLOURS["baseline"] if n else ui.COLOURS["ours"] for n in table.files]
     fig.add_bar(x=ms, y=list(table.index), orientation="h", marker_color=colours,
                 showlegend=False, text=[f"{v:.3g}" for v in ms], textposition="outside")
-    ticks = [10.**e for e in range(-4, 6)]
-    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks],
-                     range=[np.log10(ms.min() / 3), np.log10(ms.max() * 5)])
+    low, high = ms.min() / 3, ms.max() * 8
+    ticks = [t for e in range(-6, 8) if low < (t := 10.**e) < high]
+    fig.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{t:,g}" for t in ticks],
+                     range=[np.log10(low), np.log10(high)])
     return fig.update_yaxes(autorange="reversed")
 
 # %% ../../nbs/dlspec/01_plots.ipynb #f69039e4
@@ -104,10 +106,7 @@ def census(table: pd.DataFrame, paper: int = 300) -> "go.Figure":
     fig.add_bar(x=some.models, y=list(some.index), orientation="h", showlegend=False,
                 marker_color=ui.COLOURS["ours"], text=[f"{n:,}" for n in some.models],
                 textposition="outside")
-    fig.add_vline(x=paper, line_dash="dash", line_color=ui.COLOURS["paper"])
-    fig.add_scatter(x=[None], y=[None], mode="lines", name=f"the paper: over {paper}",
-                    line=dict(dash="dash", color=ui.COLOURS["paper"]))
-    fig.update_layout(legend=dict(orientation="h", y=1.02, yanchor="bottom"))
+    ui.paper_line(fig, paper, f"the paper: over {paper}", axis="x")
     fig.update_xaxes(type="log", tickvals=[1, 10, 100, 1000, 10000], range=[0, 4],
                      ticktext=["1", "10", "100", "1,000", "10,000"])
     return fig.update_yaxes(autorange="reversed")

@@ -128,6 +128,8 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     "Give (place, value) of each leaf of JSON values."
     if isinstance(value, dict) and value:
         for k, v in value.items(): yield from _flat(v, f"{place}.{k}" if place else k)
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        for i, v in enumerate(value): yield from _flat(v, f"{place}.{i}")
     else: yield place, value
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #d091fd45

@@ -92,8 +92,8 @@ def software_here(name: str, framework: str) -> Software:
     for distribution in FRAMEWORKS[framework][1]:
         try: libraries[distribution] = f"=={version(distribution)}"
         except PackageNotFoundError: libraries[distribution] = ""
-    return Software(name=name, version="1.0.0", libraries=libraries,
-                    python=f"=={platform.python_version_tuple()[0]}.{platform.python_version_tuple()[1]}.*",
+    major, minor, _ = platform.python_version_tuple()
+    return Software(name=name, version="1.0.0", libraries=libraries, python=f"=={major}.{minor}.*",
                     unknown=["a container", *([] if libraries else ["the libraries it needs"])])
 
 # %% ../../../nbs/dlspec/zoo/09_starting.ipynb #a76d40cd
