@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'as_json', 'folder', 'executors', 'dlspec', 'told', 'known', 'need', 'put', 'records', 'answer', 'list_',
-           'show', 'check', 'run', 'vary', 'diff', 'import_', 'init', 'schema', 'sweep', 'wheels']
+           'show', 'check', 'run', 'vary', 'diff', 'import_', 'init', 'schema', 'sweep', 'wheels', 'image']
 
 # %% ../../nbs/dlspec/02_commands.ipynb #ea7c9476
 import json, os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opml_wb.dlspec.spec.catalog import Catalog
 
 SECTIONS = {"Write": ["init", "import", "schema"], "Look": ["list", "show", "check", "diff"],
-            "Run": ["run", "vary", "sweep"], "Install": ["wheels"]}
+            "Run": ["run", "vary", "sweep"], "Install": ["wheels", "image"]}
 
 @click.group(cls=Noun, sections=SECTIONS)
 def dlspec() -> None:
@@ -257,3 +257,13 @@ def wheels(large: bool, as_json: bool) -> None:
     lines = requirements(large)
     if as_json: put(lines)
     else: click.echo("\n".join(lines))
+
+@dlspec.command()
+@click.argument("name", default="opml/local:1")
+@as_json
+def image(name: str, as_json: bool) -> None:
+    "Make a container image of this machine's own libraries, without a registry."
+    from opml_wb.dlspec.execute.images import local_image
+    with told(): found = local_image(name)
+    if as_json: put({"image": name, "layers": found})
+    else: click.echo(f"{name}: {', '.join(found)}")

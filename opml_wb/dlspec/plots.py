@@ -106,7 +106,7 @@ def census(table: pd.DataFrame, paper: int = 300) -> "go.Figure":
     fig.add_bar(x=some.models, y=list(some.index), orientation="h", showlegend=False,
                 marker_color=ui.COLOURS["ours"], text=[f"{n:,}" for n in some.models],
                 textposition="outside")
-    ui.paper_line(fig, paper, f"the paper: over {paper}", axis="x")
     fig.update_xaxes(type="log", tickvals=[1, 10, 100, 1000, 10000], range=[0, 4],
                      ticktext=["1", "10", "100", "1,000", "10,000"])
+    ui.paper_line(fig, paper, f"the paper: over {paper}", axis="x")
     return fig.update_yaxes(autorange="reversed")
