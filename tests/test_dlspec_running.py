@@ -252,7 +252,7 @@ import sys
 from opml_wb.dlspec import *
 from opml_wb.dlspec.spec.manifest import Container
 software = Software(name="s", version="1.0.0", container={"any": Container(image=sys.argv[1])})
-model = Model(name="m", version="1.0.0", stages=Stages(run="import time\\ndef fun(ctx, data): time.sleep(60)"))
+model = Model(name="m", version="1.0.0", stages=Stages(run="import time\\ndef fun(ctx, data):\\n    open('/opml/busy', 'w').close()\\n    time.sleep(300)"))
 run(Task(hardware=Hardware(name="any", version="1.0.0"), software=software, dataset=Dataset(name="d", version="1.0.0"), model=model), executor="oci", data=0)
 """
 
@@ -260,14 +260,15 @@ run(Task(hardware=Hardware(name="any", version="1.0.0"), software=software, data
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 2])
 def test_no_container_outlives_its_killed_owner(image, kills):
     from opml_wb.dlspec.execute.container import engine
+    from opml_wb.dlspec.execute.executors import SHM
     from opml_wb.dlspec.execute.images import LOCAL
     def mine(pid):
         done = subprocess.run([*engine("podman"), "ps", "-a", "--format", "{{.Names}} {{.Command}}"], capture_output=True, text=True)
         return [line for line in done.stdout.splitlines() if line.startswith(f"opml-{pid}-") or line.startswith(f"opml-{pid}.")]
     for _ in range(kills):
         p = subprocess.Popen([sys.executable, "-c", OWNER, LOCAL], stderr=subprocess.DEVNULL)
-        until(lambda: mine(p.pid), 120)
-        until(lambda: any("--serve" in line or "pipeline" in line for line in mine(p.pid)) or p.poll() is not None, 120)
+        until(lambda: list(SHM.glob(f"opml-dlspec-{p.pid}*/busy")), 120)
+        assert mine(p.pid)
         p.send_signal(signal.SIGKILL)
         p.wait()
         until(lambda: not mine(p.pid), 60)

@@ -33,6 +33,8 @@ def _http(url: str, start: int) -> Iterator[bytes]:
     with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         if start and getattr(answer, "status", 200) != 206: yield b""
         while block := answer.read(BLOCK): yield block
+        if left := getattr(answer, "length", 0):   # read() is silent about it
+            raise OSError(f"the transfer was cut off, {left:,} bytes are missing")
 
 # %% ../../../nbs/dlspec/execute/01_resources.ipynb #dfe13311
 def _opened(url: str, start: int) -> Iterator[bytes]:
@@ -150,12 +152,12 @@ def fetch(self: Resources, r: Resource) -> Path:
 @patch
 def _fetch(self: Resources, r: Resource, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
-    began = part.exists() and part.stat().st_size > 0
+    began = part.stat().st_size if part.exists() else 0
     self.fetched += 1
     try: _transfer(r.url, part)
     except ResourceError:
         if part.exists() and not part.stat().st_size: part.unlink()
-        if not (began and part.exists()): raise
+        if not began or not part.exists() or part.stat().st_size > began: raise
         part.unlink()                       # the server can't go on where it was
         _transfer(r.url, part)
     if not self._verified(r, part):

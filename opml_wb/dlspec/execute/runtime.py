@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ...core.kit.words import check_choice
 from . import hardware as machines
-from .container import Oci
+from .container import contained
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #6168eadb
 from .executors import EXECUTORS, ExecutionError, InProcess, Venv
@@ -193,7 +193,7 @@ def environment_facts(software: Software, note: str) -> dict[str, Any]:
             "libraries": dict(software.libraries)}
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #5828b473
-MAKE = {"inprocess": InProcess, "venv": Venv, "oci": Oci}
+MAKE = {"inprocess": InProcess, "venv": Venv, "oci": contained}
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #e0ba182b
 @dataclass
