@@ -189,7 +189,7 @@ SIN = "import numpy as np\ndef fun(ctx, data): return np.sin(np.asarray(data) * 
 def image():
     "The layers of an image made of this machine's libraries; a skip that says what is missing."
     from opml_wb.dlspec.execute.container import engine
-    from opml_wb.dlspec.execute.images import LOCAL, local_image
+    from opml_wb.dlspec.execute.container import LOCAL, local_image
     try: command = engine("podman")
     except ExecutionError as e: pytest.skip(f"no container engine here: {e}")
     try: found = local_image(LOCAL, command)
@@ -200,7 +200,7 @@ def image():
 
 
 def contained(layers):
-    from opml_wb.dlspec.execute.images import LOCAL
+    from opml_wb.dlspec.execute.container import LOCAL
     from opml_wb.dlspec.spec.manifest import Container
     return Software(name="s", version="1.0.0", libraries={"numpy": ""}, container={"any": Container(image=LOCAL, layers=layers)})
 
@@ -232,7 +232,7 @@ def fun(ctx, data):
 
 
 def test_what_is_wrong_with_a_container_is_said_before_data_is_fetched(image, tmp_path, monkeypatch):
-    from opml_wb.dlspec.execute.images import LOCAL
+    from opml_wb.dlspec.execute.container import LOCAL
     from opml_wb.dlspec.spec.manifest import Container
     def tried(**what):
         t = task(SIN, software=Software(name="s", version="1.0.0", **what))
@@ -261,7 +261,7 @@ run(Task(hardware=Hardware(name="any", version="1.0.0"), software=software, data
 def test_no_container_outlives_its_killed_owner(image, kills):
     from opml_wb.dlspec.execute.container import engine
     from opml_wb.dlspec.execute.executors import SHM
-    from opml_wb.dlspec.execute.images import LOCAL
+    from opml_wb.dlspec.execute.container import LOCAL
     def mine(pid):
         done = subprocess.run([*engine("podman"), "ps", "-a", "--format", "{{.Names}} {{.Command}}"], capture_output=True, text=True)
         return [line for line in done.stdout.splitlines() if line.startswith(f"opml-{pid}-") or line.startswith(f"opml-{pid}.")]

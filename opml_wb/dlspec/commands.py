@@ -176,8 +176,8 @@ def vary(task: str, hardware: str | None, software: str | None, dataset: str | N
                       "model": model})
     with told():
         zoo = known(folder, need([task, *(r for refs in varied.values() for r in refs)]))
-        answer(vary(load(task, zoo), repeats=repeats, executor=executor, catalog=zoo, **varied),
-               as_json)
+        answer(vary(load(task, zoo), repeats=repeats, executor=executor, catalog=zoo,
+                    **varied), as_json)   # type: ignore[arg-type]
 
 # %% ../../nbs/dlspec/02_commands.ipynb #6f12d985
 @dlspec.command()
@@ -206,7 +206,7 @@ def import_(path: str, to: str, form: str | None, as_json: bool) -> None:
         found = Catalog()
         for m in import_any(path, form): found.add(m)
         found.write(to)
-    rows = [{"id": m.id, "unknown": m.unknown} for m in found]
+    rows: list[dict[str, Any]] = [{"id": m.id, "unknown": m.unknown} for m in found]
     if as_json: put(rows)
     else:
         for row in rows: click.echo("\n    ".join([row["id"], *row["unknown"]]))
@@ -263,7 +263,7 @@ def wheels(large: bool, as_json: bool) -> None:
 @as_json
 def image(name: str, as_json: bool) -> None:
     "Make a container image of this machine's own libraries, without a registry."
-    from opml_wb.dlspec.execute.images import local_image
+    from opml_wb.dlspec.execute.container import local_image
     with told(): found = local_image(name)
     if as_json: put({"image": name, "layers": found})
     else: click.echo(f"{name}: {', '.join(found)}")

@@ -70,7 +70,8 @@ def compared(table: pd.DataFrame) -> "go.Figure":
     fig = ui.figure("run stage (milliseconds)", "accuracy", height=360)
     ms = 1e3 * wide[["value", "lo", "hi"]].astype(float)
     fig.add_scatter(x=ms.value, y=quality, mode="markers+text", text=names, showlegend=False,
-                    textposition=["top right", "bottom right"] * len(names), marker=dict(size=10, color=ui.COLOURS["ours"]),
+                    textposition=["top right", "bottom right"] * len(names),
+                    marker=dict(size=10, color=ui.COLOURS["ours"]),
                     error_x=dict(array=(ms.hi - ms.value).fillna(0), symmetric=False,
                                  arrayminus=(ms.value - ms.lo).fillna(0)))
     low, high = ms.value.min() / 2.5, ms.value.max() * 4

@@ -157,7 +157,7 @@ def found(task: Task, catalog: Catalog | None) -> Parts:
     "Find a task's manifests. Raises ManifestError for a reference that nothing satisfies."
     catalog = catalog if catalog is not None else Catalog()
     log = None if task.log is None else catalog.get(task.log)
-    return Parts(task, *(catalog.get(getattr(task, a)) for a in ASPECTS), log)
+    return Parts(task, log=log, **{a: catalog.get(getattr(task, a)) for a in ASPECTS})
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #cc2badc7
 def _stages(parts: Parts) -> list[list[str]]:

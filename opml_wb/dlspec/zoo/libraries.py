@@ -14,7 +14,7 @@ from .rules import task_of, text
 from .wheels import about, networks, resource, table
 
 # %% ../../../nbs/dlspec/zoo/06_libraries.ipynb #59bea6ff
-EXAMPLES = {
+EXAMPLES: dict[str, list] = {
     "languages": [["This is a sentence about nothing in particular.", "en"],
                   ["Das ist ein Satz über nichts Besonderes.", "de"],
                   ["Esta es una frase sobre nada en particular.", "es"],

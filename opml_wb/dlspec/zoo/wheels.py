@@ -198,6 +198,7 @@ def network(name: str, distribution: str, path: str, shape: list[int], more: dic
 # %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #40c5857b
 def networks() -> list[Model]:
     "Make the manifests of all networks in files."
-    words = {f"wakeword/{w}": ("pymicro-wakeword", f"pymicro_wakeword/models/{w}.tflite", [3, 40],
-                               {}, f"whether somebody says {w.replace('_', ' ')}") for w in WORDS}
+    words: dict[str, Any] = {
+        f"wakeword/{w}": ("pymicro-wakeword", f"pymicro_wakeword/models/{w}.tflite", [3, 40], {},
+                          f"whether somebody says {w.replace('_', ' ')}") for w in WORDS}
     return [network(name, *said) for name, said in {**NETWORKS, **words}.items()]
