@@ -114,7 +114,8 @@ class WorkerProcess:
         self.pool = pipeline.Pool(str(self.folder/"pool"), create=True)
         os.chmod(self.folder/"pool", 0o666)          # of a folder whose name nobody else knows
         seen = str(Path(pool_as or self.folder, "pool"))
-        self.process = subprocess.Popen([*argv, "--serve", seen], env=env, cwd=self.folder, stdin=subprocess.PIPE,
+        self.process = subprocess.Popen([*argv, "--serve", seen], env=env, cwd=self.folder,
+                                        stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         os.set_blocking(self.process.stderr.fileno(), False)   # type: ignore[union-attr]
         self.rest = b""
