@@ -66,11 +66,11 @@ def compared(table: pd.DataFrame) -> "go.Figure":
     table: of `vary`. Up and left is better. The axis of time is logarithmic."""
     wide = table[table.metric == "run_s"].set_index("ref")
     quality = table[table.metric == "accuracy"].set_index("ref").value.reindex(wide.index)
-    names = [ref.removeprefix("model/").split("@")[0] for ref in wide.index]
+    names = [ref.split("@")[0].rpartition("/")[2] for ref in wide.index]
     fig = ui.figure("run stage (milliseconds)", "accuracy", height=360)
     ms = 1e3 * wide[["value", "lo", "hi"]].astype(float)
     fig.add_scatter(x=ms.value, y=quality, mode="markers+text", text=names, showlegend=False,
-                    textposition=["top right", "bottom right"] * len(names),
+                    textposition="top center",
                     marker=dict(size=10, color=ui.COLOURS["ours"]),
                     error_x=dict(array=(ms.hi - ms.value).fillna(0), symmetric=False,
                                  arrayminus=(ms.value - ms.lo).fillna(0)))
@@ -102,7 +102,7 @@ def census(table: pd.DataFrame, paper: int = 300) -> "go.Figure":
     """Draw how many models the zoo has of each class, beside the paper's number, on a log axis.
 
     table: of `zoo.counts`."""
-    fig = ui.figure("model manifests", "", height=280, margin=dict(l=110, r=40, t=40, b=60))
+    fig = ui.figure("model manifests", "", height=300, margin=dict(l=110, r=40, t=64, b=60))
     some = table[table.models > 0]
     fig.add_bar(x=some.models, y=list(some.index), orientation="h", showlegend=False,
                 marker_color=ui.COLOURS["ours"], text=[f"{n:,}" for n in some.models],
