@@ -24,6 +24,8 @@ PARTS = {  # what the rest needs beside it
     "lab": ["jupyterlab>=4.1", "nbconvert>=7", "pygments>=2.17"],
     "sweep": ["optuna>=4", "distributed>=2024.5", "scikit-learn>=1.4"],
     "compare": ["nbdime>=4", "scikit-learn>=1.4", "scipy>=1.11"],
+    "dlspec": ["pandas>=2.1", "pyyaml>=6", "semantic-version>=2.10", "packaging>=23", "scikit-learn>=1.4", "pillow>=10",
+               "onnxruntime>=1.18"],
     "eligibility": ["pandas>=2.1", "pyarrow>=14", "numba>=0.60", "scipy>=1.11", "scikit-learn>=1.4",
                     "xgboost>=2.0"],
     "provenance": ["pandas>=2.1", "pyarrow>=14", "deltalake>=1"],
@@ -40,6 +42,7 @@ if unknown := set(CHOSEN) - set(PARTS): raise SystemExit(f"OPML_WB_PARTS: no par
 
 EXTRAS = {
     "vision": ["opencv-python-headless>=4.9", "scikit-image>=0.22"],
+    "zoo": ["torch>=2.2", "torchvision>=0.17", "timm>=1,<2"],  # what builds the zoo's architectures; weights: opml dlspec wheels
     "sign": ["cryptography>=42"],  # signed versions in the model store
     "pg": ["psycopg[binary]>=3.1"],
     "s3": ["s3fs>=2024.2"],
@@ -81,7 +84,8 @@ setup(
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
         "opml_wb.commands": ["provenance = opml_wb.provenance.commands:provenance",
                              "flexserve = opml_wb.flexserve.serve.cli:flexserve",
-                             "explain = opml_wb.explain.commands:explain"],
+                             "explain = opml_wb.explain.commands:explain",
+                             "dlspec = opml_wb.dlspec.commands:dlspec"],
         "opml_wb.moved_commands": [f"{name} = opml_wb.provenance.commands:provenance" for name in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],

@@ -24,7 +24,7 @@ AUDIENCES = "regulator", "business", "customer"
 def explain() -> None:
     "Answer for logged decisions of a model, and check their record (paper 6)."
 
-# %% ../../nbs/explain/20_commands.ipynb #797ca310
+# %% ../../nbs/explain/20_commands.ipynb #3157ae0c
 def opened(file: str) -> Any:
     "Open a decision log that is there. Raises ClickException which names a file that isn't one."
     from opml_wb.explain.record.decision_log import DecisionLog
@@ -118,7 +118,7 @@ def audit(ctx: click.Context, model: str, file: str, as_json: bool) -> None:
     else: _print_audit(model, report, rows)
     ctx.exit(0 if report.ok else 1)
 
-# %% ../../nbs/explain/20_commands.ipynb #2dc12b04
+# %% ../../nbs/explain/20_commands.ipynb #7003f723
 def _print_audit(model: str, report: Any, rows: Sequence[Mapping]) -> None:
     click.echo(f"log {report}")
     for r in rows:

@@ -21,12 +21,11 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str: return f"{self.value:.3f} ({self.lo:.3f} to {self.hi:.3f})"
 
-# %% ../../nbs/explain/05_intervals.ipynb #4774591a
+# %% ../../nbs/explain/05_intervals.ipynb #23a7352c
 def _level(level: float) -> float:
     if not 0 < level < 1: raise ValueError(f"level: expected a share between 0 and 1, got {level}")
     return level
 
-# %% ../../nbs/explain/05_intervals.ipynb #d0556d45
 def mean_interval(values: Any, level: float = .95) -> Interval:
     """Compute the mean of independent runs with Student's interval.
 

@@ -27,7 +27,7 @@ def choices(values: pd.Series, most: int = MOST_VALUES) -> np.ndarray:
         return there.value_counts().index[:most].to_numpy(object)
     return np.array(found[np.linspace(0, len(found) - 1, most).round().astype(int)], dtype=object)
 
-# %% ../../../nbs/explain/attack/01_asking.ipynb #57a8d353
+# %% ../../../nbs/explain/attack/01_asking.ipynb #3074f24e
 def moves(X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any]) -> dict[str, tuple]:
     """Say what an attacker may set: {field: (its values, `any`, `up` or `down`)}.
 
@@ -83,7 +83,7 @@ def wanted(model: Any, target: Any = None) -> tuple[Any, int]:
     if target not in names: raise ValueError(f"target {target!r}: the model's classes are {names}")
     return target, names.index(target)
 
-# %% ../../../nbs/explain/attack/01_asking.ipynb #70f2c831
+# %% ../../../nbs/explain/attack/01_asking.ipynb #11b943c9
 def oracle(model: Any, target: Any = None) -> Callable[[pd.DataFrame],
                                                        tuple[np.ndarray, np.ndarray]]:
     """Make the question that an attacker asks: rows -> (granted bool [n], score float64 [n]).

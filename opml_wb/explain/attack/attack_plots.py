@@ -37,7 +37,6 @@ def _faint(colour: str, share: float = .22) -> str:
     parts = [int(colour[k:k + 2], 16) for k in (1, 3, 5)]
     return f"rgba({parts[0]},{parts[1]},{parts[2]},{share})"
 
-# %% ../../../nbs/explain/attack/08_attack_plots.ipynb #40fe3f73
 def recovery_figure(curves: Mapping[str, pd.DataFrame], records: int, limit: float = 1.
                     ) -> "go.Figure":
     """Draw how much of a table of `records` rows comes back with the number of questions
@@ -58,7 +57,7 @@ def recovery_figure(curves: Mapping[str, pd.DataFrame], records: int, limit: flo
                     line=dict(color=ui.COLOURS["muted"], dash="dot"))
     return fig
 
-# %% ../../../nbs/explain/attack/08_attack_plots.ipynb #4e53398d
+# %% ../../../nbs/explain/attack/08_attack_plots.ipynb #31cfeb0e
 def known_at(curve: pd.DataFrame, records: int, limit: float) -> tuple[float, float, float]:
     "Read off what is known after `limit` of the records as questions: (recovered, lo, hi)."
     row = curve[curve.queries <= limit * records].iloc[-1]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.base import clone
+from fastcore.basics import patch
 
 # %% ../../../nbs/explain/attack/06_defending.ipynb #93d294be
 def coarsened(values: np.ndarray, digits: int | None = 2, top: int | None = None) -> np.ndarray:
@@ -27,7 +28,7 @@ def coarsened(values: np.ndarray, digits: int | None = 2, top: int | None = None
         np.put_along_axis(out, rest, 0, 1)
     return out if digits is None else np.round(out, digits) + 0.
 
-# %% ../../../nbs/explain/attack/06_defending.ipynb #ea73e2f9
+# %% ../../../nbs/explain/attack/06_defending.ipynb #0ac7d515
 class Coarse:
     "An explainer of contributions whose answers are `coarsened`: `Coarse(explain, 2, top=3)(X)`."
     def __init__(self, explain: Callable[[pd.DataFrame], np.ndarray], digits: int | None = 2,
@@ -41,7 +42,6 @@ class Coarse:
 # %% ../../../nbs/explain/attack/06_defending.ipynb #f0c00749
 class OverLimit(PermissionError): "An asker has used up the questions that a rate limit grants."
 
-# %% ../../../nbs/explain/attack/06_defending.ipynb #56e12aac
 class RateLimit:
     """An explainer that answers `most` rows, then refuses (OverLimit).
 
@@ -55,21 +55,25 @@ class RateLimit:
 
     def __getattr__(self, name: str) -> Any: return getattr(self.__dict__["explainer"], name)
 
-    def _count(self, n: int) -> None:
-        if self.used + n > self.most:
-            left = self.most - self.used
-            raise OverLimit(f"{n} rows asked about, {left} of {self.most} are left")
-        self.used += n
-
     def __call__(self, X: pd.DataFrame) -> Any:
         "Explain rows by contributions, if they are within the limit."
         self._count(len(X))
         return self.explainer(X)
 
-    def examples(self, X: pd.DataFrame) -> pd.DataFrame:
-        "Explain rows by examples, if they are within the limit."
-        self._count(len(X))
-        return self.explainer.examples(X)
+# %% ../../../nbs/explain/attack/06_defending.ipynb #d2705849
+@patch
+def _count(self: RateLimit, n: int) -> None:
+    if self.used + n > self.most:
+        left = self.most - self.used
+        raise OverLimit(f"{n} rows asked about, {left} of {self.most} are left")
+    self.used += n
+
+# %% ../../../nbs/explain/attack/06_defending.ipynb #502187cf
+@patch
+def examples(self: RateLimit, X: pd.DataFrame) -> pd.DataFrame:
+    "Explain rows by examples, if they are within the limit."
+    self._count(len(X))
+    return self.explainer.examples(X)
 
 # %% ../../../nbs/explain/attack/06_defending.ipynb #f9c741c3
 def min_leaf(model: Any, X: pd.DataFrame, y: Any, leaf: int) -> Any:

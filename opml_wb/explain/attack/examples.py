@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from sklearn.metrics import pairwise_distances
+from fastcore.basics import patch
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #a651c714
 class Places:
@@ -45,28 +46,34 @@ class Examples:
         self.points = self.place(self.records)
         self.lengths = (self.points.astype(float)**2).sum(1)
 
-    def nearest(self, X: pd.DataFrame, k: int | None = None) -> np.ndarray:
-        "Find the positions of the k nearest other records: int [n, k]."
-        k, points = k or self.k, self.place(X)
-        most = min(k + 4, len(self.records))
-        at = np.concatenate([self._closest(part, most) for part in np.array_split(
-            points, 1 + len(points) * len(self.points) // 4_000_000)])
-        # the row itself, and its doubles
-        same = (self.points[at] == points[:, None]).all(2)
-        order = np.argsort(same, axis=1, kind="stable")
-        return np.take_along_axis(at, order, 1)[:, :k]
+# %% ../../../nbs/explain/attack/04_examples.ipynb #166d7eeb
+@patch
+def nearest(self: Examples, X: pd.DataFrame, k: int | None = None) -> np.ndarray:
+    "Find the positions of the k nearest other records: int [n, k]."
+    k, points = k or self.k, self.place(X)
+    most = min(k + 4, len(self.records))
+    at = np.concatenate([self._closest(part, most) for part in np.array_split(
+        points, 1 + len(points) * len(self.points) // 4_000_000)])
+    # the row itself, and its doubles
+    same = (self.points[at] == points[:, None]).all(2)
+    order = np.argsort(same, axis=1, kind="stable")
+    return np.take_along_axis(at, order, 1)[:, :k]
 
-    def _closest(self, points: np.ndarray, most: int) -> np.ndarray:
-        "Find the `most` records nearest to each point, in order: int [n, most]."
-        far = self.lengths - 2 * (points @ self.points.T)
-        at = np.argpartition(far, most - 1, axis=1)[:, :most]
-        at.sort(axis=1)                    # ties: by position
-        near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
-        return np.take_along_axis(at, near, 1)
+# %% ../../../nbs/explain/attack/04_examples.ipynb #b0e6876d
+@patch
+def _closest(self: Examples, points: np.ndarray, most: int) -> np.ndarray:
+    "Find the `most` records nearest to each point, in order: int [n, most]."
+    far = self.lengths - 2 * (points @ self.points.T)
+    at = np.argpartition(far, most - 1, axis=1)[:, :most]
+    at.sort(axis=1)                    # ties: by position
+    near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
+    return np.take_along_axis(at, near, 1)
 
-    def examples(self, X: pd.DataFrame) -> pd.DataFrame:
-        "Give the k nearest other records of each row: DataFrame [n * k rows]."
-        return self.records.iloc[self.nearest(X).ravel()]
+# %% ../../../nbs/explain/attack/04_examples.ipynb #588c2732
+@patch
+def examples(self: Examples, X: pd.DataFrame) -> pd.DataFrame:
+    "Give the k nearest other records of each row: DataFrame [n * k rows]."
+    return self.records.iloc[self.nearest(X).ravel()]
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #a4150e5f
 class SyntheticExamples:
@@ -84,42 +91,49 @@ class SyntheticExamples:
         self.fine = {c for c in base.place.numbers if base.records[c].nunique() > fine}
         self.said = None if model is None else np.asarray(model.predict(base.records))
 
-    @property
-    def records(self) -> pd.DataFrame:
-        "The training table behind it."
-        return self.base.records
+# %% ../../../nbs/explain/attack/04_examples.ipynb #68ba64d3
+@patch(as_prop=True)
+def records(self: SyntheticExamples) -> pd.DataFrame:
+    "The training table behind it."
+    return self.base.records
 
-    def nearest(self, X: pd.DataFrame) -> np.ndarray:
-        "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
-        if self.said is None: return self.base.nearest(X, self.around)
-        own, points = np.asarray(self.model.predict(X)), self.base.place(X)
-        out = np.empty((len(X), self.around), int)
-        for answer in np.unique(own):
-            rows, those = np.flatnonzero(own == answer), np.flatnonzero(self.said == answer)
-            if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
-            far = pairwise_distances(points[rows], self.base.points[those])
-            far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
-            order = those[far.argsort(1, kind="stable")[:,
-                                                        :max(1, min(self.around, len(those) - 1))]]
-            out[rows] = np.resize(order.T, (self.around, len(rows))).T
-        return out
+# %% ../../../nbs/explain/attack/04_examples.ipynb #56fe9e17
+@patch
+def nearest(self: SyntheticExamples, X: pd.DataFrame) -> np.ndarray:
+    "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
+    if self.said is None: return self.base.nearest(X, self.around)
+    own, points = np.asarray(self.model.predict(X)), self.base.place(X)
+    out = np.empty((len(X), self.around), int)
+    for answer in np.unique(own):
+        rows, those = np.flatnonzero(own == answer), np.flatnonzero(self.said == answer)
+        if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
+        far = pairwise_distances(points[rows], self.base.points[those])
+        far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
+        order = those[far.argsort(1, kind="stable")[:,
+                                                    :max(1, min(self.around, len(those) - 1))]]
+        out[rows] = np.resize(order.T, (self.around, len(rows))).T
+    return out
 
-    def _draw(self, values: pd.Series, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        "Draw one field for each place, from its `at` int [n * k, around] records."
-        n = np.arange(len(at))
-        one, other = (at[n, rng.integers(0, at.shape[1], len(at))] for _ in range(2))
-        if values.name not in self.fine: return values.to_numpy()[one]
-        a, b = values.to_numpy(float)[one], values.to_numpy(float)[other]
-        between = a + (b - a) * rng.random(len(at))
-        return between.round() if pd.api.types.is_integer_dtype(values) else between
+# %% ../../../nbs/explain/attack/04_examples.ipynb #71b72e6a
+@patch
+def _draw(self: SyntheticExamples, values: pd.Series, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "Draw one field for each place, from its `at` int [n * k, around] records."
+    n = np.arange(len(at))
+    one, other = (at[n, rng.integers(0, at.shape[1], len(at))] for _ in range(2))
+    if values.name not in self.fine: return values.to_numpy()[one]
+    a, b = values.to_numpy(float)[one], values.to_numpy(float)[other]
+    between = a + (b - a) * rng.random(len(at))
+    return between.round() if pd.api.types.is_integer_dtype(values) else between
 
-    def examples(self, X: pd.DataFrame) -> pd.DataFrame:
-        "Give k synthetic rows for each row: DataFrame [n * k rows]."
-        at = np.repeat(self.nearest(X), self.k, axis=0)
-        keys = pd.util.hash_pandas_object(X.astype(str), index=False).to_numpy()
-        rng = np.random.default_rng([self.seed, int(keys.sum(dtype=np.uint64) % (1 << 62))])
-        out = {c: self._draw(self.records[c], at, rng) for c in self.records}
-        return pd.DataFrame(out).astype(self.records.dtypes.to_dict())
+# %% ../../../nbs/explain/attack/04_examples.ipynb #9fbe00f4
+@patch
+def examples(self: SyntheticExamples, X: pd.DataFrame) -> pd.DataFrame:
+    "Give k synthetic rows for each row: DataFrame [n * k rows]."
+    at = np.repeat(self.nearest(X), self.k, axis=0)
+    keys = pd.util.hash_pandas_object(X.astype(str), index=False).to_numpy()
+    rng = np.random.default_rng([self.seed, int(keys.sum(dtype=np.uint64) % (1 << 62))])
+    out = {c: self._draw(self.records[c], at, rng) for c in self.records}
+    return pd.DataFrame(out).astype(self.records.dtypes.to_dict())
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #61f6150a
 def fidelity(model: Any, explainer: Any, X: pd.DataFrame) -> float:
@@ -128,7 +142,7 @@ def fidelity(model: Any, explainer: Any, X: pd.DataFrame) -> float:
     said = np.asarray(model.predict(explainer.examples(X))).reshape(len(X), -1)
     return float(((said == own[:, None]).mean(1) > .5).mean())
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #2c4ac380
+# %% ../../../nbs/explain/attack/04_examples.ipynb #923faed3
 def matched(rows: pd.DataFrame, released: pd.DataFrame, fields: int) -> np.ndarray:
     "Say for each row whether a released row equals it in at least `fields` fields: bool [n]."
     both = pd.concat([rows, released[list(rows)]], ignore_index=True)
@@ -136,7 +150,7 @@ def matched(rows: pd.DataFrame, released: pd.DataFrame, fields: int) -> np.ndarr
     a, b = codes[:len(rows)], np.unique(codes[len(rows):], axis=0)
     return np.array([((b == row).sum(1) >= fields).any() for row in a])
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #7769ce27
+# %% ../../../nbs/explain/attack/04_examples.ipynb #d100bf53
 def excess(explainer: Any, asked: pd.DataFrame, members: pd.DataFrame, others: pd.DataFrame,
            fields: int | None = None) -> dict[str, float]:
     """Compare near matches of people in the training data with those of people who never were.

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fastcore.basics import patch
+
 from .asking import allowed, attributions, moves, oracle
 from ..intervals import mean_interval, paired
 
@@ -37,28 +39,34 @@ class Players:
         self.best_told: Any = None if self.told is None else self.told.copy()
         self.gain = np.zeros(self.start.shape)      # of the best single change of a field, so far
 
-    def table(self, values: np.ndarray, who: np.ndarray) -> pd.DataFrame:
-        "The rows of players `who` with `values` (object [n, fields]) in the changeable fields."
-        new = {f: pd.Series(list(values[:, j]), self.rows.index[who], self.rows[f].dtype
-                            if self.rows[f].dtype == object else None) for j,
-               f in enumerate(self.fields)}
-        return self.rows.iloc[who].assign(**new)
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #daa79a94
+@patch
+def table(self: Players, values: np.ndarray, who: np.ndarray) -> pd.DataFrame:
+    "The rows of players `who` with `values` (object [n, fields]) in the changeable fields."
+    new = {f: pd.Series(list(values[:, j]), self.rows.index[who], self.rows[f].dtype
+                        if self.rows[f].dtype == object else None) for j,
+           f in enumerate(self.fields)}
+    return self.rows.iloc[who].assign(**new)
 
-    def draw(self, j: int, who: np.ndarray) -> np.ndarray:
-        "Draw a value of field `j` for each of `who`, in its direction from where they began."
-        values, way = self.may[self.fields[j]]
-        return allowed(values, way, self.start[who, j], self.rng)
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #5e36eb91
+@patch
+def draw(self: Players, j: int, who: np.ndarray) -> np.ndarray:
+    "Draw a value of field `j` for each of `who`, in its direction from where they began."
+    values, way = self.may[self.fields[j]]
+    return allowed(values, way, self.start[who, j], self.rng)
 
-    def order(self, told: np.ndarray | None, n: int) -> np.ndarray:
-        """Put the fields of n players in a random order, int [n, fields].
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #217db61d
+@patch
+def order(self: Players, told: np.ndarray | None, n: int) -> np.ndarray:
+    """Put the fields of n players in a random order, int [n, fields].
 
-        With contributions, those that harm come first more often."""
-        shape = n, len(self.fields)
-        if told is None: return self.rng.random(shape).argsort(1)
-        harm = np.maximum(-told, 0)
-        weight = harm / np.maximum(harm.sum(1, keepdims=True), 1e-12) + .25 / len(self.fields)
-        # draws without replacement
-        return (self.rng.exponential(size=shape) / weight).argsort(1)
+    With contributions, those that harm come first more often."""
+    shape = n, len(self.fields)
+    if told is None: return self.rng.random(shape).argsort(1)
+    harm = np.maximum(-told, 0)
+    weight = harm / np.maximum(harm.sum(1, keepdims=True), 1e-12) + .25 / len(self.fields)
+    # draws without replacement
+    return (self.rng.exponential(size=shape) / weight).argsort(1)
 
 # %% ../../../nbs/explain/attack/02_gaming.ipynb #0a4a9333
 def jump(p: Players, who: np.ndarray) -> np.ndarray:
@@ -76,7 +84,7 @@ def jump(p: Players, who: np.ndarray) -> np.ndarray:
             new[those, j] = value
     return new
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #0a56309a
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #75ccc1e7
 def climb(p: Players, who: np.ndarray, now: np.ndarray, told: np.ndarray | None) -> np.ndarray:
     "Propose one change of where the players `who` stand (`now`, object [n, fields])."
     new, order = now[who].copy(), p.order(None if told is None else told[who], len(who))
@@ -90,7 +98,7 @@ def climb(p: Players, who: np.ndarray, now: np.ndarray, told: np.ndarray | None)
         if len(those): new[those, j] = p.draw(j, who[those])
     return new
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #c739c4b1
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #dd889ee0
 def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     "Compare values, two gaps being equal: bool [n, fields]."
     return (a != b) & ~(pd.isna(a) & pd.isna(b))
@@ -112,7 +120,7 @@ def learn(p: Players, who: np.ndarray, turn: int) -> np.ndarray:
             new[joined, j] = np.where(fresh, p.draw(j, who[joined]), p.best[who[joined], j])
     return new
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #427bd7fc
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #2056ead5
 def _note(p: Players, who: np.ndarray, values: np.ndarray, score: np.ndarray) -> None:
     "Remember what single changes gained."
     changed = differs(values, p.start[who])
@@ -157,7 +165,7 @@ def play(model: Any, rows: pd.DataFrame, may: Mapping[str, tuple], budget: int, 
     return pd.DataFrame({"row": rows.index, "flipped": flipped, "queries": queries,
                          "changes": changes})
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #526ae9dc
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #34fc49b9
 def _learn(p: Players, who: np.ndarray, values: np.ndarray, found: np.ndarray, rose: np.ndarray,
            told: np.ndarray) -> np.ndarray:
     "Remember the best value of each field, and the contributions where a player now stands."
@@ -175,7 +183,7 @@ def refused(model: Any, X: pd.DataFrame, target: Any = None) -> pd.DataFrame:
     if not len(rows): raise ValueError(f"the model grants all {len(X)} rows: nobody has to game it")
     return rows
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #4da0d1cf
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #bbed97fc
 def game(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any],
          budget: int = 30,
          guide: str = "explanation", seed: int = 0, target: Any = None, most: int = 3,
@@ -210,7 +218,7 @@ def _rates(model, X, may, budgets, seed, n, explain, target, most):
         for b in budgets: out[b, arm] = float((played.flipped & (played.queries <= b)).mean())
     return out
 
-# %% ../../../nbs/explain/attack/02_gaming.ipynb #b1ef8543
+# %% ../../../nbs/explain/attack/02_gaming.ipynb #80eb743c
 def games(model: Any, X: pd.DataFrame, actionable: Sequence[str] | Mapping[str, Any],
           budgets: Sequence[int] = (10, 30, 100), seeds: Sequence[int] = range(5), rows: int = 200,
           target: Any = None, most: int = 3, explain: Callable | None = None) -> pd.DataFrame:

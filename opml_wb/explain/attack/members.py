@@ -20,7 +20,6 @@ from ..intervals import Interval, auc_interval
 def _confidence(model, X, y):
     return np.asarray(model.predict_proba(X)).max(1)
 
-# %% ../../../nbs/explain/attack/03_members.ipynb #f021f278
 def _truth(model, X, y):
     if y is None:
         raise ValueError("signal 'truth' needs the answers: give members and others as (X, y)")
@@ -28,12 +27,11 @@ def _truth(model, X, y):
                    else model.classes_)
     return np.asarray(model.predict_proba(X))[np.arange(len(X)), [classes.index(v) for v in y]]
 
+# %% ../../../nbs/explain/attack/03_members.ipynb #aa9145d2
 def _variance(model, X, y): return attributions(model)(X).var(1)
 
-# %% ../../../nbs/explain/attack/03_members.ipynb #68118607
 def _size(model, X, y): return np.abs(attributions(model)(X)).sum(1)
 
-# %% ../../../nbs/explain/attack/03_members.ipynb #4c2ac1ad
 def _largest(model, X, y):
     return np.sort(np.abs(np.round(attributions(model)(X), 2)), 1)[:, -3:].sum(1)
 

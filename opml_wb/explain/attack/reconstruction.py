@@ -21,7 +21,6 @@ def keys(rows: pd.DataFrame) -> np.ndarray:
     "Hash whole rows, gaps too: uint64 [n]; equal rows of equal column types have equal keys."
     return pd.util.hash_pandas_object(rows, index=False).to_numpy()
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #2a48c922
 def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Generator,
             most: int = 200) -> np.ndarray:
     """Ask about known rows, and about all that comes back, until `budget` questions are asked.
@@ -33,9 +32,12 @@ def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Gen
     seen, curve, waiting = set(keys(known).tolist()), [len(found)], known
     while len(waiting) and len(curve) <= budget:
         n = min(most, budget - len(curve) + 1, len(waiting))
+        try: back = explainer.examples(waiting.iloc[:n])
+        except PermissionError:                          # a rate limit: ask for less, then no more
+            if n == 1: break
+            most = n // 2
+            continue
         batch, waiting = waiting.iloc[:n], waiting.iloc[n:]
-        try: back = explainer.examples(batch)
-        except PermissionError: break                              # a rate limit
         names = keys(back)
         for answer in names.reshape(len(batch), -1):
             found |= targets.intersection(answer.tolist())
@@ -61,7 +63,7 @@ def starts(records: pd.DataFrame, seed_rows: Any, draws: int, seed: int) -> list
     rngs = [np.random.default_rng([seed, d]) for d in range(draws)]
     return [records.iloc[r.permutation(len(records))[:n]] for r in rngs]
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #cf5222df
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #58436724
 def reconstruct(explainer: Any, seed_rows: Any = .01, budget: int | None = None,
                 defence: Callable[[Any], Any] | None = None, draws: int = 5, seed: int = 0,
                 points: int = 20) -> pd.DataFrame:
@@ -97,17 +99,17 @@ def invent(known: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFram
         rows[c] = rows[c].where(rng.random(n) < .5, pd.Series(other, dtype=rows[c].dtype))
     return rows
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #a4c9fc9d
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #036a338f
 def tolerance(values: pd.Series) -> float:
     "Say how near a guessed number must be: a twentieth of the middle 90 %; exact for few values."
     if values.nunique() <= 20: return 0.
     return float(np.subtract(*values.quantile([.95, .05])) / 20)
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #d26930d1
 def words(values: pd.Series) -> pd.Series:
     "Write a column of texts; a gap is a word of its own."
     return values.astype(object).where(values.notna(), "missing").astype(str)
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #3a3d1962
 def hits(guess: np.ndarray, truth: pd.Series, near: float | None) -> float:
     "Compute the share of guesses that are right; near: how far a number may be off; None: texts."
     if near is None: return float((guess == words(truth).to_numpy()).mean())
@@ -126,14 +128,14 @@ def _guess(column: str, rows: pd.DataFrame, told: np.ndarray, shown: np.ndarray,
             told[there], values[there].astype(str)).predict(shown).astype(float)
     return ExtraTreesRegressor(30, random_state=seed).fit(told[there], values[there]).predict(shown)
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #0e80feb0
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #6fa298ee
 def _baseline(column: str, known: pd.DataFrame, n: int) -> np.ndarray:
     values = known[column]
     if not pd.api.types.is_numeric_dtype(values): return np.repeat(words(values).mode()[0], n)
     middle = values.mode()[0] if values.nunique() <= 20 else values.median()
     return np.repeat(float(middle), n)
 
-# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #77ef5ff9
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #bd3a58d9
 def infer_fields(explain: Callable[[pd.DataFrame], np.ndarray], records: pd.DataFrame,
                  targets: pd.DataFrame, seed_rows: float | int = .01, queries: int = 1000,
                  seeds: Sequence[int] = range(5)) -> pd.DataFrame:

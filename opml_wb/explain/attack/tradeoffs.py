@@ -33,7 +33,7 @@ ATTACKS = {"records": "reconstruct records from examples",
            "near matches": "find people by examples, over people never used",
            "fields": "infer fields from contributions", "membership": "tell who was trained on"}
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #c03fd9ae
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #693df797
 def split(model: Any, X: pd.DataFrame, y: Any, rows: int, seed: int) -> Split:
     """Draw training rows and as many others, and fit a model like `model`.
 
@@ -51,7 +51,6 @@ def accuracy(s: Split, model: Any = None) -> float:
     "Compute the share of people never seen whom the model gets right."
     return float(((model or s.model).predict(s.others) == s.truth).mean())
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #ca781657
 def _records(s: Split, budget: int, defence: Callable | None) -> Measured:
     base = Examples(s.X, 5)
     got = reconstruct(base, .01, budget, defence, draws=1, seed=s.seed)
@@ -61,7 +60,7 @@ def _records(s: Split, budget: int, defence: Callable | None) -> Measured:
     except PermissionError: worth = fidelity(s.model, base, s.others[:200])
     return float(got.recovered.iloc[-1]), .01, worth, accuracy(s)
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #37fd37c2
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #1f5b88fd
 def _near(s: Split, defence: Callable | None) -> Measured:
     base = Examples(s.X, 5)
     shown = defence(base) if defence else base
@@ -79,7 +78,7 @@ def _fields(s: Split, defence: Callable | None) -> Measured:
     return (float(got.recovered), float(got.baseline), agreement(shown, base, granted, targets),
             accuracy(s))
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #35863c9a
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #bbb4665a
 def _members(s: Split, leaf: int) -> Measured:
     model = s.model if leaf == 1 else min_leaf(s.model, s.X, s.y, leaf)
     auc = membership(model, (s.X, s.y), (s.others, s.truth), "truth").value
@@ -104,13 +103,12 @@ def _lines(s: Split, attacks: Sequence[str]) -> list[tuple]:
                        "20 people a leaf": lambda: _members(s, 20)}}
     return [(a, d, *measure()) for a in attacks for d, measure in plans[a].items()]
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #ed642fe8
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #28107156
 def _share(values: pd.Series, signed: bool = False) -> tuple[float, ...]:
     "Mean of shares with its interval, cut to where a share (or a difference of two) can lie."
     if not values.notna().any(): return (np.nan,) * 3
     return tuple(np.clip(mean_interval(values), -1. if signed else 0., 1.).tolist())
 
-# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #8edc7cdc
 def tradeoff(model: Any, X: pd.DataFrame, y: Any, rows: int = 500, seeds: Sequence[int] = range(5),
              attacks: Sequence[str] = tuple(ATTACKS)) -> pd.DataFrame:
     """Measure attacks with and without their defences: what they buy, and what they cost.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as w
 import pandas as pd
 
-from .studying import TASKS
+from fastcore.basics import patch
+
 
 if TYPE_CHECKING: from opml_wb.explain.people.studying import Study
 
@@ -42,41 +43,48 @@ class StudyForm(w.VBox):
         self.buttons = [w.Button(description=o, layout=w.Layout(width="auto"))
                         for o in study.options]
         for b in self.buttons: b.on_click(self._clicked)
-        self.question, self.note = w.HTML(f"<b>{TASKS[study.task]}</b>"), w.HTML()
+        self.question, self.note = w.HTML(f"<b>{study.question}</b>"), w.HTML()
         row = w.HBox([self.item, self.beside], layout=w.Layout(align_items="flex-start"))
         super().__init__([self.bar, row, self.question, w.HBox(self.buttons), self.sure, self.note])
         self.add_class("opml-study")
         self._show()
 
-    @property
-    def left(self) -> int:
-        "Count the items that are still to be answered."
-        return len(self.waiting)
+# %% ../../../nbs/explain/people/13_forms.ipynb #5c147484
+@patch(as_prop=True)
+def left(self: StudyForm) -> int:
+    "Count the items that are still to be answered."
+    return len(self.waiting)
 
-    def _show(self) -> None:
-        "Show the next item, or thank."
-        self.bar.value, self.began = self.total - self.left, time.monotonic()
-        for b in self.buttons: b.disabled = not self.waiting
-        if not self.waiting:
-            self.item.value = self.beside.value = ""
-            self.question.value = "<b>That was all. Thank you.</b>"
-            return
-        arm, item = self.waiting[0]
-        row = self.study.rows.loc[item]
-        if self.study.task != "forward":
-            row = pd.concat([row, pd.Series({"the model answers": self.study.model[item]})])
-        self.item.value, text = item_table(row), self.study.shown(arm, item)
-        html = text if text.lstrip().startswith("<") else escape(text).replace("\n", "<br>")
-        self.beside.value = f"<div style='max-width:36em;margin-left:2em'>{html}</div>"
-        self.sure.value = 50
+# %% ../../../nbs/explain/people/13_forms.ipynb #28c92cf6
+@patch
+def _show(self: StudyForm) -> None:
+    "Show the next item, or thank."
+    self.bar.value, self.began = self.total - self.left, time.monotonic()
+    for b in self.buttons: b.disabled = not self.waiting
+    if not self.waiting:
+        self.item.value = self.beside.value = ""
+        self.question.value = "<b>That was all. Thank you.</b>"
+        return
+    arm, item = self.waiting[0]
+    row = self.study.rows.loc[item]
+    if self.study.task != "forward":
+        row = pd.concat([row, pd.Series({"the model answers": self.study.model[item]})])
+    self.item.value, text = item_table(row), self.study.shown(arm, item)
+    html = text if text.lstrip().startswith("<") else escape(text).replace("\n", "<br>")
+    self.beside.value = f"<div style='max-width:36em;margin-left:2em'>{html}</div>"
+    self.sure.value = 50
 
-    def _clicked(self, button: w.Button) -> None: self.answer(button.description)
+# %% ../../../nbs/explain/people/13_forms.ipynb #80856ef4
+@patch
+def _clicked(self: StudyForm, button: w.Button) -> None: self.answer(button.description)
 
-    def answer(self, response: str) -> dict[str, Any]:
-        "Keep the answer to the item shown, and show the next; returns its line of the CSV."
-        arm, item = self.waiting[0]
-        line = self.study.put(self.person, arm, item, response, self.sure.value / 100,
-                              round(time.monotonic() - self.began, 1))
-        self.waiting.pop(0)
-        self._show()
-        return line
+# %% ../../../nbs/explain/people/13_forms.ipynb #92837f85
+@patch
+def answer(self: StudyForm, response: str) -> dict[str, Any]:
+    "Keep the answer to the item shown, and show the next; returns its line of the CSV."
+    arm, item = self.waiting[0]
+    line = self.study.put(self.person, arm, item, response, self.sure.value / 100,
+                          round(time.monotonic() - self.began, 1))
+    self.waiting.pop(0)
+    self._show()
+    return line

@@ -28,7 +28,7 @@ def skills(p: float, spread: float) -> Any:
     size = p * (1 - p) / spread**2 - 1
     return stats.beta(p * size, (1 - p) * size)
 
-# %% ../../../nbs/explain/people/11_power.ipynb #59926564
+# %% ../../../nbs/explain/people/11_power.ipynb #2cebcb9c
 def shown_variance(p: float, spread: float, items: int) -> float:
     "Compute the variance of the share that a person shows on `items` items."
     return spread**2 + (p * (1 - p) - spread**2) / items
@@ -43,7 +43,7 @@ def score_of(arm: Any) -> float:
     p = shares(arm)
     return p[0] if len(p) == 1 else p[0] - p[1]
 
-# %% ../../../nbs/explain/people/11_power.ipynb #d687c591
+# %% ../../../nbs/explain/people/11_power.ipynb #169058dc
 def variances(arms: Sequence[Any], items: int, spread: float, design: str) -> list[float]:
     """Compute the variance of a person's score in each of two arms, or of the difference within.
 
@@ -79,7 +79,7 @@ def power(arms: Sequence[Any], people: int, items: int, spread: float = .1,
     other = np.nan_to_num(stats.nct.cdf(-edge, free, shift))     # scipy has nan where it is 0
     return float(stats.nct.sf(edge, free, shift) + other)
 
-# %% ../../../nbs/explain/people/11_power.ipynb #962a8cad
+# %% ../../../nbs/explain/people/11_power.ipynb #4ea582ca
 def people_needed(arms: Sequence[Any], items: int, spread: float = .1, design: str = "between",
                   wanted: float = .8, level: float = .95, most: int = 10_000) -> int:
     "Find the least number of people (an arm, or within: in all) for a power of `wanted`."
@@ -110,7 +110,7 @@ def simulated_scores(arms: Sequence[Any], people: int, items: int, spread: float
                                                                                       else -1)
     return out
 
-# %% ../../../nbs/explain/people/11_power.ipynb #b39761a7
+# %% ../../../nbs/explain/people/11_power.ipynb #55a2a684
 def simulated_power(arms: Sequence[Any], people: int, items: int, spread: float = .1,
                     design: str = "between", level: float = .95, repeats: int = 2000,
                     seed: int = 0) -> float:

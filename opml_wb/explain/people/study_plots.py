@@ -26,7 +26,7 @@ def mark_simulated(fig: "go.Figure") -> "go.Figure":
                               xanchor="left", yanchor="bottom", yshift=4,
                               font=dict(color=ui.COLOURS["paper"], size=13))
 
-# %% ../../../nbs/explain/people/14_study_plots.ipynb #68cd0e13
+# %% ../../../nbs/explain/people/14_study_plots.ipynb #c0db7a9e
 def study_figure(found: pd.DataFrame, score: str = "share of right answers") -> "go.Figure":
     """Draw the arms and differences of `Study.analyse` with their intervals.
 

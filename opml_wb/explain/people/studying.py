@@ -58,36 +58,49 @@ class Study:
         self.items, self.seed, self.file, self.name = items, seed, Path(file), name
         self.kinds = self._kinds()
 
-    def _kinds(self) -> list[pd.Index]:
-        "The two kinds of items that each person sees in equal numbers."
-        forward = self.task == "forward"
-        flag = self.model == (self.model.iloc[0] if forward else self.truth)
-        kinds = [self.rows.index[flag], self.rows.index[~flag]]
-        need = self.items // 2 * (len(self.arms) if self.design == "within" else 1)
-        words = ("answers one way", "answers another way") if self.task == "forward" else \
-            ("gets right", "gets wrong")
-        for kind, word in zip(kinds, words):
-            if len(kind) < max(need, 1):
-                raise ValueError(f"rows: {max(need, 1)} items that the model {word} are needed, "
-                                 f"there are {len(kind)}")
-        return kinds
+# %% ../../../nbs/explain/people/12_studying.ipynb #b1ca15a8
+@patch
+def _kinds(self: Study) -> list[pd.Index]:
+    "The two kinds of items that each person sees in equal numbers."
+    forward = self.task == "forward"
+    flag = self.model == (self.model.iloc[0] if forward else self.truth)
+    kinds = [self.rows.index[flag], self.rows.index[~flag]]
+    need = self.items // 2 * (len(self.arms) if self.design == "within" else 1)
+    words = ("answers one way", "answers another way") if self.task == "forward" else \
+        ("gets right", "gets wrong")
+    for kind, word in zip(kinds, words):
+        if len(kind) < max(need, 1):
+            raise ValueError(f"rows: {max(need, 1)} items that the model {word} are needed, "
+                             f"there are {len(kind)}")
+    return kinds
 
-    @property
-    def options(self) -> list[str]:
-        "The answers that a person can give."
-        if self.task == "forward": return sorted(self.model.unique())
-        return ["yes", "no"]
+# %% ../../../nbs/explain/people/12_studying.ipynb #875d3b49
+@patch(as_prop=True)
+def question(self: Study) -> str:
+    "The question that the task asks about each item."
+    return TASKS[self.task]
 
-    def right(self, item: Any, response: str) -> bool:
-        "Say whether a response names the model's answer, its error, or follows a right one."
-        if self.task == "forward": return response == self.model[item]
-        wrong = self.model[item] != self.truth[item]
-        return (response == "yes") == (wrong if self.task == "error" else not wrong)
+# %% ../../../nbs/explain/people/12_studying.ipynb #2b257a69
+@patch(as_prop=True)
+def options(self: Study) -> list[str]:
+    "The answers that a person can give."
+    if self.task == "forward": return sorted(self.model.unique())
+    return ["yes", "no"]
 
-    def shown(self, arm: str, item: Any) -> str:
-        "Give what is shown beside an item in an arm; empty for nothing."
-        what = self.arms[arm]
-        return "" if what is None else str(what(item) if callable(what) else what[item])
+# %% ../../../nbs/explain/people/12_studying.ipynb #e0e0a641
+@patch
+def right(self: Study, item: Any, response: str) -> bool:
+    "Say whether a response names the model's answer, its error, or follows a right one."
+    if self.task == "forward": return response == self.model[item]
+    wrong = self.model[item] != self.truth[item]
+    return (response == "yes") == (wrong if self.task == "error" else not wrong)
+
+# %% ../../../nbs/explain/people/12_studying.ipynb #bdfe9012
+@patch
+def shown(self: Study, arm: str, item: Any) -> str:
+    "Give what is shown beside an item in an arm; empty for nothing."
+    what = self.arms[arm]
+    return "" if what is None else str(what(item) if callable(what) else what[item])
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #165874a2
 @patch
@@ -103,7 +116,7 @@ def session(self: Study, person: str) -> pd.DataFrame:
     order = rng.permutation(len(plan))
     return pd.DataFrame([plan[i] for i in order], columns=["arm", "item"])
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #ec4c8ad5
+# %% ../../../nbs/explain/people/12_studying.ipynb #36dc9143
 @patch
 def _arm(self: Study, person: str) -> str:
     seen = self.answers()
@@ -129,7 +142,7 @@ def put(self: Study, person: str, arm: str, item: Any, response: str,
         os.fsync(f.fileno())
     return line
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #09d71431
+# %% ../../../nbs/explain/people/12_studying.ipynb #b2e89605
 @patch
 def _line(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None,
           seconds: float | None, simulated: bool) -> dict[str, Any]:
@@ -143,6 +156,7 @@ def _line(self: Study, person: str, arm: str, item: Any, response: str, confiden
                 confidence=confidence, seconds=seconds, simulated=simulated,
                 at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #392cbaa0
 @patch
 def answers(self: Study) -> pd.DataFrame:
     "Read the CSV of answers; an empty table when nobody answered yet."
@@ -176,7 +190,7 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
                       for item in self._draw(rng)]
     return pd.DataFrame(lines, columns=COLUMNS)
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #d184c6b7
+# %% ../../../nbs/explain/people/12_studying.ipynb #5e5dd753
 @patch
 def _draw(self: Study, rng: np.random.Generator) -> list:
     "Draw a person's items, half of each kind."
@@ -184,6 +198,7 @@ def _draw(self: Study, rng: np.random.Generator) -> list:
     return [*rng.choice(self.kinds[0], self.items - half, replace=False),
             *rng.choice(self.kinds[1], half, replace=False)]
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #89125d5d
 @patch
 def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray,
                rng: np.random.Generator) -> dict:
@@ -209,7 +224,7 @@ def scores(self: Study, answers: pd.DataFrame) -> pd.DataFrame:
     table = follow.groupby(["person", "arm", "good"]).follow.mean().unstack("good")
     return (table[True] - table[False]).rename("score").dropna().reset_index()
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #14278e91
+# %% ../../../nbs/explain/people/12_studying.ipynb #ed8ef0ba
 @patch
 def analyse(self: Study, answers: pd.DataFrame | None = None, level: float = .95) -> pd.DataFrame:
     """Tell what the answers carry: DataFrame [what, value, lo, hi, p, people, simulated].
@@ -246,6 +261,7 @@ def _apart(a: pd.Series, b: pd.Series, level: float) -> tuple:
     lo, hi = found.confidence_interval(level)
     return difference, float(lo), float(hi), float(found.pvalue), people
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #d6f76045
 def _paired(a: pd.Series, b: pd.Series, level: float) -> tuple:
     "Compare the same people in two arms: difference, its ends, p, people."
     d = (a - b).dropna()
@@ -263,12 +279,14 @@ def power(self: Study, before: Any, after: Any, people: int, spread: float = .1,
     all."""
     return planning.power((before, after), people, self.items, spread, self.design, level)
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #fdf9d347
 @patch
 def people_needed(self: Study, before: Any, after: Any, spread: float = .1,
                   wanted: float = .8) -> int:
     "Find how many people (an arm, or within: in all) this study needs for a power of `wanted`."
     return planning.people_needed((before, after), self.items, spread, self.design, wanted)
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #c392ec6e
 @patch
 def form(self: Study, person: str) -> "ipywidgets.Widget":
     "Make the form that asks `person`, to be shown in a notebook: see `people.forms`."

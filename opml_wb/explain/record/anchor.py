@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from ...core.kit.files import fsync
 
 # %% ../../../nbs/explain/record/03_anchor.ipynb #f7ef7932
@@ -22,7 +24,7 @@ class Line(NamedTuple):
     digest: str
     id: str
 
-# %% ../../../nbs/explain/record/03_anchor.ipynb #553664c6
+# %% ../../../nbs/explain/record/03_anchor.ipynb #b0432b0d
 def read_line(text: str) -> Line | None:
     "Read a line; None for one that isn't whole."
     kind, count, digest, id = ([*text.split(), "", "", "", ""])[:4]
@@ -38,34 +40,42 @@ class Anchor:
 
     def __repr__(self) -> str: return f"Anchor({str(self.path)!r})"
 
-    @contextmanager
-    def lock(self) -> Iterator[int]:
-        "Hold the anchor for this process alone; a killed holder lets it go. Yields its descriptor."
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-        finally: os.close(fd)
+# %% ../../../nbs/explain/record/03_anchor.ipynb #f15fd2cc
+@patch
+@contextmanager
+def lock(self: Anchor) -> Iterator[int]:
+    "Hold the anchor for this process alone; a killed holder lets it go. Yields its descriptor."
+    fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
+    finally: os.close(fd)
 
-    def add(self, fd: int, count: int, digest: bytes, id: str, kind: str = "at") -> None:
-        "Write a line through the descriptor of `lock` and flush it to disk."
-        new = (size := os.fstat(fd).st_size) == 0
-        torn = size and os.pread(fd, 1, size - 1) != b"\n"      # by a writer that was killed
-        os.write(fd, f"{chr(10) if torn else ''}{kind} {count} {digest.hex()} {id}\n".encode())
-        os.fdatasync(fd)
-        if new: fsync(self.path.parent)
+# %% ../../../nbs/explain/record/03_anchor.ipynb #009024e6
+@patch
+def add(self: Anchor, fd: int, count: int, digest: bytes, id: str, kind: str = "at") -> None:
+    "Write a line through the descriptor of `lock` and flush it to disk."
+    new = (size := os.fstat(fd).st_size) == 0
+    torn = size and os.pread(fd, 1, size - 1) != b"\n"      # by a writer that was killed
+    os.write(fd, f"{chr(10) if torn else ''}{kind} {count} {digest.hex()} {id}\n".encode())
+    os.fdatasync(fd)
+    if new: fsync(self.path.parent)
 
-    def last(self, fd: int) -> Line | None:
-        "Read the last whole line through the descriptor of `lock`."
-        size = os.fstat(fd).st_size
-        tail = os.pread(fd, 1024, max(0, size - 1024)).decode("utf-8", "replace").split("\n")[:-1]
-        return next((found for t in reversed(tail) if (found := read_line(t))), None)
+# %% ../../../nbs/explain/record/03_anchor.ipynb #9c2b9eca
+@patch
+def last(self: Anchor, fd: int) -> Line | None:
+    "Read the last whole line through the descriptor of `lock`."
+    size = os.fstat(fd).st_size
+    tail = os.pread(fd, 1024, max(0, size - 1024)).decode("utf-8", "replace").split("\n")[:-1]
+    return next((found for t in reversed(tail) if (found := read_line(t))), None)
 
-    def lines(self) -> list[Line | None] | None:
-        "Read all lines, None for one that isn't whole; None when there is no file."
-        try: text = self.path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError: return None
-        return [read_line(t) for t in text.split("\n")[:-1]]
+# %% ../../../nbs/explain/record/03_anchor.ipynb #130327d5
+@patch
+def lines(self: Anchor) -> list[Line | None] | None:
+    "Read all lines, None for one that isn't whole; None when there is no file."
+    try: text = self.path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError: return None
+    return [read_line(t) for t in text.split("\n")[:-1]]
 
 # %% ../../../nbs/explain/record/03_anchor.ipynb #18f8e5e6
 def against(lines: list[Line | None] | None,

@@ -48,7 +48,7 @@ def reasons(record: Mapping[str, Any], most: int = 4) -> list[str]:
     def shown(f): return "missing" if given.get(f) is None else given[f]
     return [f"{f} = {shown(f)} ({values[f]:+.3g})" for f in ranked if values[f]]
 
-# %% ../../../nbs/explain/record/06_answering.ipynb #b899fbd7
+# %% ../../../nbs/explain/record/06_answering.ipynb #91a428c4
 def plain_text(record: Mapping[str, Any], audience: str) -> str:
     "Write the answer of a record that holds no text for this audience."
     head = f"The decision was {record['answer']}."
@@ -72,7 +72,7 @@ def source(record: Mapping[str, Any]) -> str:
     return (f"Decision {record['id']}, entry {record['seq']} of the log, {when} UTC, by model "
             f"{record['model']!r} ({of}{digest}).")
 
-# %% ../../../nbs/explain/record/06_answering.ipynb #0d436508
+# %% ../../../nbs/explain/record/06_answering.ipynb #f637b268
 def _erased(record: Mapping[str, Any]) -> str:
     gone = record["erased"]
     return (f"{source(record)} Its data, answer and explanation were erased on {gone['at'][:10]} "

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     proof: bytes
     digest: bytes
 
-# %% ../../../nbs/explain/record/02_chain.ipynb #a2d2377f
+# %% ../../../nbs/explain/record/02_chain.ipynb #76af6d4f
 def commitment(salt: bytes, body: bytes) -> bytes:
     "Commit to a body by its salted SHA-256: it can be checked later, and not guessed."
     return hashlib.sha256(salt + body).digest()

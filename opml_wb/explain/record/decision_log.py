@@ -46,25 +46,29 @@ class DecisionLog:
 
     def __repr__(self) -> str: return f"DecisionLog({str(self.path)!r})"
 
-    @property
-    def db(self) -> sqlite3.Connection:
-        "The connection of this process; one that was inherited by a fork is left alone."
-        if os.getpid() not in self._db:
-            self._left += self._db.values()     # closing it would drop the parent's locks
-            self._db = {os.getpid(): connect(self.path, write=not seal_of(self.path).is_file())}
-            if not self.sealed:
-                for rule in ("journal_mode=wal", "synchronous=full", "secure_delete=on"):
-                    self.db.execute(f"pragma {rule}")
-        return self._db[os.getpid()]
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #cc98756e
+@patch(as_prop=True)
+def db(self: DecisionLog) -> sqlite3.Connection:
+    "The connection of this process; one that was inherited by a fork is left alone."
+    if os.getpid() not in self._db:
+        self._left += self._db.values()     # closing it would drop the parent's locks
+        self._db = {os.getpid(): connect(self.path, write=not seal_of(self.path).is_file())}
+        if not self.sealed:
+            for rule in ("journal_mode=wal", "synchronous=full", "secure_delete=on"):
+                self.db.execute(f"pragma {rule}")
+    return self._db[os.getpid()]
 
-    @property
-    def sealed(self) -> bool:
-        "True once `seal` was called: only an erasure may change the file."
-        return seal_of(self.path).is_file()
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #42435851
+@patch(as_prop=True)
+def sealed(self: DecisionLog) -> bool:
+    "True once `seal` was called: only an erasure may change the file."
+    return seal_of(self.path).is_file()
 
-    def close(self) -> None:
-        "Close the file; the next use opens it again."
-        if db := self._db.pop(os.getpid(), None): db.close()
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6ce0453e
+@patch
+def close(self: DecisionLog) -> None:
+    "Close the file; the next use opens it again."
+    if db := self._db.pop(os.getpid(), None): db.close()
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #11b14bb5
 @patch
@@ -85,7 +89,7 @@ def _begin(self: DecisionLog, fd: int) -> None:
     count, head = self._last()
     if not self.anchor.last(fd) and not count: self.anchor.add(fd, 0, head, "empty")
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #ce6bcd28
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6d48d254
 @patch
 def _last(self: DecisionLog) -> tuple[int, bytes]:
     "Read the number of entries and the digest of the last (of none: the log's own name)."
@@ -116,7 +120,7 @@ def _writing(self: DecisionLog) -> Iterator[tuple[int, int, bytes]]:
             if self.db.in_transaction: self.db.execute("rollback")
             raise
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #9cef7c2b
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #5162e294
 @patch
 def _insert(self: DecisionLog, e: Entry) -> None:
     "Insert an entry. Raises ValueError for an id that is there."
@@ -143,7 +147,7 @@ def extend(self: DecisionLog, decisions: Iterable[Decision | Mapping[str, Any]])
         self.anchor.add(fd, count + len(asked), head, asked[-1].id)
     return [d.id for d in asked]
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #79eb4c31
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #7460c85c
 @patch
 def append(self: DecisionLog, decision: Decision | Mapping[str, Any]) -> str:
     "Append one decision (a Decision or a mapping with its fields); returns its id: see `extend`."
@@ -160,7 +164,7 @@ def head(self: DecisionLog) -> str:
     "The hex digest of the last entry: publish it, and the log up to here is fixed."
     return self._last()[1].hex()
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #41c0da59
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #4d237b53
 @patch
 def entry(self: DecisionLog, id: str) -> Entry:
     "Read the entry `id` and check its hashes. Raises KeyError; LogError when it was changed."
@@ -174,12 +178,11 @@ def entry(self: DecisionLog, id: str) -> Entry:
         raise LogError(f"decision {id!r} isn't what was logged: {why}")
     return found
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #cbd1a530
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #8d3aac40
 @patch
 def _genesis(self: DecisionLog) -> bytes:
     return bytes.fromhex(self.db.execute("select value from log where key='genesis'").fetchone()[0])
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #babde261
 @patch
 def read(self: DecisionLog, id: str) -> dict[str, Any]:
     """Read a decision: {id, at, seq, model, version, model_hash, erased, input, answer, score,
@@ -213,7 +216,7 @@ def _erasures(self: DecisionLog) -> dict[str, dict[str, str]]:
     told = [(id, at, json.loads(about)) for id, at, about in rows]
     return {a["erases"]: {"at": at, "reason": a["reason"], "by": id} for id, at, a in told}
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #f2ba90db
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #70e23c1b
 @patch
 def erase(self: DecisionLog, id: str, reason: str = "request under GDPR article 17") -> str:
     """Delete what the log says of decision `id`; its salted hash stays in the chain.
@@ -245,7 +248,7 @@ def _rewrite(self: DecisionLog) -> None:
         raise LogError("what was erased is still in the write-ahead log, which another process "
                             "reads: call `compact` when it has ended")
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #4cbae94e
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #4c491936
 @patch
 def compact(self: DecisionLog) -> None:
     "Write the file anew without what was erased. Raises LogError while others read."
@@ -270,7 +273,7 @@ def seal(self: DecisionLog) -> str:
         self.anchor.add(fd, count, head, found, "seal")
     return found
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #6c915d4c
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6e2e439d
 @patch
 def _unseal(self: DecisionLog) -> None:
     "Take the seal away, for an erasure. Raises LogError when the log isn't whole."
@@ -278,7 +281,7 @@ def _unseal(self: DecisionLog) -> None:
     self.close()
     seal_of(self.path).unlink()
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #b41c5333
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #1eab8a61
 @patch
 def verify(self: DecisionLog) -> Report:
     "Check every entry, the anchor, and of a sealed log every byte: see `record.verifying`."

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from datetime import date, datetime, timezone
 from typing import Any
 
+from fastcore.basics import patch
+
 from ...core.kit.words import nearest
 
 # %% ../../../nbs/explain/record/01_decisions.ipynb #4a1d6379
@@ -75,15 +77,19 @@ class Decision:
         if odd := set(self.texts) - set(AUDIENCES):
             raise ValueError(f"texts: no audience {min(odd)!r}; there are {', '.join(AUDIENCES)}")
 
-    def about(self) -> bytes:
-        "Write what stays after an erasure: the model that decided."
-        return canonical(jsonable({k: getattr(self, k)
-                                   for k in ("model", "version", "model_hash")}))
+# %% ../../../nbs/explain/record/01_decisions.ipynb #078c885c
+@patch
+def about(self: Decision) -> bytes:
+    "Write what stays after an erasure: the model that decided."
+    return canonical(jsonable({k: getattr(self, k)
+                               for k in ("model", "version", "model_hash")}))
 
-    def body(self) -> bytes:
-        "Write what an erasure takes away: input, answer, explanation, texts."
-        named = "input", "answer", "score", "explanation", "texts", "defences"
-        return canonical({k: jsonable(getattr(self, k), k) for k in named})
+# %% ../../../nbs/explain/record/01_decisions.ipynb #d7f1699e
+@patch
+def body(self: Decision) -> bytes:
+    "Write what an erasure takes away: input, answer, explanation, texts."
+    named = "input", "answer", "score", "explanation", "texts", "defences"
+    return canonical({k: jsonable(getattr(self, k), k) for k in named})
 
 # %% ../../../nbs/explain/record/01_decisions.ipynb #25966f67
 def as_decision(value: "Decision | Mapping[str, Any]") -> Decision:

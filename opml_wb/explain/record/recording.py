@@ -27,14 +27,14 @@ def texts(explanation: "Explanation", row: Any, **customer: Any) -> dict[str, st
     return {a: write(explanation, row, a, **(customer if a == "customer" else {}))
             for a in AUDIENCES}
 
-# %% ../../../nbs/explain/record/08_recording.ipynb #b82d13f2
+# %% ../../../nbs/explain/record/08_recording.ipynb #8fd4bf3e
 def stored(model: str, version: int, models: "ModelStore | None" = None) -> str | None:
     "Look up the SHA-256 of a version in the model store; None where it has no such version."
     from opml_wb.core.record import models as core
     try: return (models or core.ModelStore()).info(model, version)["digest"]
     except (core.ModelError, KeyError): return None
 
-# %% ../../../nbs/explain/record/08_recording.ipynb #611f9621
+# %% ../../../nbs/explain/record/08_recording.ipynb #ff5f3f13
 def decisions(explanation: "Explanation", model: str, version: int | None = None,
               model_hash: str | None = None, served: Sequence[Any] | None = None,
               defences: Mapping[str, Any] | None = None, ids: Sequence[str] | None = None,

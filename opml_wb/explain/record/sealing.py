@@ -17,7 +17,6 @@ from .anchor import Line
 class LogError(RuntimeError):
     "A decision log can't do what it was asked: it is sealed, damaged, or no log."
 
-# %% ../../../nbs/explain/record/04_sealing.ipynb #909ab10e
 def connect(path: str | os.PathLike, write: bool = False) -> sqlite3.Connection:
     """Open a log's file; a sealed one is read as its bytes are, whatever lies beside it.
 
@@ -31,7 +30,7 @@ def connect(path: str | os.PathLike, write: bool = False) -> sqlite3.Connection:
     db.text_factory = lambda b: b.decode("utf-8", "replace")
     return db
 
-# %% ../../../nbs/explain/record/04_sealing.ipynb #29509565
+# %% ../../../nbs/explain/record/04_sealing.ipynb #a51db8ec
 def seal_of(path: str | os.PathLike) -> Path:
     "Name the file that holds the hash of each page of the sealed log `path`."
     return Path(f"{path}.seal")
@@ -44,7 +43,7 @@ def page_hashes(path: str | os.PathLike) -> list[str]:
     with open(path, "rb") as f:
         return [hashlib.sha256(p).hexdigest()[:32] for p in iter(lambda: f.read(PAGE), b"")]
 
-# %% ../../../nbs/explain/record/04_sealing.ipynb #fbf18e04
+# %% ../../../nbs/explain/record/04_sealing.ipynb #ddcba072
 def write_seal(path: Path, pages: list[str], count: int, head: bytes) -> str:
     "Write the seal of a log with these pages, entries and head; returns the seal's SHA-256."
     write_text(path, json.dumps({"count": count, "head": head.hex(), "pages": pages}))

@@ -32,7 +32,7 @@ def asked_rows(body: bytes, kind: str) -> list[dict[str, Any]] | None:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
     except (ValueError, TypeError, KeyError, AttributeError): return None
 
-# %% ../../../nbs/explain/record/09_serving.ipynb #41c95b10
+# %% ../../../nbs/explain/record/09_serving.ipynb #85cef3df
 def answers_of(said: Mapping[str, Any]) -> list[Any]:
     "Read the answer of each row: the policy's, else the one model's, else {model: answer}."
     if "policy" in said: return list(said["policy"]["result"])
@@ -49,37 +49,41 @@ class AnswerLog:
     def __init__(self, log: DecisionLog, explain: Callable | None = None, **customer: Any) -> None:
         self.log, self.explain, self.customer = log, explain, customer
 
-    def put(self, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any], model: str,
-            version: int | None = None, model_hash: str | None = None,
-            ids: Sequence[str] | None = None) -> list[str | None]:
-        """Log the answers of rows; returns their ids, None for a row without an answer.
+# %% ../../../nbs/explain/record/09_serving.ipynb #421ad844
+@patch
+def put(self: AnswerLog, rows: Sequence[Mapping[str, Any]], answers: Sequence[Any], model: str,
+        version: int | None = None, model_hash: str | None = None,
+        ids: Sequence[str] | None = None) -> list[str | None]:
+    """Log the answers of rows; returns their ids, None for a row without an answer.
 
-        ids: of the answers, where the server gave some. Raises ValueError, LogError."""
-        if len(rows) != len(answers): raise ValueError(f"{len(rows)} rows, {len(answers)} answers")
-        there = [i for i, a in enumerate(answers) if a is not None]
-        out: list[str | None] = [None] * len(rows)
-        if not there: return out
-        some, said = [rows[i] for i in there], [answers[i] for i in there]
-        named = None if ids is None else [ids[i] for i in there]
-        made = self._made(some, said, model, version, model_hash, named)
-        for i, id in zip(there, self.log.extend(made)): out[i] = id
-        return out
+    ids: of the answers, where the server gave some. Raises ValueError, LogError."""
+    if len(rows) != len(answers): raise ValueError(f"{len(rows)} rows, {len(answers)} answers")
+    there = [i for i, a in enumerate(answers) if a is not None]
+    out: list[str | None] = [None] * len(rows)
+    if not there: return out
+    some, said = [rows[i] for i in there], [answers[i] for i in there]
+    named = None if ids is None else [ids[i] for i in there]
+    made = self._made(some, said, model, version, model_hash, named)
+    for i, id in zip(there, self.log.extend(made)): out[i] = id
+    return out
 
-    def _made(self, rows, answers, model, version, model_hash, ids):
-        "Make the decisions, explained where the explainer can read the rows."
-        if self.explain:
-            import pandas as pd
-            try: found = self.explain(pd.DataFrame(rows))
-            except (ValueError, TypeError, KeyError) as e: why = f"{type(e).__name__}: {e}"
-            else:
-                return decisions(found, model, version, model_hash, answers, ids=ids,
-                                 models=self.log.models,
-                                   **self.customer)
-        else: why = ""
-        unable = {"defences": {"not explained": why}} if why else {}
-        return [Decision(jsonable(r), a, model, version, model_hash, **unable,
-                         **({"id": ids[i]} if ids else {}))
-                for i, (r, a) in enumerate(zip(rows, answers))]
+# %% ../../../nbs/explain/record/09_serving.ipynb #dce575bc
+@patch
+def _made(self: AnswerLog, rows, answers, model, version, model_hash, ids):
+    "Make the decisions, explained where the explainer can read the rows."
+    if self.explain:
+        import pandas as pd
+        try: found = self.explain(pd.DataFrame(rows))
+        except (ValueError, TypeError, KeyError) as e: why = f"{type(e).__name__}: {e}"
+        else:
+            return decisions(found, model, version, model_hash, answers, ids=ids,
+                             models=self.log.models,
+                               **self.customer)
+    else: why = ""
+    unable = {"defences": {"not explained": why}} if why else {}
+    return [Decision(jsonable(r), a, model, version, model_hash, **unable,
+                     **({"id": ids[i]} if ids else {}))
+            for i, (r, a) in enumerate(zip(rows, answers))]
 
 # %% ../../../nbs/explain/record/09_serving.ipynb #983329d9
 async def _json(send: Callable, status: int, value: Any) -> None:
@@ -88,6 +92,7 @@ async def _json(send: Callable, status: int, value: Any) -> None:
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
+# %% ../../../nbs/explain/record/09_serving.ipynb #2a0c983b
 class Recorded:
     """An ASGI application in front of `app`, a server of table models, that logs its answers.
 

@@ -24,7 +24,7 @@ def _unlicensed(bare: Mapping[str, int], erased: set[str]) -> tuple[str, str] | 
     return next(((id, f"entry {n} has no body, and no erasure says why") for id, n in bare.items()
                  if id not in erased), None)
 
-# %% ../../../nbs/explain/record/05_verifying.ipynb #3c2853a0
+# %% ../../../nbs/explain/record/05_verifying.ipynb #04550fd8
 def walk(db: sqlite3.Connection) -> tuple[list[bytes], int, tuple[str, str] | None]:
     """Check the entries in their order.
 
@@ -50,7 +50,6 @@ def _structure(db: sqlite3.Connection) -> str:
     said = [str(r[0]) for r in db.execute("pragma integrity_check(3)")]
     return "" if said == ["ok"] else f"SQLite finds: {said[0]}"
 
-# %% ../../../nbs/explain/record/05_verifying.ipynb #cc5f672d
 def _inside(path: Path, lines: list[Line | None] | None) -> Report:
     "Check entries, anchor and structure of a log that can be opened."
     db = connect(path)
@@ -83,7 +82,7 @@ def verify(path: str | os.PathLike, anchor: str | os.PathLike | None = None) -> 
     first = inside.first_bad or (f"page {pages[0]}" if pages else None)
     return Report(not told, first, told, inside.count, inside.erased, inside.head, sealed, pages)
 
-# %% ../../../nbs/explain/record/05_verifying.ipynb #98cb8c2f
+# %% ../../../nbs/explain/record/05_verifying.ipynb #76ca16ff
 def _unsealed(lines: list[Line | None] | None) -> str:
     "Say that a seal was taken away, where the anchor's last line is one."
     whole = [line for line in lines or [] if line]

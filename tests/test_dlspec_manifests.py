@@ -1,0 +1,155 @@
+"""Manifests that are broken in twenty ways, the authors' own, planted code, and a catalog of thousands."""
+import os
+from pathlib import Path
+
+import pytest
+
+MODEL = 'kind: model\nname: net\nversion: "1.0.0"\n'
+TASK = 'kind: task\nname: t\nversion: "1.0.0"\nhardware: hardware/any\nsoftware: software/s\ndataset: dataset/d\nmodel: model/net\n'
+RUN = "stages:\n  run: |\n    {}\n"
+SHA = "a" * 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports():
+    from opml_wb import dlspec
+    from opml_wb.dlspec import zoo
+    globals().update({n: getattr(dlspec, n) for n in dlspec.__all__}, zoo=zoo)
+
+
+# what the file says, the line that is to be named (None: none fits), what is to be told
+BROKEN = {
+    "float version": ("kind: model\nname: net\nversion: 1.0\n", 3, 'in quotes, such as "1.2.0"'),
+    "two numbers": ('kind: model\nname: net\nversion: "1.0"\n', 3, "got '1.0'"),
+    "duplicate key": (MODEL + "name: again\n", 4, "stands here again, first in line 2"),
+    "unknown field": (MODEL + "licence: MIT\n", 4, "did you mean 'license'"),
+    "unknown kind": ("kind: modell\nname: a\nversion: 1.0.0\n", 1, "did you mean 'model'"),
+    "no name": ("kind: model\nversion: 1.0.0\n", None, "the field 'name' is missing"),
+    "number as hash": (MODEL + "resources:\n- url: file:///a\n  sha256: 123\n", 6, "expected 64 hexadecimal"),
+    "short hash": (MODEL + "resources:\n- url: file:///a\n  sha256: abc\n", 6, "expected 64 hexadecimal"),
+    "accuracy on seeded": (MODEL + "weights_class: seeded\nseed: 0\nquality:\n  accuracy: {value: 0.9}\n", None, "architecture and seed: no accuracy"),
+    "seeded without seed": (MODEL + "weights_class: seeded\n", None, "needs one"),
+    "trained here by nobody": (MODEL + "weights_class: trained-here\n", None, "names its training task"),
+    "no as a value": (MODEL + "license: no\n", 4, "a truth value in YAML 1.1"),
+    "octal": (MODEL + "seed: 010\n", 4, "an octal number"),
+    "base 60": (MODEL + "seed: 1:30\n", 4, "a number of base 60"),
+    "tag": (MODEL + "seed: !!python/object:os.system x\n", 4, "plain values only"),
+    "bomb": (MODEL + "attributes:\n  a: &a [1, 1]\n  b: [*a, *a]\n", 5, "the anchor &a"),
+    "deep": (MODEL + "attributes: " + "[" * 60 + "]" * 60 + "\n", 4, "nested more than 50 deep"),
+    "two documents": (MODEL + "---\n" + MODEL, 4, "a second document"),
+    "no reference": (TASK.replace("model/net", "modell/net"), 7, "did you mean 'model'"),
+    "reference of another kind": (TASK.replace("model/net", "dataset/net"), None, "is no model"),
+    "no range": (TASK.replace("model/net", "model/net@newest"), 7, "no version and no range"),
+    "no YAML": (MODEL + "a: [1\n", None, "no YAML"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_manifests_are_refused_with_file_and_line(name, tmp_path):
+    text, line, said = BROKEN[name]
+    file = tmp_path / "m.yml"
+    file.write_text(text)
+    with pytest.raises(ManifestError) as e: load(file)
+    assert said in str(e.value) and e.value.file == str(file)
+    if line: assert e.value.line == line, str(e.value)
+
+
+def test_no_text_and_too_much_of_it(tmp_path):
+    (tmp_path / "bytes.yml").write_bytes(b"kind: model\nname: \xff\n")
+    (tmp_path / "large.yml").write_bytes(b"a: 1\n" * 10_000_000)
+    with pytest.raises(ManifestError, match=r"bytes.yml:2: no UTF-8"): load(tmp_path / "bytes.yml")
+    with pytest.raises(ManifestError, match="larger than 1 MiB"): load(tmp_path / "large.yml")
+    with pytest.raises(ManifestError, match="cannot be read"): load(tmp_path / "none.yml")
+
+
+CODE = {"def fun(data): pass": "expected fun(ctx, data), got fun(data)", "def main(): pass": "no function fun(ctx, data)",
+        "def fun(ctx, data:": "no Python", "async def fun(ctx, data): pass": "must not be async"}
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_code_is_compiled_and_its_line_named(code, tmp_path):
+    (tmp_path / "m.yml").write_text(MODEL + RUN.format(code))
+    told = Catalog(tmp_path).check()
+    assert CODE[code] in told.problem[0] and "m.yml:6" in told.problem[0]
+
+
+def test_references_that_lead_nowhere_or_back(tmp_path):
+    (tmp_path / "net.yml").write_text(MODEL + "weights_class: trained-here\ntrained_by: task/t\n")
+    (tmp_path / "task.yml").write_text(TASK + "mode: training\n")
+    told = "\n".join(Catalog(tmp_path).check().problem)
+    assert "lead back to it: model/net@1.0.0 -> task/t@1.0.0 -> model/net@1.0.0" in told
+    assert "hardware/any: not in the catalog" in told
+    with pytest.raises(ManifestError, match=r"no version in that range; there are 1.0.0"): Catalog(tmp_path).get("model/net@^2")
+
+
+def test_the_same_id_with_other_content(tmp_path):
+    (tmp_path / "a.yml").write_text(MODEL)
+    (tmp_path / "b.yml").write_text(MODEL + "description: other\n")
+    with pytest.raises(ManifestError, match="with other content"): Catalog(tmp_path)
+
+
+def test_reading_and_checking_execute_nothing(tmp_path):
+    "A top level that writes a file, in our form and in the authors'; empty and weak checksums are told."
+    trap = tmp_path / "trap"
+    code = f"open({str(trap)!r}, 'w')\n    def fun(ctx, data): return data"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "m.yml").write_text(MODEL + RUN.format(code))
+    Catalog(tmp_path / "own").check()
+    theirs = tmp_path / "theirs.yml"
+    theirs.write_text(f"""name: Tiny
+framework: {{name: PyTorch, version: 1.2.0}}
+version: 1.0
+model: {{graph_path: 'https://example.org/net.pt', graph_checksum: '', weights_path: 'https://example.org/w', weights_checksum: 0123456789abcdef0123456789abcdef}}
+preprocess: |
+  open({str(trap)!r}, 'w')
+  def preprocess(ctx, data): return dataset[data]
+""")
+    model = next(m for m in import_any(theirs) if m.kind == "model")
+    said = "\n".join(model.unknown)
+    assert "net.pt: no checksum" in said and "w: a weak checksum (md5) only" in said
+    assert "reads dataset, which nothing defines" in said and "1.0" not in model.version.replace("1.0.0", "")
+    assert model.weights_class == "imported" and not trap.exists()
+    task = Task(hardware=Hardware(name="any", version="1.0.0"), software=Software(name="s", version="1.0.0"),
+                dataset=Dataset(name="d", version="1.0.0"), model=model)
+    with pytest.raises(ExecutionError, match="it can't be run"): run(task)
+    assert not trap.exists()
+
+
+def test_the_authors_manifests():
+    "All 135 import; the one with a duplicate key names the line; none can be run."
+    folder = Path(os.environ.get("OPML_DATA", "/nowhere")) / "dlspec" / "manifests"
+    if not folder.is_dir(): pytest.skip("the authors' manifests aren't ours to ship: OPML_DATA names a folder with them")
+    models = [m for m in import_any(folder) if m.kind == "model"]
+    assert len(models) == 135 and {m.weights_class for m in models} == {"imported"}
+    twice = [said for m in models for said in m.unknown if "stands here again" in said]
+    assert len(twice) == 1 and "line 48" in twice[0] and "is_archive" in twice[0]
+    assert all(any("weak checksum" in said for said in m.unknown) for m in models)
+    for m in models: assert type(m).model_validate(m.model_dump()).digest == m.digest
+
+
+def test_a_folder_of_a_thousand_is_read_and_written(tmp_path):
+    catalog = Catalog()
+    for i in range(1200): catalog.add(Hardware(name=f"m{i}", version="1.0.0", cores=1 + i % 7))
+    catalog.write(tmp_path)
+    again = Catalog(tmp_path)
+    assert len(again) == 1200 and again.check().empty
+    assert {m.id: m.digest for m in again} == {m.id: m.digest for m in catalog}
+
+
+def test_the_zoo_is_valid_and_counted_by_class():
+    catalog = zoo.catalog(trained=["iris"])
+    counts = zoo.counts(catalog)
+    assert counts.models["seeded"] > 1000 and counts.models["pretrained"] >= 24 and counts.groups["pretrained"] >= 16
+    assert sum(m.kind == "task" and m.mode == "training" for m in catalog) >= 25
+    assert not counts.with_metric[["seeded", "imported"]].any()
+    some = [m for i, m in enumerate(catalog) if i % 50 == 0]
+    assert not [p for m in some for p in catalog.problems_of(m) if "weak checksum" not in p]
+    for m in some: assert type(m).model_validate(m.model_dump()).digest == m.digest
+
+
+def test_json_schema_says_what_the_models_accept():
+    import jsonschema
+    from opml_wb.dlspec.spec.manifest import schema
+    m = Model(name="net", version="1.0.0", resources=[Resource(url="file:///a", sha256=SHA)])
+    jsonschema.validate({"kind": "model", **m.to_dict()}, schema("model"))
+    with pytest.raises(jsonschema.ValidationError): jsonschema.validate({"kind": "model", "name": "net", "version": 1.0}, schema("model"))

