@@ -26,6 +26,7 @@ def _level(level: float) -> float:
     if not 0 < level < 1: raise ValueError(f"level: expected a share between 0 and 1, got {level}")
     return level
 
+# %% ../../nbs/explain/05_intervals.ipynb #94723ab6
 def mean_interval(values: Any, level: float = .95) -> Interval:
     """Compute the mean of independent runs with Student's interval.
 

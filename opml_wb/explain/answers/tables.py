@@ -78,6 +78,7 @@ class Columns:
 # %% ../../../nbs/explain/answers/01_tables.ipynb #e62caff0
 def _twice(X: pd.DataFrame) -> Any: return X.columns[X.columns.duplicated()][0]
 
+# %% ../../../nbs/explain/answers/01_tables.ipynb #2a8b228f
 def _numbers(values: pd.Series) -> np.ndarray:
     "Read a column as numbers."
     try: found = values.to_numpy(float, na_value=np.nan)

@@ -37,6 +37,7 @@ def _faint(colour: str, share: float = .22) -> str:
     parts = [int(colour[k:k + 2], 16) for k in (1, 3, 5)]
     return f"rgba({parts[0]},{parts[1]},{parts[2]},{share})"
 
+# %% ../../../nbs/explain/attack/08_attack_plots.ipynb #dc5f9f5b
 def recovery_figure(curves: Mapping[str, pd.DataFrame], records: int, limit: float = 1.
                     ) -> "go.Figure":
     """Draw how much of a table of `records` rows comes back with the number of questions

@@ -20,6 +20,7 @@ from ..intervals import Interval, auc_interval
 def _confidence(model, X, y):
     return np.asarray(model.predict_proba(X)).max(1)
 
+# %% ../../../nbs/explain/attack/03_members.ipynb #f4814d5f
 def _truth(model, X, y):
     if y is None:
         raise ValueError("signal 'truth' needs the answers: give members and others as (X, y)")
@@ -32,6 +33,7 @@ def _variance(model, X, y): return attributions(model)(X).var(1)
 
 def _size(model, X, y): return np.abs(attributions(model)(X)).sum(1)
 
+# %% ../../../nbs/explain/attack/03_members.ipynb #be4d619e
 def _largest(model, X, y):
     return np.sort(np.abs(np.round(attributions(model)(X), 2)), 1)[:, -3:].sum(1)
 

@@ -159,6 +159,7 @@ def __len__(self: DecisionLog) -> int:
     "Count the entries, erasures among them."
     return self._last()[0]
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #3373525c
 @patch(as_prop=True)
 def head(self: DecisionLog) -> str:
     "The hex digest of the last entry: publish it, and the log up to here is fixed."
@@ -183,6 +184,7 @@ def entry(self: DecisionLog, id: str) -> Entry:
 def _genesis(self: DecisionLog) -> bytes:
     return bytes.fromhex(self.db.execute("select value from log where key='genesis'").fetchone()[0])
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #1a0f5967
 @patch
 def read(self: DecisionLog, id: str) -> dict[str, Any]:
     """Read a decision: {id, at, seq, model, version, model_hash, erased, input, answer, score,

@@ -17,6 +17,7 @@ from .anchor import Line
 class LogError(RuntimeError):
     "A decision log can't do what it was asked: it is sealed, damaged, or no log."
 
+# %% ../../../nbs/explain/record/04_sealing.ipynb #aec5b29e
 def connect(path: str | os.PathLike, write: bool = False) -> sqlite3.Connection:
     """Open a log's file; a sealed one is read as its bytes are, whatever lies beside it.
 

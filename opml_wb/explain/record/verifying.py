@@ -50,6 +50,7 @@ def _structure(db: sqlite3.Connection) -> str:
     said = [str(r[0]) for r in db.execute("pragma integrity_check(3)")]
     return "" if said == ["ok"] else f"SQLite finds: {said[0]}"
 
+# %% ../../../nbs/explain/record/05_verifying.ipynb #ace3bd8c
 def _inside(path: Path, lines: list[Line | None] | None) -> Report:
     "Check entries, anchor and structure of a log that can be opened."
     db = connect(path)
