@@ -98,12 +98,12 @@ class Search:
     def __init__(self, model: TableModel, X: pd.DataFrame, row: pd.Series, wanted: Any,
                  choices: Mapping[str, list[Any]], together: Mapping[str, list[str]]) -> None:
         self.model, self.row, self.wanted, self.queries = model, row, wanted, 0
-        self.choices, self.found = choices, []
+        self.choices, self.found = choices, list[tuple[dict[str, Any], float]]()
         self.place = {c: j for j, c in enumerate(model.names)}
         self.codes = model.encode(pd.DataFrame([row], columns=model.names).infer_objects())[0]
         self.code = {c: self._coded(X, c, vs, together[c]) for c, vs in choices.items()}
         self.known = {r.tobytes() for r in np.nan_to_num(model.encode(X), nan=-1.)}
-        self.at = list(model.classes).index(wanted)
+        self.at = list(model.classes if model.classes is not None else ()).index(wanted)
         self.spread = {c: float(X[c].std()) or 1. for c in choices
                        if pd.api.types.is_numeric_dtype(X[c])}
 
@@ -122,7 +122,7 @@ class Search:
         table = pd.DataFrame([self.row] * len(rows), columns=self.model.names).reset_index(drop=True)
         for n in names: table[n] = pd.Series([r[n] for r in rows], dtype=X[n].dtype)
         codes = self.model.encode(table) if rows else np.empty((0, len(self.codes)))
-        return {v: [(j, c[j]) for j in np.flatnonzero(c != self.codes) if not (
+        return {v: [(int(j), float(c[j])) for j in np.flatnonzero(c != self.codes) if not (
             np.isnan(c[j]) and np.isnan(self.codes[j]))] for v, c in zip(values, codes)}
 
     def ask(self, trials: list[dict[str, Any]]) -> np.ndarray:

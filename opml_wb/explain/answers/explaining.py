@@ -24,9 +24,9 @@ from ..shapley.treeshap import TreeShap
 # %% ../../../nbs/explain/answers/08_explaining.ipynb #b8a99e46
 def by_column(values: np.ndarray, model: TableModel) -> np.ndarray:
     "Add up the values of encoded features (n, F) that come from the same column: (n, columns)."
-    found = np.zeros((len(values), len(model.names)))
-    np.add.at(found, (slice(None), model.encoder.groups), values)
-    return found
+    found = np.zeros((len(model.names), len(values)))
+    np.add.at(found, model.encoder.groups, values.T)
+    return found.T
 
 # %% ../../../nbs/explain/answers/08_explaining.ipynb #12ef5ae7
 def _answered(shap: TreeShap, values: np.ndarray, model: TableModel, answers: np.ndarray
@@ -36,7 +36,7 @@ def _answered(shap: TreeShap, values: np.ndarray, model: TableModel, answers: np
     if shap.outputs == 1:
         named = answers if model.classes is None else np.repeat(model.classes[-1:], len(values))
         return values, np.repeat(shap.expected, len(values)), named, None
-    at = np.searchsorted(model.classes, answers)
+    at = np.searchsorted(np.asarray(model.classes), answers)
     return values[n, :, at], shap.expected[at], answers, at
 
 # %% ../../../nbs/explain/answers/08_explaining.ipynb #c423a134
@@ -115,4 +115,4 @@ def explain(model: Any, X: pd.DataFrame, kind: tuple[str, str] = ("local", "post
     effects = effects_of(found) if kind[0] == "global" else pd.DataFrame()
     if kind[0] == "global" and isinstance(model, Additive): effects = model.curves
     if kind[0] == "global" and method == "surrogate": effects = small.rules
-    return replace(found, kind=tuple(kind), effects=effects)
+    return replace(found, kind=(kind[0], kind[1]), effects=effects)

@@ -68,7 +68,8 @@ class Surrogate:
         "Measure fidelity on table `X`, as a whole and rule by rule."
         codes, same = self.model.encode(X), self.same(X)
         leaf, said = self.tree.apply(codes), self.tree.predict(codes)
-        self.fidelity = (float(same.mean()), *map(float, share_interval(same.sum(), len(same))))
+        lo, hi = share_interval(same.sum(), len(same))
+        self.fidelity = float(same.mean()), float(lo), float(hi)
         found = pd.DataFrame({"leaf": leaf, "answer": said, "same": same}).groupby("leaf").agg(
             answer=("answer", "first"), rows=("same", "size"), hits=("same", "sum")).reset_index()
         low, high = share_interval(found.hits, found.rows)

@@ -39,11 +39,11 @@ def round_down(threshold: np.ndarray) -> np.ndarray:
     return np.where(near > threshold, np.nextafter(near, np.float32(-np.inf)), near)
 
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #f2003ad4
-def _joined(trees: list[dict[str, np.ndarray]], **more: Any) -> Forest:
+def _joined(trees: list[dict[str, Any]], **more: Any) -> Forest:
     "Put the trees' arrays one after the other; children become numbers of the whole."
     sizes = [len(t["feature"]) for t in trees]
     root = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    every = {k: np.concatenate([t[k] for t in trees]) for k in trees[0]}
+    every: dict[str, Any] = {k: np.concatenate([t[k] for t in trees]) for k in trees[0]}
     for side in ("left", "right"):
         inner = every["feature"] >= 0
         every[side] = np.where(inner, every[side] + np.repeat(root[:-1], sizes), -1)
@@ -81,7 +81,8 @@ def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarra
     if any(tree.get("split_type", ())):
         raise ValueError("model: XGBoost trees that split on sets of categories aren't supported: "
                          "encode the categories as numbers (TableModel does)")
-    left, condition = np.array(tree["left_children"]), np.float32(tree["split_conditions"])
+    left, condition = (np.array(tree[k], t) for k, t in
+                       (("left_children", np.int64), ("split_conditions", np.float32)))
     leaf = left < 0
     value = np.zeros((len(left), classes))
     value[leaf, k] = condition[leaf]

@@ -81,7 +81,7 @@ class TreeShap:
     def __init__(self, model: Any, background: Any = None, n_jobs: int = 1) -> None:
         self.model, self.forest, self.n_jobs = model, read(model), max(1, int(n_jobs))
         self.space, self.classes = self.forest.space, getattr(model, "classes_", None)
-        self.background = None if background is None else self.rows(background, "background")
+        self.background: Any = None if background is None else self.rows(background, "background")
         if self.background is not None and not len(self.background):
             raise ValueError("background: no rows")
         self.method = PATH if background is None else BACKGROUND.format(len(self.background))
