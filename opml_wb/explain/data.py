@@ -89,6 +89,7 @@ def read(dataset: str, answer: str = "", granted: str = "") -> tuple[pd.DataFram
     if granted and granted not in values: raise ValueError(f"granted: no {granted!r} in {answer!r}")
     return table, said.eq(granted or values[-1]).rename("granted")
 
+# %% ../../nbs/explain/01_data.ipynb #792f9ef6
 def actionable(dataset: str, text: str = "") -> dict[str, str]:
     """Read what can be changed: "column:way,..."; default: of the known tables, `ACTIONABLE`. Raises
     ValueError where nothing is said."""

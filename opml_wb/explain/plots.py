@@ -47,6 +47,7 @@ def _level(level: Any, width: int = 26) -> str:
     else: said = shown(level)
     return said if len(said) <= width else said[:width - 1] + "…"
 
+# %% ../../nbs/explain/06_plots.ipynb #ff5669cc
 def effects_figure(effects: pd.DataFrame, columns: Sequence[str], most: int = 7) -> "go.Figure":
     """Draw what each level of `columns` adds on average, with its rows; a gap has a bar of its own,
     in grey. `effects`: of a global `explain`; whiskers hold the middle 80 % of the rows. Of a
@@ -84,6 +85,7 @@ def _level_bars(found: pd.DataFrame) -> "go.Figure":
     fig.add_bar(y=names, x=found.effect, orientation="h", marker_color=list(colour))
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False, dtick=1)
 
+# %% ../../nbs/explain/06_plots.ipynb #ec8634ca
 def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
     """Draw the curve of one column of an additive model: steps of a number, bars of categories; a bar
     of its own for a gap. Rows that lie there stand in the hover text."""
@@ -119,6 +121,7 @@ def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     fig.add_vline(.5, line=dict(dash="dot", color=ui.COLOURS["muted"]))
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1])
 
+# %% ../../nbs/explain/06_plots.ipynb #a0f4587c
 def mitigation_figure(table: pd.DataFrame) -> "go.Figure":
     """Draw each mitigation (of `mitigations`): accuracy against the gap that is left, demographic
     parity and equalised odds, with 95 % intervals over splits."""
@@ -137,6 +140,7 @@ def mitigation_figure(table: pd.DataFrame) -> "go.Figure":
                                         symbol=shapes[row.mitigation]))
     return fig.update_layout(legend=dict(orientation="v", x=1.02, xanchor="left", y=1, yanchor="top"))
 
+# %% ../../nbs/explain/06_plots.ipynb #2cb2ca6c
 def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
     "Write the table of `mitigations` for people: each measure, its change with the 95 % interval."
     names = {"accuracy": "accuracy", "parity": "gap: demographic parity", "odds": "gap: equalised odds"}
@@ -167,6 +171,7 @@ def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     return fig.update_xaxes(tickvals=powers, ticktext=[f"{p:,}" for p in powers],
                             range=[float(np.log10(curve.parts.min())) - 1, top])
 
+# %% ../../nbs/explain/06_plots.ipynb #81d0203b
 def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
     "Draw how far pairs of explainers ({name: of `disagreement`}) agree: mean and middle 80 % of rows."
     names = {"rank": "order of the columns", "sign": "direction", "top_k": "the three named first"}
@@ -189,6 +194,7 @@ def become(fig: "go.Figure", other: "go.Figure") -> "go.Figure":
     fig.layout = other.layout
     return fig
 
+# %% ../../nbs/explain/06_plots.ipynb #fc5ff785
 def bare(table: pd.DataFrame) -> pd.DataFrame:
     "Copy a table without what it carries beside its cells (`attrs`), to be kept with a run."
     found = table.copy()

@@ -22,6 +22,7 @@ def edges_of(forest: Forest, column: int) -> np.ndarray:
     found = np.unique(forest.threshold[forest.feature == column].astype(float))
     return found[np.isfinite(found)]
 
+# %% ../../../nbs/explain/answers/06_additives.ipynb #ccaca256
 def curve_of(shap: TreeShap, model: TableModel, X: pd.DataFrame, j: int) -> pd.DataFrame:
     """Read the curve of column `j`: DataFrame[column, level, low, high, effect, rows]; a step of a
     number lies in (low, high]; `rows` of `X` fall on it."""
@@ -52,6 +53,7 @@ class Additive(TableModel):
         "Read off what each column adds, in log-odds (margin)."
         return TreeShap(self.estimator)
 
+# %% ../../../nbs/explain/answers/06_additives.ipynb #536f7e1d
 def additive(X: pd.DataFrame, y: Any, rounds: int = 300, rate: float = .2, seed: int = 0,
              unseen: str = "missing") -> Additive:
     """Fit an additive model to table `X` and answers `y` of two classes: boosted trees of depth 1,

@@ -30,6 +30,7 @@ class Change:
 
     def __str__(self) -> str: return f"{named(self.column)}: {shown(self.old)} -> {shown(self.new)}"
 
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #ca01fb74
 @dataclass(frozen=True)
 class Counterfactual:
     """Changes of a row that turn the model's answer. `options`: lists of changes, the smallest
@@ -61,6 +62,7 @@ def twins(X: pd.DataFrame, columns: list[str]) -> dict[str, list[str]]:
             if X[[c, other]].dropna().drop_duplicates().shape[0] == levels[c]: found[c].append(other)
     return found
 
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #8ca12df0
 def cuts_of(model: TableModel) -> dict[int, np.ndarray]:
     "List the thresholds of a forest by feature; empty for another model."
     if not is_forest(model.estimator) or hasattr(model.encoder, "steps"): return {}
@@ -148,6 +150,7 @@ def _widened(beam: list[dict[str, Any]], choices: Mapping[str, list[Any]]) -> li
     "Add one more change to each of the changes in `beam`."
     return [trial | {c: v} for trial in beam for c in choices if c not in trial for v in choices[c]]
 
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #6b4c6419
 def _search(search: Search, most: int, beam: int, exhaust: int) -> str:
     "Search by number of changes; returns what was searched."
     trials = list(_grid(search.choices, 1))
@@ -196,6 +199,7 @@ def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[st
     best = sorted(search.found, key=lambda f: (len(f[0]), search.effort(f[0])))[:options]
     return _made(search, best, together, X, why)
 
+# %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #74f625c1
 def _made(search: Search, best: list, together: Mapping[str, list[str]], X: pd.DataFrame, why: str
           ) -> Counterfactual:
     "Put the best changes into words and rows."

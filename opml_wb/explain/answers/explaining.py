@@ -28,6 +28,7 @@ def by_column(values: np.ndarray, model: TableModel) -> np.ndarray:
     np.add.at(found, (slice(None), model.encoder.groups), values)
     return found
 
+# %% ../../../nbs/explain/answers/08_explaining.ipynb #12ef5ae7
 def _answered(shap: TreeShap, values: np.ndarray, model: TableModel, answers: np.ndarray
               ) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     "Choose the output that is explained: the only one, or the class answered; (values, base, class)."
@@ -63,6 +64,7 @@ def levels_of(values: pd.Series, most: int = 8) -> pd.Series:
     cut = pd.qcut(values, most, duplicates="drop", precision=0).astype(object)
     return cut.where(values.notna(), MISSING)
 
+# %% ../../../nbs/explain/answers/08_explaining.ipynb #696e7fe2
 def effects_of(found: Explanation, most: int = 8) -> pd.DataFrame:
     """Average local values by column and level: DataFrame[column, level, effect, lo, hi, rows], the
     columns that move answers most first; lo to hi holds the middle 80 % of the rows."""
@@ -87,6 +89,7 @@ def _inherent(model: TableModel) -> None:
     raise TypeError(f"model: a {type(model.estimator).__name__} isn't its own explanation (an "
                     f"additive model, or a tree of up to {SMALL} leaves is): ask for 'posthoc'")
 
+# %% ../../../nbs/explain/answers/08_explaining.ipynb #62f5b647
 def explain(model: Any, X: pd.DataFrame, kind: tuple[str, str] = ("local", "posthoc"),
             space: str | None = None, on_disagreement: str = REFUSE, method: str | None = None,
             background: Any = None, depth: int = 4, seed: int = 0) -> Explanation:

@@ -18,6 +18,7 @@ class Refused(ValueError): "An explanation isn't true of the decision, and isn't
 REFUSE, FLAG = "refuse", "flag"
 KINDS = tuple((reach, way) for reach in ("local", "global") for way in ("inherent", "posthoc"))
 
+# %% ../../../nbs/explain/answers/02_explanation.ipynb #0ce2948e
 @dataclass(frozen=True)
 class Explanation:
     """What an explainer says about a model's answers to the rows of a table.
@@ -90,6 +91,7 @@ class Told:
         "Rank the values, strongest first."
         return self.values.iloc[np.argsort(-self.values.abs().to_numpy(), kind="stable")]
 
+# %% ../../../nbs/explain/answers/02_explanation.ipynb #8a8b9dfa
 def of(explanation: Explanation, row: Any, refuse: bool | None = None) -> Told:
     """Take out the explanation of one row (its label in the table).
 

@@ -21,9 +21,11 @@ class Column(NamedTuple):
     levels: tuple[str, ...] | None
     note: str = ""
 
+# %% ../../../nbs/explain/answers/01_tables.ipynb #493ee9b0
 def _is_number(values: pd.Series) -> bool:
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_complex_dtype(values)
 
+# %% ../../../nbs/explain/answers/01_tables.ipynb #877a22fa
 def read_column(values: pd.Series) -> Column:
     """Read what a column holds. An empty and a constant column get a note.
 
@@ -84,6 +86,7 @@ def _numbers(values: pd.Series) -> np.ndarray:
     if np.isinf(found).any(): raise ValueError(f"column {values.name!r} holds an infinite number")
     return found
 
+# %% ../../../nbs/explain/answers/01_tables.ipynb #e4f08615
 def frame(X: Any, names: Sequence[str]) -> pd.DataFrame:
     """Take `X` as a table with the columns `names`: a table that has them in any order, a mapping
     (one row), or an array (n, F). Raises ValueError that names what is missing."""
@@ -186,6 +189,7 @@ class PipelineColumns:
             raise ValueError(f"feature {feature!r} of the pipeline comes from no single column")
         return self.names.index(max(found, key=len))
 
+# %% ../../../nbs/explain/answers/01_tables.ipynb #57bd09ae
 def table_model(model: Any, X: pd.DataFrame) -> TableModel:
     """Take over a fitted model: a TableModel stays one, a pipeline keeps its own encoding, a bare
     estimator takes the columns of `X` as numbers.

@@ -21,6 +21,7 @@ def is_gap(value: Any) -> bool:
     "True for a gap: None or NaN."
     return value is None or (isinstance(value, float) and np.isnan(value)) or value is pd.NA
 
+# %% ../../../nbs/explain/answers/03_wording.ipynb #ec0bbd35
 def shown(value: Any) -> str:
     "Write one value: a whole number without a point, a long one with four digits, a gap as missing."
     if is_gap(value): return MISSING
@@ -30,6 +31,7 @@ def shown(value: Any) -> str:
         return f"{number:,.0f}" if number.is_integer() else f"{number:,.4g}"
     return str(value)
 
+# %% ../../../nbs/explain/answers/03_wording.ipynb #6362a7a1
 def named(column: str) -> str:
     "Write a column's name as words."
     return column.replace("_", " ")
@@ -40,6 +42,7 @@ def listed(words: Sequence[str], last: str = "and") -> str:
     if len(words) < 2: return "".join(words)
     return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
+# %% ../../../nbs/explain/answers/03_wording.ipynb #1be8a156
 def condition(column: Column, low: float, high: float, gap: bool) -> str:
     "Say that a column's value (a code, for a category) lies in (low, high], or is missing."
     name = named(column.name)

@@ -26,11 +26,13 @@ def _ranks_agree(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     scale = np.sqrt((ra**2).sum(1) * (rb**2).sum(1))
     return np.divide((ra * rb).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
 
+# %% ../../../nbs/explain/judging/01_disagreements.ipynb #53cfdbfc
 def _same_top(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
     "Share of the k strongest columns that both name, row by row: [n]."
     first, second = (np.argsort(-abs(v), axis=1, kind="stable")[:, :k] for v in (a, b))
     return (first[:, :, None] == second[:, None, :]).any(2).mean(1)
 
+# %% ../../../nbs/explain/judging/01_disagreements.ipynb #05657824
 def disagreement(a: Explanation, b: Explanation, k: int = 3) -> pd.DataFrame:
     """Compare two local explanations of the same rows: DataFrame[row, rank, sign, top_k].
 
@@ -66,6 +68,7 @@ def _ladder(seed: int) -> dict[str, Callable[[pd.DataFrame, Any], TableModel]]:
             "additive": lambda X, y: additive(X, y, rounds=100, seed=seed),
             "forest, depth 6": forest(6, 1), "forest, unlimited": forest(None, 3)}
 
+# %% ../../../nbs/explain/judging/01_disagreements.ipynb #d8f087ea
 def parts_of(model: TableModel) -> int:
     "Count what one would have to read: leaves of trees, or columns of an additive model."
     if hasattr(model, "curves"): return int(model.curves.column.nunique())

@@ -41,6 +41,7 @@ class Split(NamedTuple):
     proxies: list[str]
     seed: int
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #9a0d5667
 def _forest(split: Split, columns: np.ndarray | None = None, learn: np.ndarray | None = None,
             judge: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     "Fit the forest; (out-of-bag scores of the rows learned from, scores of those judged on)."
@@ -51,6 +52,7 @@ def _forest(split: Split, columns: np.ndarray | None = None, learn: np.ndarray |
     model.fit(a, split.y)
     return model.oob_decision_function_[:, 1], model.predict_proba(b)[:, 1]
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #20e3a13a
 def _without(split: Split, names: Sequence[str]) -> np.ndarray:
     return np.array([j for j, n in enumerate(split.names) if n not in names])
 
@@ -59,6 +61,7 @@ def none(split: Split) -> np.ndarray:
     "Decide with all columns: bool [n]."
     return _forest(split)[1] > .5
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #4a98c034
 def drop(split: Split) -> np.ndarray:
     "Decide without the restricted column."
     return _forest(split, _without(split, [split.restricted]))[1] > .5
@@ -67,6 +70,7 @@ def drop_proxies(split: Split) -> np.ndarray:
     "Decide without the restricted column and its proxies."
     return _forest(split, _without(split, [split.restricted, *split.proxies]))[1] > .5
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #7322dff3
 def residualise(split: Split) -> np.ndarray:
     """Decide with what the restricted attribute doesn't explain of each column: its group's mean is
     taken off, a code's like a number's. The attribute must be known when deciding."""
@@ -78,6 +82,7 @@ def residualise(split: Split) -> np.ndarray:
         judge[split.other == g] -= mean
     return _forest(split, None, learn, judge)[1] > .5
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #d41ec8e1
 def constrain(split: Split) -> np.ndarray:
     """Decide without the restricted column, at a threshold for each group that grants each the share
     that all together would get. The attribute must be known when deciding."""
@@ -107,6 +112,7 @@ def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], s
                           found, seed))
     return made
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #f47cad2e
 def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, seeds: int = 5,
                 test: float = .4, progress: Callable[[Any], Any] = iter,
                 how: Sequence[str] = tuple(MITIGATIONS),
@@ -136,6 +142,7 @@ def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, se
 
 MEASURES = ("accuracy", "parity", "odds")
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #397c50f6
 def _summed(name: str, some: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Any]:
     "Sum up the runs of one mitigation, and their distance to those without."
     row: dict[str, Any] = {"mitigation": name}

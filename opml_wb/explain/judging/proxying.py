@@ -24,6 +24,7 @@ def _placed(score: np.ndarray, member: np.ndarray) -> tuple[float, np.ndarray]:
     place = np.where(member, (every - own) / n, 1 - (every - own) / m)
     return float(place[member].mean()), place
 
+# %% ../../../nbs/explain/judging/02_proxying.ipynb #f41a61df
 def group_auc(scores: np.ndarray, group: np.ndarray, level: float = .95
               ) -> tuple[float, float, float]:
     """Compute the AUC of `scores` (n, K) for groups 0 to K - 1 [n], each against the others, weighted
@@ -51,6 +52,7 @@ def _told(codes: np.ndarray, group: np.ndarray, folds: np.ndarray, trees: int, d
         found[out] = model.predict_proba(codes[out])
     return found
 
+# %% ../../../nbs/explain/judging/02_proxying.ipynb #6b62bbad
 def groups_of(restricted: pd.Series, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Number the groups of an attribute: (int64 [n], -1 for a gap or a group of fewer than `least`
     rows; names). Raises ValueError unless two are left."""

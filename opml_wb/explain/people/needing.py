@@ -41,6 +41,7 @@ class Need(NamedTuple):
     defence: str
     reason: str
 
+# %% ../../../nbs/explain/people/01_needing.ipynb #88219c79
 def _known(name: str, value: str, known: dict[str, str]) -> None:
     "Raise ValueError unless `value` is one of the form's answers."
     if value in known: return
@@ -66,6 +67,7 @@ def _explainer(audience: str, task: str, constraint: str) -> tuple[str, str]:
     return "TreeShap", ("exact for forests, and adds up to the model's own answer; no second model "
                         "that may answer differently")
 
+# %% ../../../nbs/explain/people/01_needing.ipynb #4a229d70
 def _defence(audience: str, task: str, constraint: str) -> tuple[str, str]:
     "Choose the defence: (setting, why)."
     if constraint == "privacy":
@@ -90,6 +92,7 @@ def needs(audience: str, task: str, constraint: str) -> Need:
             "inherent" if explainer.startswith("additive") else "posthoc")
     return Need(audience, task, constraint, kind, explainer, defence, f"{why}; {because}")
 
+# %% ../../../nbs/explain/people/01_needing.ipynb #e630e6b7
 def every_need() -> pd.DataFrame:
     "Answer the form in all ways: DataFrame with a row for each."
     return pd.DataFrame([needs(*ways) for ways in product(AUDIENCES, TASKS, CONSTRAINTS)])

@@ -24,6 +24,7 @@ def label(told: Told, column: str, width: int = 34) -> str:
     said = f"{named(column)} = {shown(told.facts[column])}"
     return said if len(said) <= width else said[:width - 1] + "…"
 
+# %% ../../../nbs/explain/people/02_pictures.ipynb #b147003e
 def strongest(told: Told, most: int) -> tuple[list[str], np.ndarray]:
     "Take the `most` strongest columns; the others together are one more: (labels, values)."
     ranked = told.ranked
@@ -67,6 +68,7 @@ def balance(told: Told, most: int = 6) -> "go.Figure":
                     marker_color=ui.COLOURS[colour])
     return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1])
 
+# %% ../../../nbs/explain/people/02_pictures.ipynb #9f24daf5
 def reasons_picture(told: Told, names: list[str]) -> "go.Figure":
     "Draw the customer's reasons: a bar for each, without figures."
     size = [abs(float(told.values[c])) for c in names]

@@ -35,6 +35,7 @@ def _regulator(told: Told) -> str:
     if told.rule: lines.append(f"Rule: {told.rule}.")
     return "\n".join(lines)
 
+# %% ../../../nbs/explain/people/03_rendering.ipynb #d1f29197
 def _business(told: Told, explanation: Explanation) -> str:
     "Write for an expert: what speaks for and against, and whether that is usual."
     parts = []
@@ -59,6 +60,7 @@ def principal(told: Told, restricted: tuple[str, ...] = (), most: int = 4) -> li
     found = [c for c in told.ranked.index if np.sign(told.values[c]) == for_it]
     return [c for c in found if c not in restricted][:most]
 
+# %% ../../../nbs/explain/people/03_rendering.ipynb #e1678021
 def _customer(told: Told, names: list[str], way_out: Counterfactual | None,
               outcome: Mapping[Any, str]) -> str:
     "Write for who was decided about: outcome, principal reasons, what could change it, rights."
@@ -90,6 +92,7 @@ def write(explanation: Explanation, row: Any, audience: str = "business", *,
     if audience == "business": return warning + _business(told, explanation)
     return warning + _customer(told, principal(told, restricted), way_out, outcome)
 
+# %% ../../../nbs/explain/people/03_rendering.ipynb #da668e79
 def render(explanation: Explanation, row: Any, audience: str = "business", *,
            way_out: Counterfactual | None = None, restricted: tuple[str, ...] = (),
            outcome: Mapping[Any, str] = OUTCOME) -> tuple[str, "go.Figure"]:

@@ -46,6 +46,7 @@ def now() -> str:
     "Tell the time as ISO text in UTC, to the millisecond."
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
+# %% ../../../nbs/explain/record/01_decisions.ipynb #6d99eaa4
 @dataclass(frozen=True)
 class Decision:
     """One decision of a model, with everything that a later answer needs.

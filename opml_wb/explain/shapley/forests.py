@@ -49,6 +49,7 @@ def _joined(trees: list[dict[str, np.ndarray]], **more: Any) -> Forest:
         every[side] = np.where(inner, every[side] + np.repeat(root[:-1], sizes), -1)
     return Forest(root=root, **every, **more)
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #900cac2b
 def _sklearn_tree(tree: Any, share: float, classify: bool) -> dict[str, np.ndarray]:
     "Read one tree of scikit-learn; its values count with weight `share`."
     value = tree.value[:, 0, :]
@@ -92,6 +93,7 @@ def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarra
                 gap_left=np.array(tree["default_left"], np.uint8), left=left.astype(np.int64),
                 right=right, cover=cover, value=value)
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #5fa327a8
 def _xgboost(model: Any) -> Forest:
     "Read a model of XGBoost (scikit-learn's form or a Booster), as far as it predicts with it."
     booster = model.get_booster() if hasattr(model, "get_booster") else model
@@ -145,6 +147,7 @@ def is_forest(model: Any) -> bool:
     home, name = type(model).__module__.split(".")[0], type(model).__name__
     return home == "sklearn" and name in SKLEARN or home == "xgboost" and name in XGBOOST
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #73153ad8
 def read(model: Any) -> Forest:
     """Read the trees of a fitted scikit-learn tree or forest, or of an XGBoost model.
 

@@ -72,6 +72,7 @@ def _part(walk, d, f, left, goes_left):
         some |= walk.parted[d, w] != 0
     return some
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #d8be4730
 @inlined
 def _fail(walk, d, f, more):
     "Mark (`more` 1) or unmark (-1) the parted rows as failing `f`; returns their sums so far."
@@ -102,6 +103,7 @@ def _decided(walk, d, left, side):
         some |= walk.parted[d, w] != 0
     return some
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #408a3ea4
 @jit(**fast)
 def _tree(forest, value, root, x, left, every, beta, walk, phi):
     "Add the values of row `x` in one tree to `phi` [F], summed over the background rows `every`."
@@ -159,6 +161,7 @@ def left_bits(forest: Forest, background: np.ndarray) -> np.ndarray:
     _sides(forest, np.ascontiguousarray(background, np.float32), left)
     return left
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #19ffd15e
 def background_values(forest: Forest, levels: int, distinct: int, left: np.ndarray, size: int,
                       X: np.ndarray, k: int = 0) -> np.ndarray:
     """Compute interventional Shapley values for class `k`: rows `X` (n, F) -> float64 (n, F).

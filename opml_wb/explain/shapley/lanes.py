@@ -47,6 +47,7 @@ def load(typing, array, index):
         return found
     return lanes(array, index), code
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #c73ed94c
 @intrinsic
 def store(typing, array, index, value):
     "Write the vector `value` at `array[index]`, float64."
@@ -76,6 +77,7 @@ def sub(typing, a, b):
     def code(context, builder, signature, args): return builder.fsub(*args)
     return lanes(lanes, lanes), code
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #f573c06f
 @intrinsic
 def mul(typing, a, b):
     "Multiply `a` and `b` in each lane."

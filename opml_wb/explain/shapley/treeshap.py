@@ -136,6 +136,7 @@ def _values(self: TreeShap, X: np.ndarray, k: int, fixed: int = -1, on: float = 
     levels, distinct = (int(n.max(initial=1)) for n in self._program[-2:])
     return background_values(self.forest, levels, distinct, self._left, len(self.background), X, k)
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #883fa327
 @patch
 def values(self: TreeShap, X: Any) -> np.ndarray:
     """Compute the Shapley values of rows `X`, float64 (n, F), or (n, F, K) for several classes.
@@ -170,6 +171,7 @@ def answer(self: TreeShap, X: Any) -> np.ndarray:
     else: found = self.model.predict(X)[:, None]
     return _squeezed(found[:, -1:] if self.space == "probability" and self.outputs == 1 else found)
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #6fbbed8c
 @patch(as_prop=True)
 def expected(self: TreeShap) -> Any:
     "Compute the answer when no feature is known: float, or float64 [K]."

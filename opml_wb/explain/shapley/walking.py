@@ -44,6 +44,7 @@ def _rates(split, s, f, fixed, on, t, w, Q, rates, at):
     if f == fixed:
         for q in range(Q): rates[at + q], rates[at + Q + q] = on, 0.
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #740a6212
 @inlined
 def _pair(split, s, leaf, Q, mine, step, here, at, phi, room):
     "Finish a split above two leaves."
@@ -88,6 +89,7 @@ def _turn(split, s, f, Q, room):
         share = sub(one, fma(step, splat(room.rates[at + q]), ratio))
         store(room.above, here + (Q + q) * WIDTH, mul(share, load(room.above, here + q * WIDTH)))
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #3342898d
 @inlined
 def _up(split, s, f, leaf, Q, one_leaf, phi, room):
     "Leave a split: its sum over leaves, and what its feature gets."
@@ -121,6 +123,7 @@ def _tree(split, begin, end, leaf, x, t, w, Q, fixed, on, phi, room):
         elif kind == LEAVE_ONE: _up(split, s, f, leaf, Q, True, phi, room)
         else: _up(split, s, f, leaf, Q, False, phi, room)
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #52c593ca
 @kernel
 def walk(split, leaf, x, nodes, weights, fixed, on, phi, room):
     """Add the Shapley values of all trees to `phi`, float64 [blocks, F WIDTH]: leaves' values `leaf`
@@ -141,6 +144,7 @@ def rules(most: int) -> tuple[np.ndarray, np.ndarray]:
         nodes[q, :q], weights[q, :q] = (t + 1) / 2, w / 2
     return nodes, weights
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #97edc6f9
 def blocks(X: np.ndarray) -> np.ndarray:
     "Rearrange rows (n, F) as float32 [blocks, F WIDTH]; the last block is filled up with zeros."
     n, features = X.shape
