@@ -51,7 +51,8 @@ def recovery_figure(curves: Mapping[str, pd.DataFrame], records: int, limit: flo
         x, tint = 100 * some.queries / records, ui.COLOURS[colour]
         if some.hi.notna().any():
             fig.add_scatter(x=[*x, *x[::-1]], y=[*some.hi, *some.lo[::-1]], fill="toself",
-                            fillcolor=_faint(tint), line_width=0, hoverinfo="skip", showlegend=False)
+                            fillcolor=_faint(tint), line_width=0, hoverinfo="skip",
+                            showlegend=False)
         fig.add_scatter(x=x, y=some.recovered, mode="lines", name=name,
                         line=dict(color=tint, width=2.5))
     fig.add_scatter(x=[100 * limit] * 2, y=[0, 1], mode="lines", name="rate limit",

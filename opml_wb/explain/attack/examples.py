@@ -116,7 +116,8 @@ def nearest(self: SyntheticExamples, X: pd.DataFrame) -> np.ndarray:
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #71b72e6a
 @patch
-def _draw(self: SyntheticExamples, values: pd.Series, at: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw(self: SyntheticExamples, values: pd.Series, at: np.ndarray,
+          rng: np.random.Generator) -> np.ndarray:
     "Draw one field for each place, from its `at` int [n * k, around] records."
     n = np.arange(len(at))
     one, other = (at[n, rng.integers(0, at.shape[1], len(at))] for _ in range(2))

@@ -66,7 +66,9 @@ def decisions(explanation: "Explanation", model: str, version: int | None = None
 
 # %% ../../../nbs/explain/record/08_recording.ipynb #7588113e
 def same(served: Any, explained: Any) -> bool:
-    "Compare an answer as it was served with the answer that was explained."
+    """Compare an answer as it was served with the answer that was explained.
+
+    served: also the text of a truth value or of a number."""
     if isinstance(served, np.generic): served = served.item()
     if isinstance(explained, np.generic): explained = explained.item()
     if isinstance(served, bool | int | float) and isinstance(explained, bool | int | float):
