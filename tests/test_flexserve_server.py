@@ -466,6 +466,21 @@ def test_swap_under_load(faces, right, place):
     assert [h["op"] for h in history].count("pin") >= 4 and history[-1]["op"] in ("rollback", "mark_stable")
 
 
+def test_another_configuration_changes_nothing(place, home):
+    "A version for GPUs that is pinned isn't followed by a server that names none: the pin is told to be no success; one that names it follows."
+    store = ModelStore(home / "models")
+    for v, config in ((1, None), (2, "gpu")): store.publish("faces", place / f"faces{v}", config=config)
+    store.promote("faces", 1)
+    with Server("faces", home=home, engine="torch", workers=1) as server:
+        client = Client(server.url)
+        with pytest.raises(ServerError) as e: client.pin(2)
+        assert e.value.status == 409 and "another configuration" in str(e.value) and store.current("faces") == 2
+        assert client.batch(PICTURES[:2])["version"] == 1
+        assert ask(server.url, "GET", "/v1/versions")[0] == 200 and client.versions()["current"] == 1
+        with Server("faces", home=home, engine="torch", workers=1, config="gpu") as other: assert other.version == 2
+        assert client.provenance()["version"] == 1
+
+
 def test_flipped_byte_is_not_served(place, right):
     "A byte of a published weight file changes: the pin is refused, the old version goes on; a server that meets it says so and goes on."
     store = ModelStore(place / "flip")
@@ -533,7 +548,7 @@ def test_overload(gated):
     accepted, threads, values = {}, [], [20, 230, 60, 200, 90, 180]
     def send(key, images):
         def work(): accepted[key] = ask(server.url, "POST", "/batch", body(images), **long)
-        threads.append(threading.Thread(target=work))
+        threads.append(threading.Thread(target=work, daemon=True))
         threads[-1].start()
     def waiting(): return metric(server.url, "flexserve_waiting_images ")
     send(values[0], [picture(values[0], 8)])

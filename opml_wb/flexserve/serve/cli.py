@@ -149,7 +149,14 @@ ABOVE_0 = click.FloatRange(0, min_open=True)
 @click.option("--deadline-ms", type=ABOVE_0, default=30_000, show_default=True,
               help="Of a request that names none.")
 @click.option("--watchdog-s", "watchdog", type=ABOVE_0, default=5, show_default=True,
-              help="Silence after which a worker is replaced.")
+              help="Time without use of any CPU after which a worker is replaced.")
+@click.option("--helpers", type=click.IntRange(1, 256), default=1, show_default=True,
+              help="Processes that decode costly pictures and parse large bodies.")
+@click.option("--config", default="", help="Serve the versions published for this hardware "
+              "configuration; else those for none.")
+@click.option("--client-header", default="", metavar="HEADER",
+              help="Names the client, for fair turns; set by a proxy that you trust. "
+                   "Else its token or its address does.")
 @click.option("--body-s", "body", type=ABOVE_0, default=10, show_default=True,
               help="How long headers, and then a body, may take to arrive.")
 @click.option("--lame-s", type=click.FloatRange(0), default=.5, show_default=True,

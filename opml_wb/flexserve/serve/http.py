@@ -9,6 +9,7 @@ __all__ = ['Handler', 'AdminApi', 'StatusApi', 'Service', 'routes', 'create_app'
 import asyncio, sqlite3, time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -20,26 +21,30 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from . import openapi
-from .group import log
+from .bodies import read
+from .fair import Path
 from .metrics import CONTENT_TYPE
 from .oip import Protocol
 from .pool import Follower, WorkerPool
 from .prediction import (FlexServeApi, PredictionApi, Predictor,
-                                                json_response, read, refusal)
+                                                json_response, refusal)
 from .request import Refused, media_type, parsed_json
 from .settings import Settings, Tokens
+from .tasks import log
 
 if TYPE_CHECKING: from opml_wb.core.record.models import ModelStore
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #6fddec41
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #6afe577b
 class AdminApi:
     """The endpoints that change the version in service: the store decides, and `follower` serves
     it. Without a store all are 404."""
     def __init__(self, follower: Follower | None, settings: Settings) -> None:
         self.follower, self.settings = follower, settings
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #52777804
 @patch
 def _following(self: AdminApi):
     "The follower. Raises Refused 404 without a store."
@@ -60,7 +65,7 @@ async def _of_store(ask, *args):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5cf022f1
 @patch
-async def _change(self: AdminApi, request, operation, *names):
+async def _change(self: AdminApi, request, operation, *names, **more):
     """Call the store's `operation` with the whole numbers `names` of the body, and answer when it
     is served."""
     follower = self._following()
@@ -74,11 +79,16 @@ async def _change(self: AdminApi, request, operation, *names):
     if any(abs(v) >= 2**63 for v in given.values()):
         raise Refused(404, f"no version {given['version']}")
     await _of_store(follower.there)     # what is gone isn't made anew
-    found = await _of_store(getattr(follower.store, operation), follower.name, *given.values())
+    change = partial(getattr(follower.store, operation), **more)
+    found = await _of_store(change, follower.name, *given.values())
     version = found if isinstance(found, int) else given.get("version")
     if why := await follower.follow():
         raise Refused(503, f"the store keeps this {operation}, but {why}: version "
                            f"{follower.pool.serving} answers", retry_after="1")
+    if version not in (None, follower.pool.serving):
+        raise Refused(409, f"the store keeps this {operation}, but version {follower.pool.serving} "
+                           f"answers: version {version} is for another configuration, or another "
+                           f"operator changed it since")
     return json_response({"version": version, "serving": follower.pool.serving})
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #c8447b4b
@@ -87,6 +97,7 @@ async def pin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/pin`."
     return await self._change(request, "pin", "version")
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #328d4cb5
 @patch
 async def unpin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/unpin`."
@@ -96,7 +107,8 @@ async def unpin(self: AdminApi, request: HttpRequest) -> Response:
 @patch
 async def rollback(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/rollback`."
-    return await self._change(request, "rollback")
+    serving = self.follower.pool.serving if self.follower else None
+    return await self._change(request, "rollback", of=serving)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #05b9a11d
 @patch
@@ -104,7 +116,7 @@ async def versions(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `GET /v1/versions`."
     f = self._following()
     history = await _of_store(f.store.history, f.name)
-    current = await _of_store(f.store.current, f.name)
+    current = await _of_store(f.store.follows, f.name, f.config)
     rows = orjson.loads(history.to_json(orient="records", date_format="iso"))
     return json_response({"name": f.name, "current": current, "serving": f.pool.serving,
                           "history": rows})
@@ -115,6 +127,7 @@ class StatusApi:
     def __init__(self, pool: WorkerPool, follower: Follower | None = None) -> None:
         self.pool, self.follower = pool, follower
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #a107d4f9
 @patch
 async def live(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /health/live`."
@@ -129,7 +142,7 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
     p, f = self.pool, self.follower
     ready = p.ready and not p.draining
     state = {"ready": ready, "draining": p.draining, "version": p.serving,
-             "error": p.error or (f.error if f else None)}
+             "error": p.error or (f.error if f else None), "tasks": p.tasks.about()}
     if f: state["following"] = {"ok": f.error is None, "last_s": time.monotonic() - f.looked}
     return json_response(state, 200 if ready else 503)
 
@@ -183,6 +196,16 @@ def authorise(self: Service, request: HttpRequest, role: str | None) -> None:
                       www_authenticate="Bearer")
     if role not in roles: raise Refused(403, f"this token has not the role {role!r}")
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #f410ce67
+@patch
+def client(self: Service, request: HttpRequest) -> Path:
+    """Say who asks: whose token it is, or whom a trusted proxy's header names, or the address; and on
+    which connection."""
+    host, port = request.client or ("", 0)
+    name = self.pool.settings.client_header
+    who = request.headers.get("authorization") if self.tokens else None
+    return who or (name and request.headers.get(name)) or host, (host, port)
+
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #c8b7470c
 @patch
 def endpoint(self: Service, path: str, method: str, handler: Handler,
@@ -192,6 +215,7 @@ def endpoint(self: Service, path: str, method: str, handler: Handler,
         began = time.perf_counter()
         try:
             self.authorise(request, role)
+            request.state.client = self.client(request)
             response = await handler(request)
         except Exception as e: response = self._failure(path, e)
         self._finished(path, response, time.perf_counter() - began)
@@ -266,9 +290,8 @@ def create_app(store: "ModelStore | None", name: str, settings: Settings | None 
     async def lifespan(app):
         app.state.service = service = Service(WorkerPool(settings, name=name), store, name, tokens)
         app.router.routes.extend(routes(service))
-        task = service.follower and asyncio.create_task(service.follower.run())
+        if service.follower: service.pool.tasks.keep("follower", service.follower.run)
         yield
-        if task: task.cancel()
         await service.pool.close()
     app = Starlette(lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
     app.state.settings = settings = settings or Settings()

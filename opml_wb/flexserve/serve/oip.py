@@ -17,8 +17,7 @@ from .group import Group
 from .pool import Follower
 from .prediction import Predictor
 from .request import POLICY, Ask, Refused, fields
-from .tensors import (images, outputs, parameters, split, the_input,
-                                             wanted_outputs)
+from .tensors import opened, outputs, parameters, wanted_outputs
 
 # %% ../../../nbs/flexserve/serve/12_oip.ipynb #1ffe313c
 PLATFORM = "opml_flexserve"
@@ -105,15 +104,15 @@ def _complete(answer):
 async def infer(self: Protocol, request: HttpRequest) -> Response:
     "Answer an inference request."
     group, member = self.group(request)
-    head, raw = split(await self.predictor.body(request),
-                      request.headers.get("inference-header-content-length"))
-    tensor, blob = the_input(head, raw)
+    length = request.headers.get("inference-header-content-length")
+    head, given = await self.predictor.parsed(request, await self.predictor.body(request), opened,
+                                              length)
     wanted, binary = wanted_outputs(head)
     try: how = fields({k: v for k, v in parameters(head, "body").items() if k in PARAMETERS})
     except Refused as e: raise Refused(400, f"parameters: {e.reason}") from None
     probs = any(n.endswith("probs") for n in wanted or ())
     how |= {"models": (member,) if member else None, "probs": probs, "version": group.version}
-    group, answer = await self.predictor.answer(request, Ask(images(tensor, blob), **how))
+    group, answer = await self.predictor.answer(request, Ask(given, **how))
     parts = outputs(_complete(answer), member, wanted, binary)
     out = {"model_name": request.path_params["model"], "model_version": str(group.version),
            "parameters": {"digest": group.bundle.digest}, "outputs": [t for t, _ in parts]}

@@ -26,6 +26,12 @@ class Refused(Exception):
         self.status, self.reason, self.errors = status, reason, errors
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
+    def __reduce__(self) -> tuple:
+        "Let it go from one process to another."
+        return _refused, (self.status, self.reason, self.errors, self.headers)
+
+def _refused(status, reason, errors, headers): return Refused(status, reason, errors, **headers)
+
 # %% ../../../nbs/flexserve/serve/08_request.ipynb #e5fbcd99
 PARAMETER = re.compile(r';\s*([\w-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;\s]*))')
 

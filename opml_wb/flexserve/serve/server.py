@@ -148,7 +148,7 @@ def serve(store: "ModelStore", name: str, *, host: str = "127.0.0.1", port: int 
     if tokens is None and not loopback(host):
         raise ValueError(f"{host} can be reached from other machines: give --token-file, or listen "
                          f"on 127.0.0.1")
-    if store.current(name) is None:
+    if store.follows(name, (settings or Settings()).config or None) is None:
         raise ValueError(f"nothing of {name!r} is served: publish or pin a version first")
     sock = bound(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
