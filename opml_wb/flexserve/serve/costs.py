@@ -111,13 +111,14 @@ def weigh_all(self: Costs, items: Any, share: float = 1.) -> Sequence[Weight]:
 # %% ../../../nbs/flexserve/serve/22_costs.ipynb #5c08f621
 @patch
 def decoded(self: Costs, predicted: Mapping[str, float], seconds: float) -> None:
-    "Learn that decoding took `seconds` of CPU, where `predicted` says {kind: s}."
+    """Learn that decoding took `seconds` of CPU, where `predicted` says {kind: s}; of pictures
+    that were whole: one that ends early was cheap."""
     total = sum(predicted.values())
     if total <= 0: return
     ratio = min(max(seconds / total, .5), 2.)
     for kind, s in predicted.items():
-        slowest = 100 * RATES[kind]
-        self.rates[kind] = min(self.rates[kind] * ratio ** (.2 * s / total), slowest)
+        rate = self.rates[kind] * ratio ** (.2 * s / total)
+        self.rates[kind] = min(max(rate, RATES[kind] / 3), 100 * RATES[kind])
 
 # %% ../../../nbs/flexserve/serve/22_costs.ipynb #5e1fb428
 @patch
@@ -138,12 +139,14 @@ def sums(self: Costs, weights: Sequence[Weight]) -> tuple[float, float]:
     if isinstance(weights, Alike): return weights.n * weights.weight.decode, weights.n * weights.weight.units
     return sum(w.decode for w in weights), sum(w.units for w in weights)
 
+# %% ../../../nbs/flexserve/serve/22_costs.ipynb #fa7e5a8e
 @patch
 def __call__(self: Costs, weights: Iterable[Sequence[Weight]]) -> float:
     "Predict the CPU seconds of one batch of parts with these weights."
     found = [self.sums(w) for w in weights]
     return sum(d for d, _ in found) + self.forward(sum(u for _, u in found))
 
+# %% ../../../nbs/flexserve/serve/22_costs.ipynb #544c9f3e
 @patch
 def part(self: Costs, weights: Sequence[Weight]) -> float:
     "Predict what a part with these weights adds to a batch, s."

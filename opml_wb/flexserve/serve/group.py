@@ -135,7 +135,8 @@ async def _decode(self: Group, request: Request, left: Iterator[int]):
             found, used = await stage.call(
                 request.client, "opml_wb.flexserve.model.images:transformed", request.images[i],
                 self.transforms, self.limits, cost=weight.decode, gone=lambda: request.over)
-            if weight.kind is not None: self.costs.decoded({weight.kind: weight.decode}, used)
+            if weight.kind is not None and not isinstance(found, Reject):
+                self.costs.decoded({weight.kind: weight.decode}, used)
             with self.tasks.guarded("metrics"): self.metrics.decode_seconds.observe(used)
         except Poison: found = Reject("poison", POISON)
         except asyncio.CancelledError: return
@@ -199,20 +200,21 @@ def _answered(self: Group, worker, message):
     "Take a worker's answers; the worker gets its next batch before they are put together."
     parts, worker.work = worker.work or [], None
     with self.tasks.guarded("metrics"):
-        self._learn(parts, message["took"], worker.predicted, time.monotonic() - worker.began)
+        self._learn(parts, message, worker.predicted, time.monotonic() - worker.began)
     self.dispatch()
     for part, answer in zip(parts, message["answers"]): self._settle(part, answer)
 
 # %% ../../../nbs/flexserve/serve/06_group.ipynb #f442dc7d
 @patch
-def _learn(self: Group, parts, took, predicted, clock):
+def _learn(self: Group, parts, message, predicted, clock):
     "Learn from what a batch took, charge its clients for the rest, and count it."
+    took, whole = message["took"], not any(a["errors"] for a in message["answers"])
     decode, infer = (sum(t["cpu"][k] for t in took) for k in (0, 1))
     kinds = dict[str, float]()
     for w in (w for p in parts if not isinstance(p.weights, Alike) for w in p.weights):
         if w.kind is not None and w.decode: kinds[w.kind] = kinds.get(w.kind, 0.) + w.decode
     self.queue.correct(parts, decode + infer - predicted)
-    self.costs.decoded(kinds, decode)
+    if whole: self.costs.decoded(kinds, decode)
     self.costs.ran(sum(self.costs.sums(p.weights)[1] for p in parts), infer)
     self.costs.passed(decode + infer, clock)
     self.metrics.batch(took, decode + infer, predicted)
