@@ -129,7 +129,7 @@ def slow(self: Attack, size: int = 60 << 20) -> None:
 @patch
 def all(self: Attack, size: float = 1.) -> None:
     "Do everything at once; `size` scales it: 1 is just under a server's limits."
-    long = {"X_Deadline_Ms": 600_000}
+    long: dict[str, Any] = {"X_Deadline_Ms": 600_000}
     few = [bomb(39 * size), bomb(39 * size, "RGBA"), photograph(24 * size),
            photograph(24 * size, progressive=True)]
     self.again("bombs", form(few, **long))
