@@ -88,7 +88,8 @@ def header(data: bytes) -> Header:
 
     Looks at a bounded number of places, whatever the file says."""
     try:
-        if data[:8] == b"\x89PNG\r\n\x1a\n": return Header("PNG", *struct.unpack_from(">II", data, 16))
+        if data[:8] == b"\x89PNG\r\n\x1a\n":
+            return Header("PNG", *struct.unpack_from(">II", data, 16))
         if data[:2] == b"\xff\xd8": return _jpeg(data)
         if data[:4] == b"GIF8": return _gif(data)
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP": return _webp(data)

@@ -28,7 +28,8 @@ def photograph(megapixels: float, seed: int = 0, **how: Any) -> bytes:
     from PIL import Image
     side, rng = int((megapixels * 1e6) ** .5), np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (97, 101, 3), dtype=np.uint8))
-    return _saved(small.resize((side, side), Image.Resampling.BICUBIC), "JPEG", **{"quality": 85, **how})
+    large = small.resize((side, side), Image.Resampling.BICUBIC)
+    return _saved(large, "JPEG", **{"quality": 85, **how})
 
 # %% ../../../nbs/flexserve/serve/28_attack.ipynb #1b17031b
 def bomb(megapixels: float, mode: str = "1") -> bytes:
@@ -41,7 +42,8 @@ def bomb(megapixels: float, mode: str = "1") -> bytes:
 def promise(width: int = 6300, height: int = 6300) -> bytes:
     "Make a tiny PNG whose header promises 40 megapixels and whose pixels end early."
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 100_000)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels)
@@ -102,7 +104,7 @@ def again(self: Attack, what: str, message: bytes) -> None:
 # %% ../../../nbs/flexserve/serve/28_attack.ipynb #0490f1b7
 @patch
 def half_open(self: Attack, n: int) -> None:
-    "Keep `n` connections that say nothing, or half a header, and are opened anew when they are cut."
+    "Keep `n` connections that say nothing, or half a header; they are opened anew when cut."
     held = list[socket.socket]()
     def work():
         while len(held) < n and not self.end.is_set():

@@ -107,7 +107,8 @@ def _fitting(self: BatchQueue, part, most, seconds, least):
     weights = part.weights[:most]
     if self.costs.part(weights) <= seconds: return len(weights)
     if isinstance(weights, Alike):
-        return min(max(int(seconds / self.costs.single(weights.weight) + 1e-6), least, 0), len(weights))
+        fitting = int(seconds / self.costs.single(weights.weight) + 1e-6)
+        return min(max(fitting, least, 0), len(weights))
     n = 0
     for weight in weights:
         seconds -= self.costs.single(weight)
@@ -126,7 +127,8 @@ def _next(self: BatchQueue, most, seconds, least, long):
     self.images -= len(part)
     if part.request.over: return part
     if (n := self._fitting(part, most, seconds, least)) < len(part):
-        self.push(Part(part.request, part.start + n, part.stop, part.alone, part.deaths), front=True)
+        rest = Part(part.request, part.start + n, part.stop, part.alone, part.deaths)
+        self.push(rest, front=True)
         part.stop = part.start + n
     self.waiting.charge(path, self._cost(part))
     return part if n else None
@@ -139,8 +141,8 @@ def take(self: BatchQueue, most: int, seconds: float = math.inf, least: int = 1,
     `least` images whatever they cost.
 
     A part that must go alone comes alone; one that was alone when its worker died, for a `fresh`
-    worker only. `long`: the seconds above which an image is left waiting. Requests that are over are
-    dropped."""
+    worker only. `long`: the seconds above which an image is left waiting. Requests that are over
+    are dropped."""
     for part in list(self.again):
         if part.deaths and not fresh and not part.request.over: continue
         self.again.remove(part)

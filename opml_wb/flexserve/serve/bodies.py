@@ -32,7 +32,7 @@ async def discard(request: HttpRequest, seconds: float = 2.) -> None:
 
 # %% ../../../nbs/flexserve/serve/27_bodies.ipynb #30dd8ce5
 class Spool:
-    "A large body in a file in memory, `size` bytes; other processes of this user read it at `path`."
+    "A large body in a file in memory, `size` bytes; this user's processes read it at `path`."
     def __init__(self) -> None:
         if hasattr(os, "memfd_create"):
             self.file: Any = os.fdopen(os.memfd_create("body"), "wb", buffering=0)

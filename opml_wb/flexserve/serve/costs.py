@@ -102,7 +102,8 @@ class Alike(Sequence[Weight]):
 @patch
 def weigh_all(self: Costs, items: Any, share: float = 1.) -> Sequence[Weight]:
     "Predict the costs of pictures, or of Rows; `share`: of all models' work that is asked for."
-    if not isinstance(items, Rows): return [w._replace(units=w.units * share) for w in map(self.weigh, items)]
+    if not isinstance(items, Rows):
+        return [w._replace(units=w.units * share) for w in map(self.weigh, items)]
     shown = [c for c in items.others.values() if any(isinstance(v, bytes) for v in c)]
     if not shown: return Alike(Weight(None, 0., share), len(items))
     return [Weight("", sum(self.weigh(v).decode for v in row if isinstance(v, bytes)), share)
@@ -136,7 +137,8 @@ def passed(self: Costs, cpu: float, clock: float) -> None:
 @patch
 def sums(self: Costs, weights: Sequence[Weight]) -> tuple[float, float]:
     "Sum up weights: (decode s, units)."
-    if isinstance(weights, Alike): return weights.n * weights.weight.decode, weights.n * weights.weight.units
+    if isinstance(weights, Alike):
+        return weights.n * weights.weight.decode, weights.n * weights.weight.units
     return sum(w.decode for w in weights), sum(w.units for w in weights)
 
 # %% ../../../nbs/flexserve/serve/22_costs.ipynb #fa7e5a8e

@@ -127,10 +127,11 @@ def charge(self: Fair, path: Path, cost: float) -> None:
 # %% ../../../nbs/flexserve/serve/21_fair.ipynb #0060f089
 @patch
 def ahead(self: Fair, path: Path, cost: float) -> float:
-    """Predict the work that is done before an item of `cost` that comes now at `path`: of each other
-    lane no more than this one has waiting, and owes."""
+    """Predict the work that is done before an item of `cost` that comes now at `path`: of each
+    other lane no more than this one has waiting, and owes."""
     lane = self.lanes.get(path[0])
     own = lane.inside.ahead(path[1:], cost) if lane else 0.
     clock = max(lane.clock, self.now) if lane else self.now
-    return own + sum(min(other.inside.cost, max(clock + own + cost - max(other.clock, self.now), 0.))
+    def before(other): return max(clock + own + cost - max(other.clock, self.now), 0.)
+    return own + sum(min(other.inside.cost, before(other))
                      for other in self.lanes.values() if other is not lane and other.inside)

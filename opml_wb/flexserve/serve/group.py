@@ -109,7 +109,7 @@ def _leave(self: Group, request):
 # %% ../../../nbs/flexserve/serve/06_group.ipynb #86323c46
 @patch
 def _enqueue(self: Group, request):
-    "Put a request's images into the queue, in as few parts as may be, and the costly ones on the stage."
+    "Put a request's images into the queue, and those that are costly to decode on the stage."
     limit = self.settings.costly if self.stage and self.transforms else math.inf
     costly = [] if isinstance(request.weights, Alike) else [
         i for i, w in enumerate(request.weights) if w.decode > limit]
@@ -181,7 +181,8 @@ def _expire(self: Group, request, budget):
 def dispatch(self: Group) -> None:
     """Give what waits to the workers that are free, each its share but no less than LEAST images.
 
-    Long images, whose models take more than the objective, never take the last half of the workers."""
+    Long images, whose models take more than the objective, never take the last half of the
+    workers."""
     s, idle = self.settings, sorted(self.crew.idle, key=lambda w: not w.served)
     seconds = max(s.slo / 2, self.costs.forward(LEAST))
     while idle and self.queue.images:
@@ -263,8 +264,8 @@ def _again(self: Group, parts):
 # %% ../../../nbs/flexserve/serve/06_group.ipynb #1fbb0f2e
 @patch
 async def _judge(self: Group, worker, part):
-    """Try an image again whose worker died, at last in a fresh one; answer it as poison once that is
-    proven. A worker that somebody killed proves little."""
+    """Try an image again whose worker died, at last in a fresh one; answer it as poison once
+    that is proven. A worker that somebody killed proves little."""
     part.deaths += 1 if await self.crew.guilty(worker) else DOUBT
     if part.request.over: return
     if part.deaths >= PROOF and not worker.served:

@@ -199,8 +199,8 @@ def authorise(self: Service, request: HttpRequest, role: str | None) -> None:
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #f410ce67
 @patch
 def client(self: Service, request: HttpRequest) -> Path:
-    """Say who asks: whose token it is, or whom a trusted proxy's header names, or the address; and on
-    which connection."""
+    """Say who asks: whose token it is, or whom a trusted proxy's header names, or the address;
+    and on which connection."""
     host, port = request.client or ("", 0)
     name = self.pool.settings.client_header
     who = request.headers.get("authorization") if self.tokens else None

@@ -32,8 +32,8 @@ USUAL = 224 * 224  # pixels of a picture where a bundle shows none
 
 # %% ../../../nbs/flexserve/serve/07_pool.ipynb #f2a4f3bd
 def _pixels(bundle):
-    """The pixels of a usual picture where the models see each at its own size: the golden set's mean;
-    None where all are brought to one size."""
+    """Compute the pixels of a usual picture where the models see each at its own size: the golden
+    set's mean; None where all are brought to one size."""
     if bundle.schema is not None: return None
     if all(t.crop is not None or isinstance(t.resize, tuple) for t in bundle.feeds()[0]):
         return None

@@ -212,8 +212,8 @@ async def predict(self: PredictionApi, request: HttpRequest) -> Response:
         raise Refused(422, f"{twice[0]!r} in the URL: given twice")
     body = await self.predictor.body(request)
     header, schema = request.headers.get("content-type", ""), self.predictor.group().bundle.schema
-    how = (parse, header, dict(query)) if schema is None else (parse_rows, header, dict(query), schema)
-    ask = await self.predictor.parsed(request, body, *how)
+    of, more = (parse, ()) if schema is None else (parse_rows, (schema,))
+    ask = await self.predictor.parsed(request, body, of, header, dict(query), *more)
     group, answer = await self.predictor.answer(request, ask)
     out = prediction(ask, answer, group.about["classes"], **self._who(group))
     full = ask.provenance == "full"

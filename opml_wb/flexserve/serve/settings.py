@@ -39,7 +39,7 @@ class Settings:
     start: float = 120.        # s that a worker may take to come up
     body: float = 10.          # s for a request's body to arrive
     limits: dict[str, Any] = field(default_factory=dict)  # of one image: see `images.Limits`
-    config: str = ""           # hardware configuration whose versions are served; "": those for none
+    config: str = ""           # hardware configuration whose versions are served; "": for none
     client_header: str = ""    # that names the client, set by a proxy before this server
 
     def __post_init__(self) -> None:

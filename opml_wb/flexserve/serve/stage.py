@@ -18,7 +18,7 @@ from .fair import Fair, Path
 from .settings import Settings
 from .worker import Launcher
 
-PROOF = 2.   # deaths by its own doing, the last alone in a fresh process, that prove a picture guilty
+PROOF = 2.   # deaths by its own doing, the last in a fresh process, that prove a picture guilty
 DOUBT = .25  # of a death that somebody else's SIGKILL brought: it may be for want of memory
 
 # %% ../../../nbs/flexserve/serve/25_stage.ipynb #81274c4a
@@ -28,7 +28,7 @@ class Poison(Exception):
 # %% ../../../nbs/flexserve/serve/25_stage.ipynb #62c61585
 @dataclass(eq=False)
 class Job:
-    "A call of `module:function` for `client`, predicted to take `cost` s of CPU; `done`: its result."
+    "A call of `module:function` for `client`, predicted to take `cost` s; `done`: its result."
     client: Path
     call: tuple[str, tuple]
     cost: float
@@ -128,7 +128,8 @@ async def _judge(self: Stage, worker, job):
 def wait(self: Stage, client: Path, cost: float) -> float:
     "Predict the seconds until work of `cost` that comes now from `client` is done."
     now = time.monotonic()
-    busy = sum(max(w.predicted * self.pace - (now - w.began), 0.) for w in self.crew.ready if w.work)
+    busy = sum(max(w.predicted * self.pace - (now - w.began), 0.)
+               for w in self.crew.ready if w.work)
     return (self.pace * (self.jobs.ahead(client, cost) + cost) + busy) / self.crew.size
 
 # %% ../../../nbs/flexserve/serve/25_stage.ipynb #155f5cc7

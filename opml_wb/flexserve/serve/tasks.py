@@ -55,7 +55,8 @@ async def _run(self: Supervisor, name, work, every):
             await work()
             state.ok, state.error = True, None
         except Exception as e:
-            pause = PAUSES[0] if time.monotonic() - state.since > CALM else min(2 * pause, PAUSES[1])
+            calm = time.monotonic() - state.since > CALM
+            pause = PAUSES[0] if calm else min(2 * pause, PAUSES[1])
             self._failure(name, e)
             await asyncio.sleep(pause)
         else: await asyncio.sleep(every)
@@ -64,16 +65,17 @@ async def _run(self: Supervisor, name, work, every):
 @patch
 def keep(self: Supervisor, name: str, work: Callable[[], Awaitable[object]],
          every: float = .2) -> None:
-    """Run the coroutine function `work` again and again, `every` s after it has ended well, and soon
-    after it failed."""
+    """Run the coroutine function `work` again and again, `every` s after it has ended well, and
+    soon after it failed."""
     self.states[name] = TaskState()
-    self.running.add(asyncio.get_running_loop().create_task(self._run(name, work, every), name=name))
+    loop = asyncio.get_running_loop()
+    self.running.add(loop.create_task(self._run(name, work, every), name=name))
 
 # %% ../../../nbs/flexserve/serve/23_tasks.ipynb #ca860ca5
 @patch
 @contextmanager
 def guarded(self: Supervisor, name: str) -> Iterator[None]:
-    "Let what is done in a `with` block fail without failing who does it; the state of `name` tells."
+    "Let what a `with` block does fail without failing who does it; the state of `name` tells."
     state = self.states.setdefault(name, TaskState())
     try: yield
     except Exception as e: self._failure(name, e)

@@ -85,13 +85,14 @@ def _called(function, args):
 
 # %% ../../../nbs/flexserve/serve/04_worker.ipynb #cf286e18
 def help_out(conn: socket.socket) -> None:
-    "Call functions for the front from socket `conn`, jobs (`module:function`, arguments), until it closes."
+    "Call functions for the front: jobs (`module:function`, arguments) come from socket `conn`."
     os.nice(POLITE)
     conn.sendall(pack({"ready": {}}))
     while (job := receive(conn)) is not None:
         found = _called(*job)
         try: message = pack({"answers": [found]})
-        except Exception as e: message = pack({"answers": [{"raised": RuntimeError(str(e)), "cpu": 0.}]})
+        except Exception as e:
+            message = pack({"answers": [{"raised": RuntimeError(str(e)), "cpu": 0.}]})
         del job, found
         conn.sendall(message)
         del message
@@ -120,7 +121,7 @@ class _Ended:
         while len(self.known) > 999: del self.known[next(iter(self.known))]
 
     def of(self, pid: int, limit: float = 1.) -> int | None:
-        "The wait status of `pid`, whose socket has closed; None if it isn't known within `limit` s."
+        "Find the wait status of `pid`, whose socket has closed; None if not known in `limit` s."
         until = time.monotonic() + limit
         while pid not in self.known and time.monotonic() < until: self.reap(); time.sleep(.002)
         return self.known.pop(pid, None)
@@ -191,7 +192,7 @@ def start(self: Launcher, order: dict[str, Any]) -> tuple[int, socket.socket]:
 # %% ../../../nbs/flexserve/serve/04_worker.ipynb #10eaa8c0
 @patch
 def ended(self: Launcher, pid: int) -> int | None:
-    "Ask how process `pid` ended: its exit code, minus the signal that killed it; None if not known."
+    "Ask how process `pid` ended: its exit code, minus the signal that killed it; else None."
     with self.lock:
         if self.server is None or not self.server.alive: return None
         try:
