@@ -157,7 +157,8 @@ def ask(self: WorkerProcess, job: dict[str, Any], data: Any, limit_s: float) -> 
     """Run a job on `data`. Raises ExecutionError: with the stage's traceback, or saying how the
     process ended."""
     self.pool.used = 0
-    sent = json.dumps({**job, "data": pipeline.encode(data, self.pool)}) + "\n"
+    given = pipeline.encode(data, self.pool)
+    sent = json.dumps({**job, "data": given, "used": self.pool.used}) + "\n"
     try:
         self.process.stdin.write(sent.encode())   # type: ignore[union-attr]
         self.process.stdin.flush()                # type: ignore[union-attr]
