@@ -439,7 +439,7 @@ def fuzzed(url, examples, skip=()):
                   phases=[Phase.generate])
         def fuzz(case):
             response = case.call()
-            seen.append((f"{operation.method} {operation.path}", response.status_code))
+            seen.append((f"{operation.method.upper()} {operation.path}", response.status_code))
             code, documented = response.status_code, operation.definition.raw["responses"]
             assert code < 500 and (str(code) in documented or code in (400, 404, 405)), (operation.path, code, response.text[:300])
         fuzz()
