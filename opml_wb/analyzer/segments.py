@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'SIGNS', 'LEAST_USERS', 'LEAST_SHARE', 'CLIP', 'NU', 'PARTS
            'Mixture', 'fit_mixture', 'kmeans', 'by_expertise', 'starts', 'soft_mixture', 'Segments', 'refusal',
            'memberships', 'stability', 'frequent', 'refined']
 
-# %% ../../nbs/analyzer/05_segments.ipynb #34874cf1
+# %% ../../nbs/analyzer/05_segments.ipynb #e4d38a97
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,13 +18,13 @@ from scipy.special import gammaln, logsumexp
 
 from ..core.kit.words import check_choice, check_whole
 
-# %% ../../nbs/analyzer/05_segments.ipynb #85ba8b18
+# %% ../../nbs/analyzer/05_segments.ipynb #c3b3a4eb
 LABELS = ("Expert", "Intermediate", "Beginner")
 SIGNS = {"actions": 1., "time": -1., "errors": -1., "redundant": -1.}  # more of it is expertise (+), or the contrary
 LEAST_USERS, LEAST_SHARE = 20, .05
 CLIP = 3.  # in units of scaled MAD: no single user moves a scale or a centroid
 
-# %% ../../nbs/analyzer/05_segments.ipynb #2957a984
+# %% ../../nbs/analyzer/05_segments.ipynb #fb52fa25
 def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "time")
                   ) -> pd.DataFrame:
     """Make the features of users from signals: DataFrame [user, feature], on logarithmic scales.
@@ -41,7 +41,7 @@ def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "
     if "time" in features:
         t = whole[whole.cls == "time"]
         logs = np.log(t.value)
-        usual = logs.groupby(t.feature).transform("median")
+        usual = logs.groupby([t.stage, t.feature]).transform("median")
         out["time"] = (logs - usual).groupby(t.user).mean()
     acts = whole[whole.cls == "action"]
     total = acts.groupby("user").value.sum().reindex(users, fill_value=0.)
@@ -50,7 +50,7 @@ def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "
         if f in features: out[f] = np.log((n + .5) / (total + 1))
     return pd.DataFrame(out).reindex(users)[list(features)].dropna()
 
-# %% ../../nbs/analyzer/05_segments.ipynb #b2f08a34
+# %% ../../nbs/analyzer/05_segments.ipynb #c2cc49f3
 def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
     """Bring features to one scale: `mad` (median and median absolute deviation, clipped) or
     `standard` (mean and standard deviation). A constant feature becomes 0."""
@@ -60,7 +60,7 @@ def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
     spread = mad.where(mad > 0, x.std(ddof=0)).replace(0, np.inf)
     return ((x - x.median()) / spread).clip(-CLIP, CLIP)
 
-# %% ../../nbs/analyzer/05_segments.ipynb #8a570944
+# %% ../../nbs/analyzer/05_segments.ipynb #2101a2fc
 NU = (2., 3., 4., 6., 10., 30., 300.)  # degrees of freedom that are tried
 
 @dataclass
@@ -85,7 +85,7 @@ class Mixture:
         ld = self.log_density(x)
         return np.exp(ld - logsumexp(ld, axis=1, keepdims=True))
 
-# %% ../../nbs/analyzer/05_segments.ipynb #703acdbb
+# %% ../../nbs/analyzer/05_segments.ipynb #cdea4b48
 def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
                 tol: float = 1e-7) -> Mixture:
     """Fit a mixture by EM from memberships `start` [n, k].
@@ -107,11 +107,12 @@ def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
         last = m.loglik
     return m
 
-# %% ../../nbs/analyzer/05_segments.ipynb #b845e745
+# %% ../../nbs/analyzer/05_segments.ipynb #b2b8cbe5
 def kmeans(x: np.ndarray, k: int, seed: int) -> np.ndarray:
-    "Cut users into k groups by K-means (scikit-learn, ten starts): int [n]."
+    "Cut users into k groups by K-means (scikit-learn, ten starts, one thread): int [n]."
     from sklearn.cluster import KMeans
-    return KMeans(k, n_init=10, random_state=seed).fit_predict(x)
+    from threadpoolctl import threadpool_limits
+    with threadpool_limits(1): return KMeans(k, n_init=10, random_state=seed).fit_predict(x)
 
 def by_expertise(centre: np.ndarray, signs: np.ndarray) -> np.ndarray:
     "Order groups by their centroids, the most expert first: int [k]."
@@ -123,7 +124,7 @@ def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.n
     rank = (x * signs).sum(1).argsort(kind="stable").argsort(kind="stable")
     yield np.eye(k)[(rank * k) // len(x)]
 
-# %% ../../nbs/analyzer/05_segments.ipynb #4d6fa630
+# %% ../../nbs/analyzer/05_segments.ipynb #7dae005e
 def soft_mixture(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Mixture:
     "The likeliest mixture over starts and degrees of freedom, its segments in order of expertise."
     found = [fit_mixture(x, s, nu) for s in starts(x, k, signs, seed) for nu in NU]
@@ -131,7 +132,7 @@ def soft_mixture(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Mixture
     order = by_expertise(best.centre, signs)
     return replace(best, share=best.share[order], centre=best.centre[order])
 
-# %% ../../nbs/analyzer/05_segments.ipynb #c3c881a7
+# %% ../../nbs/analyzer/05_segments.ipynb #edccb283
 @dataclass(frozen=True)
 class Segments:
     """Users in segments; made by `Segments.fit`, or `Segments.of` where they are known.
@@ -162,7 +163,7 @@ class Segments:
         one = pd.DataFrame({s: (labels == s).astype(float) for s in LABELS}, index=labels.index)
         return cls(one, pd.DataFrame(columns=[]), soft=False)
 
-# %% ../../nbs/analyzer/05_segments.ipynb #99260b24
+# %% ../../nbs/analyzer/05_segments.ipynb #580cb774
 def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
     "Say why a segmentation can't be used: too few users, or a segment too small; None if it can."
     n = len(x)
@@ -176,7 +177,7 @@ def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
         return f"the smallest segment has {least / n:.1%} of the users; at least 5 % are needed"
     return None
 
-# %% ../../nbs/analyzer/05_segments.ipynb #2543dcc7
+# %% ../../nbs/analyzer/05_segments.ipynb #e6e9ff17
 def memberships(x: pd.DataFrame, k: int, scale: str, soft: bool, seed: int
                 ) -> tuple[np.ndarray, np.ndarray, float]:
     "Segment users by their features: probabilities [n, k], centroids [k, d], nu (NaN if hard)."
@@ -200,14 +201,14 @@ def stability(x: pd.DataFrame, labels: np.ndarray, k: int, scale: str, soft: boo
         found.append(adjusted_rand_score(labels[part], again))
     return float(np.mean(found))
 
-# %% ../../nbs/analyzer/05_segments.ipynb #b171b167
+# %% ../../nbs/analyzer/05_segments.ipynb #10608341
 def frequent(signals: pd.DataFrame, min_events: float) -> pd.DataFrame:
     "Keep the signals of users with at least `min_events` actions and errors (the paper's 393)."
     whole = signals[(signals.window == "all") & (signals.cls != "time")]
     n = whole.groupby("user").value.sum()
     return signals[signals.user.isin(n.index[n >= min_events])]
 
-# %% ../../nbs/analyzer/05_segments.ipynb #c0fae019
+# %% ../../nbs/analyzer/05_segments.ipynb #cb6c7d13
 PARTS, LEAST_AGREEMENT = 5, .5
 
 def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
@@ -227,7 +228,7 @@ def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
         out |= dict.fromkeys(names[i::PARTS], pd.DataFrame(p, x.index, list(LABELS)))
     return out
 
-# %% ../../nbs/analyzer/05_segments.ipynb #514aad7a
+# %% ../../nbs/analyzer/05_segments.ipynb #d17bf123
 @patch(cls_method=True)
 def fit(cls: Segments, signals: pd.DataFrame, features: Sequence[str] = ("actions", "time"),
         k: int = 3, scale: str = "mad", soft: bool = True, min_events: float = 5, seed: int = 0,
