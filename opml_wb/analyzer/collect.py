@@ -6,7 +6,7 @@
 __all__ = ['run_hook', 'quietly', 'Recorder', 'error_name', 'CellHook', 'chapter_of', 'stage_of', 'recorder', 'watch_kernel',
            'RunHook', 'command']
 
-# %% ../../nbs/analyzer/12_collect.ipynb #c66d9d6c
+# %% ../../nbs/analyzer/12_collect.ipynb #fc4db172
 import atexit, os, queue, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +17,7 @@ from typing import Any
 from . import telemetry
 from .events import Event, Events
 
-# %% ../../nbs/analyzer/12_collect.ipynb #6e701a7f
+# %% ../../nbs/analyzer/12_collect.ipynb #a434a217
 def quietly(f: Callable, *args: Any, **kwargs: Any) -> Any:
     "Call f; whatever it raises is swallowed, and None returned."
     try: return f(*args, **kwargs)
@@ -72,7 +72,7 @@ class Recorder:
         while self.waiting and time.monotonic() < until: time.sleep(.005)
         return not self.waiting
 
-# %% ../../nbs/analyzer/12_collect.ipynb #569f28b0
+# %% ../../nbs/analyzer/12_collect.ipynb #bbaaa0c7
 def error_name(error: BaseException | None) -> str | None:
     "The name of an error's class, at most 60 characters of an identifier; `Error` for odd ones."
     if error is None: return None
@@ -122,10 +122,10 @@ def _registered(shell: Any) -> list[tuple[str, Callable]]:
             for f in shell.events.callbacks[name]
             if type(getattr(f, "__self__", None)).__name__ == "CellHook"]
 
-# %% ../../nbs/analyzer/12_collect.ipynb #b4d993de
+# %% ../../nbs/analyzer/12_collect.ipynb #da65241f
 @lru_cache(32)
 def chapter_of(path: str) -> str:
-    "The name of the chapter in a notebook's path (`02_analyzer.ipynb`), `cell` for other notebooks."
+    "The chapter's name in a notebook's path (`02_analyzer.ipynb`), `cell` for other notebooks."
     from opml_wb.analyzer.catalogs import catalog
     stem = Path(path).stem.split(".")[0].lstrip("0123456789_- ")
     return stem if stem in catalog() and stem not in ("cell", "widget", "run") else "cell"
@@ -146,7 +146,7 @@ def recorder() -> Recorder:
         atexit.register(_recorders[path].flush)
     return _recorders[path]
 
-# %% ../../nbs/analyzer/12_collect.ipynb #387b8329
+# %% ../../nbs/analyzer/12_collect.ipynb #701e3a81
 def watch_kernel(shell: Any = None) -> CellHook | None:
     """Note the cells of this kernel if telemetry is on; the startup file that `opml telemetry on`
     writes calls it. Never raises."""
@@ -162,7 +162,7 @@ def watch_kernel(shell: Any = None) -> CellHook | None:
         return CellHook(shell, recorder(), about).register()
     return quietly(begin) if quietly(telemetry.is_on) else None
 
-# %% ../../nbs/analyzer/12_collect.ipynb #60597470
+# %% ../../nbs/analyzer/12_collect.ipynb #05ea6a52
 class RunHook:
     "The run hook: notes the cells of an `opml run`, that it began, and how it ended."
 
@@ -200,7 +200,7 @@ class RunHook:
 
 run_hook = RunHook()
 
-# %% ../../nbs/analyzer/12_collect.ipynb #79bc798b
+# %% ../../nbs/analyzer/12_collect.ipynb #c02bba11
 def command(verb: str, code: int, seconds: float) -> None:
     "Note an `opml` command if telemetry is on. Never raises."
     def tell():

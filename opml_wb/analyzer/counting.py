@@ -6,8 +6,8 @@
 __all__ = ['DAY', 'SHORTEST', 'BY', 'SUMS', 'COLUMNS', 'GROUPED', 'week_label', 'weeks_of', 'tidied', 'counted',
            'counted_parquet', 'Counter', 'frame_of', 'classified', 'signals_of', 'signals']
 
-# %% ../../nbs/analyzer/03_counting.ipynb #891af9a5
-from collections.abc import Callable, Iterable
+# %% ../../nbs/analyzer/03_counting.ipynb #4ced7424
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .catalogs import Catalog, as_catalog
 from .events import KINDS, STAGES, Event, EventError, Events, seconds_of
 from ..core.kit.words import did_you_mean
 
-# %% ../../nbs/analyzer/03_counting.ipynb #121a122a
+# %% ../../nbs/analyzer/03_counting.ipynb #392bd7c9
 DAY, SHORTEST = 86_400, .05  # seconds; a duration of 0 counts as the latter, for its logarithm
 BY = ["user", "stage", "feature", "kind", "name", "week", "month"]
 SUMS = ["n", "timed", "log_s"]  # events; of these with a duration; sum of its logarithms
@@ -33,7 +33,7 @@ def weeks_of(ts: np.ndarray) -> np.ndarray:
     "Count Mondays since 1969-12-29 up to UTC seconds: int64 [n]."
     return (np.floor(np.asarray(ts, float) / DAY).astype(np.int64) + 3) // 7
 
-# %% ../../nbs/analyzer/03_counting.ipynb #74bdf5d4
+# %% ../../nbs/analyzer/03_counting.ipynb #1dc869f5
 def _known(frame: pd.DataFrame, column: str, choices: tuple[str, ...]) -> None:
     "Refuse a value that is none of `choices`, with its row and the nearest."
     wrong = ~frame[column].isin(choices)
@@ -59,7 +59,7 @@ def tidied(frame: pd.DataFrame) -> pd.DataFrame:
     _known(frame, "kind", KINDS)
     return frame
 
-# %% ../../nbs/analyzer/03_counting.ipynb #46cb9aea
+# %% ../../nbs/analyzer/03_counting.ipynb #613363d3
 def counted(frame: pd.DataFrame) -> pd.DataFrame:
     "Count a frame of events by user, stage, feature, kind, name, week and month."
     f = tidied(frame)
@@ -74,7 +74,7 @@ def counted(frame: pd.DataFrame) -> pd.DataFrame:
 def _plain(counts: pd.DataFrame) -> pd.DataFrame:
     return counts.astype({c: object for c in BY[:5]})
 
-# %% ../../nbs/analyzer/03_counting.ipynb #b5832e00
+# %% ../../nbs/analyzer/03_counting.ipynb #1ac302cc
 GROUPED = """select user, stage, feature, kind, name,
   cast(floor(floor(ts / 86400.0 + 3) / 7) as bigint) as week,
   (year(make_timestamp(cast(floor(ts) as bigint) * 1000000)) - 1970) * 12
@@ -93,12 +93,12 @@ def counted_parquet(path: Path, memory: str = "1GB", threads: int = 2) -> pd.Dat
     _known(found, "kind", KINDS)
     return found.astype({"n": int, "timed": int})
 
-# %% ../../nbs/analyzer/03_counting.ipynb #a0227781
+# %% ../../nbs/analyzer/03_counting.ipynb #6362c363
 class Counter:
     """Counts that only read what is new: `update` with events, then `signals()`.
 
     catalog: a Catalog, a TOML file, or None (the workbench's own)."""
-    def __init__(self, catalog: "Catalog | str | Path | Callable[[], Catalog] | None" = None) -> None:
+    def __init__(self, catalog: Any = None) -> None:
         self.catalog, self.mark = as_catalog(catalog), 0
         self.counts = pd.DataFrame(columns=[*BY, *SUMS])
 
@@ -124,7 +124,7 @@ def frame_of(events: "pd.DataFrame | Events | Iterable[Event]") -> pd.DataFrame:
     names = ["ts", "user", "session", "stage", "feature", "kind", "name", "seconds"]
     return pd.DataFrame([[getattr(e, n) for n in names] for e in events], columns=names)
 
-# %% ../../nbs/analyzer/03_counting.ipynb #aa31de71
+# %% ../../nbs/analyzer/03_counting.ipynb #2d0310c5
 def classified(counts: pd.DataFrame, catalog: Catalog) -> pd.DataFrame:
     "Add to counts what the catalog says: stage, `redundant`, `spare` (how many are needed)."
     pairs = counts[["feature", "name"]].drop_duplicates()
@@ -138,7 +138,7 @@ def classified(counts: pd.DataFrame, catalog: Catalog) -> pd.DataFrame:
     out["redundant"] &= out.kind == "action"
     return out
 
-# %% ../../nbs/analyzer/03_counting.ipynb #717add53
+# %% ../../nbs/analyzer/03_counting.ipynb #37ceb98f
 def _summed(c: pd.DataFrame, cls: str) -> pd.DataFrame:
     "Sum counts by user, feature and signal, for all time, weeks and months."
     by, parts = ["user", "stage", "feature", "signal"], []
@@ -156,7 +156,7 @@ def _labels(numbers: pd.Series, window: str) -> dict[int, str]:
     def name(v): return week_label(v) if window == "week" else str(np.datetime64(int(v), "M"))
     return {v: name(v) for v in numbers.unique()}
 
-# %% ../../nbs/analyzer/03_counting.ipynb #48504760
+# %% ../../nbs/analyzer/03_counting.ipynb #ac224b35
 def signals_of(counts: pd.DataFrame, catalog: Catalog) -> pd.DataFrame:
     "Make the table of signals from counts; see `signals`."
     if not len(counts): return pd.DataFrame(columns=COLUMNS)
@@ -174,7 +174,7 @@ def signals_of(counts: pd.DataFrame, catalog: Catalog) -> pd.DataFrame:
     out = pd.concat([p for p in parts if len(p)], ignore_index=True)[COLUMNS]
     return out.astype({"value": float, "exposed": bool})
 
-# %% ../../nbs/analyzer/03_counting.ipynb #deaf8940
+# %% ../../nbs/analyzer/03_counting.ipynb #948018d4
 def _exposures(watched: pd.DataFrame, c: pd.DataFrame) -> list[pd.DataFrame]:
     """Tell who was seen to use a feature otherwise than by the signal itself.
 
@@ -190,7 +190,7 @@ def _exposures(watched: pd.DataFrame, c: pd.DataFrame) -> list[pd.DataFrame]:
     quiet = those[those.exposed & (those.n == 0)].assign(value=0., window="all")
     return [told, quiet]
 
-# %% ../../nbs/analyzer/03_counting.ipynb #7773d009
+# %% ../../nbs/analyzer/03_counting.ipynb #b00923c3
 def signals(events: Any, catalog: Any = None, since: float | None = None) -> pd.DataFrame:
     """Classify events into signals: [user, stage, feature, cls, signal, window, value, exposed].
 

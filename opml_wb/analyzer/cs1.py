@@ -6,7 +6,7 @@
 __all__ = ['HOMEWORKS', 'PACE', 'TIME', 'FEATURES', 'folder', 'error_name', 'runs', 'faults', 'load', 'Study', 'later_errors',
            'study']
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #e625318e
+# %% ../../nbs/analyzer/10_cs1.ipynb #f51618e9
 import csv, os, re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from .rules import evaluate
 from .segments import Segments
 from ..core.record.data import MissingData
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #5e26765d
+# %% ../../nbs/analyzer/10_cs1.ipynb #68304c4c
 HOMEWORKS = ("hw03", "hw04", "hw05")
 PACE = 10., 1800.  # s; a shorter gap between two runs is a double click, a longer one a pause
 TIME = "%Y-%m-%dT%H_%M_%S.%fZ"
@@ -35,9 +35,10 @@ def error_name(text: Any) -> str:
     "The kind of a compiler's or runtime's error: its first line, without the names in it."
     line = str(text).strip().splitlines()[0] if str(text).strip() else "unknown"
     line = re.sub(r"'[^']*'", "'_'", line.rpartition("java.lang.")[2] or line)
-    return re.sub(r"\s+", " ", "".join(c for c in line if c.isprintable())).strip()[:60] or "unknown"
+    line = "".join(c for c in line if c.isprintable())
+    return re.sub(r"\s+", " ", line).strip()[:60] or "unknown"
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #a4d570a7
+# %% ../../nbs/analyzer/10_cs1.ipynb #d9191141
 def _read(path: Path, *columns: str) -> pd.DataFrame:
     "Read columns of a `;`-separated file whose quoted cells hold lines and stray bytes."
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
@@ -80,11 +81,11 @@ def load(place: Path | None = None) -> tuple[pd.DataFrame, pd.Series]:
     return (events.sort_values("ts", ignore_index=True),
             grades.set_axis(g.HASHID).rename("grade")[lambda s: ~s.index.duplicated()])
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #95ba1393
+# %% ../../nbs/analyzer/10_cs1.ipynb #73daff50
 FEATURES = ("actions", "time", "errors", "redundant")
 
 class Study(NamedTuple):
-    "What the real log says: a row for each segment, the verdicts on the later period, the segments."
+    "Findings on the real log: a row for each segment, the later period's verdicts, the segments."
     table: pd.DataFrame
     verdicts: pd.DataFrame
     segments: Segments
@@ -104,7 +105,8 @@ def study(events: pd.DataFrame, grades: pd.Series, split: int = 2, seed: int = 0
     are students of the first homeworks who are not in a later one."""
     first = events.feature.isin(HOMEWORKS[:split])
     early, late = signals(events[first]), signals(events[~first])
-    fitted = Segments.fit(early, **{"features": FEATURES, "min_events": 10, "seed": seed, **settings})
+    how = {"features": FEATURES, "min_events": 10, "seed": seed, **settings}
+    fitted = Segments.fit(early, **how)
     label, rate = fitted.labels, later_errors(late)
     gone = ~label.index.isin(events.user[~first])
     table = pd.DataFrame({

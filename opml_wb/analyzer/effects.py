@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Period', 'in_period', 'seen_in', 'mean_interval', 'active_users', 'effect', 'before_after']
 
-# %% ../../nbs/analyzer/07_effects.ipynb #3b1de49a
+# %% ../../nbs/analyzer/07_effects.ipynb #407860f6
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ from .events import EventError
 from .rules import judged, window_kind
 from ..core.kit.words import did_you_mean
 
-# %% ../../nbs/analyzer/07_effects.ipynb #0da748da
+# %% ../../nbs/analyzer/07_effects.ipynb #66011d97
 Period = tuple[str, str]  # first and last window, both counted: ("2020-W02", "2020-W10")
 
 def in_period(windows: pd.Series, period: Period) -> pd.Series:
@@ -36,7 +36,7 @@ def seen_in(signals: pd.DataFrame, features: Sequence[str], period: Period,
     s = s[in_period(s.window, period)].drop_duplicates(["user", "feature"])
     return s.groupby("user").size().reindex(users, fill_value=0).to_numpy() / len(features)
 
-# %% ../../nbs/analyzer/07_effects.ipynb #36a5e6a1
+# %% ../../nbs/analyzer/07_effects.ipynb #b1a604b7
 def mean_interval(x: np.ndarray, level: float = .9) -> tuple[float, float, float]:
     "The mean of x with Student's interval: estimate, low, high."
     half = stats.t.ppf((1 + level) / 2, max(len(x) - 1, 1)) * x.std(ddof=1) / np.sqrt(len(x))
@@ -57,7 +57,7 @@ def active_users(signals: pd.DataFrame, *periods: Period) -> pd.Index:
     found = [set(signals.user[in_period(signals.window, p)]) for p in periods]
     return pd.Index(sorted(set.intersection(*found)), name="user")
 
-# %% ../../nbs/analyzer/07_effects.ipynb #db397810
+# %% ../../nbs/analyzer/07_effects.ipynb #af5c967b
 def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
            control: "str | Sequence[str]", level: float = .9) -> pd.DataFrame:
     """Estimate what an intervention did to the share of users who meet a feature's trouble.
@@ -69,7 +69,8 @@ def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
     Raises EventError."""
     own, others = _features(signals, feature), _features(signals, control)
     if feature in others: raise EventError(f"control {feature!r} is the feature itself")
-    if after[0] <= before[1]: raise EventError(f"after begins at {after[0]}, before ends at {before[1]}")
+    if after[0] <= before[1]:
+        raise EventError(f"after begins at {after[0]}, before ends at {before[1]}")
     users = active_users(signals, before, after)
     if len(users) < 20: raise EventError(f"{len(users)} users in both periods; 20 are needed")
     def change(features):

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'KINDS', 'KEYS', 'LONGEST', 'FIELDS', 'TABLES', 'EventError', 'Event', 'seconds_of', 'text_of', 'choice_of',
            'allowed', 'checked', 'row_of', 'Events', 'read_events']
 
-# %% ../../nbs/analyzer/01_events.ipynb #32903308
+# %% ../../nbs/analyzer/01_events.ipynb #fbc629f0
 import dataclasses, hashlib, json, math, sqlite3
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-# %% ../../nbs/analyzer/01_events.ipynb #ca060530
+# %% ../../nbs/analyzer/01_events.ipynb #89ce992d
 STAGES = ("data", "features", "training", "deployment")
 KINDS = ("action", "error", "time")
 KEYS = ("cell", "chapter", "status", "exit", "method", "control", "artefact", "count", "id",
@@ -49,7 +49,7 @@ class Event:
     source: str = "api"
     data: Mapping[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/analyzer/01_events.ipynb #989fbb6c
+# %% ../../nbs/analyzer/01_events.ipynb #4fbaf90a
 def seconds_of(ts: Any) -> float:
     """Read a time as UTC seconds since 1970; a datetime or ISO text without a zone counts as UTC.
 
@@ -66,7 +66,7 @@ def seconds_of(ts: Any) -> float:
         raise EventError(f"ts: {value:g} is no time in UTC seconds between 1971 and 2200")
     return value
 
-# %% ../../nbs/analyzer/01_events.ipynb #2be7fc07
+# %% ../../nbs/analyzer/01_events.ipynb #aaa3f04f
 def text_of(name: str, value: Any) -> str:
     "Read a name: non-empty text of at most LONGEST characters in one line, else EventError."
     if not isinstance(value, str) or not value.strip():
@@ -81,7 +81,7 @@ def choice_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     near = did_you_mean(value, choices) if isinstance(value, str) and len(value) < 40 else ""
     raise EventError(f"{name}: not one of {', '.join(choices)}{near}")
 
-# %% ../../nbs/analyzer/01_events.ipynb #68207a0d
+# %% ../../nbs/analyzer/01_events.ipynb #eacb22fd
 def allowed(data: Mapping[str, Any] | None) -> dict[str, Any]:
     "Keep of `data` what KEYS lists, if it is a number, True, False or a short line of text."
     def fits(v):
@@ -103,11 +103,11 @@ def checked(event: "Event | Mapping[str, Any]") -> Event:
                  kind=choice_of("kind", event.kind, KINDS), data=allowed(event.data),
                  seconds=None if secs is None else float(secs), **words)
 
-# %% ../../nbs/analyzer/01_events.ipynb #88582b50
+# %% ../../nbs/analyzer/01_events.ipynb #3df23753
 FIELDS = ("ts", "user", "session", "stage", "feature", "kind", "name", "seconds", "source", "data")
 TABLES = """
-create table if not exists event(id integer primary key autoincrement, key blob unique not null, ts real not null,
-  user text not null, session text not null, stage text not null, feature text not null,
+create table if not exists event(id integer primary key autoincrement,
+  key blob unique not null, ts real not null, user text not null, session text not null, stage text not null, feature text not null,
   kind text not null, name text not null, seconds real, source text not null, data text not null);
 create index if not exists event_user on event(user);
 create index if not exists event_ts on event(ts);
@@ -120,7 +120,7 @@ def row_of(e: Event) -> tuple:
     row = (e.ts, e.user, e.session, e.stage, e.feature, e.kind, e.name, e.seconds, e.source, data)
     return hashlib.blake2b(repr(row).encode(), digest_size=12).digest(), *row
 
-# %% ../../nbs/analyzer/01_events.ipynb #e79f659e
+# %% ../../nbs/analyzer/01_events.ipynb #ccd97377
 class Events:
     """An event repository: one SQLite file (write-ahead log), or memory.
 
@@ -151,7 +151,7 @@ def _write(db: sqlite3.Connection) -> "Iterator[None]":
         raise
     db.execute("commit")
 
-# %% ../../nbs/analyzer/01_events.ipynb #623ad29f
+# %% ../../nbs/analyzer/01_events.ipynb #f1c89827
 @patch
 def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
     """Add events in one transaction; returns how many were new.
@@ -175,7 +175,7 @@ def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
                             "n = n + excluded.n, last = excluded.last", letters)
     return new
 
-# %% ../../nbs/analyzer/01_events.ipynb #77f301a3
+# %% ../../nbs/analyzer/01_events.ipynb #f669aa89
 @patch(as_prop=True)
 def dead(self: Events) -> "pd.DataFrame":
     "Dead letters: [reason, fields, n, last], no value of what was refused."
@@ -199,7 +199,7 @@ def after(self: Events, mark: int = 0) -> "tuple[pd.DataFrame, int]":
                               self.db, params=(mark,))
     return found.drop(columns="id"), int(found.id.max()) if len(found) else mark
 
-# %% ../../nbs/analyzer/01_events.ipynb #ed0564ef
+# %% ../../nbs/analyzer/01_events.ipynb #c8aabcca
 @patch
 def _delete(self: Events, where: str, value: Any) -> int:
     "Delete events for good, and rebuild the file."
@@ -228,7 +228,7 @@ def export(self: Events, path: str | Path) -> Path:
     else: data.to_parquet(temp, index=False)
     return temp.replace(path)
 
-# %% ../../nbs/analyzer/01_events.ipynb #18078039
+# %% ../../nbs/analyzer/01_events.ipynb #a3551cfb
 def read_events(path: str | Path) -> "pd.DataFrame":
     "Read exported events from a Parquet file or a folder of them, as `Events.frame` gives them."
     path = Path(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'read_mapping', 'import_log', 'Log', 'open_log']
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #57307546
+# %% ../../nbs/analyzer/09_foreign.ipynb #cafa482b
 import json, tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +17,14 @@ from .events import EventError, Events, checked, read_events
 from ..core.record import data
 from ..core.kit.words import did_you_mean
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #248423ba
+# %% ../../nbs/analyzer/09_foreign.ipynb #4a221adf
 FIELDS = ("ts", "user", "session", "stage", "feature", "kind", "name", "seconds")
 
 def read_mapping(given: "Mapping[str, Any] | str | Path") -> dict[str, Any]:
     """Read how a log's columns become fields: a dict, or a TOML file.
 
-    A field is a column's name, or `{value = "training"}` for all rows, or `{column = "state", values
-    = {FAIL = "error"}}`. `read` holds options: sep, time (a format), encoding."""
+    A field is a column's name, or `{value = "training"}` for all rows, or
+    `{column = "state", values = {FAIL = "error"}}`. `read` holds options: sep, time (a format), encoding."""
     if isinstance(given, Mapping): raw = dict(given)
     else:
         try: raw = tomllib.loads(Path(given).read_text(encoding="utf-8"))
@@ -36,9 +36,9 @@ def read_mapping(given: "Mapping[str, Any] | str | Path") -> dict[str, Any]:
         raise EventError(f"mapping: fields missing: {', '.join(missing)}")
     return raw
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #403be48f
+# %% ../../nbs/analyzer/09_foreign.ipynb #5a76b8d3
 def _table(path: Path, read: Mapping[str, Any]) -> pd.DataFrame:
-    "Read a log's rows as they are: CSV, JSON lines, or a JSON list; bytes that are no text are marked."
+    "Read a log's rows as they are: CSV, JSON lines or list; bytes that are no text are marked."
     options = dict(encoding=read.get("encoding", "utf-8"), encoding_errors="replace")
     try:
         if path.suffix in (".json", ".jsonl", ".ndjson"):
@@ -75,7 +75,7 @@ def _times(values: pd.Series, form: str | None, where: str) -> pd.Series:
                          + (f" in the format {form}" if form else " in ISO 8601 or seconds"))
     return at.dt.as_unit("us").astype("int64") / 1e6
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #0cd1f94a
+# %% ../../nbs/analyzer/09_foreign.ipynb #aaca6de9
 def import_log(path: str | Path, mapping: "Mapping[str, Any] | str | Path") -> pd.DataFrame:
     """Read a foreign log as events: [ts, user, session, stage, feature, kind, name, seconds].
 
@@ -109,7 +109,7 @@ def _check(out: pd.DataFrame, name: str, given: Mapping[str, Any]) -> None:
             raise EventError(f"{name}: row {out.index.get_loc(i) + 1}, column "
                              f"{given.get(field, field)!r}: {e}") from None
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #b0c90185
+# %% ../../nbs/analyzer/09_foreign.ipynb #d6218915
 class Log(NamedTuple):
     "A log: its events, and where they are known what is planted and who is who."
     events: pd.DataFrame

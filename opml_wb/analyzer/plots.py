@@ -6,7 +6,7 @@
 __all__ = ['VERDICTS', 'SEGMENT', 'SYMBOLS', 'LOOKS', 'segment_scatter', 'expert_rates', 'judged_again', 'challenge_map',
            'redraw_map', 'stage_heatmap', 'found_figure', 'counts_figure', 'effect_figure', 'flow_figure']
 
-# %% ../../nbs/analyzer/15_plots.ipynb #3856c73b
+# %% ../../nbs/analyzer/15_plots.ipynb #acd527a1
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,14 +20,14 @@ from ..core.show import ui
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# %% ../../nbs/analyzer/15_plots.ipynb #1f8bbc62
+# %% ../../nbs/analyzer/15_plots.ipynb #d71e8c24
 VERDICTS = {"ET": ("teach (ET)", ui.COLOURS["ours"], "circle"),
             "SoP": ("mend (SoP)", ui.COLOURS["baseline"], "square"),
             None: ("no challenge", ui.COLOURS["muted"], "x-thin-open")}
 SEGMENT = {"Expert": "#00523C", "Intermediate": "#009E73", "Beginner": "#7FD6BB"}
 SYMBOLS = {"Expert": "circle", "Intermediate": "diamond", "Beginner": "square"}
 
-# %% ../../nbs/analyzer/15_plots.ipynb #d24cd45a
+# %% ../../nbs/analyzer/15_plots.ipynb #12285001
 def segment_scatter(x: pd.DataFrame, labels: pd.Series, proba: pd.DataFrame | None = None
                     ) -> "go.Figure":
     """Draw users by how much they do and how long it takes, coloured by segment.
@@ -44,7 +44,7 @@ def segment_scatter(x: pd.DataFrame, labels: pd.Series, proba: pd.DataFrame | No
                             opacity=(.15 + .85 * (2 * sure - 1).clip(0, 1)).tolist()))
     return fig
 
-# %% ../../nbs/analyzer/15_plots.ipynb #60077a9e
+# %% ../../nbs/analyzer/15_plots.ipynb #1a3e2dd3
 def expert_rates(rates: pd.DataFrame, threshold: float = .10) -> "go.Figure":
     """Draw the experts' rate in each planted ET signal as different methods see it.
 
@@ -60,7 +60,7 @@ def expert_rates(rates: pd.DataFrame, threshold: float = .10) -> "go.Figure":
     fig.update_xaxes(range=[-.01, max(.2, float(np.nanmax(rates.to_numpy())) + .02)])
     return ui.paper_line(fig, threshold, "rule 2 and 4: less than 10 %", axis="x")
 
-# %% ../../nbs/analyzer/15_plots.ipynb #4504fa16
+# %% ../../nbs/analyzer/15_plots.ipynb #2da93385
 def judged_again(verdicts: pd.DataFrame, rules: Sequence[Rule]) -> pd.Series:
     "Judge the rates of verdicts by other rules: Series of ET, SoP or None."
     out = pd.Series([None] * len(verdicts), verdicts.index, dtype=object)
@@ -76,15 +76,16 @@ def challenge_map(verdicts: pd.DataFrame, rules: Sequence[Rule]) -> "go.Figure":
                     xaxis_range=[-.03, 1.03], yaxis_range=[-.03, 1.03], xaxis_tickformat=".0%",
                     yaxis_tickformat=".0%")
     for name, colour, symbol in VERDICTS.values():
-        fig.add_scatter(x=[], y=[], mode="markers", name=name, hovertemplate="%{text}<extra></extra>",
-                        marker=dict(color=colour, size=10, symbol=symbol, line=dict(
-                            width=2 if "thin" in symbol else 0, color=colour)))
+        fig.add_scatter(x=[], y=[], mode="markers", name=name,
+                        hovertemplate="%{text}<extra></extra>", marker=dict(
+                            color=colour, size=10, symbol=symbol,
+                            line=dict(width=2 if "thin" in symbol else 0, color=colour)))
     line = dict(color=ui.COLOURS["paper"], dash="dash", width=1.5)
     for _ in range(3): fig.add_shape(type="line", x0=0, x1=1, y0=0, y1=0, line=line)
     redraw_map(fig, verdicts, rules)
     return fig
 
-# %% ../../nbs/analyzer/15_plots.ipynb #6a7c00a1
+# %% ../../nbs/analyzer/15_plots.ipynb #7c553f9a
 def redraw_map(fig: "go.Figure", verdicts: pd.DataFrame, rules: Sequence[Rule]) -> dict[str, int]:
     "Colour the map by other rules; returns the counts of ET and SoP."
     again = judged_again(verdicts, rules)
@@ -98,7 +99,7 @@ def redraw_map(fig: "go.Figure", verdicts: pd.DataFrame, rules: Sequence[Rule]) 
     for shape, where in zip(fig.layout.shapes, places): shape.update(where)
     return {k: int((again == k).sum()) for k in ("ET", "SoP")}
 
-# %% ../../nbs/analyzer/15_plots.ipynb #317e5023
+# %% ../../nbs/analyzer/15_plots.ipynb #72198e86
 def stage_heatmap(verdicts: pd.DataFrame) -> "go.Figure":
     "Draw the signals of each stage as cells coloured by verdict, those with a challenge first."
     stages = [s for s in ("data", "features", "training", "deployment") if s in set(verdicts.stage)]
@@ -108,7 +109,8 @@ def stage_heatmap(verdicts: pd.DataFrame) -> "go.Figure":
     colour = [c for _, c, _ in (VERDICTS["SoP"], VERDICTS["ET"], VERDICTS[None])]
     scale = [[(i + s) / 3, c] for i, c in enumerate(colour) for s in (0, 1)]
     z = v.pivot(index="stage", columns="at", values="rank").reindex(stages)
-    tip = v.assign(tip=v.feature + " / " + v.signal).pivot(index="stage", columns="at", values="tip")
+    v["tip"] = v.feature + " / " + v.signal
+    tip = v.pivot(index="stage", columns="at", values="tip")
     fig = ui.figure("signals of the stage, those with a challenge first", "", height=330,
                     margin_t=70)
     fig.add_heatmap(z=z.to_numpy(float), y=stages, x=(z.columns + 1).tolist(), zmin=-.5, zmax=2.5,
@@ -120,8 +122,9 @@ def stage_heatmap(verdicts: pd.DataFrame) -> "go.Figure":
                         marker=dict(color=c, size=11, symbol="square"))
     return fig.update_yaxes(autorange="reversed").update_xaxes(showgrid=False)
 
-# %% ../../nbs/analyzer/15_plots.ipynb #284048d3
-LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"), "soft, the same features": ("good", "square"),
+# %% ../../nbs/analyzer/15_plots.ipynb #2fdca479
+LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"),
+         "soft, the same features": ("good", "square"),
          "soft, cross-fitted": ("ours", "circle")}
 
 def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
@@ -138,31 +141,34 @@ def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
                      showgrid=False)
     return fig
 
-# %% ../../nbs/analyzer/15_plots.ipynb #e51a6e1a
+# %% ../../nbs/analyzer/15_plots.ipynb #373b88f1
 def counts_figure(ours: Mapping[str, float], paper: Mapping[str, float]) -> "go.Figure":
-    "Draw counts beside the paper's: bars for ours, dashes for the paper's."
+    "Draw counts beside the paper's, as pairs of bars."
     names = list(ours)
-    fig = ui.figure("", "count", height=360, bargap=.45)
+    fig = ui.figure("", "count", height=360, barmode="group")
     fig.add_bar(x=names, y=list(ours.values()), name="ours", marker_color=ui.COLOURS["ours"])
-    fig.add_scatter(x=names, y=[paper[n] for n in names], mode="markers", name="paper", marker=dict(
-        symbol="line-ew-open", size=44, color=ui.COLOURS["paper"], line_width=3))
-    return fig
+    return fig.add_bar(x=names, y=[paper[n] for n in names], name="paper",
+                       marker_color=ui.COLOURS["paper"])
 
-# %% ../../nbs/analyzer/15_plots.ipynb #930bfdaf
+# %% ../../nbs/analyzer/15_plots.ipynb #df979154
 def effect_figure(rows: pd.DataFrame, truth: float | None = None) -> "go.Figure":
     "Draw estimates of an effect with intervals; rows: DataFrame [estimate, lo, hi] by name."
     fig = ui.figure("change of the share of users who meet the error", "", margin_l=200,
                     height=150 + 40 * len(rows), xaxis_tickformat=".0%")
-    for (name, r), colour in zip(rows.iterrows(), ("baseline", "ours", "muted")):
+    for name, r in rows.iterrows():
+        colour = "ours" if "control" in str(name) else "baseline"
         fig.add_scatter(x=[r.estimate], y=[str(name)], mode="markers", showlegend=False,
                         marker=dict(size=11, color=ui.COLOURS[colour]),
                         error_x=dict(type="data", symmetric=False, array=[r.hi - r.estimate],
                                      arrayminus=[r.estimate - r.lo], color=ui.COLOURS[colour]))
     fig.update_yaxes(type="category", autorange="reversed")
+    low, high = min(rows.lo.min(), 0), max(rows.hi.max(), 0)
+    fig.update_xaxes(range=[low - .05, high + .1])
     return fig if truth is None else ui.paper_line(fig, truth, "planted", axis="x")
 
-# %% ../../nbs/analyzer/15_plots.ipynb #a88a4097
-def flow_figure(edges: pd.DataFrame, segments: Sequence[str] = ("Expert", "Beginner")) -> "go.Figure":
+# %% ../../nbs/analyzer/15_plots.ipynb #f32abfca
+def flow_figure(edges: pd.DataFrame, segments: Sequence[str] = ("Expert", "Beginner")
+                ) -> "go.Figure":
     "Draw what follows what, as a matrix of shares for each of two segments; edges: of `flow`."
     order = [s for s in ("data", "features", "training", "deployment") if s in set(edges.a)]
     from plotly.subplots import make_subplots
@@ -172,7 +178,8 @@ def flow_figure(edges: pd.DataFrame, segments: Sequence[str] = ("Expert", "Begin
         m = m.reindex(index=order, columns=order)
         fig.add_heatmap(z=m.to_numpy(float), x=order, y=order, zmin=0, zmax=.6, row=1, col=i,
                         colorscale=[[0, "rgba(0,114,178,0.05)"], [1, ui.COLOURS["ours"]]],
-                        texttemplate="%{z:.0%}", showscale=False)
+                        text=m.map(lambda v: f"{v:.0%}" if v == v else "").to_numpy(),
+                        texttemplate="%{text}", showscale=False)
     fig.update_layout(template=ui.template(), height=360, margin_t=60)
     fig.update_xaxes(title_text="next stage").update_yaxes(title_text="stage", col=1)
     return fig.update_yaxes(autorange="reversed")

@@ -7,7 +7,7 @@ __all__ = ['SHORT', 'PAPER_RULES', 'COMPARE', 'ROW', 'NAMES', 'SHOWN', 'Rule', '
            'met', 'tables', 'signals_told', 'hard_rates', 'soft_rates', 'intervals', 'probability', 'nearest_threshold',
            'evaluate', 'unexplained', 'card']
 
-# %% ../../nbs/analyzer/06_rules.ipynb #c94b0445
+# %% ../../nbs/analyzer/06_rules.ipynb #9d2e61f2
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from scipy.stats import beta
 from .segments import LABELS, Segments
 from ..core.kit.words import check_choice
 
-# %% ../../nbs/analyzer/06_rules.ipynb #300fa1cd
+# %% ../../nbs/analyzer/06_rules.ipynb #1e622391
 SHORT = {"Expert": "E", "Intermediate": "I", "Beginner": "B"}
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ PAPER_RULES = (
     Rule(3, "action", "SoP", (("E", ">", .50),), times=5),
     Rule(4, "action", "ET", (("E", "<", .10), ("I", ">", .50), ("B", ">", .75)), times=5))
 
-# %% ../../nbs/analyzer/06_rules.ipynb #0f424ec7
+# %% ../../nbs/analyzer/06_rules.ipynb #2a810177
 COMPARE = {">": operator.gt, "<": operator.lt}
 
 def holds(rule: Rule, rates: Mapping[str, Any]) -> Any:
@@ -49,13 +49,16 @@ def holds(rule: Rule, rates: Mapping[str, Any]) -> Any:
     each = [COMPARE[op](np.asarray(rates[s]), share) for s, op, share in rule.when]
     return np.logical_and.reduce(each)
 
-def with_threshold(rules: Sequence[Rule], segment: str, op: str, share: float) -> tuple[Rule, ...]:
-    "The rules with another share wherever `segment op` stands."
-    def moved(r): return replace(r, when=tuple((s, o, share if (s, o) == (segment, op) else t)
-                                               for s, o, t in r.when))
+def with_threshold(rules: Sequence[Rule], segment: str, op: str, share: float,
+                   cls: tuple[str, ...] = ("error", "action")) -> tuple[Rule, ...]:
+    "The rules with another share wherever `segment op` stands in a rule on `cls`."
+    def moved(r):
+        if r.cls not in cls: return r
+        return replace(r, when=tuple((s, o, share if (s, o) == (segment, op) else t)
+                                     for s, o, t in r.when))
     return tuple(moved(r) for r in rules)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #3d0c2298
+# %% ../../nbs/analyzer/06_rules.ipynb #b651f774
 ROW = ["stage", "feature", "cls", "signal"]
 
 def window_kind(window: pd.Series) -> pd.Series:
@@ -81,7 +84,7 @@ def met(signals: pd.DataFrame, cls: str, window: str, times: int) -> pd.DataFram
     seen["y"] = most.reindex(seen.index, fill_value=0) > times
     return seen.reset_index()
 
-# %% ../../nbs/analyzer/06_rules.ipynb #a6c12263
+# %% ../../nbs/analyzer/06_rules.ipynb #4ec1b3f8
 def tables(signals: pd.DataFrame, users: pd.Index, cls: str, window: str, times: int,
            denominator: str) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Make the tables behind the rates: the signals [J], who met them, who counts, each [J, n]."""
@@ -104,10 +107,10 @@ def signals_told(signals: pd.DataFrame, m: pd.DataFrame) -> pd.Series:
     told = judged(signals).groupby(ROW).exposed.any()
     return pd.Series(told.reindex(pd.MultiIndex.from_frame(m[ROW])).to_numpy(bool), m.index)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #30237b11
+# %% ../../nbs/analyzer/06_rules.ipynb #f1ca431b
 def hard_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Rates by the likeliest segment, the users behind them, and those again, each [J, k]; p: [n, k]."
+    "Rates by the likeliest segment, the users behind them, and those again, each [J, k]."
     label = np.eye(p.shape[1])[p.argmax(1)]
     n = counts @ label
     with np.errstate(invalid="ignore", divide="ignore"): return (y & counts) @ label / n, n, n
@@ -134,9 +137,9 @@ def _posterior(p, y1, r):
     like = p * np.where(y1 > 0, r, 1 - r).clip(1e-9)
     return like / np.maximum(like.sum(-1, keepdims=True), 1e-300)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #3754d95c
+# %% ../../nbs/analyzer/06_rules.ipynb #45190726
 def _worth(p: np.ndarray, w: np.ndarray, r: np.ndarray) -> np.ndarray:
-    "How many users each rate is worth: its variance by the Fisher information of the mixture."
+    "Count the users that a rate is worth: its variance by the Fisher information of the mixture."
     safe = r.clip(.02, .98)
     q = (p * safe).sum(-1)
     info = np.einsum("jnk,jn,jnl->jkl", p, w[..., 0] / (q * (1 - q)), p)
@@ -159,7 +162,7 @@ def probability(rule: Rule, rates: np.ndarray, n: np.ndarray) -> np.ndarray:
         out *= low if op == "<" else 1 - low
     return out
 
-# %% ../../nbs/analyzer/06_rules.ipynb #43d91cbf
+# %% ../../nbs/analyzer/06_rules.ipynb #1d018287
 NAMES = {"E": "experts", "I": "intermediates", "B": "beginners"}
 
 def nearest_threshold(rules: Sequence[Rule], rates: Mapping[str, float], fired: "Rule | None"
@@ -171,12 +174,10 @@ def nearest_threshold(rules: Sequence[Rule], rates: Mapping[str, float], fired: 
     rule = fired or min(rules, key=missing)
     failed = [g for g in gaps(rule) if g[0] <= 0]
     g, s, op, t = min(failed) if failed else min(gaps(rule))
-    verb = "stops" if fired else "would begin"
-    side = ("at least" if op == "<" else "at most") if fired else (
-        "less than" if op == "<" else "more than")
-    return rule.number, f"{NAMES[s]} {rates[s]:.0%}: rule {rule.number} {verb} at {side} {t:.0%}"
+    side = "ends at" if fired else "would begin below" if op == "<" else "would begin above"
+    return rule.number, f"{NAMES[s]} {rates[s]:.0%}: rule {rule.number} {side} {t:.0%}"
 
-# %% ../../nbs/analyzer/06_rules.ipynb #2df7a179
+# %% ../../nbs/analyzer/06_rules.ipynb #1adf0608
 def _memberships(segments: Segments, rows: pd.DataFrame) -> np.ndarray:
     "Probabilities for each signal: the same for all [n, k], or cross-fitted [J, n, k]."
     if not segments.fold: return segments.proba.to_numpy()
@@ -209,7 +210,7 @@ def _told(rules, rates, fires, chance, enough, n, min_users):
     p = chance[[r.number for r in rules].index(number)]
     return number if fired else None, fired.challenge if fired else None, float(p), words
 
-# %% ../../nbs/analyzer/06_rules.ipynb #0a1b5281
+# %% ../../nbs/analyzer/06_rules.ipynb #f7e87447
 SHOWN = ["stage", "feature", "signal", "rule", "challenge", *(f"{k}_{s}" for k in (
     "rate", "n", "lo", "hi") for s in "EIB"), "p_rule", "window", "nearest", "who", "cls"]
 
@@ -256,7 +257,7 @@ def _one_each(parts: list[pd.DataFrame], refused: str | None) -> pd.DataFrame:
     out.attrs["refused"] = refused
     return out
 
-# %% ../../nbs/analyzer/06_rules.ipynb #ada4e786
+# %% ../../nbs/analyzer/06_rules.ipynb #231579b0
 def unexplained(verdicts: pd.DataFrame, share: float = .5) -> pd.DataFrame:
     "List signals that more than `share` of a segment meets, and to which no rule applies."
     high = (verdicts[["rate_E", "rate_I", "rate_B"]] > share).any(axis=1)

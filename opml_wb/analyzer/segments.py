@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'SIGNS', 'LEAST_USERS', 'LEAST_SHARE', 'CLIP', 'NU', 'PARTS
            'Mixture', 'fit_mixture', 'kmeans', 'by_expertise', 'starts', 'soft_mixture', 'Segments', 'refusal',
            'memberships', 'stability', 'frequent', 'refined']
 
-# %% ../../nbs/analyzer/05_segments.ipynb #e4d38a97
+# %% ../../nbs/analyzer/05_segments.ipynb #56731dc0
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,13 +18,14 @@ from scipy.special import gammaln, logsumexp
 
 from ..core.kit.words import check_choice, check_whole
 
-# %% ../../nbs/analyzer/05_segments.ipynb #c3b3a4eb
+# %% ../../nbs/analyzer/05_segments.ipynb #e4781b76
 LABELS = ("Expert", "Intermediate", "Beginner")
-SIGNS = {"actions": 1., "time": -1., "errors": -1., "redundant": -1.}  # more of it is expertise (+), or the contrary
+# more of it is expertise (+), or the contrary
+SIGNS = {"actions": 1., "time": -1., "errors": -1., "redundant": -1.}
 LEAST_USERS, LEAST_SHARE = 20, .05
 CLIP = 3.  # in units of scaled MAD: no single user moves a scale or a centroid
 
-# %% ../../nbs/analyzer/05_segments.ipynb #fb52fa25
+# %% ../../nbs/analyzer/05_segments.ipynb #ec93c463
 def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "time")
                   ) -> pd.DataFrame:
     """Make the features of users from signals: DataFrame [user, feature], on logarithmic scales.
@@ -45,12 +46,13 @@ def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "
         out["time"] = (logs - usual).groupby(t.user).mean()
     acts = whole[whole.cls == "action"]
     total = acts.groupby("user").value.sum().reindex(users, fill_value=0.)
-    for f, s in (("errors", whole[whole.cls == "error"]), ("redundant", acts[acts.signal != "uses"])):
+    redone = acts[acts.signal != "uses"]
+    for f, s in (("errors", whole[whole.cls == "error"]), ("redundant", redone)):
         n = s.groupby("user").value.sum().reindex(users, fill_value=0.)
         if f in features: out[f] = np.log((n + .5) / (total + 1))
     return pd.DataFrame(out).reindex(users)[list(features)].dropna()
 
-# %% ../../nbs/analyzer/05_segments.ipynb #c2cc49f3
+# %% ../../nbs/analyzer/05_segments.ipynb #c87495ec
 def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
     """Bring features to one scale: `mad` (median and median absolute deviation, clipped) or
     `standard` (mean and standard deviation). A constant feature becomes 0."""
@@ -60,7 +62,7 @@ def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
     spread = mad.where(mad > 0, x.std(ddof=0)).replace(0, np.inf)
     return ((x - x.median()) / spread).clip(-CLIP, CLIP)
 
-# %% ../../nbs/analyzer/05_segments.ipynb #2101a2fc
+# %% ../../nbs/analyzer/05_segments.ipynb #a6e29322
 NU = (2., 3., 4., 6., 10., 30., 300.)  # degrees of freedom that are tried
 
 @dataclass
@@ -85,7 +87,7 @@ class Mixture:
         ld = self.log_density(x)
         return np.exp(ld - logsumexp(ld, axis=1, keepdims=True))
 
-# %% ../../nbs/analyzer/05_segments.ipynb #cdea4b48
+# %% ../../nbs/analyzer/05_segments.ipynb #2d6ec3dd
 def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
                 tol: float = 1e-7) -> Mixture:
     """Fit a mixture by EM from memberships `start` [n, k].
@@ -107,7 +109,7 @@ def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
         last = m.loglik
     return m
 
-# %% ../../nbs/analyzer/05_segments.ipynb #b2b8cbe5
+# %% ../../nbs/analyzer/05_segments.ipynb #8799ef64
 def kmeans(x: np.ndarray, k: int, seed: int) -> np.ndarray:
     "Cut users into k groups by K-means (scikit-learn, ten starts, one thread): int [n]."
     from sklearn.cluster import KMeans
@@ -124,7 +126,7 @@ def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.n
     rank = (x * signs).sum(1).argsort(kind="stable").argsort(kind="stable")
     yield np.eye(k)[(rank * k) // len(x)]
 
-# %% ../../nbs/analyzer/05_segments.ipynb #7dae005e
+# %% ../../nbs/analyzer/05_segments.ipynb #ba15410c
 def soft_mixture(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Mixture:
     "The likeliest mixture over starts and degrees of freedom, its segments in order of expertise."
     found = [fit_mixture(x, s, nu) for s in starts(x, k, signs, seed) for nu in NU]
@@ -132,7 +134,7 @@ def soft_mixture(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Mixture
     order = by_expertise(best.centre, signs)
     return replace(best, share=best.share[order], centre=best.centre[order])
 
-# %% ../../nbs/analyzer/05_segments.ipynb #edccb283
+# %% ../../nbs/analyzer/05_segments.ipynb #221c267f
 @dataclass(frozen=True)
 class Segments:
     """Users in segments; made by `Segments.fit`, or `Segments.of` where they are known.
@@ -163,12 +165,13 @@ class Segments:
         one = pd.DataFrame({s: (labels == s).astype(float) for s in LABELS}, index=labels.index)
         return cls(one, pd.DataFrame(columns=[]), soft=False)
 
-# %% ../../nbs/analyzer/05_segments.ipynb #580cb774
+# %% ../../nbs/analyzer/05_segments.ipynb #43f40d42
 def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
     "Say why a segmentation can't be used: too few users, or a segment too small; None if it can."
     n = len(x)
     if n < k * LEAST_USERS:
-        return f"{n} users: {k} segments of at least {LEAST_USERS} need {k * LEAST_USERS}"
+        return (f"{n} users (those with few events are left out): {k} segments of at least "
+                f"{LEAST_USERS} need {k * LEAST_USERS}")
     if not (x.nunique() > 1).any(): return f"all users are alike in {', '.join(x.columns)}"
     least = min(sizes, default=np.inf)
     if least < LEAST_USERS:
@@ -177,7 +180,7 @@ def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
         return f"the smallest segment has {least / n:.1%} of the users; at least 5 % are needed"
     return None
 
-# %% ../../nbs/analyzer/05_segments.ipynb #e6e9ff17
+# %% ../../nbs/analyzer/05_segments.ipynb #9ed7eb44
 def memberships(x: pd.DataFrame, k: int, scale: str, soft: bool, seed: int
                 ) -> tuple[np.ndarray, np.ndarray, float]:
     "Segment users by their features: probabilities [n, k], centroids [k, d], nu (NaN if hard)."
@@ -201,14 +204,14 @@ def stability(x: pd.DataFrame, labels: np.ndarray, k: int, scale: str, soft: boo
         found.append(adjusted_rand_score(labels[part], again))
     return float(np.mean(found))
 
-# %% ../../nbs/analyzer/05_segments.ipynb #10608341
+# %% ../../nbs/analyzer/05_segments.ipynb #a3612af3
 def frequent(signals: pd.DataFrame, min_events: float) -> pd.DataFrame:
     "Keep the signals of users with at least `min_events` actions and errors (the paper's 393)."
     whole = signals[(signals.window == "all") & (signals.cls != "time")]
     n = whole.groupby("user").value.sum()
     return signals[signals.user.isin(n.index[n >= min_events])]
 
-# %% ../../nbs/analyzer/05_segments.ipynb #cb6c7d13
+# %% ../../nbs/analyzer/05_segments.ipynb #3f306635
 PARTS, LEAST_AGREEMENT = 5, .5
 
 def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
@@ -228,15 +231,15 @@ def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
         out |= dict.fromkeys(names[i::PARTS], pd.DataFrame(p, x.index, list(LABELS)))
     return out
 
-# %% ../../nbs/analyzer/05_segments.ipynb #d17bf123
+# %% ../../nbs/analyzer/05_segments.ipynb #2582a44a
 @patch(cls_method=True)
 def fit(cls: Segments, signals: pd.DataFrame, features: Sequence[str] = ("actions", "time"),
         k: int = 3, scale: str = "mad", soft: bool = True, min_events: float = 5, seed: int = 0,
         refine: bool = True, bootstrap: int = 0) -> "Segments":
     """Segment users by their signals.
 
-    features: of actions, time, errors, redundant. k: 3. scale, soft: `mad` and True (ours), or `standard` and
-    False (K-means, as in the paper). min_events: of a frequent user. refine: judge soft with
+    features: of actions, time, errors, redundant. k: 3. scale, soft: `mad` and True, or `standard`
+    and False (K-means, as in the paper). min_events: of a frequent user. refine: judge soft with
     memberships that know the errors met elsewhere (cross-fitted). bootstrap: refits for
     `stability`. Raises ValueError for settings; a segmentation that can't be used is `refused`.
     The order of users and their names change nothing."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'AROUND', 'INSTANCES', 'tally', 'race', 'interventions', 'instances']
 
-# %% ../../nbs/analyzer/14_trials.ipynb #23ae6880
+# %% ../../nbs/analyzer/14_trials.ipynb #087fd8ae
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +17,7 @@ from .planted import simulate
 from .rules import evaluate
 from .segments import Segments
 
-# %% ../../nbs/analyzer/14_trials.ipynb #e8939936
+# %% ../../nbs/analyzer/14_trials.ipynb #51c9730f
 METHODS: dict[str, dict[str, Any]] = {
     "K-means, hard (paper)": dict(scale="standard", soft=False),
     "soft, the same features": dict(refine=False),
@@ -31,7 +31,7 @@ def tally(verdicts: pd.DataFrame, truth: pd.DataFrame) -> tuple[int, int]:
     right = said & (got.to_numpy() == want.to_numpy())
     return int(right.sum()), int((said & ~right).sum())
 
-# %% ../../nbs/analyzer/14_trials.ipynb #a16b8c4e
+# %% ../../nbs/analyzer/14_trials.ipynb #ec051ca7
 def race(seeds: Iterable[int], tails: Sequence[str] = ("normal", "t3"),
          progress: Callable = iter, **settings: Any) -> pd.DataFrame:
     """Let the methods find what is planted in fresh logs: DataFrame [log, seed, method, found,
@@ -47,7 +47,7 @@ def race(seeds: Iterable[int], tails: Sequence[str] = ("normal", "t3"),
             rows.append([name, seed, method, *tally(evaluate(sig, fitted), truth), right])
     return pd.DataFrame(rows, columns=["log", "seed", "method", "found", "false", "right"])
 
-# %% ../../nbs/analyzer/14_trials.ipynb #f0dc39fe
+# %% ../../nbs/analyzer/14_trials.ipynb #38f5a571
 AROUND: dict[str, Period] = {"before": ("2020-W02", "2020-W10"), "after": ("2020-W11", "2020-W18")}
 
 def interventions(seeds: Iterable[int], change: float, level: float = .9) -> pd.DataFrame:
@@ -63,10 +63,12 @@ def interventions(seeds: Iterable[int], change: float, level: float = .9) -> pd.
         for how, f in found.items():
             e, lo, hi, _ = f.loc[0]
             rows.append([seed, how, e, lo, hi, true, lo <= true <= hi])
-    return pd.DataFrame(rows, columns=["seed", "method", "estimate", "lo", "hi", "truth", "covered"])
+    names = ["seed", "method", "estimate", "lo", "hi", "truth", "covered"]
+    return pd.DataFrame(rows, columns=names)
 
-# %% ../../nbs/analyzer/14_trials.ipynb #c0e4ce09
-INSTANCES = {"a) cut-off time": ("training", "error", "ET"), "b) connectors": ("data", "action", "ET"),
+# %% ../../nbs/analyzer/14_trials.ipynb #80628061
+INSTANCES = {"a) cut-off time": ("training", "error", "ET"),
+             "b) connectors": ("data", "action", "ET"),
              "c) notebook list": ("features", "error", "SoP")}
 
 def instances(verdicts: pd.DataFrame) -> pd.DataFrame:
