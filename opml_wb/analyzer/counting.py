@@ -134,7 +134,8 @@ def classified(counts: pd.DataFrame, catalog: Catalog) -> pd.DataFrame:
     pairs = pairs.assign(spare=np.array(again, int), redundant=np.logical_or(again, redundant))
     out = counts.merge(pairs, on=["feature", "name"])
     stages = {f: k.stage for f, k in known.items() if k.stage}
-    out["stage"] = out.feature.map(stages).fillna(out.stage).astype(object)
+    listed = out.feature.isin(list(stages))
+    out["stage"] = out.feature.map(stages).astype(object).where(listed, out.stage)
     out["redundant"] &= out.kind == "action"
     return out
 
