@@ -23,6 +23,7 @@ def quietly(f: Callable, *args: Any, **kwargs: Any) -> Any:
     try: return f(*args, **kwargs)
     except Exception: return None
 
+# %% ../../nbs/analyzer/12_collect.ipynb #c651cd58
 class Recorder:
     """Write events to a file in a thread of its own, in batches.
 
@@ -31,7 +32,8 @@ class Recorder:
     def __init__(self, events: "Events | str | Path", most: int = 10_000) -> None:
         self.target, self.most, self.lost = events, most, 0
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.pid, self.thread, self.waiting = os.getpid(), None, 0  # waiting: not yet written
+        self.thread: threading.Thread | None = None
+        self.pid, self.waiting = os.getpid(), 0  # waiting: not yet written
 
     def note(self, **fields: Any) -> None:
         "Take an event: the fields of `Event`. Never raises, never waits."
@@ -79,6 +81,7 @@ def error_name(error: BaseException | None) -> str | None:
     name = type(error).__name__
     return name if name.isidentifier() and name.isascii() and len(name) <= 60 else "Error"
 
+# %% ../../nbs/analyzer/12_collect.ipynb #5f3ccbce
 class CellHook:
     """Note each cell of an IPython shell with a recorder.
 
@@ -116,6 +119,7 @@ class CellHook:
         "End."
         for name, f in _registered(self.shell): self.shell.events.unregister(name, f)
 
+# %% ../../nbs/analyzer/12_collect.ipynb #db5204ce
 def _registered(shell: Any) -> list[tuple[str, Callable]]:
     "The callbacks of a hook of this class on a shell."
     return [(name, f) for name in ("pre_run_cell", "post_run_cell")
@@ -130,6 +134,7 @@ def chapter_of(path: str) -> str:
     stem = Path(path).stem.split(".")[0].lstrip("0123456789_- ")
     return stem if stem in catalog() and stem not in ("cell", "widget", "run") else "cell"
 
+# %% ../../nbs/analyzer/12_collect.ipynb #34ff8513
 @lru_cache(32)
 def stage_of(feature: str) -> str:
     "The stage of a feature of this workbench."
@@ -138,6 +143,7 @@ def stage_of(feature: str) -> str:
 
 _recorders: dict[str, Recorder] = {}
 
+# %% ../../nbs/analyzer/12_collect.ipynb #452cd773
 def recorder() -> Recorder:
     "The recorder of this home's file of events; one for a process, flushed at its end."
     path = str(telemetry.place())

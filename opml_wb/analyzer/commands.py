@@ -26,6 +26,7 @@ except Exception: pass
 '''
 EXTENSION = {"ServerApp": {"jpserver_extensions": {"opml_wb.analyzer.jupyter": True}}}
 
+# %% ../../nbs/analyzer/17_commands.ipynb #d0aef980
 def hooks() -> dict[Path, str]:
     "The files that load the collectors, and what is in them: {path: text}."
     from jupyter_core.paths import jupyter_config_dir
@@ -34,6 +35,7 @@ def hooks() -> dict[Path, str]:
             Path(jupyter_config_dir())/"jupyter_server_config.d"/"opml_wb.json":
                 json.dumps(EXTENSION, indent=1)}
 
+# %% ../../nbs/analyzer/17_commands.ipynb #f7c6eee2
 def install(on: bool) -> list[str]:
     "Write or remove the files of `hooks`; returns those that couldn't be."
     failed = []
@@ -54,6 +56,7 @@ SECTIONS = {"Switch": ["on", "off", "status"], "Look": ["show", "export"],
 def telemetry() -> None:
     "Watch your own use of the workbench, on this machine only; off by default."
 
+# %% ../../nbs/analyzer/17_commands.ipynb #21ea45f8
 def _events() -> Any:
     "The file of events, which must be there."
     from opml_wb.analyzer.events import Events
@@ -61,6 +64,7 @@ def _events() -> Any:
         raise click.ClickException("no events: telemetry was never on here (opml telemetry on)")
     return Events(switch.place())
 
+# %% ../../nbs/analyzer/17_commands.ipynb #445b673f
 @telemetry.command()
 def on() -> None:
     "Begin to keep events: cells, widgets, notebooks, runs and commands."
@@ -69,6 +73,7 @@ def on() -> None:
     click.echo(switch.NOTICE.format(place=switch.place()))
     click.echo("Kernels and servers that run already are not watched: restart them.")
 
+# %% ../../nbs/analyzer/17_commands.ipynb #77f27664
 @telemetry.command()
 def off() -> None:
     "Stop; what was collected stays until `opml telemetry purge` or `forget`."
@@ -87,6 +92,7 @@ def status() -> None:
     dead = int(log.dead.n.sum())
     click.echo(f"{len(log):,} events in {switch.place()}" + (f", {dead} refused" if dead else ""))
 
+# %% ../../nbs/analyzer/17_commands.ipynb #c2898fb9
 @telemetry.command()
 @click.option("-n", "most", default=20, show_default=True, help="How many of the latest events.")
 def show(most: int) -> None:
@@ -97,6 +103,7 @@ def show(most: int) -> None:
     click.echo(f.to_string(index=False) if len(f) else "no events")
     if len(log.dead): click.echo("\nrefused:\n" + log.dead[["reason", "n"]].to_string(index=False))
 
+# %% ../../nbs/analyzer/17_commands.ipynb #53184dfc
 @telemetry.command("export")
 @click.argument("file", type=click.Path(dir_okay=False))
 def export_(file: str) -> None:
@@ -112,6 +119,7 @@ def forget(user: str) -> None:
     ids = {user, switch.user_id(None if user == "me" else user)}
     click.echo(f"{sum(log.forget(i) for i in ids)} events deleted")
 
+# %% ../../nbs/analyzer/17_commands.ipynb #eef7179a
 @telemetry.command()
 @click.option("--older-than", "age", required=True, help="A span: 30d, 12h, 0d for all.")
 def purge(age: str) -> None:
@@ -125,6 +133,7 @@ def purge(age: str) -> None:
 def analyzer() -> None:
     "Judge a platform's log: teach the users, or mend the tool (paper 2)."
 
+# %% ../../nbs/analyzer/17_commands.ipynb #390191e2
 @analyzer.command()
 @click.option("--log", "source", default="", help="planted, simulated, or a .db, .parquet, .csv; "
               "default: this workbench's own telemetry.")

@@ -8,6 +8,7 @@ __all__ = ['DAY', 'SHORTEST', 'BY', 'SUMS', 'COLUMNS', 'GROUPED', 'week_label', 
 
 # %% ../../nbs/analyzer/03_counting.ipynb #4ced7424
 from collections.abc import Iterable
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ COLUMNS = ["user", "stage", "feature", "cls", "signal", "window", "value", "expo
 
 def week_label(week: int) -> str:
     "Name an ISO week, given as Mondays since 1969-12-29: `2020-W53`."
-    year, number, _ = (np.datetime64("1969-12-29") + 7 * int(week)).item().isocalendar()
+    year, number, _ = (date(1969, 12, 29) + timedelta(weeks=int(week))).isocalendar()
     return f"{year}-W{number:02d}"
 
+# %% ../../nbs/analyzer/03_counting.ipynb #9590fc3a
 def weeks_of(ts: np.ndarray) -> np.ndarray:
     "Count Mondays since 1969-12-29 up to UTC seconds: int64 [n]."
     return (np.floor(np.asarray(ts, float) / DAY).astype(np.int64) + 3) // 7
@@ -43,6 +45,7 @@ def _known(frame: pd.DataFrame, column: str, choices: tuple[str, ...]) -> None:
     near = did_you_mean(value, choices)
     raise EventError(f"row {row + 1}: {column} {value!r} is none of {', '.join(choices)}{near}")
 
+# %% ../../nbs/analyzer/03_counting.ipynb #b40ece72
 def tidied(frame: pd.DataFrame) -> pd.DataFrame:
     "Make a frame of events ready to be counted; `ts` may be datetimes. Raises EventError."
     if "name" not in frame and "action" in frame: frame = frame.rename(columns={"action": "name"})
@@ -71,6 +74,7 @@ def counted(frame: pd.DataFrame) -> pd.DataFrame:
     f[BY[:5]] = f[BY[:5]].astype("category")
     return _plain(f.groupby(BY, observed=True, sort=False)[SUMS].sum().reset_index())
 
+# %% ../../nbs/analyzer/03_counting.ipynb #55fc9bcf
 def _plain(counts: pd.DataFrame) -> pd.DataFrame:
     return counts.astype({c: object for c in BY[:5]})
 
@@ -83,11 +87,13 @@ GROUPED = """select user, stage, feature, kind, name,
   coalesce(sum(ln(greatest(seconds, 0.05))), 0) as log_s
 from read_parquet(?) group by all"""
 
+# %% ../../nbs/analyzer/03_counting.ipynb #af9291e3
 def counted_parquet(path: Path, memory: str = "1GB", threads: int = 2) -> pd.DataFrame:
     "Count the events of a Parquet file or folder by DuckDB, in bounded memory."
     import duckdb
     source = str(path/"**"/"*.parquet") if path.is_dir() else str(path)
     with duckdb.connect(config={"memory_limit": memory, "threads": threads}) as db:
+        db.execute("set enable_progress_bar = false")
         found = db.execute(GROUPED, [source]).df()
     _known(found, "stage", STAGES)
     _known(found, "kind", KINDS)
@@ -117,6 +123,7 @@ class Counter:
         "The signals of all that was counted; see `signals`."
         return signals_of(self.counts, self.catalog)
 
+# %% ../../nbs/analyzer/03_counting.ipynb #2f6da147
 def frame_of(events: "pd.DataFrame | Events | Iterable[Event]") -> pd.DataFrame:
     "Make a DataFrame of events in any form."
     if isinstance(events, pd.DataFrame): return events
@@ -152,6 +159,7 @@ def _summed(c: pd.DataFrame, cls: str) -> pd.DataFrame:
         parts.append(s)
     return pd.concat(parts, ignore_index=True).assign(cls=cls)
 
+# %% ../../nbs/analyzer/03_counting.ipynb #4ffce1d4
 def _labels(numbers: pd.Series, window: str) -> dict[int, str]:
     "Name each week or month that occurs, once."
     def name(v): return week_label(v) if window == "week" else str(np.datetime64(int(v), "M"))

@@ -19,6 +19,7 @@ from ..core.kit.words import did_you_mean
 # %% ../../nbs/analyzer/07_effects.ipynb #66011d97
 Period = tuple[str, str]  # first and last window, both counted: ("2020-W02", "2020-W10")
 
+# %% ../../nbs/analyzer/07_effects.ipynb #5a523000
 def in_period(windows: pd.Series, period: Period) -> pd.Series:
     "True for windows of the period's kind from its first to its last. Raises EventError."
     first, last = period
@@ -28,6 +29,7 @@ def in_period(windows: pd.Series, period: Period) -> pd.Series:
     kind = "week" if "W" in first else "month"
     return (window_kind(windows) == kind) & windows.between(first, last)
 
+# %% ../../nbs/analyzer/07_effects.ipynb #3292df8d
 def seen_in(signals: pd.DataFrame, features: Sequence[str], period: Period,
             users: pd.Index) -> np.ndarray:
     "The share of `features` in which each user met an error or redundant action: [n]."
@@ -42,6 +44,7 @@ def mean_interval(x: np.ndarray, level: float = .9) -> tuple[float, float, float
     half = stats.t.ppf((1 + level) / 2, max(len(x) - 1, 1)) * x.std(ddof=1) / np.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
+# %% ../../nbs/analyzer/07_effects.ipynb #391fdc3b
 def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
     "Features by name, else EventError with the nearest."
     names = [names] if isinstance(names, str) else list(names)
@@ -52,6 +55,7 @@ def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
                              f"{did_you_mean(n, there)}")
     return names
 
+# %% ../../nbs/analyzer/07_effects.ipynb #3da049a6
 def active_users(signals: pd.DataFrame, *periods: Period) -> pd.Index:
     "The users with a signal in each of the periods: who came or left tells nothing of an effect."
     found = [set(signals.user[in_period(signals.window, p)]) for p in periods]
@@ -78,6 +82,7 @@ def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
     estimate, lo, hi = mean_interval(change(own) - change(others), level)
     return pd.DataFrame([[estimate, lo, hi, len(users)]], columns=["estimate", "lo", "hi", "n"])
 
+# %% ../../nbs/analyzer/07_effects.ipynb #d7f8ee31
 def before_after(signals: pd.DataFrame, feature: str, before: Period, after: Period,
                  level: float = .9) -> pd.DataFrame:
     "The naive estimate: after minus before, with no control; it takes any trend for the effect."

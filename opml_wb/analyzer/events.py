@@ -33,6 +33,7 @@ LONGEST = 120  # characters of a text
 class EventError(ValueError):
     "An event, or a log of events, cannot be used; the message names the field."
 
+# %% ../../nbs/analyzer/01_events.ipynb #f8c9f2e9
 @dataclass(frozen=True)
 class Event:
     """One thing that one user did, or met: the row of the event repository (paper, section 2).
@@ -75,6 +76,7 @@ def text_of(name: str, value: Any) -> str:
         raise EventError(f"{name}: {len(value)} characters; expected one line of at most {LONGEST}")
     return value
 
+# %% ../../nbs/analyzer/01_events.ipynb #91f784f0
 def choice_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     "Read one of `choices`, else EventError with the nearest."
     if value in choices: return value
@@ -89,6 +91,7 @@ def allowed(data: Mapping[str, Any] | None) -> dict[str, Any]:
         return isinstance(v, (bool, int)) or isinstance(v, float) and math.isfinite(v)
     return {k: v for k, v in (data or {}).items() if k in KEYS and fits(v)}
 
+# %% ../../nbs/analyzer/01_events.ipynb #f0e749b9
 def checked(event: "Event | Mapping[str, Any]") -> Event:
     "Read an event strictly. Raises EventError, which names the field and no value of it."
     if not isinstance(event, Event):
@@ -107,13 +110,15 @@ def checked(event: "Event | Mapping[str, Any]") -> Event:
 FIELDS = ("ts", "user", "session", "stage", "feature", "kind", "name", "seconds", "source", "data")
 TABLES = """
 create table if not exists event(id integer primary key autoincrement,
-  key blob unique not null, ts real not null, user text not null, session text not null, stage text not null, feature text not null,
+  key blob unique not null, ts real not null, user text not null, session text not null,
+  stage text not null, feature text not null,
   kind text not null, name text not null, seconds real, source text not null, data text not null);
 create index if not exists event_user on event(user);
 create index if not exists event_ts on event(ts);
 create table if not exists dead(reason text primary key, fields text, n integer, last real);
 """
 
+# %% ../../nbs/analyzer/01_events.ipynb #fcbc4d40
 def row_of(e: Event) -> tuple:
     "Make the row of the table from an event: its key, then its fields, `data` as JSON."
     data = json.dumps(dict(e.data), sort_keys=True, ensure_ascii=False) if e.data else "{}"
@@ -141,6 +146,7 @@ class Events:
         "Close the file; what `add` returned for is in it."
         self.db.close()
 
+# %% ../../nbs/analyzer/01_events.ipynb #b5770b03
 @contextmanager
 def _write(db: sqlite3.Connection) -> "Iterator[None]":
     "One transaction that takes the write lock first."
@@ -157,7 +163,8 @@ def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
     """Add events in one transaction; returns how many were new.
 
     Those already there are passed over; what is no event is counted in `dead`."""
-    rows, dead = [], {}
+    rows: list[tuple] = []
+    dead: dict[str, tuple[str, int]] = {}
     for event in events:
         try: rows.append(row_of(checked(event)))
         except EventError as e:
@@ -182,6 +189,7 @@ def dead(self: Events) -> "pd.DataFrame":
     import pandas as pd
     return pd.read_sql_query("select reason, fields, n, last from dead order by last", self.db)
 
+# %% ../../nbs/analyzer/01_events.ipynb #1feb105c
 @patch
 def frame(self: Events, since: float | None = None, user: str | None = None) -> "pd.DataFrame":
     "The events as a DataFrame in the order of time; since: UTC seconds, inclusive."
@@ -191,6 +199,7 @@ def frame(self: Events, since: float | None = None, user: str | None = None) -> 
     return pd.read_sql_query(f"select {','.join(FIELDS)} from event {where}", self.db,
                              params=(lowest, user, user))
 
+# %% ../../nbs/analyzer/01_events.ipynb #db370f89
 @patch
 def after(self: Events, mark: int = 0) -> "tuple[pd.DataFrame, int]":
     "Events that were *added* after a mark, however old they are, and the new mark."
@@ -209,6 +218,7 @@ def _delete(self: Events, where: str, value: Any) -> int:
     self.db.execute("pragma wal_checkpoint(truncate)")
     return n
 
+# %% ../../nbs/analyzer/01_events.ipynb #7cae16c3
 @patch
 def purge(self: Events, before: float) -> int:
     "Delete events before `before` (UTC seconds, or a date); returns how many."
@@ -219,6 +229,7 @@ def forget(self: Events, user: str) -> int:
     "Delete all events of a user; returns how many."
     return self._delete("user = ?", user)
 
+# %% ../../nbs/analyzer/01_events.ipynb #d2773c7d
 @patch
 def export(self: Events, path: str | Path) -> Path:
     "Write all events to a Parquet file (`.csv`: CSV), whole or not at all; returns its path."
@@ -235,5 +246,6 @@ def read_events(path: str | Path) -> "pd.DataFrame":
     if not path.exists(): raise EventError(f"{path}: no such file or folder")
     import duckdb
     with duckdb.connect() as db:
+        db.execute("set enable_progress_bar = false")
         source = str(path/"**"/"*.parquet") if path.is_dir() else str(path)
         return db.execute("select * from read_parquet(?) order by ts", [source]).df()

@@ -20,11 +20,13 @@ from ..core.kit.words import did_you_mean
 # %% ../../nbs/analyzer/09_foreign.ipynb #4a221adf
 FIELDS = ("ts", "user", "session", "stage", "feature", "kind", "name", "seconds")
 
+# %% ../../nbs/analyzer/09_foreign.ipynb #3903f1b8
 def read_mapping(given: "Mapping[str, Any] | str | Path") -> dict[str, Any]:
     """Read how a log's columns become fields: a dict, or a TOML file.
 
     A field is a column's name, or `{value = "training"}` for all rows, or
-    `{column = "state", values = {FAIL = "error"}}`. `read` holds options: sep, time (a format), encoding."""
+    `{column = "state", values = {FAIL = "error"}}`.
+    `read` holds options: sep, time (a format), encoding."""
     if isinstance(given, Mapping): raw = dict(given)
     else:
         try: raw = tomllib.loads(Path(given).read_text(encoding="utf-8"))
@@ -49,6 +51,7 @@ def _table(path: Path, read: Mapping[str, Any]) -> pd.DataFrame:
         return pd.read_csv(path, sep=read.get("sep", ","), dtype=str, **options)
     except (OSError, ValueError) as e: raise EventError(f"{path.name}: {e}") from None
 
+# %% ../../nbs/analyzer/09_foreign.ipynb #7603b120
 def _column(rows: pd.DataFrame, field: str, how: Any, name: str) -> pd.Series:
     "Make one field of all rows. Raises EventError, which names the column, and the row of a value."
     if isinstance(how, Mapping) and "value" in how: return pd.Series(how["value"], rows.index)
@@ -64,6 +67,7 @@ def _column(rows: pd.DataFrame, field: str, how: Any, name: str) -> pd.Series:
                          f"not among the mapping's values")
     return found
 
+# %% ../../nbs/analyzer/09_foreign.ipynb #4440fa75
 def _times(values: pd.Series, form: str | None, where: str) -> pd.Series:
     "UTC seconds of texts, numbers (seconds), or in a format; the first that is none is named."
     numbers = pd.to_numeric(values, errors="coerce")
@@ -99,6 +103,7 @@ def import_log(path: str | Path, mapping: "Mapping[str, Any] | str | Path") -> p
     _check(out, path.name, given)
     return out
 
+# %% ../../nbs/analyzer/09_foreign.ipynb #877f88d6
 def _check(out: pd.DataFrame, name: str, given: Mapping[str, Any]) -> None:
     "Refuse the first row that is no event, each distinct kind of row once."
     words = out[["user", "session", "stage", "feature", "kind", "name"]].drop_duplicates()
@@ -116,6 +121,7 @@ class Log(NamedTuple):
     truth: pd.DataFrame | None = None
     segments: pd.Series | None = None
 
+# %% ../../nbs/analyzer/09_foreign.ipynb #b9899f49
 def open_log(name: str, seed: int = 0, mapping: str = "") -> Log:
     """Open `planted` (shipped), `simulated` or `simulated t3` (by seed), `cs1`, or a file.
 

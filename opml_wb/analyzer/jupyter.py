@@ -34,7 +34,8 @@ def interaction(content: Mapping[str, Any]) -> str | None:
 class Moves:
     "Note moves of widgets; a drag of one control (moves within DRAG seconds) is one."
     def __init__(self, to: Recorder, about: Mapping[str, Any]) -> None:
-        self.to, self.about, self.last = to, dict(about), {}
+        self.to, self.about = to, dict(about)
+        self.last: dict[str, float] = {}
 
     def take(self, msg_type: str | None, content: Any) -> None:
         "Look at one message from the front end."
@@ -63,6 +64,7 @@ def message(connection: Any, incoming: Any) -> tuple[str | None, Any]:
     else: found = json.loads(incoming)
     return found["header"]["msg_type"], found["content"]
 
+# %% ../../nbs/analyzer/13_jupyter.ipynb #caee95cf
 def tapped(connection_class: type, notebook_of: Any = None) -> type:
     "Make the connection class with a tap; `notebook_of(kernel_id)`: path of a kernel's notebook."
     class Tap(connection_class):  # type: ignore[misc, valid-type]
@@ -122,9 +124,11 @@ def load_jupyter_server_extension(app: Any) -> None:
 
 _load_jupyter_server_extension = load_jupyter_server_extension
 
+# %% ../../nbs/analyzer/13_jupyter.ipynb #7b5ca3cd
 def _jupyter_server_extension_points() -> list[dict[str, str]]:
     return [{"module": "opml_wb.analyzer.jupyter"}]
 
+# %% ../../nbs/analyzer/13_jupyter.ipynb #c210063e
 def _load(app: Any) -> None:
     settings, desk, notebooks = app.web_app.settings, Desk(), {}
     def notebook_of(kernel_id):

@@ -70,6 +70,7 @@ def judged_again(verdicts: pd.DataFrame, rules: Sequence[Rule]) -> pd.Series:
         out[fires] = rule.challenge
     return out
 
+# %% ../../nbs/analyzer/15_plots.ipynb #49064e14
 def challenge_map(verdicts: pd.DataFrame, rules: Sequence[Rule]) -> "go.Figure":
     "Draw the map of signals: experts' rate by beginners' rate, coloured by verdict."
     fig = ui.figure("share of beginners who meet the signal", "share of experts who do", height=480,
@@ -127,6 +128,7 @@ LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"),
          "soft, the same features": ("good", "square"),
          "soft, cross-fitted": ("ours", "circle")}
 
+# %% ../../nbs/analyzer/15_plots.ipynb #20915a54
 def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
     "Draw how many planted challenges each method finds; runs: [log, method, found, false]."
     fig = ui.figure("", f"planted challenges found, of {planted}", height=380,

@@ -50,6 +50,7 @@ def report(events: Any, catalog: Any = None, **settings: Any) -> dict[str, Any]:
             "unexplained": unexplained(verdicts) if len(verdicts) else verdicts,
             "features": feature_cards(events)}
 
+# %% ../../nbs/analyzer/16_report.ipynb #626b07f3
 def as_text(r: dict[str, Any]) -> str:
     "Say a report in words."
     lines = [f"{r['users']} users"]
@@ -57,8 +58,8 @@ def as_text(r: dict[str, Any]) -> str:
     else: lines.append(", ".join(f"{n} {s}" for s, n in r["segments"].items()))
     said = r["verdicts"][r["verdicts"].challenge.notna()] if len(r["verdicts"]) else r["verdicts"]
     lines += ["", *(card(v) + "\n" for _, v in said.iterrows())]
-    if len(r["unexplained"]): lines.append(f"{len(r['unexplained'])} signals that more than half of "
-                                           "a segment meets have no verdict")
+    if n := len(r["unexplained"]):
+        lines.append(f"{n} signals that more than half of a segment meets have no verdict")
     return "\n".join([*lines, "", r["features"].round(3).to_string()])
 
 # %% ../../nbs/analyzer/16_report.ipynb #9a1e08cb
@@ -67,12 +68,14 @@ PAGE = """<!doctype html><meta charset=utf-8><title>Analyzer: report</title>
 padding:0 1em}}pre{{white-space:pre-wrap}}table{{border-collapse:collapse}}td,th{{padding:.2em .7em;
 text-align:right;border-bottom:1px solid #8886}}</style><h1>What this log says</h1>{body}"""
 
+# %% ../../nbs/analyzer/16_report.ipynb #b9fd3907
 def as_html(r: dict[str, Any]) -> str:
     "Make a page of a report, with nothing loaded from outside."
     text = escape(as_text({**r, "features": r["features"].head(0)})).partition("Empty DataFrame")[0]
     table = r["features"].round(3).to_html(border=0, na_rep="–")
     return PAGE.format(body=f"<pre>{text}</pre><h2>Features</h2>{table}")
 
+# %% ../../nbs/analyzer/16_report.ipynb #3d814f65
 def write_report(events: Any, html: str | Path | None = None, **settings: Any) -> str:
     "Judge a log; returns the text, and writes the page if a file is named."
     r = report(events, **settings)

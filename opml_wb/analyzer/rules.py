@@ -23,6 +23,7 @@ from ..core.kit.words import check_choice
 # %% ../../nbs/analyzer/06_rules.ipynb #1e622391
 SHORT = {"Expert": "E", "Intermediate": "I", "Beginner": "B"}
 
+# %% ../../nbs/analyzer/06_rules.ipynb #930666ab
 @dataclass(frozen=True)
 class Rule:
     """One rule: a signal of class `cls` is the challenge (`ET` or `SoP`) if all conditions hold.
@@ -49,6 +50,7 @@ def holds(rule: Rule, rates: Mapping[str, Any]) -> Any:
     each = [COMPARE[op](np.asarray(rates[s]), share) for s, op, share in rule.when]
     return np.logical_and.reduce(each)
 
+# %% ../../nbs/analyzer/06_rules.ipynb #35d61cad
 def with_threshold(rules: Sequence[Rule], segment: str, op: str, share: float,
                    cls: tuple[str, ...] = ("error", "action")) -> tuple[Rule, ...]:
     "The rules with another share wherever `segment op` stands in a rule on `cls`."
@@ -66,11 +68,13 @@ def window_kind(window: pd.Series) -> pd.Series:
     return pd.Series(np.where(window == "all", "all", np.where(
         window.str.contains("W|^week"), "week", "month")), window.index)
 
+# %% ../../nbs/analyzer/06_rules.ipynb #60d885a9
 def judged(signals: pd.DataFrame) -> pd.DataFrame:
     "Keep the signals that rules judge: errors, and redundant actions."
     return signals[(signals.cls == "error") |
                    ((signals.cls == "action") & (signals.signal != "uses"))]
 
+# %% ../../nbs/analyzer/06_rules.ipynb #a216bc20
 def met(signals: pd.DataFrame, cls: str, window: str, times: int) -> pd.DataFrame:
     """Tell which users met which signal: [stage, feature, cls, signal, user, y, exposed].
 
@@ -102,6 +106,7 @@ def tables(signals: pd.DataFrame, users: pd.Index, cls: str, window: str, times:
     counts[hidden] = True
     return rows.assign(who=np.where(hidden, "segment", "exposed")), y, counts
 
+# %% ../../nbs/analyzer/06_rules.ipynb #4ee8c4db
 def signals_told(signals: pd.DataFrame, m: pd.DataFrame) -> pd.Series:
     "True for rows whose signal somebody was seen to be exposed to otherwise than by it."
     told = judged(signals).groupby(ROW).exposed.any()
@@ -115,6 +120,7 @@ def hard_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray
     n = counts @ label
     with np.errstate(invalid="ignore", divide="ignore"): return (y & counts) @ label / n, n, n
 
+# %% ../../nbs/analyzer/06_rules.ipynb #f379bf32
 def soft_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray, steps: int = 300
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rates by EM, how many users each is worth, how many there are in the segment, each [J, k].
@@ -132,6 +138,7 @@ def soft_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray, steps: int = 30
     members = (_posterior(p, y1, r) * w).sum(1)
     return r[:, 0], np.minimum(_worth(p, w, r), members).clip(1e-3), members
 
+# %% ../../nbs/analyzer/06_rules.ipynb #e417500d
 def _posterior(p, y1, r):
     "Probabilities of the segments of each user, given what he met and the rates."
     like = p * np.where(y1 > 0, r, 1 - r).clip(1e-9)
@@ -146,12 +153,14 @@ def _worth(p: np.ndarray, w: np.ndarray, r: np.ndarray) -> np.ndarray:
     var = np.diagonal(np.linalg.inv(info + 1e-9 * np.eye(p.shape[-1])), axis1=1, axis2=2)
     return (safe[:, 0] * (1 - safe[:, 0])) / np.maximum(var, 1e-12)
 
+# %% ../../nbs/analyzer/06_rules.ipynb #8fda3fe9
 def intervals(rates: np.ndarray, n: np.ndarray, level: float = .9
               ) -> tuple[np.ndarray, np.ndarray]:
     "The Jeffreys interval of rates that are worth `n` users: lows and highs."
     a, b = rates * n + .5, (1 - rates) * n + .5
     return beta.ppf((1 - level) / 2, a, b), beta.ppf((1 + level) / 2, a, b)
 
+# %% ../../nbs/analyzer/06_rules.ipynb #37a01e4c
 def probability(rule: Rule, rates: np.ndarray, n: np.ndarray) -> np.ndarray:
     "The probability that all conditions of a rule hold, from the Beta posteriors: [J]."
     at = {s: i for i, s in enumerate("EIB")}
@@ -165,6 +174,7 @@ def probability(rule: Rule, rates: np.ndarray, n: np.ndarray) -> np.ndarray:
 # %% ../../nbs/analyzer/06_rules.ipynb #1d018287
 NAMES = {"E": "experts", "I": "intermediates", "B": "beginners"}
 
+# %% ../../nbs/analyzer/06_rules.ipynb #32bb3064
 def nearest_threshold(rules: Sequence[Rule], rates: Mapping[str, float], fired: "Rule | None"
                       ) -> tuple[int, str]:
     """The rule that fires or is nearest to firing, and the threshold that decides it, in words."""
@@ -184,6 +194,7 @@ def _memberships(segments: Segments, rows: pd.DataFrame) -> np.ndarray:
     users, whole = segments.proba.index, segments.proba
     return np.stack([segments.fold.get(f, whole).loc[users].to_numpy() for f in rows.feature])
 
+# %% ../../nbs/analyzer/06_rules.ipynb #afd5d9fc
 def _verdicts(rows: pd.DataFrame, rules: Sequence[Rule], r: np.ndarray, n: np.ndarray,
               members: np.ndarray, window: str, min_users: int, level: float) -> pd.DataFrame:
     "Judge signals of one class in one kind of window."
@@ -192,13 +203,14 @@ def _verdicts(rows: pd.DataFrame, rules: Sequence[Rule], r: np.ndarray, n: np.nd
     for i, s in enumerate("EIB"):
         out[f"rate_{s}"], out[f"n_{s}"], out[f"lo_{s}"], out[f"hi_{s}"] = r[:, i], n[:, i], \
             lo[:, i], hi[:, i]
-    fires = np.array([holds(rule, dict(zip("EIB", r.T))) for rule in rules]) & enough
+    fires: Any = np.stack([holds(q, dict(zip("EIB", r.T))) & enough for q in rules])
     chance = np.array([probability(rule, np.nan_to_num(r), n) for rule in rules])
     told = [_told(rules, dict(zip("EIB", r[j])), fires[:, j], chance[:, j], enough[j], members[j],
                   min_users) for j in range(len(rows))]
     return out.assign(**{k: [t[i] for t in told]
                          for i, k in enumerate(("rule", "challenge", "p_rule", "nearest"))})
 
+# %% ../../nbs/analyzer/06_rules.ipynb #ce8b6ed5
 def _told(rules, rates, fires, chance, enough, n, min_users):
     "The rule, challenge, probability and nearest threshold of one signal."
     if not enough:
@@ -214,6 +226,7 @@ def _told(rules, rates, fires, chance, enough, n, min_users):
 SHOWN = ["stage", "feature", "signal", "rule", "challenge", *(f"{k}_{s}" for k in (
     "rate", "n", "lo", "hi") for s in "EIB"), "p_rule", "window", "nearest", "who", "cls"]
 
+# %% ../../nbs/analyzer/06_rules.ipynb #ce0924de
 def evaluate(signals: pd.DataFrame, segments: "Segments | pd.Series",
              rules: Sequence[Rule] = PAPER_RULES, denominator: str = "exposed",
              window: "str | Sequence[str]" = ("week", "month"), method: str | None = None,
@@ -244,6 +257,7 @@ def evaluate(signals: pd.DataFrame, segments: "Segments | pd.Series",
             parts.append(_verdicts(rows, those, r, n, members, w, min_users, level))
     return _one_each(parts, seg.refused)
 
+# %% ../../nbs/analyzer/06_rules.ipynb #98fdf3a8
 def _one_each(parts: list[pd.DataFrame], refused: str | None) -> pd.DataFrame:
     "One row for each signal: of its windows the one that fires, else the likelier."
     if not parts: out = pd.DataFrame(columns=SHOWN)
@@ -263,6 +277,7 @@ def unexplained(verdicts: pd.DataFrame, share: float = .5) -> pd.DataFrame:
     high = (verdicts[["rate_E", "rate_I", "rate_B"]] > share).any(axis=1)
     return verdicts[high & verdicts.challenge.isna()]
 
+# %% ../../nbs/analyzer/06_rules.ipynb #0302f3eb
 def card(verdict: "pd.Series | Mapping[str, Any]") -> str:
     "Say one verdict in words: rates, intervals, probability, what would change it."
     v = verdict

@@ -65,6 +65,7 @@ def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
 # %% ../../nbs/analyzer/05_segments.ipynb #a6e29322
 NU = (2., 3., 4., 6., 10., 30., 300.)  # degrees of freedom that are tried
 
+# %% ../../nbs/analyzer/05_segments.ipynb #6a3de6ab
 @dataclass
 class Mixture:
     "A mixture of k segments: shares [k], centres [k, d], scales [d], nu; `loglik` of the data."
@@ -93,8 +94,9 @@ def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
     """Fit a mixture by EM from memberships `start` [n, k].
 
     The weight (nu+1)/(nu+z²) of each value is what makes it robust (Peel & McLachlan 2000)."""
-    r, m, last = start, None, -np.inf
+    r, last = start, -np.inf
     centre, scale = (start.T @ x) / start.sum(0)[:, None], np.maximum(x.std(0) / 2, 1e-3)
+    m = Mixture(start.mean(0), centre, scale, nu)
     for _ in range(steps):
         z = (x[:, None, :] - centre) / scale
         w = r[:, :, None] * (nu + 1) / (nu + z * z)
@@ -120,6 +122,7 @@ def by_expertise(centre: np.ndarray, signs: np.ndarray) -> np.ndarray:
     "Order groups by their centroids, the most expert first: int [k]."
     return np.argsort(-(centre * signs).sum(1), kind="stable")
 
+# %% ../../nbs/analyzer/05_segments.ipynb #20e48661
 def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     "Memberships to start EM from: of K-means, and of equal parts along the line of expertise."
     yield np.eye(k)[kmeans(x, k, seed)]
@@ -193,6 +196,7 @@ def memberships(x: pd.DataFrame, k: int, scale: str, soft: bool, seed: int
     order = by_expertise(centre, signs)
     return np.eye(k)[np.argsort(order)[group]], centre[order], np.nan
 
+# %% ../../nbs/analyzer/05_segments.ipynb #58fa7701
 def stability(x: pd.DataFrame, labels: np.ndarray, k: int, scale: str, soft: bool, seed: int,
               times: int = 10) -> float:
     "Mean adjusted Rand index of refits to 80 % of the users with the fit to all."
@@ -214,12 +218,13 @@ def frequent(signals: pd.DataFrame, min_events: float) -> pd.DataFrame:
 # %% ../../nbs/analyzer/05_segments.ipynb #3f306635
 PARTS, LEAST_AGREEMENT = 5, .5
 
+# %% ../../nbs/analyzer/05_segments.ipynb #8c73825e
 def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
             ) -> dict[str, pd.DataFrame]:
     "Memberships by platform feature, from `x` and the errors that users met in other parts of it."
     from sklearn.metrics import adjusted_rand_score
     met = sig[(sig.window == "all") & (sig.cls == "error")]
-    names, out = sorted(sig.feature.unique()), {}
+    names, out = sorted(sig.feature.unique()), dict[str, pd.DataFrame]()
     base = x.drop(columns="errors", errors="ignore")
     for i in range(PARTS):
         other = met[~met.feature.isin(names[i::PARTS])].groupby("user").value.sum()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.kit.files import write_json
+from ..core.kit.lazy import load_object
 from ..core.record.folder import home
 
 SWITCH, FILE = "telemetry.json", "telemetry.db"
@@ -32,6 +33,7 @@ def switch(root: Path | None = None) -> dict[str, Any]:
     except (OSError, ValueError): return {"on": False}
     return found if isinstance(found, dict) and "salt" in found else {"on": False}
 
+# %% ../../nbs/analyzer/11_telemetry.ipynb #10842468
 def is_on() -> bool:
     "True if telemetry was turned on for this home; the variable OPML_TELEMETRY=off overrules it."
     return os.environ.get("OPML_TELEMETRY") != "off" and bool(switch().get("on"))
@@ -61,6 +63,7 @@ def login() -> str:
     try: return getpass.getuser()
     except (KeyError, OSError): return "unknown"
 
+# %% ../../nbs/analyzer/11_telemetry.ipynb #ae266f57
 def salted(name: str, salt: str) -> str:
     "Hash a name with the salt of this installation: `u` and 12 hexadecimal digits."
     return "u" + hashlib.blake2b(name.encode(), key=salt.encode()[:64], digest_size=6).hexdigest()
@@ -70,6 +73,7 @@ def _user(name: str, salt: str) -> str:
     "The salted id, made once for each name."
     return salted(name, salt)
 
+# %% ../../nbs/analyzer/11_telemetry.ipynb #5baa4f37
 def user_id(name: str | None = None) -> str:
     "The salted id of a user, by default of who works here."
     return _user(name or login(), switch().get("salt", ""))
@@ -82,5 +86,4 @@ def short_id(text: str) -> str:
 def command(verb: str, code: int, seconds: float) -> None:
     "Note an `opml` command if telemetry is on; commands about telemetry itself are not noted."
     if verb == "telemetry" or not is_on(): return
-    from opml_wb.analyzer import collect
-    collect.command(verb, code, seconds)
+    load_object("opml_wb.analyzer.collect:command")(verb, code, seconds)

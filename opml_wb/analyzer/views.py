@@ -22,6 +22,7 @@ def _weekly(events: Any) -> pd.DataFrame:
     f = tidied(frame_of(events))
     return f.assign(week=weeks_of(f.ts.to_numpy(float)))
 
+# %% ../../nbs/analyzer/08_views.ipynb #d6a7fa7b
 def heart(events: Any, catalog: Any = None, survey: str = "survey") -> pd.DataFrame:
     """Measure HEART by week: DataFrame [week x happiness, engagement, adoption, retention, task].
 
@@ -45,12 +46,14 @@ def heart(events: Any, catalog: Any = None, survey: str = "survey") -> pd.DataFr
     columns = ["happiness", "engagement", "adoption", "retention", "task"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("week")
 
+# %% ../../nbs/analyzer/08_views.ipynb #09de16b8
 def _shares(here: set, last: set, acts: int, new: pd.Series) -> list[float]:
     "Engagement, adoption and retention of one week; NaN for fewer than FEW users."
     if len(here) < FEW: return [np.nan] * 3
     kept = len(here & last) / len(last) if len(last) >= FEW else np.nan
     return [acts / len(here), float(new.mean()), kept]
 
+# %% ../../nbs/analyzer/08_views.ipynb #8f6cbd16
 def _finished(week: pd.DataFrame, cat: Catalog) -> float:
     "Of those who began a task, the share that ended it; NaN for fewer than FEW."
     began, ended = set(), set()
