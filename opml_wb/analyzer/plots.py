@@ -155,7 +155,7 @@ def counts_figure(ours: Mapping[str, float], paper: Mapping[str, float]) -> "go.
 # %% ../../nbs/analyzer/15_plots.ipynb #df979154
 def effect_figure(rows: pd.DataFrame, truth: float | None = None) -> "go.Figure":
     "Draw estimates of an effect with intervals; rows: DataFrame [estimate, lo, hi] by name."
-    fig = ui.figure("change of the share of users who meet the error", "", margin_l=200,
+    fig = ui.figure("change of the share of users who meet the error", "",
                     height=150 + 40 * len(rows), xaxis_tickformat=".0%")
     for name, r in rows.iterrows():
         colour = "ours" if "control" in str(name) else "baseline"

@@ -199,7 +199,8 @@ def _verdicts(rows: pd.DataFrame, rules: Sequence[Rule], r: np.ndarray, n: np.nd
               members: np.ndarray, window: str, min_users: int, level: float) -> pd.DataFrame:
     "Judge signals of one class in one kind of window."
     lo, hi = intervals(np.nan_to_num(r), n, level)
-    out, enough = rows.assign(window=window), (members >= min_users - .5).all(1)
+    out = rows.assign(window=window)
+    enough: Any = (members >= min_users - .5).all(1)
     for i, s in enumerate("EIB"):
         out[f"rate_{s}"], out[f"n_{s}"], out[f"lo_{s}"], out[f"hi_{s}"] = r[:, i], n[:, i], \
             lo[:, i], hi[:, i]
