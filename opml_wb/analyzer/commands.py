@@ -54,7 +54,7 @@ SECTIONS = {"Switch": ["on", "off", "status"], "Look": ["show", "export"],
 
 @click.group(cls=Noun, sections=SECTIONS)
 def telemetry() -> None:
-    "Watch your own use of the workbench, on this machine only; off by default."
+    "Watch your own use, on this machine; off by default."
 
 # %% ../../nbs/analyzer/17_commands.ipynb #21ea45f8
 def _events() -> Any:
@@ -131,7 +131,7 @@ def purge(age: str) -> None:
 # %% ../../nbs/analyzer/17_commands.ipynb #3fb60ea0
 @click.group(cls=Noun)
 def analyzer() -> None:
-    "Judge a platform's log: teach the users, or mend the tool (paper 2)."
+    "Judge a log: teach the users, or mend the tool (paper 2)."
 
 # %% ../../nbs/analyzer/17_commands.ipynb #390191e2
 @analyzer.command()
