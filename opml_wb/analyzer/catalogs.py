@@ -22,7 +22,6 @@ SETTINGS = ("stage", "title", "redundant", "again", "task")
 class CatalogError(EventError):
     "A catalog cannot be used; the message names file, feature and setting."
 
-# %% ../../nbs/analyzer/02_catalogs.ipynb #ad04313a
 @dataclass(frozen=True)
 class Feature:
     """One feature of a platform.
@@ -42,7 +41,6 @@ def _names(where: str, key: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(v, str) for v in value): return tuple(value)
     raise CatalogError(f"{where}: {key}: expected a list of names, got {value!r}")
 
-# %% ../../nbs/analyzer/02_catalogs.ipynb #ad473746
 def feature_of(where: str, name: str, settings: Mapping[str, Any],
                default: Mapping[str, Any]) -> Feature:
     "Read one feature's settings. Raises CatalogError for unknown settings and values."

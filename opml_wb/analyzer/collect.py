@@ -140,7 +140,6 @@ def chapter_of(path: str) -> str:
     stem = Path(path).stem.split(".")[0].lstrip("0123456789_- ")
     return stem if stem in catalog() and stem not in ("cell", "widget", "run") else "cell"
 
-# %% ../../nbs/analyzer/12_collect.ipynb #34ff8513
 @lru_cache(32)
 def stage_of(feature: str) -> str:
     "The stage of a feature of this workbench."
@@ -149,7 +148,6 @@ def stage_of(feature: str) -> str:
 
 _recorders: dict[str, Recorder] = {}
 
-# %% ../../nbs/analyzer/12_collect.ipynb #452cd773
 def recorder() -> Recorder:
     "The recorder of this home's file of events; one for a process, flushed at its end."
     path = str(telemetry.place())

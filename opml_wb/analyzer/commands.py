@@ -26,7 +26,6 @@ except Exception: pass
 '''
 EXTENSION = {"ServerApp": {"jpserver_extensions": {"opml_wb.analyzer.jupyter": True}}}
 
-# %% ../../nbs/analyzer/17_commands.ipynb #d0aef980
 def hooks() -> dict[Path, str]:
     "The files that load the collectors, and what is in them: {path: text}."
     from jupyter_core.paths import jupyter_config_dir
@@ -56,7 +55,6 @@ SECTIONS = {"Switch": ["on", "off", "status"], "Look": ["show", "export"],
 def telemetry() -> None:
     "Watch your own use, on this machine; off by default."
 
-# %% ../../nbs/analyzer/17_commands.ipynb #21ea45f8
 def _events() -> Any:
     "The file of events, which must be there."
     from opml_wb.analyzer.events import Events
@@ -64,7 +62,6 @@ def _events() -> Any:
         raise click.ClickException("no events: telemetry was never on here (opml telemetry on)")
     return Events(switch.place())
 
-# %% ../../nbs/analyzer/17_commands.ipynb #445b673f
 @telemetry.command()
 def on() -> None:
     "Begin to keep events: cells, widgets, notebooks, runs and commands."
@@ -92,7 +89,6 @@ def status() -> None:
     dead = int(log.dead.n.sum())
     click.echo(f"{len(log):,} events in {switch.place()}" + (f", {dead} refused" if dead else ""))
 
-# %% ../../nbs/analyzer/17_commands.ipynb #c2898fb9
 @telemetry.command()
 @click.option("-n", "most", default=20, show_default=True, help="How many of the latest events.")
 def show(most: int) -> None:
@@ -119,7 +115,6 @@ def forget(user: str) -> None:
     ids = {user, switch.user_id(None if user == "me" else user)}
     click.echo(f"{sum(log.forget(i) for i in ids)} events deleted")
 
-# %% ../../nbs/analyzer/17_commands.ipynb #eef7179a
 @telemetry.command()
 @click.option("--older-than", "age", required=True, help="A span: 30d, 12h, 0d for all.")
 def purge(age: str) -> None:
@@ -133,7 +128,6 @@ def purge(age: str) -> None:
 def analyzer() -> None:
     "Judge a log: teach the users, or mend the tool (paper 2)."
 
-# %% ../../nbs/analyzer/17_commands.ipynb #390191e2
 @analyzer.command()
 @click.option("--log", "source", default="", help="planted, simulated, or a .db, .parquet, .csv; "
               "default: this workbench's own telemetry.")

@@ -30,7 +30,6 @@ def week_label(week: int) -> str:
     year, number, _ = (date(1969, 12, 29) + timedelta(weeks=int(week))).isocalendar()
     return f"{year}-W{number:02d}"
 
-# %% ../../nbs/analyzer/03_counting.ipynb #9590fc3a
 def weeks_of(ts: np.ndarray) -> np.ndarray:
     "Count Mondays since 1969-12-29 up to UTC seconds: int64 [n]."
     return (np.floor(np.asarray(ts, float) / DAY).astype(np.int64) + 3) // 7
@@ -74,7 +73,6 @@ def counted(frame: pd.DataFrame) -> pd.DataFrame:
     f[BY[:5]] = f[BY[:5]].astype("category")
     return _plain(f.groupby(BY, observed=True, sort=False)[SUMS].sum().reset_index())
 
-# %% ../../nbs/analyzer/03_counting.ipynb #55fc9bcf
 def _plain(counts: pd.DataFrame) -> pd.DataFrame:
     return counts.astype({c: object for c in BY[:5]})
 
@@ -87,7 +85,6 @@ GROUPED = """select user, stage, feature, kind, name,
   coalesce(sum(ln(greatest(seconds, 0.05))), 0) as log_s
 from read_parquet(?) group by all"""
 
-# %% ../../nbs/analyzer/03_counting.ipynb #af9291e3
 def counted_parquet(path: Path, memory: str = "1GB", threads: int = 2) -> pd.DataFrame:
     "Count the events of a Parquet file or folder by DuckDB, in bounded memory."
     import duckdb
@@ -159,7 +156,6 @@ def _summed(c: pd.DataFrame, cls: str) -> pd.DataFrame:
         parts.append(s)
     return pd.concat(parts, ignore_index=True).assign(cls=cls)
 
-# %% ../../nbs/analyzer/03_counting.ipynb #4ffce1d4
 def _labels(numbers: pd.Series, window: str) -> dict[int, str]:
     "Name each week or month that occurs, once."
     def name(v): return week_label(v) if window == "week" else str(np.datetime64(int(v), "M"))

@@ -24,7 +24,6 @@ HOMEWORKS = ("hw03", "hw04", "hw05")
 PACE = 10., 1800.  # s; a shorter gap between two runs is a double click, a longer one a pause
 TIME = "%Y-%m-%dT%H_%M_%S.%fZ"
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #1230a88b
 def folder() -> Path:
     "Find the folder of the logs below OPML_DATA. Raises MissingData."
     place = Path(os.environ.get("OPML_DATA") or "nowhere")/"analyzer"/"cs1-logs"
@@ -32,7 +31,6 @@ def folder() -> Path:
     raise MissingData("the CS1 logs are not on this machine: fetch `data/` of the repository "
                       "SERI-CS/iticse24-error-measures and name it OPML_DATA/analyzer/cs1-logs")
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #6a61d450
 def error_name(text: Any) -> str:
     "The kind of a compiler's or runtime's error: its first line, without the names in it."
     line = str(text).strip().splitlines()[0] if str(text).strip() else "unknown"
@@ -50,7 +48,6 @@ def _read(path: Path, *columns: str) -> pd.DataFrame:
 def _seconds(text: pd.Series) -> pd.Series:
     return pd.to_datetime(text, format=TIME, utc=True).dt.as_unit("ms").astype("int64") / 1e3
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #06efbfff
 def runs(place: Path, homework: str) -> pd.DataFrame:
     """Read the runs of a homework as action events, `seconds` since the student's last run.
 
@@ -76,7 +73,6 @@ def faults(place: Path, homework: str) -> pd.DataFrame:
     return pd.DataFrame({"ts": _seconds(e.snapshot), "user": e.student, "stage": "training",
                          "feature": homework, "kind": "error", "name": e.name, "seconds": np.nan})
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #e83edaec
 def load(place: Path | None = None) -> tuple[pd.DataFrame, pd.Series]:
     "Read the whole log: events, and grades (Series user -> 0 to 1; NaN where none is known)."
     place = place or folder()
@@ -95,7 +91,6 @@ class Study(NamedTuple):
     verdicts: pd.DataFrame
     segments: Segments
 
-# %% ../../nbs/analyzer/10_cs1.ipynb #d520e9a1
 def later_errors(late: pd.DataFrame) -> pd.Series:
     "Errors per run of each student in a later period: Series user -> rate."
     whole = late[late.window == "all"]

@@ -19,7 +19,6 @@ from ..core.kit.words import did_you_mean
 # %% ../../nbs/analyzer/07_effects.ipynb #66011d97
 Period = tuple[str, str]  # first and last window, both counted: ("2020-W02", "2020-W10")
 
-# %% ../../nbs/analyzer/07_effects.ipynb #5a523000
 def in_period(windows: pd.Series, period: Period) -> pd.Series:
     "True for windows of the period's kind from its first to its last. Raises EventError."
     first, last = period
@@ -29,7 +28,6 @@ def in_period(windows: pd.Series, period: Period) -> pd.Series:
     kind = "week" if "W" in first else "month"
     return (window_kind(windows) == kind) & windows.between(first, last)
 
-# %% ../../nbs/analyzer/07_effects.ipynb #3292df8d
 def seen_in(signals: pd.DataFrame, features: Sequence[str], period: Period,
             users: pd.Index) -> np.ndarray:
     "The share of `features` in which each user met an error or redundant action: [n]."
@@ -44,7 +42,6 @@ def mean_interval(x: np.ndarray, level: float = .9) -> tuple[float, float, float
     half = stats.t.ppf((1 + level) / 2, max(len(x) - 1, 1)) * x.std(ddof=1) / np.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../../nbs/analyzer/07_effects.ipynb #391fdc3b
 def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
     "Features by name, else EventError with the nearest."
     names = [names] if isinstance(names, str) else list(names)
@@ -55,7 +52,6 @@ def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
                              f"{did_you_mean(n, there)}")
     return names
 
-# %% ../../nbs/analyzer/07_effects.ipynb #3da049a6
 def active_users(signals: pd.DataFrame, *periods: Period) -> pd.Index:
     "The users with a signal in each of the periods: who came or left tells nothing of an effect."
     found = [set(signals.user[in_period(signals.window, p)]) for p in periods]

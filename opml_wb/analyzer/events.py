@@ -76,7 +76,6 @@ def text_of(name: str, value: Any) -> str:
         raise EventError(f"{name}: {len(value)} characters; expected one line of at most {LONGEST}")
     return value
 
-# %% ../../nbs/analyzer/01_events.ipynb #91f784f0
 def choice_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     "Read one of `choices`, else EventError with the nearest."
     if value in choices: return value
@@ -91,7 +90,6 @@ def allowed(data: Mapping[str, Any] | None) -> dict[str, Any]:
         return isinstance(v, (bool, int)) or isinstance(v, float) and math.isfinite(v)
     return {k: v for k, v in (data or {}).items() if k in KEYS and fits(v)}
 
-# %% ../../nbs/analyzer/01_events.ipynb #f0e749b9
 def checked(event: "Event | Mapping[str, Any]") -> Event:
     "Read an event strictly. Raises EventError, which names the field and no value of it."
     if not isinstance(event, Event):
@@ -118,7 +116,6 @@ create index if not exists event_ts on event(ts);
 create table if not exists dead(reason text primary key, fields text, n integer, last real);
 """
 
-# %% ../../nbs/analyzer/01_events.ipynb #fcbc4d40
 def row_of(e: Event) -> tuple:
     "Make the row of the table from an event: its key, then its fields, `data` as JSON."
     data = json.dumps(dict(e.data), sort_keys=True, ensure_ascii=False) if e.data else "{}"
@@ -189,7 +186,6 @@ def dead(self: Events) -> "pd.DataFrame":
     import pandas as pd
     return pd.read_sql_query("select reason, fields, n, last from dead order by last", self.db)
 
-# %% ../../nbs/analyzer/01_events.ipynb #1feb105c
 @patch
 def frame(self: Events, since: float | None = None, user: str | None = None) -> "pd.DataFrame":
     "The events as a DataFrame in the order of time; since: UTC seconds, inclusive."
@@ -199,7 +195,6 @@ def frame(self: Events, since: float | None = None, user: str | None = None) -> 
     return pd.read_sql_query(f"select {','.join(FIELDS)} from event {where}", self.db,
                              params=(lowest, user, user))
 
-# %% ../../nbs/analyzer/01_events.ipynb #db370f89
 @patch
 def after(self: Events, mark: int = 0) -> "tuple[pd.DataFrame, int]":
     "Events that were *added* after a mark, however old they are, and the new mark."
@@ -218,7 +213,6 @@ def _delete(self: Events, where: str, value: Any) -> int:
     self.db.execute("pragma wal_checkpoint(truncate)")
     return n
 
-# %% ../../nbs/analyzer/01_events.ipynb #7cae16c3
 @patch
 def purge(self: Events, before: float) -> int:
     "Delete events before `before` (UTC seconds, or a date); returns how many."

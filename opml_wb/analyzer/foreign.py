@@ -20,7 +20,6 @@ from ..core.kit.words import did_you_mean
 # %% ../../nbs/analyzer/09_foreign.ipynb #4a221adf
 FIELDS = ("ts", "user", "session", "stage", "feature", "kind", "name", "seconds")
 
-# %% ../../nbs/analyzer/09_foreign.ipynb #3903f1b8
 def read_mapping(given: "Mapping[str, Any] | str | Path") -> dict[str, Any]:
     """Read how a log's columns become fields: a dict, or a TOML file.
 

@@ -124,7 +124,6 @@ def load_jupyter_server_extension(app: Any) -> None:
 
 _load_jupyter_server_extension = load_jupyter_server_extension
 
-# %% ../../nbs/analyzer/13_jupyter.ipynb #7b5ca3cd
 def _jupyter_server_extension_points() -> list[dict[str, str]]:
     return [{"module": "opml_wb.analyzer.jupyter"}]
 

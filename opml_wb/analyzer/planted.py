@@ -43,7 +43,6 @@ def _truth(planted: Mapping[str, Sequence], rng: np.random.Generator) -> pd.Data
     rates = [f"rate_{s[0]}" for s in SEGMENTS]
     return pd.DataFrame(rows, columns=["stage", "feature", "kind", "challenge", "planted", *rates])
 
-# %% ../../nbs/analyzer/04_planted.ipynb #131625b4
 def _noise(rng: np.random.Generator, tails: str, *shape: int) -> np.ndarray:
     "Draw how users differ within a segment: normal, or Student's t with 3 degrees of freedom."
     return rng.standard_normal(shape) if tails == "normal" else rng.standard_t(3, shape)
@@ -54,7 +53,6 @@ def _columns(user: np.ndarray, ts: np.ndarray, stage: Any, feature: Any, kind: A
     return pd.DataFrame({"ts": ts, "user": user, "stage": stage, "feature": feature, "kind": kind,
                          "name": name, "seconds": seconds})
 
-# %% ../../nbs/analyzer/04_planted.ipynb #4b6b54c9
 def _usage(rng: np.random.Generator, z: np.ndarray, tails: str, span: float) -> pd.DataFrame:
     "Simulate what users of segments `z` do all day: events of twelve features, with durations."
     size = np.exp(np.log(ACTIONS)[z] + SPREAD * _noise(rng, tails, len(z)))
@@ -86,7 +84,6 @@ def _planted_events(rng: np.random.Generator, row: Any, z: np.ndarray, weeks: in
 EFFECT = {"feature": "treated", "control": "control", "week": 9, "change": -.5, "trend": -.2,
           "seen": .7, "rates": (.3, .8, .95)}
 
-# %% ../../nbs/analyzer/04_planted.ipynb #2bdd3910
 def _intervention(rng: np.random.Generator, z: np.ndarray, weeks: int, effect: Mapping[str, Any]
                   ) -> tuple[pd.DataFrame, float]:
     "Simulate the pair of signals around an intervention; returns events and the true effect."

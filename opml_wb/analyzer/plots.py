@@ -128,7 +128,6 @@ LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"),
          "soft, the same features": ("good", "square"),
          "soft, cross-fitted": ("ours", "circle")}
 
-# %% ../../nbs/analyzer/15_plots.ipynb #20915a54
 def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
     "Draw how many planted challenges each method finds; runs: [log, method, found, false]."
     fig = ui.figure("", f"planted challenges found, of {planted}", height=380,

@@ -68,14 +68,12 @@ PAGE = """<!doctype html><meta charset=utf-8><title>Analyzer: report</title>
 padding:0 1em}}pre{{white-space:pre-wrap}}table{{border-collapse:collapse}}td,th{{padding:.2em .7em;
 text-align:right;border-bottom:1px solid #8886}}</style><h1>What this log says</h1>{body}"""
 
-# %% ../../nbs/analyzer/16_report.ipynb #b9fd3907
 def as_html(r: dict[str, Any]) -> str:
     "Make a page of a report, with nothing loaded from outside."
     text = escape(as_text({**r, "features": r["features"].head(0)})).partition("Empty DataFrame")[0]
     table = r["features"].round(3).to_html(border=0, na_rep="–")
     return PAGE.format(body=f"<pre>{text}</pre><h2>Features</h2>{table}")
 
-# %% ../../nbs/analyzer/16_report.ipynb #3d814f65
 def write_report(events: Any, html: str | Path | None = None, **settings: Any) -> str:
     "Judge a log; returns the text, and writes the page if a file is named."
     r = report(events, **settings)

@@ -23,7 +23,6 @@ from ..core.kit.words import check_choice
 # %% ../../nbs/analyzer/06_rules.ipynb #1e622391
 SHORT = {"Expert": "E", "Intermediate": "I", "Beginner": "B"}
 
-# %% ../../nbs/analyzer/06_rules.ipynb #930666ab
 @dataclass(frozen=True)
 class Rule:
     """One rule: a signal of class `cls` is the challenge (`ET` or `SoP`) if all conditions hold.
@@ -50,7 +49,6 @@ def holds(rule: Rule, rates: Mapping[str, Any]) -> Any:
     each = [COMPARE[op](np.asarray(rates[s]), share) for s, op, share in rule.when]
     return np.logical_and.reduce(each)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #35d61cad
 def with_threshold(rules: Sequence[Rule], segment: str, op: str, share: float,
                    cls: tuple[str, ...] = ("error", "action")) -> tuple[Rule, ...]:
     "The rules with another share wherever `segment op` stands in a rule on `cls`."
@@ -68,7 +66,6 @@ def window_kind(window: pd.Series) -> pd.Series:
     return pd.Series(np.where(window == "all", "all", np.where(
         window.str.contains("W|^week"), "week", "month")), window.index)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #60d885a9
 def judged(signals: pd.DataFrame) -> pd.DataFrame:
     "Keep the signals that rules judge: errors, and redundant actions."
     return signals[(signals.cls == "error") |
@@ -106,7 +103,6 @@ def tables(signals: pd.DataFrame, users: pd.Index, cls: str, window: str, times:
     counts[hidden] = True
     return rows.assign(who=np.where(hidden, "segment", "exposed")), y, counts
 
-# %% ../../nbs/analyzer/06_rules.ipynb #4ee8c4db
 def signals_told(signals: pd.DataFrame, m: pd.DataFrame) -> pd.Series:
     "True for rows whose signal somebody was seen to be exposed to otherwise than by it."
     told = judged(signals).groupby(ROW).exposed.any()
@@ -138,7 +134,6 @@ def soft_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray, steps: int = 30
     members = (_posterior(p, y1, r) * w).sum(1)
     return r[:, 0], np.minimum(_worth(p, w, r), members).clip(1e-3), members
 
-# %% ../../nbs/analyzer/06_rules.ipynb #e417500d
 def _posterior(p, y1, r):
     "Probabilities of the segments of each user, given what he met and the rates."
     like = p * np.where(y1 > 0, r, 1 - r).clip(1e-9)
@@ -153,7 +148,6 @@ def _worth(p: np.ndarray, w: np.ndarray, r: np.ndarray) -> np.ndarray:
     var = np.diagonal(np.linalg.inv(info + 1e-9 * np.eye(p.shape[-1])), axis1=1, axis2=2)
     return (safe[:, 0] * (1 - safe[:, 0])) / np.maximum(var, 1e-12)
 
-# %% ../../nbs/analyzer/06_rules.ipynb #8fda3fe9
 def intervals(rates: np.ndarray, n: np.ndarray, level: float = .9
               ) -> tuple[np.ndarray, np.ndarray]:
     "The Jeffreys interval of rates that are worth `n` users: lows and highs."
@@ -174,7 +168,6 @@ def probability(rule: Rule, rates: np.ndarray, n: np.ndarray) -> np.ndarray:
 # %% ../../nbs/analyzer/06_rules.ipynb #1d018287
 NAMES = {"E": "experts", "I": "intermediates", "B": "beginners"}
 
-# %% ../../nbs/analyzer/06_rules.ipynb #32bb3064
 def nearest_threshold(rules: Sequence[Rule], rates: Mapping[str, float], fired: "Rule | None"
                       ) -> tuple[int, str]:
     """The rule that fires or is nearest to firing, and the threshold that decides it, in words."""
@@ -194,7 +187,6 @@ def _memberships(segments: Segments, rows: pd.DataFrame) -> np.ndarray:
     users, whole = segments.proba.index, segments.proba
     return np.stack([segments.fold.get(f, whole).loc[users].to_numpy() for f in rows.feature])
 
-# %% ../../nbs/analyzer/06_rules.ipynb #afd5d9fc
 def _verdicts(rows: pd.DataFrame, rules: Sequence[Rule], r: np.ndarray, n: np.ndarray,
               members: np.ndarray, window: str, min_users: int, level: float) -> pd.DataFrame:
     "Judge signals of one class in one kind of window."
@@ -278,7 +270,6 @@ def unexplained(verdicts: pd.DataFrame, share: float = .5) -> pd.DataFrame:
     high = (verdicts[["rate_E", "rate_I", "rate_B"]] > share).any(axis=1)
     return verdicts[high & verdicts.challenge.isna()]
 
-# %% ../../nbs/analyzer/06_rules.ipynb #0302f3eb
 def card(verdict: "pd.Series | Mapping[str, Any]") -> str:
     "Say one verdict in words: rates, intervals, probability, what would change it."
     v = verdict

@@ -122,7 +122,6 @@ def by_expertise(centre: np.ndarray, signs: np.ndarray) -> np.ndarray:
     "Order groups by their centroids, the most expert first: int [k]."
     return np.argsort(-(centre * signs).sum(1), kind="stable")
 
-# %% ../../nbs/analyzer/05_segments.ipynb #20e48661
 def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     "Memberships to start EM from: of K-means, and of equal parts along the line of expertise."
     yield np.eye(k)[kmeans(x, k, seed)]
@@ -196,7 +195,6 @@ def memberships(x: pd.DataFrame, k: int, scale: str, soft: bool, seed: int
     order = by_expertise(centre, signs)
     return np.eye(k)[np.argsort(order)[group]], centre[order], np.nan
 
-# %% ../../nbs/analyzer/05_segments.ipynb #58fa7701
 def stability(x: pd.DataFrame, labels: np.ndarray, k: int, scale: str, soft: bool, seed: int,
               times: int = 10) -> float:
     "Mean adjusted Rand index of refits to 80 % of the users with the fit to all."
@@ -218,7 +216,6 @@ def frequent(signals: pd.DataFrame, min_events: float) -> pd.DataFrame:
 # %% ../../nbs/analyzer/05_segments.ipynb #3f306635
 PARTS, LEAST_AGREEMENT = 5, .5
 
-# %% ../../nbs/analyzer/05_segments.ipynb #8c73825e
 def refined(sig: pd.DataFrame, x: pd.DataFrame, proba: np.ndarray, nu: float
             ) -> dict[str, pd.DataFrame]:
     "Memberships by platform feature, from `x` and the errors that users met in other parts of it."

@@ -33,7 +33,6 @@ def switch(root: Path | None = None) -> dict[str, Any]:
     except (OSError, ValueError): return {"on": False}
     return found if isinstance(found, dict) and "salt" in found else {"on": False}
 
-# %% ../../nbs/analyzer/11_telemetry.ipynb #10842468
 def is_on() -> bool:
     "True if telemetry was turned on for this home; the variable OPML_TELEMETRY=off overrules it."
     return os.environ.get("OPML_TELEMETRY") != "off" and bool(switch().get("on"))
@@ -63,7 +62,6 @@ def login() -> str:
     try: return getpass.getuser()
     except (KeyError, OSError): return "unknown"
 
-# %% ../../nbs/analyzer/11_telemetry.ipynb #ae266f57
 def salted(name: str, salt: str) -> str:
     "Hash a name with the salt of this installation: `u` and 12 hexadecimal digits."
     return "u" + hashlib.blake2b(name.encode(), key=salt.encode()[:64], digest_size=6).hexdigest()

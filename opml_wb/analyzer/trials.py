@@ -23,7 +23,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "soft, the same features": dict(refine=False),
     "soft, cross-fitted": {}}
 
-# %% ../../nbs/analyzer/14_trials.ipynb #d8b15cfa
 def tally(verdicts: pd.DataFrame, truth: pd.DataFrame) -> tuple[int, int]:
     "Count the planted challenges that were found, and the false ones (none, or the other kind)."
     got = verdicts.set_index("feature").challenge.reindex(truth.feature)
@@ -51,7 +50,6 @@ def race(seeds: Iterable[int], tails: Sequence[str] = ("normal", "t3"),
 # %% ../../nbs/analyzer/14_trials.ipynb #38f5a571
 AROUND: dict[str, Period] = {"before": ("2020-W02", "2020-W10"), "after": ("2020-W11", "2020-W18")}
 
-# %% ../../nbs/analyzer/14_trials.ipynb #4bdd132d
 def interventions(seeds: Iterable[int], change: float, level: float = .9) -> pd.DataFrame:
     """Estimate planted interventions: DataFrame [seed, method, estimate, lo, hi, truth, covered].
 
@@ -73,7 +71,6 @@ INSTANCES = {"a) cut-off time": ("training", "error", "ET"),
              "b) connectors": ("data", "action", "ET"),
              "c) notebook list": ("features", "error", "SoP")}
 
-# %% ../../nbs/analyzer/14_trials.ipynb #7f519643
 def instances(verdicts: pd.DataFrame) -> pd.DataFrame:
     "The verdict that stands for each of the paper's three instances, where there is one."
     out = {}

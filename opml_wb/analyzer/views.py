@@ -53,7 +53,6 @@ def _shares(here: set, last: set, acts: int, new: pd.Series) -> list[float]:
     kept = len(here & last) / len(last) if len(last) >= FEW else np.nan
     return [acts / len(here), float(new.mean()), kept]
 
-# %% ../../nbs/analyzer/08_views.ipynb #8f6cbd16
 def _finished(week: pd.DataFrame, cat: Catalog) -> float:
     "Of those who began a task, the share that ended it; NaN for fewer than FEW."
     began, ended = set(), set()
