@@ -295,3 +295,23 @@ def test_a_task_that_fails_is_restarted_and_told(served):
     client = Client(served[0].url)
     assert set(state(client)["tasks"]) >= {"follower", "watchdog", "batcher"}
     assert 'flexserve_task_up{task="follower"} 1.0' in client.metrics()
+
+
+def test_a_full_disk_is_said_in_one_line(served, home):
+    "`publish` and `add` on a full disk: one line, exit code 2, no traceback, and the store is as it was; then they succeed."
+    import os
+    import sys
+
+    import torch
+    if not home[1]: pytest.skip("no disk of its own can be mounted here")
+    _, store = served
+    before = len(store.history("net"))
+    torch.jit.trace(torch.nn.Linear(200, 2000), torch.zeros(1, 200)).save(home[0].parent / "wide.pt")
+    add = [sys.executable, "-m", "opml_wb.core.cli", "flexserve", "add", "wide", home[0].parent / "wide.pt", "--columns", ",".join(f"c{i}" for i in range(200))]
+    def run(): return subprocess.run(add, env={**os.environ, "OPML_HOME": str(home[0])}, capture_output=True, text=True)
+    with full(store):
+        done = run()
+        assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert len(store.history("net")) == before and "wide" not in store.names() and not store.collect()
+    assert run().returncode == 0 and store.current("wide") == 1

@@ -297,6 +297,24 @@ def rollback(self: ModelStore, name: str, of: int | None = None) -> int:
 
 # %% ../../../nbs/core/record/12_models.ipynb #abb150fb
 @patch
+def collect(self: ModelStore, dry_run: bool = False) -> list[tuple[str, int]]:
+    """Remove contents that no version has, left by a kill: [(digest, bytes)]; `dry_run`: tell only.
+
+    Nobody publishes meanwhile, so nothing that is on its way is taken for one."""
+    with self.events.session() as session, session.writing():
+        states = [session.state(name) for name in session.names()]
+        kept = {r["digest"] for state in states for r in state.versions.values()}
+        found = [p for p in self.objects.glob("*") if p.is_dir() and p.name[0] != "."
+                 and p.name not in kept]
+        sizes = [(p.name,
+                  sum(f.stat().st_size for f in p.rglob("*") if f.is_file())) for p in found]
+        if not dry_run:
+            for p in found: remove_files(p)
+    if not dry_run: sweep(self.objects)
+    return sizes
+
+# %% ../../../nbs/core/record/12_models.ipynb #267ab310
+@patch
 def remove(self: ModelStore, name: str, v: int) -> None:
     "Take version `v` out of the store; its history stays. Refused (ModelError) while it is served."
     with self.events.session() as session:

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from . import openapi
 from .bodies import read
 from .fair import Path
+from .logs import Logs, request_id
 from .metrics import CONTENT_TYPE
 from .oip import Protocol
 from .pool import Follower, WorkerPool
@@ -124,8 +125,9 @@ async def versions(self: AdminApi, request: HttpRequest) -> Response:
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #1541923a
 class StatusApi:
     "The endpoints that describe the server: health, metrics, its documentation."
-    def __init__(self, pool: WorkerPool, follower: Follower | None = None) -> None:
-        self.pool, self.follower = pool, follower
+    def __init__(self, pool: WorkerPool, follower: Follower | None = None,
+                 logs: Logs | None = None) -> None:
+        self.pool, self.follower, self.logs = pool, follower, logs or Logs()
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #a107d4f9
 @patch
@@ -151,6 +153,7 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
 async def metrics(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /metrics`."
     self.pool.gauge()
+    self.pool.metrics.lost_lines.set(self.logs.lost)
     if self.follower: self.pool.metrics.following.set(self.follower.error is None)
     return Response(self.pool.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
@@ -164,9 +167,10 @@ async def docs(self: StatusApi, request: HttpRequest) -> Response:
 @patch
 async def spec(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /openapi.json`."
-    models = [m["name"] for m in self.pool.current.bundle.models] if self.pool.current else []
-    return json_response(openapi.document([self.pool.name, *models] if models else (),
-                                          self.pool.serving))
+    bundle = self.pool.current.bundle if self.pool.current else None
+    models = [self.pool.name, *(m["name"] for m in bundle.models)] if bundle else ()
+    return json_response(openapi.document(models, self.pool.serving,
+                                          bundle.schema if bundle else None))
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #f03d2555
 class Service:
@@ -175,15 +179,15 @@ class Service:
 
     `endpoint` is the one place that every request passes: role, errors, counters."""
     def __init__(self, pool: WorkerPool, store: "ModelStore | None" = None, name: str = "ensemble",
-                 tokens: Tokens | None = None) -> None:
-        self.pool, self.tokens, self.metrics = pool, tokens, pool.metrics
+                 tokens: Tokens | None = None, logs: Logs | None = None) -> None:
+        self.pool, self.tokens, self.metrics, self.logs = pool, tokens, pool.metrics, logs or Logs()
         self.follower = Follower(pool, store, name) if store is not None else None
-        self.predictor = Predictor(pool, name)
+        self.predictor = Predictor(pool, name, self.logs)
         self.flexserve = FlexServeApi(self.predictor)
         self.prediction = PredictionApi(self.predictor)
         self.protocol = Protocol(self.predictor, self.follower)
         self.admin = AdminApi(self.follower, pool.settings)
-        self.status = StatusApi(pool, self.follower)
+        self.status = StatusApi(pool, self.follower, self.logs)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #46d9bcd6
 @patch
@@ -213,12 +217,13 @@ def endpoint(self: Service, path: str, method: str, handler: Handler,
     "Make the Route of `handler`, for tokens with `role` (None: for everybody)."
     async def call(request):
         began = time.perf_counter()
+        request.state.id = request_id(request.headers.get("x-request-id"))
         try:
             self.authorise(request, role)
             request.state.client = self.client(request)
             response = await handler(request)
         except Exception as e: response = self._failure(path, e)
-        self._finished(path, response, time.perf_counter() - began)
+        self._finished(request, path, response, time.perf_counter() - began)
         return response
     route = Route(path, call, methods=[method])
     (route.methods or set()).discard("HEAD")
@@ -238,8 +243,12 @@ def _failure(self: Service, path, e):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #f3f84fb0
 @patch
-def _finished(self: Service, path, response, seconds):
-    "Count an answer."
+def _finished(self: Service, request, path, response, seconds):
+    "Count an answer, name its request, and note both."
+    response.headers["x-request-id"] = request.state.id
+    self.logs.accessed(id=request.state.id, client=request.client and request.client.host,
+                       method=request.method, path=path, status=response.status_code,
+                       ms=round(1000 * seconds, 3), answer=response.headers.get("x-answer-id"))
     if self.pool.draining: response.headers["connection"] = "close"
     self.metrics.requests.labels(path, str(response.status_code)).inc()
     self.metrics.request_seconds.observe(seconds)
@@ -281,18 +290,21 @@ async def _not_found(request, e):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5abbe056
 def create_app(store: "ModelStore | None", name: str, settings: Settings | None = None,
-               tokens: Tokens | None = None) -> Starlette:
+               tokens: Tokens | None = None, logs: Logs | None = None) -> Starlette:
     """Make a Starlette application that serves the version that ModelStore `store` says is current
     under `name`.
 
-    `settings`: Settings, `tokens`: Tokens; `app.state.service` is its Service once it runs."""
+    `settings`: Settings, `tokens`: Tokens, `logs`: Logs, closed at the end; `app.state.service` is
+    its Service once it runs: `service.predictor.heard` takes functions of a `logs.Decision`."""
     @asynccontextmanager
     async def lifespan(app):
-        app.state.service = service = Service(WorkerPool(settings, name=name), store, name, tokens)
+        app.state.service = service = Service(WorkerPool(settings, name=name), store, name, tokens,
+                                              logs)
         app.router.routes.extend(routes(service))
         if service.follower: service.pool.tasks.keep("follower", service.follower.run)
         yield
         await service.pool.close()
+        service.logs.close()
     app = Starlette(lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
     app.state.settings = settings = settings or Settings()
     return app

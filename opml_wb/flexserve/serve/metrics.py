@@ -35,6 +35,7 @@ GAUGES = {
     "task_up": ("task_up", "1 while a background task is well, else 0", "task"),
     "jobs": ("waiting_jobs", "Pictures and bodies that wait for a helper"),
     "following": ("following", "1 while the model store can be followed, else 0"),
+    "lost_lines": ("lost_log_lines", "Lines of the access and decision logs that were lost"),
     "version": ("version", "The version in service", "name", "version", "digest")}
 HISTOGRAMS = {
     "batch_images": ("Images in a batch", SIZES),

@@ -6,7 +6,7 @@
 __all__ = ['PARSE', 'json_response', 'refusal', 'Predictor', 'client', 'uploads', 'FlexServeApi', 'PredictionApi']
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #60999238
-import asyncio
+import asyncio, time
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -21,6 +21,7 @@ from .batching import Request
 from .bodies import JSON, OTHER, Arrivals, Reader, Spool, discard
 from .fair import Path
 from .group import Group
+from .logs import Decision, Logs, answer_id
 from .pool import WorkerPool
 from .request import (Ask, Refused, check, files, finish, media_type,
                                              multipart, parse, prediction,
@@ -55,9 +56,12 @@ PARSE = 5e-9   # s of CPU a byte of a body is predicted to take
 class Predictor:
     """Answer checked requests with the version in service of `pool`.
 
-    `name`: of the ensemble; `arrivals`: the bytes of bodies that are being read."""
-    def __init__(self, pool: WorkerPool, name: str = "ensemble") -> None:
+    `name`: of the ensemble; `arrivals`: the bytes of bodies that are being read; `logs`: where
+    decisions go; `heard`: functions that are called with each Decision."""
+    def __init__(self, pool: WorkerPool, name: str = "ensemble", logs: Logs | None = None) -> None:
         self.pool, self.name, self.settings = pool, name, pool.settings
+        self.logs = logs or Logs()
+        self.heard: list[Callable[[Decision], object]] = [self.logs.decided]
         self.arrivals = Arrivals(self.settings.max_bytes)
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #976209c2
@@ -80,10 +84,10 @@ def budget(self: Predictor, request: HttpRequest) -> float | None:
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #12517540
 @patch
-def headers(self: Predictor, group: Group) -> dict[str, str]:
-    "The headers that say which version answers."
+def headers(self: Predictor, group: Group, answer: str | None = None) -> dict[str, str]:
+    "The headers that say which version answers, and the id of the answer."
     return {"X-Ensemble": quote(self.name), "X-Version": str(group.version),
-            "X-Digest": group.bundle.digest}
+            "X-Digest": group.bundle.digest, **({"X-Answer-Id": answer} if answer else {})}
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #c3473e7d
 def client(request: HttpRequest) -> Path:
@@ -122,6 +126,21 @@ async def parsed(self: Predictor, request: HttpRequest, body: bytes | Spool, of:
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #d8d282f1
 @patch
+def decided(self: Predictor, request: HttpRequest, group: Group, ask: Ask,
+            answer: dict[str, Any]) -> dict[str, Any]:
+    "Give a finished answer its id, and tell whoever keeps decisions."
+    answer["id"] = answer_id()
+    policy = ask.policy and {**ask.policy, **answer["verdict"]}
+    rows = (ask.images, group.bundle.schema) if ask.unit == "row" else (None, None)
+    asked = getattr(getattr(request, "state", None), "id", "")
+    decision = Decision(answer["id"], asked, time.time(), self.name, group.version,
+                        group.bundle.digest, answer["labels"], answer["probs"], policy,
+                        answer["errors"] or None, *rows)
+    for hear in self.heard: hear(decision)
+    return answer
+
+# %% ../../../nbs/flexserve/serve/11_prediction.ipynb #e9aaa650
+@patch
 async def answer(self: Predictor, request: HttpRequest, ask: Ask) -> tuple[Group, dict[str, Any]]:
     """Answer a checked Ask: (Group, finished answer). on_error 'reject' turns the first bad image
     into 422.
@@ -131,6 +150,9 @@ async def answer(self: Predictor, request: HttpRequest, ask: Ask) -> tuple[Group
     takes = "image" if group.bundle.schema is None else "row"
     if ask.unit != takes:
         raise Refused(422, f"this model takes {takes}s: POST them to /v1/predict")
+    if ask.schema not in (None, group.bundle.schema):
+        raise Refused(503, "the columns in service changed while the request was read: send it "
+                           "again", retry_after="1")
     check(ask, [m["name"] for m in group.bundle.models], group.bundle.classes,
           group.settings.max_images, group.bundle.valued)
     asked = Request(ask.images, client=client(request), **ask.options())
@@ -141,7 +163,7 @@ async def answer(self: Predictor, request: HttpRequest, ask: Ask) -> tuple[Group
     if not done.done():
         done.cancel()
         raise ClientDisconnect
-    return group, finish(ask, done.result())
+    return group, self.decided(request, group, ask, finish(ask, done.result()))
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #526405bc
 def uploads(body: bytes, content_type: str) -> list[bytes]:
@@ -171,14 +193,14 @@ async def classify(self: FlexServeApi, request: HttpRequest) -> Response:
         raise Refused(422, f"file: {len(images)} images; /classify takes one, /batch several")
     group, answer = await self.predictor.answer(request, Ask(images))
     return json_response({name: row[0] for name, row in answer["labels"].items()},
-                         headers=self.predictor.headers(group))
+                         headers=self.predictor.headers(group, answer["id"]))
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #a1931fdf
 @patch
 async def batch(self: FlexServeApi, request: HttpRequest) -> Response:
     "Answer `POST /batch`."
     group, answer = await self.predictor.answer(request, Ask(await self._images(request)))
-    return json_response(answer["labels"], headers=self.predictor.headers(group))
+    return json_response(answer["labels"], headers=self.predictor.headers(group, answer["id"]))
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #16f0fb4f
 @patch
@@ -218,7 +240,7 @@ async def predict(self: PredictionApi, request: HttpRequest) -> Response:
     out = prediction(ask, answer, group.about["classes"], **self._who(group))
     full = ask.provenance == "full"
     out["provenance"] = self._provenance(group) if full else {"ref": "/v1/provenance"}
-    return json_response(out, headers=self.predictor.headers(group))
+    return json_response(out, headers=self.predictor.headers(group, answer["id"]))
 
 # %% ../../../nbs/flexserve/serve/11_prediction.ipynb #3ff3dfd5
 @patch

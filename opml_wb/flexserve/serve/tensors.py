@@ -148,8 +148,8 @@ def wanted_outputs(head: Mapping[str, Any]) -> tuple[dict[str, bool] | None, boo
 def _tensor(name, values, datatype, binary):
     """Make an output: (tensor object, its binary data); `values`: a list, or a list of lists for
     FP32 (n, C)."""
-    if datatype == "FP32":
-        array = np.asarray(values, "<f4")
+    if datatype in ("FP32", "FP64"):
+        array = np.asarray(values, "<f4" if datatype == "FP32" else "<f8")
         shape, blob, plain = list(array.shape), array.tobytes(), array.ravel().tolist()
     elif datatype == "BOOL": shape, blob, plain = [len(values)], bytes(map(bool, values)), values
     else:
@@ -166,7 +166,8 @@ def outputs(answer: Mapping[str, Any], member: str | None, wanted: Mapping[str, 
     """Make the output tensors of a joined answer: [(tensor, blob)].
 
     Raises Refused(400) for an output that there is not."""
-    named = {("label" if member else name): (row, "BYTES")
+    def kind(row): return "FP64" if any(isinstance(v, float) for v in row) else "BYTES"
+    named = {("label" if member else name): (row, kind(row))
              for name, row in answer["labels"].items()}
     usual = dict.fromkeys(named)
     if answer["verdict"]:
