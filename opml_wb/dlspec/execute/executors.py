@@ -234,7 +234,8 @@ class Venv:
         if lacks := unfit(self.software, version, have):
             told = "; ".join(lacks)
             raise ExecutionError(f"{self.software.id} doesn't fit {self.python}: {told}; "
-                                 f"make one that does: opml dlspec build {self.software.id}")
+                                 f"one that does is looked for in {home()/'dlspec'/'venvs'}/"
+                                 f"{self.software.name}@{self.software.version}")
         return f"Python {version}, {self.python}"
 
     def __call__(self, job: dict[str, Any], data: Any,
