@@ -46,10 +46,8 @@ EXPECTED: dict[str, str] = {
     "opml data fetch riann/sift_photos_full && opml run riann --preset paper": r"riann +done",
     "opml docs --serve": r"http://",
     "papermill": r"Executing|100%",
-    "export PYTHONPATH=.": r"^$",
-    "opml flexserve pack": r"bundle: 1 model",
-    "opml flexserve publish": r"pets version 1",
-    "opml flexserve serve": r"http://127.0.0.1:8080",
+    "opml flexserve add": r"(pets|digits|churn) version 1",
+    "opml flexserve serve": r"http://127.0.0.1:808",
 }
 
 
@@ -89,12 +87,28 @@ def own_files(folder):
     np.save(folder / "vectors.npy", draw.random((1000, 64), np.float32))
     Image.fromarray(draw.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / "cat.jpg")
     net = "nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))"
-    (folder / "my_nets.py").write_text(f"from torch import nn\n\ndef make(): return {net}\n")
-    torch.save(eval(net, {"nn": nn}).state_dict(), folder / "net.pt")
-    recipe = re.search(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
-    (folder / "recipe.yaml").write_text(recipe)
-    return [folder / n for n in ("tickets.csv", "jobs.csv", "prices.csv", "data.csv", "vectors.npy", "cat.jpg", "my_nets.py", "net.pt", "recipe.yaml",
-                                 "bundle", "features")]
+    (folder / "model.py").write_text(f"from torch import nn\n\ndef make(): return {net}\n")
+    model = eval(net, {"nn": nn}).eval()
+    torch.save(model.state_dict(), folder / "net.pt")
+    made = "net.pt", "cat.jpg", "model.py", *models(folder, model)
+    return [folder / n for n in ("tickets.csv", "jobs.csv", "prices.csv", "data.csv", "vectors.npy", "features", *made)]
+
+
+def models(folder, net):
+    "Model files as a stranger has them: an ONNX network of 8 x 8 pictures, and XGBoost's JSON with rows; their names."
+    import contextlib
+    import io
+    import numpy as np
+    import pandas as pd
+    import torch
+    import xgboost
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(net, (torch.zeros(1, 3, 8, 8),), str(folder / "digits.onnx"), dynamo=False, dynamic_axes={"x": {0: "b"}}, input_names=["x"])
+    draw = np.random.default_rng(1)
+    rows = pd.DataFrame({"age": draw.normal(40, 9, 200).round(1), "job": pd.Categorical(draw.choice(["cook", "pilot"], 200))})
+    xgboost.XGBClassifier(n_estimators=9, max_depth=2, enable_categorical=True, n_jobs=1).fit(rows, (rows.age > 40).astype(int)).save_model(folder / "churn.json")
+    rows[:5].to_csv(folder / "rows.csv", index=False)
+    return "digits.onnx", "churn.json", "rows.csv"
 
 
 class Newcomer:

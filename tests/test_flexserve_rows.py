@@ -192,6 +192,7 @@ def test_a_row_that_ends_its_worker(place):
         assert until(lambda: len(server.workers()) == 2, 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["people", "listings"])
 def test_killed_workers_lose_no_row(place, name):
     "Workers are killed under load: every request is answered, and right."
@@ -216,3 +217,64 @@ def test_killed_workers_lose_no_row(place, name):
             start, size = r.key
             assert json.loads(r.body)["models"][model] == right[start:start + size]
 
+
+
+def numbers(frame):
+    "The inputs of the Open Inference Protocol for `people`."
+    columns = nulls(frame)
+    return [{"name": "age", "datatype": "FP64", "shape": [len(frame)], "data": list(columns.age)},
+            {"name": "job", "datatype": "BYTES", "shape": [len(frame), 1], "data": list(columns.job)},
+            {"name": "rooms", "datatype": "INT64", "shape": [len(frame)], "data": [int(v) for v in columns.rooms]}]
+
+
+def infer(client, **body): return client.call("POST", "/v2/models/people/infer", json.dumps(body), "application/json")
+
+
+def test_rows_by_the_open_inference_protocol(place, people_server):
+    "An input for each column: the same answers; its metadata names them; a policy with weights is taken, an unknown parameter refused."
+    frame, client = people()[0][:20], Client(people_server.url)
+    right = client.rows(frame, probs=True)
+    said = infer(client, inputs=numbers(frame), outputs=[{"name": "risk:probs"}, {"name": "sum"}], id="7")
+    outs = {o["name"]: o for o in said["outputs"]}
+    np.testing.assert_allclose(np.reshape(outs["risk:probs"]["data"], outs["risk:probs"]["shape"]), right.probs["risk"], atol=1e-6)
+    assert outs["sum"]["datatype"] == "FP64" and outs["sum"]["data"] == right.models["sum"] and said["id"] == "7"
+    about = client.call("GET", "/v2/models/people")
+    assert [(i["name"], i["datatype"]) for i in about["inputs"]] == [("age", "FP64"), ("job", "BYTES"), ("rooms", "FP64")]
+    policy = {"kind": "weighted", "target": "1", "models": ["risk"]}
+    said = infer(client, inputs=numbers(frame), parameters={"policy": policy, "weights": {"risk": 2.}})
+    assert {o["name"] for o in said["outputs"]} >= {"policy_result", "policy_score"}
+    for odd, says in ({"weigths": {"risk": 1}}, "did you mean 'weights'"), ({"policy": "weighted", "target": "1"}, "weights"):
+        with pytest.raises(ServerError, match=says) as e: infer(client, inputs=numbers(frame), parameters=odd)
+        assert e.value.status in (400, 422)
+    with pytest.raises(ServerError, match="inputs: there is no column 'jop'") as e: infer(client, inputs=[{**numbers(frame)[1], "name": "jop"}])
+    assert e.value.status == 400
+
+
+def test_what_the_server_says_of_itself_is_what_it_takes(people_server):
+    "The OpenAPI document has the columns, and every field of a request once: parser, document and protocol agree."
+    from opml_wb.flexserve.serve.request import DECLARED, PARAMETERS
+    schemas = Client(people_server.url).call("GET", "/openapi.json")["components"]["schemas"]
+    assert list(schemas["Row"]["properties"]) == ["age", "job", "rooms"] and {"rows", "columns", *DECLARED} <= set(schemas["Predict"]["properties"])
+    assert set(schemas["Infer"]["properties"]["parameters"]["properties"]) == {"binary_data_output", *PARAMETERS} and "weights" in PARAMETERS
+
+
+def test_ids_and_logs(place, tmp_path):
+    "Each request keeps its id, each answer has its own; the logs have a line for each, with the rows that were asked."
+    logs = {k: tmp_path / f"{k}.jsonl" for k in ("access_log", "decisions")}
+    with Server("people", workers=1, **logs) as server:
+        async def ask():
+            connection = load_test.Connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+            body = json.dumps({"rows": [GOOD], "probs": True}).encode()
+            out = [await connection.ask(load_test.post("/v1/predict", body, "application/json", **how)) for how in ({"X-Request-Id": "mine-1"}, {"X-Request-Id": "mine-1"}, {})]
+            out.append(await connection.ask(load_test.post("/v1/predict", b"{", "application/json")))
+            connection.close()
+            return out
+        replies = asyncio.run(ask())
+    heads, bodies = [h for _, h, _ in replies], [json.loads(b) for *_, b in replies[:3]]
+    assert [h["x-request-id"] for h in heads[:2]] == ["mine-1"] * 2 and len({h["x-request-id"] for h in heads}) == 3
+    assert len({b["id"] for b in bodies}) == 3 and [b["id"] for b in bodies] == [h["x-answer-id"] for h in heads[:3]]
+    read = {k: [json.loads(line) for line in f.read_text().splitlines()] for k, f in logs.items()}
+    assert [(r["id"], r["status"]) for r in read["access_log"]] == [(h["x-request-id"], s) for h, s in zip(heads, (200, 200, 200, 400))]
+    for line, body in zip(read["decisions"], bodies, strict=True):
+        assert (line["id"], line["rows"], line["models"], line["probs"]) == (body["id"], [{**GOOD, "age": 30., "rooms": 2.}], body["models"], body["probs"])
+        assert line["version"] == 1 and line["digest"] == body["digest"]

@@ -1,8 +1,11 @@
 """A server whose model store breaks: it answers on, says so, follows again once the store is whole, and never acknowledges what isn't done."""
 import errno
+import json
+import os
 import sqlite3
 import subprocess
 import threading
+import time
 from contextlib import closing, contextmanager
 
 import numpy as np
@@ -114,7 +117,7 @@ def test_the_server_follows_again_after_any_fault(served, home, fault):
     assert until(lambda: state(client)["following"]["ok"], 60) and state(client)["error"] is None
     assert store.current("net") == 1  # nothing was half done
     assert client.pin(2) == {"version": 2, "serving": 2}
-    assert client.batch([PICTURE])["version"] == 2 and store.info("net", 2)["stable"]
+    assert client.batch([PICTURE])["version"] == 2 and until(lambda: store.info("net", 2)["stable"], 60)
     assert client.rollback() == {"version": 1, "serving": 1}
 
 
@@ -143,3 +146,172 @@ def test_a_version_that_cannot_be_served_is_no_success(served):
     assert e.value.status == 503 and "version 3" in str(e.value) and "my_arch" in str(e.value) and "version 1 answers" in str(e.value)
     assert "my_arch" in state(client)["error"] and client.batch([PICTURE])["version"] == 1
     assert client.pin(2) == {"version": 2, "serving": 2} and state(client)["error"] is None
+
+
+# ------------------------------------------------------------------ fifty faults
+
+@contextmanager
+def locked(store):
+    "Somebody keeps the database to himself."
+    with closing(sqlite3.connect(store.root / "models.db", isolation_level=None)) as db:
+        db.execute("pragma locking_mode=exclusive"); db.execute("begin exclusive"); db.execute("select * from event").fetchall()
+        yield
+        db.execute("rollback")
+
+
+@contextmanager
+def one_page(store):
+    "One page in the middle of the database is overwritten; its first page is whole."
+    file = store.root / "models.db"
+    with closing(sqlite3.connect(file)) as db: db.execute("pragma wal_checkpoint(truncate)")
+    whole = file.read_bytes()
+    with closing(sqlite3.connect(file)) as db: root, = db.execute("select rootpage from sqlite_master where name='event'").fetchone()
+    at = (root - 1) * 4096
+    file.write_bytes(whole[:at] + os.urandom(4096) + whole[at + 4096:])
+    try: yield
+    finally: file.write_bytes(whole)
+
+
+@contextmanager
+def read_only(store):
+    "Nothing may be written: the disk is mounted read-only."
+    def remount(): return not subprocess.run(["mount", "-o", "remount,ro", store.root.parent], capture_output=True).returncode
+    assert until(remount, 60)     # not while somebody writes
+    try: yield
+    finally: subprocess.run(["mount", "-o", "remount,rw", store.root.parent], check=True)
+
+
+@contextmanager
+def no_objects(store):
+    "The folder of the versions' files went away; the database is there."
+    away = store.objects.rename(store.objects.with_name("objects.away"))
+    try: yield
+    finally: away.rename(store.objects)
+
+
+@contextmanager
+def cut(store):
+    "The second half of the database is missing."
+    file = store.root / "models.db"
+    with closing(sqlite3.connect(file)) as db: db.execute("pragma wal_checkpoint(truncate)")
+    whole = file.read_bytes()
+    os.truncate(file, len(whole) // 2 // 4096 * 4096)
+    try: yield
+    finally: file.write_bytes(whole)
+
+
+@contextmanager
+def empty(store):
+    "The database is a file of nothing; whoever finds it makes no new store of it."
+    file = store.root / "models.db"
+    with closing(sqlite3.connect(file)) as db: db.execute("pragma wal_checkpoint(truncate)")
+    whole = file.read_bytes()
+    file.write_bytes(b"")
+    try: yield
+    finally:
+        for more in ("-wal", "-shm"): file.with_name(file.name + more).unlink(missing_ok=True)
+        file.write_bytes(whole)
+
+
+FAULTS = full, locked, damaged, one_page, cut, empty, read_only, gone, no_file, no_objects
+MOMENTS = "before", "pin", "follow", "stable", "rollback"   # what is about to happen when the fault comes
+
+
+class Told(threading.Thread):
+    "What /health/ready says, all the while: [(s, state)]."
+    def __init__(self, url):
+        super().__init__(daemon=True)
+        self.client, self.said, self.end = Client(url), [], threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.end.is_set():
+            self.said.append((time.monotonic(), state(self.client)))
+            self.end.wait(.05)
+
+    def __enter__(self): return self
+    def __exit__(self, *exc): self.end.set(); self.join(60)
+
+
+def attempt(change):
+    "What an operator is told: the answer, or the error's status."
+    try: return change()
+    except ServerError as e: return e.status
+
+
+def settled(store, client, version):
+    assert client.pin(version) == {"version": version, "serving": version}
+    assert client.batch([PICTURE])["version"] == version
+    assert until(lambda: store.info("net", version)["stable"], 60)
+
+
+def begun(moment, store, client):
+    "Bring about the moment at which the fault comes: [what runs in the background]."
+    if moment == "pin": job = threading.Thread(target=attempt, args=(lambda: client.pin(2),))
+    elif moment == "follow": job = threading.Thread(target=lambda: store.pin("net", 2))
+    elif moment == "stable": job = threading.Thread(target=lambda: attempt(lambda: (client.pin(2), client.batch([PICTURE]))))
+    elif moment == "rollback": job = threading.Thread(target=attempt, args=(client.rollback,))
+    else: return []
+    job.start()
+    return [job]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_fifty_faults(served, home, fault, moment):
+    """Whatever breaks, at whatever moment: no success that changed nothing, health that tells the truth throughout, and within seconds of
+    the recovery what the store says is served."""
+    if not home[1]: pytest.skip("no disk of its own can be mounted here")
+    server, store = served
+    client = Client(server.url)
+    for v in (2, 1): settled(store, client, v)
+    with Told(server.url) as told:
+        jobs, heard = [], []
+        try:
+            jobs = begun(moment, store, client)
+            with fault(store):
+                time.sleep(.3)
+                holds = threading.Thread(target=lambda: heard.append(attempt(lambda: client.pin(2))))
+                holds.start()
+                holds.join(2)
+                assert client.batch([PICTURE])["version"] in (1, 2)
+        finally:
+            for job in jobs: job.join(120)
+            holds.join(120)
+        healed = time.monotonic()
+        assert until(lambda: store.follows("net") == state(client)["version"] and state(client)["following"]["ok"], 60)
+        took = time.monotonic() - healed
+    for answer in heard:   # a success is one that was followed; else it was an error
+        assert answer == {"version": 2, "serving": 2} or answer in (404, 409, 503), answer
+        if isinstance(answer, dict): assert ("pin", 2) in set(zip(*(store.history("net")[c] for c in ("op", "version"))))
+    assert all(s["ready"] and all(t["ok"] for t in s["tasks"].values()) for _, s in told.said)
+    settled(store, client, 2)
+    with open(os.environ.get("OPML_FAULTS", os.devnull), "a") as f: f.write(json.dumps([fault.__name__, moment, took, str(heard)]) + "\n")
+
+
+def test_a_task_that_fails_is_restarted_and_told(served):
+    "The states of the background tasks stand in /health/ready and /metrics."
+    client = Client(served[0].url)
+    assert set(state(client)["tasks"]) >= {"follower", "watchdog", "batcher"}
+    assert 'flexserve_task_up{task="follower"} 1.0' in client.metrics()
+
+
+def test_a_full_disk_is_said_in_one_line(served, home):
+    "`publish` and `add` on a full disk: one line, exit code 2, no traceback, and the store is as it was; then they succeed."
+    import os
+    import sys
+
+    import torch
+    if not home[1]: pytest.skip("no disk of its own can be mounted here")
+    _, store = served
+    before = len(store.history("net"))
+    torch.jit.trace(torch.nn.Linear(200, 2000), torch.zeros(1, 200)).save(home[0].parent / "wide.pt")
+    add = [sys.executable, "-m", "opml_wb.core.cli", "flexserve", "add", "wide", home[0].parent / "wide.pt", "--columns", ",".join(f"c{i}" for i in range(200))]
+    def run(): return subprocess.run(add, env={**os.environ, "OPML_HOME": str(home[0])}, capture_output=True, text=True)
+    with full(store):
+        done = run()
+        assert done.returncode == 2 and "the disk is full" in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert len(store.history("net")) == before and "wide" not in store.names() and not store.collect()
+    assert run().returncode == 0 and store.current("wide") == 1

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HERE', 'VERBS', 'SECTIONS', 'COMPLETION', 'SETTINGS', 'NOWHERE', 'as_command', 'Commands', 'cli', 'refuse', 'broken',
-           'main']
+           'tell_hooks', 'main']
 
 # %% ../../../nbs/core/cli/01_verbs.ipynb #a97d4a8a
-import os, shutil, sys, textwrap, warnings
+import os, shutil, sys, textwrap, time, warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -207,9 +208,18 @@ def _called(argv: list[str]) -> int:
         from opml_wb.core.record.data import DataError
         return refuse(e, argv) if isinstance(e, DataError) else broken(e, argv)
 
+# %% ../../../nbs/core/cli/01_verbs.ipynb #71a8ad94
+def tell_hooks(verb: str, code: int, seconds: float) -> None:
+    "Tell registered hooks which verb ended, with which exit code, after how long. Never raises."
+    for entry in plugged("command_hooks").values():
+        with suppress(Exception, SystemExit): entry.load()(verb, code, seconds)
+
 # %% ../../../nbs/core/cli/01_verbs.ipynb #8299cc9c
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command `opml` with the arguments `argv` (default: the process's), and end the
     process with its exit code."""
     warnings.showwarning = _warn
-    sys.exit(_called(sys.argv[1:] if argv is None else list(argv)))
+    args, began = sys.argv[1:] if argv is None else list(argv), time.monotonic()
+    code = _called(args)
+    tell_hooks(next((a for a in args if not a.startswith("-")), ""), code, time.monotonic() - began)
+    sys.exit(code)

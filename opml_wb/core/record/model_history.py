@@ -84,6 +84,15 @@ def current(self: ModelState, config: str | None = None) -> int | None:
     fits = [v for v in served if config in (None, self.versions[v]["config"])]
     return fits[-1] if fits else None
 
+# %% ../../../nbs/core/record/11_model_history.ipynb #a8119fb9
+@patch
+def follows(self: ModelState, config: str | None = None) -> int | None:
+    """Find the version that a server for `config` follows; without one it is the version served
+    among those for no configuration, or among all where there is none."""
+    served = (*self.promoted, *self.pinned.values())
+    plain = [v for v in served if self.versions[v]["config"] is None]
+    return plain[-1] if config is None and plain else self.current(config)
+
 # %% ../../../nbs/core/record/11_model_history.ipynb #5f5cda62
 @patch
 def before(self: ModelState, v: int) -> int | None:

@@ -140,6 +140,13 @@ def current(self: ModelStore, name: str, config: str | None = None) -> int | Non
     With `config`, among those published for it. Raises UnknownModel."""
     return self._state(name).current(config)
 
+# %% ../../../nbs/core/record/12_models.ipynb #a4a587b8
+@patch
+def follows(self: ModelStore, name: str, config: str | None = None) -> int | None:
+    """Find the version that a server for `config` follows; without one, that of those published for
+    no configuration, or of all where there is none. Raises UnknownModel."""
+    return self._state(name).follows(config)
+
 # %% ../../../nbs/core/record/12_models.ipynb #35a2cb46
 @patch
 def resolve(self: ModelStore, name: str, config: str | None = None,
@@ -261,14 +268,19 @@ def unpin(self: ModelStore, name: str) -> None:
 
 # %% ../../../nbs/core/record/12_models.ipynb #b9c78705
 @patch
-def rollback(self: ModelStore, name: str) -> int:
+def rollback(self: ModelStore, name: str, of: int | None = None) -> int:
     """Serve the last stable version before the current one, for the same configuration.
 
-    A pin moves along. Returns its number. Raises ModelError when nothing is served, or nothing
-    before it is stable."""
+    `of`: a version that is served, in the place of the current one. A pin moves along. Returns its
+    number. Raises ModelError when nothing is served, or nothing before it is stable."""
+    def served(state):
+        if of is None: return state.current()
+        return state.follows(state.versions[state.known(name, of)]["config"])
     with self.events.session() as session:
         state = session.state(name)
-        if (v := state.current()) is None:
+        if of not in (None, v := served(state)):
+            raise ModelError(f"{name!r}: version {of} is no longer served: look again")
+        if v is None:
             raise ModelError(f"{name!r}: nothing is served: promote or pin a version first")
         if (back := state.before(v)) is None:
             raise ModelError(f"{name!r}: no version before {v} is marked stable: "
@@ -276,7 +288,7 @@ def rollback(self: ModelStore, name: str) -> int:
         self._whole(name, back, state.versions[back])
         with session.writing():
             now = session.state(name)
-            if (now.current(), now.before(v) if v in now.versions else None) != (v, back):
+            if (served(now), now.before(v) if v in now.versions else None) != (v, back):
                 raise ModelError(f"{name!r}: another operator has just changed what is served: "
                                  "look again")
             session.add("rollback", name, back)
@@ -284,6 +296,24 @@ def rollback(self: ModelStore, name: str) -> int:
     return back
 
 # %% ../../../nbs/core/record/12_models.ipynb #abb150fb
+@patch
+def collect(self: ModelStore, dry_run: bool = False) -> list[tuple[str, int]]:
+    """Remove contents that no version has, left by a kill: [(digest, bytes)]; `dry_run`: tell only.
+
+    Nobody publishes meanwhile, so nothing that is on its way is taken for one."""
+    with self.events.session() as session, session.writing():
+        states = [session.state(name) for name in session.names()]
+        kept = {r["digest"] for state in states for r in state.versions.values()}
+        found = [p for p in self.objects.glob("*") if p.is_dir() and p.name[0] != "."
+                 and p.name not in kept]
+        sizes = [(p.name,
+                  sum(f.stat().st_size for f in p.rglob("*") if f.is_file())) for p in found]
+        if not dry_run:
+            for p in found: remove_files(p)
+    if not dry_run: sweep(self.objects)
+    return sizes
+
+# %% ../../../nbs/core/record/12_models.ipynb #267ab310
 @patch
 def remove(self: ModelStore, name: str, v: int) -> None:
     "Take version `v` out of the store; its history stays. Refused (ModelError) while it is served."

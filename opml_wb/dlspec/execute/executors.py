@@ -157,7 +157,8 @@ def ask(self: WorkerProcess, job: dict[str, Any], data: Any, limit_s: float) -> 
     """Run a job on `data`. Raises ExecutionError: with the stage's traceback, or saying how the
     process ended."""
     self.pool.used = 0
-    sent = json.dumps({**job, "data": pipeline.encode(data, self.pool)}) + "\n"
+    given = pipeline.encode(data, self.pool)
+    sent = json.dumps({**job, "data": given, "used": self.pool.used}) + "\n"
     try:
         self.process.stdin.write(sent.encode())   # type: ignore[union-attr]
         self.process.stdin.flush()                # type: ignore[union-attr]
@@ -233,7 +234,8 @@ class Venv:
         if lacks := unfit(self.software, version, have):
             told = "; ".join(lacks)
             raise ExecutionError(f"{self.software.id} doesn't fit {self.python}: {told}; "
-                                 f"make one that does: opml dlspec build {self.software.id}")
+                                 f"one that does is looked for in {home()/'dlspec'/'venvs'}/"
+                                 f"{self.software.name}@{self.software.version}")
         return f"Python {version}, {self.python}"
 
     def __call__(self, job: dict[str, Any], data: Any,

@@ -207,31 +207,45 @@ def _encode_array(value: Any, pool: Pool) -> Any:
     if a.dtype.kind not in KINDS:
         if a.dtype.kind in "UO": return encode(a.tolist(), pool)
         raise TypeError(f"an array of {a.dtype} can't leave the worker")
+    if (there := _lies_at(a, pool)) is not None:
+        return {"array": [a.dtype.str, list(a.shape), there]}
     start, room = pool.used, pool.room(a.nbytes)
     np.frombuffer(room, a.dtype).reshape(a.shape)[...] = a
     return {"array": [a.dtype.str, list(a.shape), start]}
 
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #b8eddf96
-def decode(value: Any, pool: Pool) -> Any:
-    "Make the value again that `encode` made JSON of; arrays are copies. Raises ValueError."
-    if isinstance(value, list): return [decode(v, pool) for v in value]
+def _lies_at(a: Any, pool: Pool) -> int | None:
+    "Find where in the pool an array lies that a stage passed on; None: it lies elsewhere."
+    import numpy as np
+    if pool.map is None or not a.nbytes or not a.flags.c_contiguous: return None
+    start = a.ctypes.data - np.frombuffer(pool.map, np.uint8).ctypes.data
+    return start if 0 <= start <= len(pool.map) - a.nbytes else None
+
+# %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #a5b2c9e3
+def decode(value: Any, pool: Pool, copy: bool = True) -> Any:
+    """Make the value again that `encode` made JSON of. Raises ValueError.
+
+    copy: of arrays; else they lie in the pool, as long as it isn't used again."""
+    if isinstance(value, list): return [decode(v, pool, copy) for v in value]
     if not isinstance(value, dict): return value
     (kind, said), = value.items()
     if kind == "float": return float(said)
     if kind == "bytes": return bytes(pool.at(*said))
-    if kind == "dict": return {decode(k, pool): decode(v, pool) for k, v in said}
+    if kind == "dict": return {decode(k, pool): decode(v, pool, copy) for k, v in said}
     import numpy as np
     dtype, shape, start = np.dtype(said[0]), [int(n) for n in said[1]], int(said[2])
     if kind != "array" or dtype.kind not in KINDS: raise ValueError(f"no array: {said!r:.80}")
     n = math.prod(shape) * dtype.itemsize
-    return np.frombuffer(pool.at(start, n), dtype).reshape(shape).copy()
+    array = np.frombuffer(pool.at(start, n), dtype).reshape(shape)
+    return array.copy() if copy else array
 
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #45afafb6
 def answer(job: dict[str, Any], pool: Pool) -> dict[str, Any]:
     "Run one job: {ok: encoded result}, or {failed: traceback, type, text}."
     import traceback
     try:
-        data, pool.used = decode(job.pop("data"), pool), 0
+        data = decode(job.pop("data"), pool, copy=False)
+        pool.used = job.pop("used", pool.used)      # what comes out lies behind what came in
         return {"ok": encode(Pipeline(job)(data), pool)}
     except BaseException as e:
         if isinstance(e, SystemExit | KeyboardInterrupt):

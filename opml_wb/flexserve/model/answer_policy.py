@@ -184,9 +184,8 @@ def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = N
     `models`: names of the models, in the order of the answers; `classes`: all the names that
     these may give, or None; `valued`: those that give values, which no policy combines."""
     asked = [models[i] for i in self.rows(models, len(models))]
-    for name in asked:
-        if name in valued:
-            raise PolicyError(f"models: {name!r} gives values, not classes: name the others")
+    if odd := [name for name in asked if name in valued]:
+        raise PolicyError(f"models: {odd[0]!r} gives values, not classes: name the others")
     if classes is not None and self.target is not None: index_of(self.target, classes, "target")
     if self.k is not None and self.k > len(asked):
         raise PolicyError(f"k: {self.k}: there are {len(asked)} models")
@@ -197,8 +196,7 @@ def check(self: Policy, models: Sequence[str], classes: Sequence[str] | None = N
 
 # %% ../../../nbs/flexserve/model/07_answer_policy.ipynb #d43ac7d6
 def _names(labels, probs, classes):
-    """Name the class of each column of `probs`: `classes`, or learned from the labels, which are
-    their maxima; None where unknown."""
+    "Name each column of `probs`: `classes`, or learned from the labels; None where unknown."
     if classes is not None: return list(classes)
     asked = np.array([label is not None for label in labels.ravel()]).reshape(labels.shape)
     names = [None] * probs.shape[2]
@@ -258,8 +256,7 @@ def _cut(policy, n):
 
 # %% ../../../nbs/flexserve/model/07_answer_policy.ipynb #96354de4
 def _settled(policy, x, names):
-    """Find (B,) bool, where the verdict is the same for any open answers: for all of them 0 and
-    all of them 1."""
+    "Find (B,) bool, where the verdict is the same whether all open answers are 0 or all are 1."
     low, high = (_score(policy, np.where(np.isnan(x), fill, x), names) >= _cut(policy, len(x))
                  for fill in (0., 1.))
     return low == high

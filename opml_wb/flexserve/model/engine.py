@@ -18,7 +18,7 @@ from ...core.kit.words import check_whole
 from .bundle import Bundle, BundleError
 from .feeds import batches
 from .formats import OutputError, Runner, answer_of
-from .images import is_picture
+from .images import Prepared, is_picture
 from .onnx import Backend, OnnxBackend, place, prepare
 from .rows import read_rows
 from .answer_policy import Policy, PolicyError, Verdict, index_of
@@ -157,13 +157,19 @@ def describe(self: Engine) -> dict[str, Any]:
             "why": self.why, "parity": self.parity,
             "device": self.device, "classes": self.classes, "models": models}
 
+# %% ../../../nbs/flexserve/model/08_engine.ipynb #8e14bfc6
+def _fed(feed, k, items):
+    "Make the arrays of feed `k`, but of what was transformed where it was decoded."
+    if not any(isinstance(i, Prepared) for i in items): return feed.many(items)
+    return [i.tensors[k] if isinstance(i, Prepared) else feed(i) for i in items]
+
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #31af80e6
 @patch
 def _batches(self: Engine, items, rows):
     """Make and group the arrays: [(indices, [one (b, ...) for each feed, None where no row needs
     it])], at most MOST items each."""
     used = {k for i in rows for k in self.inputs[i]}
-    arrays = [f.many(items) if k in used else None for k, f in enumerate(self.feeds)]
+    arrays = [_fed(f, k, items) if k in used else None for k, f in enumerate(self.feeds)]
     return batches(arrays, len(items), MOST[self.bundle.kind])
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #6849a6cc
@@ -219,7 +225,7 @@ def _items(given, schema):
         return rows
     images = list(given)
     for i, image in enumerate(images):
-        if not is_picture(image):
+        if not is_picture(image) and not isinstance(image, Prepared):
             got = f"{type(image).__name__} {getattr(image, 'shape', '')}"
             raise ValueError(f"images[{i}]: expected (H, W, 3) uint8, got {got}")
     return images

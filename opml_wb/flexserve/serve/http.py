@@ -9,6 +9,7 @@ __all__ = ['Handler', 'AdminApi', 'StatusApi', 'Service', 'routes', 'create_app'
 import asyncio, sqlite3, time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import orjson
@@ -20,26 +21,31 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
 from . import openapi
-from .group import log
+from .bodies import read
+from .fair import Path
+from .logs import Logs, request_id
 from .metrics import CONTENT_TYPE
 from .oip import Protocol
 from .pool import Follower, WorkerPool
 from .prediction import (FlexServeApi, PredictionApi, Predictor,
-                                                json_response, read, refusal)
+                                                json_response, refusal)
 from .request import Refused, media_type, parsed_json
 from .settings import Settings, Tokens
+from .tasks import log
 
 if TYPE_CHECKING: from opml_wb.core.record.models import ModelStore
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #6fddec41
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #6afe577b
 class AdminApi:
     """The endpoints that change the version in service: the store decides, and `follower` serves
     it. Without a store all are 404."""
     def __init__(self, follower: Follower | None, settings: Settings) -> None:
         self.follower, self.settings = follower, settings
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #52777804
 @patch
 def _following(self: AdminApi):
     "The follower. Raises Refused 404 without a store."
@@ -60,7 +66,7 @@ async def _of_store(ask, *args):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5cf022f1
 @patch
-async def _change(self: AdminApi, request, operation, *names):
+async def _change(self: AdminApi, request, operation, *names, **more):
     """Call the store's `operation` with the whole numbers `names` of the body, and answer when it
     is served."""
     follower = self._following()
@@ -74,11 +80,16 @@ async def _change(self: AdminApi, request, operation, *names):
     if any(abs(v) >= 2**63 for v in given.values()):
         raise Refused(404, f"no version {given['version']}")
     await _of_store(follower.there)     # what is gone isn't made anew
-    found = await _of_store(getattr(follower.store, operation), follower.name, *given.values())
+    change = partial(getattr(follower.store, operation), **more)
+    found = await _of_store(change, follower.name, *given.values())
     version = found if isinstance(found, int) else given.get("version")
     if why := await follower.follow():
         raise Refused(503, f"the store keeps this {operation}, but {why}: version "
                            f"{follower.pool.serving} answers", retry_after="1")
+    if version not in (None, follower.pool.serving):
+        raise Refused(409, f"the store keeps this {operation}, but version {follower.pool.serving} "
+                           f"answers: version {version} is for another configuration, or another "
+                           f"operator changed it since")
     return json_response({"version": version, "serving": follower.pool.serving})
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #c8447b4b
@@ -87,6 +98,7 @@ async def pin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/pin`."
     return await self._change(request, "pin", "version")
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #328d4cb5
 @patch
 async def unpin(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/unpin`."
@@ -96,7 +108,8 @@ async def unpin(self: AdminApi, request: HttpRequest) -> Response:
 @patch
 async def rollback(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `POST /v1/rollback`."
-    return await self._change(request, "rollback")
+    serving = self.follower.pool.serving if self.follower else None
+    return await self._change(request, "rollback", of=serving)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #05b9a11d
 @patch
@@ -104,7 +117,7 @@ async def versions(self: AdminApi, request: HttpRequest) -> Response:
     "Answer `GET /v1/versions`."
     f = self._following()
     history = await _of_store(f.store.history, f.name)
-    current = await _of_store(f.store.current, f.name)
+    current = await _of_store(f.store.follows, f.name, f.config)
     rows = orjson.loads(history.to_json(orient="records", date_format="iso"))
     return json_response({"name": f.name, "current": current, "serving": f.pool.serving,
                           "history": rows})
@@ -112,9 +125,11 @@ async def versions(self: AdminApi, request: HttpRequest) -> Response:
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #1541923a
 class StatusApi:
     "The endpoints that describe the server: health, metrics, its documentation."
-    def __init__(self, pool: WorkerPool, follower: Follower | None = None) -> None:
-        self.pool, self.follower = pool, follower
+    def __init__(self, pool: WorkerPool, follower: Follower | None = None,
+                 logs: Logs | None = None) -> None:
+        self.pool, self.follower, self.logs = pool, follower, logs or Logs()
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #a107d4f9
 @patch
 async def live(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /health/live`."
@@ -129,7 +144,7 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
     p, f = self.pool, self.follower
     ready = p.ready and not p.draining
     state = {"ready": ready, "draining": p.draining, "version": p.serving,
-             "error": p.error or (f.error if f else None)}
+             "error": p.error or (f.error if f else None), "tasks": p.tasks.about()}
     if f: state["following"] = {"ok": f.error is None, "last_s": time.monotonic() - f.looked}
     return json_response(state, 200 if ready else 503)
 
@@ -138,6 +153,7 @@ async def ready(self: StatusApi, request: HttpRequest) -> Response:
 async def metrics(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /metrics`."
     self.pool.gauge()
+    self.pool.metrics.lost_lines.set(self.logs.lost)
     if self.follower: self.pool.metrics.following.set(self.follower.error is None)
     return Response(self.pool.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
@@ -151,9 +167,10 @@ async def docs(self: StatusApi, request: HttpRequest) -> Response:
 @patch
 async def spec(self: StatusApi, request: HttpRequest) -> Response:
     "Answer `GET /openapi.json`."
-    models = [m["name"] for m in self.pool.current.bundle.models] if self.pool.current else []
-    return json_response(openapi.document([self.pool.name, *models] if models else (),
-                                          self.pool.serving))
+    bundle = self.pool.current.bundle if self.pool.current else None
+    models = [self.pool.name, *(m["name"] for m in bundle.models)] if bundle else ()
+    return json_response(openapi.document(models, self.pool.serving,
+                                          bundle.schema if bundle else None))
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #f03d2555
 class Service:
@@ -162,15 +179,15 @@ class Service:
 
     `endpoint` is the one place that every request passes: role, errors, counters."""
     def __init__(self, pool: WorkerPool, store: "ModelStore | None" = None, name: str = "ensemble",
-                 tokens: Tokens | None = None) -> None:
-        self.pool, self.tokens, self.metrics = pool, tokens, pool.metrics
+                 tokens: Tokens | None = None, logs: Logs | None = None) -> None:
+        self.pool, self.tokens, self.metrics, self.logs = pool, tokens, pool.metrics, logs or Logs()
         self.follower = Follower(pool, store, name) if store is not None else None
-        self.predictor = Predictor(pool, name)
+        self.predictor = Predictor(pool, name, self.logs)
         self.flexserve = FlexServeApi(self.predictor)
         self.prediction = PredictionApi(self.predictor)
         self.protocol = Protocol(self.predictor, self.follower)
         self.admin = AdminApi(self.follower, pool.settings)
-        self.status = StatusApi(pool, self.follower)
+        self.status = StatusApi(pool, self.follower, self.logs)
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #46d9bcd6
 @patch
@@ -183,6 +200,16 @@ def authorise(self: Service, request: HttpRequest, role: str | None) -> None:
                       www_authenticate="Bearer")
     if role not in roles: raise Refused(403, f"this token has not the role {role!r}")
 
+# %% ../../../nbs/flexserve/serve/13_http.ipynb #f410ce67
+@patch
+def client(self: Service, request: HttpRequest) -> Path:
+    """Say who asks: whose token it is, or whom a trusted proxy's header names, or the address;
+    and on which connection."""
+    host, port = request.client or ("", 0)
+    name = self.pool.settings.client_header
+    who = request.headers.get("authorization") if self.tokens else None
+    return who or (name and request.headers.get(name)) or host, (host, port)
+
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #c8b7470c
 @patch
 def endpoint(self: Service, path: str, method: str, handler: Handler,
@@ -190,11 +217,13 @@ def endpoint(self: Service, path: str, method: str, handler: Handler,
     "Make the Route of `handler`, for tokens with `role` (None: for everybody)."
     async def call(request):
         began = time.perf_counter()
+        request.state.id = request_id(request.headers.get("x-request-id"))
         try:
             self.authorise(request, role)
+            request.state.client = self.client(request)
             response = await handler(request)
         except Exception as e: response = self._failure(path, e)
-        self._finished(path, response, time.perf_counter() - began)
+        self._finished(request, path, response, time.perf_counter() - began)
         return response
     route = Route(path, call, methods=[method])
     (route.methods or set()).discard("HEAD")
@@ -214,8 +243,12 @@ def _failure(self: Service, path, e):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #f3f84fb0
 @patch
-def _finished(self: Service, path, response, seconds):
-    "Count an answer."
+def _finished(self: Service, request, path, response, seconds):
+    "Count an answer, name its request, and note both."
+    response.headers["x-request-id"] = request.state.id
+    self.logs.accessed(id=request.state.id, client=request.client and request.client.host,
+                       method=request.method, path=path, status=response.status_code,
+                       ms=round(1000 * seconds, 3), answer=response.headers.get("x-answer-id"))
     if self.pool.draining: response.headers["connection"] = "close"
     self.metrics.requests.labels(path, str(response.status_code)).inc()
     self.metrics.request_seconds.observe(seconds)
@@ -257,19 +290,21 @@ async def _not_found(request, e):
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5abbe056
 def create_app(store: "ModelStore | None", name: str, settings: Settings | None = None,
-               tokens: Tokens | None = None) -> Starlette:
+               tokens: Tokens | None = None, logs: Logs | None = None) -> Starlette:
     """Make a Starlette application that serves the version that ModelStore `store` says is current
     under `name`.
 
-    `settings`: Settings, `tokens`: Tokens; `app.state.service` is its Service once it runs."""
+    `settings`: Settings, `tokens`: Tokens, `logs`: Logs, closed at the end; `app.state.service` is
+    its Service once it runs: `service.predictor.heard` takes functions of a `logs.Decision`."""
     @asynccontextmanager
     async def lifespan(app):
-        app.state.service = service = Service(WorkerPool(settings, name=name), store, name, tokens)
+        app.state.service = service = Service(WorkerPool(settings, name=name), store, name, tokens,
+                                              logs)
         app.router.routes.extend(routes(service))
-        task = service.follower and asyncio.create_task(service.follower.run())
+        if service.follower: service.pool.tasks.keep("follower", service.follower.run)
         yield
-        if task: task.cancel()
         await service.pool.close()
+        service.logs.close()
     app = Starlette(lifespan=lifespan, exception_handlers={404: _not_found, 405: _not_found})
     app.state.settings = settings = settings or Settings()
     return app

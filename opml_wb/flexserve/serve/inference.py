@@ -134,9 +134,10 @@ def _group(engine, parts, limits):
     """Answer parts [(images, options)] that are run together: (answers, [costs and counts]).
 
     Where a model fails, each part is run by itself: who didn't ask that model has an answer."""
-    began = time.perf_counter()
+    began, used = time.perf_counter(), [time.process_time()]
     read = [_decoded(images, limits) for images, _ in parts]
     flat = _flat([good for good, _, _ in read])
+    used.append(time.process_time())
     decoded, how = time.perf_counter(), _how(parts)
     labels, probs, verdict, failed = (_infer(engine, flat, **how) if len(flat)
                                       else (None, None, None, {}))
@@ -158,7 +159,9 @@ def _group(engine, parts, limits):
         answers.append(_answer(len(images), names, engine.classes, labels[:, take], probs[:, take],
                                mine,
                                [place for _, place in kept], sorted(errors + bad), o))
-    times = {"decode": decoded - began, "infer": time.perf_counter() - decoded}
+    used.append(time.process_time())
+    times = {"decode": decoded - began, "infer": time.perf_counter() - decoded,
+             "cpu": (used[1] - used[0], used[2] - used[1])}
     return answers, [{"images": len(flat), **times, **_counts(names, labels)}]
 
 # %% ../../../nbs/flexserve/serve/03_inference.ipynb #e53050c6

@@ -23,6 +23,7 @@ COUNTERS = {  # name: (metric, text, *labels)
     "images": ("images", "Images answered"),
     "bad": ("bad_images", "Images refused, by reason", "code"),
     "restarts": ("worker_restarts", "Workers that died and were replaced"),
+    "task_failures": ("task_failures", "Failures of the server's background tasks", "task"),
     "requeued": ("requeued_images", "Images put back when their worker died"),
     "swaps": ("swaps", "Versions put into service"),
     "classes": ("answers", "Answers of a model by class", "model", "class_name"),
@@ -31,14 +32,17 @@ COUNTERS = {  # name: (metric, text, *labels)
 GAUGES = {
     "waiting": ("waiting_images", "Images that wait for a worker"),
     "workers": ("workers", "Workers that are ready"),
+    "task_up": ("task_up", "1 while a background task is well, else 0", "task"),
+    "jobs": ("waiting_jobs", "Pictures and bodies that wait for a helper"),
     "following": ("following", "1 while the model store can be followed, else 0"),
+    "lost_lines": ("lost_log_lines", "Lines of the access and decision logs that were lost"),
     "version": ("version", "The version in service", "name", "version", "digest")}
 HISTOGRAMS = {
     "batch_images": ("Images in a batch", SIZES),
     "decode_seconds": ("Decoding of a batch", SECONDS),
     "infer_seconds": ("Transform and models of a batch", SECONDS),
     "request_seconds": ("A request from its arrival to its answer", SECONDS),
-    "prediction_error_seconds": ("Absolute error of the predicted time of a batch", SECONDS)}
+    "prediction_error_seconds": ("Absolute error of the predicted CPU of a batch", SECONDS)}
 
 # %% ../../../nbs/flexserve/serve/05_metrics.ipynb #0dcc1144
 class Metrics:

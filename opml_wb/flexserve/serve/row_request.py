@@ -122,10 +122,11 @@ def parse_rows(body: bytes, content_type: str, query: Mapping[str, str], schema:
             raise Refused(422, f"{next(iter(query))!r} in the URL: with a JSON body all fields "
                                f"belong there")
         rows, ids, given = _json(body, schema)
-        return Ask(rows, ids, unit="row", **fields(given))
+        return Ask(rows, ids, unit="row", schema=schema, **fields(given))
     if kind == "multipart/form-data":
         rows, given = _form(body, content_type, schema, query)
-        return Ask(rows, unit="row", **fields(given))
-    if kind in TABLES: return Ask(TABLES[kind](body, schema), unit="row", **fields(query))
+        return Ask(rows, unit="row", schema=schema, **fields(given))
+    if kind in TABLES:
+        return Ask(TABLES[kind](body, schema), unit="row", schema=schema, **fields(query))
     raise Refused(415, f"Content-Type {kind or 'missing'!r}: this model takes rows: expected "
                        f"application/json, multipart/form-data, {', '.join(TABLES)}")

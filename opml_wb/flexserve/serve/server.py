@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .http import create_app
+from .logs import Logs
 from .settings import Settings, Tokens, loopback
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def told(about: dict[str, Any]) -> None:
 
 def serve(store: "ModelStore", name: str, *, host: str = "127.0.0.1", port: int = 0,
           settings: Settings | None = None,
-          tokens: Tokens | None = None, lame: float = .5,
+          tokens: Tokens | None = None, logs: Logs | None = None, lame: float = .5,
           tell: Callable[[dict[str, Any]], None] = told) -> int:
     """Serve `name` of ModelStore `store` until SIGTERM or Ctrl-C; the exit code.
 
@@ -148,7 +149,7 @@ def serve(store: "ModelStore", name: str, *, host: str = "127.0.0.1", port: int 
     if tokens is None and not loopback(host):
         raise ValueError(f"{host} can be reached from other machines: give --token-file, or listen "
                          f"on 127.0.0.1")
-    if store.current(name) is None:
+    if store.follows(name, (settings or Settings()).config or None) is None:
         raise ValueError(f"nothing of {name!r} is served: publish or pin a version first")
     sock = bound(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
@@ -157,7 +158,7 @@ def serve(store: "ModelStore", name: str, *, host: str = "127.0.0.1", port: int 
         about = {"version": group.version, "digest": group.bundle.digest,
                  "engine": group.about["engine"]}
         tell({"url": url, "name": name, **about})
-    app = create_app(store, name, settings, tokens)
+    app = create_app(store, name, settings, tokens, logs)
     with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
         return runner.run(_front(app, sock, lame, ready))
 

@@ -1,0 +1,223 @@
+"""The event repository under stress: many writers, kills, faults of the disk, odd clocks, foreign logs; and what a collector may cost."""
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opml_wb.analyzer import Counter, Event, Events, Segments, evaluate, signals, simulate
+from opml_wb.analyzer.collect import CellHook, Recorder
+from opml_wb.analyzer.events import EventError
+
+
+def event(i=0, **other):
+    return Event(**{**dict(ts=1.6e9 + i, user=f"u{i % 7}", session="s", stage="data", feature="f", kind="action", name="run"), **other})
+
+
+WRITER = """
+import sys
+from opml_wb.analyzer import Event, Events
+log, who, n, batch = Events(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+for i in range(0, n, batch):
+    some = [Event(ts=1.6e9 + j, user=who, session="s", stage="data", feature="f", kind="action", name="run") for j in range(i, i + batch)]
+    log.add(some)
+    print(i + batch, flush=True)
+    if i % (20 * batch) == 0: log.add(some)     # sent twice
+"""
+
+
+def writer(path, who, n=20_000, batch=500):
+    return subprocess.Popen([sys.executable, "-c", WRITER, str(path), who, str(n), str(batch)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_four_processes_lose_and_double_nothing(tmp_path):
+    "4 x 20,000 events into one file, parts of them sent twice: 80,000, each once."
+    writers = [writer(tmp_path/"e.db", f"w{k}") for k in range(4)]
+    for w in writers: assert w.wait(600) == 0 or w.stdout.read()
+    log = Events(tmp_path/"e.db")
+    assert len(log) == 80_000
+    assert log.frame().groupby("user").ts.nunique().tolist() == [20_000] * 4
+
+
+def test_a_killed_writer_keeps_what_was_acknowledged(tmp_path):
+    "kill -9 between two batches: the file is readable, all acknowledged events are there, and others go on writing."
+    w = writer(tmp_path/"e.db", "w", 1_000_000, 200)
+    acknowledged = 0
+    for line in w.stdout:
+        acknowledged = int(line)
+        if acknowledged >= 4000: break
+    w.send_signal(signal.SIGKILL)
+    w.wait()
+    log = Events(tmp_path/"e.db")
+    assert log.db.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert len(log) >= acknowledged and log.add([event(user="other")]) == 1
+
+
+def shell_and_hook(recorder):
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell()
+    return shell, CellHook(shell, recorder, dict(user="u", session="s", stage="data", feature="cell")).register()
+
+
+@pytest.mark.parametrize("fault", ["locked", "read-only", "full", "a folder"])
+def test_the_cell_runs_on(tmp_path, fault):
+    "A file that is locked, can't be made, is on a full disk, or is a folder: cells run, nothing is raised."
+    path, holder = tmp_path/"home"/"e.db", None
+    path.parent.mkdir()
+    if fault == "locked":
+        holder = Events(path)
+        holder.db.execute("begin immediate")
+    if fault == "read-only": path = Path("/proc/nowhere/e.db")
+    if fault == "full": path = Path("/dev/full/e.db")
+    if fault == "a folder": path.mkdir()
+    recorder = Recorder(path, most=50)
+    shell, hook = shell_and_hook(recorder)
+    for i in range(100): assert shell.run_cell(f"x = {i}", store_history=True).success
+    hook.unregister()
+    assert shell.user_ns["x"] == 99
+    assert not recorder.flush(.05) and recorder.lost >= 40          # bounded, and counted
+    if holder:
+        holder.db.execute("rollback")
+        assert recorder.flush(30) and len(holder) >= 50             # what waited is written
+
+
+def test_dead_letters_hold_no_values():
+    log = Events()
+    log.add([{"ts": "no time s3cret", "user": "u"}, dict(vars(event()), stage="s3cret"), dict(vars(event()), data={"env": "s3cret"}),
+             dict(vars(event()), name="s3cret\n" * 9), {"s3cret": 1}])
+    assert len(log) == 1 and log.dead.n.sum() == 4
+    dump = "\n".join(log.db.iterdump())
+    assert dump.count("s3cret") <= 1, dump       # the name of an unknown field may be told, no value
+
+
+def test_forgetting_leaves_nothing(tmp_path):
+    log = Events(tmp_path/"e.db")
+    log.add([event(i, user="Grace Hopper" if i % 2 else "other", name="n" * 100) for i in range(2000)])
+    assert log.forget("Grace Hopper") == 1000
+    assert not [p for p in tmp_path.iterdir() if b"Grace" in p.read_bytes()]
+
+
+def test_order_and_duplicates_change_nothing():
+    "Counting in ten random parts, some sent twice to the store, gives the signals of counting once."
+    frame = simulate(seed=5)[0].head(8000).assign(session="s")
+    log, counter = Events(), Counter()
+    order = np.random.default_rng(0).permutation(len(frame))
+    kept = frame.drop_duplicates(["ts", "user", "stage", "feature", "kind", "name", "seconds"])
+    for part in np.array_split(order, 10):
+        rows = [Event(**r) for r in frame.iloc[part].to_dict("records")]
+        log.add(rows + rows[:50])
+        counter.update(log)
+    def table(s): return s.sort_values(list(s.columns[:6])).reset_index(drop=True)
+    a, b = table(counter.signals()), table(signals(kept))
+    pd.testing.assert_frame_equal(a, b, check_dtype=False)
+
+
+@pytest.mark.parametrize("iso, week, month", [
+    ("2021-01-03T23:59:59Z", "2020-W53", "2021-01"), ("2021-01-04T00:00:00Z", "2021-W01", "2021-01"),
+    ("2021-03-28T03:30:00+02:00", "2021-W12", "2021-03"), ("2020-02-29T12:00:00Z", "2020-W09", "2020-02")])
+def test_windows_are_utc(iso, week, month):
+    s = signals([event(ts=pd.Timestamp(iso).timestamp(), kind="error", name="E")])
+    assert set(s.window) == {"all", week, month}
+
+
+@pytest.mark.parametrize("bad, said", [(dict(stage="trainig"), "training"), (dict(kind="eror"), "error"), (dict(ts=1.6e12), "1971 and 2200")])
+def test_what_is_no_event_is_named(bad, said):
+    log = Events()
+    assert log.add([vars(event()) | bad]) == 0 and said in log.dead.reason[0]
+    if "ts" not in bad:
+        with pytest.raises(EventError, match="row 1"): signals(pd.DataFrame([vars(event()) | bad]))
+
+
+def test_odd_logs_are_refused_or_judged():
+    "One user, equal users, zero seconds, users with errors only: a reason, or finite numbers."
+    one = signals([event(i) for i in range(5)])
+    assert "at least" in Segments.fit(one).refused
+    many = pd.DataFrame([vars(event(i, user=f"u{i % 100}", seconds=0.)) for i in range(3000)])
+    assert "alike" in Segments.fit(signals(many)).refused
+    errors = many.assign(kind="error", name="E")
+    assert Segments.fit(signals(errors)).refused and not len(evaluate(signals(errors), Segments.fit(signals(errors))))
+
+
+def test_eighty_thousand_events_in_seconds_of_cpu():
+    "From events to verdicts, in a process of its own with one thread: about 1 s of CPU on an idle core, and twice the bar on a busy one."
+    code = """
+        import time
+        from opml_wb.analyzer import signals, Segments, evaluate
+        from opml_wb.analyzer.foreign import open_log
+        events = open_log("planted").events
+        evaluate(signals(events.head(2000)), signals(events.head(2000)).drop_duplicates("user").set_index("user").stage.map(lambda s: "Expert"))
+        Segments.fit(signals(events.head(9000)))
+        began = time.process_time()
+        s = signals(events)
+        assert evaluate(s, Segments.fit(s)).challenge.notna().sum() == 23
+        print(time.process_time() - began)"""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cpu = float(subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=True).stdout)
+    assert cpu < 4, cpu
+
+
+@pytest.mark.slow
+def test_ten_million_events_in_bounded_memory(tmp_path):
+    "A folder of Parquet files, counted by DuckDB with a limit of 512 MB; the process stays below 1.5 GB."
+    code = """
+        import resource, sys, numpy as np, pandas as pd
+        from pathlib import Path
+        from opml_wb.analyzer import simulate
+        from opml_wb.analyzer.counting import counted_parquet
+        folder = Path(sys.argv[1]); base = simulate(seed=1)[0]; n = 0; k = 0
+        while n < 10_000_000:
+            part = base.assign(ts=base.ts + k)
+            part.to_parquet(folder/f"{k:03}.parquet"); n += len(part); k += 1
+        counts = counted_parquet(folder, memory="512MB")
+        assert counts.n.sum() == n
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 1500
+
+
+def test_a_database_of_a_broken_process_is_read(tmp_path):
+    "A reader sees a consistent state while a writer is in the middle of a transaction."
+    log = Events(tmp_path/"e.db")
+    log.add([event()])
+    other = sqlite3.connect(tmp_path/"e.db")
+    other.execute("begin immediate")
+    other.execute("insert into event select null, randomblob(12), ts, user, session, stage, feature, kind, name, seconds, source, data from event")
+    assert len(Events(tmp_path/"e.db").frame()) == 1
+    other.rollback()
+
+
+def test_nothing_is_made_while_off(tmp_path):
+    "A run and a command with telemetry off leave no file of it."
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("OPML_")}, "OPML_HOME": str(tmp_path/"home"), "IPYTHONDIR": str(tmp_path/"ipython")}
+    assert subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "ls"], env=env, capture_output=True).returncode == 0
+    assert not list(tmp_path.rglob("*telemetry*"))
+    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", "telemetry", "show"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "opml telemetry on" in done.stderr
+
+
+def test_the_hook_costs_little():
+    "The hook itself takes less than an empty cell does, both in the same process (a bench gives the ratio)."
+    shell, hook = shell_and_hook(Recorder(Events()))
+    hook.unregister()
+    def each(n=60):
+        took = []
+        for _ in range(n):
+            t = time.perf_counter()
+            shell.run_cell("pass", store_history=True)
+            took.append(time.perf_counter() - t)
+        return np.median(took)
+    each()
+    info = type("R", (), {"info": type("I", (), {"silent": False, "store_history": True})(), "error_in_exec": None, "error_before_exec": None})()
+    cell, t = each(), time.perf_counter()
+    for _ in range(200): hook.before(None); hook.after(info)
+    own = (time.perf_counter() - t) / 200
+    assert own < cell, (own, cell)

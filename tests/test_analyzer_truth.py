@@ -1,0 +1,147 @@
+"""The Analyzer against what is known: the rules at their thresholds, planted logs, nulls, coverage, a real course's log."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from opml_wb.analyzer import Segments, effect, evaluate, signals, simulate
+from opml_wb.analyzer.counting import COLUMNS
+from opml_wb.analyzer.cs1 import load, study
+from opml_wb.analyzer.foreign import open_log
+from opml_wb.analyzer.segments import LABELS
+from opml_wb.analyzer.trials import AROUND, METHODS, tally
+from opml_wb.core.record.data import MissingData
+
+
+def by_hand(E, I, B, cls="error", times=6, n=100, window="2020-W03"):
+    "Signals of n users a segment, of which E, I and B percent meet the signal (`times` in one window)."
+    labels = pd.Series(np.repeat(list(LABELS), n), [f"u{i}" for i in range(3 * n)])
+    users = [u for k, share in enumerate((E, I, B)) for u in labels.index[k * n:k * n + share * n // 100]]
+    row = dict(stage="data", feature="f", cls=cls, signal="s", window=window, value=float(times), exposed=True)
+    return pd.DataFrame({"user": users, **row})[COLUMNS], labels
+
+
+CASES = [  # experts, intermediates, beginners (percent), class, times, verdict, rule
+    (50, 66, 81, "error", 1, None, None), (51, 66, 81, "error", 1, "SoP", 1), (51, 65, 81, "error", 1, None, None),
+    (51, 66, 80, "error", 1, None, None), (100, 100, 100, "error", 1, "SoP", 1), (9, 66, 81, "error", 1, "ET", 2),
+    (10, 66, 81, "error", 1, None, None), (9, 65, 81, "error", 1, None, None), (9, 66, 80, "error", 1, None, None),
+    (0, 100, 100, "error", 1, "ET", 2), (30, 80, 90, "error", 1, None, None), (50, 0, 0, "action", 6, None, None),
+    (51, 0, 0, "action", 6, "SoP", 3), (51, 0, 0, "action", 5, None, None), (100, 100, 100, "action", 5, None, None),
+    (9, 51, 76, "action", 6, "ET", 4), (10, 51, 76, "action", 6, None, None), (9, 50, 76, "action", 6, None, None),
+    (9, 51, 75, "action", 6, None, None), (9, 51, 76, "action", 5, None, None)]
+
+
+@pytest.mark.parametrize("E, I, B, cls, times, challenge, rule", CASES)
+def test_the_rules_at_their_thresholds(E, I, B, cls, times, challenge, rule):
+    "More and less are strict; 6 times are more than 5. Soft rates with known segments say the same."
+    table, labels = by_hand(E, I, B, cls, times)
+    for method in ("hard", "soft"):
+        v = evaluate(table, labels, denominator="segment", method=method).iloc[0]
+        assert v.challenge == challenge and (v.rule == rule if rule else pd.isna(v.rule))
+        assert [round(100 * v[f"rate_{s}"]) for s in "EIB"] == ([E, I, B] if times != 5 else [0, 0, 0])
+
+
+@pytest.mark.parametrize("window, fires", [("2020-W03", {"week": True, "month": False}), ("2020-01", {"week": False, "month": True})])
+def test_week_and_month(window, fires):
+    "Either window may fire; the verdict says which."
+    table, labels = by_hand(9, 60, 90, "action", 6, window=window)
+    for kind, does in fires.items():
+        assert (evaluate(table, labels, window=kind, denominator="segment").challenge[0] == "ET") == does
+    both = evaluate(table, labels, denominator="segment").iloc[0]
+    assert both.challenge == "ET" and both.window == ("week" if "W" in window else "month")
+
+
+def test_the_shipped_log():
+    log = open_log("planted")
+    sig = signals(log.events)
+    fitted = Segments.fit(sig)
+    assert tally(evaluate(sig, fitted), log.truth) == (23, 0)
+    assert (fitted.labels == log.segments[fitted.labels.index]).mean() > .93
+
+
+@pytest.mark.parametrize("tails, least", [("normal", 22), ("t3", 20)])
+@pytest.mark.parametrize("seed", [901, 902])
+def test_planted_challenges_are_found(tails, least, seed):
+    events, truth, _ = simulate(tails=tails, seed=seed)
+    sig = signals(events)
+    found = {m: tally(evaluate(sig, Segments.fit(sig, **how)), truth) for m, how in METHODS.items()}
+    assert found["soft, cross-fitted"][0] >= least and found["soft, cross-fitted"][1] == 0
+    assert found["soft, cross-fitted"][0] >= found["K-means, hard (paper)"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tails, least", [("normal", 22), ("t3", 10)])
+def test_twenty_fresh_logs(tails, least):
+    for seed in range(7000, 7020):
+        events, truth, _ = simulate(tails=tails, seed=seed)
+        sig = signals(events)
+        found, false = tally(evaluate(sig, Segments.fit(sig)), truth)
+        assert found >= least and false == 0, (seed, found, false)
+
+
+def test_errors_that_know_nothing_of_expertise_make_no_challenge():
+    "A second trait, independent of the segments, decides who meets errors: no verdict, refined or not."
+    events, _, who = simulate(planted={}, seed=3)
+    rng = np.random.default_rng(0)
+    prone = who.index[rng.random(len(who)) < .5]
+    rows = [dict(ts=1.58e9 + 60 * i, user=u, stage="data", feature=f"e{j:02}", kind="error", name="fail")
+            for j in range(30) for i, u in enumerate(who.index) if rng.random() < (.9 if u in prone else .05)]
+    sig = signals(pd.concat([events, pd.DataFrame(rows)]))
+    for refine in (True, False):
+        assert not evaluate(sig, Segments.fit(sig, refine=refine)).challenge.notna().any()
+
+
+def test_names_and_order_of_users_change_nothing():
+    events, _, _ = simulate(seed=4)
+    rng = np.random.default_rng(1)
+    names = dict(zip(events.user.unique(), rng.permutation([f"x{i}" for i in range(events.user.nunique())])))
+    a, b = signals(events), signals(events.assign(user=events.user.map(names)).sample(frac=1, random_state=2))
+    va, vb = evaluate(a, Segments.fit(a)), evaluate(b, Segments.fit(b))
+    pd.testing.assert_frame_equal(va, vb, check_exact=False, atol=1e-6)
+
+
+def test_no_verdict_from_few_users():
+    table, labels = by_hand(0, 70, 90, n=10)
+    v = evaluate(table, labels, denominator="segment").iloc[0]
+    assert v.challenge is None and "at least 20" in v.nearest
+    exposed = evaluate(by_hand(5, 70, 90, n=100)[0], labels := by_hand(5, 70, 90, n=100)[1])
+    assert exposed.challenge[0] is None and labels.nunique() == 3          # five experts were exposed
+
+
+def test_rates_of_soft_segments_are_covered():
+    "The 90 % intervals of the experts' rates hold what is planted in four of five signals at least."
+    inside = []
+    for seed in (11, 12, 13):
+        events, truth, _ = simulate(seed=seed)
+        sig = signals(events)
+        v = evaluate(sig, Segments.fit(sig)).set_index("feature")
+        t = truth.set_index("feature").loc[v.index]
+        fixed = t.planted != "none_spread"
+        inside += list(((v.lo_E <= t.rate_E) & (t.rate_E <= v.hi_E))[fixed])
+    assert np.mean(inside) > .8, np.mean(inside)
+
+
+@pytest.mark.parametrize("change, least", [(-.5, 17), (0., 17)])
+def test_an_intervention_is_covered(change, least):
+    "Of 22 planted interventions at least 17 intervals of 90 % hold the truth (0.4 % fail by chance); with no effect as many hold 0."
+    inside = 0
+    for seed in range(22):
+        events, truth, _ = simulate(planted={}, effect={"change": change}, seed=300 + seed)
+        few = events[events.feature.isin(["treated", "control", "f0", "f1"])]
+        r = effect(signals(few), "treated", **AROUND, control="control").iloc[0]
+        inside += r.lo <= truth.attrs["effect"] <= r.hi
+    assert inside >= least
+
+
+def test_the_real_course():
+    "Segments of two homeworks, judged on the third: sizes, order of later errors, drop-outs, few users."
+    try: events, grades = load()
+    except MissingData as e: pytest.skip(str(e))
+    s = study(events, grades)
+    assert s.segments.refused is None and s.table.share.min() >= .05 and s.table.users.min() >= 20
+    assert s.table.errors["Expert"] < s.table.errors["Intermediate"] < s.table.errors["Beginner"]
+    assert s.table.dropouts["Expert"] == 0
+    said = s.verdicts[s.verdicts.challenge.notna()]
+    assert (said[["n_E", "n_I", "n_B"]] >= 20).all(axis=None)
+    names = {u: f"s{i}" for i, u in enumerate(sorted(events.user.unique(), reverse=True))}
+    again = study(events.assign(user=events.user.map(names)).sample(frac=1, random_state=0), grades.rename(names))
+    assert again.table.round(9).equals(s.table.round(9))
