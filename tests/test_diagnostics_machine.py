@@ -1,0 +1,165 @@
+"""Experiments that are killed, stores under many writers, searches that go on, the board in a browser."""
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opml_wb.core.kit.procs import descendants
+from opml_wb.diagnostics import Conditioned, Models, Pipeline, available, fio_runs
+from opml_wb.diagnostics import ledger as ledgers
+from opml_wb.diagnostics.boards import board
+from opml_wb.diagnostics.serve import FileStore, Results
+from opml_wb.diagnostics.telemetry import OUTCOMES, WORKLOAD, large_io_story
+
+
+def until(done, seconds=60):
+    "Wait for a state; its last value."
+    end = time.monotonic() + seconds
+    while not (value := done()) and time.monotonic() < end: time.sleep(.05)
+    return value
+
+
+DRIVER = """
+import sys
+from opml_wb.diagnostics import Experiment
+for i, row in enumerate(Experiment({{"bs_kib": 4, "target_iops": 100}}, {faults}, seconds=120, period=.3, block=40, seed=1, place={place!r}).rows()):
+    print(row["fault"], flush=True)
+"""
+
+
+def driven(home, place, faults):
+    "Start an experiment; (process, its token) once a fault is on."
+    env = {**os.environ, "OPML_HOME": str(home)}
+    process = subprocess.Popen([sys.executable, "-c", DRIVER.format(faults=faults, place=str(place))], env=env, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip(): break
+    [path] = (home/"diagnostics"/"ledgers").glob("*.jsonl")
+    return process, path.stem
+
+
+can = set(available().query("works").fault)
+
+
+@pytest.mark.skipif(not {"cpu_hog", "throttle"} <= can or not shutil.which("fio"), reason="needs fio, stress-ng, root and control groups")
+@pytest.mark.parametrize("fault", ["cpu_hog", "throttle", "noisy_disk"])
+def test_nothing_of_a_killed_experiment_is_left(tmp_path, fault):
+    "kill -9 of the driver: its guard ends the processes, removes control groups, scratch files and the ledger."
+    process, token = driven(tmp_path/"home", tmp_path, [fault])
+    assert ledgers.leftovers(token)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    folder = tmp_path/"home"/"diagnostics"/"ledgers"
+    assert until(lambda: not list(folder.iterdir()))
+    assert ledgers.leftovers(token) == [] and not list(tmp_path.glob("opml-*"))
+
+
+@pytest.mark.skipif(not {"cpu_hog", "throttle"} <= can or not shutil.which("fio"), reason="needs fio, stress-ng, root and control groups")
+def test_the_janitor_follows_when_the_guard_is_killed_too(tmp_path):
+    process, token = driven(tmp_path/"home", tmp_path, ["throttle"])
+    guards = [p for p in descendants(process.pid)
+              if b"settle" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(guards) == 1
+    for pid in (*guards, process.pid): os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert list(Path("/sys/fs/cgroup").glob(f"*/opml-{token}"))            # something is left to do
+    assert until(lambda: ledgers.janitor(tmp_path/"home"/"diagnostics"/"ledgers"))
+    assert ledgers.leftovers(token) == [] and not list(tmp_path.glob("opml-*"))
+
+
+WRITER = """
+import os, pickle, sys, random
+from opml_wb.diagnostics import Models
+models, me = Models({root!r}), int(sys.argv[1])
+print("ready", flush=True)
+for i in range(1000):
+    v = models.publish("nvme", {{"whole": list(range(2000)), "by": me}}, {{"i": i}})
+    if i % 2 == 0: models.mark_stable(v)
+    if i % 5 == 4:
+        try: models.rollback("nvme")
+        except Exception as e: assert "stable" in str(e), e
+"""
+
+
+def test_models_stay_whole_under_writers_that_are_killed(tmp_path):
+    "Eight writers, killed one by one: what is resolved is whole and stable, the history names each version."
+    models = Models(tmp_path/"store")
+    models.mark_stable(models.publish("nvme", {"whole": list(range(2000)), "by": -1}))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER.format(root=str(tmp_path/"store")), str(k)], stdout=subprocess.PIPE, text=True) for k in range(8)]
+    for w in writers: assert w.stdout.readline()
+    for w in writers:
+        before = len(models.history())
+        assert until(lambda: len(models.history()) > before + 3)
+        w.kill()
+        w.wait()
+        v = models.served("nvme")
+        assert models.versions().stable[v] and models.resolve("nvme")["whole"] == list(range(2000))
+    told = models.history()
+    published = told[told.op == "publish"].version.tolist()
+    assert published == list(range(1, len(published) + 1)) and set(models.versions().index) == set(published)
+    assert all(r["kind"] == "dict" for r in models.lineage(models.served("nvme")))
+
+
+@pytest.mark.parametrize("recording", ["first", "second"])
+def test_the_papers_story_on_real_runs(recording):
+    told = large_io_story(fio_runs(recording), range(4)).groupby("model")[["auroc", "large"]].mean()
+    assert told.large["v1"] > .4 and told.large["conditioned"] <= .15
+    assert told.auroc["conditioned"] > told.auroc["v2"] + .03 > told.auroc["v1"]
+
+
+def test_models_are_pickled_whole(tmp_path):
+    runs = fio_runs()
+    quiet = runs[runs.fault == ""]
+    model = Conditioned(WORKLOAD, OUTCOMES).fit(quiet)
+    models = Models(tmp_path)
+    models.mark_stable(models.publish("a", model, run="r1", data={"fio": "5f"}))
+    np.testing.assert_array_equal(models.resolve("a").score(quiet), model.score(quiet))
+    assert models.lineage(1)[0]["run"] == "r1" and models.lineage(1)[0]["data"] == {"fio": "5f"}
+    for detector in ("residual", "autoencoder", "kmeans"): pickle.dumps(Pipeline(detector=detector).fit(quiet[OUTCOMES].ffill()))
+
+
+def test_the_board_of_500_systems_in_a_browser(tmp_path):
+    "All rows, worst first; a click tells evidence, cause and advice; nothing is asked of anybody else."
+    sync = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("needs chromium")
+    results = Results(FileStore(tmp_path/"r.db"))
+    rng = np.random.default_rng(0)
+    for i, score in enumerate(rng.exponential(size=500)):
+        results.put(f"host-{i:03}", score, 2., config="nvme", evidence=[{"outcome": "read_p99_us", "expected": 900., "seen": 9000.}],
+                    causes=[{"node": "noisy <disk>", "evidence": ["busy: 9 against 2"], "advice": "move it", "confidence": .8}])
+    page_file = board(results, tmp_path/"board.html")
+    with sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium)
+        page, asked = browser.new_page(), []
+        page.on("request", lambda r: asked.append(r.url))
+        page.goto(page_file.as_uri())
+        rows = page.locator("tbody tr")
+        assert rows.count() == 500 and rows.first.locator("td").first.inner_text() == results.fleet().system[0]
+        rows.nth(3).click()
+        told = page.locator("#detail").inner_text()
+        assert "read_p99_us" in told and "noisy <disk>" in told and "move it" in told
+        page.fill("input", "host-123")
+        assert rows.count() == 1
+        browser.close()
+    assert all(u.startswith(("file:", "data:")) for u in asked), asked
+
+
+def test_watching_names_the_newcomer():
+    from opml_wb.diagnostics import culprit
+    normal = culprit.Culprits()
+    for used in culprit.watch(1.5, .3): normal.learn(used)
+    code = "import ctypes, time\nctypes.CDLL(None).prctl(15, b'greedy')\nheld = bytearray(b'x') * (500 << 20)\ntime.sleep(120)"
+    hog = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        def named():
+            return any("greedy" in set(normal.judge(used).command) for used in culprit.watch(1., .5))
+        assert until(named)
+    finally:
+        hog.kill()
+        hog.wait()

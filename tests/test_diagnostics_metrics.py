@@ -1,0 +1,185 @@
+"""VUS against the published definition, written out; bad input; the threshold's rate under drift; root causes of real incidents."""
+import glob
+import os
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opml_wb.diagnostics import AlertRate, POT, event_scores, rank_causes, vus
+from opml_wb.diagnostics import drift, telemetry
+from opml_wb.diagnostics.collect import rates
+from opml_wb.diagnostics.detectors import Columns, Pipeline
+
+needs_data = pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("OPML_DATA", "-"), "diagnostics")),
+                                reason="public series: OPML_DATA")
+
+
+def slow_vus(label, score, window, thre):
+    "The volume by its definition: each width, each threshold, each row."
+    n, down = len(label), np.sort(score)[::-1]
+    edge = np.diff(np.r_[0, label, 0])
+    seq = list(zip(np.flatnonzero(edge == 1), np.flatnonzero(edge == -1) - 1))
+    levels = [down[i] for i in np.linspace(0, n - 1, thre).astype(int)]
+    pr, roc = [], []
+    for w in range(window + 1):
+        h, ext = w // 2, label.astype(float)
+        for s, e in seq:
+            for d in range(1, h + 1):
+                for i in (s - d, e + d):
+                    if 0 <= i < n: ext[i] += np.sqrt(1 - d / w)
+        ext = np.minimum(ext, 1)
+        ranges, a = [], max(seq[0][0] - h, 0)
+        for (_, e), (s, _) in zip(seq, seq[1:]):
+            if e + h < s - h:
+                ranges.append((a, e + h))
+                a = s - h
+        ranges.append((a, min(seq[-1][1] + h, n - 1)))
+        tpr, fpr, area, under = 0., 0., 0., 0.
+        for level in levels:
+            hit = score >= level
+            near = ext[hit & (label == 0)].sum()
+            tp, positive = near + (hit & (label == 1)).sum(), label.sum() + near / 2
+            t = min(tp / positive, 1) * np.mean([hit[a:b + 1].any() for a, b in ranges])
+            f = (hit.sum() - tp) / (n - positive)
+            area, under = area + (t - tpr) * tp / hit.sum(), under + (f - fpr) * (t + tpr) / 2
+            tpr, fpr = t, f
+        pr.append(area)
+        roc.append(under + (1 - fpr) * (1 + tpr) / 2)
+    return np.mean(pr), np.mean(roc)
+
+
+def cases(n, seed):
+    rng = np.random.default_rng(seed)
+    while n:
+        label = np.zeros(int(rng.integers(15, 120)), int)
+        for _ in range(int(rng.integers(1, 5))):
+            a = int(rng.integers(len(label)))
+            label[a:a + int(rng.integers(1, 12))] = 1
+        if label.min() == label.max(): continue
+        score = rng.normal(size=len(label)) + label * rng.normal()
+        yield label, np.round(score, 1) if n % 3 == 0 else score, int(rng.integers(0, 12)), int(rng.choice([7, 30]))
+        n -= 1
+
+
+def test_vus_is_its_definition():
+    for label, score, window, thre in cases(25, 0):
+        np.testing.assert_allclose(vus(label, score, window, thre), slow_vus(label, score, window, thre), atol=1e-12)
+
+
+def test_vus_is_the_peers():
+    found = glob.glob("/work/peers/lib/python3*/site-packages/TSB_AD/evaluation/basic_metrics.py")
+    try:
+        import importlib.util
+        found = found or [importlib.util.find_spec("TSB_AD").origin.replace("__init__.py", "evaluation/basic_metrics.py")]
+        peer = types.ModuleType("basic_metrics")
+        exec(compile(open(found[0]).read(), found[0], "exec"), peer.__dict__)
+    except Exception: pytest.skip("TSB-AD is not here (pip download --no-deps TSB-AD)")
+    for label, score, window, thre in cases(60, 1):
+        *_, roc, pr = peer.basic_metricor().RangeAUC_volume_opt(label, score, window, thre)
+        np.testing.assert_allclose(vus(label, score, window, thre), (pr, roc), atol=1e-12)
+
+
+@pytest.mark.parametrize("label, score, window, said", [
+    ([0, 0, 0], [1, 2, 3], 1, "one class"), ([1, 1, 1], [1, 2, 3], 1, "one class"), ([0, 2, 0], [1, 2, 3], 1, "expected 0 and 1"),
+    ([0, 1, 0], [1, np.nan, 3], 1, "NaN"), ([0, 1, 0], [1, 2, 3], 4, "window"), ([0, 1, 0], [1, 2], 1, "shapes"), ([], [], 0, "one class"),
+    ([0, 1, 0], [1, 2, 3], -1, "window"), (["a", "b", "c"], [1, 2, 3], 1, "expected 0 and 1")])
+def test_vus_refuses(label, score, window, said):
+    with pytest.raises(ValueError, match=said): vus(label, score, window)
+
+
+def test_labels_of_all_kinds_give_the_same():
+    label, score, window, thre = next(cases(1, 3))
+    told = {vus(label.astype(kind), score, window, thre) for kind in (bool, np.uint8, np.int64, float)} | {vus(pd.Series(label), list(score), window, thre)}
+    assert len(told) == 1
+
+
+def test_an_alarm_that_never_stops_is_not_precise():
+    label = np.zeros(1000, int)
+    label[200:220] = label[600:620] = 1
+    always, right = event_scores(label, label, -1, period=60), event_scores(label, label, .5, period=60)
+    assert always["precision"] < .5 and right["precision"] == right["recall"] == 1 and right["delay"] == 0
+
+
+@pytest.mark.parametrize("kind", drift.NOISES)
+def test_alarms_come_at_the_rate_that_was_asked_for(kind):
+    told = drift.compare(drift.drifting(kind, seed=3), 1.).set_index("rule")
+    for rule in ("alert rate", "POT"):
+        assert .5 <= told.false[rule] <= 1.6 and told.found[rule] >= .9, told
+    assert not (told.false[["fixed quantile", "rolling quantile"]].between(.5, 1.6) & (told.found[["fixed quantile", "rolling quantile"]] >= .9)).all()
+
+
+@pytest.mark.parametrize("times, said", [([0, 1, 1], "repeated"), ([0, 2, 1], "goes back"), ([0, np.nan, 2], "finite")])
+@pytest.mark.parametrize("make", [AlertRate, POT])
+def test_clocks_that_jump_are_named(make, times, said):
+    with pytest.raises(ValueError, match=said): make(1).fit(times, [1., 2, 3])
+
+
+def test_gaps_and_missing_scores_never_alarm():
+    t = np.r_[np.arange(0, 6 * 86400, 300.), np.arange(9 * 86400, 12 * 86400, 300.)]
+    score = np.random.default_rng(0).normal(size=len(t))
+    score[1000:1050] = np.nan
+    rule = AlertRate(1).fit(t[:1500], score[:1500])
+    assert rule.unjudged == 50
+    late = score[1500:].copy()
+    late[100:110] = np.nan
+    assert not rule.alarms(t[1500:], late)[100:110].any()
+    assert len(rule.episodes(t[1500:], late)) < 30
+
+
+def test_updating_by_days_is_like_one_stream():
+    s = drift.drifting(days=30, faults=0)
+    a, b = AlertRate(1).fit(s.t[:4000], s.score[:4000]), AlertRate(1).fit(s.t[:4000], s.score[:4000])
+    whole, parts = a.alarms(s.t[4000:], s.score[4000:]), []
+    for day in range(4000, len(s), 288):
+        parts.append(b.alarms(s.t[day:day + 288], s.score[day:day + 288]))
+        b.update(s.t[day:day + 288], s.score[day:day + 288])
+    assert abs(int(whole.sum()) - int(np.concatenate(parts).sum())) <= .3 * whole.sum() + 10
+
+
+def test_counters_that_wrap_go_on_and_resets_are_told():
+    a = {"clock": 0., "reads": 2.**32 - 10, "busy": 50.}
+    assert rates(a, {"clock": 2., "reads": 10., "busy": 60.})["reads"] == 10
+    assert rates(a, {"clock": 2., "reads": 10., "busy": 6.})["reset"] == 1
+    with pytest.raises(ValueError, match="clock"): rates(a, {"clock": -1., "reads": 10., "busy": 6.})
+
+
+def test_columns_without_numbers_units_and_constants_are_named():
+    rng = np.random.default_rng(0)
+    train = pd.DataFrame({"a": rng.normal(50, 5, 300), "b": rng.normal(50, 5, 300), "still": 1., "gone": np.nan})
+    model = Pipeline().fit(train)
+    assert model.columns.left_out == {"gone": "no value in training"} and model.columns.constant == ["still"]
+    assert "min-max" in model.columns.verdict((train - train.min()) / (train.max() - train.min()))
+    with pytest.raises(ValueError, match="'a' is missing"): model.score(train[["b"]])
+    with pytest.raises(ValueError, match="'host'"): Pipeline().fit(train.assign(host="x"))
+    moved = train.copy()
+    moved.loc[200, "still"] = 2.
+    assert np.argmax(Pipeline(smooth=1).fit(train).score(moved)) == 200      # a constant's first move is news
+    assert Columns().fit(train[["a"]]).gaps == 0
+
+
+def test_a_cause_is_not_guessed():
+    columns = pd.MultiIndex.from_product([["shop", "base"], ["latency"]])
+    quiet = pd.DataFrame(np.random.default_rng(0).lognormal(0, .05, (20, 2)), columns=columns)
+    assert "don't know" in rank_causes([("shop", "base")], quiet, quiet, target="shop").attrs["verdict"]
+    with pytest.raises(ValueError, match="zero length"): rank_causes([("shop", "base")], quiet, quiet[:0], target="shop")
+    with pytest.raises(ValueError, match="no rows"): rank_causes([("shop", "base")], None, quiet, target="shop", start=-1)
+
+
+@needs_data
+def test_petshop_is_ranked_above_its_prior():
+    graph, incidents = telemetry.petshop()
+    told = telemetry.petshop_scores(graph, incidents)
+    assert told.loc["walk", "top-1"] >= .6 and told.loc["walk", "top-3"] >= .95
+    assert told.loc["walk", "top-1"] > told.loc["frequency prior", "top-1"]
+    control = telemetry.petshop_scores(graph, incidents, permuted=3)
+    assert control["top-3"].iloc[0] <= .15
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["asd_omi-1", "asd_omi-5", "smd_machine-2-8"])
+def test_the_default_is_far_above_a_random_score(name):
+    from opml_wb.diagnostics import random_row, vus_pr
+    train, test, label = telemetry.series(name)
+    assert vus_pr(label, Pipeline().fit(train).score(test), 100) > 2 * random_row(label, 100, seeds=2)[0]
