@@ -77,7 +77,8 @@ UNTOLD = {"adult": ("fnlwgt",)}   # a weight of the census: nothing that a perso
 def read(dataset: str, answer: str = "", granted: str = "") -> tuple[pd.DataFrame, pd.Series]:
     """Read "adult", "german", or a CSV file whose column `answer` holds the decisions: the table,
     and whether the wish was granted, bool [n]. `granted`: the value that means so (default: of two
-    values, the one that sorts last); rows without a decision are left out. Raises ValueError that names the column."""
+    values, the one that sorts last); rows without a decision are left out. Raises ValueError that
+    names the column."""
     if not dataset.endswith((".csv", ".csv.gz")): return load(dataset)
     table = pd.read_csv(Path(dataset))
     if answer not in table: raise ValueError(f"answer: {dataset} has no column {answer!r}")
@@ -85,7 +86,8 @@ def read(dataset: str, answer: str = "", granted: str = "") -> tuple[pd.DataFram
     said = table.pop(answer).astype(str)
     values = sorted(said.unique())
     if not granted and len(values) != 2:
-        raise ValueError(f"granted: column {answer!r} has {len(values)} values; say which one means so")
+        raise ValueError(f"granted: column {answer!r} has {len(values)} values; say which one "
+                         f"means so")
     if granted and granted not in values: raise ValueError(f"granted: no {granted!r} in {answer!r}")
     return table, said.eq(granted or values[-1]).rename("granted")
 
@@ -95,5 +97,6 @@ def actionable(dataset: str, text: str = "") -> dict[str, str]:
     ValueError where nothing is said."""
     text = text or ACTIONABLE.get(dataset, "")
     pairs = [part.strip().partition(":") for part in text.split(",") if part.strip()]
-    if not pairs: raise ValueError("actionable: say what an applicant can change: 'age:up,hours:any'")
+    if not pairs:
+        raise ValueError("actionable: say what an applicant can change: 'age:up,hours:any'")
     return {name: way or "any" for name, _, way in pairs}

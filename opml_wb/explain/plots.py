@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.show import ui
-from .answers.wording import MISSING, named, shown
+from .answers.explanation import MISSING, named, shown
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
@@ -83,7 +83,8 @@ def _level_bars(found: pd.DataFrame) -> "go.Figure":
     fig = ui.figure("adds to the log-odds", named(str(found.column.iloc[0])), margin_t=20,
                     height=110 + 23 * len(names), showlegend=False)
     fig.add_bar(y=names, x=found.effect, orientation="h", marker_color=list(colour))
-    return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False, dtick=1)
+    return fig.update_yaxes(categoryorder="array", categoryarray=names[::-1], showgrid=False,
+                            dtick=1)
 
 # %% ../../nbs/explain/06_plots.ipynb #ec8634ca
 def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
@@ -91,7 +92,8 @@ def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
     of its own for a gap. Rows that lie there stand in the hover text."""
     found = curves[curves.column == column]
     gap, known = found[found.level == MISSING], found[found.level != MISSING]
-    if not known.low.notna().any(): return _level_bars(pd.concat([known.sort_values("effect"), gap]))
+    if not known.low.notna().any():
+        return _level_bars(pd.concat([known.sort_values("effect"), gap]))
     fig = ui.figure(named(column), "adds to the log-odds", height=320, margin_t=40)
     hover = "%{customdata:,} rows<extra></extra>"
     left = known.low.replace(-np.inf, known.high.min() - 1)
@@ -113,8 +115,10 @@ def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     joint = some.feature == "(joint)"
     names = ["all columns together" if j else named(f) for f, j in zip(some.feature, joint)]
     fig = ui.figure(f"AUC: how well it tells {named(str(found.attrs.get('restricted', 'it')))}", "",
-                    height=110 + 26 * len(some), margin_t=20, showlegend=False, xaxis_range=[.45, 1.02])
-    spread = dict(type="data", symmetric=False, array=some.hi - some.auc, arrayminus=some.auc - some.lo)
+                    height=110 + 26 * len(some), margin_t=20, showlegend=False,
+                    xaxis_range=[.45, 1.02])
+    spread = dict(type="data", symmetric=False, array=some.hi - some.auc,
+                  arrayminus=some.auc - some.lo)
     colour = [ui.COLOURS["paper" if j else "ours"] for j in joint]
     fig.add_scatter(x=some.auc, y=names, mode="markers", error_x=spread,
                     marker=dict(color=colour, size=11))
@@ -132,18 +136,21 @@ def mitigation_figure(table: pd.DataFrame) -> "go.Figure":
         for k, row in enumerate(table.itertuples()):
             x, lo, hi = (getattr(row, gap + end) for end in ("", "_lo", "_hi"))
             line = dict(type="data", thickness=1, width=3, color=ui.COLOURS[colour])
-            fig.add_scatter(x=[x], y=[row.accuracy], mode="markers", name=f"{name}: {row.mitigation}",
+            fig.add_scatter(x=[x], y=[row.accuracy], mode="markers",
+                            name=f"{name}: {row.mitigation}",
                             error_x=line | dict(array=[hi - x], arrayminus=[x - lo]),
                             error_y=line | dict(array=[row.accuracy_hi - row.accuracy]),
                             legendgroup=gap,
                             marker=dict(color=ui.COLOURS[colour], size=12,
                                         symbol=shapes[row.mitigation]))
-    return fig.update_layout(legend=dict(orientation="v", x=1.02, xanchor="left", y=1, yanchor="top"))
+    return fig.update_layout(legend=dict(orientation="v", x=1.02, xanchor="left", y=1,
+                                         yanchor="top"))
 
 # %% ../../nbs/explain/06_plots.ipynb #2cb2ca6c
 def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
     "Write the table of `mitigations` for people: each measure, its change with the 95 % interval."
-    names = {"accuracy": "accuracy", "parity": "gap: demographic parity", "odds": "gap: equalised odds"}
+    names = {"accuracy": "accuracy", "parity": "gap: demographic parity",
+             "odds": "gap: equalised odds"}
     found = pd.DataFrame(index=table.mitigation)
     for measure, name in names.items():
         rows = table.set_index("mitigation")
@@ -176,11 +183,13 @@ def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
     "Draw how far pairs of explainers ({name: of `disagreement`}) agree: mean and middle 80 % of rows."
     names = {"rank": "order of the columns", "sign": "direction", "top_k": "the three named first"}
     fig = ui.figure("agreement (1: the same)", "", height=330, margin_t=60, barmode="group",
-                    xaxis_range=[min(-.05, *(float(t["rank"].quantile(.1)) for t in found.values())), 1.05])
+                    xaxis_range=[min(-.05, *(float(t["rank"].quantile(.1))
+                                             for t in found.values())), 1.05])
     for k, (pair, table) in enumerate(found.items()):
         mean = [table[c].mean() for c in names]
         ends = [table[c].quantile([.1, .9]) for c in names]
-        spread = dict(type="data", symmetric=False, array=[max(0, e[.9] - m) for e, m in zip(ends, mean)],
+        spread = dict(type="data", symmetric=False,
+                      array=[max(0, e[.9] - m) for e, m in zip(ends, mean)],
                       arrayminus=[max(0, m - e[.1]) for e, m in zip(ends, mean)], thickness=1.2)
         fig.add_bar(y=list(names.values()), x=mean, orientation="h", name=pair, error_x=spread,
                     marker_color=ui.COLOURS[("ours", "baseline", "paper")[k % 3]])

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .tables import TableModel
-from .wording import MISSING
+from .explanation import MISSING
 from ..shapley.forests import Forest, read
 from ..shapley.treeshap import TreeShap
 
@@ -30,7 +30,8 @@ def curve_of(shap: TreeShap, model: TableModel, X: pd.DataFrame, j: int) -> pd.D
     if column.levels is not None: at, cuts = np.arange(len(column.levels), dtype=float), None
     else:
         cuts = np.concatenate([[-np.inf], edges_of(shap.forest, j), [np.inf]])
-        at = np.concatenate([cuts[1:-1], [np.nextafter(cuts[-2], np.inf) + 1 if len(cuts) > 2 else 0]])
+        at = np.concatenate([cuts[1:-1],
+                             [np.nextafter(cuts[-2], np.inf) + 1 if len(cuts) > 2 else 0]])
     probe = np.full((len(at) + 1, len(model.names)), np.nan)
     probe[:-1, j] = at
     effect = shap.values(probe)[:, j]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .tables import TableModel, frame, table_model
-from .wording import is_gap, listed, named, shown
+from .explanation import is_gap, listed, named, shown
 from ..shapley.forests import is_forest, read
 
 # %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #fc37a348
@@ -34,8 +34,9 @@ class Change:
 @dataclass(frozen=True)
 class Counterfactual:
     """Changes of a row that turn the model's answer. `options`: lists of changes, the smallest
-    first; `rows`: the changed rows; `scores`: the model's for the wanted class; `wanted`; `queries`:
-    rows that the model was asked about. Without options, `why` says what was searched."""
+    first; `rows`: the changed rows; `scores`: the model's for the wanted class; `wanted`;
+    `queries`: rows that the model was asked about. Without options, `why` says what was
+    searched."""
     row: pd.Series
     wanted: Any
     options: list[list[Change]]
@@ -59,7 +60,8 @@ def twins(X: pd.DataFrame, columns: list[str]) -> dict[str, list[str]]:
     for c in columns:
         for other in X:
             if other == c or levels[c] != levels[other] or not 2 < levels[c] <= 50: continue
-            if X[[c, other]].dropna().drop_duplicates().shape[0] == levels[c]: found[c].append(other)
+            if X[[c, other]].dropna().drop_duplicates().shape[0] == levels[c]:
+                found[c].append(other)
     return found
 
 # %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #8ca12df0
@@ -73,7 +75,8 @@ def cuts_of(model: TableModel) -> dict[int, np.ndarray]:
 def values_for(model: TableModel, X: pd.DataFrame, row: pd.Series, column: str, way: str,
                cuts: Mapping[int, np.ndarray], most: int = 20) -> list[Any]:
     "List the values of `column` worth trying for `row`: observed, in the allowed direction."
-    observed = np.array(sorted(X[column].dropna().unique(), key=lambda v: (str(type(v)), v)), object)
+    observed = np.array(sorted(X[column].dropna().unique(), key=lambda v: (str(type(v)), v)),
+                        object)
     now = row[column]
     if way != ANY:
         if is_gap(now): return []
@@ -88,7 +91,8 @@ def values_for(model: TableModel, X: pd.DataFrame, row: pd.Series, column: str, 
         _, first = np.unique(place[near], return_index=True)
         observed = observed[np.sort(near[first])]
         observed = observed[np.searchsorted(limits, observed.astype(float)) != own]
-    if len(observed) > most: observed = observed[np.linspace(0, len(observed) - 1, most).astype(int)]
+    if len(observed) > most:
+        observed = observed[np.linspace(0, len(observed) - 1, most).astype(int)]
     return list(observed)
 
 # %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #0d61301c
@@ -119,7 +123,8 @@ class Search:
         "Give for each value the features to set, with those of the columns that change with it."
         names = [column, *twin]
         rows = [X.loc[X[column].eq(v), names].iloc[0] for v in values]
-        table = pd.DataFrame([self.row] * len(rows), columns=self.model.names).reset_index(drop=True)
+        table = pd.DataFrame([self.row] * len(rows),
+                             columns=self.model.names).reset_index(drop=True)
         for n in names: table[n] = pd.Series([r[n] for r in rows], dtype=X[n].dtype)
         codes = self.model.encode(table) if rows else np.empty((0, len(self.codes)))
         return {v: [(int(j), float(c[j])) for j in np.flatnonzero(c != self.codes) if not (
@@ -135,9 +140,9 @@ class Search:
         self.queries += len(trials)
         score = self.model.estimator.predict_proba(codes)
         won = score.argmax(1) == self.at
-        for k in np.flatnonzero(won):
-            if np.nan_to_num(codes[k], nan=-1.).tobytes() not in self.known:
-                self.found.append((trials[k], float(score[k, self.at])))
+        for row in np.flatnonzero(won):
+            if np.nan_to_num(codes[row], nan=-1.).tobytes() not in self.known:
+                self.found.append((trials[row], float(score[row, self.at])))
         return score[:, self.at]
 
 # %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #f10e6fc1
@@ -174,8 +179,9 @@ def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[st
 
     `X`: table whose values may be tried, and whose rows may not be answered; `actionable`: {column:
     "any", "up" or "down"}; `wanted`: class (default, of two classes, the other one); `most`:
-    changes; `options`: alternatives returned, of equally many changes the nearest; `beam`, `exhaust`: effort. Raises ValueError that
-    names a column or class that isn't there, TypeError for a regression."""
+    changes; `options`: alternatives returned, of equally many changes the nearest; `beam`,
+    `exhaust`: effort. Raises ValueError that names a column or class that isn't there, TypeError
+    for a regression."""
     model = table_model(model, X)
     if model.classes is None: raise TypeError("model: counterfactuals are for classes")
     given = frame(row, model.names).iloc[0] if not isinstance(row, pd.Series) else row[model.names]
@@ -189,11 +195,13 @@ def counterfactual(model: Any, row: Any, X: pd.DataFrame, actionable: Mapping[st
         if way not in (ANY, UP, DOWN): raise ValueError(f"actionable: {column!r} may change 'any', "
                                                         f"'up' or 'down', got {way!r}")
         if way != ANY and not pd.api.types.is_numeric_dtype(X[column]):
-            raise ValueError(f"actionable: column {column!r} holds texts, which go neither up nor down")
+            raise ValueError(f"actionable: column {column!r} holds texts, which go neither up nor "
+                             f"down")
     cuts, together = cuts_of(model), twins(X, list(actionable))
     choices = {c: values_for(model, X, given, c, way, cuts) for c, way in actionable.items()}
     search = Search(model, X, given, wanted, choices, together)
-    if wanted == answer: return Counterfactual(given, wanted, [], X[:0], np.empty(0), 1, "the answer "
+    if wanted == answer:
+        return Counterfactual(given, wanted, [], X[:0], np.empty(0), 1, "the answer "
                                                "is the wanted one already")
     why = _search(search, most, beam, exhaust)
     best = sorted(search.found, key=lambda f: (len(f[0]), search.effort(f[0])))[:options]

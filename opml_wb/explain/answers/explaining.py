@@ -14,10 +14,10 @@ import pandas as pd
 
 from .additives import Additive
 from .explanation import REFUSE, Explanation
-from .fingerprints import model_hash
+from .explanation import model_hash
 from .surrogates import imitated, surrogate
 from .tables import TableModel, frame, table_model
-from .wording import MISSING
+from .explanation import MISSING
 from ..shapley.forests import is_forest
 from ..shapley.treeshap import TreeShap
 
@@ -31,7 +31,9 @@ def by_column(values: np.ndarray, model: TableModel) -> np.ndarray:
 # %% ../../../nbs/explain/answers/08_explaining.ipynb #12ef5ae7
 def _answered(shap: TreeShap, values: np.ndarray, model: TableModel, answers: np.ndarray
               ) -> tuple[np.ndarray, np.ndarray, Any, Any]:
-    "Choose the output that is explained: the only one, or the class answered; (values, base, class)."
+    """Choose the output that is explained: the only one, or the class answered.
+
+    (values, base, class)."""
     n = np.arange(len(values))
     if shap.outputs == 1:
         named = answers if model.classes is None else np.repeat(model.classes[-1:], len(values))
@@ -50,7 +52,8 @@ def _shapley(model: TableModel, X: pd.DataFrame, background: Any, on_disagreemen
     if at is not None: score = score[np.arange(len(X)), at]
     near = 1e-4 * (1 + abs(score)) if shap.space == "margin" else 1e-6 * (1 + abs(score))
     def by_row(v): return pd.Series(v, index=X.index)
-    return Explanation(("local", way), f"Shapley values, {shap.method.split(':')[0]}", shap.space, X,
+    return Explanation(("local", way), f"Shapley values, {shap.method.split(':')[0]}", shap.space,
+                       X,
                        by_row(answers), by_row(explained), by_row(base),
                        pd.DataFrame(by_column(values, model), X.index, model.names), by_row(score),
                        by_row(abs(base + values.sum(1) - score) <= near), model_hash(model),

@@ -13,9 +13,9 @@ import pandas as pd
 from scipy.stats import beta
 
 from .explanation import REFUSE, Explanation
-from .fingerprints import model_hash
+from .explanation import model_hash
 from .tables import TableModel, table_model
-from .wording import condition
+from .explanation import condition
 from ..shapley.forests import Forest, read
 from ..shapley.treeshap import TreeShap
 
@@ -49,8 +49,8 @@ class Surrogate:
     """A small tree that imitates `model`'s answers. Made by `surrogate`.
 
     `tree`: the fitted tree; `columns`: of the table; `rules`: DataFrame[rule, answer, rows,
-    fidelity, lo, hi] by leaf, `fidelity` (share, low, high): both on rows that it didn't learn from;
-    `tolerance`: how far a regression's answers may lie apart to count as the same."""
+    fidelity, lo, hi] by leaf, `fidelity` (share, low, high): both on rows that it didn't learn
+    from; `tolerance`: how far a regression's answers may lie apart to count as the same."""
 
     def __init__(self, model: TableModel, tree: Any, tolerance: float) -> None:
         self.model, self.tree, self.tolerance = model, tree, tolerance
@@ -82,7 +82,8 @@ class Surrogate:
 # %% ../../../nbs/explain/answers/05_surrogates.ipynb #3fa8195c
 def surrogate(model: Any, X: pd.DataFrame, depth: int = 4, seed: int = 0) -> Surrogate:
     """Imitate `model` on table `X` by a tree of `depth`, learned from one half of the rows and
-    judged on the other. Raises ValueError for fewer than 20 rows, or answers that are all the same."""
+    judged on the other. Raises ValueError for fewer than 20 rows, or answers that are all the
+    same."""
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
     model = table_model(model, X)
     if hasattr(model.encoder, "steps"):

@@ -98,7 +98,7 @@ def records(self: SyntheticExamples) -> pd.DataFrame:
     return self.base.records
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #56fe9e17
-@patch
+@patch  # type: ignore[no-redef]
 def nearest(self: SyntheticExamples, X: pd.DataFrame) -> np.ndarray:
     "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
     if self.said is None: return self.base.nearest(X, self.around)
@@ -127,7 +127,7 @@ def _draw(self: SyntheticExamples, values: pd.Series, at: np.ndarray,
     return between.round() if pd.api.types.is_integer_dtype(values) else between
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #9fbe00f4
-@patch
+@patch  # type: ignore[no-redef]
 def examples(self: SyntheticExamples, X: pd.DataFrame) -> pd.DataFrame:
     "Give k synthetic rows for each row: DataFrame [n * k rows]."
     at = np.repeat(self.nearest(X), self.k, axis=0)

@@ -63,7 +63,8 @@ def _ladder(seed: int) -> dict[str, Callable[[pd.DataFrame, Any], TableModel]]:
             max_depth=depth, min_samples_leaf=20, random_state=seed), unseen="missing").fit(X, y)
     def forest(depth, leaf):
         return lambda X, y: TableModel(RandomForestClassifier(
-            40, max_depth=depth, min_samples_leaf=leaf, random_state=seed), unseen="missing").fit(X, y)
+            40, max_depth=depth, min_samples_leaf=leaf, random_state=seed), unseen="missing").fit(X,
+                                                                                                  y)
     return {"rules, depth 2": tree(2), "rules, depth 4": tree(4), "tree, depth 8": tree(8),
             "additive": lambda X, y: additive(X, y, rounds=100, seed=seed),
             "forest, depth 6": forest(6, 1), "forest, unlimited": forest(None, 3)}
@@ -90,12 +91,14 @@ def cost_of_readability(X: pd.DataFrame, y: Any, seeds: int = 5, test: float = .
         for name, fit in _ladder(seed).items():
             model = fit(X.iloc[learn], y[learn])
             imitation = np.nan if seed else surrogate(model, X.iloc[judge]).fidelity[0]
-            rows.append((name, seed, parts_of(model), model.score(X.iloc[judge], y[judge]), imitation))
+            rows.append((name, seed, parts_of(model), model.score(X.iloc[judge], y[judge]),
+                         imitation))
     runs = pd.DataFrame(rows, columns=["model", "seed", "parts", "accuracy", "fidelity"])
     runs["gap"] = runs.accuracy - runs.groupby("seed").accuracy.transform("max")
     found = []
     for name, some in runs.groupby("model", sort=False):
         accuracy, gap = mean_interval(some.accuracy), mean_interval(some.gap)
-        found.append((name, int(some.parts.median()), *accuracy[:3], *gap[:3], some.fidelity.mean()))
+        found.append((name, int(some.parts.median()), *accuracy[:3], *gap[:3],
+                      some.fidelity.mean()))
     return pd.DataFrame(found, columns=["model", "parts", "accuracy", "lo", "hi", "gap", "gap_lo",
                                         "gap_hi", "fidelity"])

@@ -98,7 +98,8 @@ MITIGATIONS: dict[str, Callable[[Split], np.ndarray]] = {
     "constrain": constrain}
 
 # %% ../../../nbs/explain/judging/03_mitigation.ipynb #fae4de5b
-def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], seeds: int, test: float
+def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], seeds: int,
+            test: float
             ) -> list[Split]:
     "Make the splits, one for each seed."
     group, _ = groups_of(X[restricted], max(50, len(X) // 50))
@@ -108,7 +109,8 @@ def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], s
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(y))
         a, b = order[:(cut := int(len(y) * (1 - test)))], order[cut:]
-        made.append(Split(codes[a], codes[b], y[a], y[b], group[a], group[b], columns.names, restricted,
+        made.append(Split(codes[a], codes[b], y[a], y[b], group[a], group[b], columns.names,
+                          restricted,
                           found, seed))
     return made
 
@@ -122,7 +124,8 @@ def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, se
 
     `strong`: AUC from which on a column counts as a proxy (`.attrs["proxies"]`), in `told` (of
     `proxies`; computed where it isn't given); groups of fewer
-    than 2 % of the rows are left out. Intervals of 95 % over splits (Student). Raises ValueError."""
+    than 2 % of the rows are left out. Intervals of 95 % over splits (Student). Raises
+    ValueError."""
     if restricted not in X: raise ValueError(f"restricted: no column {restricted!r}")
     y = np.asarray(y).astype(bool)
     if told is None: told = proxies(X, restricted)
@@ -133,7 +136,8 @@ def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, se
         for name in how:
             granted = MITIGATIONS[name](split)
             rows.append((name, split.seed, (granted == split.truth).mean(),
-                         parity_gap(granted, split.other), odds_gap(granted, split.other, split.truth)))
+                         parity_gap(granted, split.other),
+                         odds_gap(granted, split.other, split.truth)))
     runs = pd.DataFrame(rows, columns=["mitigation", "seed", *MEASURES])
     table = pd.DataFrame([_summed(name, some, runs) for name, some in
                           runs.groupby("mitigation", sort=False)])

@@ -47,7 +47,8 @@ def _told(codes: np.ndarray, group: np.ndarray, folds: np.ndarray, trees: int, d
     found = np.zeros((len(group), group.max() + 1))
     for k in range(folds.max() + 1):
         out = folds == k
-        model = xgboost.XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.2, n_jobs=1,
+        model = xgboost.XGBClassifier(n_estimators=trees, max_depth=depth, learning_rate=.2,
+                                      n_jobs=1,
                                       random_state=seed).fit(codes[~out], group[~out])
         found[out] = model.predict_proba(codes[out])
     return found
@@ -60,7 +61,8 @@ def groups_of(restricted: pd.Series, least: int) -> tuple[np.ndarray, np.ndarray
     counts = text.value_counts()
     names = np.array(sorted(counts.index[counts >= least], key=str), object)
     if len(names) < 2:
-        raise ValueError(f"restricted: {restricted.name!r} has {len(names)} groups of {least} rows or "
+        raise ValueError(f"restricted: {restricted.name!r} has {len(names)} groups of {least} "
+                         f"rows or "
                          "more; two are needed")
     return pd.Index(names).get_indexer(text), names
 
@@ -79,7 +81,8 @@ def proxies(X: pd.DataFrame, restricted: str | pd.Series, seed: int = 0, folds: 
     if isinstance(restricted, str):
         if restricted not in X: raise ValueError(f"restricted: no column {restricted!r}")
         X, restricted = X.drop(columns=restricted), X[restricted]
-    if len(restricted) != len(X): raise ValueError(f"restricted: {len(restricted)} of {len(X)} rows")
+    if len(restricted) != len(X):
+        raise ValueError(f"restricted: {len(restricted)} of {len(X)} rows")
     group, names = groups_of(restricted, 10 * folds)
     kept = group >= 0
     codes, group = Columns(X).encode(X)[kept], group[kept]

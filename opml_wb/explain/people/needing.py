@@ -53,7 +53,8 @@ def _known(name: str, value: str, known: dict[str, str]) -> None:
 def _explainer(audience: str, task: str, constraint: str) -> tuple[str, str]:
     "Choose the explainer: (what to call, why)."
     if task == "audit":
-        return "proxies(X, restricted)", ("bias hides in proxies, single and joint: they are looked "
+        return "proxies(X, restricted)", ("bias hides in proxies, single and joint: they are "
+                                          "looked "
                                           "for in the data, not in one decision")
     if task == "contest":
         return "counterfactual(model, row, X, actionable)", (
@@ -71,7 +72,8 @@ def _explainer(audience: str, task: str, constraint: str) -> tuple[str, str]:
 def _defence(audience: str, task: str, constraint: str) -> tuple[str, str]:
     "Choose the defence: (setting, why)."
     if constraint == "privacy":
-        return "synthetic examples, minimum leaf", ("explanations by example, and deep leaves, lead "
+        return "synthetic examples, minimum leaf", ("explanations by example, and deep leaves, "
+                                                    "lead "
                                                     "back to training rows")
     if constraint == "security" or (audience == "customer" and task == "decide"):
         return "top 4 reasons, rate limit", ("many exact explanations help to game a model; a few "

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...core.show import ui
 from ..answers.explanation import Told
-from ..answers.wording import named, shown
+from ..answers.explanation import named, shown
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
@@ -44,8 +44,10 @@ def waterfall(told: Told, most: int = 8) -> "go.Figure":
                     margin_t=40, showlegend=False)
     for sign, colour in ((1, "ours"), (-1, "baseline")):
         at = [k for k in range(len(values)) if np.sign(values[k]) == sign]
-        fig.add_bar(y=[names[k] for k in at], x=[values[k] for k in at], base=[starts[k] for k in at],
-                    orientation="h", marker_color=ui.COLOURS[colour], text=[f"{values[k]:+.3f}" for k in at],
+        fig.add_bar(y=[names[k] for k in at], x=[values[k] for k in at],
+                    base=[starts[k] for k in at],
+                    orientation="h", marker_color=ui.COLOURS[colour],
+                    text=[f"{values[k]:+.3f}" for k in at],
                     textposition="outside", cliponaxis=False)
     first, last = f"mean answer: {told.base:.3f}", f"this answer: {ends[-1]:.3f}"
     fig.add_scatter(x=[told.base, ends[-1]], y=[first, last], mode="markers",
@@ -59,7 +61,8 @@ def waterfall(told: Told, most: int = 8) -> "go.Figure":
 def balance(told: Told, most: int = 6) -> "go.Figure":
     "Draw what speaks for and against the answer, strongest first: bars to both sides."
     names, values = strongest(told, most)
-    fig = ui.figure(f"contribution, {UNITS[told.space]}", "", height=110 + 30 * len(names), margin_t=50,
+    fig = ui.figure(f"contribution, {UNITS[told.space]}", "", height=110 + 30 * len(names),
+                    margin_t=50,
                     barmode="overlay")
     for sign, colour, name in ((1, "ours", f"for {shown(told.explained)}"),
                                (-1, "baseline", f"against {shown(told.explained)}")):
@@ -76,4 +79,5 @@ def reasons_picture(told: Told, names: list[str]) -> "go.Figure":
     fig.add_bar(y=[label(told, c) for c in names], x=size, orientation="h",
                 marker_color=ui.COLOURS["ours"])
     fig.update_xaxes(showticklabels=False, ticks="", title_text="weight in this decision")
-    return fig.update_yaxes(categoryorder="array", categoryarray=[label(told, c) for c in names][::-1])
+    return fig.update_yaxes(categoryorder="array",
+                            categoryarray=[label(told, c) for c in names][::-1])

@@ -13,14 +13,15 @@ import numpy as np
 
 from ..answers.counterfactuals import Counterfactual
 from ..answers.explanation import Explanation, Told, of
-from ..answers.wording import listed, named, shown
+from ..answers.explanation import listed, named, shown
 from .needing import AUDIENCES
 from .pictures import UNITS, balance, label, reasons_picture, waterfall
 
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% ../../../nbs/explain/people/03_rendering.ipynb #582d2b47
-FLAGGED = ("CAUTION: the explainer comes to another answer than the model. What follows explains the "
+FLAGGED = ("CAUTION: the explainer comes to another answer than the model. What follows explains "
+           "the "
            "explainer, not this decision. ")
 
 def _regulator(told: Told) -> str:
@@ -67,7 +68,8 @@ def _customer(told: Told, names: list[str], way_out: Counterfactual | None,
     said = outcome.get(told.answer, f"the answer is {shown(told.answer)}")
     lines = [f"Your application was decided by a computer program: {said}."]
     if names:
-        lines.append("What counted most: " + listed([f"your {label(told, c, 60).replace(' = ', ' (')})"
+        lines.append("What counted most: "
+                     + listed([f"your {label(told, c, 60).replace(' = ', ' (')})"
                                                      for c in names]) + ".")
     else: lines.append("No single fact about you decided it.")
     if way_out:
@@ -99,10 +101,11 @@ def render(explanation: Explanation, row: Any, audience: str = "business", *,
     """Write and draw the explanation of one row (its label) for an audience: (text, figure).
 
     `audience`: "regulator", "business" or "customer". For a customer: `way_out`, changes that would
-    have turned the answer; `restricted`, columns that may not be named as a reason; `outcome`: {answer:
-    in words}. Raises Refused where the explanation isn't true of the decision (flagged ones are
-    given, with a warning), ValueError for another audience, KeyError for another row."""
-    text = write(explanation, row, audience, way_out=way_out, restricted=restricted, outcome=outcome)
+    have turned the answer; `restricted`, columns that may not be named as a reason; `outcome`:
+    {answer: in words}. Raises Refused where the explanation isn't true of the decision (flagged
+    ones are given, with a warning), ValueError for another audience, KeyError for another row."""
+    text = write(explanation, row, audience, way_out=way_out, restricted=restricted,
+                 outcome=outcome)
     told = of(explanation, row)
     if audience == "regulator": return text, waterfall(told)
     if audience == "business": return text, balance(told)

@@ -8,6 +8,7 @@ __all__ = ['asked_rows', 'answers_of', 'AnswerLog', 'Recorded']
 # %% ../../../nbs/explain/record/09_serving.ipynb #eb45ab56
 import asyncio, csv, io, json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
@@ -80,10 +81,10 @@ def _made(self: AnswerLog, rows, answers, model, version, model_hash, ids):
                              models=self.log.models,
                                **self.customer)
     else: why = ""
-    unable = {"defences": {"not explained": why}} if why else {}
-    return [Decision(jsonable(r), a, model, version, model_hash, **unable,
-                     **({"id": ids[i]} if ids else {}))
-            for i, (r, a) in enumerate(zip(rows, answers))]
+    unable = {"not explained": why} if why else {}
+    made = [Decision(jsonable(r), a, model, version, model_hash, defences=unable)
+            for r, a in zip(rows, answers)]
+    return [replace(d, id=id) for d, id in zip(made, ids)] if ids else made
 
 # %% ../../../nbs/explain/record/09_serving.ipynb #983329d9
 async def _json(send: Callable, status: int, value: Any) -> None:

@@ -59,7 +59,8 @@ def _sklearn_tree(tree: Any, share: float, classify: bool) -> dict[str, np.ndarr
     leaf = tree.children_left < 0
     return dict(feature=np.where(leaf, -1, tree.feature).astype(np.int32),
                 threshold=round_down(tree.threshold), gap_left=gap.astype(np.uint8),
-                left=tree.children_left.astype(np.int64), right=tree.children_right.astype(np.int64),
+                left=tree.children_left.astype(np.int64),
+                right=tree.children_right.astype(np.int64),
                 cover=tree.weighted_n_node_samples.astype(float), value=value * share)
 
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #fc6cdf0a
@@ -109,7 +110,8 @@ def _xgboost(model: Any) -> Forest:
         ends = gradient["model"]["iteration_indptr"]
         trees, info = trees[:ends[best + 1]], info[:ends[best + 1]]
     classes = max(info) + 1
-    found = _joined([_xgb_tree(t, k, classes) for t, k in zip(trees, info)], start=np.zeros(classes),
+    found = _joined([_xgb_tree(t, k, classes) for t, k in zip(trees, info)],
+                    start=np.zeros(classes),
                     features=int(learner["learner_model_param"]["num_feature"]), space="margin")
     gaps = np.full((1, found.features), np.nan)
     return found._replace(start=margin(model, gaps)[0] - outputs(found, gaps)[0])

@@ -171,6 +171,7 @@ def background_values(forest: Forest, levels: int, distinct: int, left: np.ndarr
     phi, every = np.zeros((len(X), forest.features)), np.zeros(left.shape[1], np.uint64)
     for b in range(size): every[b >> 6] |= np.uint64(1 << (b & 63))
     walk = _walk(forest.features, levels + 1, left.shape[1])
-    _all(forest, np.ascontiguousarray(forest.value[:, k]), np.ascontiguousarray(X, np.float32), left,
+    _all(forest, np.ascontiguousarray(forest.value[:, k]), np.ascontiguousarray(X, np.float32),
+         left,
          every, _beta(distinct + 1), walk, phi)
     return phi / size

@@ -105,7 +105,8 @@ def goes_left(typing, array, index, threshold, gap_left):
         limit = _spread(builder, FLOATS, args[2])
         below = builder.fcmp_ordered("<=", values, limit)
         or_gap = builder.fcmp_unordered("<=", values, limit)
-        chosen = builder.select(builder.icmp_unsigned("!=", args[3], args[3].type(0)), or_gap, below)
+        chosen = builder.select(builder.icmp_unsigned("!=", args[3], args[3].type(0)), or_gap,
+                                below)
         one, zero = (ir.Constant(DOUBLES, [ir.DoubleType()(v)] * WIDTH) for v in (1., 0.))
         return builder.select(chosen, one, zero)
     return lanes(array, index, types.float32, types.uint8), code

@@ -81,8 +81,9 @@ class TreeShap:
     def __init__(self, model: Any, background: Any = None, n_jobs: int = 1) -> None:
         self.model, self.forest, self.n_jobs = model, read(model), max(1, int(n_jobs))
         self.space, self.classes = self.forest.space, getattr(model, "classes_", None)
-        self.background: Any = None if background is None else self.rows(background, "background")
-        if self.background is not None and not len(self.background):
+        self.background: Any = None
+        if background is not None: self.background = self.rows(background, "background")
+        if background is not None and not len(self.background):
             raise ValueError("background: no rows")
         self.method = PATH if background is None else BACKGROUND.format(len(self.background))
 
@@ -115,7 +116,8 @@ class TreeShap:
             raise ValueError(f"{name}: the model knows {self.forest.features} features, "
                              f"got {X.shape[1]}")
         missing = getattr(self.model, "missing", np.nan)
-        if isinstance(missing, (int, float)) and missing == missing: X = np.where(X == missing, np.nan, X)
+        if isinstance(missing, (int, float)) and missing == missing:
+            X = np.where(X == missing, np.nan, X)
         if np.isinf(X).any(): raise ValueError(f"{name}: an infinite number")
         return X
 

@@ -75,7 +75,8 @@ def _down(split, s, f, leaf, x, t, w, Q, fixed, on, pair, phi, room):
         store(room.passes, mine, passes)
         for q in range(Q):
             share = fma(step, splat(room.rates[at + q]), ratio)
-            store(room.above, here + (Q + q) * WIDTH, mul(share, load(room.above, here + q * WIDTH)))
+            store(room.above, here + (Q + q) * WIDTH,
+                  mul(share, load(room.above, here + q * WIDTH)))
 
 # %% ../../../nbs/explain/shapley/04_walking.ipynb #60cdad43
 @inlined
