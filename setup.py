@@ -37,7 +37,10 @@ PARTS = {  # what the rest needs beside it
               "pyyaml>=6", "hnswlib>=0.8"],
     "flexserve": ["torch>=2.2", "onnx>=1.16", "onnxruntime>=1.18", "safetensors>=0.4", "pillow>=10", "pyyaml>=6", "scikit-learn>=1.4",
                   "skl2onnx>=1.17", "xgboost>=2.0", "pandas>=2.1", "pyarrow>=14", "starlette>=0.40", "uvicorn[standard]>=0.30", "orjson>=3.10", "prometheus-client>=0.20"],
+    "explain": ["pandas>=2.1", "numba>=0.60", "llvmlite>=0.43", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0"],
     "diagnostics": ["pandas>=2.1", "pyarrow>=14", "numba>=0.60", "scipy>=1.11", "scikit-learn>=1.4", "torch>=2.2", "pyyaml>=6", "cryptography>=42"],
+    "moderation": ["pandas>=2.1", "scipy>=1.11", "scikit-learn>=1.4", "xgboost>=2.0", "torch>=2.2", "onnx>=1.16", "onnxruntime>=1.18",
+                   "pillow>=10", "redis>=5", "starlette>=0.40", "uvicorn[standard]>=0.30", "pyarrow>=14", "deltalake>=1"],
 }
 CHOSEN = os.environ.get("OPML_WB_PARTS", " ".join(PARTS)).replace(",", " ").split()
 if unknown := set(CHOSEN) - set(PARTS): raise SystemExit(f"OPML_WB_PARTS: no part {sorted(unknown)}; there are: {', '.join(PARTS)}")
@@ -90,6 +93,7 @@ setup(
                              "analyzer = opml_wb.analyzer.commands:analyzer",
                              "telemetry = opml_wb.analyzer.commands:telemetry",
                              "diagnostics = opml_wb.diagnostics.commands:diagnostics",
+                             "moderation = opml_wb.moderation.commands:moderation",
                              "explain = opml_wb.explain.commands:explain"],
         "opml_wb.command_hooks": ["analyzer = opml_wb.analyzer.telemetry:command"],
         "opml_wb.moved_commands": [f"{name} = opml_wb.provenance.commands:provenance" for name in PROVENANCE],

@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, NBS = ROOT / "opml_wb", ROOT / "nbs"
+# papers that use another one's public names: what feeds what
+JOINTS = {"moderation": {"opml_wb.flexserve", "opml_wb.flexserve.serve", "opml_wb.provenance"}}
 WINGS = "kit", "record", "request", "engine", "show", "sweep", "site", "cli"  # of core; each imports from those before it
 EXPORT = re.compile(r"#\|\s*exports?\b")
 BARE = re.compile(r"(What|Who|Whose|Which|When|Where|How|Whether|Why|That|Whatever)\b")
@@ -98,7 +100,7 @@ def upward():
             there = to.split(".")[1:]
             if not here or not there: continue
             if here[0] == "core" != there[0]: out.append(f"{m}:{line} -> {to}: core knows no paper")
-            elif "core" not in (here[0], there[0]) and here[0] != there[0]: out.append(f"{m}:{line} -> {to}: paper to paper")
+            elif "core" not in (here[0], there[0]) and here[0] != there[0] and to not in JOINTS.get(here[0], ()): out.append(f"{m}:{line} -> {to}: paper to paper")
             elif here[0] == there[0] == "core" and len(here) > 1 and len(there) > 1 and WINGS.index(there[1]) > WINGS.index(here[1]):
                 out.append(f"{m}:{line} -> {to}: upwards")
     return out

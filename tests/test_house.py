@@ -114,7 +114,7 @@ def test_old_import_paths_still_work():
     "Every module that moved gives the same module by its old name, and leaves its package's exports as they are."
     code = """
 import importlib, sys, opml_wb
-for package in ("core", "eligibility", "pipesim", "provenance", "riann", "flexserve"):
+for package in ("core", "eligibility", "pipesim", "provenance", "riann", "flexserve", "moderation"):
     found = importlib.import_module(f"opml_wb.{package}")
     before = {n: getattr(found, n) for n in found.__all__}
     for old, new in getattr(found, "MOVED", {}).items():

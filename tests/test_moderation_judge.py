@@ -1,0 +1,167 @@
+"""Moderation's judges against brute force and planted truths: precision@K, intervals of back-tests, errors and power of races."""
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from opml_wb.moderation import Interleaver, Races, audit, backtest, coverage, precision_at_k
+from opml_wb.moderation.judge import decision
+from opml_wb.moderation.judge.backtest import ranks
+from opml_wb.moderation.judge.races import Setting, cost, judged, rate, simulate, strength
+
+
+def test_precision_equals_brute_force_over_all_orders_of_ties():
+    "1,000 random cases: every order of equal scores is tried, and the mean taken."
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        n = int(rng.integers(1, 7))
+        y, score, k = rng.integers(0, 2, n), rng.integers(0, 3, n) / 2, int(rng.integers(1, n + 1))
+        orders = {tuple(sorted(p, key=lambda i: -score[i])) for p in permutations(range(n))}
+        every = [y[list(o[:k])].mean() for o in orders]
+        assert precision_at_k(y, score, k) == pytest.approx(np.mean(every), abs=1e-12)
+        assert precision_at_k(y, score, k, "best") == pytest.approx(max(every))
+        assert precision_at_k(y, score, k, "worst") == pytest.approx(min(every))
+
+
+@pytest.mark.parametrize("y, score, k, said", [
+    ([1, 0], [.1, .2], 3, "k: expected 1 to 2"), ([1, 0], [.1, .2], 0, "k: expected 1 to 2"), ([], [], 1, "k: expected 1 to 0"),
+    ([1, 0], [.1, np.nan], 1, "score: NaN at 1"), ([1, 3], [.1, .2], 1, "y: expected 0 or 1"), ([1], [.1, .2], 1, "two arrays")])
+def test_precision_refuses_by_name(y, score, k, said):
+    with pytest.raises(ValueError, match=said): precision_at_k(y, score, k)
+
+
+def test_one_class_only_is_a_number_and_nothing_to_cover_is_said():
+    assert precision_at_k([0, 0, 0], [3, 2, 1], 2) == 0 and precision_at_k([1, 1], [3, 2], 2) == 1
+    with pytest.raises(ValueError, match="no violations"): coverage([0, 0], [1, 2], 1, [1, 0])
+
+
+# --- back-tests
+
+def logs(count, n=2000, days=20, k=100, prevalence=.05, budget=.25, noise=(0, 0)):
+    "Draw logs of two models whose labels are the current one's alerts and an audit: [(BackTest, truth on the log)]."
+    rng = np.random.default_rng(1)
+    day, found = np.repeat(np.arange(days), n), []
+    strong = [strength(p, k, n, prevalence) for p in (.5, .6)]
+    for i in range(count):
+        y = rng.random(n * days) < prevalence
+        shared = rng.standard_normal(n * days) * .7 ** .5
+        current, new = (shared + y * s + rng.standard_normal(n * days) * .3 ** .5 for s in strong)
+        plan = audit(current, day, k, budget, seed=i)
+        said = np.where(y, rng.random(n * days) >= noise[0], rng.random(n * days) < noise[1])
+        log = plan.assign(y=np.where(plan.chosen, said, np.nan))
+        top = [ranks(s, day) < k for s in (current, new)]
+        found.append((backtest(current, new, log, k, noise=noise), (y[top[1]].sum() - y[top[0]].sum()) / (k * days)))
+    return found
+
+
+def test_a_corrected_back_test_holds_the_truth_where_the_naive_one_has_the_wrong_sign():
+    found = logs(400)
+    assert np.mean([b.delta for b, _ in found]) < -.03 and np.mean([t for _, t in found]) > .08
+    holds = np.mean([b.corrected_lo <= t <= b.corrected_hi for b, t in found])
+    assert .86 <= holds <= .96, holds
+    assert np.mean([b.corrected_hi - b.corrected_lo for b, _ in found]) / 2 <= .08
+
+
+def test_moderators_errors_are_carried_into_the_interval():
+    noisy = logs(60, noise=(.15, .02))
+    holds = np.mean([b.corrected_lo <= t <= b.corrected_hi for b, t in noisy])
+    assert holds >= .75, holds
+    careless = np.mean([b.corrected for b, _ in noisy]) * (1 - .15 - .02)    # what is said without a correction
+    truth = np.mean([t for _, t in noisy])
+    assert abs(np.mean([b.corrected for b, _ in noisy]) - truth) < abs(careless - truth) + .02
+
+
+def test_without_propensities_nothing_is_corrected():
+    rng = np.random.default_rng(0)
+    log = pd.DataFrame({"day": np.repeat([0, 1], 50), "y": rng.integers(0, 2, 100)})
+    for broken in (log, log.assign(propensity=np.nan), log.assign(propensity=2.), log.assign(propensity=rng.random(100))):
+        told = backtest(rng.random(100), rng.random(100), broken, 5)
+        assert np.isnan(told.corrected) and "propensity" in told.why and np.isfinite(told.delta)
+
+
+# --- races
+
+@pytest.fixture(scope="module")
+def equal(): return simulate(Setting(n=1000, k=20, prevalence=.02), 400, 20, seed=1, ab=False)
+
+
+def test_equal_models_are_hardly_ever_promoted(equal):
+    "The upper 99.9 % bound of the count leaves room for chance; the bench counts 2,000 races."
+    for races in (equal, simulate(Setting(n=1000, prevalence=.02, burst=.3), 300, 20, seed=2, ab=False),
+                  simulate(Setting(n=1000, prevalence=.02, decline=.5), 300, 20, seed=3, ab=False)):
+        for verdict, _ in (decision.with_horizon(races.D, 20), decision.any_time(races.D, races.depth)):
+            assert rate(verdict, .999)[1] <= .05, rate(verdict)
+    assert .3 < (decision.plain_rule(equal.plain, 20)[0] == decision.PROMOTE).mean() < .6
+
+
+def test_better_models_are_promoted_and_worse_ones_are_not():
+    better = simulate(Setting(n=1000, prevalence=.02, new=.6, alike=.85), 200, 20, seed=4)
+    assert better.overlap >= .55 and judged(better, 20).promoted["sequential"] >= .85
+    worse = simulate(Setting(n=1000, prevalence=.02, new=.45), 300, 20, seed=5, ab=False)
+    assert (decision.with_horizon(worse.D, 20)[0] == decision.PROMOTE).mean() <= .01
+    days, power, spent = cost(better.D, better.reviews)
+    ab = better.resampled(300, 80)
+    ab_days, _, ab_spent = cost(ab.ab, np.full(ab.ab.shape, 20.))
+    assert 0 < days <= 20 and (ab_days == 0 or spent / ab_spent < .4)
+
+
+def test_races_in_parallel_share_their_error(equal):
+    "Thirty races at a thirtieth of the error each: families with a false promotion."
+    D = np.random.default_rng(0).choice(equal.D.shape[0], (300, 30))
+    signs = np.random.default_rng(1).choice([-1, 1], (300, 30, 20))
+    any_ = np.array([(decision.with_horizon(equal.D[rows] * s, 20, .05 / 30)[0] == decision.PROMOTE).any() for rows, s in zip(D, signs)])
+    assert rate(any_.astype(int) * decision.PROMOTE, .999)[1] <= .05
+    races = Races(of=30)
+    assert races.start("a", 20, 20).alpha == pytest.approx(.05 / 30)
+
+
+def test_the_class_says_what_the_thousands_say(equal):
+    "A race by Interleaver's own calls gives the verdict of the arrays."
+    rng = np.random.default_rng(0)
+    for new in (.5, .9):
+        race, D = Interleaver(10, days=8), []
+        for _ in range(8):
+            y = rng.random(300) < .05
+            current, strong = rng.normal(size=300) + 2 * y, rng.normal(size=300) + 2 * y + 4 * (new - .5) * y
+            for id in race.allocate(current, strong, np.arange(300)).id: race.record(id, bool(y[id]))
+            D.append(race.report().D.iloc[-1])
+        assert decision.VERDICTS[decision.with_horizon(D, 8)[0][0]] == race.verdict()
+
+
+def test_fewer_candidates_than_slots_and_identical_models():
+    few = Interleaver(20, days=4)
+    for _ in range(4):
+        table = few.allocate([.3, .2, .1], [.1, .2, .3], ["a", "b", "c"])
+        assert set(table.arm) == {"both"} and len(table) == 3
+        for id in table.id: few.record(id, True)
+    assert few.verdict() == "keep" and few.report().attrs["depth"] == 3
+    empty = Interleaver(4, days=4)
+    assert len(empty.allocate([], [], [])) == 0 and empty.verdict() == "continue"
+    forever = Interleaver(4)
+    for _ in range(30):
+        for id in forever.allocate(np.arange(9.), np.arange(9.), range(9)).id: forever.record(id, bool(id % 2))
+    assert forever.verdict() == "continue"
+
+
+def test_a_sellers_copies_are_one_decision_and_open_reviews_wait():
+    race = Interleaver(4, days=4)
+    score = np.linspace(1, 0, 12)
+    table = race.allocate(score, score, range(12), groups=[0] * 8 + [1, 2, 3, 4])
+    assert len(table) == 4 and sum(id < 8 for id in table.id) == 1
+    for id in table.id[:3]: race.record(id, False)
+    assert len(race.differences()[0]) == 0               # one review is open
+    race.record(table.id[3], True)
+    race.record(table.id[3], None)                       # taken back
+    assert len(race.differences()[0]) == 0
+    with pytest.raises(ValueError, match="stands more than once"): race.allocate([1, 2], [1, 2], ["a", "a"])
+    with pytest.raises(ValueError, match="NaN for id 'b'"): race.allocate([1, np.nan], [1, 2], ["a", "b"])
+
+
+def test_the_papers_rule_takes_half_of_the_slots_each():
+    race, score = Interleaver(6, rule="paper", days=1), np.linspace(1, 0, 10)
+    table = race.allocate(score, score[::-1], range(10))
+    assert (table.arm == "current").sum() == (table.arm == "new").sum() == 3
+    for id in table.id: race.record(id, id >= 9)         # one more violation is enough
+    assert race.verdict() == "promote"

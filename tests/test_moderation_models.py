@@ -1,0 +1,144 @@
+"""Moderation's listings and models with what strangers send: bad input, masked modalities, one class, exports that agree."""
+import io
+import math
+
+import numpy as np
+import pytest
+
+from opml_wb.moderation import Listing, ListingError, Market, TopicModel, encode, precision_at_k, read
+from opml_wb.moderation.models import onnx
+from opml_wb.moderation.models.features import WIDTH
+from opml_wb.moderation.models.topics import KINDS
+
+
+@pytest.fixture(scope="module")
+def market(): return Market(rate=900, violations=.02, evasion=.4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def days(market): return [market.day(d) for d in range(3)]
+
+
+@pytest.fixture(scope="module")
+def fitted(market, days):
+    train = encode(days[0] + days[1])
+    y = market.violates(days[0] + days[1], "weapons")
+    return {kind: TopicModel(kind, "weapons", **({"words": market.words("weapons")} if kind == "rules" else {})).fit(train, y) for kind in KINDS}
+
+
+def png(size):
+    from PIL import Image
+    file = io.BytesIO()
+    Image.new("RGB", size, (90, 20, 20)).save(file, "PNG")
+    return file.getvalue()
+
+
+ODD = [Listing("empty", ""), Listing("blank", "   "), Listing("mixed", "Nike ナイキ 나이키 Найк"), Listing("zero", "knife", price=0),
+       Listing("minus", "knife", price=-5), Listing("nan", "knife", price=math.nan), Listing("inf", "knife", price=math.inf),
+       Listing("corrupt", "knife", image=b"\x89PNG junk"), Listing("emoji", "🔪🔪🔪 👜"), Listing("nothing"),
+       Listing("one pixel", "bag", image=np.zeros((1, 1, 3), np.uint8)), Listing("wide", "bag", image=png((900, 3))),
+       Listing("long", "knife " * 1600), Listing("control", "kn\x00ife\u202e\u200b")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_listings_get_finite_scores(fitted, kind):
+    score = fitted[kind].score(ODD)
+    assert score.dtype == np.float32 and np.isfinite(score).all() and ((0 <= score) & (score <= 1)).all()
+
+
+def test_what_is_unusable_is_masked_by_name():
+    why = {x.id: dict(x.why) for x in ODD}
+    assert why["zero"] == {"price": "price: 0 is no price"} and why["minus"] == {"price": "price: -5 is no price"}
+    assert why["nan"] == {} and "inf" in why["inf"]["price"] and "decoded" in why["corrupt"]["image"] and why["empty"] == {"text": "title: empty"}
+    assert [x.id for x in ODD if x.has == (False, False, False)] == ["empty", "blank", "nothing"]
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(id="a", title="x" * 100_000), "'a': title: 100,000 characters; at most 10,000"), (dict(id="a", image=bytes(50_000_000)), "50,000,000 bytes"),
+    (dict(id="a", title=3), "title: expected text"), (dict(id="", title="x"), "id: expected a text"), (dict(id="a", price="dear"), "price: expected a number"),
+    (dict(id="a", image=np.zeros((4, 4), np.uint8)), "image: expected bytes")])
+def test_what_is_refused_says_the_field(given, said):
+    with pytest.raises(ListingError, match=said): Listing(**given)
+
+
+def test_a_bomb_of_pixels_is_refused():
+    with pytest.raises(ListingError, match="pixels; at most"): Listing("a", "bag", image=png((9000, 9000)))
+
+
+def test_tables_with_double_ids_and_topics_that_are_not_there():
+    with pytest.raises(ListingError, match="id a stands more than once"): read([{"id": "a"}, {"id": "a"}])
+    with pytest.raises(KeyError, match="expected a column 'id'"): read([{"title": "a"}])
+    with pytest.raises(ValueError, match="topic: expected one of weapons, money, counterfeit, got 'tanks'"): Market().violates([], "tanks")
+    with pytest.raises(KeyError, match="no listing of this market"): Market().truth(Listing("a"))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "rules"])
+def test_one_class_only_is_refused_and_no_listings_are_no_scores(days, fitted, kind):
+    for y in (np.zeros(len(days[0])), np.ones(len(days[0]))):
+        with pytest.raises(ValueError, match="both are needed"): TopicModel(kind, "weapons").fit(days[0], y)
+    assert len(fitted[kind].score([])) == 0
+    with pytest.raises(ValueError, match="weight: expected"): TopicModel(kind).fit(days[0], np.zeros(len(days[0])), weight=[1])
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "rules"])
+def test_the_exported_graph_scores_as_the_model(days, fitted, kind, tmp_path):
+    "1,000 listings, some with masked modalities, calibrated and not."
+    x = encode((days[2] + days[1])[:1000])
+    for model in (fitted[kind], TopicModel.load(saved(fitted[kind], tmp_path / "m.npz"))):
+        model.to_onnx(tmp_path / "m.onnx")
+        for seen in (x, x.mask("image"), x.mask("text", "price")):
+            assert np.abs(onnx.run(tmp_path / "m.onnx", seen.dense()) - model.score(seen)).max() <= 1e-5
+
+
+def saved(model, path):
+    model.save(path)
+    return path
+
+
+def test_graphs_of_onnx_and_torch_agree(days, fitted, tmp_path):
+    "The network itself, in torch, beside its graph."
+    import torch
+
+    from opml_wb.moderation.models.gmu import module
+    x = encode(days[2])
+    for kind in ("gmu", "concat"):
+        parts = fitted[kind].parts
+        rest = (np.hstack([x.image, x.price]) - parts["mean"]) / parts["sd"]
+        with torch.inference_mode():
+            logit = module(parts)(torch.tensor(np.hstack([x.text.toarray() * 4, rest]), dtype=torch.float32), torch.tensor(x.has, dtype=torch.float32)).numpy()
+        fitted[kind].to_onnx(tmp_path / "net.onnx")
+        assert np.abs(1 / (1 + np.exp(-logit - parts["prior"])) - onnx.run(tmp_path / "net.onnx", x.dense())).max() <= 1e-5
+    assert x.dense().shape[1] == WIDTH
+
+
+def test_pictures_matter_here_and_masking_them_costs_precision(market, fitted):
+    "Paired over days of one market whose words are disguised; scores stay finite."
+    hidden = Market(rate=900, violations=.02, evasion=.8, seed=4)
+    lost = []
+    for d in range(6):
+        day = hidden.day(d)
+        x, y = encode(day), hidden.violates(day, "weapons")
+        seen, blind = (fitted["gmu"].score(v) for v in (x, x.mask("image")))
+        assert np.isfinite(blind).all()
+        lost.append(precision_at_k(y, seen, 15) - precision_at_k(y, blind, 15))
+    assert np.mean(lost) > 0
+
+
+def test_a_market_is_what_it_says():
+    a, b = (Market(rate=400, seed=5) for _ in range(2))
+    for d in range(2): assert [(x.id, x.title, x.price) for x in a.day(d)] == [(x.id, x.title, x.price) for x in b.day(d)]
+    day = Market(5, rate=4000, violations=.01, seed=6).day(0)
+    topics = Market(5, rate=4000, violations=.01, seed=6)
+    topics.day(0)
+    assert .003 < topics.violates(day, "medicine").mean() < .03
+    both = [x for x in day if len(topics.truth(x)) > 1]
+    assert both and topics.truth(both[0]) == {"money", "counterfeit"}
+
+
+def test_sellers_move_to_what_is_not_deleted():
+    market = Market(rate=1500, violations=.03, evasion=.3, adapt=3, seed=7)
+    before = market.weights["money"][0]
+    for d in range(4):
+        day = market.day(d)
+        market.learn(day, [x.id for x in day if market.style(x) == "plain"])
+    assert market.weights["money"][0] < .3 * before

@@ -1,0 +1,151 @@
+"""Moderation's service with real endpoints while its parts are killed, and the console in a browser."""
+import json
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from opml_wb.core.record.models import ModelStore
+from opml_wb.moderation import Decisions, Market, ReviewConsole, TopicModel, encode
+from opml_wb.moderation.flow.queue import SqliteQueue
+from opml_wb.moderation.flow.service import publish_topics, to_json
+from opml_wb.moderation.flow.worker import Service, queues
+
+
+def until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if true(): return True
+        time.sleep(.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def shop():
+    market = Market(rate=500, violations=.03, seed=1)
+    days = market.day(0) + market.day(1)
+    return market, days, {t: TopicModel("lr", t).fit(days, market.violates(days, t)) for t in market.topics}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_nothing_is_lost_while_proxy_publisher_and_endpoint_are_killed(shop, tmp_path):
+    "Each listing is predicted once, alerted ones reach the review queue once; a new version takes over on the way."
+    from opml_wb.flexserve.serve import Server
+    from opml_wb.provenance import FeatureStore
+    market, _, models = shop
+    home, where, port = tmp_path / "home", str(tmp_path / "q.db"), free_port()
+    store = ModelStore(home / "models")
+    publish_topics(models, store=store)
+    today = [x for d in (2, 3) for x in market.day(d)]
+    server = Server("moderation", home=home, workers=1, port=port)
+    try:
+        with Service(where, server.url, dict.fromkeys(market.topics, .3), tmp_path / "lake", per_worker=50, most=2, lease_s=4) as service:
+            listings, predicted, review = queues(where)
+            half = len(today) // 2
+            listings.put_many([(x.id, to_json(x)) for x in today[:half]])
+            assert until(lambda: listings.depth < half)
+            service.proxies.running[0].kill()
+            service.tick()
+            service.publisher.running[0].kill()
+            service.tick()
+            server.process.kill(); server.process.wait()
+            publish_topics({**models, "money": TopicModel("lr", "money").fit(today, market.violates(today, "money"))}, store=store)
+            server = Server("moderation", home=home, workers=1, port=port)
+            listings.put_many([(x.id, to_json(x)) for x in today[half:]])
+            def done():
+                service.tick()
+                return not listings.depth and not predicted.depth
+            assert until(done, 240), (listings.depth, predicted.depth)
+    finally: server.close() if hasattr(server, "close") else server.process.kill()
+    import deltalake
+    assert FeatureStore(tmp_path / "lake").tables() == ["predictions"]
+    frame = deltalake.DeltaTable(str(next((tmp_path / "lake").rglob("_delta_log")).parent)).to_pandas().drop_duplicates(["id", "topic"], keep="last")
+    assert set(frame.id) == {x.id for x in today} and set(frame.version) == {1, 2}
+    got = []
+    while leases := review.claim(100): got += [json.loads(x.body) for x in leases]; review.ack(leases)
+    ids = [g["listing"]["id"] for g in got]
+    assert len(ids) == len(set(ids)) and set(ids) == set(frame.id[frame.alerted])
+    assert len(listings.dead()) == len(predicted.dead()) == 0
+
+
+def test_the_endpoint_scores_as_the_models_do(shop, tmp_path):
+    from opml_wb.flexserve import Client
+    from opml_wb.flexserve.serve import Server
+    from opml_wb.moderation.flow.service import Proxy
+    market, days, models = shop
+    publish_topics(models, store=ModelStore(tmp_path / "models"))
+    with Server("moderation", home=tmp_path, workers=1) as server:
+        told, version = Proxy(None, None, Client(server.url), {}).score(days[:100])
+        assert version == 1
+        for topic, model in models.items(): assert np.abs(np.array(told[topic]) - model.score(days[:100])).max() <= 1e-5
+
+
+# --- the console
+
+@pytest.fixture
+def desk(tmp_path, shop):
+    market, days, _ = shop
+    review = SqliteQueue(tmp_path / "q.db", "review")
+    review.put_many([(x.id, json.dumps({"listing": json.loads(to_json(x)), "alerts": ["weapons"]}).encode()) for x in days[:40]])
+    return ReviewConsole(review, Decisions(tmp_path / "q.db"), "ann", double=.2)
+
+
+def test_twenty_decisions_by_keyboard_in_a_browser(desk):
+    "The next listing comes in the answer to the key; undo takes one back; nothing is asked of the world outside."
+    import uvicorn
+    from playwright.sync_api import sync_playwright
+
+    from opml_wb.moderation.flow.page import page
+    program = next((p for p in ("/usr/bin/chromium", shutil.which("chromium")) if p and shutil.which(p)), None)
+    if not program: pytest.skip("needs chromium")
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(page(desk), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        assert until(lambda: server.started)
+        with sync_playwright() as p:
+            browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            tab, asked, took = browser.new_page(), [], []
+            tab.on("request", lambda r: asked.append(r.url))
+            tab.goto(f"http://127.0.0.1:{port}/")
+            tab.wait_for_selector("#card h3")
+            for i in range(20):
+                key = tab.get_attribute("#card", "data-key")
+                tab.keyboard.press("dk"[i % 2])
+                tab.wait_for_function("k => document.getElementById('card').dataset.key != k", arg=key)
+                took.append(tab.evaluate("window.took"))
+            shown = tab.get_attribute("#card", "data-key")
+            tab.keyboard.press("u")
+            tab.wait_for_function("k => document.getElementById('card').dataset.key != k", arg=shown)
+            assert "19 decided" in tab.inner_text("#said") and "image/png" in tab.inner_html("#card")
+            browser.close()
+        assert all(url.startswith((f"http://127.0.0.1:{port}/", "data:")) for url in asked)
+        assert len(desk.decisions.frame()) == 19
+        print(f"\nms to the next listing: median {np.median(took):.0f}, most {max(took):.0f}")
+    finally: server.should_exit = True; thread.join(10)
+
+
+def test_second_looks_go_to_somebody_else_and_agreement_is_told(desk):
+    while desk.item(): desk.decide(len(desk.made) % 3 == 0)
+    bob, seen = ReviewConsole(desk.queue, desk.decisions, "bob", double=.2), 0
+    while bob.item() and seen < 40:
+        assert bob.item()["round"] == "second"
+        bob.decide(False); seen += 1
+    told = desk.decisions.agreement()
+    assert seen and told["n"] == seen and 0 <= told["agree"] <= 1
+    assert desk.queue.depth == 0
+
+
+def test_what_moderators_see_tells_neither_arm_nor_score(desk):
+    assert set(desk.item()) == {"key", "listing", "alerts", "round", "waiting"}
+    assert not {"arm", "score", "scores", "propensity"} & set(desk.item()["listing"])
