@@ -185,8 +185,7 @@ def linked(mine: pd.Index, theirs: pd.Index, what: str) -> np.ndarray:
     return found
 
 # %% ../../nbs/eligibility/01_encode.ipynb #e5557670
-def latest(codes: np.ndarray, when: np.ndarray, wanted: np.ndarray,
-           at: np.ndarray) -> np.ndarray:
+def latest(codes: np.ndarray, when: np.ndarray, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Find the last version of each wanted key [n] not later than `at` [n]: int64 [n], -1 if none.
 
     codes, when: key and microseconds of each version, int [m]."""

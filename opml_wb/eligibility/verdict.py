@@ -252,8 +252,7 @@ def pair_verdicts(counts: PairCounts, th: float = .2) -> tuple[np.ndarray, np.nd
     lo, hi = wilson(n - counts.before - counts.tie, n)
     doubt = (n == 0) | (counts.rates()[1] > TIES) | _unsure(lo, hi, th)
     out = np.where(doubt, "undetermined", np.where(lo > th, "inverse", "ok")).astype(object)
-    if counts.ended is not None:
-        out[out != pair_verdicts(counts.ended, th)[0]] = "undetermined"
+    if counts.ended is not None: out[out != pair_verdicts(counts.ended, th)[0]] = "undetermined"
     return out, lo, hi
 
 # %% ../../nbs/eligibility/10_verdict.ipynb #6e67ee67

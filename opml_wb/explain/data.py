@@ -93,8 +93,8 @@ def read(dataset: str, answer: str = "", granted: str = "") -> tuple[pd.DataFram
 
 # %% ../../nbs/explain/01_data.ipynb #792f9ef6
 def actionable(dataset: str, text: str = "") -> dict[str, str]:
-    """Read what can be changed: "column:way,..."; default: of the known tables, `ACTIONABLE`. Raises
-    ValueError where nothing is said."""
+    """Read what can be changed: "column:way,..."; default: of the known tables, `ACTIONABLE`.
+    Raises ValueError where nothing is said."""
     text = text or ACTIONABLE.get(dataset, "")
     pairs = [part.strip().partition(":") for part in text.split(",") if part.strip()]
     if not pairs:

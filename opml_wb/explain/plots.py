@@ -20,8 +20,8 @@ if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% ../../nbs/explain/06_plots.ipynb #4b88f2da
 def clutter(X: pd.DataFrame, answers: pd.Series, columns: Sequence[str]) -> "go.Figure":
-    """Draw what the paper's Figure 1 draws: rows as points, the classes compared by pairs of columns
-    (each with the next), categories as codes, gaps left out."""
+    """Draw what the paper's Figure 1 draws: rows as points, the classes compared by pairs of
+    columns (each with the next), categories as codes, gaps left out."""
     from plotly.subplots import make_subplots
     def coded(values):
         if pd.api.types.is_numeric_dtype(values): return values.to_numpy(float)
@@ -88,8 +88,8 @@ def _level_bars(found: pd.DataFrame) -> "go.Figure":
 
 # %% ../../nbs/explain/06_plots.ipynb #ec8634ca
 def curve_figure(curves: pd.DataFrame, column: str) -> "go.Figure":
-    """Draw the curve of one column of an additive model: steps of a number, bars of categories; a bar
-    of its own for a gap. Rows that lie there stand in the hover text."""
+    """Draw the curve of one column of an additive model: steps of a number, bars of categories; a
+    bar of its own for a gap. Rows that lie there stand in the hover text."""
     found = curves[curves.column == column]
     gap, known = found[found.level == MISSING], found[found.level != MISSING]
     if not known.low.notna().any():
@@ -180,7 +180,7 @@ def readability_figure(curve: pd.DataFrame) -> "go.Figure":
 
 # %% ../../nbs/explain/06_plots.ipynb #81d0203b
 def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":
-    "Draw how far pairs of explainers ({name: of `disagreement`}) agree: mean and middle 80 % of rows."
+    "Draw how far pairs of explainers ({name: of `disagreement`}) agree: mean, middle 80 % of rows."
     names = {"rank": "order of the columns", "sign": "direction", "top_k": "the three named first"}
     fig = ui.figure("agreement (1: the same)", "", height=330, margin_t=60, barmode="group",
                     xaxis_range=[min(-.05, *(float(t["rank"].quantile(.1))

@@ -46,7 +46,7 @@ def curve_of(shap: TreeShap, model: TableModel, X: pd.DataFrame, j: int) -> pd.D
 
 # %% ../../../nbs/explain/answers/06_additives.ipynb #9fed63c4
 class Additive(TableModel):
-    "A table model that is a sum of curves, `curves`: DataFrame[column, level, low, high, effect, rows]."
+    "A table model that is a sum of `curves`: DataFrame[column, level, low, high, effect, rows]."
     curves: pd.DataFrame
 
     @property

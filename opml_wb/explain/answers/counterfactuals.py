@@ -131,7 +131,7 @@ class Search:
             np.isnan(c[j]) and np.isnan(self.codes[j]))] for v, c in zip(values, codes)}
 
     def ask(self, trials: list[dict[str, Any]]) -> np.ndarray:
-        "Score rows with the changes `trials` ({column: value}) for the wanted class: [len(trials)]."
+        "Score rows with each of `trials` ({column: value}) for the wanted class: [len(trials)]."
         if not trials: return np.empty(0)
         codes = np.repeat(self.codes[None], len(trials), axis=0)
         for k, trial in enumerate(trials):

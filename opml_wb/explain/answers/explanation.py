@@ -27,7 +27,7 @@ def is_gap(value: Any) -> bool:
 
 # %% ../../../nbs/explain/answers/02_explanation.ipynb #2e28bd2c
 def shown(value: Any) -> str:
-    "Write one value: a whole number without a point, a long one with four digits, a gap as missing."
+    "Write one value: a whole number without a point, others with four digits, a gap as missing."
     if is_gap(value): return MISSING
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if isinstance(value, (int, float, np.number)):

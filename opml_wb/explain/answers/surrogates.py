@@ -93,7 +93,7 @@ def surrogate(model: Any, X: pd.DataFrame, depth: int = 4, seed: int = 0) -> Sur
     learn, judge = X.iloc[order[::2]], X.iloc[order[1::2]]
     answers = model.predict(learn)
     if len(np.unique(answers)) < 2:
-        raise ValueError(f"the model answers {answers[0]!r} throughout: there is nothing to imitate")
+        raise ValueError(f"the model answers {answers[0]!r} throughout: nothing to imitate")
     kind = DecisionTreeRegressor if model.classes is None else DecisionTreeClassifier
     tree = kind(max_depth=depth, min_samples_leaf=max(5, len(X) // 1000), random_state=seed)
     tree.fit(model.encode(learn), answers)

@@ -213,8 +213,7 @@ def _rates(model, X, may, budgets, seed, n, explain, target, most):
     out = {}
     for k, arm in enumerate((*ARMS["queries"], *ARMS["explanation"])):
         played = play(model, rows, may, max(budgets), arm, np.random.default_rng([seed, k]),
-                      explain,
-                      target, most)
+                      explain, target, most)
         for b in budgets: out[b, arm] = float((played.flipped & (played.queries <= b)).mean())
     return out
 

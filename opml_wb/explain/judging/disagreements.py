@@ -79,9 +79,10 @@ def parts_of(model: TableModel) -> int:
 # %% ../../../nbs/explain/judging/01_disagreements.ipynb #d1e0996b
 def cost_of_readability(X: pd.DataFrame, y: Any, seeds: int = 5, test: float = .3,
                         progress: Callable[[range], Any] = iter) -> pd.DataFrame:
-    """Measure accuracy along the ladder on `seeds` splits: DataFrame[model, parts, accuracy, lo, hi,
-    gap, gap_lo, gap_hi, fidelity]; `gap` is to the best model of the same split, paired; `fidelity`
-    of a surrogate of depth 4, on the first split. Intervals of 95 % over splits (Student)."""
+    """Measure accuracy along the ladder on `seeds` splits: DataFrame[model, parts, accuracy, lo,
+    hi, gap, gap_lo, gap_hi, fidelity]; `gap` is to the best model of the same split, paired;
+    `fidelity` of a surrogate of depth 4, on the first split. Intervals of 95 % over splits
+    (Student)."""
     from opml_wb.explain.intervals import mean_interval
     rows, y = [], np.asarray(y)
     for seed in progress(range(seeds)):

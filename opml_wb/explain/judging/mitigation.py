@@ -84,8 +84,8 @@ def residualise(split: Split) -> np.ndarray:
 
 # %% ../../../nbs/explain/judging/03_mitigation.ipynb #d41ec8e1
 def constrain(split: Split) -> np.ndarray:
-    """Decide without the restricted column, at a threshold for each group that grants each the share
-    that all together would get. The attribute must be known when deciding."""
+    """Decide without the restricted column, at a threshold for each group that grants each the
+    share that all together would get. The attribute must be known when deciding."""
     seen, score = _forest(split, _without(split, [split.restricted]))
     granted, share = np.zeros(len(score), bool), np.nanmean(seen > .5)
     for g in np.unique(split.group):
@@ -155,5 +155,5 @@ def _summed(name: str, some: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Any]
         row[measure], row[f"{measure}_lo"], row[f"{measure}_hi"] = mean_interval(some[measure])
         if len(base) and name != "none":
             change = mean_interval(some[measure].to_numpy() - base[measure][some.seed].to_numpy())
-            row[f"{measure}_change"], row[f"{measure}_change_lo"], row[f"{measure}_change_hi"] = change
+            row |= zip([f"{measure}_change{end}" for end in ("", "_lo", "_hi")], change)
     return row

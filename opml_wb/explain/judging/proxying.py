@@ -17,7 +17,7 @@ from ..answers.tables import Columns
 
 # %% ../../../nbs/explain/judging/02_proxying.ipynb #b3b46f79
 def _placed(score: np.ndarray, member: np.ndarray) -> tuple[float, np.ndarray]:
-    "AUC of `score` for `member`, and each row's placement: share of the others it beats (ties half)."
+    "AUC of `score` for `member`, and each row's placement: share of others it beats (ties half)."
     m, n = member.sum(), (~member).sum()
     every, own = rankdata(score), np.empty(len(score))
     own[member], own[~member] = rankdata(score[member]), rankdata(score[~member])
@@ -27,8 +27,8 @@ def _placed(score: np.ndarray, member: np.ndarray) -> tuple[float, np.ndarray]:
 # %% ../../../nbs/explain/judging/02_proxying.ipynb #f41a61df
 def group_auc(scores: np.ndarray, group: np.ndarray, level: float = .95
               ) -> tuple[float, float, float]:
-    """Compute the AUC of `scores` (n, K) for groups 0 to K - 1 [n], each against the others, weighted
-    by its share; with DeLong's interval: (auc, lo, hi)."""
+    """Compute the AUC of `scores` (n, K) for groups 0 to K - 1 [n], each against the others,
+    weighted by its share; with DeLong's interval: (auc, lo, hi)."""
     auc, influence, n = 0., np.zeros(len(group)), len(group)
     for k in range(scores.shape[1]):
         member = group == k
@@ -62,8 +62,7 @@ def groups_of(restricted: pd.Series, least: int) -> tuple[np.ndarray, np.ndarray
     names = np.array(sorted(counts.index[counts >= least], key=str), object)
     if len(names) < 2:
         raise ValueError(f"restricted: {restricted.name!r} has {len(names)} groups of {least} "
-                         f"rows or "
-                         "more; two are needed")
+                         "rows or more; two are needed")
     return pd.Index(names).get_indexer(text), names
 
 # %% ../../../nbs/explain/judging/02_proxying.ipynb #d44ce01f

@@ -61,7 +61,7 @@ def _explainer(audience: str, task: str, constraint: str) -> tuple[str, str]:
             "who contests asks what to change: only what the person can change is named, and never "
             "another person's row")
     if constraint == "inherent":
-        return "additive(X, y)", "the model must be readable: a sum of curves is its own explanation"
+        return "additive(X, y)", "the model must be readable: a sum of curves explains itself"
     if task == "understand" and audience != "regulator":
         return "surrogate(model, X).rules", ("a few rules are read as a whole; their fidelity says "
                                              "for how many answers they are true")
@@ -73,8 +73,7 @@ def _defence(audience: str, task: str, constraint: str) -> tuple[str, str]:
     "Choose the defence: (setting, why)."
     if constraint == "privacy":
         return "synthetic examples, minimum leaf", ("explanations by example, and deep leaves, "
-                                                    "lead "
-                                                    "back to training rows")
+                                                    "lead back to training rows")
     if constraint == "security" or (audience == "customer" and task == "decide"):
         return "top 4 reasons, rate limit", ("many exact explanations help to game a model; a few "
                                              "reasons and few questions help less")

@@ -18,8 +18,8 @@ PAIR, ENTER_ONE, ENTER, TURN, LEAVE_ONE, LEAVE = range(6)   # steps; see `walkin
 STEPS = 8
 
 class Program(NamedTuple):
-    """The walk through all trees. `step` int32: 8 split + kind of step; `begin` int64 [T + 1]: where
-    each tree's steps begin.
+    """The walk through all trees. `step` int32: 8 split + kind of step; `begin` int64 [T + 1]:
+    where each tree's steps begin.
 
     By split: `depth`, `feature`, `out` (place of its result: 2 depth of its parent + side) int32;
     `threshold` float32; `gap_left`, `swapped` (children exchanged, so that a single leaf is the

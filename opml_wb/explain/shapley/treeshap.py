@@ -38,7 +38,7 @@ def known_value(forest: Forest, node: int, row: np.ndarray, known: frozenset[int
 
 def mixed_value(forest: Forest, row: np.ndarray, known: frozenset[int],
                 background: np.ndarray) -> np.ndarray:
-    "Mean answer of the forest when the features `known` are those of `row`, others the background's."
+    "Mean answer when the features `known` are those of `row`, the others the background's."
     mixed = background.copy()
     mixed[:, list(known)] = row[list(known)]
     return outputs(forest, mixed).mean(0) - forest.start

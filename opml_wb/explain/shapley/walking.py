@@ -127,8 +127,8 @@ def _tree(split, begin, end, leaf, x, t, w, Q, fixed, on, phi, room):
 # %% ../../../nbs/explain/shapley/04_walking.ipynb #52c593ca
 @kernel
 def walk(split, leaf, x, nodes, weights, fixed, on, phi, room):
-    """Add the Shapley values of all trees to `phi`, float64 [blocks, F WIDTH]: leaves' values `leaf`
-    [S, 2], rows `x` float32 of the same shape; the rule for Q nodes is row Q of `nodes`."""
+    """Add the Shapley values of all trees to `phi`, float64 [blocks, F WIDTH]: leaves' values
+    `leaf` [S, 2], rows `x` float32 of the same shape; the rule for Q nodes is row Q of `nodes`."""
     for k in range(len(split.levels)):
         Q = (split.distinct[k] + 1) // 2
         for b in range(len(x)):

@@ -286,8 +286,7 @@ def _elected(labels):
     given = np.maximum(votes.sum(axis=0), 1)
     best = votes.max(axis=0, initial=0)
     won = [next((name for name in labels[:, b] if name is not None
-                 and votes[names.index(name), b] == best[b]), None)
-           for b in range(labels.shape[1])]
+                 and votes[names.index(name), b] == best[b]), None) for b in range(labels.shape[1])]
     return np.array(won, object), best / given
 
 # %% ../../../nbs/flexserve/model/07_answer_policy.ipynb #185c6df0

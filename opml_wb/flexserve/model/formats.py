@@ -47,8 +47,7 @@ def format_of(path: str | os.PathLike) -> str:
 SIZES = re.compile(r"[\w\s+*/()%,<>=&|~-]*")    # of a symbolic size: no quotes, no attributes
 SYMBOL = re.compile(r"Symbol\('\w+'(, \w+=True)*\)")
 FUNCTIONS = {"Mod", "PythonMod", "FloorDiv", "CeilDiv", "CleanDiv", "Max", "Min", "Add", "Mul",
-             "Pow",
-             "Integer", "Rational", "Eq", "Ne", "And", "Or", "Not", ""}
+             "Pow", "Integer", "Rational", "Eq", "Ne", "And", "Or", "Not", ""}
 
 def _is_size(text):
     "True for the text of a symbolic size that names no function but those of arithmetic."

@@ -42,8 +42,7 @@ FILES = _object({"file": _list(IMAGE, minItems=1)}, "file", extra=True)
 FORM = _object({"file": _list(IMAGE, minItems=1), **QUERY}, "file")
 PREDICT = _object({"images": _list(_object({"b64": {"type": "string", "format": "byte"}, "id": {}},
                                            "b64"), minItems=1),
-                   **{name: f.schema for name, f in DECLARED.items()}},
-                  "images")
+                   **{name: f.schema for name, f in DECLARED.items()}}, "images")
 TENSOR = _object({"name": TEXT, "shape": _list(WHOLE), "datatype": TEXT, "data": {"type": "array"},
                   "parameters": ANYTHING},
                  "name", "shape", "datatype", extra=True)

@@ -152,8 +152,7 @@ def sample(self: AssetModel, n: int, rng: int | np.random.Generator) -> pd.DataF
     if self.kind == "copula": x = sample_copula(self.parts, n, rng)
     else: x = np.expm1(sample_gmm(self.parts, n, rng))
     x = np.clip(x, self.low, self.high)
-    return pd.DataFrame({c: decoded(x[:, j], *self.columns[c])
-                         for j, c in enumerate(self.columns)})
+    return pd.DataFrame({c: decoded(x[:, j], *self.columns[c]) for j, c in enumerate(self.columns)})
 
 # %% ../../../nbs/pipesim/synth/04_assets.ipynb #862fbbc5
 @patch
