@@ -91,50 +91,43 @@ class SyntheticExamples:
         self.fine = {c for c in base.place.numbers if base.records[c].nunique() > fine}
         self.said = None if model is None else np.asarray(model.predict(base.records))
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #68ba64d3
-@patch(as_prop=True)
-def records(self: SyntheticExamples) -> pd.DataFrame:
-    "The training table behind it."
-    return self.base.records
+    @property
+    def records(self) -> pd.DataFrame:
+        "The training table behind it."
+        return self.base.records
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #56fe9e17
-@patch  # type: ignore[no-redef]
-def nearest(self: SyntheticExamples, X: pd.DataFrame) -> np.ndarray:
-    "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
-    if self.said is None: return self.base.nearest(X, self.around)
-    own, points = np.asarray(self.model.predict(X)), self.base.place(X)
-    out = np.empty((len(X), self.around), int)
-    for answer in np.unique(own):
-        rows, those = np.flatnonzero(own == answer), np.flatnonzero(self.said == answer)
-        if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
-        far = pairwise_distances(points[rows], self.base.points[those])
-        far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
-        order = those[far.argsort(1, kind="stable")[:,
-                                                    :max(1, min(self.around, len(those) - 1))]]
-        out[rows] = np.resize(order.T, (self.around, len(rows))).T
-    return out
+    def nearest(self, X: pd.DataFrame) -> np.ndarray:
+        "Find the records, answered alike, that a row's fields are drawn from: int [n, around]."
+        if self.said is None: return self.base.nearest(X, self.around)
+        own, points = np.asarray(self.model.predict(X)), self.base.place(X)
+        out = np.empty((len(X), self.around), int)
+        for answer in np.unique(own):
+            rows, those = np.flatnonzero(own == answer), np.flatnonzero(self.said == answer)
+            if len(those) < 2: those = np.arange(len(self.said))     # nobody else got this answer
+            far = pairwise_distances(points[rows], self.base.points[those])
+            far[(points[rows][:, None] == self.base.points[those]).all(2)] = np.inf
+            order = those[far.argsort(1, kind="stable")[:,
+                                                        :max(1, min(self.around, len(those) - 1))]]
+            out[rows] = np.resize(order.T, (self.around, len(rows))).T
+        return out
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #71b72e6a
-@patch
-def _draw(self: SyntheticExamples, values: pd.Series, at: np.ndarray,
-          rng: np.random.Generator) -> np.ndarray:
-    "Draw one field for each place, from its `at` int [n * k, around] records."
-    n = np.arange(len(at))
-    one, other = (at[n, rng.integers(0, at.shape[1], len(at))] for _ in range(2))
-    if values.name not in self.fine: return values.to_numpy()[one]
-    a, b = values.to_numpy(float)[one], values.to_numpy(float)[other]
-    between = a + (b - a) * rng.random(len(at))
-    return between.round() if pd.api.types.is_integer_dtype(values) else between
+    def _draw(self, values: pd.Series, at: np.ndarray,
+              rng: np.random.Generator) -> np.ndarray:
+        "Draw one field for each place, from its `at` int [n * k, around] records."
+        n = np.arange(len(at))
+        one, other = (at[n, rng.integers(0, at.shape[1], len(at))] for _ in range(2))
+        if values.name not in self.fine: return values.to_numpy()[one]
+        a, b = values.to_numpy(float)[one], values.to_numpy(float)[other]
+        between = a + (b - a) * rng.random(len(at))
+        return between.round() if pd.api.types.is_integer_dtype(values) else between
 
-# %% ../../../nbs/explain/attack/04_examples.ipynb #9fbe00f4
-@patch  # type: ignore[no-redef]
-def examples(self: SyntheticExamples, X: pd.DataFrame) -> pd.DataFrame:
-    "Give k synthetic rows for each row: DataFrame [n * k rows]."
-    at = np.repeat(self.nearest(X), self.k, axis=0)
-    keys = pd.util.hash_pandas_object(X.astype(str), index=False).to_numpy()
-    rng = np.random.default_rng([self.seed, int(keys.sum(dtype=np.uint64) % (1 << 62))])
-    out = {c: self._draw(self.records[c], at, rng) for c in self.records}
-    return pd.DataFrame(out).astype(self.records.dtypes.to_dict())
+    def examples(self, X: pd.DataFrame) -> pd.DataFrame:
+        "Give k synthetic rows for each row: DataFrame [n * k rows]."
+        at = np.repeat(self.nearest(X), self.k, axis=0)
+        keys = pd.util.hash_pandas_object(X.astype(str), index=False).to_numpy()
+        rng = np.random.default_rng([self.seed, int(keys.sum(dtype=np.uint64) % (1 << 62))])
+        out = {c: self._draw(self.records[c], at, rng) for c in self.records}
+        return pd.DataFrame(out).astype(self.records.dtypes.to_dict())
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #61f6150a
 def fidelity(model: Any, explainer: Any, X: pd.DataFrame) -> float:
