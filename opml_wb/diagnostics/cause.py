@@ -32,6 +32,7 @@ UNKNOWN = "don't know"
 _MATH = {ast.Add: np.add, ast.Sub: np.subtract, ast.Mult: np.multiply, ast.Div: np.divide,
          ast.Gt: np.greater, ast.GtE: np.greater_equal, ast.Lt: np.less, ast.LtE: np.less_equal}
 
+# %% ../../nbs/diagnostics/13_cause.ipynb #24d9a909
 def parse(text: str) -> ast.Compare:
     "Read a condition such as `a.b > 3 * normal(a.b)`. Raises ValueError naming what isn't allowed."
     try: tree = ast.parse(text, mode="eval").body
@@ -114,6 +115,7 @@ def check_rule(i: int, rule: Any) -> dict[str, Any]:
     if not 0 <= sure <= 1: raise ValueError(f"rule {i}: confidence {sure}, expected 0 .. 1")
     return {**rule, "tests": [parse(str(t)) for t in when], "confidence": sure}
 
+# %% ../../nbs/diagnostics/13_cause.ipynb #0b3c138f
 def evidence(test: ast.Compare, row: Mapping[str, Any], normal: Mapping[str, float]) -> str:
     "Say what a condition saw: its text and the two values that it compared."
     left = value(test.left, row, normal)

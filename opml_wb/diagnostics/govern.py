@@ -72,6 +72,7 @@ class Region:
 # %% ../../nbs/diagnostics/02_govern.ipynb #7fbd5768
 from fastcore.basics import patch
 
+# %% ../../nbs/diagnostics/02_govern.ipynb #68807496
 @patch
 def rows(self: Region, system: str | None = None) -> list[dict[str, Any]]:
     "Read the rows (of one system), in their order. ValueError: a file was changed."
@@ -86,6 +87,7 @@ def rows(self: Region, system: str | None = None) -> list[dict[str, Any]]:
         out += json.loads(text)
     return out
 
+# %% ../../nbs/diagnostics/02_govern.ipynb #1556986f
 @patch
 def forget(self: Region, system: str) -> int:
     "Delete all that is kept of a system; returns how many files."
@@ -94,6 +96,7 @@ def forget(self: Region, system: str) -> int:
     remove(folder)
     return n
 
+# %% ../../nbs/diagnostics/02_govern.ipynb #b45e0c65
 @patch
 def expire(self: Region, now: float | None = None) -> int:
     "Delete files older than `keep_days`; returns how many."

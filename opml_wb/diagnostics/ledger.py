@@ -41,6 +41,7 @@ def _empty(group: Path) -> None:
         with suppress(OSError): group.rmdir()
         time.sleep(.02)
 
+# %% ../../nbs/diagnostics/03_ledger.ipynb #d117c33d
 def undo(step: dict[str, Any]) -> None:
     "Undo one step of a ledger; what is gone already is no error."
     what, where = step["undo"], step.get("path", "")

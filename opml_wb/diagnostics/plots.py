@@ -47,6 +47,7 @@ def by_size(rows: pd.DataFrame, score: np.ndarray, limit: float, seed: int = 0) 
 # %% ../../nbs/diagnostics/18_plots.ipynb #c48f2a9d
 SHARES = {"large": "large requests", "normal": "small requests", "found": "faults"}
 
+# %% ../../nbs/diagnostics/18_plots.ipynb #c0873860
 def versions(story: pd.DataFrame) -> "go.Figure":
     """Draw the share of runs above the limit for each model: benign large and small requests, and
     faults; bars are means over splits, dots the splits.
@@ -77,6 +78,7 @@ def expected_seen(told: pd.DataFrame, title: str = "") -> "go.Figure":
                      ticktext=["0.01", "0.1", "1", "10", "100", "1,000", "10⁴", "10⁵", "10⁶"])
     return fig
 
+# %% ../../nbs/diagnostics/18_plots.ipynb #61119240
 def redraw_expected(fig: "go.Figure", told: pd.DataFrame) -> None:
     "Move the points of `expected_seen` to another run."
     names = [o.partition(".")[2].replace("_", " ") for o in told.outcome][::-1]
@@ -87,6 +89,7 @@ def redraw_expected(fig: "go.Figure", told: pd.DataFrame) -> None:
 RULES = {"alert rate": "ours", "POT": "good", "fixed quantile": "baseline",
          "contamination": "muted", "rolling quantile": "paper"}
 
+# %% ../../nbs/diagnostics/18_plots.ipynb #46a1dab6
 def floods(table: pd.DataFrame, low: float = .5, high: float = 1.6) -> "go.Figure":
     """Draw floods and silent failures as one picture: false episodes a day against the share of
     faults found, a point per rule and simulated system; the band is what was asked for.

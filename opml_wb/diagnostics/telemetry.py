@@ -26,6 +26,7 @@ BENIGN = "", "large_io"
 _OLD = {"state": "fault", "ts": "t", "bs_kib": WORKLOAD[0], "iodepth": WORKLOAD[1],
         "read_pct": WORKLOAD[2], "target_iops": WORKLOAD[3]}
 
+# %% ../../nbs/diagnostics/06_telemetry.ipynb #74422ac5
 def fio_runs(which: str = "first") -> pd.DataFrame:
     """Read a shipped recording, `first` or `second`: DataFrame [t, fault, workload.* ...].
 

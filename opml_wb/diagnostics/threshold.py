@@ -211,6 +211,7 @@ class POT(AlertRate):
 # %% ../../nbs/diagnostics/10_threshold.ipynb #14a78e9e
 from fastcore.basics import patch
 
+# %% ../../nbs/diagnostics/10_threshold.ipynb #2daddd8d
 @patch
 def mute(self: AlertRate, start: Any, end: Any) -> AlertRate:
     "Silence a maintenance window: rows from `start` up to `end` neither alarm nor teach."
@@ -230,6 +231,7 @@ def _clean(self: AlertRate, t: np.ndarray, x: Any) -> np.ndarray:
     for a, b in self.muted: x[(t >= a) & (t < b)] = np.nan
     return x
 
+# %% ../../nbs/diagnostics/10_threshold.ipynb #cf9a9dfb
 @patch
 def _renew(self: AlertRate, past: _Past) -> float:
     "Find the present threshold from a past; rows far above the old one, and beside, are left out."

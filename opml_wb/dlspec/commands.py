@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from opml_wb.dlspec.spec.catalog import Catalog
 
+# %% ../../nbs/dlspec/02_commands.ipynb #490b0e86
 SECTIONS = {"Write": ["init", "import", "schema"], "Look": ["list", "show", "check", "diff"],
             "Run": ["run", "vary", "sweep"], "Install": ["wheels", "image"]}
 
@@ -35,6 +36,7 @@ folder = click.option("--catalog", "folder", type=click.Path(exists=True, file_o
 executors = click.option("--executor", default="inprocess", show_default=True,
                          type=click.Choice(["inprocess", "venv", "oci"]), help="Where it runs.")
 
+# %% ../../nbs/dlspec/02_commands.ipynb #cab0c540
 @contextmanager
 def told() -> Iterator[None]:
     "Turn what is wrong with a manifest, a resource or a task into a message of the command line."
@@ -55,6 +57,7 @@ def known(folder: str | None, trained: bool = True) -> "Catalog":
         zoo.problems += own.problems
     return zoo
 
+# %% ../../nbs/dlspec/02_commands.ipynb #86774de3
 def need(refs: Iterable[str]) -> bool:
     "True if one of the references may mean something that is trained here."
     from opml_wb.dlspec.zoo.trainings import DATA
@@ -69,6 +72,7 @@ def records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     "Turn a DataFrame into dicts, with None for what isn't there."
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
+# %% ../../nbs/dlspec/02_commands.ipynb #87a9be1d
 def answer(frame: "pd.DataFrame", as_json: bool) -> None:
     "Print a DataFrame, as JSON or as a table."
     if as_json: put(records(frame))
@@ -88,6 +92,7 @@ def list_(kind: str | None, weights: str | None, folder: str | None, as_json: bo
     if weights: frame = frame[frame.weights_class == weights]
     answer(frame.drop(columns="digest") if not as_json else frame, as_json)
 
+# %% ../../nbs/dlspec/02_commands.ipynb #161dfc22
 @dlspec.command()
 @click.argument("ref")
 @folder
@@ -156,6 +161,7 @@ def run(task: str, executor: str, scenario: str | None, repeats: int,
 def _varied(given: Mapping[str, str | None]) -> dict[str, list[str]]:
     return {aspect: refs.split(",") for aspect, refs in given.items() if refs}
 
+# %% ../../nbs/dlspec/02_commands.ipynb #962e39ff
 @dlspec.command()
 @click.argument("task")
 @click.option("--hardware", help="References, with commas between them.")
@@ -223,6 +229,7 @@ def init(file: str, to: str, as_json: bool) -> None:
     if as_json: return put(rows)
     for row in rows: click.echo(f"{row['file']}: {', '.join(row['unknown']) or 'complete'}")
 
+# %% ../../nbs/dlspec/02_commands.ipynb #aaf3647e
 @dlspec.command()
 @click.argument("kind", type=click.Choice(["hardware", "software", "dataset", "model", "log",
                                            "task"]))
@@ -248,6 +255,7 @@ def sweep(n: int | None, classes: tuple[str, ...], budget: float | None, seed: i
     answer(frame, as_json)
     if not as_json: click.echo(frame.groupby(["weights_class", "status"]).size().to_string())
 
+# %% ../../nbs/dlspec/02_commands.ipynb #8cc15d74
 @dlspec.command()
 @click.option("--large", is_flag=True, help="Also wheels of more than 15 MB.")
 @as_json
@@ -258,6 +266,7 @@ def wheels(large: bool, as_json: bool) -> None:
     if as_json: put(lines)
     else: click.echo("\n".join(lines))
 
+# %% ../../nbs/dlspec/02_commands.ipynb #c92d1916
 @dlspec.command()
 @click.argument("name", default="opml/local:1")
 @as_json

@@ -160,6 +160,7 @@ def _checked(self: Oci, have: list[str]) -> str:
                              f"{'; '.join(lacks)}")
     return f"Python {version}, image {self.image}, layer {have[0][:12]}"
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #cf2bfd7d
 @patch(as_prop=True)
 def python(self: Oci) -> str:
     "Name the Python in the container."
@@ -180,6 +181,7 @@ def __call__(self: Oci, job: dict[str, Any], data: Any,
     self.key = key
     return WARM[key].ask(job, data, self.limits.limit_s)
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #cbc16b26
 @patch
 def close(self: Oci) -> None:
     "End the container."

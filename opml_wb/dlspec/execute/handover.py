@@ -37,6 +37,7 @@ def by_reference(x: np.ndarray) -> Callable[[], Any]:
     pipeline = Pipeline({"stages": ECHO, "ctx": {}})
     return lambda: pipeline(x)
 
+# %% ../../../nbs/dlspec/execute/08_handover.ipynb #8a75f7b0
 def by_files(x: np.ndarray, folder: Path) -> Callable[[], Any]:
     "Pass an array to a stage and back as each would do with files: np.save, np.load, both ways."
     def work() -> Any:
@@ -74,6 +75,7 @@ STREAM = {
     "run": "def fun(ctx, data):\n    for x in data: yield sum(x)",
     "post": "def fun(ctx, data):\n    return {'outputs': None, 'metrics': {'total': sum(data)}}"}
 
+# %% ../../../nbs/dlspec/execute/08_handover.ipynb #a3a22d95
 def stream_growth(n: int) -> tuple[float, float]:
     "Send `n` items of 100 numbers through three lazy stages: (sum, MiB that this process grew)."
     import psutil

@@ -129,6 +129,7 @@ def _verified(self: Resources, r: Resource, part: Path) -> bool:
     if r.sha256: return _hash(part, "sha256") == r.sha256
     return r.md5 is None or _hash(part, "md5") == r.md5
 
+# %% ../../../nbs/dlspec/execute/01_resources.ipynb #876b12ee
 @patch
 def _note(self: Resources, r: Resource, file: Path) -> None:
     if r.sha256: return

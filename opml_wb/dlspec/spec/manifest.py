@@ -108,6 +108,7 @@ class Manifest(Part):
 class _Dumper(yaml.SafeDumper):
     "Writes texts of several lines as blocks, and quotes what another reader might misread."
 
+# %% ../../../nbs/dlspec/spec/03_manifest.ipynb #5fa670fa
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     block = "\n" in text and not any(line != line.rstrip() for line in text.split("\n"))
     number = text.replace(".", "").isdigit()

@@ -106,6 +106,7 @@ class Reader:
 # %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #c5e7942b
 from fastcore.basics import patch
 
+# %% ../../../nbs/dlspec/spec/01_strict_yaml.ipynb #f73df0fe
 @patch
 def scalar(self: Reader, event: ev.ScalarEvent) -> Any:
     "Make the value of a scalar."

@@ -34,6 +34,7 @@ def base() -> Catalog:
         for m in pair: catalog.add(m)
     return catalog
 
+# %% ../../../nbs/dlspec/zoo/07_census.ipynb #76964379
 def _versions() -> str:
     "Eight digits for what a training's outcome depends on."
     import numpy, sklearn
@@ -69,6 +70,7 @@ def catalog(trained: Collection[str] = trainings.DATA) -> Catalog:
         with contextlib.suppress(ValueError): out.add(m)
     return out
 
+# %% ../../../nbs/dlspec/zoo/07_census.ipynb #6d299038
 def models(zoo: Catalog, *classes: str) -> list[Model]:
     "List the models of the given classes (default: of the four that count), by ID."
     wanted = classes or CLASSES
@@ -89,6 +91,7 @@ def counts(zoo: Catalog) -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=["class", "models", "groups", "with_metric", "what"]
                         ).set_index("class")
 
+# %% ../../../nbs/dlspec/zoo/07_census.ipynb #df92de85
 def frameworks(zoo: Catalog) -> "pd.DataFrame":
     "Count the models by framework and class: DataFrame framework x class."
     import pandas as pd

@@ -26,6 +26,7 @@ TABLES = {   # name: (files with their sha256, lines of heading, attributes)
                   "data/diabetes_target.csv.gz":
                   "8e53f65eb811df43c206f3534bb3af0e5fed213bc37ed6ba36310157d6023803"}, 0)}
 
+# %% ../../../nbs/dlspec/zoo/03_datasets.ipynb #26a87932
 PHOTOS = {"images/china.jpg": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
           "images/flower.jpg": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638"}
 
@@ -69,6 +70,7 @@ def files(known: dict[str, str]) -> list[Resource]:
     "Make resources of files of scikit-learn: {path: sha256}."
     return [Resource(url=f"{FOLDER}/{path}", sha256=sha256) for path, sha256 in known.items()]
 
+# %% ../../../nbs/dlspec/zoo/03_datasets.ipynb #bac3d655
 def datasets() -> list[Dataset]:
     "Make the manifests of all data sets, training and test part of each."
     tables = [(name, files(known), TABLE, {"heading": heading})

@@ -28,6 +28,7 @@ ESTIMATORS = {   # name: (classifier, regressor), as Python
     "mlp": ("sklearn.neural_network.MLPClassifier(max_iter=20, random_state=0)",
             "sklearn.neural_network.MLPRegressor(max_iter=20, random_state=0)")}
 
+# %% ../../../nbs/dlspec/zoo/04_trainings.ipynb #1fc442f5
 DATA = "iris", "wine", "breast-cancer", "digits", "diabetes", "photos"
 
 # %% ../../../nbs/dlspec/zoo/04_trainings.ipynb #bb36f3b4
@@ -86,6 +87,7 @@ ACCURACY = text("""
         return {"outputs": [p for p, y in data], "metrics": {"accuracy": right / len(data)}}
     """)
 
+# %% ../../../nbs/dlspec/zoo/04_trainings.ipynb #173c98b4
 R2 = text("""
     def fun(ctx, data):
         mean = sum(y for p, y in data) / len(data)
@@ -109,6 +111,7 @@ def untrained(data: str, name: str) -> Model:
                  attributes={"software": "scikit-learn", "estimator": ESTIMATORS[name][number]},
                  origin="rule opml_wb.dlspec.zoo.trainings")
 
+# %% ../../../nbs/dlspec/zoo/04_trainings.ipynb #10d171f9
 def trainings(datasets: Iterable[str] = DATA) -> Iterator[tuple[Model, Task]]:
     "Give each model to be trained on the data sets, and its training task."
     for data in datasets:

@@ -40,6 +40,7 @@ def _licence(found: metadata.Distribution) -> tuple[str, str]:
     if name in ("", "UNKNOWN"): name = named(texts[0].read_text())
     return name, hashlib.sha256(texts[0].read_binary()).hexdigest()
 
+# %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #58fb11e0
 def facts(distribution: str, path: str) -> dict[str, Any]:
     "Tell what is to be known of a file in an installed wheel: its hash, its version, its licence."
     found = metadata.distribution(distribution)
@@ -55,6 +56,7 @@ def table() -> dict[tuple[str, str], dict[str, str]]:
     with open(data.path("dlspec/wheels"), newline="") as f:
         return {(row["distribution"], row["path"]): row for row in csv.DictReader(f)}
 
+# %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #166f87ef
 def requirements(large: bool = False) -> list[str]:
     "List what to install with `pip install --no-deps`; large: also wheels of more than 30 MB."
     versions = {d: row["version"] for (d, _), row in table().items() if large or d not in LARGE}
@@ -177,12 +179,14 @@ def resource(distribution: str, path: str) -> Resource:
     "Make the resource of a file in a wheel, with the hash that the table has."
     return Resource(url=f"pypi:{distribution}/{path}", sha256=table()[distribution, path]["sha256"])
 
+# %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #b18fa5be
 def about(distribution: str, path: str) -> dict[str, Any]:
     "Tell what the table says of a file, for a manifest's attributes."
     row = table()[distribution, path]
     return {"wheel": f"{distribution}=={row['version']}", "license_sha256": row["license_sha256"],
             "bytes": int(row["bytes"])}
 
+# %% ../../../nbs/dlspec/zoo/05_wheels.ipynb #cfe08e54
 def network(name: str, distribution: str, path: str, shape: list[int], more: dict[str, Any],
             does: str) -> Model:
     "Make the manifest of a network in a file: the format says how it is run."

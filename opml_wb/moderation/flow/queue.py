@@ -60,6 +60,7 @@ create table if not exists done (queue text not null, key text not null, primary
 create table if not exists about (name text primary key, value text);
 """
 
+# %% ../../../nbs/moderation/flow/01_queue.ipynb #9ab8ba28
 def open_file(path: str) -> sqlite3.Connection:
     """Open the file with every commit on disk (synchronous=FULL, asserted: it isn't kept in the
     file)."""
