@@ -95,6 +95,29 @@ def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarra
                 gap_left=np.array(tree["default_left"], np.uint8), left=left.astype(np.int64),
                 right=right, cover=cover, value=value)
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #b833d3df
+def margin(model: Any, X: np.ndarray) -> np.ndarray:
+    "Compute XGBoost's own margin: float64 (n, K)."
+    import xgboost
+    if hasattr(model, "get_booster"): found = model.predict(X, output_margin=True)
+    else:
+        names = model.feature_names
+        found = model.predict(xgboost.DMatrix(X, feature_names=names), output_margin=True)
+    return np.asarray(found, float).reshape(len(X), -1)
+
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #2294db59
+def outputs(forest: Forest, X: np.ndarray) -> np.ndarray:
+    "Walk each row down each tree, in plain Python, and add up: float64 (n, K)."
+    found = np.tile(forest.start, (len(X), 1))
+    for i, row in enumerate(np.asarray(X, np.float32)):
+        for node in forest.root[:-1]:
+            while (f := forest.feature[node]) >= 0:
+                gap = np.isnan(row[f])
+                left = forest.gap_left[node] if gap else row[f] <= forest.threshold[node]
+                node = (forest.left if left else forest.right)[node]
+            found[i] += forest.value[node]
+    return found
+
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #5fa327a8
 def _xgboost(model: Any) -> Forest:
     "Read a model of XGBoost (scikit-learn's form or a Booster), as far as it predicts with it."
@@ -116,28 +139,6 @@ def _xgboost(model: Any) -> Forest:
     gaps = np.full((1, found.features), np.nan)
     return found._replace(start=margin(model, gaps)[0] - outputs(found, gaps)[0])
 
-# %% ../../../nbs/explain/shapley/02_forests.ipynb #b833d3df
-def margin(model: Any, X: np.ndarray) -> np.ndarray:
-    "Compute XGBoost's own margin: float64 (n, K)."
-    import xgboost
-    if hasattr(model, "get_booster"): found = model.predict(X, output_margin=True)
-    else:
-        names = model.feature_names
-        found = model.predict(xgboost.DMatrix(X, feature_names=names), output_margin=True)
-    return np.asarray(found, float).reshape(len(X), -1)
-
-def outputs(forest: Forest, X: np.ndarray) -> np.ndarray:
-    "Walk each row down each tree, in plain Python, and add up: float64 (n, K)."
-    found = np.tile(forest.start, (len(X), 1))
-    for i, row in enumerate(np.asarray(X, np.float32)):
-        for node in forest.root[:-1]:
-            while (f := forest.feature[node]) >= 0:
-                gap = np.isnan(row[f])
-                left = forest.gap_left[node] if gap else row[f] <= forest.threshold[node]
-                node = (forest.left if left else forest.right)[node]
-            found[i] += forest.value[node]
-    return found
-
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #7d3f028d
 SKLEARN = ("RandomForestClassifier", "RandomForestRegressor", "ExtraTreesClassifier",
            "ExtraTreesRegressor", "DecisionTreeClassifier", "DecisionTreeRegressor",
@@ -145,6 +146,7 @@ SKLEARN = ("RandomForestClassifier", "RandomForestRegressor", "ExtraTreesClassif
 XGBOOST = ("XGBClassifier", "XGBRegressor", "XGBRFClassifier", "XGBRFRegressor", "XGBRanker",
            "Booster")
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #81f2c28c
 def is_forest(model: Any) -> bool:
     "True for a model whose trees can be read."
     home, name = type(model).__module__.split(".")[0], type(model).__name__
@@ -164,6 +166,7 @@ def read(model: Any) -> Forest:
     check_is_fitted(model)
     return _sklearn(model)
 
+# %% ../../../nbs/explain/shapley/02_forests.ipynb #e0ad1000
 def fingerprint(forest: Forest) -> str:
     "Hash the trees: 64 hexadecimal digits, equal for equal models however they were stored."
     found = hashlib.sha256(f"{forest.features} {forest.space}".encode())

@@ -28,6 +28,7 @@ def _lowest(typing, word):
         return builder.cttz(args[0], args[0].type.__class__(1)(1))
     return types.uint64(types.uint64), code
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #a916934e
 @jit(**fast)
 def _sides(forest, rows, left):
     "Set bit b of `left` [N, words] where background row b (float32) goes left."
@@ -49,6 +50,7 @@ def _walk(features: int, depth: int, words: int) -> Walk:
                 np.zeros(depth), bits(features), np.zeros(features, np.int64),
                 np.zeros(64 * words, np.int64), np.zeros(64 * words), np.zeros(1))
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #43b185a1
 @inlined
 def _leaf(walk, d, value, m, beta):
     "Add a leaf: for each possible background row what its failures, and the row's own, get."
@@ -87,6 +89,7 @@ def _fail(walk, d, f, more):
             found += walk.sums[b]
     return found
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #a42f4190
 @inlined
 def _go(walk, d, node, bits):
     "Go one level down, with the possible background rows `bits`."
@@ -150,11 +153,13 @@ def _all(forest, value, X, left, every, beta, walk, phi):
     for root in forest.root[:-1]:
         for i in range(len(X)): _tree(forest, value, root, X[i], left, every, beta, walk, phi[i])
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #c628912d
 def _beta(most: int) -> np.ndarray:
     "Tabulate a! b! / (a + b + 1)!, the integral of t^a (1 - t)^b: float64 [most + 1, most + 1]."
     return np.array([[factorial(a) * factorial(b) / factorial(a + b + 1) for b in range(most + 1)]
                      for a in range(most + 1)])
 
+# %% ../../../nbs/explain/shapley/05_interventional.ipynb #d5570217
 def left_bits(forest: Forest, background: np.ndarray) -> np.ndarray:
     "Tell for each node which background rows would go left there: uint64 [N, words], bits."
     left = np.zeros((len(forest.feature), -(-len(background) // 64)), np.uint64)

@@ -18,11 +18,13 @@ from numba.extending import intrinsic, models, register_model
 WIDTH = 32   # rows in a block
 DOUBLES, FLOATS = ir.VectorType(ir.DoubleType(), WIDTH), ir.VectorType(ir.FloatType(), WIDTH)
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #1f293cb7
 class Lanes(types.Type):
     "Type of a vector of `WIDTH` float64, one for each row of a block."
 
     def __init__(self) -> None: super().__init__(name=f"Lanes({WIDTH})")
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #ec59c1a1
 @register_model(Lanes)
 class LanesModel(models.PrimitiveModel):
     "Layout of `Lanes` in the compiled code: an LLVM vector."
@@ -37,6 +39,7 @@ def _place(context, builder, kind, array, index, vector):
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #9f66daab
 @intrinsic
 def load(typing, array, index):
     "Read the vector that begins at `array[index]`, float64."
@@ -65,12 +68,14 @@ def _spread(builder, vector, value):
     first = builder.insert_element(empty, value, ir.IntType(32)(0))
     return builder.shuffle_vector(first, empty, ir.Constant(zeros, [0] * WIDTH))
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #58700c03
 @intrinsic
 def splat(typing, value):
     "Put the number `value` into each lane."
     def code(context, builder, signature, args): return _spread(builder, DOUBLES, args[0])
     return lanes(types.float64), code
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #61e8527f
 @intrinsic
 def sub(typing, a, b):
     "Subtract `b` from `a` in each lane."
@@ -84,6 +89,7 @@ def mul(typing, a, b):
     def code(context, builder, signature, args): return builder.fmul(*args)
     return lanes(lanes, lanes), code
 
+# %% ../../../nbs/explain/shapley/01_lanes.ipynb #1ed68880
 @intrinsic
 def fma(typing, a, b, c):
     "Compute a b + c in each lane, in one step where the machine has one."

@@ -36,6 +36,7 @@ def known_value(forest: Forest, node: int, row: np.ndarray, known: frozenset[int
     return (share * known_value(forest, left, row, known)
             + (1 - share) * known_value(forest, right, row, known))
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #19e9c8d0
 def mixed_value(forest: Forest, row: np.ndarray, known: frozenset[int],
                 background: np.ndarray) -> np.ndarray:
     "Mean answer when the features `known` are those of `row`, the others the background's."
@@ -68,6 +69,7 @@ PATH = ("path-dependent: an unknown feature follows the training rows that came 
 BACKGROUND = ("interventional: an unknown feature is taken from {} background rows; a feature gets "
               "only what the model itself reads from it")
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #17b77c17
 class TreeShap:
     """Exact Shapley values of a tree, a forest, or an XGBoost model.
 
@@ -126,11 +128,13 @@ def _squeezed(found: np.ndarray) -> Any:
     "Leave the last axis out if it has one place."
     return found[..., 0] if found.shape[-1] == 1 else found
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #cee3b076
 def _parts(n: int, jobs: int) -> list[slice]:
     "Cut n rows into at most `jobs` parts of whole blocks."
     size = max(1, -(-n // (jobs * WIDTH))) * WIDTH
     return [slice(k, k + size) for k in range(0, max(n, 1), size)]
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #a3deb9b0
 @patch
 def _values(self: TreeShap, X: np.ndarray, k: int, fixed: int = -1, on: float = 0.) -> np.ndarray:
     "Compute values for output `k`: float64 (n, F)."
@@ -164,6 +168,7 @@ def _reach(forest, weight):
         share = forest.cover[left] / cover if cover > 0 else .5
         weight[left], weight[right] = weight[node] * share, weight[node] * (1 - share)
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #50f49759
 @patch
 def answer(self: TreeShap, X: Any) -> np.ndarray:
     "Ask the model itself for what is shared out: float64 (n,) or (n, K)."
@@ -186,6 +191,7 @@ def expected(self: TreeShap) -> Any:
         found = forest.start + (weight[leaf, None] * forest.value[leaf]).sum(0)
     return float(found[0]) if len(found) == 1 else found
 
+# %% ../../../nbs/explain/shapley/06_treeshap.ipynb #74375b3b
 @patch
 def additivity(self: TreeShap, X: Any) -> float:
     "Largest distance between `expected` plus the values and the model's own answers for rows `X`."

@@ -22,6 +22,7 @@ fast: dict[str, Any] = dict(nogil=True, error_model="numpy")
 kernel = jit(**fast, _nrt=False)
 inlined = jit(**fast, inline="always")
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #5e985601
 # working memory of a walk, flat float64: by feature `passes` (o); by depth `known` (o there),
 # `step` (o (b - r)), `above` (G), `rates` (t / g, then w z / g^2); by depth and side `below` (A)
 Room = namedtuple("Room", "passes known step above below rates")
@@ -154,6 +155,7 @@ def blocks(X: np.ndarray) -> np.ndarray:
     turned = padded.reshape(-1, WIDTH, features).transpose(0, 2, 1)
     return np.ascontiguousarray(turned).reshape(-1, features * WIDTH)
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #1f352b1a
 def rows(found: np.ndarray, n: int) -> np.ndarray:
     "Turn blocks into rows again: float64 (n, F)."
     features = found.shape[1] // WIDTH
@@ -164,6 +166,7 @@ def leaf_values(forest: Forest, program: Program, k: int) -> np.ndarray:
     "Values for class `k` of the leaves right below each split: float64 [S, 2]."
     return np.where(program.leaf >= 0, forest.value[program.leaf, k], 0.)
 
+# %% ../../../nbs/explain/shapley/04_walking.ipynb #61c2998c
 def path_values(forest: Forest, program: Program, X: np.ndarray, k: int = 0, fixed: int = -1,
                 on: float = 0.) -> np.ndarray:
     """Compute path-dependent Shapley values for class `k`: rows `X` (n, F) -> float64 (n, F).
