@@ -42,6 +42,7 @@ class Coarse:
 # %% ../../../nbs/explain/attack/06_defending.ipynb #f0c00749
 class OverLimit(PermissionError): "An asker has used up the questions that a rate limit grants."
 
+# %% ../../../nbs/explain/attack/06_defending.ipynb #9c9b9bb3
 class RateLimit:
     """An explainer that answers `most` rows, then refuses (OverLimit).
 

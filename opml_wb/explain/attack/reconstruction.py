@@ -21,6 +21,7 @@ def keys(rows: pd.DataFrame) -> np.ndarray:
     "Hash whole rows, gaps too: uint64 [n]; equal rows of equal column types have equal keys."
     return pd.util.hash_pandas_object(rows, index=False).to_numpy()
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #361c2e46
 def harvest(explainer: Any, known: pd.DataFrame, budget: int, rng: np.random.Generator,
             most: int = 200) -> np.ndarray:
     """Ask about known rows, and about all that comes back, until `budget` questions are asked.
@@ -105,6 +106,7 @@ def tolerance(values: pd.Series) -> float:
     if values.nunique() <= 20: return 0.
     return float(np.subtract(*values.quantile([.95, .05])) / 20)
 
+# %% ../../../nbs/explain/attack/05_reconstruction.ipynb #d2ef9d0a
 def words(values: pd.Series) -> pd.Series:
     "Write a column of texts; a gap is a word of its own."
     return values.astype(object).where(values.notna(), "missing").astype(str)

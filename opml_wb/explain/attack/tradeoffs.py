@@ -51,6 +51,7 @@ def accuracy(s: Split, model: Any = None) -> float:
     "Compute the share of people never seen whom the model gets right."
     return float(((model or s.model).predict(s.others) == s.truth).mean())
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #d518381e
 def _records(s: Split, budget: int, defence: Callable | None) -> Measured:
     base = Examples(s.X, 5)
     got = reconstruct(base, .01, budget, defence, draws=1, seed=s.seed)
@@ -109,6 +110,7 @@ def _share(values: pd.Series, signed: bool = False) -> tuple[float, ...]:
     if not values.notna().any(): return (np.nan,) * 3
     return tuple(np.clip(mean_interval(values), -1. if signed else 0., 1.).tolist())
 
+# %% ../../../nbs/explain/attack/07_tradeoffs.ipynb #10d91586
 def tradeoff(model: Any, X: pd.DataFrame, y: Any, rows: int = 500, seeds: Sequence[int] = range(5),
              attacks: Sequence[str] = tuple(ATTACKS)) -> pd.DataFrame:
     """Measure attacks with and without their defences: what they buy, and what they cost.

@@ -23,6 +23,7 @@ def parity_gap(granted: np.ndarray, group: np.ndarray) -> float:
     shares = [granted[group == g].mean() for g in np.unique(group)]
     return float(max(shares) - min(shares))
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #50ef5521
 def odds_gap(granted: np.ndarray, group: np.ndarray, y: np.ndarray) -> float:
     "Larger one of the parity gaps among those with y True and with y False: equalised odds."
     return max(parity_gap(granted[y == c], group[y == c]) for c in (False, True))
@@ -93,6 +94,7 @@ def constrain(split: Split) -> np.ndarray:
         granted[split.other == g] = score[split.other == g] > limit
     return granted
 
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #eb63ad4c
 MITIGATIONS: dict[str, Callable[[Split], np.ndarray]] = {
     "none": none, "drop": drop, "drop proxies": drop_proxies, "residualise": residualise,
     "constrain": constrain}
@@ -113,6 +115,20 @@ def _splits(X: pd.DataFrame, y: np.ndarray, restricted: str, found: list[str], s
                           restricted,
                           found, seed))
     return made
+
+# %% ../../../nbs/explain/judging/03_mitigation.ipynb #397c50f6
+MEASURES = ("accuracy", "parity", "odds")
+
+def _summed(name: str, some: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Any]:
+    "Sum up the runs of one mitigation, and their distance to those without."
+    row: dict[str, Any] = {"mitigation": name}
+    base = runs[runs.mitigation == "none"].set_index("seed")
+    for measure in MEASURES:
+        row[measure], row[f"{measure}_lo"], row[f"{measure}_hi"] = mean_interval(some[measure])
+        if len(base) and name != "none":
+            change = mean_interval(some[measure].to_numpy() - base[measure][some.seed].to_numpy())
+            row |= zip([f"{measure}_change{end}" for end in ("", "_lo", "_hi")], change)
+    return row
 
 # %% ../../../nbs/explain/judging/03_mitigation.ipynb #f47cad2e
 def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, seeds: int = 5,
@@ -143,17 +159,3 @@ def mitigations(X: pd.DataFrame, y: Any, restricted: str, strong: float = .7, se
                           runs.groupby("mitigation", sort=False)])
     table.attrs.update(proxies=found)
     return table
-
-MEASURES = ("accuracy", "parity", "odds")
-
-# %% ../../../nbs/explain/judging/03_mitigation.ipynb #397c50f6
-def _summed(name: str, some: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Any]:
-    "Sum up the runs of one mitigation, and their distance to those without."
-    row: dict[str, Any] = {"mitigation": name}
-    base = runs[runs.mitigation == "none"].set_index("seed")
-    for measure in MEASURES:
-        row[measure], row[f"{measure}_lo"], row[f"{measure}_hi"] = mean_interval(some[measure])
-        if len(base) and name != "none":
-            change = mean_interval(some[measure].to_numpy() - base[measure][some.seed].to_numpy())
-            row |= zip([f"{measure}_change{end}" for end in ("", "_lo", "_hi")], change)
-    return row

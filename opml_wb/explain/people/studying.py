@@ -27,6 +27,7 @@ TASKS = {"forward": "What will the model answer?", "error": "Is the model's answ
 COLUMNS = ["study", "person", "arm", "task", "item", "model", "truth", "response", "right",
            "confidence", "seconds", "simulated", "at"]
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #84c868d7
 def _seed(*parts: Any) -> int:
     "Make a seed of texts, the same on every machine."
     return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:8], "big")
@@ -102,6 +103,27 @@ def shown(self: Study, arm: str, item: Any) -> str:
     what = self.arms[arm]
     return "" if what is None else str(what(item) if callable(what) else what[item])
 
+# %% ../../../nbs/explain/people/12_studying.ipynb #392cbaa0
+@patch
+def answers(self: Study) -> pd.DataFrame:
+    "Read the CSV of answers; an empty table when nobody answered yet."
+    if not self.file.exists(): return pd.DataFrame(columns=COLUMNS)
+    found = pd.read_csv(self.file, dtype={"person": str, "response": str, "model": str,
+                                          "truth": str, "arm": str})
+    if lost := [c for c in COLUMNS if c not in found]:
+        raise ValueError(f"{str(self.file)!r} has no column {lost[0]!r}: it isn't a study's CSV")
+    return found
+
+# %% ../../../nbs/explain/people/12_studying.ipynb #36dc9143
+@patch
+def _arm(self: Study, person: str) -> str:
+    seen = self.answers()
+    if person in set(seen.person): return str(seen.arm[seen.person == person].iloc[0])
+    taken = seen.drop_duplicates("person").arm.value_counts()
+    least = min(taken.get(a, 0) for a in self.arms)
+    free = [a for a in self.arms if taken.get(a, 0) == least]
+    return free[_seed(self.seed, person) % len(free)]
+
 # %% ../../../nbs/explain/people/12_studying.ipynb #165874a2
 @patch
 def session(self: Study, person: str) -> pd.DataFrame:
@@ -116,15 +138,19 @@ def session(self: Study, person: str) -> pd.DataFrame:
     order = rng.permutation(len(plan))
     return pd.DataFrame([plan[i] for i in order], columns=["arm", "item"])
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #36dc9143
+# %% ../../../nbs/explain/people/12_studying.ipynb #b2e89605
 @patch
-def _arm(self: Study, person: str) -> str:
-    seen = self.answers()
-    if person in set(seen.person): return str(seen.arm[seen.person == person].iloc[0])
-    taken = seen.drop_duplicates("person").arm.value_counts()
-    least = min(taken.get(a, 0) for a in self.arms)
-    free = [a for a in self.arms if taken.get(a, 0) == least]
-    return free[_seed(self.seed, person) % len(free)]
+def _line(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None,
+          seconds: float | None, simulated: bool) -> dict[str, Any]:
+    if response not in self.options:
+        raise ValueError(f"response {response!r}: expected {', '.join(self.options)}")
+    if arm not in self.arms: raise ValueError(f"arm {arm!r}: expected {', '.join(self.arms)}")
+    if item not in self.rows.index: raise ValueError(f"item {item!r} isn't a row of the study")
+    return dict(study=self.name, person=person, arm=arm, task=self.task, item=item,
+                model=self.model[item],
+                truth=self.truth[item], response=response, right=self.right(item, response),
+                confidence=confidence, seconds=seconds, simulated=simulated,
+                at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #c41b861f
 @patch
@@ -142,30 +168,26 @@ def put(self: Study, person: str, arm: str, item: Any, response: str,
         os.fsync(f.fileno())
     return line
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #b2e89605
+# %% ../../../nbs/explain/people/12_studying.ipynb #5e5dd753
 @patch
-def _line(self: Study, person: str, arm: str, item: Any, response: str, confidence: float | None,
-          seconds: float | None, simulated: bool) -> dict[str, Any]:
-    if response not in self.options:
-        raise ValueError(f"response {response!r}: expected {', '.join(self.options)}")
-    if arm not in self.arms: raise ValueError(f"arm {arm!r}: expected {', '.join(self.arms)}")
-    if item not in self.rows.index: raise ValueError(f"item {item!r} isn't a row of the study")
-    return dict(study=self.name, person=person, arm=arm, task=self.task, item=item,
-                model=self.model[item],
-                truth=self.truth[item], response=response, right=self.right(item, response),
-                confidence=confidence, seconds=seconds, simulated=simulated,
-                at=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+def _draw(self: Study, rng: np.random.Generator) -> list:
+    "Draw a person's items, half of each kind."
+    half = self.items // 2
+    return [*rng.choice(self.kinds[0], self.items - half, replace=False),
+            *rng.choice(self.kinds[1], half, replace=False)]
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #392cbaa0
+# %% ../../../nbs/explain/people/12_studying.ipynb #89125d5d
 @patch
-def answers(self: Study) -> pd.DataFrame:
-    "Read the CSV of answers; an empty table when nobody answered yet."
-    if not self.file.exists(): return pd.DataFrame(columns=COLUMNS)
-    found = pd.read_csv(self.file, dtype={"person": str, "response": str, "model": str,
-                                          "truth": str, "arm": str})
-    if lost := [c for c in COLUMNS if c not in found]:
-        raise ValueError(f"{str(self.file)!r} has no column {lost[0]!r}: it isn't a study's CSV")
-    return found
+def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray,
+               rng: np.random.Generator) -> dict:
+    "Answer an item with the planted chance."
+    other = next((o for o in self.options if not self.right(item, o)), self.options[0])
+    good = next(o for o in self.options if self.right(item, o))
+    if len(p) == 1: response = good if rng.random() < p[0] else other
+    else:
+        follow = rng.random() < (p[0] if self.model[item] == self.truth[item] else p[1])
+        response = "yes" if follow else "no"
+    return self._line(person, arm, item, response, None, None, True)
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #6d99da1e
 @patch
@@ -190,27 +212,6 @@ def simulate(self: Study, skill: Mapping[str, Any], people: int = 40, spread: fl
                       for item in self._draw(rng)]
     return pd.DataFrame(lines, columns=COLUMNS)
 
-# %% ../../../nbs/explain/people/12_studying.ipynb #5e5dd753
-@patch
-def _draw(self: Study, rng: np.random.Generator) -> list:
-    "Draw a person's items, half of each kind."
-    half = self.items // 2
-    return [*rng.choice(self.kinds[0], self.items - half, replace=False),
-            *rng.choice(self.kinds[1], half, replace=False)]
-
-# %% ../../../nbs/explain/people/12_studying.ipynb #89125d5d
-@patch
-def _simulated(self: Study, person: str, arm: str, item: Any, p: np.ndarray,
-               rng: np.random.Generator) -> dict:
-    "Answer an item with the planted chance."
-    other = next((o for o in self.options if not self.right(item, o)), self.options[0])
-    good = next(o for o in self.options if self.right(item, o))
-    if len(p) == 1: response = good if rng.random() < p[0] else other
-    else:
-        follow = rng.random() < (p[0] if self.model[item] == self.truth[item] else p[1])
-        response = "yes" if follow else "no"
-    return self._line(person, arm, item, response, None, None, True)
-
 # %% ../../../nbs/explain/people/12_studying.ipynb #7662a06f
 @patch
 def scores(self: Study, answers: pd.DataFrame) -> pd.DataFrame:
@@ -223,6 +224,29 @@ def scores(self: Study, answers: pd.DataFrame) -> pd.DataFrame:
     follow = a.assign(follow=a.response == "yes", good=a.model == a.truth)
     table = follow.groupby(["person", "arm", "good"]).follow.mean().unstack("good")
     return (table[True] - table[False]).rename("score").dropna().reset_index()
+
+# %% ../../../nbs/explain/people/12_studying.ipynb #72834778
+def _mean(x: np.ndarray, level: float) -> tuple[float, float, float]:
+    half = stats.t.ppf(.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+# %% ../../../nbs/explain/people/12_studying.ipynb #9c9d022f
+def _apart(a: pd.Series, b: pd.Series, level: float) -> tuple:
+    "Compare two groups of people: difference, its ends, p, people."
+    difference, people = float(a.mean() - b.mean()), len(a) + len(b)
+    if a.std() + b.std() == 0:
+        return difference, difference, difference, float(difference == 0), people
+    found = stats.ttest_ind(a, b, equal_var=False)
+    lo, hi = found.confidence_interval(level)
+    return difference, float(lo), float(hi), float(found.pvalue), people
+
+# %% ../../../nbs/explain/people/12_studying.ipynb #d6f76045
+def _paired(a: pd.Series, b: pd.Series, level: float) -> tuple:
+    "Compare the same people in two arms: difference, its ends, p, people."
+    d = (a - b).dropna()
+    if len(d) < 2: raise ValueError(f"{len(d)} people answered in both arms, at least 2 are needed")
+    p = float(stats.ttest_1samp(d, 0).pvalue) if d.std() > 0 else float(d.mean() == 0)
+    return *_mean(d.to_numpy(), level), p, len(d)
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #ed8ef0ba
 @patch
@@ -246,28 +270,6 @@ def analyse(self: Study, answers: pd.DataFrame | None = None, level: float = .95
         lines.append((f"{arm} - {arms[0]}", *compare(by[arm], by[arms[0]], level)))
     table = pd.DataFrame(lines, columns=["what", "value", "lo", "hi", "p", "people"])
     return table.assign(simulated=bool(a.simulated.iloc[0]))
-
-# %% ../../../nbs/explain/people/12_studying.ipynb #72834778
-def _mean(x: np.ndarray, level: float) -> tuple[float, float, float]:
-    half = stats.t.ppf(.5 + level / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
-
-def _apart(a: pd.Series, b: pd.Series, level: float) -> tuple:
-    "Compare two groups of people: difference, its ends, p, people."
-    difference, people = float(a.mean() - b.mean()), len(a) + len(b)
-    if a.std() + b.std() == 0:
-        return difference, difference, difference, float(difference == 0), people
-    found = stats.ttest_ind(a, b, equal_var=False)
-    lo, hi = found.confidence_interval(level)
-    return difference, float(lo), float(hi), float(found.pvalue), people
-
-# %% ../../../nbs/explain/people/12_studying.ipynb #d6f76045
-def _paired(a: pd.Series, b: pd.Series, level: float) -> tuple:
-    "Compare the same people in two arms: difference, its ends, p, people."
-    d = (a - b).dropna()
-    if len(d) < 2: raise ValueError(f"{len(d)} people answered in both arms, at least 2 are needed")
-    p = float(stats.ttest_1samp(d, 0).pvalue) if d.std() > 0 else float(d.mean() == 0)
-    return *_mean(d.to_numpy(), level), p, len(d)
 
 # %% ../../../nbs/explain/people/12_studying.ipynb #3ccdab6a
 @patch

@@ -64,11 +64,14 @@ def sealed(self: DecisionLog) -> bool:
     "True once `seal` was called: only an erasure may change the file."
     return seal_of(self.path).is_file()
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #6ce0453e
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6d48d254
 @patch
-def close(self: DecisionLog) -> None:
-    "Close the file; the next use opens it again."
-    if db := self._db.pop(os.getpid(), None): db.close()
+def _last(self: DecisionLog) -> tuple[int, bytes]:
+    "Read the number of entries and the digest of the last (of none: the log's own name)."
+    row = self.db.execute("select seq, digest from entry order by seq desc limit 1").fetchone()
+    if row: return row
+    name = self.db.execute("select value from log where key='genesis'").fetchone()[0]
+    return 0, bytes.fromhex(name)
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #11b14bb5
 @patch
@@ -89,14 +92,11 @@ def _begin(self: DecisionLog, fd: int) -> None:
     count, head = self._last()
     if not self.anchor.last(fd) and not count: self.anchor.add(fd, 0, head, "empty")
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #6d48d254
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #6ce0453e
 @patch
-def _last(self: DecisionLog) -> tuple[int, bytes]:
-    "Read the number of entries and the digest of the last (of none: the log's own name)."
-    row = self.db.execute("select seq, digest from entry order by seq desc limit 1").fetchone()
-    if row: return row
-    name = self.db.execute("select value from log where key='genesis'").fetchone()[0]
-    return 0, bytes.fromhex(name)
+def close(self: DecisionLog) -> None:
+    "Close the file; the next use opens it again."
+    if db := self._db.pop(os.getpid(), None): db.close()
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #f9c8a25c
 @patch
@@ -165,6 +165,11 @@ def head(self: DecisionLog) -> str:
     "The hex digest of the last entry: publish it, and the log up to here is fixed."
     return self._last()[1].hex()
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #8d3aac40
+@patch
+def _genesis(self: DecisionLog) -> bytes:
+    return bytes.fromhex(self.db.execute("select value from log where key='genesis'").fetchone()[0])
+
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #4d237b53
 @patch
 def entry(self: DecisionLog, id: str) -> Entry:
@@ -178,11 +183,6 @@ def entry(self: DecisionLog, id: str) -> Entry:
     if why := fault(found, before, found.seq):
         raise LogError(f"decision {id!r} isn't what was logged: {why}")
     return found
-
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #8d3aac40
-@patch
-def _genesis(self: DecisionLog) -> bytes:
-    return bytes.fromhex(self.db.execute("select value from log where key='genesis'").fetchone()[0])
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #1a0f5967
 @patch
@@ -218,6 +218,29 @@ def _erasures(self: DecisionLog) -> dict[str, dict[str, str]]:
     told = [(id, at, json.loads(about)) for id, at, about in rows]
     return {a["erases"]: {"at": at, "reason": a["reason"], "by": id} for id, at, a in told}
 
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #1eab8a61
+@patch
+def verify(self: DecisionLog) -> Report:
+    "Check every entry, the anchor, and of a sealed log every byte: see `record.verifying`."
+    return check(self.path, self.anchor.path)
+
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #55f1fdd8
+@patch
+def _rewrite(self: DecisionLog) -> None:
+    "Write the file anew without what was deleted, and empty its write-ahead log."
+    with self._lock:
+        self.db.execute("vacuum")
+        busy = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]
+    if busy:
+        raise LogError("what was erased is still in the write-ahead log, which another process "
+                            "reads: call `compact` when it has ended")
+
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #4c491936
+@patch
+def compact(self: DecisionLog) -> None:
+    "Write the file anew without what was erased. Raises LogError while others read."
+    self._rewrite()
+
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #70e23c1b
 @patch
 def erase(self: DecisionLog, id: str, reason: str = "request under GDPR article 17") -> str:
@@ -239,22 +262,20 @@ def erase(self: DecisionLog, id: str, reason: str = "request under GDPR article 
     if sealed: self.seal()
     return e.id
 
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #55f1fdd8
+# %% ../../../nbs/explain/record/07_decision_log.ipynb #52afc31a
 @patch
-def _rewrite(self: DecisionLog) -> None:
-    "Write the file anew without what was deleted, and empty its write-ahead log."
-    with self._lock:
-        self.db.execute("vacuum")
-        busy = self.db.execute("pragma wal_checkpoint(truncate)").fetchone()[0]
-    if busy:
-        raise LogError("what was erased is still in the write-ahead log, which another process "
-                            "reads: call `compact` when it has ended")
-
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #4c491936
-@patch
-def compact(self: DecisionLog) -> None:
-    "Write the file anew without what was erased. Raises LogError while others read."
-    self._rewrite()
+def frame(self: DecisionLog) -> "pd.DataFrame":
+    "List the decisions: DataFrame [id, at, model, version, answer, agrees, erased], oldest first."
+    import pandas as pd
+    sql = ("select id, at, json_extract(about,'$.model'), json_extract(about,'$.version'), "
+           "json_extract(cast(body as text),'$.answer'), "
+           "json_extract(cast(body as text),'$.explanation.agrees'), body is null from entry "
+           "where kind='decision' order by seq")
+    with self._lock: rows = self.db.execute(sql).fetchall()
+    columns = ["id", "at", "model", "version", "answer", "agrees", "erased"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["agrees"] = table.agrees.map({1: True, 0: False}).astype("boolean")
+    return table.assign(erased=table.erased.astype(bool))
 
 # %% ../../../nbs/explain/record/07_decision_log.ipynb #e7d5bcc8
 @patch
@@ -282,24 +303,3 @@ def _unseal(self: DecisionLog) -> None:
     if not (report := self.verify()).ok: raise LogError(f"the sealed log isn't whole: {report.why}")
     self.close()
     seal_of(self.path).unlink()
-
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #1eab8a61
-@patch
-def verify(self: DecisionLog) -> Report:
-    "Check every entry, the anchor, and of a sealed log every byte: see `record.verifying`."
-    return check(self.path, self.anchor.path)
-
-# %% ../../../nbs/explain/record/07_decision_log.ipynb #52afc31a
-@patch
-def frame(self: DecisionLog) -> "pd.DataFrame":
-    "List the decisions: DataFrame [id, at, model, version, answer, agrees, erased], oldest first."
-    import pandas as pd
-    sql = ("select id, at, json_extract(about,'$.model'), json_extract(about,'$.version'), "
-           "json_extract(cast(body as text),'$.answer'), "
-           "json_extract(cast(body as text),'$.explanation.agrees'), body is null from entry "
-           "where kind='decision' order by seq")
-    with self._lock: rows = self.db.execute(sql).fetchall()
-    columns = ["id", "at", "model", "version", "answer", "agrees", "erased"]
-    table = pd.DataFrame(rows, columns=columns)
-    table["agrees"] = table.agrees.map({1: True, 0: False}).astype("boolean")
-    return table.assign(erased=table.erased.astype(bool))
