@@ -22,16 +22,23 @@ def edges_of(forest: Forest, column: int) -> np.ndarray:
     found = np.unique(forest.threshold[forest.feature == column].astype(float))
     return found[np.isfinite(found)]
 
+# %% ../../../nbs/explain/answers/06_additives.ipynb #7917d5f5
+def _steps(forest: Forest, levels: tuple[str, ...] | None, j: int
+           ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Find a value on each step of column `j`, and the steps' ends, from -inf to inf.
+
+    `levels`: of a column of texts, whose codes are the steps; it has no ends (None)."""
+    if levels is not None: return np.arange(len(levels), dtype=float), None
+    cuts = np.concatenate([[-np.inf], edges_of(forest, j), [np.inf]])
+    last = np.nextafter(cuts[-2], np.inf) + 1 if len(cuts) > 2 else 0
+    return np.concatenate([cuts[1:-1], [last]]), cuts
+
 # %% ../../../nbs/explain/answers/06_additives.ipynb #ccaca256
 def curve_of(shap: TreeShap, model: TableModel, X: pd.DataFrame, j: int) -> pd.DataFrame:
     """Read the curve of column `j`: DataFrame[column, level, low, high, effect, rows]; a step of a
     number lies in (low, high]; `rows` of `X` fall on it."""
     column, codes = model.encoder.columns[j], model.encode(X)[:, j]
-    if column.levels is not None: at, cuts = np.arange(len(column.levels), dtype=float), None
-    else:
-        cuts = np.concatenate([[-np.inf], edges_of(shap.forest, j), [np.inf]])
-        at = np.concatenate([cuts[1:-1],
-                             [np.nextafter(cuts[-2], np.inf) + 1 if len(cuts) > 2 else 0]])
+    at, cuts = _steps(shap.forest, column.levels, j)
     probe = np.full((len(at) + 1, len(model.names)), np.nan)
     probe[:-1, j] = at
     effect = shap.values(probe)[:, j]

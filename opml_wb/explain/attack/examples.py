@@ -46,6 +46,16 @@ class Examples:
         self.points = self.place(self.records)
         self.lengths = (self.points.astype(float)**2).sum(1)
 
+# %% ../../../nbs/explain/attack/04_examples.ipynb #b0e6876d
+@patch
+def _closest(self: Examples, points: np.ndarray, most: int) -> np.ndarray:
+    "Find the `most` records nearest to each point, in order: int [n, most]."
+    far = self.lengths - 2 * (points @ self.points.T)
+    at = np.argpartition(far, most - 1, axis=1)[:, :most]
+    at.sort(axis=1)                    # ties: by position
+    near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
+    return np.take_along_axis(at, near, 1)
+
 # %% ../../../nbs/explain/attack/04_examples.ipynb #166d7eeb
 @patch
 def nearest(self: Examples, X: pd.DataFrame, k: int | None = None) -> np.ndarray:
@@ -58,16 +68,6 @@ def nearest(self: Examples, X: pd.DataFrame, k: int | None = None) -> np.ndarray
     same = (self.points[at] == points[:, None]).all(2)
     order = np.argsort(same, axis=1, kind="stable")
     return np.take_along_axis(at, order, 1)[:, :k]
-
-# %% ../../../nbs/explain/attack/04_examples.ipynb #b0e6876d
-@patch
-def _closest(self: Examples, points: np.ndarray, most: int) -> np.ndarray:
-    "Find the `most` records nearest to each point, in order: int [n, most]."
-    far = self.lengths - 2 * (points @ self.points.T)
-    at = np.argpartition(far, most - 1, axis=1)[:, :most]
-    at.sort(axis=1)                    # ties: by position
-    near = np.take_along_axis(far, at, 1).argsort(1, kind="stable")
-    return np.take_along_axis(at, near, 1)
 
 # %% ../../../nbs/explain/attack/04_examples.ipynb #588c2732
 @patch

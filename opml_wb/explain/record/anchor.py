@@ -40,6 +40,14 @@ class Anchor:
 
     def __repr__(self) -> str: return f"Anchor({str(self.path)!r})"
 
+# %% ../../../nbs/explain/record/03_anchor.ipynb #130327d5
+@patch
+def lines(self: Anchor) -> list[Line | None] | None:
+    "Read all lines, None for one that isn't whole; None when there is no file."
+    try: text = self.path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError: return None
+    return [read_line(t) for t in text.split("\n")[:-1]]
+
 # %% ../../../nbs/explain/record/03_anchor.ipynb #f15fd2cc
 @patch
 @contextmanager
@@ -68,14 +76,6 @@ def last(self: Anchor, fd: int) -> Line | None:
     size = os.fstat(fd).st_size
     tail = os.pread(fd, 1024, max(0, size - 1024)).decode("utf-8", "replace").split("\n")[:-1]
     return next((found for t in reversed(tail) if (found := read_line(t))), None)
-
-# %% ../../../nbs/explain/record/03_anchor.ipynb #130327d5
-@patch
-def lines(self: Anchor) -> list[Line | None] | None:
-    "Read all lines, None for one that isn't whole; None when there is no file."
-    try: text = self.path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError: return None
-    return [read_line(t) for t in text.split("\n")[:-1]]
 
 # %% ../../../nbs/explain/record/03_anchor.ipynb #18f8e5e6
 def against(lines: list[Line | None] | None,

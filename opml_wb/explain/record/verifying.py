@@ -19,6 +19,7 @@ def _genesis(db: sqlite3.Connection) -> bytes:
     row = db.execute("select value from log where key='genesis'").fetchone()
     return bytes.fromhex(row[0])
 
+# %% ../../../nbs/explain/record/05_verifying.ipynb #8577660e
 def _unlicensed(bare: Mapping[str, int], erased: set[str]) -> tuple[str, str] | None:
     "Find an entry without a body that no erasure names."
     return next(((id, f"entry {n} has no body, and no erasure says why") for id, n in bare.items()
@@ -67,6 +68,12 @@ def _inside(path: Path, lines: list[Line | None] | None) -> Report:
     return Report(not found, first, "; ".join(why for _, why in found), len(digests) - 1, erased,
                   digests[-1].hex())
 
+# %% ../../../nbs/explain/record/05_verifying.ipynb #76ca16ff
+def _unsealed(lines: list[Line | None] | None) -> str:
+    "Say that a seal was taken away, where the anchor's last line is one."
+    whole = [line for line in lines or [] if line]
+    return "its seal is missing" if whole and whole[-1].kind == "seal" else ""
+
 # %% ../../../nbs/explain/record/05_verifying.ipynb #27075e85
 def verify(path: str | os.PathLike, anchor: str | os.PathLike | None = None) -> Report:
     """Check the log at `path` against its hashes and its anchor (default: PATH.anchor).
@@ -82,9 +89,3 @@ def verify(path: str | os.PathLike, anchor: str | os.PathLike | None = None) -> 
     told = "; ".join(w for w in (why, inside.why) if w)
     first = inside.first_bad or (f"page {pages[0]}" if pages else None)
     return Report(not told, first, told, inside.count, inside.erased, inside.head, sealed, pages)
-
-# %% ../../../nbs/explain/record/05_verifying.ipynb #76ca16ff
-def _unsealed(lines: list[Line | None] | None) -> str:
-    "Say that a seal was taken away, where the anchor's last line is one."
-    whole = [line for line in lines or [] if line]
-    return "its seal is missing" if whole and whole[-1].kind == "seal" else ""
