@@ -61,6 +61,11 @@ class Additive(TableModel):
         "Read off what each column adds, in log-odds (margin)."
         return TreeShap(self.estimator)
 
+    def curve(self, column: str) -> pd.DataFrame:
+        "Read the curve of one column: its rows of `curves`. Raises ValueError for no column."
+        if column not in self.names: raise ValueError(f"column: no {column!r}")
+        return self.curves[self.curves.column == column]
+
 # %% ../../../nbs/explain/answers/06_additives.ipynb #536f7e1d
 def additive(X: pd.DataFrame, y: Any, rounds: int = 300, rate: float = .2, seed: int = 0,
              unseen: str = "missing") -> Additive:
