@@ -90,8 +90,13 @@ def constrain(split: Split) -> np.ndarray:
     seen, score = _forest(split, _without(split, [split.restricted]))
     granted, share = np.zeros(len(score), bool), np.nanmean(seen > .5)
     for g in np.unique(split.group):
-        limit = np.nanquantile(seen[split.group == g], 1 - share)
-        granted[split.other == g] = score[split.other == g] > limit
+        known = seen[split.group == g]
+        limit = np.nanquantile(known, 1 - share)
+        above, at_least = (f(known, limit).sum() / (~np.isnan(known)).sum()
+                           for f in (np.greater, np.greater_equal))
+        # scores that tie at the limit: granted where that comes nearer to the share
+        beyond = np.greater if abs(above - share) <= abs(at_least - share) else np.greater_equal
+        granted[split.other == g] = beyond(score[split.other == g], limit)
     return granted
 
 # %% ../../../nbs/explain/judging/03_mitigation.ipynb #eb63ad4c
