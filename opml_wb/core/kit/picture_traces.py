@@ -49,6 +49,7 @@ def symbol_of(name: Any) -> tuple[str, bool]:
     return SYMBOLS.get(name.replace("-open", "").replace("-thin", ""), "o"), "-open" in name
 
 def _points(ax, t, x, y, colour):
+    from matplotlib.markers import MarkerStyle
     marker, n = t.get("marker") or {}, len(x)
     rim = marker.get("line") or {}
     size = np.array([v or 0 for v in each(marker.get("size"), n, 6)], float)
@@ -59,10 +60,11 @@ def _points(ax, t, x, y, colour):
         at = [i for i, s in enumerate(shapes) if s == (shape, hollow)]
         own = [shades[i] for i in at]
         width = rim.get("width") or (1.5 if hollow or shape in "|_" else 0)
-        face = {"facecolors": "none" if hollow else own} if shape not in "|_" else {}
         edge = rgba(rim["color"]) if isinstance(rim.get("color"), str) and not hollow else own
-        ax.scatter(x[at], y[at], (size[at] * PT) ** 2, marker=shape, edgecolors=edge, zorder=3,
-                   linewidths=width * PT, clip_on=t.get("cliponaxis", True), **face)
+        paint = ({"edgecolors": edge, "facecolors": "none" if hollow else own}
+                 if MarkerStyle(shape).is_filled() else {"color": edge})   # a mere stroke: x, |, _
+        ax.scatter(x[at], y[at], (size[at] * PT) ** 2, marker=shape, zorder=3,
+                   linewidths=width * PT, clip_on=t.get("cliponaxis", True), **paint)
 
 # %% ../../../nbs/core/kit/09_picture_traces.ipynb #cd2c9d58
 SIDES = {"left": (-1, "right"), "right": (1, "left")}
