@@ -102,7 +102,7 @@ def main():
         for path in pages_of(folder, parts):
             for name, context in contexts.items():
                 page = open_page(context, f"{web}/{path.relative_to(folder)}")
-                if "opml.js" in path.read_text(): ready(page)
+                if "_static/opml.js" in path.read_text(): ready(page)
                 found = off_screen(page) if name == "phone" else serious(page, source)
                 for line in [*found, *(f"asks for {a}" for a in page.outside)]:
                     print(f"{path.relative_to(folder)} [{name}]: {line}", flush=True)
