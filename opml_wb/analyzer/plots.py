@@ -130,7 +130,7 @@ LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"),
 
 def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
     "Draw how many planted challenges each method finds; runs: [log, method, found, false]."
-    fig = ui.figure("", f"planted challenges found, of {planted}", height=380,
+    fig = ui.figure("kind of log", f"planted challenges found, of {planted}", height=380,
                     yaxis_range=[-.8, planted + 1.5])
     logs = list(dict.fromkeys(runs.log))
     for k, (method, (colour, symbol)) in enumerate(LOOKS.items()):
@@ -146,7 +146,8 @@ def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
 def counts_figure(ours: Mapping[str, float], paper: Mapping[str, float]) -> "go.Figure":
     "Draw counts beside the paper's, as pairs of bars."
     names = list(ours)
-    fig = ui.figure("", "count", height=360, barmode="group")
+    fig = ui.figure("challenges, and users of each segment", "count", height=360,
+                    barmode="group")
     fig.add_bar(x=names, y=list(ours.values()), name="ours", marker_color=ui.COLOURS["ours"])
     return fig.add_bar(x=names, y=[paper[n] for n in names], name="paper",
                        marker_color=ui.COLOURS["paper"])

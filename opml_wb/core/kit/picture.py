@@ -85,7 +85,7 @@ def draw_traces(self: Sheet) -> list[tuple[Mapping, str]]:
             array(t.get("x")), array(t.get("y")))
         x, y = (self.axes[c][name].numbers(v) for c, name, v in zip("xy", pair, columns))
         draw(self.panel(pair), t, x, y, colour)
-        hidden = t.get("showlegend", True) is False or t.get("type") == "heatmap"
+        hidden = t.get("showlegend", True) is False or t.get("type") in ("heatmap", "image")
         if t.get("name") and not hidden: named.append((t, colour))
     for pair, panel in self.panels.items():
         for letter, name in zip("xy", pair): dress(self.axes[letter][name], panel.ax, letter)

@@ -275,8 +275,16 @@ def _cell_texts(ax, mesh, rows, x, y, z, colour=None):
                     color=colour or ("white" if dark else "black"))
 
 # %% ../../../nbs/core/kit/09_picture_traces.ipynb #c5d75216
+def _image(panel, t, x, y, colour):
+    "Draw a photograph, [rows, columns, 3 or 4] of 0 to 255; a pixel is a unit, rows go downwards."
+    z = np.array([[array(pixel) for pixel in array(row)] for row in array(t.get("z"))], np.uint8)
+    if not z.size: return
+    panel.ax.imshow(z, extent=(-.5, z.shape[1] - .5, z.shape[0] - .5, -.5), aspect="equal")
+    panel.ax.grid(False)
+
+# %% ../../../nbs/core/kit/09_picture_traces.ipynb #c837882e
 DRAW = {"scatter": _scatter, "scattergl": _scatter, "bar": _bar, "histogram": _histogram,
-        "box": _box, "heatmap": _heatmap}
+        "box": _box, "heatmap": _heatmap, "image": _image}
 
 def draw(panel: Panel, trace: Mapping[str, Any], x: np.ndarray, y: np.ndarray,
          colour: str) -> None:

@@ -53,7 +53,7 @@ def waterfall(told: Told, most: int = 8) -> "go.Figure":
     fig.add_scatter(x=[told.base, ends[-1]], y=[first, last], mode="markers",
                     marker=dict(symbol="diamond", size=11, color=ui.COLOURS["muted"]))
     low, high = min(*starts, *ends), max(*starts, *ends)
-    room = .12 * (high - low or 1)
+    room = .22 * (high - low or 1)
     fig.update_xaxes(range=[low - room, high + room])
     return fig.update_yaxes(categoryorder="array", categoryarray=[first, *names, last][::-1])
 
