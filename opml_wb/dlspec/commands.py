@@ -27,7 +27,7 @@ SECTIONS = {"Write": ["init", "import", "schema"], "Look": ["list", "show", "che
 
 @click.group(cls=Noun, sections=SECTIONS)
 def dlspec() -> None:
-    "Run tasks that four manifests describe, and compare them (paper 1)."
+    "Run tasks of four manifests, and compare them (paper 1)."
 
 # %% ../../nbs/dlspec/02_commands.ipynb #38a87af2
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -22,7 +22,7 @@ AUDIENCES = "regulator", "business", "customer"
 
 @click.group(cls=Noun, sections=SECTIONS)
 def explain() -> None:
-    "Answer for logged decisions of a model, and check their record (paper 6)."
+    "Answer for logged decisions, check their record (paper 6)."
 
 # %% ../../nbs/explain/20_commands.ipynb #3157ae0c
 def opened(file: str) -> Any:
