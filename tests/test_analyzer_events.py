@@ -167,19 +167,25 @@ def test_eighty_thousand_events_in_seconds_of_cpu():
 @pytest.mark.slow
 def test_ten_million_events_in_bounded_memory(tmp_path):
     "A folder of Parquet files, counted by DuckDB with a limit of 512 MB; the process stays below 1.5 GB."
-    code = """
-        import resource, sys, numpy as np, pandas as pd
+    write = """
+        import sys
         from pathlib import Path
         from opml_wb.analyzer import simulate
-        from opml_wb.analyzer.counting import counted_parquet
         folder = Path(sys.argv[1]); base = simulate(seed=1)[0]; n = 0; k = 0
         while n < 10_000_000:
             part = base.assign(ts=base.ts + k)
             part.to_parquet(folder/f"{k:03}.parquet"); n += len(part); k += 1
-        counts = counted_parquet(folder, memory="512MB")
-        assert counts.n.sum() == n
+        print(n)"""
+    count = """
+        import resource, sys
+        from pathlib import Path
+        from opml_wb.analyzer.counting import counted_parquet
+        assert counted_parquet(Path(sys.argv[1]), memory="512MB").n.sum() == int(sys.argv[2])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True)
+    def ran(code, *args): return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)
+    written = ran(write, str(tmp_path))
+    assert written.returncode == 0, written.stderr[-2000:]
+    done = ran(count, str(tmp_path), written.stdout.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 1500
 
