@@ -37,6 +37,7 @@ def strongest(told: Told, most: int) -> tuple[list[str], np.ndarray]:
 def waterfall(told: Told, most: int = 8) -> "go.Figure":
     "Draw how the columns lead from the mean answer to the row's answer: a step for each."
     names, values = strongest(told, most)
+    names = [f"{name}: {v:+.3f}" for name, v in zip(names, values)]
     ends = told.base + np.cumsum(values)
     starts = ends - values
     fig = ui.figure(f"{UNITS[told.space]} of {shown(told.explained)}", "",
@@ -46,14 +47,12 @@ def waterfall(told: Told, most: int = 8) -> "go.Figure":
         at = [k for k in range(len(values)) if np.sign(values[k]) == sign]
         fig.add_bar(y=[names[k] for k in at], x=[values[k] for k in at],
                     base=[starts[k] for k in at],
-                    orientation="h", marker_color=ui.COLOURS[colour],
-                    text=[f"{values[k]:+.3f}" for k in at],
-                    textposition="outside", cliponaxis=False)
+                    orientation="h", marker_color=ui.COLOURS[colour])
     first, last = f"mean answer: {told.base:.3f}", f"this answer: {ends[-1]:.3f}"
     fig.add_scatter(x=[told.base, ends[-1]], y=[first, last], mode="markers",
                     marker=dict(symbol="diamond", size=11, color=ui.COLOURS["muted"]))
     low, high = min(*starts, *ends), max(*starts, *ends)
-    room = .22 * (high - low or 1)
+    room = .05 * (high - low or 1)
     fig.update_xaxes(range=[low - room, high + room])
     return fig.update_yaxes(categoryorder="array", categoryarray=[first, *names, last][::-1])
 
