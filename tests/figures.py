@@ -13,6 +13,7 @@ What to do about it, in the chapter's `plots`:
   cut        text of points that ends at the edge of the axes: another textposition, a wider range, or `cliponaxis=False`.
   bare ticks the house template labels log axes 1, 2, 5, 10, 20 ... by itself: leave `dtick`, `tickvals`, `nticks` out.
   few ticks  a log axis that spans less than two ticks: make it linear, or set its range to whole decades.
+  taller     the figure of a state hangs over what stands below: the page's script gives each state its height.
   long       an axis title longer than its axis: fewer words, or a `<br>`.
   no title   give the axis a title with its unit (`ui.figure("time, s", "share, %")`; `fig.update_xaxes(title_text=..., row=, col=)`).
 `picture:` stands before what the static picture (matplotlib) has that the interactive figure has not.
@@ -56,7 +57,8 @@ LOOK = r"""(box) => {
       const a = on(p), b = on(q)
       least = Math.min(least, Math.min(Math.max(...a), Math.max(...b)) - Math.max(Math.min(...a), Math.min(...b))) }
     return least }
-  const faults = []
+  const faults = [], room = gd.getBoundingClientRect()
+  if (frame.height > room.height + 1) faults.push(['taller', `${Math.round(frame.height)} px in a place of ${Math.round(room.height)} px`])
   texts.forEach((t, i) => {
     for (const u of texts.slice(0, i))
       if (depth(t.corners, u.corners) > 1.5) faults.push(['over', `${u.kind} "${u.said}" and ${t.kind} "${t.said}"`])

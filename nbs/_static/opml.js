@@ -59,7 +59,7 @@ function fitted(box, {data, layout}) {
   return {...fit, margin: {...layout?.margin, t: t + more}, height: box.clientHeight + more}
 }
 function draw(box, figure) {
-  const layout = {...fitted(box, figure), ...inked(figure.layout)}
+  const layout = structuredClone({...fitted(box, figure), ...inked(figure.layout)})   // plotly writes its ranges into it
   if (box.clientWidth < 600) box.style.height = `${layout.height ?? box.clientHeight}px`
   box.opmlLayout = figure.layout
   return Plotly.newPlot(box, figure.data, layout, {responsive: true, displaylogo: false, ...figure.config})
@@ -113,10 +113,11 @@ async function playable(form, figure, drawn) {
   const show = async () => {
     note.textContent = asked()[0]
     const box = await drawn()
-    const fig = changed(figure, asked()[1])
+    const fig = changed(figure, asked()[1]), tall = fig.layout.height ?? +box.dataset.height
     box.opmlLayout = fig.layout
     const layout = {...fig.layout, template: figure.layout.template}
-    const fit = fitted({clientWidth: box.clientWidth, clientHeight: +box.dataset.height}, {data: fig.data, layout})
+    const fit = fitted({clientWidth: box.clientWidth, clientHeight: tall}, {data: fig.data, layout})
+    box.style.height = `${fit.height ?? tall}px`                  // a state may be taller than the first
     return Plotly.react(box, fig.data, {...fit, ...inked(layout)})
   }
   parts.forEach((p, i) => p.shown.addEventListener("input", () => {
