@@ -164,6 +164,16 @@ def _suffix(obj: Any) -> str:
     return ".bin" if isinstance(obj, bytes) else ".json"
 
 # %% ../../../nbs/core/record/07_log.ipynb #72d4589b
+def _frame(df: "pd.DataFrame") -> "pd.DataFrame":
+    "Give `df` with those of its `attrs` that a Parquet file can hold: JSON."
+    def held(value):
+        try: return json.dumps(value) is not None
+        except (TypeError, ValueError): return False
+    if all(map(held, df.attrs.values())): return df
+    kept = df.copy(deep=False)
+    kept.attrs = {k: v for k, v in df.attrs.items() if held(v)}
+    return kept
+
 def _write(obj: Any, to: Path) -> None:
     "Write `obj` to the file `to`."
     end = to.suffix.lower()
@@ -171,7 +181,7 @@ def _write(obj: Any, to: Path) -> None:
     elif hasattr(obj, "to_parquet"):
         if end == ".csv": obj.to_csv(to, index=False)
         elif end == ".json": obj.to_json(to, orient="records")
-        else: obj.to_parquet(to)
+        else: _frame(obj).to_parquet(to)
     elif hasattr(obj, "to_plotly_json"):
         obj.write_html(to) if end == ".html" else obj.write_json(to)
     elif hasattr(obj, "savefig"): obj.savefig(to)
