@@ -74,10 +74,11 @@ def _patiently(step: Callable[[], Any], limit: float = 30.0) -> Any:
             time.sleep(.01)
 
 # %% ../../../nbs/core/record/02_database.ipynb #91817ed0
-def lite(path: str | os.PathLike) -> Lite:
-    "Open the SQLite file `path`; made when it isn't there."
-    db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False,
-                         factory=Lite)
+def lite(path: str | os.PathLike, make: bool = True) -> Lite:
+    "Open the SQLite file `path`; where it is missing it is made, unless `make` is False."
+    where = path if make else f"{Path(path).absolute().as_uri()}?mode=rw"
+    db = sqlite3.connect(where, timeout=30, isolation_level=None, check_same_thread=False,
+                         factory=Lite, uri=not make)
     db.where = str(path)
     return db
 

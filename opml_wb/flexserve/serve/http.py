@@ -58,11 +58,11 @@ async def _of_store(ask, *args):
 
     Raises Refused: 404 for what isn't there, 409 for what may not be, 503 when the store fails."""
     try: return await asyncio.to_thread(ask, *args)
-    except KeyError as e: raise Refused(404, str(e.args[0])) from None
-    except ValueError as e: raise Refused(409, str(e)) from None
-    except (sqlite3.Error, OSError) as e:
+    except (sqlite3.Error, OSError) as e:      # first: a store that is gone is a KeyError, too
         raise Refused(503, f"the model store fails: {type(e).__name__}: {e}",
                       retry_after="1") from None
+    except KeyError as e: raise Refused(404, str(e.args[0])) from None
+    except ValueError as e: raise Refused(409, str(e)) from None
 
 # %% ../../../nbs/flexserve/serve/13_http.ipynb #5cf022f1
 @patch
@@ -79,7 +79,6 @@ async def _change(self: AdminApi, request, operation, *names, **more):
         raise Refused(422, f"body: expected an object with {expected}")
     if any(abs(v) >= 2**63 for v in given.values()):
         raise Refused(404, f"no version {given['version']}")
-    await _of_store(follower.there)     # what is gone isn't made anew
     change = partial(getattr(follower.store, operation), **more)
     found = await _of_store(change, follower.name, *given.values())
     version = found if isinstance(found, int) else given.get("version")

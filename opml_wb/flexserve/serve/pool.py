@@ -193,14 +193,6 @@ def poke(self: Follower) -> None:
     "Look at the store now; a version that could not be served is tried again."
     self.poked.set()
 
-# %% ../../../nbs/flexserve/serve/07_pool.ipynb #335df45a
-@patch
-def there(self: Follower) -> "ModelStore":
-    "Give the store. Raises FileNotFoundError when it is gone."
-    if not (self.store.root/"models.db").is_file():
-        raise FileNotFoundError(f"there is no model store in {self.store.root}")
-    return self.store
-
 # %% ../../../nbs/flexserve/serve/07_pool.ipynb #d812376a
 @patch
 def _mark(self: Follower, version):
@@ -226,7 +218,7 @@ async def look(self: Follower) -> None:
     """Swap to the store's current version, and mark it stable once it has answered a request.
 
     Raises what the store raises, LoadError."""
-    version = await asyncio.to_thread(lambda: self.there().follows(self.name, self.config))
+    version = await asyncio.to_thread(self.store.follows, self.name, self.config)
     if version in (None, self.pool.serving): self.refused = self.pool.error = None
     elif version != self.refused: await self._serve(version)
     group = self.pool.current
