@@ -78,6 +78,111 @@ def test_columns_and_csv_are_read_too(place, people):
         assert [log.read(i)["answer"] for i in ids] and set(log.read(ids[0])["input"]) == {"age", "hours"}
 
 
+def infer(client, X, model="people", at="", **more):
+    "Ask by the Open Inference Protocol, a tensor for each column."
+    inputs = [{"name": c, "datatype": "FP64" if X[c].dtype.kind in "fi" else "BYTES", "shape": [len(X)],
+               "data": [None if v != v else v for v in X[c].tolist()]} for c in X]
+    return client.post(f"/v2/models/{model}{at}/infer", json={"inputs": inputs, **more})
+
+
+def test_every_route_is_logged(place, people):
+    "The Open Inference Protocol of the ensemble, of a version and of a member, plain and binary: as /v1."
+    client, log, model, version = place
+    X, _ = people
+    X = X[:3]
+    for how in ({}, {"at": f"/versions/{version}"}, {"parameters": {"binary_data_output": True}}):
+        reply = infer(client, X, **how)
+        assert reply.status_code == 200, reply.text
+        answer = reply.headers["x-answer-id"]
+        said = [log.read(f"{answer}.{i}") for i in range(3)]
+        assert [str(r["answer"]) for r in said] == [str(v) for v in model.predict(X)]
+        assert all(r["explanation"]["agrees"] for r in said) and said[0]["input"] == {"age": None, "hours": X.hours[0]}
+        texts = {a: client.get(f"/v1/decisions/{answer}.1", params={"audience": a}).json()["text"] for a in AUDIENCES}
+        assert len(set(texts.values())) == 3
+    one = infer(client, X[1:2]).headers["x-answer-id"]
+    assert client.get(f"/v1/decisions/{one}").json()["text"] == log.answer(f"{one}.0"), "one row: by the answer's own id"
+    before = len(log)
+    assert client.post("/batch", files={"file": b"no picture"}).status_code == 422 and infer(client, X[["age"]]).status_code in (200, 400, 422)
+    assert client.get("/v2/models/people").status_code == 200 and len(log) <= before + 3
+
+
+def test_a_bad_row_is_left_out_and_the_others_are_logged(place, people):
+    client, log, *_ = place
+    said = client.post("/v1/predict", json={"rows": [{"age": 30, "hours": 8}, {"age": "old"}], "on_error": "skip"}).json()
+    assert said["decisions"] == [f"{said['id']}.0", None] and log.read(said["decisions"][0])["explanation"]
+
+
+def test_a_file_of_answers_is_taken_once(place, people, tmp_path):
+    "What `opml flexserve serve --decisions` writes is logged afterwards, explained, and each row once."
+    from opml_wb.flexserve.serve.logs import LineLog
+    client, _, model, _ = place
+    X, _ = people
+    file, logs = tmp_path / "answers.jsonl", client.app.state.service.logs
+    logs.decisions = LineLog(str(file))
+    said = client.post("/v1/predict", json={"rows": sent(X[:4])}).json()
+    answer = infer(client, X[:2]).headers["x-answer-id"]
+    logs.decisions.close()
+    logs.decisions = None
+    log = DecisionLog(tmp_path / "log.db", models=ModelStore())
+    answers = AnswerLog(log, lambda rows: explain(model, rows, on_disagreement="flag"))
+    assert [answers.take(file), answers.take(file)] == [6, 0]
+    told = [log.read(f"{said['id']}.{i}") for i in range(4)] + [log.read(f"{answer}.{i}") for i in range(2)]
+    assert [r["explanation"]["values"] for r in told[:2]] == [r["explanation"]["values"] for r in told[4:]]
+    assert len({log.answer(f"{answer}.0", a) for a in AUDIENCES}) == 3 and log.verify().ok
+    log.close()
+
+
+def test_a_server_with_tokens_answers_for_decisions_to_its_tokens_only(tmp_path):
+    from hashlib import sha256
+    from types import SimpleNamespace as Space
+
+    from opml_wb.flexserve.serve.settings import Tokens
+    tokens = Tokens(f"infer {sha256(b'secret').hexdigest()}")
+    app = Space(state=Space(service=Space(predictor=Space(heard=[]), tokens=tokens)))
+    log = DecisionLog(tmp_path / "log.db")
+    id = AnswerLog(log).put([{"age": 3}], ["no"], "people")[0]
+    client = testclient.TestClient(Recorded(app, AnswerLog(log)))
+    heads = {}, {"Authorization": "Bearer guess"}, {"Authorization": "Bearer secret"}
+    assert [client.get(f"/v1/decisions/{id}", headers=h).status_code for h in heads] == [403, 403, 200]
+    log.close()
+
+
+def test_several_models_of_categories_and_gaps_are_explained_each_by_its_own(people, tmp_path, monkeypatch):
+    "A pipeline with a text column and a regressor, both through ONNX: float32 answers, explained where true."
+    pytest.importorskip("skl2onnx")
+    from conftest import until
+    from sklearn.compose import make_column_transformer
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    from opml_wb.flexserve.model.publish import publish
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    X = people[0].fillna(40.)
+    X["job"] = np.random.default_rng(0).choice(["cook", "pilot", "clerk"], len(X))
+    def one_hot(last): return make_pipeline(make_column_transformer((OneHotEncoder(), ["job"]), remainder="passthrough"), last)
+    models = {"risk": one_hot(RandomForestClassifier(10, random_state=0)).fit(X, np.where((X.age > 45) | (X.job == "pilot"), "yes", "no")),
+              "sum": one_hot(RandomForestRegressor(10, random_state=0)).fit(X, X.hours * 10.1)}
+    publish("two", models, X)
+    log = DecisionLog(tmp_path / "log.db", models=ModelStore())
+    def by(model): return lambda rows: explain(model, rows, on_disagreement="flag")
+    app = Recorded(flexserve.create_app(ModelStore(), "two"), AnswerLog(log, {name: by(model) for name, model in models.items()}))
+    with testclient.TestClient(app) as client:
+        assert until(lambda: client.get("/health/ready").status_code == 200, 90)
+        said = client.post("/v1/predict", json={"rows": sent(X[:4])}).json()
+        assert len(said["decisions"]) == 8 and said["decisions"][0] == f"{said['id']}.0.risk"
+        member = infer(client, X[:2], "sum").headers["x-answer-id"]
+        policy = client.post("/v1/predict", json={"rows": sent(X[:1]), "policy": {"kind": "or", "target": "yes", "models": ["risk"]}}).json()
+        assert client.get(f"/v1/decisions/{member}.0", params={"audience": "regulator"}).status_code == 200
+    told = [log.read(id) for id in said["decisions"]]
+    assert all(t["explanation"]["agrees"] for t in told) and told[0]["input"]["job"] == X.job[0]
+    assert log.read(f"{member}.1")["answer"] == pytest.approx(told[5]["answer"])
+    odd = log.read(policy["decisions"][0])
+    assert odd["explanation"] is None and "no explainer" in odd["defences"]["not explained"]
+    assert log.verify().ok
+    log.close()
+
+
 def test_an_explanation_that_is_not_true_of_the_answer_is_refused(place, people):
     "The server goes on to another model; the explainer still has the old one."
     client, log, model, version = place

@@ -138,7 +138,7 @@ class Search:
             for column, value in trial.items():
                 for j, c in self.code[column][value]: codes[k, j] = c
         self.queries += len(trials)
-        score = self.model.estimator.predict_proba(codes)
+        score = self.model.estimator.predict_proba(self.model.coded(codes))
         won = score.argmax(1) == self.at
         for row in np.flatnonzero(won):
             if np.nan_to_num(codes[row], nan=-1.).tobytes() not in self.known:

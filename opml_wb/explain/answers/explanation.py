@@ -180,5 +180,6 @@ def model_hash(model: Any) -> str:
     inner = fingerprint(read(estimator)) if is_forest(estimator) else hashlib.sha256(
         pickle.dumps(estimator, protocol=4)).hexdigest()
     if encoder is None: return inner
-    columns = [(c.name, c.levels) for c in encoder.columns]
+    coded = not hasattr(encoder, "steps")      # a pipeline's levels are in its steps
+    columns = [(c.name, c.levels if coded else "") for c in encoder.columns]
     return hashlib.sha256(f"{inner}{columns}{list(encoder.features)}".encode()).hexdigest()

@@ -148,22 +148,22 @@ class TableModel:
         "Encode `X` as the estimator takes it: float64 (n, F)."
         return self.encoder.encode(X)
 
-    def _named(self, X: Any) -> Any:
-        "Encode `X` under the names that the estimator was fitted with, if it knows any."
-        codes, names = self.encode(X), getattr(self.estimator, "feature_names_in_", None)
+    def coded(self, codes: np.ndarray) -> Any:
+        "Put `codes` under the names that the estimator was fitted with, if it knows any."
+        names = getattr(self.estimator, "feature_names_in_", None)
         return codes if names is None else pd.DataFrame(codes, columns=names)
 
     def predict(self, X: Any) -> np.ndarray:
         "Answer each row of `X`."
-        return self.estimator.predict(self._named(X))
+        return self.estimator.predict(self.coded(self.encode(X)))
 
     def predict_proba(self, X: Any) -> np.ndarray:
         "Return the probability of each class for each row: float64 (n, K)."
-        return self.estimator.predict_proba(self._named(X))
+        return self.estimator.predict_proba(self.coded(self.encode(X)))
 
     def score(self, X: Any, y: Any) -> float:
         "Return the accuracy (for a regression: R squared) on table `X` with answers `y`."
-        return float(self.estimator.score(self._named(X), y))
+        return float(self.estimator.score(self.coded(self.encode(X)), y))
 
 # %% ../../../nbs/explain/answers/01_tables.ipynb #827a5743
 class PipelineColumns:
@@ -195,12 +195,14 @@ def table_model(model: Any, X: pd.DataFrame) -> TableModel:
     """Take over a fitted model: a TableModel stays one, a pipeline keeps its own encoding, a bare
     estimator takes the columns of `X` as numbers.
 
-    Raises TypeError for what cannot predict, ValueError that names a column of text."""
+    An estimator that knows its columns by name takes those, in its own order. Raises TypeError for
+    what cannot predict, ValueError that names a column of text, or one that is missing."""
     if isinstance(model, TableModel): return model
     if not hasattr(model, "predict"):
         raise TypeError(f"model: expected something that predicts, got {type(model).__name__}")
     X = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.atleast_2d(X))
     X = X.set_axis([str(c) for c in X.columns], axis=1)
+    if (known := getattr(model, "feature_names_in_", None)) is not None: X = frame(X, known)
     if hasattr(model, "steps"): return TableModel(model[-1], PipelineColumns(model[:-1], X))
     for name in X:
         if not _is_number(X[name]):

@@ -6,6 +6,7 @@
 __all__ = ['texts', 'stored', 'decisions', 'same']
 
 # %% ../../../nbs/explain/record/08_recording.ipynb #8fe209cf
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,14 @@ def decisions(explanation: "Explanation", model: str, version: int | None = None
 def same(served: Any, explained: Any) -> bool:
     """Compare an answer as it was served with the answer that was explained.
 
-    served: also the text of a truth value or of a number."""
+    served: also the text of a truth value or of a number; numbers may differ by what float32, in
+    which servers compute, leaves open."""
     if isinstance(served, np.generic): served = served.item()
     if isinstance(explained, np.generic): explained = explained.item()
     if isinstance(served, bool | int | float) and isinstance(explained, bool | int | float):
-        return served == explained
+        if not isinstance(served, float) and not isinstance(explained, float):
+            return served == explained
+        return math.isclose(served, explained, rel_tol=1e-5, abs_tol=1e-7)
     names = {str(explained)}
     if isinstance(explained, bool): names |= {str(int(explained)), str(explained).lower()}
     if isinstance(explained, float) and explained.is_integer(): names.add(str(int(explained)))

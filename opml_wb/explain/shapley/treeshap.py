@@ -13,6 +13,7 @@ from math import comb
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from fastcore.basics import patch
 
 from ...core.kit.compiled import compiling, jit
@@ -174,8 +175,11 @@ def answer(self: TreeShap, X: Any) -> np.ndarray:
     "Ask the model itself for what is shared out: float64 (n,) or (n, K)."
     X = self.rows(X)
     if self.space == "margin": found = margin(self.model, X)
-    elif self.space == "probability": found = self.model.predict_proba(X)
-    else: found = self.model.predict(X)[:, None]
+    else:
+        names = getattr(self.model, "feature_names_in_", None)
+        if names is not None: X = pd.DataFrame(X, columns=names)
+        found = self.model.predict_proba(X) if self.space == "probability" else (
+            self.model.predict(X)[:, None])
     return _squeezed(found[:, -1:] if self.space == "probability" and self.outputs == 1 else found)
 
 # %% ../../../nbs/explain/shapley/06_treeshap.ipynb #6fbbed8c
