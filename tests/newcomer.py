@@ -46,6 +46,9 @@ EXPECTED: dict[str, str] = {
     "opml data fetch riann/sift_photos_full && opml run riann --preset paper": r"riann +done",
     "opml docs --serve": r"http://",
     "papermill": r"Executing|100%",
+    "opml dlspec init": r"model/digits.yml: its licence",
+    "opml dlspec check": r"all good",
+    "opml dlspec run": r"digits.onnx[\s\S]*as the outputs say",
     "opml flexserve add": r"(pets|digits|churn) version 1",
     "opml flexserve serve": r"http://127.0.0.1:808",
 }
@@ -84,6 +87,16 @@ def own_files(folder):
     jobs = pd.DataFrame(dict(submitted=steps.strftime("%Y-%m-%d %H:%M:%S"), seconds=draw.exponential(3600, 600).round(), gpus=draw.integers(1, 3, 600)))
     prices = pd.DataFrame(dict(item=["a", "b", "a"], day=["2024-01-01", "2024-01-01", "2024-01-02"], price=[1., 2., 3.]))
     for name, table in ("tickets", tickets), ("jobs", jobs), ("prices", prices), ("data", prices): table.to_csv(folder / f"{name}.csv", index=False)
+    usage = pd.DataFrame(dict(who=draw.integers(0, 90, 9000), at=pd.date_range("2024-01-01", periods=9000, freq="7min").strftime("%Y-%m-%dT%H:%M:%SZ"),
+                              what=draw.choice(["compile", "debug"], 9000), result=draw.choice(["ok", "FAIL"], 9000)))
+    loans = pd.DataFrame(dict(age=draw.integers(20, 70, 400), income=draw.normal(3000, 900, 400).round(), job=draw.choice(["cook", "pilot"], 400)))
+    loans["decision"] = np.where(loans.income + 10 * loans.age > 3400, "yes", "no")
+    listings = pd.DataFrame(dict(id=np.arange(900), title=draw.choice(["old lamp", "red bicycle", "army knife"], 900), price=draw.integers(5, 90, 900),
+                                 time=pd.date_range("2024-01-01", periods=900, freq="9min").strftime("%Y-%m-%d %H:%M")))
+    listings["violates"] = (listings.title.eq("army knife") & (draw.random(900) < .8)).astype(int)
+    runs = pd.DataFrame(dict(t=np.arange(300.), size_kb=draw.choice([4, 64, 1024], 300), depth=draw.integers(1, 33, 300)))
+    runs["latency_ms"] = runs.size_kb / 500 + runs.depth / 9 + draw.exponential(.2, 300)
+    for name, table in ("usage", usage), ("loans", loans), ("listings", listings), ("runs", runs): table.to_csv(folder / f"{name}.csv", index=False)
     np.save(folder / "vectors.npy", draw.random((1000, 64), np.float32))
     Image.fromarray(draw.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / "cat.jpg")
     net = "nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))"
@@ -91,7 +104,7 @@ def own_files(folder):
     model = eval(net, {"nn": nn}).eval()
     torch.save(model.state_dict(), folder / "net.pt")
     made = "net.pt", "cat.jpg", "model.py", *models(folder, model)
-    return [folder / n for n in ("tickets.csv", "jobs.csv", "prices.csv", "data.csv", "vectors.npy", "features", *made)]
+    return [folder / n for n in ("usage.csv", "loans.csv", "listings.csv", "runs.csv", "manifests", "tickets.csv", "jobs.csv", "prices.csv", "data.csv", "vectors.npy", "features", *made)]
 
 
 def models(folder, net):

@@ -76,6 +76,7 @@ class Forest:
         self.y = y
         filled = np.where(np.isnan(y), np.nanmedian(y, 0), y) / np.maximum(np.nanstd(y, 0), 1e-12)
         leaf = min(self.leaf, max(1, len(x) // 4))
+        filled = filled[:, 0] if filled.shape[1] == 1 else filled    # scikit-learn asks for this
         self.model = ExtraTreesRegressor(self.trees, min_samples_leaf=leaf, bootstrap=True,
                                          random_state=self.seed).fit(x, filled)
         self.leaves = self.model.apply(x)
