@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'SIGNS', 'LEAST_USERS', 'LEAST_SHARE', 'CLIP', 'NU', 'PARTS', 'LEAST_AGREEMENT', 'user_features', 'scaled',
-           'Mixture', 'fit_mixture', 'kmeans', 'by_expertise', 'starts', 'soft_mixture', 'Segments', 'refusal',
-           'memberships', 'stability', 'frequent', 'refined']
+           'Mixture', 'fit_mixture', 'kmeans', 'by_expertise', 'starts', 'soft_mixture', 'Segments', 'unseen',
+           'refusal', 'memberships', 'stability', 'frequent', 'refined']
 
 # %% ../../nbs/analyzer/05_segments.ipynb #56731dc0
 from collections.abc import Collection, Iterator, Sequence
@@ -168,6 +168,12 @@ class Segments:
         return cls(one, pd.DataFrame(columns=[]), soft=False)
 
 # %% ../../nbs/analyzer/05_segments.ipynb #43f40d42
+def unseen(signals: pd.DataFrame, features: Sequence[str]) -> str | None:
+    "Say why no user has one of `features`; None if that isn't so."
+    if "time" not in features or not len(signals) or (signals.cls == "time").any(): return None
+    return ("no event has seconds, which the feature `time` is made of: give "
+            "features=('actions', 'errors')")
+
 def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
     "Say why a segmentation can't be used: too few users, or a segment too small; None if it can."
     n = len(x)
@@ -251,7 +257,8 @@ def fit(cls: Segments, signals: pd.DataFrame, features: Sequence[str] = ("action
     x = user_features(sig, features)
     x = x.sort_values(list(x.columns))
     none = pd.DataFrame(columns=list(LABELS), dtype=float)
-    if why := refusal(x, [], k): return cls(none, none, refused=why, soft=soft)
+    if why := unseen(sig, features) or refusal(x, [], k):
+        return cls(none, none, refused=why, soft=soft)
     proba, centre, nu = memberships(x, k, scale, soft, seed)
     centroids = pd.DataFrame(centre, list(LABELS), x.columns)
     if why := refusal(x, np.bincount(proba.argmax(1), minlength=k), k):
