@@ -183,6 +183,25 @@ def test_mixed_rows_equal_the_network(place, listing_server):
     assert e.value.status == 500
 
 
+def test_a_row_with_a_large_photograph(place):
+    "A helper decodes it, the workers are free meanwhile: the answer is the network's, beside rows with small ones; one that ends early is an error."
+    import torch
+    from opml_wb.flexserve.model.columns import Schema
+    from opml_wb.flexserve.model.feeds import feed_of
+    from opml_wb.flexserve.model.rows import read_rows
+    from opml_wb.flexserve.serve.attack import photograph
+    large, (_, _, net) = photograph(6, progressive=True), place
+    rows = [r if i % 3 else {**r, "photo": large} for i, r in enumerate(listings(5))]
+    feeds = [feed_of(t, Schema.parse(COLUMNS)).many(read_rows(Schema.parse(COLUMNS), rows)) for t in TAKES]
+    with torch.inference_mode(): right = torch.softmax(net(*(torch.from_numpy(np.stack(f)) for f in feeds)), 1).numpy()
+    with Server("listings") as server:
+        client, before = Client(server.url, timeout=300), len(server.workers())
+        np.testing.assert_allclose(client.rows(rows, probs=True, deadline_ms=200_000).probs["net"], right, atol=1e-6)
+        assert len(server.workers()) > before     # a helper was started
+        said = client.rows([{**rows[0], "photo": large[:-len(large) // 3]}, rows[1]], on_error="skip", deadline_ms=200_000)
+        assert [(e["index"], e["code"]) for e in said.errors] == [(0, "truncated")] and "photo" in said.errors[0]["reason"] and said.models["net"][1]
+
+
 def test_a_row_that_ends_its_worker(place):
     "It is an error of that row alone; the others of its request, and of others', are answered."
     with Server("others") as server:

@@ -158,10 +158,10 @@ def describe(self: Engine) -> dict[str, Any]:
             "device": self.device, "classes": self.classes, "models": models}
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #8e14bfc6
-def _fed(feed, k, items):
-    "Make the arrays of feed `k`, but of what was transformed where it was decoded."
+def _fed(feed, items):
+    "Make the arrays of a feed, but of what was transformed where it was decoded."
     if not any(isinstance(i, Prepared) for i in items): return feed.many(items)
-    return [i.tensors[k] if isinstance(i, Prepared) else feed(i) for i in items]
+    return [i.of(feed) if isinstance(i, Prepared) else feed(i) for i in items]
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #31af80e6
 @patch
@@ -169,7 +169,7 @@ def _batches(self: Engine, items, rows):
     """Make and group the arrays: [(indices, [one (b, ...) for each feed, None where no row needs
     it])], at most MOST items each."""
     used = {k for i in rows for k in self.inputs[i]}
-    arrays = [_fed(f, k, items) if k in used else None for k, f in enumerate(self.feeds)]
+    arrays = [_fed(f, items) if k in used else None for k, f in enumerate(self.feeds)]
     return batches(arrays, len(items), MOST[self.bundle.kind])
 
 # %% ../../../nbs/flexserve/model/08_engine.ipynb #6849a6cc

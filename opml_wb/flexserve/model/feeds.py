@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from ...core.kit.words import is_whole
 from .columns import NUMERIC, Schema
-from .images import Reject, Transform, decode
+from .images import Prepared, Reject, Transform, decode
 from .rows import Rows
 
 # %% ../../../nbs/flexserve/model/22_feeds.ipynb #ed591659
@@ -105,11 +105,12 @@ def hashed(texts: Sequence[str], features: int, shortest: int = 1, longest: int 
 def _pictures(images, transform):
     "Transform pictures; a black one stands for a gap. Raises ValueError."
     def read(i, image):
-        if image is None: return np.zeros((32, 32, 3), np.uint8)
+        if isinstance(image, Prepared): return image.of(transform)
+        if image is None: return transform(np.zeros((32, 32, 3), np.uint8))
         found = decode(image) if isinstance(image, bytes) else image
         if isinstance(found, Reject): raise ValueError(f"row {i}: {found.reason}")
-        return found
-    return [transform(read(i, image)) for i, image in enumerate(images)]
+        return transform(found)
+    return [read(i, image) for i, image in enumerate(images)]
 
 # %% ../../../nbs/flexserve/model/22_feeds.ipynb #2b7193af
 def _words(codes, categories):

@@ -202,8 +202,14 @@ class Transform:
 # %% ../../../nbs/flexserve/model/01_images.ipynb #0a1fdf1e
 @dataclass(frozen=True)
 class Prepared:
-    "A picture transformed for an ensemble: `tensors`, one (3, h, w) float32 for each transform."
+    """A picture transformed for an ensemble: `tensors`, one (3, h, w) float32 for each of
+    `transforms`."""
     tensors: tuple[np.ndarray, ...]
+    transforms: tuple[Transform, ...]
+
+    def of(self, transform: Transform) -> np.ndarray:
+        "Give what `transform` made. Raises ValueError when it wasn't asked for."
+        return self.tensors[self.transforms.index(transform)]
 
     @property
     def nbytes(self) -> int:
@@ -216,7 +222,7 @@ def transformed(data: bytes, transforms: Sequence[Transform],
     that is smaller, or a transform refuses it; a Reject when it can't be taken."""
     image = decode(data, limits)
     if isinstance(image, Reject): return image
-    try: found = Prepared(tuple(t(image) for t in transforms))
+    try: found = Prepared(tuple(t(image) for t in transforms), tuple(transforms))
     except ValueError: return image
     return found if found.nbytes < image.nbytes else image
 

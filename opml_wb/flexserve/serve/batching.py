@@ -36,7 +36,7 @@ class Request:
     answers: dict[int, dict] = field(default_factory=dict)  # first image of a part -> its answer
     size: int = 0               # bytes
     weights: Sequence[Weight] = ()   # predicted costs of its images
-    held: int = 0               # bytes of those that are decoded and wait
+    held: dict[int, int] = field(default_factory=dict)  # image decoded before its batch -> bytes
 
     def __post_init__(self) -> None:
         self.size = sum(len(i) if isinstance(i, bytes) else i.nbytes for i in self.images)
