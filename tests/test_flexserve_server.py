@@ -352,6 +352,22 @@ def test_odd_requests(faces):
     assert json.loads(ask(faces.url, "POST", "/v1/predict", array.getvalue(), Content_Type="application/x-npy")[2])["n"] == 3
 
 
+def test_headers_without_end(faces):
+    "More than 64 KB of them are refused at once, whatever is still to come; long ones within that are read."
+    host = "127.0.0.1", int(faces.url.rpartition(":")[2])
+    with socket.create_connection(host, 60) as s:
+        said = b""
+        try:
+            s.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: ")
+            for _ in range(1000): s.sendall(b"x" * (1 << 16))
+        except OSError: pass      # cut while it was sending
+        else: pytest.fail("64 MB of headers were taken")
+        try: said = s.recv(1 << 16)
+        except OSError: pass      # with what was not read the answer is lost, too
+        assert said == b"" or b" 431 " in said
+    assert ask(faces.url, "GET", "/health/live", X_Long="x" * 30_000)[0] == 200
+
+
 def test_sizes_and_slow_clients(faces):
     "A body over the limit is 413, told or found; one that doesn't come is 408; headers a byte at a time are cut."
     settle(faces)
