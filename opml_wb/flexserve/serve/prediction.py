@@ -57,8 +57,8 @@ class Predictor:
     """Answer checked requests with the version in service of `pool`.
 
     `name`: of the ensemble; `arrivals`: the bytes of bodies that are being read; `logs`: where
-    decisions go; `heard`: functions that are called with each Decision before its answer leaves; one
-    that raises makes the answer a 500."""
+    decisions go; `heard`: functions that are called with each Decision before its answer leaves;
+    one that raises makes the answer a 500."""
     def __init__(self, pool: WorkerPool, name: str = "ensemble", logs: Logs | None = None) -> None:
         self.pool, self.name, self.settings = pool, name, pool.settings
         self.logs = logs or Logs()
