@@ -96,6 +96,26 @@ def test_equal_models_are_hardly_ever_promoted(equal):
     assert .3 < (decision.plain_rule(equal.plain, 20)[0] == decision.PROMOTE).mean() < .6
 
 
+@pytest.mark.parametrize("sizes", [[1] * 7, [1] * 10, [0] * 16 + [1] * 4, [8] + [1] * 12, [1, 2, 3] * 6])
+def test_the_error_holds_for_any_sizes_of_differences(sizes):
+    "Signs by chance, sizes as they are: few blocks that differ, one burst, all alike (where a bound on z errs in 6.8 %)."
+    signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(sizes)))
+    said, _ = decision.with_horizon(signs * np.array(sizes), len(sizes))
+    assert (said == decision.PROMOTE).mean() <= .0425 + 3 * (.0425 / 20_000) ** .5
+
+
+def test_an_ab_test_shares_each_block_out_anew():
+    "Races are independent: D of equal models has no mean of its own in a block, whatever the block."
+    ran = simulate(Setting(n=400, k=10, prevalence=.05), 300, 6, seed=8)
+    assert (np.abs(ran.ab.mean(0)) < 4 * ran.ab.std() / 300 ** .5).all()
+
+
+def test_a_race_too_short_to_prove_anything_says_so():
+    with pytest.warns(UserWarning, match="4 blocks can't prove anything at alpha=0.05; 5 can"): Interleaver(4, days=4)
+    with pytest.warns(UserWarning, match="10 can"): Races(of=30).start("a", 4, 9)
+    assert Interleaver(4, days=5).verdict() == "continue"
+
+
 def test_better_models_are_promoted_and_worse_ones_are_not():
     better = simulate(Setting(n=1000, prevalence=.02, new=.6, alike=.85), 200, 20, seed=4)
     assert better.overlap >= .55 and judged(better, 20).promoted["sequential"] >= .85
@@ -131,13 +151,13 @@ def test_the_class_says_what_the_thousands_say(equal):
 
 
 def test_fewer_candidates_than_slots_and_identical_models():
-    few = Interleaver(20, days=4)
-    for _ in range(4):
+    few = Interleaver(20, days=5)
+    for _ in range(5):
         table = few.allocate([.3, .2, .1], [.1, .2, .3], ["a", "b", "c"])
         assert set(table.arm) == {"both"} and len(table) == 3
         for id in table.id: few.record(id, True)
     assert few.verdict() == "keep" and few.report().attrs["depth"] == 3
-    empty = Interleaver(4, days=4)
+    empty = Interleaver(4, days=5)
     assert len(empty.allocate([], [], [])) == 0 and empty.verdict() == "continue"
     forever = Interleaver(4)
     for _ in range(30):
@@ -146,7 +166,7 @@ def test_fewer_candidates_than_slots_and_identical_models():
 
 
 def test_a_sellers_copies_are_one_decision_and_open_reviews_wait():
-    race = Interleaver(4, days=4)
+    race = Interleaver(4, days=5)
     score = np.linspace(1, 0, 12)
     table = race.allocate(score, score, range(12), groups=[0] * 8 + [1, 2, 3, 4])
     assert len(table) == 4 and sum(id < 8 for id in table.id) == 1

@@ -13,6 +13,7 @@ from ..core.kit.lazy import lazy
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.moderation.goods.listings import Listing, ListingError, read
     from opml_wb.moderation.goods.market import Market
+    from opml_wb.moderation.goods.real import real
     from opml_wb.moderation.models.features import encode
     from opml_wb.moderation.models.topics import TopicModel, choose
     from opml_wb.moderation.judge.precision import coverage, drifted, precision_at_k, wilson

@@ -68,13 +68,14 @@ def choose_k(fig: "go.Figure", table: pd.DataFrame, violations: float, k: int) -
 
 # %% ../../nbs/moderation/02_plots.ipynb #b3bcc9b8
 def race_figure(D: Sequence[float], days: int, alpha: float = .05) -> "go.Figure":
-    "Draw z = S / sqrt(V) of a race after each block, and what it must reach at each look."
+    "Draw the sum of a race's differences after each block, and what promotes at each look so far."
     d = np.asarray(D, float)
-    z = d.cumsum() / np.sqrt(np.maximum((d ** 2).cumsum(), 1e-12))
-    fig = ui.figure("block (day)", "z = S / √V", margin_t=70)
-    fig.add_scatter(x=np.arange(1, len(D) + 1), y=z, mode="lines+markers", name="the race",
+    fig = ui.figure("block (day)", "sum of differences (violations)", margin_t=70)
+    fig.add_scatter(x=np.arange(1, len(D) + 1), y=d.cumsum(), mode="lines+markers", name="the race",
                     line=dict(color=ui.COLOURS["ours"], width=2.5))
-    fig.add_scatter(x=decision.looks(days), y=decision.bound(days, alpha), mode="lines+markers",
+    edge = decision.needed(d, days, alpha)[0]
+    at = np.flatnonzero(np.isfinite(edge))
+    fig.add_scatter(x=at + 1, y=edge[at], mode="lines+markers",
                     name="promote from here on", line=dict(color=ui.COLOURS["good"], dash="dot"),
                     marker=dict(symbol="triangle-up", size=10))
     late = [b for b in decision.looks(days) if b >= days / 2]

@@ -13,5 +13,6 @@ from ...core.kit.lazy import lazy
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.moderation.goods.listings import Listing, ListingError, read
     from opml_wb.moderation.goods.market import Market
+    from opml_wb.moderation.goods.real import real
 
 __getattr__, __dir__, __all__ = lazy(__name__)

@@ -6,6 +6,7 @@
 __all__ = ['ARMS', 'place', 'depth', 'Block', 'Interleaver']
 
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #d60f9dcf
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,9 @@ class Interleaver:
         if rule == "paper" and days is None: raise ValueError("days: the paper's rule needs them")
         if days is not None and days < least:
             raise ValueError(f"days: expected {least} or more, got {days}")
+        if days is not None and rule == "sequential" and days < decision.fewest(alpha):
+            warnings.warn(f"days: {days} blocks can't prove anything at alpha={alpha:g}; "
+                          f"{decision.fewest(alpha)} can", stacklevel=2)
         self.k, self.alpha, self.rule, self.days = int(k), alpha, rule, days
         self.rng = np.random.default_rng(seed)
         self.blocks: list[Block] = []

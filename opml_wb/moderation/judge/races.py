@@ -31,7 +31,8 @@ class Setting:
     """Two models' races: n listings a block, k alerts, prevalence, precision@k of current and new.
 
     alike: correlation of their noise. burst: share of blocks in which one violating seller lists
-    eight copies. decline: how much of strength and prevalence is lost over the race."""
+    copies. decline: how much of strength and prevalence is lost over the race. turn: by how much of
+    itself the new model's advantage falls over the race (2: it ends as far behind)."""
     n: int = 4000
     k: int = 20
     prevalence: float = .005
@@ -40,18 +41,20 @@ class Setting:
     alike: float = .7
     burst: float = 0.
     decline: float = 0.
+    turn: float = 0.
 
 # %% ../../../nbs/moderation/judge/05_races.ipynb #c23947e4
 def _scores(s: Setting, blocks: int, block: int, length: int, rng: np.random.Generator,
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Draw blocks number `block` of races: (current and new scores float32 [blocks, n], y bool)."
-    left = 1 - s.decline * block / max(1, length - 1)
+    gone = block / max(1, length - 1)
+    left, ahead = 1 - s.decline * gone, (s.new - s.current) * (1 - s.turn * gone)
     share = rng.standard_normal((blocks, s.n), np.float32)
     y = np.zeros((blocks, s.n), bool)
     bad = rng.binomial(s.n, s.prevalence * left, blocks)
     y[np.arange(s.n) < bad[:, None]] = True
     out = []
-    for p in (s.current, s.new):
+    for p in (s.current, s.current + ahead):
         own = rng.standard_normal((blocks, s.n), np.float32)
         own *= np.float32((1 - s.alike) ** .5)
         own += share * np.float32(s.alike ** .5)
@@ -91,10 +94,9 @@ def interleaved(
 def split(current: np.ndarray, new: np.ndarray, y: np.ndarray, k: int,
           rng: np.random.Generator) -> np.ndarray:
     "A/B-test blocks: half of the traffic each, K/2 alerts each; D float64 [blocks]."
-    half = rng.permutation(current.shape[1])
-    rows = half[:len(half) // 2], half[len(half) // 2:]
-    found = [np.take_along_axis(y[:, r], _top(s[:, r], k // 2), 1).sum(1)
-             for s, r in zip((current, new), rows)]
+    to_new = rng.random(y.shape, np.float32) < .5            # each block is shared out anew
+    found = [np.take_along_axis(y & here, _top(np.where(here, s, -np.inf), k // 2), 1).sum(1)
+             for s, here in ((current, ~to_new), (new, to_new))]
     return (found[1] - found[0].astype(int)).astype(float)
 
 # %% ../../../nbs/moderation/judge/05_races.ipynb #dd247cd5
@@ -148,7 +150,7 @@ def judged(races: Simulated, days: int, alpha: float = .05) -> "pd.DataFrame":
     (mean)."""
     import pandas as pd
     rules = {"sequential": decision.with_horizon(races.D, days, alpha),
-             "e-process": decision.any_time(races.D, races.depth, alpha),
+             "e-process": decision.any_time(races.D[:, :days], races.depth[:, :days], alpha),
              "the paper's": decision.plain_rule(races.plain, days),
              "A/B, sequential": decision.with_horizon(races.ab, days, alpha)}
     spent = races.reviews.cumsum(1)
@@ -166,10 +168,14 @@ def judged(races: Simulated, days: int, alpha: float = .05) -> "pd.DataFrame":
 def cost(D: np.ndarray, reviews: np.ndarray, power: float = .8, alpha: float = .05,
          ) -> tuple[int, float, float]:
     "Find (horizon in blocks, power, mean reviews) of races [R, B]; horizon 0: too short."
-    spent = reviews.cumsum(1)
-    for days in range(decision.FIRST, D.shape[1] + 1):
+    def at(days):
         verdict, used = decision.with_horizon(D, days, alpha)
-        got = (verdict == decision.PROMOTE).mean()
-        if got >= power:
-            return days, float(got), float(spent[np.arange(len(used)), used - 1].mean())
-    return 0, float(got), float("nan")
+        spent = reviews.cumsum(1)[np.arange(len(used)), used - 1]
+        return float((verdict == decision.PROMOTE).mean()), float(spent.mean())
+
+    lo, hi = decision.FIRST, D.shape[1]
+    if at(hi)[0] < power: return 0, at(hi)[0], float("nan")
+    while lo < hi:                                # power grows with the horizon
+        middle = (lo + hi) // 2
+        lo, hi = (lo, middle) if at(middle)[0] >= power else (middle + 1, hi)
+    return lo, *at(lo)
