@@ -63,7 +63,8 @@ def constructed(frame: "pd.DataFrame", topic: str, evasion: float = .6,
     the id, so that it doesn't hang on the order)."""
     rule = policy(topic)
     def chance(id, what): return zlib.crc32(f"{seed} {what} {id}".encode()) / 2 ** 32
-    frame = frame.assign(order=[chance(i, "order") for i in frame.id]).sort_values(["year", "order"])
+    frame = frame.assign(order=[chance(i, "order") for i in frame.id])
+    frame = frame.sort_values(["year", "order"])
     y = frame[rule.column].isin(rule.values).to_numpy()
     start = np.datetime64("1970", "Y")
     when = [float((np.datetime64(str(v), "Y") - start).astype("timedelta64[Y]").astype(int))
