@@ -56,9 +56,11 @@ def train(topic: str, labels: str | os.PathLike, kind: str = "lr", seed: int = 0
 
     Raises RuntimeError, saying why, where the run failed."""
     from opml_wb.core.engine.run import run
-    ran = run("bench/retrain", {"table": os.fspath(labels), "topic": topic, "kind": kind,
+    ran = run("bench/retrain", {"table": os.path.abspath(labels), "topic": topic, "kind": kind,
                                 "seed": seed, "label": label})
-    if not ran.ok: raise RuntimeError(f"retrain of {topic}: {ran.doc.get('error') or ran.status}")
+    if not ran.ok:
+        why = (ran.doc.get("error") or {}).get("evalue") or ran.status
+        raise RuntimeError(f"retrain of {topic}: {str(why).strip(chr(34))} (opml show {ran.key[:10]})")
     path = ran.artifacts["model"]
     about = {"run": ran.doc["id"], "key": ran.key, "data": sha256(Path(labels)), "topic": topic,
              "kind": kind, **{k: int(ran.metrics[k]) for k in ("listings", "violations")}}
