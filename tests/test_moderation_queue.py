@@ -158,6 +158,7 @@ def test_kill_9_of_workers_loses_nothing_and_does_nothing_twice(make, kind, requ
         for i, w in enumerate(workers):
             if w.poll() is not None and work.depth: workers[i] = start()
     for w in workers: w.kill(); w.wait()
+    print(f"\n{killed} of {KILLS} kills before {ITEMS:,} items were through")
     assert work.depth == 0 and killed
     assert sorted(work.dead().key) == sorted(k for k, _ in items if k.startswith("poison")) and len(work.dead()) == poison
     got = []

@@ -83,7 +83,8 @@ def raced(market: Any, topic: str, days: int, k: int, kind: str, seed: int) -> A
     from opml_wb.moderation.loop import Loop, live
     place = Path(mkdtemp(prefix="opml-moderation-"))
     if k < 12: raise click.UsageError(f"-k: races and their watch need 12 or more, got {k}")
-    loop = Loop(topic, k // 2, place, store=ModelStore(place/"models"), kind=kind, seed=seed, slots=2)
+    loop = Loop(topic, k // 2, place, store=ModelStore(place/"models"), kind=kind, seed=seed,
+                slots=2)
     click.echo(f"decisions, tables and models: {place}", err=True)
     return live(loop, market, days)
 

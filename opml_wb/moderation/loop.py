@@ -60,7 +60,8 @@ def train(topic: str, labels: str | os.PathLike, kind: str = "lr", seed: int = 0
                                 "seed": seed, "label": label})
     if not ran.ok:
         why = (ran.doc.get("error") or {}).get("evalue") or ran.status
-        raise RuntimeError(f"retrain of {topic}: {str(why).strip(chr(34))} (opml show {ran.key[:10]})")
+        why = str(why).strip('"')
+        raise RuntimeError(f"retrain of {topic}: {why} (opml show {ran.key[:10]})")
     path = ran.artifacts["model"]
     about = {"run": ran.doc["id"], "key": ran.key, "data": sha256(Path(labels)), "topic": topic,
              "kind": kind, **{k: int(ran.metrics[k]) for k in ("listings", "violations")}}
