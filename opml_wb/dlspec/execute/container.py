@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ...core.kit.procs import stamp, stamp_lives
 from . import pipeline
-from .executors import (LIMIT_S, WARM, ExecutionError, WorkerProcess,
+from .executors import (FIRM, LIMIT_S, WARM, ExecutionError, WorkerProcess,
                                               asked, pool_folder, unfit)
 from ..spec.manifest import Container, Software
 
@@ -146,7 +146,7 @@ class Oci:
         own = [Path(pipeline.__file__).resolve().parent] if self.own_python else environment()
         name = f"opml-{stamp()}.{secrets.token_hex(4)}"
         return arguments(self.command, self.image, name, self.python, pool, [*own, *paths],
-                         self.software.env, self.limits)
+                         {**FIRM, **self.software.env}, self.limits)
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #ea948691
 @patch

@@ -202,7 +202,7 @@ WEIGHTS = {"pretrained": "weights in an installed package",
            "trained-here": "its training task is here",
            "seeded": "architecture and seed: no accuracy",
            "imported": "weights out of reach: validated only",
-           "own": "of the person who wrote it"}
+           "own": "brought by whoever wrote it"}
 
 # %% ../../../nbs/dlspec/spec/03_manifest.ipynb #7c461f5d
 class Metric(Part):

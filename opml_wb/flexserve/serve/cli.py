@@ -6,7 +6,7 @@
 __all__ = ['ABOVE_0', 'pack', 'publish', 'serve', 'demo', 'ls_', 'versions', 'pin', 'unpin', 'rollback', 'difference']
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #ffdb2048
-import json
+import json, tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,49 @@ def pack(recipe_file: str, bundle_dir: str, allow: tuple[str, ...]) -> None:
     click.echo(f"{bundle_dir}: {len(bundle.models)} model(s), digest {bundle.digest[:16]}")
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #215517bc
+def _published(name, bundle, key, promote, config, parents):
+    "Put a bundle into the store; its version."
+    store = model_store(key)
+    about = {m["name"]: m.get("provenance", {}) for m in bundle.models}
+    whence = {"digest": bundle.digest, "models": about}
+    version = call(store.publish, name, bundle.dir, config=config, parents=parents,
+                    provenance=whence)
+    if promote: call(store.promote, name, version)
+    return version
+
+def _manifested(name, ref, manifests, folder):
+    "Make the bundle of a model in DLSpec's catalog."
+    from opml_wb.flexserve.model.sources import bundle_from, source
+    options = {"manifests": manifests} if manifests else {}
+    return call(bundle_from, call(source, "dlspec"), ref, folder, name, **options)
+
+# %% ../../../nbs/flexserve/serve/18_cli.ipynb #d66c3a74
 @flexserve.command()
 @click.argument("name", shell_complete=completing.model_name)
-@click.argument("bundle_dir", type=click.Path(exists=True, file_okay=False))
+@click.argument("bundle_dir", type=click.Path(exists=True, file_okay=False), required=False)
+@click.option("--dlspec", "ref", metavar="ID",
+              help="In the place of BUNDLE_DIR: a model of DLSpec's catalog, model/x@1.0.0.")
+@click.option("--catalog", "manifests", type=click.Path(exists=True, file_okay=False),
+              help="A folder of manifests, beside the zoo's, for --dlspec.")
 @click.option("--config", help="The hardware configuration this version is for.")
 @click.option("--parent", "parents", type=int, multiple=True, help="A version it comes from.")
 @click.option("--no-promote", is_flag=True, help="Keep it in the store only; `pin` serves it.")
 @click.option("--key", type=click.Path(exists=True, dir_okay=False),
               help="Sign with this Ed25519 private key (PEM).")
-def publish(name: str, bundle_dir: str, config: str | None, parents: tuple[int, ...],
-            no_promote: bool, key: str | None) -> None:
-    "Put BUNDLE_DIR into the model store under NAME as a new version, and serve it from now on."
+def publish(name: str, bundle_dir: str | None, ref: str | None, manifests: str | None,
+            no_promote: bool, key: str | None, **how: Any) -> None:
+    """Put BUNDLE_DIR, or a model of DLSpec's catalog, into the model store under NAME as a new
+    version, and serve it from now on."""
     from opml_wb.flexserve.model.bundle import Bundle
-    store, bundle = model_store(key), call(Bundle.load, bundle_dir)
-    call(bundle.verify)
-    about = {m["name"]: m.get("provenance", {}) for m in bundle.models}
-    whence = {"digest": bundle.digest, "models": about}
-    version = call(store.publish, name, bundle_dir, config=config, parents=parents,
-                    provenance=whence)
-    if not no_promote: call(store.promote, name, version)
-    click.echo(f"{name} version {version}{' (not promoted)' if no_promote else ''}")
+    if (bundle_dir is None) == (ref is None):
+        raise click.UsageError("give a BUNDLE_DIR, or --dlspec with a model's ID")
+    with tempfile.TemporaryDirectory(prefix="flexserve-publish-") as folder:
+        if ref: bundle = _manifested(name, ref, manifests, folder)
+        else: bundle = call(Bundle.load, bundle_dir)
+        call(bundle.verify)
+        version = _published(name, bundle, key, not no_promote, **how)
+    click.echo(f"{name} version {version}{' (not promoted)' if no_promote else ''}"
+               + (f": {bundle.models[0]['provenance']['dlspec']}" if ref else ""))
 
 # %% ../../../nbs/flexserve/serve/18_cli.ipynb #dd1749ec
 ABOVE_0 = click.FloatRange(0, min_open=True)
