@@ -49,7 +49,7 @@ def _published(name, bundle, key, promote, config, parents):
 
 def _manifested(name, ref, manifests, folder):
     "Make the bundle of a model in DLSpec's catalog."
-    from opml_wb.flexserve.model.sources import bundle_from, source
+    from opml_wb.flexserve.model.publish import bundle_from, source
     options = {"manifests": manifests} if manifests else {}
     return call(bundle_from, call(source, "dlspec"), ref, folder, name, **options)
 
