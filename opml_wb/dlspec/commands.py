@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'as_json', 'folder', 'executors', 'dlspec', 'told', 'known', 'put', 'records', 'answer', 'list_', 'show',
-           'check', 'run', 'vary', 'diff', 'import_', 'init', 'schema', 'sweep', 'wheels', 'image']
+           'check', 'run', 'vary', 'diff', 'import_', 'init', 'schema', 'sweep', 'venv', 'wheels', 'image']
 
 # %% ../../nbs/dlspec/02_commands.ipynb #ea7c9476
 import json, os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/dlspec/02_commands.ipynb #490b0e86
 SECTIONS = {"Write": ["init", "import", "schema"], "Look": ["list", "show", "check", "diff"],
-            "Run": ["run", "vary", "sweep"], "Install": ["wheels", "image"]}
+            "Run": ["run", "vary", "sweep"], "Install": ["wheels", "venv", "image"]}
 
 @click.group(cls=Noun, sections=SECTIONS)
 def dlspec() -> None:
@@ -244,6 +244,21 @@ def sweep(n: int | None, classes: tuple[str, ...], budget: float | None, seed: i
     answer(frame, as_json)
     if not as_json: click.echo(frame.groupby(["weights_class", "status"]).size().to_string())
 
+# %% ../../nbs/dlspec/02_commands.ipynb #6e84d62f
+@dlspec.command()
+@click.argument("ref")
+@folder
+@as_json
+def venv(ref: str, folder: str | None, as_json: bool) -> None:
+    "Make the environment of the software REF with pip, for runs with `--executor venv`."
+    from opml_wb.dlspec.zoo.apart import environment
+    with told():
+        software = known(folder, [ref]).get(ref)
+        if software.kind != "software": raise ValueError(f"{software.id} is no software")
+        made = environment(software)
+    if as_json: put({"software": software.id, "environment": str(made)})
+    else: click.echo(f"{software.id}: {made}")
+
 # %% ../../nbs/dlspec/02_commands.ipynb #8cc15d74
 @dlspec.command()
 @click.option("--large", is_flag=True, help="Also wheels of more than 15 MB.")
@@ -258,10 +273,11 @@ def wheels(large: bool, as_json: bool) -> None:
 # %% ../../nbs/dlspec/02_commands.ipynb #c92d1916
 @dlspec.command()
 @click.argument("name", default="opml/local:1")
+@click.option("--python", is_flag=True, help="With the operating system's own Python.")
 @as_json
-def image(name: str, as_json: bool) -> None:
+def image(name: str, python: bool, as_json: bool) -> None:
     "Make a container image of this machine's own libraries, without a registry."
     from opml_wb.dlspec.execute.container import local_image
-    with told(): found = local_image(name)
+    with told(): found = local_image(name, python=python)
     if as_json: put({"image": name, "layers": found})
     else: click.echo(f"{name}: {', '.join(found)}")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'CPUS', 'PIDS', 'FITS', 'QUIET', 'LOCAL', 'LIBRARIES', 'FOLDERS', 'engine', 'layers', 'chosen', 'Limits',
-           'environment', 'arguments', 'sweep', 'contained', 'Oci', 'wanted', 'archive', 'loader', 'local_image']
+           'environment', 'arguments', 'sweep', 'contained', 'Oci', 'wanted', 'archive', 'loader', 'own_python',
+           'local_image']
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #18013022
 import io, json, os, platform, re, secrets, shutil, subprocess, sys, tarfile, tempfile
@@ -154,7 +155,12 @@ def _checked(self: Oci, have: list[str]) -> str:
     "Start the image's Python once, and look at the libraries that it sees."
     sweep(self.command)
     if not have: raise ExecutionError(f"image {self.image!r} is empty: it has no layer")
-    version, lib = asked(self.argv(None), self.software)
+    try: version, lib = asked(self.argv(None), self.software, {**os.environ, **QUIET})
+    except ExecutionError as e:
+        if "no such file" not in str(e): raise
+        raise ExecutionError(
+            f"image {self.image!r} can't start {self.python}: it has no such program, or not the "
+            "C library that it needs (an empty tar is imported without an error)") from None
     if lacks := unfit(self.software, version, lib):
         raise ExecutionError(f"{self.software.id} doesn't fit image {self.image!r}: "
                              f"{'; '.join(lacks)}")
@@ -220,16 +226,31 @@ def loader() -> list[Path]:
     return [p for p in map(Path, ("/lib64/ld-linux-x86-64.so.2", "/lib/ld-linux-aarch64.so.1",
                                   "/lib64/ld64.so.2")) if p.exists()]
 
-def local_image(name: str = LOCAL, command: Sequence[str] | None = None) -> list[str]:
+def own_python() -> list[Path]:
+    """List the files of the operating system's Python, without tests and compiled copies.
+
+    Raises ExecutionError if there is none."""
+    program = Path("/usr/bin/python3").resolve()
+    library = Path("/usr/lib", program.name)
+    if not (program.is_file() and library.is_dir()):
+        raise ExecutionError("the operating system has no Python in /usr/bin and /usr/lib")
+    return [program, *(p for p in library.rglob("*") if p.is_file()
+                       and not {"test", "tests", "__pycache__"} & set(p.parts))]
+
+def local_image(name: str = LOCAL, command: Sequence[str] | None = None,
+                python: bool = False) -> list[str]:
     """Make the image `name` of this machine's libraries, and return its layers' sha256.
 
+    python: with the operating system's Python, for runs with `own_python`.
     Raises ExecutionError without an engine, or if the image can't be made."""
     command = list(command or engine())
     try: listing = subprocess.run(["/sbin/ldconfig", "-p"], capture_output=True, text=True).stdout
     except OSError as e: raise ExecutionError(f"no ldconfig on this machine: {e}") from None
     with tempfile.TemporaryDirectory() as tmp:
         tar = Path(tmp, "rootfs.tar")
-        archive({*wanted(listing), *loader()}, tar)
+        own = own_python() if python else []
+        archive({*wanted(listing), *loader(), *own, *([Path("/usr/bin/python3")] if own else [])},
+                tar)
         done = subprocess.run([*command, "import", str(tar), name], capture_output=True, text=True)
     if done.returncode: raise ExecutionError(f"{name} can't be made: {done.stderr.strip()[-500:]}")
     return layers(command, name)

@@ -226,10 +226,11 @@ def version(name):
 print(json.dumps([sys.version.split()[0], {name: version(name) for name in sys.argv[1:]}]))"""
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #aa7c96a1
-def asked(argv: Sequence[str], software: Software) -> tuple[str, dict[str, str | None]]:
+def asked(argv: Sequence[str], software: Software,
+          env: dict[str, str] | None = None) -> tuple[str, dict[str, str | None]]:
     "Ask the Python that `argv` starts for its version and those of the libraries."
     done = subprocess.run([*argv, "-c", ASKING, *software.libraries], capture_output=True,
-                          text=True)
+                          text=True, env=env)
     if done.returncode:
         command = " ".join(argv[:2])
         raise ExecutionError(f"{software.id}: {command} ... ended with {done.returncode}: "

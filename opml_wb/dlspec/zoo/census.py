@@ -18,7 +18,7 @@ from ..spec.catalog import Catalog
 from ..spec.code import references_of
 from ..spec.identity import digest
 from ..spec.manifest import WEIGHTS, Model
-from . import cifar, datasets, trainings
+from . import apart, cifar, datasets, trainings
 from .importers import import_any
 from .libraries import pretrained
 from .rules import built, shared
@@ -31,8 +31,8 @@ CLASSES = "pretrained", "trained-here", "seeded", "imported"
 def base() -> Catalog:
     "Collect what needs no training: wheels, builders, data sets, and the training tasks."
     catalog = Catalog()
-    for m in [*shared(), *datasets.datasets(), *pretrained(), *built(), *cifar.residuals()]:
-        catalog.add(m)
+    for m in [*shared(), *datasets.datasets(), *pretrained(), *built(), *cifar.residuals(),
+              *apart.apart()]: catalog.add(m)
     for pair in trainings.trainings():
         for m in pair: catalog.add(m)
     return catalog

@@ -159,6 +159,10 @@ def _judged(m: Model, zoo: Catalog, twice: bool, forker: Forker) -> dict[str, An
     free = psutil.virtual_memory().available / 2**30 - SPARE_GB
     if m.weights_class == "imported":
         return {"status": "validated", "reason": WEIGHTS["imported"], "seconds": 0.}
+    if m.attributes.get("executor") == "venv":
+        return {"status": "apart", "seconds": 0., "reason": "needs an environment of its own: "
+                f"opml dlspec venv software/{m.attributes['software']}, then opml dlspec run "
+                f"task/{m.name} --executor venv"}
     if _needs_gb(m) > free:
         return {"status": "too large", "seconds": 0.,
                 "reason": f"needs {_needs_gb(m):.1f} GiB, free are {free:.1f}"}
@@ -187,7 +191,7 @@ def sweep(n: int | None = None, classes: Collection[str] | None = None,
     n: how many, chosen by `seed`; default: all of `classes`. budget_s: begin no more after so many
     seconds; what was done is kept in `file` (default: in the workbench's home), so the same call
     goes on. status: ran, differs (from its log, or a second run from the first), failed, too
-    large (for this machine), validated (an import, of which nothing is run)."""
+    large (for this machine), apart (it has an environment of its own), validated (an import, of which nothing is run)."""
     import pandas as pd
     zoo = zoo if zoo is not None else catalog()
     end = time.monotonic() + budget_s if budget_s is not None else float("inf")
