@@ -11,7 +11,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 from opml_wb.explain import (Refused, TableModel, additive, counterfactual, disagreement, explain, mitigations, needs,
                              proxies, render, surrogate)
-from opml_wb.explain.answers.counterfactuals import Search, cuts_of, twins, values_for
+from opml_wb.explain.answers.counterfactuals import Search, twins, values_for
 from opml_wb.explain.data import actionable, load
 from opml_wb.explain.judging.proxying import group_auc
 from opml_wb.explain.people.needing import AUDIENCES, every_need
@@ -96,6 +96,18 @@ def test_additive_curves_are_the_model(adult):
     assert set(model.curves.column) == set(learn) and (model.curves.groupby("column").rows.sum() == len(learn)).all()
 
 
+def grid_has_one(model, learn, row):
+    "Ask about every change of one, two, three columns to any observed value."
+    choices = {c: values_for(model, learn, row, c, way, {}, 10**6) for c, way in CAN.items()}
+    grid = Search(model, learn, row, True, choices, twins(learn, list(CAN)))
+    for size in (1, 2, 3):
+        for columns in itertools.combinations(choices, size):
+            trials = [dict(zip(columns, values)) for values in itertools.product(*(choices[c] for c in columns))]
+            for k in range(0, len(trials), 20_000): grid.ask(trials[k:k + 20_000])
+        if grid.found: return True
+    return False
+
+
 def test_ways_out_exist_where_a_whole_grid_has_one(adult):
     "Valid, directions kept, nothing else changed, nobody's row; found wherever the grid search finds one."
     learn, new, _, model = adult
@@ -104,16 +116,8 @@ def test_ways_out_exist_where_a_whole_grid_has_one(adult):
     for k in range(len(refused)):
         row = refused.iloc[k]
         out = counterfactual(model, row, learn, CAN)
-        cuts, same = cuts_of(model), twins(learn, list(CAN))
-        choices = {c: values_for(model, learn, row, c, way, cuts) for c, way in CAN.items()}
-        grid = Search(model, learn, row, True, choices, same)
-        for size in (1, 2):
-            trials = [dict(zip(cs, vs)) for cs in itertools.combinations(choices, size)
-                      for vs in itertools.product(*(choices[c] for c in cs))]
-            grid.ask(trials)
-        if grid.found:
-            exists += 1
-            found_there += bool(out)
+        exists += bool(out) or grid_has_one(model, learn, row)
+        found_there += bool(out)
         if not out: continue
         assert (model.predict(out.rows) == out.wanted).all()
         for changes, (_, made) in zip(out.options, out.rows.iterrows()):
@@ -186,3 +190,32 @@ def test_each_need_has_an_answer_with_its_reason():
     table = every_need()
     assert len(table) == len(AUDIENCES) * 16 and table.reason.str.len().min() > 40
     with pytest.raises(ValueError, match="did you mean 'regulator'"): needs("regulater", "decide", "accuracy")
+
+
+def test_what_a_stranger_fitted_is_explained(adult):
+    "Columns in another order, pipelines without trees, native categories, values, classes 0 and 1: by their own columns, in true words."
+    import xgboost
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    learn, new, _, _ = adult
+    y, names = (learn.age > 40).to_numpy(), ["age", "hours_per_week", "education_num"]
+    bare = RandomForestClassifier(10, random_state=0).fit(learn[names], y)
+    turned = explain(bare, new[names[::-1]])
+    assert turned.agrees.all() and (turned.answers == bare.predict(new[names])).all()
+    with pytest.raises(ValueError, match="no column 'age'"): explain(bare, new[names[1:]])
+    some = ["age", "sex", "race"]
+    from sklearn.compose import make_column_transformer
+    hot = make_column_transformer((OneHotEncoder(), ["sex", "race"]), remainder="passthrough")
+    pipe = make_pipeline(hot, HistGradientBoostingClassifier(max_iter=10)).fit(learn[some], y)
+    found = explain(pipe, new[some])
+    assert list(found.values) == some and (found.answers == pipe.predict(new[some])).all()
+    kinds = {"sex": "category", "race": "category"}
+    for native in (HistGradientBoostingClassifier(max_iter=10, categorical_features="from_dtype"),
+                   xgboost.XGBClassifier(n_estimators=5, enable_categorical=True)):
+        table = learn[some].astype(kinds)
+        found = explain(native.fit(table, y), table[:500])
+        assert (found.answers == native.predict(table[:500])).all() and found.fidelity > .8
+    value = xgboost.XGBRegressor(n_estimators=5).fit(learn[names], learn.age)
+    assert explain(value, new[names]).space == "value" and explain(value, new[names]).agrees.all()
+    three = RandomForestClassifier(10, random_state=0).fit(learn[names], learn.age.to_numpy() // 30)
+    found = explain(three, new[names][:50])
+    assert not any("granted" in render(found, row, "customer")[0] for row in found.rows.index)

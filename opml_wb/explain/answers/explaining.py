@@ -50,7 +50,8 @@ def _shapley(model: TableModel, X: pd.DataFrame, background: Any, on_disagreemen
     values, base, explained, at = _answered(shap, shap.values(codes), model, answers)
     score = shap.answer(codes)
     if at is not None: score = score[np.arange(len(X)), at]
-    near = 1e-4 * (1 + abs(score)) if shap.space == "margin" else 1e-6 * (1 + abs(score))
+    single = type(model.estimator).__module__.startswith("xgboost")      # adds up in float32
+    near = (1e-4 if single else 1e-6) * (1 + abs(score))
     def by_row(v): return pd.Series(v, index=X.index)
     return Explanation(("local", way), f"Shapley values, {shap.method.split(':')[0]}", shap.space,
                        X,
@@ -106,6 +107,7 @@ def explain(model: Any, X: pd.DataFrame, kind: tuple[str, str] = ("local", "post
     that can't be explained in this way, ValueError."""
     model = table_model(model, X)
     X = frame(X, model.names)
+    if not len(X): raise ValueError("X: no rows to explain")
     if tuple(kind)[1:] == ("inherent",): _inherent(model)
     if method is None: method = "shapley" if is_forest(model.estimator) else "surrogate"
     if method == "surrogate":

@@ -177,9 +177,12 @@ def model_hash(model: Any) -> str:
     too."""
     table = isinstance(model, TableModel)
     estimator, encoder = (model.estimator, model.encoder) if table else (model, None)
-    inner = fingerprint(read(estimator)) if is_forest(estimator) else hashlib.sha256(
+    behind = hasattr(estimator, "like")         # Decoded: the model behind it
+    if behind: estimator = estimator.model
+    forest = is_forest(estimator) and not behind
+    inner = fingerprint(read(estimator)) if forest else hashlib.sha256(
         pickle.dumps(estimator, protocol=4)).hexdigest()
     if encoder is None: return inner
-    coded = not hasattr(encoder, "steps")      # a pipeline's levels are in its steps
+    coded = not hasattr(encoder, "steps") and not behind      # else the levels are in the model
     columns = [(c.name, c.levels if coded else "") for c in encoder.columns]
     return hashlib.sha256(f"{inner}{columns}{list(encoder.features)}".encode()).hexdigest()

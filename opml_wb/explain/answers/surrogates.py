@@ -14,7 +14,7 @@ from scipy.stats import beta
 
 from .explanation import REFUSE, Explanation
 from .explanation import model_hash
-from .tables import TableModel, table_model
+from .tables import TableModel, outside, table_model
 from .explanation import condition
 from ..shapley.forests import Forest, read
 from ..shapley.treeshap import TreeShap
@@ -86,8 +86,7 @@ def surrogate(model: Any, X: pd.DataFrame, depth: int = 4, seed: int = 0) -> Sur
     same."""
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
     model = table_model(model, X)
-    if hasattr(model.encoder, "steps"):
-        raise ValueError("a pipeline's own columns can't be named in rules: fit a TableModel")
+    if hasattr(model.encoder, "steps"): model = outside(model, X)
     if len(X) < 20: raise ValueError(f"X: {len(X)} rows; a surrogate needs 20 at least")
     order = np.random.default_rng(seed).permutation(len(X))
     learn, judge = X.iloc[order[::2]], X.iloc[order[1::2]]

@@ -17,7 +17,7 @@ from ..answers.explanation import named, shown
 if TYPE_CHECKING: import plotly.graph_objects as go
 
 # %% ../../../nbs/explain/people/02_pictures.ipynb #6b30327c
-UNITS = {"probability": "probability", "margin": "log-odds", "value": "answer"}
+UNITS = {"probability": "probability", "margin": "margin (log-odds)", "value": "answer"}
 
 def label(told: Told, column: str, width: int = 34) -> str:
     "Write a column with its value: `age = 39`, cut to `width` letters."

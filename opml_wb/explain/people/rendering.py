@@ -58,14 +58,19 @@ def principal(told: Told, restricted: tuple[str, ...] = (), most: int = 4) -> li
 
     `restricted` columns are no reasons that may be given, and are left out."""
     for_it = 1 if told.answer == told.explained else -1
-    found = [c for c in told.ranked.index if np.sign(told.values[c]) == for_it]
+    both = told.space == "value"      # a number has reasons in both directions
+    found = [c for c in told.ranked.index if told.values[c] != 0 and (
+        both or np.sign(told.values[c]) == for_it)]
     return [c for c in found if c not in restricted][:most]
 
 # %% ../../../nbs/explain/people/03_rendering.ipynb #e1678021
 def _customer(told: Told, names: list[str], way_out: Counterfactual | None,
               outcome: Mapping[Any, str]) -> str:
     "Write for who was decided about: outcome, principal reasons, what could change it, rights."
-    said = outcome.get(told.answer, f"the answer is {shown(told.answer)}")
+    def alike(key): return isinstance(key, np.bool_ | bool) == isinstance(told.answer,
+                                                                         np.bool_ | bool)
+    said = next((v for k, v in outcome.items() if alike(k) and k == told.answer),
+                f"the answer is {shown(told.answer)}")
     lines = [f"Your application was decided by a computer program: {said}."]
     if names:
         lines.append("What counted most: "

@@ -174,7 +174,7 @@ def _reach(forest, weight):
 def answer(self: TreeShap, X: Any) -> np.ndarray:
     "Ask the model itself for what is shared out: float64 (n,) or (n, K)."
     X = self.rows(X)
-    if self.space == "margin": found = margin(self.model, X)
+    if type(self.model).__module__.startswith("xgboost"): found = margin(self.model, X)
     else:
         names = getattr(self.model, "feature_names_in_", None)
         if names is not None: X = pd.DataFrame(X, columns=names)
