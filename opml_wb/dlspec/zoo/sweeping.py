@@ -191,7 +191,8 @@ def sweep(n: int | None = None, classes: Collection[str] | None = None,
     n: how many, chosen by `seed`; default: all of `classes`. budget_s: begin no more after so many
     seconds; what was done is kept in `file` (default: in the workbench's home), so the same call
     goes on. status: ran, differs (from its log, or a second run from the first), failed, too
-    large (for this machine), apart (in an environment of its own), validated (an import, of which nothing is run)."""
+    large (for this machine), apart (in an environment of its own), validated (an import, of
+    which nothing is run)."""
     import pandas as pd
     zoo = zoo if zoo is not None else catalog()
     end = time.monotonic() + budget_s if budget_s is not None else float("inf")
