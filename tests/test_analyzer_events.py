@@ -1,4 +1,5 @@
 """The event repository under stress: many writers, kills, faults of the disk, odd clocks, foreign logs; and what a collector may cost."""
+import json
 import os
 import signal
 import sqlite3
@@ -12,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.analyzer import Counter, Event, Events, Segments, evaluate, signals, simulate
+from opml_wb.analyzer import Counter, Event, Events, Segments, evaluate, flow, funnel, heart, import_log, signals, simulate
 from opml_wb.analyzer.collect import CellHook, Recorder
 from opml_wb.analyzer.events import EventError
+from opml_wb.analyzer.report import write_report
 
 
 def event(i=0, **other):
@@ -134,6 +136,73 @@ def test_what_is_no_event_is_named(bad, said):
     assert log.add([vars(event()) | bad]) == 0 and said in log.dead.reason[0]
     if "ts" not in bad:
         with pytest.raises(EventError, match="row 1"): signals(pd.DataFrame([vars(event()) | bad]))
+
+
+MAPPING = {"user": "who", "ts": "at", "feature": "what", "name": "did", "kind": {"column": "ok", "values": {"true": "action", "false": "error"}}}
+
+
+@pytest.mark.parametrize("at", ["2020-01-06T08:00:00Z", "2020-01-06 08:00:00", "2020-01-06T10:00:00+02:00", "1578297600", "1578297600000", "1578297600000000"])
+@pytest.mark.parametrize("sep", [",", ";", "\t"])
+def test_a_strangers_csv(tmp_path, at, sep):
+    "Texts with and without a zone, the epoch in s, ms and us; other separators; a mark at the beginning; a row twice; numbers as users, `NA` as a name."
+    rows = ["who,at,what,did,ok", f"12,{at},NA,null,true", f"12,{at},NA,null,true", f"13,{at},fit,run,false"]
+    (tmp_path/"log.csv").write_text("\ufeff" + "\n".join(rows).replace(",", sep), encoding="utf-8")
+    found = import_log(tmp_path/"log.csv", MAPPING)
+    assert found.ts.tolist() == [1578297600.0] * 2 and found.user.tolist() == ["12", "13"] and found.attrs["duplicates"] == 1
+    assert found["name"].tolist() == ["null", "run"] and found.kind.tolist() == ["action", "error"]
+
+
+def test_a_strangers_json(tmp_path):
+    "Nested fields, truth values, whole numbers as users, rows below one key."
+    rows = [{"who": {"id": 7}, "at": 1578297600123, "what": "fit", "did": "run", "ok": True}, {"who": {"id": 8}, "at": "2020-01-06T08:00:00Z", "what": "fit", "did": "run", "ok": False}]
+    how = {**MAPPING, "user": "who.id"}
+    for name, text in (("a.json", json.dumps(rows)), ("b.json", json.dumps({"events": rows})), ("c.jsonl", "\n".join(map(json.dumps, rows)))):
+        (tmp_path/name).write_text(text)
+        found = import_log(tmp_path/name, how)
+        assert found.user.tolist() == ["7", "8"] and found.ts.tolist() == [1578297600.123, 1578297600.0] and found.kind.tolist() == ["action", "error"]
+    with pytest.raises(EventError, match="who.id"): import_log(tmp_path/"a.json", {**how, "user": "who"})
+
+
+def test_local_time(tmp_path):
+    "Winter and summer time, the hour that comes twice, the hour that never comes."
+    times = ["2020-01-06 09:00", "2020-07-06 10:00", "2020-10-25 02:30", "2020-03-29 02:30"]
+    (tmp_path/"log.csv").write_text("who,at,what,did,ok\n" + "".join(f"a,{t},f,run,true\n" for t in times))
+    found = import_log(tmp_path/"log.csv", {**MAPPING, "read": {"zone": "Europe/Berlin"}})
+    assert pd.to_datetime(found.ts, unit="s").dt.strftime("%m-%d %H:%M").tolist() == ["01-06 08:00", "07-06 08:00", "10-25 00:30", "03-29 01:00"]
+
+
+@pytest.mark.parametrize("row, said", [("a,06.01.2020,f,run,true", "row 2, column 'at'"), ("a,,f,run,true", "row 2, column 'at'"), (",1578297600,f,run,true", "row 2, column 'who'"),
+                                       ("a,1578297600,f,run,perhaps", "row 2, column 'ok'"), ("a,12,f,run,true", "row 2, column 'at'"), ("a,1578297600,f,,true", "row 2, column 'did'")])
+def test_a_malformed_row_is_named(tmp_path, row, said):
+    (tmp_path/"log.csv").write_text(f"who,at,what,did,ok\na,1578297600,f,run,true\n{row}\n")
+    with pytest.raises(EventError, match=said): import_log(tmp_path/"log.csv", MAPPING)
+
+
+def test_tables_of_other_makes(tmp_path):
+    "A frame with times as texts or datetimes, Parquet with timestamps and `action` for `name`: the same signals; milliseconds and other columns are refused."
+    frame = pd.DataFrame([vars(event(i)) for i in range(300)])[["ts", "user", "stage", "feature", "kind", "name", "seconds"]].astype({"seconds": float})
+    at = pd.to_datetime(frame.ts, unit="s", utc=True)
+    def table(s): return s.sort_values(list(s.columns[:6])).reset_index(drop=True)
+    want = table(signals(frame))
+    frame.assign(ts=at.dt.as_unit("us")).rename(columns={"name": "action"}).to_parquet(tmp_path/"e.parquet")
+    for other in (frame.assign(ts=at), frame.assign(ts=at.astype(str)), tmp_path/"e.parquet"):
+        pd.testing.assert_frame_equal(table(signals(other)), want, check_dtype=False)
+    with pytest.raises(EventError, match="milliseconds"): signals(frame.assign(ts=frame.ts * 1000))
+    frame.assign(ts=frame.ts * 1000).to_parquet(tmp_path/"ms.parquet")
+    with pytest.raises(EventError, match="UTC seconds"): signals(tmp_path/"ms.parquet")
+    frame.drop(columns="user").to_parquet(tmp_path/"no.parquet")
+    with pytest.raises(EventError, match="columns missing: user"): signals(tmp_path/"no.parquet")
+    with pytest.raises(EventError, match="row 1: ts 'soon'"): signals(frame.assign(ts="soon"))
+
+
+def test_empty_and_lonely_logs():
+    "No event, one user, one week: a reason or an empty table from each view, no traceback."
+    none = pd.DataFrame(columns=["ts", "user", "stage", "feature", "kind", "name", "seconds"])
+    lonely = pd.DataFrame([vars(event(i, user="a")) for i in range(40)])
+    for log in (none, lonely):
+        assert Segments.fit(signals(log)).refused and not len(evaluate(signals(log), Segments.fit(signals(log))))
+        assert "no segments" in write_report(log) and len(heart(log)) == int(log is lonely)
+        assert not flow(log).share.notna().any() and not funnel(log, ["run", "gone"]).share.notna().any()
 
 
 def test_odd_logs_are_refused_or_judged():

@@ -5,10 +5,11 @@ import pytest
 
 from opml_wb.analyzer import Segments, effect, evaluate, signals, simulate
 from opml_wb.analyzer.counting import COLUMNS
-from opml_wb.analyzer.cs1 import load, study
+from opml_wb.analyzer.cs1 import findings, load, study
 from opml_wb.analyzer.foreign import open_log
 from opml_wb.analyzer.segments import LABELS
-from opml_wb.analyzer.trials import AROUND, METHODS, tally
+from opml_wb.analyzer.effects import mean_interval
+from opml_wb.analyzer.trials import AROUND, METHODS, covered, tally
 from opml_wb.core.record.data import MissingData
 
 
@@ -66,6 +67,46 @@ def test_planted_challenges_are_found(tails, least, seed):
     found = {m: tally(evaluate(sig, Segments.fit(sig, **how)), truth) for m, how in METHODS.items()}
     assert found["soft, cross-fitted"][0] >= least and found["soft, cross-fitted"][1] == 0
     assert found["soft, cross-fitted"][0] >= found["K-means, hard (paper)"][0]
+
+
+@pytest.mark.parametrize("n", [(40, 300, 400), (150, 120, 100), (40, 60, 90), (25, 40, 60)])
+@pytest.mark.parametrize("tails", ["normal", "t3"])
+def test_other_sizes_are_found_or_refused(n, tails):
+    "Few experts among many users, more experts than beginners, few users: most challenges and none false, or a reason."
+    for seed in (990_002,):
+        events, truth, _ = simulate(n=n, tails=tails, seed=seed)
+        sig = signals(events)
+        fitted = Segments.fit(sig)
+        if fitted.refused: assert "smallest segment" in fitted.refused and min(n) <= 40; continue
+        found, false = tally(evaluate(sig, fitted), truth)
+        assert false == 0 and found >= 18, (seed, found, false)
+
+
+@pytest.mark.parametrize("weeks", [4, 8, 40])
+def test_other_lengths(weeks):
+    events, truth, _ = simulate(weeks=weeks, seed=990_001)
+    sig = signals(events)
+    found, false = tally(evaluate(sig, Segments.fit(sig)), truth)
+    assert found >= 22 and false == 0
+
+
+@pytest.mark.parametrize("seed", [995_000, 995_001])
+def test_unequal_exposure(seed):
+    "Only a part of each segment uses a feature: nearly what is found if the segments are known; all users as denominator lose most."
+    events, truth, who = simulate(seed=seed, exposure=(.3, 1.))
+    sig = signals(events)
+    fitted = Segments.fit(sig)
+    known, ours = (tally(evaluate(sig, s), truth) for s in (who, fitted))
+    literal = tally(evaluate(sig, fitted, denominator="segment"), truth)
+    assert ours[1] == 0 and ours[0] >= max(18, known[0] - 4) and literal[0] < ours[0] / 2
+
+
+def test_errors_among_the_features_are_always_cross_fitted():
+    "Hard or soft: a signal is judged by memberships that don't know it."
+    sig = signals(simulate(seed=2)[0])
+    for soft in (True, False):
+        fitted = Segments.fit(sig, features=("actions", "time", "errors"), soft=soft)
+        assert set(fitted.fold) >= set(sig.feature[sig.cls == "error"])
 
 
 @pytest.mark.slow
@@ -130,6 +171,49 @@ def test_an_intervention_is_covered(change, least):
         r = effect(signals(few), "treated", **AROUND, control="control").iloc[0]
         inside += r.lo <= truth.attrs["effect"] <= r.hi
     assert inside >= least
+
+
+@pytest.mark.parametrize("n, rates, most", [((85, 118, 190), (.3, .8, .95), .93), ((20, 20, 20), (.3, .8, .95), .94),
+                                            ((85, 118, 190), (.01, .02, .05), .94), ((20, 20, 20), (.01, .02, .05), 1), ((7, 7, 6), (.05, .1, .2), 1)])
+@pytest.mark.parametrize("change", [-.5, 0.])
+def test_the_interval_of_an_effect(n, rates, most, change):
+    "Of 2,000 intervals of 90 % at least 88 % hold the truth, also for few users and rare errors; usual ones are not too wide."
+    found = covered(2000, n, rates=rates, change=change)
+    assert .88 <= found["covered"] <= most
+    if not change: assert found["found"] <= .12
+
+
+def test_where_nobody_changed_the_interval_has_a_width():
+    estimate, lo, hi = mean_interval(np.zeros(25))
+    assert estimate == 0 and lo < -.03 and hi > .03
+
+
+def test_an_effect_larger_than_possible_is_planted_as_what_it_is():
+    "An error can't be met by more than all, or by less than none: the truth says what was planted."
+    for change in (1., -1.5):
+        events, truth, _ = simulate(planted={}, effect={"change": change}, seed=8)
+        r = effect(signals(events), "treated", **AROUND, control="control", level=.999).iloc[0]
+        assert r.lo < truth.attrs["effect"] < r.hi
+
+
+def test_users_who_only_meet_the_outcome_are_not_active():
+    "Whether a user counts must not depend on what is measured."
+    events, _, who = simulate(planted={}, effect={"change": -.5}, seed=9)
+    quiet = who.index[:100]
+    few = events[~events.user.isin(quiet) | events.feature.isin(["treated", "control"])]
+    assert effect(signals(few), "treated", **AROUND, control="control").n[0] <= 293
+
+
+def test_the_recorded_course():
+    "The shipped table is what the study gives where the log is at hand."
+    kept = findings()[0]
+    assert kept.users.sum() == 280 and kept.dropouts["Expert"] == 0
+    try: found = study(*load())
+    except MissingData as e: pytest.skip(str(e))
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as m:
+        m.setenv("OPML_DATA", "nowhere")
+        pd.testing.assert_frame_equal(findings()[0], found.table, check_dtype=False, check_names=False, atol=1e-3)
 
 
 def test_the_real_course():

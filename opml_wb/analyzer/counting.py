@@ -45,6 +45,15 @@ def _known(frame: pd.DataFrame, column: str, choices: tuple[str, ...]) -> None:
     raise EventError(f"row {row + 1}: {column} {value!r} is none of {', '.join(choices)}{near}")
 
 # %% ../../nbs/analyzer/03_counting.ipynb #b40ece72
+def _in_time(ts: pd.Series, given: pd.Series) -> None:
+    "Refuse times that are none, or not in UTC seconds, with the row."
+    wrong = ~ts.between(31_536_000, 7_258_118_400, inclusive="left").to_numpy()
+    if not wrong.any(): return
+    row = int(np.argmax(wrong))
+    raise EventError(f"row {row + 1}: ts {given.iloc[row]!r} is no time in UTC seconds, or in "
+                     "ISO 8601, between 1971 and 2200"
+                     + ("; are these milliseconds?" if ts.iloc[row] > 3e10 else ""))
+
 def tidied(frame: pd.DataFrame) -> pd.DataFrame:
     "Make a frame of events ready to be counted; `ts` may be datetimes. Raises EventError."
     if "name" not in frame and "action" in frame: frame = frame.rename(columns={"action": "name"})
@@ -53,10 +62,11 @@ def tidied(frame: pd.DataFrame) -> pd.DataFrame:
         raise EventError(f"columns missing: {', '.join(missing)}; there are "
                          f"{', '.join(map(str, frame.columns))}")
     if "seconds" not in frame: frame = frame.assign(seconds=np.nan)
-    frame = frame[[*needed, "seconds"]]
+    frame, given = frame[[*needed, "seconds"]], frame.ts
     if not pd.api.types.is_numeric_dtype(frame.ts):
-        at = pd.to_datetime(frame.ts, utc=True).dt.as_unit("us")
-        frame = frame.assign(ts=at.astype("int64") / 1e6)
+        at = pd.to_datetime(frame.ts, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
+        frame = frame.assign(ts=(at.astype("int64") / 1e6).where(at.notna(), np.nan))
+    _in_time(frame.ts, given)
     _known(frame, "stage", STAGES)
     _known(frame, "kind", KINDS)
     return frame
@@ -83,7 +93,20 @@ GROUPED = """select user, stage, feature, kind, name,
     + month(make_timestamp(cast(floor(ts) as bigint) * 1000000)) - 1 as month,
   count(*) as n, count(seconds) as timed,
   coalesce(sum(ln(greatest(seconds, 0.05))), 0) as log_s
-from read_parquet(?) group by all"""
+from (select "user", stage, feature, kind, {name} as name, seconds, {ts} as ts from read_parquet(?))
+group by all"""
+
+def _grouped(db: Any, source: str) -> str:
+    "The query for the columns that are there: `action` for `name`, times as numbers or timestamps."
+    shape = db.execute("describe select * from read_parquet(?)", [source]).fetchall()
+    types = {column: kind for column, kind, *_ in shape}
+    wanted = ["ts", "user", "stage", "feature", "kind", "name", "seconds"]
+    name = "action" if "name" not in types and "action" in types else "name"
+    if missing := [c for c in wanted if c not in types and c != "name"] or {name} - {*types}:
+        raise EventError(f"{source}: columns missing: {', '.join(missing)}; there are "
+                         f"{', '.join(types)}")
+    ts = "epoch(ts)" if types.get("ts", "").startswith("TIMESTAMP") else "ts"
+    return GROUPED.replace("{ts}", ts).replace("{name}", name)
 
 def counted_parquet(path: Path, memory: str = "1GB", threads: int = 2) -> pd.DataFrame:
     "Count the events of a Parquet file or folder by DuckDB, in bounded memory."
@@ -91,7 +114,12 @@ def counted_parquet(path: Path, memory: str = "1GB", threads: int = 2) -> pd.Dat
     source = str(path/"**"/"*.parquet") if path.is_dir() else str(path)
     with duckdb.connect(config={"memory_limit": memory, "threads": threads}) as db:
         db.execute("set enable_progress_bar = false")
-        found = db.execute(GROUPED, [source]).df()
+        try: found = db.execute(_grouped(db, source), [source]).df()
+        except duckdb.Error as e:
+            raise EventError(f"{path}: {str(e).splitlines()[0]}") from None
+    weeks = found.week[~found.week.between(52, 12_001)]
+    if len(weeks): raise EventError(f"{path}: ts: there are times before 1971 or after 2200; "
+                                    "expected UTC seconds")
     _known(found, "stage", STAGES)
     _known(found, "kind", KINDS)
     return found.astype({"n": int, "timed": int})

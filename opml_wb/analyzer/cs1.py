@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HOMEWORKS', 'PACE', 'TIME', 'FEATURES', 'folder', 'error_name', 'runs', 'faults', 'load', 'Study', 'later_errors',
-           'study']
+           'study', 'record', 'keep', 'findings']
 
 # %% ../../nbs/analyzer/10_cs1.ipynb #f51618e9
-import csv, os, re
+import csv, json, os, re, time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import pandas as pd
 from .counting import signals
 from .rules import evaluate
 from .segments import Segments
+from ..core.kit.files import read_json, write_json
+from ..core.record import data
 from ..core.record.data import MissingData
 
 # %% ../../nbs/analyzer/10_cs1.ipynb #68304c4c
@@ -117,3 +119,30 @@ def study(events: pd.DataFrame, grades: pd.Series, split: int = 2, seed: int = 0
         "grade": grades.reindex(label.index).groupby(label).median(),
         "dropouts": pd.Series(gone, label.index).groupby(label).sum()})
     return Study(table.reindex(list(fitted.proba)), evaluate(late, fitted), fitted)
+
+# %% ../../nbs/analyzer/10_cs1.ipynb #fa65534d
+def record() -> Path:
+    "The file of the shipped findings."
+    return data.root()/"analyzer"/"cs1_study.json"
+
+def keep(found: Study, place: Path | None = None) -> Path:
+    "Keep the findings of a study, with the day, for those who don't have the log; returns the file."
+    table = json.loads(found.table.round(4).to_json(orient="split"))
+    said = found.verdicts[found.verdicts.challenge.notna()]
+    named = said[["signal", "challenge"]].to_dict("records")
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    write_json(place or record(), {"day": day, "table": table, "challenges": named})
+    return place or record()
+
+def findings(seed: int = 0) -> tuple[pd.DataFrame, list[dict[str, str]], str]:
+    """Read what was found in the log: the study's table, the challenges, and where it is from.
+
+    Made anew where the log is below OPML_DATA, else the shipped record."""
+    try: found, day = study(*load(), seed=seed), "made here, now"
+    except MissingData:
+        kept = read_json(record())
+        t = kept["table"]
+        table = pd.DataFrame(t["data"], t["index"], t["columns"])
+        return table, kept["challenges"], f"recorded on {kept['day']}"
+    said = found.verdicts[found.verdicts.challenge.notna()]
+    return found.table, said[["signal", "challenge"]].to_dict("records"), day

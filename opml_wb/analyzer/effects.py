@@ -7,6 +7,7 @@ __all__ = ['Period', 'in_period', 'seen_in', 'mean_interval', 'active_users', 'e
 
 # %% ../../nbs/analyzer/07_effects.ipynb #407860f6
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,10 +38,16 @@ def seen_in(signals: pd.DataFrame, features: Sequence[str], period: Period,
     return s.groupby("user").size().reindex(users, fill_value=0).to_numpy() / len(features)
 
 # %% ../../nbs/analyzer/07_effects.ipynb #b1a604b7
-def mean_interval(x: np.ndarray, level: float = .9) -> tuple[float, float, float]:
-    "The mean of x with Student's interval: estimate, low, high."
-    half = stats.t.ppf((1 + level) / 2, max(len(x) - 1, 1)) * x.std(ddof=1) / np.sqrt(len(x))
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+def mean_interval(x: np.ndarray, level: float = .9) -> tuple[Any, Any, Any]:
+    """The mean of x [..., n] and an interval of it: estimate, low, high.
+
+    Student's interval after half a user is added who changed by 1, and half a one by -1 (Agresti &
+    Min 2005): where few changed, their spread alone would promise too much."""
+    n = x.shape[-1] + 1
+    centre = x.sum(-1) / n
+    spread = ((x * x).sum(-1) + 1) / n - centre ** 2
+    half = stats.t.ppf((1 + level) / 2, n - 1) * np.sqrt(spread / (n - 1))
+    return x.mean(-1), centre - half, centre + half
 
 def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
     "Features by name, else EventError with the nearest."
@@ -52,8 +59,13 @@ def _features(signals: pd.DataFrame, names: "str | Iterable[str]") -> list[str]:
                              f"{did_you_mean(n, there)}")
     return names
 
-def active_users(signals: pd.DataFrame, *periods: Period) -> pd.Index:
-    "The users with a signal in each of the periods: who came or left tells nothing of an effect."
+def active_users(signals: pd.DataFrame, *periods: Period, but: Sequence[str] = ()) -> pd.Index:
+    """The users with a signal in each of the periods: who came or left tells nothing of an effect.
+
+    but: features whose errors and redundant actions don't count as activity: they are the outcome.
+    They do where the log has nothing else."""
+    other = signals[~(signals.feature.isin(but) & signals.index.isin(judged(signals).index))]
+    signals = other if len(other) else signals
     found = [set(signals.user[in_period(signals.window, p)]) for p in periods]
     return pd.Index(sorted(set.intersection(*found)), name="user")
 
@@ -65,13 +77,13 @@ def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
     before, after: first and last window of each, as ("2020-W02", "2020-W10"). control: features
     that were left alone. Per user: (after - before) of the feature minus (after - before) of the
     controls (a difference in differences, each user compared with himself); its mean over users
-    active in both periods, with Student's interval. Returns [estimate, lo, hi, n], one row.
+    active in both periods, with an interval (`mean_interval`). Returns [estimate, lo, hi, n], one row.
     Raises EventError."""
     own, others = _features(signals, feature), _features(signals, control)
     if feature in others: raise EventError(f"control {feature!r} is the feature itself")
     if after[0] <= before[1]:
         raise EventError(f"after begins at {after[0]}, before ends at {before[1]}")
-    users = active_users(signals, before, after)
+    users = active_users(signals, before, after, but=[feature, *others])
     if len(users) < 20: raise EventError(f"{len(users)} users in both periods; 20 are needed")
     def change(features):
         return seen_in(signals, features, after, users) - seen_in(signals, features, before, users)
@@ -82,7 +94,8 @@ def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
 def before_after(signals: pd.DataFrame, feature: str, before: Period, after: Period,
                  level: float = .9) -> pd.DataFrame:
     "The naive estimate: after minus before, with no control; it takes any trend for the effect."
-    users, own = active_users(signals, before, after), _features(signals, feature)
+    own = _features(signals, feature)
+    users = active_users(signals, before, after, but=own)
     d = seen_in(signals, own, after, users) - seen_in(signals, own, before, users)
     return pd.DataFrame([[*mean_interval(d, level), len(users)]],
                         columns=["estimate", "lo", "hi", "n"])

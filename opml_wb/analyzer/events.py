@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ def seconds_of(ts: Any) -> float:
     if isinstance(ts, datetime):
         ts = (ts if ts.tzinfo else ts.replace(tzinfo=timezone.utc)).timestamp()
     try: value = float(ts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise EventError(f"ts: expected UTC seconds, got {type(ts).__name__}") from None
     if not 31_536_000 <= value < 7_258_118_400:
         raise EventError(f"ts: {value:g} is no time in UTC seconds between 1971 and 2200")
@@ -70,6 +71,7 @@ def seconds_of(ts: Any) -> float:
 # %% ../../nbs/analyzer/01_events.ipynb #aaa3f04f
 def text_of(name: str, value: Any) -> str:
     "Read a name: non-empty text of at most LONGEST characters in one line, else EventError."
+    if value is None or value != value: raise EventError(f"{name}: empty")
     if not isinstance(value, str) or not value.strip():
         raise EventError(f"{name}: expected a text, got {type(value).__name__}")
     if len(value) > LONGEST or not value.isprintable():
@@ -96,7 +98,8 @@ def checked(event: "Event | Mapping[str, Any]") -> Event:
         try: event = Event(**event)
         except TypeError as e: raise EventError(f"fields: {e}".replace("Event.__init__() ", ""))
     secs = event.seconds
-    if secs is not None and not (isinstance(secs, (int, float)) and 0 <= secs < math.inf):
+    if secs is not None and secs != secs: secs = None  # as a DataFrame has it
+    if secs is not None and not (isinstance(secs, Real) and 0 <= secs < math.inf):
         raise EventError("seconds: expected a number of seconds from 0 on, or None")
     words = {k: text_of(k, getattr(event, k))
              for k in ("user", "session", "feature", "name", "source")}
@@ -156,6 +159,13 @@ def _write(db: sqlite3.Connection) -> "Iterator[None]":
 
 # %% ../../nbs/analyzer/01_events.ipynb #f1c89827
 @patch
+def refuse(self: Events, reason: str, n: int = 1, fields: str = "") -> None:
+    "Count `n` dead letters, with the reason; fields: names of what they had."
+    now = datetime.now(timezone.utc).timestamp()
+    self.db.execute("insert into dead values(?,?,?,?) on conflict(reason) do update set "
+                    "n = n + excluded.n, last = excluded.last", (reason, fields, n, now))
+
+@patch
 def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
     """Add events in one transaction; returns how many were new.
 
@@ -168,15 +178,12 @@ def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
             names = dir(event) if not isinstance(event, Mapping) else event
             fields = ",".join(sorted(f for f in FIELDS if f in names))
             dead[str(e)[:200]] = fields, dead.get(str(e)[:200], ("", 0))[1] + 1
-    now = datetime.now(timezone.utc).timestamp()
-    letters = [(reason, fields, n, now) for reason, (fields, n) in dead.items()]
     with _write(self.db):
         before = self.db.total_changes
         self.db.executemany(f"insert or ignore into event(key,{','.join(FIELDS)}) "
                             "values(?,?,?,?,?,?,?,?,?,?,?)", rows)
         new = self.db.total_changes - before
-        self.db.executemany("insert into dead values(?,?,?,?) on conflict(reason) do update set "
-                            "n = n + excluded.n, last = excluded.last", letters)
+        for reason, (fields, n) in dead.items(): self.refuse(reason, n, fields)
     return new
 
 # %% ../../nbs/analyzer/01_events.ipynb #f669aa89

@@ -65,13 +65,22 @@ def _usage(rng: np.random.Generator, z: np.ndarray, tails: str, span: float) -> 
                     np.array(["view", "click", "key-action"])[rng.integers(0, 3, len(user))], secs)
 
 # %% ../../nbs/analyzer/04_planted.ipynb #ada1d8f2
-def _planted_events(rng: np.random.Generator, row: Any, z: np.ndarray, weeks: int) -> pd.DataFrame:
-    "Simulate one planted signal: errors at any time, redundant actions within one week."
+def _looks(rng: np.random.Generator, row: Any, users: np.ndarray, weeks: int) -> pd.DataFrame:
+    "Simulate that users look at a planted signal's feature, once each."
+    return _columns(users, rng.uniform(0, 7 * weeks, len(users)), row.stage, row.feature, "action",
+                    "view", np.nan)
+
+def _planted_events(rng: np.random.Generator, row: Any, z: np.ndarray, weeks: int,
+                    here: np.ndarray | None = None) -> pd.DataFrame:
+    """Simulate one planted signal: errors at any time, redundant actions within one week.
+
+    here: bool [n], who uses the feature at all; None: everybody."""
     rates = np.array([row.rate_E, row.rate_I, row.rate_B])
-    users = np.flatnonzero(rng.random(len(z)) < rates[z])
+    does = rng.random(len(z)) < rates[z]
+    users = np.flatnonzero(does if here is None else does & here)
     error, spread = row.kind == "error", row.planted == "none_spread"
     many = 1 + rng.poisson(1, len(users)) if error else 8 + 2 * (rng.random(len(users)) < .4)
-    if spread: many = np.full(len(users), 8)
+    if spread: many = np.full(len(users), 8 if weeks >= 8 else 5)  # nor in one month
     user = np.repeat(users, many)
     nth = np.arange(len(user)) - np.repeat(np.cumsum(many) - many, many)
     at = rng.uniform(0, 7 * weeks, len(user)) if error else (
@@ -90,9 +99,10 @@ def _intervention(rng: np.random.Generator, z: np.ndarray, weeks: int, effect: M
     e, parts = {**EFFECT, **effect}, []
     prone = rng.random((2, len(z))) < np.array(e["rates"])[z]
     later = max(0., min(1., e["seen"] * (1 + e["trend"])))
-    truth = float(np.mean(np.array(e["rates"])[z]) * later * e["change"])
-    for i, name in enumerate((e["feature"], e["control"])):
-        after = later * (1 + e["change"] * (i == 0))
+    mended = max(0., min(1., later * (1 + e["change"])))
+    truth = float(np.mean(np.array(e["rates"])[z]) * (mended - later))
+    for name, after in ((e["feature"], mended), (e["control"], later)):
+        i = int(name == e["control"])
         for p, lo, hi in ((e["seen"], 0, e["week"]), (after, e["week"], weeks)):
             user = np.flatnonzero(prone[i] & (rng.random(len(z)) < p))
             at = rng.uniform(7 * lo, 7 * hi, len(user))
@@ -102,13 +112,15 @@ def _intervention(rng: np.random.Generator, z: np.ndarray, weeks: int, effect: M
 # %% ../../nbs/analyzer/04_planted.ipynb #3b240436
 def simulate(n: tuple[int, int, int] = (85, 118, 190), weeks: int = 17,
              planted: Mapping[str, Sequence] | None = None, tails: str = "normal",
-             effect: Mapping[str, Any] | None = None, seed: int = 0
+             effect: Mapping[str, Any] | None = None, seed: int = 0,
+             exposure: tuple[float, float] | None = None
              ) -> tuple[pd.DataFrame, pd.DataFrame, pd.Series]:
     """Simulate a platform's log: (events, truth, segments).
 
     n: experts, intermediates, beginners. planted: as PLANTED. tails: `normal`, or `t3` (users
     differ by Student's t with 3 degrees of freedom). effect: an intervention, as EFFECT; its true
-    size is `truth.attrs["effect"]`. events: [ts (UTC seconds), user, stage, feature, kind, name,
+    size is `truth.attrs["effect"]`. exposure: each planted feature is used, and looked at once, by
+    a share of each segment only, drawn between these two; None: by all, unseen. events: [ts (UTC seconds), user, stage, feature, kind, name,
     seconds, session]; truth: [stage, feature, kind, challenge, planted, rate_E, rate_I, rate_B];
     segments: Series user -> segment."""
     check_choice("tails", tails, ("normal", "t3"))
@@ -117,7 +129,10 @@ def simulate(n: tuple[int, int, int] = (85, 118, 190), weeks: int = 17,
     z = rng.permutation(np.repeat([0, 1, 2], n))
     truth = _truth(PLANTED if planted is None else planted, rng)
     parts = [_usage(rng, z, tails, 7. * weeks)]
-    parts += [_planted_events(rng, row, z, weeks) for row in truth.itertuples()]
+    for row in truth.itertuples():
+        here = None if exposure is None else rng.random(len(z)) < rng.uniform(*exposure, 3)[z]
+        parts.append(_planted_events(rng, row, z, weeks, here))
+        if here is not None: parts.append(_looks(rng, row, np.flatnonzero(here), weeks))
     if effect is not None:
         pair, truth.attrs["effect"] = _intervention(rng, z, weeks, effect)
         parts.append(pair)

@@ -125,6 +125,7 @@ def stage_heatmap(verdicts: pd.DataFrame) -> "go.Figure":
 
 # %% ../../nbs/analyzer/15_plots.ipynb #2fdca479
 LOOKS = {"K-means, hard (paper)": ("baseline", "diamond"),
+         "K-means, cross-fitted": ("baseline", "diamond-open"),
          "soft, the same features": ("good", "square"),
          "soft, cross-fitted": ("ours", "circle")}
 
@@ -135,7 +136,7 @@ def found_figure(runs: pd.DataFrame, planted: int = 23) -> "go.Figure":
     logs = list(dict.fromkeys(runs.log))
     for k, (method, (colour, symbol)) in enumerate(LOOKS.items()):
         r = runs[runs.method == method]
-        at = [logs.index(n) + (k - 1) * .22 for n in r.log]
+        at = [logs.index(n) + (k - 1.5) * .2 for n in r.log]
         fig.add_scatter(x=at, y=r.found, mode="markers", name=method, marker=dict(
             color=ui.COLOURS[colour], symbol=symbol, size=10, opacity=.75))
     fig.update_xaxes(tickvals=list(range(len(logs))), ticktext=logs, range=[-.5, len(logs) - .5],

@@ -111,10 +111,12 @@ def signals_told(signals: pd.DataFrame, m: pd.DataFrame) -> pd.Series:
 # %% ../../nbs/analyzer/06_rules.ipynb #f1ca431b
 def hard_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray
                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Rates by the likeliest segment, the users behind them, and those again, each [J, k]."
-    label = np.eye(p.shape[1])[p.argmax(1)]
-    n = counts @ label
-    with np.errstate(invalid="ignore", divide="ignore"): return (y & counts) @ label / n, n, n
+    """Rates by the likeliest segment, the users behind them, and those again, each [J, k].
+
+    p: [n, k], or [J, n, k] where each signal has its own."""
+    label = np.broadcast_to(np.eye(p.shape[-1])[p.argmax(-1)], (*y.shape, p.shape[-1]))
+    n, met = ((m[:, None].astype(float) @ label)[:, 0] for m in (counts, y & counts))
+    with np.errstate(invalid="ignore", divide="ignore"): return met / n, n, n
 
 # %% ../../nbs/analyzer/06_rules.ipynb #f379bf32
 def soft_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray, steps: int = 300
@@ -244,7 +246,7 @@ def evaluate(signals: pd.DataFrame, segments: "Segments | pd.Series",
         for w in windows if times else ("all",):
             rows, y, counts = tables(signals, seg.proba.index, cls, w, times, denominator)
             if not len(rows) or not len(seg.proba): continue
-            p = seg.proba.to_numpy() if method == "hard" else _memberships(seg, rows)
+            p = _memberships(seg, rows)
             how = hard_rates if method == "hard" else soft_rates
             r, n, members = how(p, y, counts)
             parts.append(_verdicts(rows, those, r, n, members, w, min_users, level))

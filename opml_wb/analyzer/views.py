@@ -32,6 +32,8 @@ def heart(events: Any, catalog: Any = None, survey: str = "survey") -> pd.DataFr
     task of the catalog, the share that ended it in that week. A week with fewer than 5 users has
     no rates."""
     f, cat = _weekly(events), as_catalog(catalog)
+    columns = ["happiness", "engagement", "adoption", "retention", "task"]
+    if not len(f): return pd.DataFrame(columns=columns).rename_axis("week")
     users = f.groupby("week").user.agg(set)
     first = f.groupby("user").week.min()
     acts = f[f.kind == "action"].groupby("week").size()
@@ -43,7 +45,6 @@ def heart(events: Any, catalog: Any = None, survey: str = "survey") -> pd.DataFr
             asked.mean() if len(asked) >= FEW else np.nan,
             *_shares(here, last, acts.get(week, 0), first[list(here)] == week),
             _finished(f[f.week == week], cat)]
-    columns = ["happiness", "engagement", "adoption", "retention", "task"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("week")
 
 # %% ../../nbs/analyzer/08_views.ipynb #09de16b8
@@ -90,7 +91,7 @@ def funnel(events: Any, steps: Sequence[str], what: str = "name", by: "pd.Series
     rows = []
     for step in steps:
         s = f[f[what] == step]
-        if at is not None: s = s[s.ts >= s.user.map(at).fillna(np.inf)]
+        if at is not None: s = s[s.ts >= s.user.map(at).astype(float).fillna(np.inf)]
         at = s.groupby("user").ts.min()
         who = pd.Series("all", at.index) if by is None else by.reindex(at.index)
         rows += [(seg, step, n) for seg, n in who.value_counts().items()]
