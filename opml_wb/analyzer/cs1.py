@@ -126,7 +126,7 @@ def record() -> Path:
     return data.root()/"analyzer"/"cs1_study.json"
 
 def keep(found: Study, place: Path | None = None) -> Path:
-    "Keep the findings of a study, with the day, for those who don't have the log; returns the file."
+    "Keep the findings of a study, with the day, for those without the log; returns the file."
     table = json.loads(found.table.round(4).to_json(orient="split"))
     said = found.verdicts[found.verdicts.challenge.notna()]
     named = said[["signal", "challenge"]].to_dict("records")

@@ -77,7 +77,8 @@ def effect(signals: pd.DataFrame, feature: str, before: Period, after: Period,
     before, after: first and last window of each, as ("2020-W02", "2020-W10"). control: features
     that were left alone. Per user: (after - before) of the feature minus (after - before) of the
     controls (a difference in differences, each user compared with himself); its mean over users
-    active in both periods, with an interval (`mean_interval`). Returns [estimate, lo, hi, n], one row.
+    active in both periods, with an interval (`mean_interval`).
+    Returns [estimate, lo, hi, n], one row.
     Raises EventError."""
     own, others = _features(signals, feature), _features(signals, control)
     if feature in others: raise EventError(f"control {feature!r} is the feature itself")

@@ -57,7 +57,7 @@ def report(events: Any, catalog: Any = None, **settings: Any) -> dict[str, Any]:
 def walk(chapters: Sequence[str], home: str | Path) -> pd.DataFrame:
     """Run chapters one after the other with telemetry on in `home`; returns the events they left.
 
-    Raises RuntimeError where telemetry can't be turned on; a chapter that fails leaves its error."""
+    Raises RuntimeError where telemetry can't be turned on; a chapter that fails leaves an error."""
     home = Path(home)
     env = {**os.environ, "OPML_HOME": str(home), "IPYTHONDIR": str(home/"ipython"),
            "JUPYTER_CONFIG_DIR": str(home/"jupyter"), "OPML_USER": "walker"}

@@ -262,7 +262,8 @@ def fit(cls: Segments, signals: pd.DataFrame, features: Sequence[str] = ("action
     features: of actions, time, errors, redundant. k: 3. scale, soft: `mad` and True, or `standard`
     and False (K-means, as in the paper). min_events: of a frequent user. refine: judge with
     memberships that know the errors met elsewhere (cross-fitted), by default where they are soft;
-    always where errors are among the features. bootstrap: refits for `stability`. Raises ValueError for settings; a segmentation that can't be used is `refused`.
+    always where errors are among the features. bootstrap: refits for `stability`. Raises ValueError
+    for settings; a segmentation that can't be used is `refused`.
     The order of users and their names change nothing."""
     check_whole("k", k, least=3, most=3)
     check_choice("scale", scale, ("mad", "standard"))
