@@ -121,7 +121,8 @@ def simulate(n: tuple[int, int, int] = (85, 118, 190), weeks: int = 17,
     differ by Student's t with 3 degrees of freedom). effect: an intervention, as EFFECT; its true
     size is `truth.attrs["effect"]`. exposure: each planted feature is used, and looked at once, by
     a share of each segment only, drawn between these two; None: by all, unseen.
-    events: [ts (UTC seconds), user, stage, feature, kind, name, seconds, session]; truth: [stage, feature, kind, challenge, planted, rate_E, rate_I, rate_B];
+    events: [ts (UTC seconds), user, stage, feature, kind, name, seconds, session];
+    truth: [stage, feature, kind, challenge, planted, rate_E, rate_I, rate_B];
     segments: Series user -> segment."""
     check_choice("tails", tails, ("normal", "t3"))
     check_whole("weeks", weeks, least=2)
