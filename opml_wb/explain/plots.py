@@ -117,7 +117,8 @@ def proxies_figure(found: pd.DataFrame, most: int = 10) -> "go.Figure":
     fig = ui.figure(f"AUC: how well it tells {named(str(found.attrs.get('restricted', 'it')))}", "",
                     height=110 + 26 * len(some), margin_t=20, showlegend=False,
                     xaxis_range=[.45, 1.02])
-    spread = dict(type="data", symmetric=False, array=some.hi - some.auc,
+    spread = dict(type="data", symmetric=False, color=ui.COLOURS["muted"],
+                  array=some.hi - some.auc,
                   arrayminus=some.auc - some.lo)
     colour = [ui.COLOURS["paper" if j else "ours"] for j in joint]
     fig.add_scatter(x=some.auc, y=names, mode="markers", error_x=spread,

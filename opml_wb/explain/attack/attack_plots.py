@@ -76,7 +76,8 @@ def tradeoff_figure(table: pd.DataFrame) -> "go.Figure":
                                 (False, "ours", "with a defence")):
         at = np.flatnonzero((table.defence == "none") == open_)
         some = table.iloc[at]
-        spread = dict(type="data", symmetric=False, array=some.attack_hi - some.attack,
+        spread = dict(type="data", symmetric=False, color=ui.COLOURS[colour],
+                      array=some.attack_hi - some.attack,
                       arrayminus=some.attack - some.attack_lo)
         fig.add_scatter(x=some.attack, y=[names[k] for k in at], mode="markers", error_x=spread,
                         name=name,
