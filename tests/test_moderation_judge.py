@@ -165,6 +165,19 @@ def test_fewer_candidates_than_slots_and_identical_models():
     assert forever.verdict() == "continue"
 
 
+def test_a_day_without_traffic_or_without_one_arms_candidates_is_no_block():
+    race = Interleaver(4, days=5)
+    for _ in range(9): race.allocate([], [], [])
+    assert race.verdict() == "continue" and len(race.report()) == 9
+    table = race.allocate([.9, .8], [.1, .1], ["a", "b"], thresholds=(.5, .5))      # the new one alerts nothing
+    assert set(table.arm) == {"extra"}
+    for id in table.id: race.record(id, True)
+    assert len(race.differences()[0]) == 0
+    for _ in range(5):
+        for id in race.allocate(np.arange(9.), -np.arange(9.), range(9)).id: race.record(id, id < 4)
+    assert race.verdict() == "promote"
+
+
 def test_a_sellers_copies_are_one_decision_and_open_reviews_wait():
     race = Interleaver(4, days=5)
     score = np.linspace(1, 0, 12)

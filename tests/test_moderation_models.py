@@ -1,6 +1,7 @@
 """Moderation's listings and models with what strangers send: bad input, masked modalities, one class, exports that agree."""
 import io
 import math
+import re
 
 import numpy as np
 import pytest
@@ -70,6 +71,32 @@ def test_tables_with_double_ids_and_topics_that_are_not_there():
     with pytest.raises(KeyError, match="expected a column 'id'"): read([{"title": "a"}])
     with pytest.raises(ValueError, match="topic: expected one of weapons, money, counterfeit, got 'tanks'"): Market().violates([], "tanks")
     with pytest.raises(KeyError, match="no listing of this market"): Market().truth(Listing("a"))
+
+
+@pytest.mark.parametrize("columns, said", [
+    ({"time": ["2024-01-02", "soon"]}, "time: 'soon' is no date, in row 2"), ({"violates": ["yes", 0]}, "violates: expected 0 or 1, got yes in row 1"),
+    ({"image": ["nope.png", None]}, "listing '1': image: No such file or directory"), ({"id": [1, None]}, "id: missing in row 2"),
+    ({"price": ["$12.50", 3]}, "listing '1': price: expected a number")])
+def test_a_strangers_table_is_refused_by_row_and_name(tmp_path, columns, said):
+    import pandas as pd
+
+    from opml_wb.moderation.experiment import of_table
+    pd.DataFrame({"id": [1, 2], "title": ["knife", "bag"], "violates": [1, 0], **columns}).to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(ValueError, match=re.escape(said)): of_table(tmp_path / "t.csv", days=1)
+
+
+def test_a_strangers_table_is_read_as_it_is_meant(tmp_path):
+    "Dates as text of several kinds, pictures beside the table, numbers as titles and sellers, what is missing masked."
+    import pandas as pd
+
+    from opml_wb.moderation.experiment import of_table
+    (tmp_path / "a.png").write_bytes(png((8, 8)))
+    pd.DataFrame({"id": [7, 8, 9], "title": [123, 456, 789], "seller": [1, 2, 3], "violates": [True, False, False], "price": [9.5, None, 2],
+                  "image": ["a.png", None, None], "time": ["3 Jan 2024", "2024-01-02", "Jan 1, 2024 10:00"]}).to_csv(tmp_path / "t.csv", index=False)
+    found = of_table(tmp_path / "t.csv", days=3)
+    assert [[(x.id, x.title, x.seller, x.has) for x in day] for day in found.listings] == [
+        [("9", "789", "3", (True, False, True))], [("8", "456", "2", (True, False, False))], [("7", "123", "1", (True, True, True))]]
+    assert [y.tolist() for y in found.y] == [[False], [False], [True]]
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "rules"])

@@ -81,7 +81,7 @@ def labelled(path: str | os.PathLike, label: str = "violates") -> "pd.DataFrame"
     if label not in frame: raise KeyError(f"expected a column {label!r}, got {list(frame)}")
     odd = ~frame[label].isin([0, 1])
     if odd.any():
-        raise ValueError(f"{label}: expected 0 or 1, got {frame[label][odd].iloc[0]!r} in row "
+        raise ValueError(f"{label}: expected 0 or 1, got {frame[label][odd].iloc[0]} in row "
                          f"{int(odd.argmax()) + 1}")
     if "image" in frame:
         folder = os.path.dirname(os.path.abspath(path))

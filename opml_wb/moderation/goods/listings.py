@@ -120,9 +120,15 @@ def read(rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> list[Listing]:
     twice = frame.id[frame.id.duplicated()]
     if len(twice): raise ListingError(f"id {twice.iloc[0]} stands more than once")
     out = []
-    for row in frame[["id", *known]].to_dict("records"):
-        given = {k: v for k, v in row.items() if not (v is None or v is pd.NA or v != v)
-                 } if "image" not in row or not isinstance(row["image"], np.ndarray) else dict(row)
-        if isinstance(given.get("image"), str): given["image"] = Path(given["image"]).read_bytes()
-        out.append(Listing(**{**given, "id": str(given["id"])}))
+    for i, row in enumerate(frame[["id", *known]].to_dict("records")):
+        image = row.pop("image", None)
+        given = {k: v for k, v in row.items() if not (v is None or v is pd.NA or v != v)}
+        if "id" not in given: raise ListingError(f"id: missing in row {i + 1}")
+        texts = {k: str(given[k]) for k in ("id", "title", "brand", "seller") if k in given}
+        if isinstance(image, str):
+            try: image = Path(image).read_bytes()
+            except OSError as e:
+                raise ListingError(f"listing {texts['id']!r}: image: {e.strerror}: {image}") from None
+        if isinstance(image, float) or image is pd.NA: image = None        # missing in a table
+        out.append(Listing(**{**given, **texts}, image=image))
     return out

@@ -154,8 +154,10 @@ def record(self: Interleaver, id: Hashable, violates: bool | None) -> None:
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #7691dc23
 @patch
 def differences(self: Interleaver) -> tuple[np.ndarray, np.ndarray]:
-    "Compute D (new's own violations minus current's) and depth of each complete block: [B], [B]."
-    done = [b for b in self.blocks if b.complete]
+    """Compute D (new's own violations minus current's) and depth of each complete block: [B], [B].
+
+    A block in which nothing was compared (no traffic, or none of one arm) is no block of the race."""
+    done = [b for b in self.blocks if b.complete and b.depth]
     return (np.array([b.found("new") - b.found("current") for b in done], float),
             np.array([b.depth for b in done], float))
 
@@ -182,7 +184,7 @@ def report(self: Interleaver) -> "pd.DataFrame":
                      "D": b.found("new") - b.found("current"), "complete": b.complete})
     table = pd.DataFrame(rows, columns=["block", "reviews", "depth", "shared", "overlap", "both",
                                         "current", "new", "D", "complete"])
-    done = table[table.complete.astype(bool)]
+    done = table[table.complete.astype(bool) & (table.depth > 0)]
     deep = max(done.depth.sum(), 1)
     table.attrs = {"verdict": self.verdict(), "k": self.k, "depth": float(done.depth.mean()),
                    "current": float((done.both + done.current).sum() / deep),
