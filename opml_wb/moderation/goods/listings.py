@@ -128,7 +128,8 @@ def read(rows: "pd.DataFrame | Iterable[Mapping[str, Any]]") -> list[Listing]:
         if isinstance(image, str):
             try: image = Path(image).read_bytes()
             except OSError as e:
-                raise ListingError(f"listing {texts['id']!r}: image: {e.strerror}: {image}") from None
+                said = f"listing {texts['id']!r}: image: {e.strerror}: {image}"
+                raise ListingError(said) from None
         if isinstance(image, float) or image is pd.NA: image = None        # missing in a table
         out.append(Listing(**{**given, **texts}, image=image))
     return out

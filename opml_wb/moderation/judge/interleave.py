@@ -156,7 +156,7 @@ def record(self: Interleaver, id: Hashable, violates: bool | None) -> None:
 def differences(self: Interleaver) -> tuple[np.ndarray, np.ndarray]:
     """Compute D (new's own violations minus current's) and depth of each complete block: [B], [B].
 
-    A block in which nothing was compared (no traffic, or none of one arm) is no block of the race."""
+    A block in which nothing was compared (no traffic, or none of one arm) doesn't count."""
     done = [b for b in self.blocks if b.complete and b.depth]
     return (np.array([b.found("new") - b.found("current") for b in done], float),
             np.array([b.depth for b in done], float))
