@@ -91,6 +91,35 @@ def test_the_cell_runs_on(tmp_path, fault):
         assert recorder.flush(30) and len(holder) >= 50             # what waited is written
 
 
+FULL = """
+import resource, signal, sys
+from IPython.core.interactiveshell import InteractiveShell
+from opml_wb.analyzer.collect import CellHook, Recorder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+recorder = Recorder(sys.argv[1], most=300)
+shell = InteractiveShell()
+hook = CellHook(shell, recorder, dict(user="u" * 100, session="s", stage="data", feature="cell")).register()
+shell.run_cell("x = 0", store_history=True)
+assert recorder.flush(60)
+resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, resource.RLIM_INFINITY))   # nothing may grow beyond: as a full disk
+for i in range(1, 2000): assert shell.run_cell(f"x = {i}", store_history=True).success
+assert shell.user_ns["x"] == 1999 and recorder.lost > 0 and recorder.waiting > 0
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert recorder.flush(60)
+shell.run_cell("x = 0", store_history=True)
+assert recorder.flush(60) and not recorder.lost
+"""
+
+
+def test_a_disk_that_fills_while_cells_run(tmp_path):
+    "Cells run on; once there is room again, what waited is written, and what was dropped is counted among the dead letters."
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path/"e.db")], env={**os.environ, "IPYTHONDIR": str(tmp_path/"ipython")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = Events(tmp_path/"e.db")
+    assert log.db.execute("pragma integrity_check").fetchone() == ("ok",)
+    assert len(log.dead) == 1 and log.dead.n[0] > 0 and len(log) + log.dead.n[0] == 2001
+
+
 def test_dead_letters_hold_no_values():
     log = Events()
     log.add([{"ts": "no time s3cret", "user": "u"}, dict(vars(event()), stage="s3cret"), dict(vars(event()), data={"env": "s3cret"}),
