@@ -115,6 +115,23 @@ preprocess: |
     assert not trap.exists()
 
 
+LENIENT = {
+    "bare words": "name: a\nframework: Caffe\nmodel: resnet\ninputs: [image, other]\noutputs: null\ncontainer: nvidia/tensorrt\n",
+    "one of a list": "name: a\nframework: {name: Caffe, version: 1}\nmodel: {graph_path: g}\ninputs: {type: image, parameters: null}\noutput: {type: class, parameters: {dimensions: 3}}\nreferences: one\n",
+    "nothing in it": "name: 1\nframework: {name: CNTK}\nversion: null\nmodel: {graph_path: g, graph_checksum: ''}\nattributes: none\ncontainer: {amd64: {}}\n"}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_others_files_are_read_leniently_and_what_is_not_understood_is_told(name, tmp_path):
+    (tmp_path / "net.yml").write_text(LENIENT[name])
+    model, software = import_any(tmp_path / "net.yml")
+    assert model.weights_class == "imported" and type(model).model_validate(model.model_dump()).digest == model.digest
+    if name == "bare words": assert {"model: 'resnet' isn't understood", "container: 'nvidia/tensorrt' isn't understood"} <= set(model.unknown)
+    (tmp_path / "net.yml").write_text("name: a\nframework: Caffe\nmodel: {graph_path: [[a]], is_archive: {}}\nversion: {a: 1}\n")
+    try: import_any(tmp_path / "net.yml")
+    except ManifestError as e: assert "net.yml" in str(e)
+
+
 def test_the_authors_manifests():
     "All 135 import; the one with a duplicate key names the line; none can be run."
     folder = Path(os.environ.get("OPML_DATA", "/nowhere")) / "dlspec" / "manifests"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'CROISSANT', 'CONTEXT', 'BUNDLE', 'RUNS', 'FORMS', 'SUFFIXES', 'semver', 'slug', 'checksum', 'undeclared',
-           'adapted', 'from_mlmodelscope', 'from_croissant', 'to_croissant', 'from_bundle', 'form_of', 'import_any']
+           'adapted', 'fields', 'many', 'from_mlmodelscope', 'from_croissant', 'to_croissant', 'from_bundle', 'form_of',
+           'import_any']
 
 # %% ../../../nbs/dlspec/zoo/01_importers.ipynb #3f28fddb
 import builtins, json, os, re, symtable, warnings
@@ -55,13 +56,22 @@ def adapted(text: str, function: str) -> str:
     return f"{text.rstrip()}\n\ndef fun(ctx, data):\n    return {function}(ctx, data)\n"
 
 # %% ../../../nbs/dlspec/zoo/01_importers.ipynb #c0178f31
-def _port(said: Mapping[str, Any]) -> Port:
-    "An input or output of theirs."
-    given = dict(said.get("parameters") or {})
+def fields(value: Any) -> dict[str, Any]:
+    "Take a foreign value as fields; one that has none has no fields."
+    return dict(value) if isinstance(value, Mapping) else {}
+
+def many(value: Any) -> list[Any]:
+    "Take a foreign value as a list: one that isn't is a list of one, nothing is none."
+    return value if isinstance(value, list) else [] if value in (None, "", {}) else [value]
+
+def _port(value: Any) -> Port:
+    "An input or output of theirs; a bare word is its type."
+    said = fields(value) or {"type": value}
+    given = fields(said.get("parameters"))
     shape = given.pop("dimensions", None) or []
     return Port(type=str(said.get("type", "")), description=str(said.get("description") or ""),
                 element_type=str(given.pop("element_type", "")), parameters=given,
-                shape=[n if isinstance(n, int) else str(n) for n in shape])
+                shape=[n if isinstance(n, int) else str(n) for n in many(shape)])
 
 # %% ../../../nbs/dlspec/zoo/01_importers.ipynb #ffc51846
 def _files(model: Mapping[str, Any], outputs: list[Mapping[str, Any]]) -> list[Resource]:
@@ -73,7 +83,7 @@ def _files(model: Mapping[str, Any], outputs: list[Mapping[str, Any]]) -> list[R
                     **checksum(model.get(f"{what}_checksum")))   # type: ignore[arg-type]
            for what in ("graph", "weights") if model.get(f"{what}_path")]
     for port in outputs:
-        given = port.get("parameters") or {}
+        given = fields(fields(port).get("parameters"))
         if given.get("features_url"):
             out.append(Resource(url=str(given["features_url"]),
                                 **checksum(given.get("features_checksum"))))   # type: ignore
@@ -83,9 +93,10 @@ def _files(model: Mapping[str, Any], outputs: list[Mapping[str, Any]]) -> list[R
 def _software(data: Mapping[str, Any], framework: Framework) -> Software:
     "The software manifest that a model of theirs implies."
     names = {"amd64": "x86_64", "arm64": "aarch64"}
-    def image(kinds: Mapping) -> str: return str(kinds.get("cpu") or next(iter(kinds.values())))
+    def image(kinds: Any) -> str:
+        return str(fields(kinds).get("cpu") or next(iter(fields(kinds).values()), kinds))
     images = {names.get(arch, arch): Container(image=image(kinds))
-              for arch, kinds in (data.get("container") or {}).items() if kinds}
+              for arch, kinds in fields(data.get("container")).items() if kinds}
     return Software(name=slug(framework.name.lower()), version=semver(framework.version),
                     container=images, frameworks=[framework],
                     unknown=["layers of the images", "versions of other libraries"],
@@ -118,20 +129,21 @@ def from_mlmodelscope(doc: Document) -> list[Manifest]:
     about = data["framework"] if isinstance(data["framework"],
                                             dict) else {"name": data["framework"]}
     framework = Framework(name=str(about.get("name")), version=str(about.get("version") or ""))
-    outputs = data.get("outputs") or data.get("output") or []
-    outputs = outputs if isinstance(outputs, list) else [outputs]
+    outputs = many(data.get("outputs") or data.get("output"))
     stages, said = _stages(data)
-    files = _files(data["model"], outputs)
+    files = _files(fields(data["model"]), outputs)
+    said += [f"{k}: {data[k]!r:.60} isn't understood" for k in ("model", "container", "attributes")
+             if data.get(k) and not isinstance(data[k], Mapping)]
     said += [f"{r.url}: " + ("a weak checksum (md5) only" if r.md5 else "no checksum")
              for r in files if not r.sha256]
-    stated = dict(data.get("attributes") or {})
+    stated = fields(data.get("attributes"))
     rest = {k: v for k, v in data.items() if k not in KNOWN}
     model = Model(name=f"{slug(framework.name.lower())}/{slug(data['name'])}",
                   version=semver(data.get("version")),
                   description=str(data.get("description") or "").strip(),
                   license=str(data.get("license") or ""),
-                  references=[str(r) for r in data.get("references") or []], framework=framework,
-                  weights_class="imported", inputs=[_port(p) for p in data.get("inputs") or []],
+                  references=[str(r) for r in many(data.get("references"))], framework=framework,
+                  weights_class="imported", inputs=[_port(p) for p in many(data.get("inputs"))],
                   outputs=[_port(p) for p in outputs], resources=files, stages=stages,
                   attributes={"stated": stated, **({"other": rest} if rest else {})},
                   unknown=[*doc.warnings, *said], origin=Path(doc.file).name if doc.file else "")
@@ -261,4 +273,7 @@ def import_any(path: str | os.PathLike, form: str | None = None) -> list[Manifes
     doc = strict_yaml.read(path, lenient=True)
     form = form or form_of(doc)
     if form not in FORMS: raise ManifestError(f"form: expected {' or '.join(FORMS)}, got {form!r}")
-    return FORMS[form](doc)
+    try: return FORMS[form](doc)
+    except ManifestError: raise
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise doc.error(f"not of the form {form}: {str(e).splitlines()[0]:.200}") from None
