@@ -1,4 +1,6 @@
 """Experiments that are killed, stores under many writers, searches that go on, the board in a browser."""
+import io
+import json
 import os
 import pickle
 import shutil
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from opml_wb.core.kit.procs import descendants
@@ -104,6 +107,50 @@ def test_models_stay_whole_under_writers_that_are_killed(tmp_path):
     published = told[told.op == "publish"].version.tolist()
     assert published == list(range(1, len(published) + 1)) and set(models.versions().index) == set(published)
     assert all(r["kind"] == "dict" for r in models.lineage(models.served("nvme")))
+
+
+SEARCH = """
+from opml_wb.diagnostics.searching import search, simulated
+found = search(*simulated(0, 400), transforms=["none"], selectors=["all"], detectors=["residual", "kmeans"], window=20)
+print(found.table.to_json(double_precision=15), flush=True)
+"""
+
+
+def finished(home):
+    "The keys of the runs that ended well."
+    told = [json.loads(p.read_text()) for p in home.glob("runs/*/run.json")]
+    return [r["key"] for r in told if r["status"] == "done"]
+
+
+def test_a_search_goes_on_where_it_was_killed(tmp_path):
+    "kill -9 of the driver in the middle: the same command ends with the choice of a search that was never killed, and executes no run twice."
+    from opml_wb.diagnostics.searching import search, simulated
+    env = {**os.environ, "OPML_HOME": str(tmp_path)}
+    driver = subprocess.Popen([sys.executable, "-c", SEARCH], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert until(lambda: len(finished(tmp_path)) >= 2 or driver.poll() is not None, 600) and driver.poll() is None
+    driver.kill()
+    driver.wait()
+    known = finished(tmp_path)
+    again = subprocess.run([sys.executable, "-c", SEARCH], env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    told = pd.read_json(io.StringIO(again.stdout.strip().splitlines()[-1]))
+    here = search(*simulated(0, 400), transforms=["none"], selectors=["all"], detectors=["residual", "kmeans"], window=20, sweep=False).table
+    assert told.config.tolist() == here.config.tolist() and (told.share < 1).tolist() == (here.share < 1).tolist()
+    np.testing.assert_allclose(told.quality, here.quality, rtol=1e-6)
+    keys = finished(tmp_path)
+    assert set(known) <= set(keys) and len(keys) == len(set(keys)) > len(known)
+
+
+def test_a_search_says_what_it_tried_within_its_time(tmp_path, monkeypatch):
+    from opml_wb.diagnostics.searching import search, simulated
+    X, y = simulated(0, 400)
+    few = search(X, y, budget_s=0, sweep=False)
+    assert 1 <= len(few.table) < 20 and "default" in few.verdict
+    models = Models(tmp_path)
+    v = few.publish(models, "nvme")
+    assert models.lineage(v)[0]["data"] == {"table": few.data, "pipeline": few.config}
+    for label, said in ((y[:-1], "expected 400 labels"), (np.where(y, "yes", "no"), "expected 0 and 1"), (y * 2, "expected 0 and 1")):
+        with pytest.raises(ValueError, match=said): search(X, label, sweep=False)
 
 
 @pytest.mark.parametrize("recording", ["first", "second"])

@@ -91,19 +91,24 @@ def watch(learn: float, seconds: float, period: float, as_json: bool) -> None:
     "--window", default=50, type=click.IntRange(1), help="Rows that count as near an event."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--time", "clock", help="The column of times; default: one named like a time.")
+@click.option("--budget", type=click.FloatRange(0), help="Seconds after which no run begins.")
+@click.option("--publish", "config", help="Keep the choice in the store for this hardware.")
 def search(
-    table: str, label: str, detectors: tuple[str, ...], jobs: int, window: int, as_json: bool
+    table: str, label: str, detectors: tuple[str, ...], jobs: int, window: int, as_json: bool,
+    clock: str | None, budget: float | None, config: str | None,
 ) -> None:
     "Search the best detector for TABLE (CSV or Parquet, rows in time), as a sweep that resumes."
-    import pandas as pd
     from opml_wb.diagnostics.searching import DETECTORS, search as run
-    df = pd.read_parquet(table) if table.endswith(".parquet") else pd.read_csv(table)
-    if label not in df: raise click.ClickException(f"{table}: there is no column {label!r}")
-    X = df.drop(columns=label).select_dtypes("number")
+    from opml_wb.diagnostics.store import Models
+    from opml_wb.diagnostics.tables import read_table
     try:
-        found = run(X, df[label], detectors=detectors or tuple(DETECTORS), jobs=jobs, window=window)
-    except ValueError as e:
-        raise click.ClickException(str(e)) from None
+        df = read_table(table, label, clock)
+        for line in df.said: click.echo(line, err=True)
+        found = run(df.X, df.y, detectors=detectors or tuple(DETECTORS), budget_s=budget,
+                    jobs=jobs, window=window)
+    except (ValueError, RuntimeError) as e: raise click.ClickException(str(e)) from None
+    if config: found.publish(Models(), config)
     _print(
         {"sweep": found.sweep, "best": found.config, "gain": found.gain, "verdict": found.verdict},
         as_json,

@@ -47,7 +47,7 @@ class Loads:
         self.near = NearestNeighbors(n_neighbors=1).fit(self.seen)
         alone = [0.] if len(self.seen) < 2 else (
             NearestNeighbors(n_neighbors=2).fit(self.seen).kneighbors(self.seen)[0][:, 1])
-        self.most = max(1.5 * float(np.max(alone)), 1e-6)
+        self.most = max(1.5 * float(np.max(alone)), 1e-3)
 
     def shaped(self, x: np.ndarray) -> np.ndarray:
         "Put the columns on a log scale that were so in training."
@@ -57,6 +57,7 @@ class Loads:
 
     def unknown(self, x: np.ndarray) -> np.ndarray:
         "Mark loads [n, k] farther from all of training than those are from each other: bool [n]."
+        if not len(x): return np.zeros(0, bool)
         bad = np.isnan(x).any(1)
         at = self.shaped(np.where(np.isnan(x), 0, x)) / self.sd
         return bad | (self.near.kneighbors(at)[0][:, 0] > self.most)
@@ -78,7 +79,8 @@ class Forest:
         leaf = min(self.leaf, max(1, len(x) // 4))
         filled = filled[:, 0] if filled.shape[1] == 1 else filled    # scikit-learn asks for this
         self.model = ExtraTreesRegressor(self.trees, min_samples_leaf=leaf, bootstrap=True,
-                                         random_state=self.seed).fit(x, filled)
+                                         random_state=self.seed).fit(
+            x, filled if filled.shape[1] > 1 else filled[:, 0])
         self.leaves = self.model.apply(x)
         self.drawn = np.zeros(self.leaves.shape)
         for k, rows in enumerate(self.model.estimators_samples_):
@@ -87,6 +89,7 @@ class Forest:
 
     def weights(self, x: np.ndarray | None = None) -> np.ndarray:
         "Weigh training rows for rows x [m, d]: [m, n]; None: for training, by unseen trees only."
+        if x is not None and not len(x): return np.zeros((0, len(self.leaves)))
         leaves = self.leaves if x is None else self.model.apply(x)
         total = np.zeros((len(leaves), len(self.leaves)))
         for k in range(self.trees):

@@ -246,10 +246,17 @@ class Wrapped:
         return -self.model.score_samples(X)
 
 # %% ../../nbs/diagnostics/08_detectors.ipynb #8a83d341
+def _boosting(name: str, seed: int) -> Any:
+    "Make an ensemble of `boosting`, which builds on this module."
+    from opml_wb.diagnostics import boosting
+    return getattr(boosting, name)(seed=seed)
+
 DETECTORS: dict[str, Callable[[int], Any]] = {
     "residual": lambda seed: Residual(), "iforest": lambda seed: Wrapped("iforest", seed),
     "lof": lambda seed: Wrapped("lof", seed), "kmeans": lambda seed: Wrapped("kmeans", seed),
-    "neighbours": lambda seed: Neighbours(), "autoencoder": lambda seed: Autoencoder(seed=seed)}
+    "neighbours": lambda seed: Neighbours(), "autoencoder": lambda seed: Autoencoder(seed=seed),
+    "boosted": lambda seed: _boosting("Boosted", seed),
+    "taught": lambda seed: _boosting("Taught", seed)}
 SELECTORS = "all", "pca", "autoencoder"
 DEFAULT = {
     "transform": "none",
@@ -292,19 +299,28 @@ class Pipeline:
         return lagged(self.scaler.transform(self.columns.take(X)), wide)
 
     def fit(self, X: Any, y: Any = None) -> "Pipeline":
-        "Learn from a table X [n, d] of mostly normal rows; rows with label y = 1 are left out."
-        df = as_table(X)
-        if y is not None: df = df[np.asarray(y) == 0]
-        self.columns = Columns().fit(df if self.features is None else df[self.features])
+        """Learn from a table X [n, d] of mostly normal rows.
+
+        Rows with label y = 1 are left out; detector `taught` learns from them."""
+        table = as_table(X)
+        if self.features is not None:
+            lacking = [c for c in self.features if c not in table]
+            if lacking: raise ValueError(f"features: there is no column {lacking[0]!r}")
+            table = table[self.features]
+        bad = np.zeros(len(table), bool) if y is None else np.asarray(y) == 1
+        df = table[~bad]
+        self.columns = Columns().fit(df)
         self.scaler.fit(self.columns.take(df))
-        rows = self._rows(df)
-        self.selected = select(self.selector, rows, self.seed)
-        if self.selected is not None: rows = self.selected.transform(rows)
-        self.model = DETECTORS[self.detector](self.seed).fit(rows)
+        self.selected = select(self.selector, self._rows(df), self.seed)
+        self.model = DETECTORS[self.detector](self.seed)
+        if getattr(self.model, "taught", False): self.model.fit(self._shaped(table), bad)
+        else: self.model.fit(self._shaped(df))
         return self
+
+    def _shaped(self, X: Any) -> np.ndarray:
+        rows = self._rows(X)
+        return rows if self.selected is None else self.selected.transform(rows)
 
     def score(self, X: Any) -> np.ndarray:
         "Score a table X [n, d] of successive rows: float64 [n], higher is more unusual."
-        rows = self._rows(X)
-        if self.selected is not None: rows = self.selected.transform(rows)
-        return trailing(self.model.score(rows), self.smooth)
+        return trailing(self.model.score(self._shaped(X)), self.smooth)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core.kit.compiled import jit
+from .tables import as_seconds
 from ..core.kit.words import check_number, check_whole
 
 # %% ../../nbs/diagnostics/07_metrics.ipynb #050d81bc
@@ -180,9 +181,7 @@ def _seconds(times: Any, period: float | None, n: int) -> np.ndarray:
     "Make seconds [n] of times (datetimes or seconds), or of a period; else rows."
     if times is None: return np.arange(n) * (1. if period is None else check_number(
         "period", period, above=0))
-    t = np.asarray(times)
-    if t.dtype.kind == "M": t = t.astype("M8[ns]").astype(np.int64) / 1e9
-    t = t.astype(float)
+    t = as_seconds(times)
     if len(t) != n or np.isnan(t).any() or (np.diff(t) < 0).any():
         raise ValueError(f"times: expected {n} ascending times without gaps in their order")
     return t
