@@ -182,7 +182,8 @@ def petshop_scores(graph: Any, incidents: list[Incident], permuted: int = 0) -> 
     """Rank the causes of all incidents: DataFrame by method [top-1, top-3, top-5].
 
     Normal rows are those before each incident's start, of all recordings (the same regime).
-    permuted: as a control, give each incident the rows of one with another cause, so many times."""
+    permuted: as a control, give each incident the rows of one with another cause, so many times;
+    then also [top-3 lo, top-3 hi], a 95 % interval of its mean over the permutations."""
     from opml_wb.diagnostics.cause import rank_causes
     causes = [i.cause for i in incidents]
     normal = pd.concat([i.rows[i.rows.index + 300 <= i.start] for i in incidents])
@@ -202,4 +203,8 @@ def petshop_scores(graph: Any, incidents: list[Incident], permuted: int = 0) -> 
                   for i in incidents]
         walks = [ranked(i, o[rng.integers(len(o))]) for i, o in zip(incidents, others)]
         scores.append(top_k(walks, causes))
-    return pd.DataFrame({f"walk, permuted {permuted} times": pd.DataFrame(scores).mean()}).T
+    told = pd.DataFrame(scores)
+    half = 1.96 * told["top-3"].std() / max(1, permuted - 1) ** .5 if permuted > 1 else np.nan
+    return pd.DataFrame({f"walk, permuted {permuted} times": {
+        **told.mean(), "top-3 lo": told["top-3"].mean() - half,
+        "top-3 hi": told["top-3"].mean() + half}}).T
