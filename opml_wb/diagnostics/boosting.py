@@ -6,11 +6,10 @@
 __all__ = ['ranked', 'Boosted', 'Taught']
 
 # %% ../../nbs/diagnostics/20_boosting.ipynb #7febf774
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from .detectors import Residual, Scaler, Wrapped
 
 # %% ../../nbs/diagnostics/20_boosting.ipynb #7b45963a
 def ranked(known: np.ndarray, score: np.ndarray) -> np.ndarray:
@@ -21,28 +20,26 @@ def ranked(known: np.ndarray, score: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/diagnostics/20_boosting.ipynb #6e798258
 class Boosted:
-    """An ensemble of detectors in sequence (residual, isolation forest, k-means in turn).
+    """An ensemble of detectors in sequence.
 
-    rounds: members; each is trained on half of the rows, drawn with weights that fall with the
+    make(k, seed): the k-th member, with `fit` and `score`; rounds: how many; each is trained on half of the rows, drawn with weights that fall with the
     ensemble's score so far. `votes` [rounds]: how much each counts."""
 
-    def __init__(self, rounds: int = 6, seed: int = 0) -> None:
-        self.rounds, self.seed = rounds, seed
+    def __init__(self, make: Callable[[int, int], Any], rounds: int = 6, seed: int = 0) -> None:
+        self.make, self.rounds, self.seed = make, rounds, seed
 
-    def _member(self, k: int, X: np.ndarray) -> Any:
-        kind = k % 3
-        return (Residual() if not kind else
-                Wrapped(("", "iforest", "kmeans")[kind], self.seed + k)).fit(X)
+    def _scaled(self, X: np.ndarray) -> np.ndarray:
+        return np.clip((X - self.mean) / self.sd, -10, 10)
 
     def fit(self, X: np.ndarray) -> "Boosted":
         "Learn from rows X [n, d], mostly normal."
         rng = np.random.default_rng(self.seed)
-        self.scale, weight = Scaler("z").fit(X), np.ones(len(X))
-        x = self.scale.transform(X)
+        self.mean, self.sd = X.mean(0), np.maximum(X.std(0), 1e-3 * np.abs(X.mean(0)) + 1e-9)
+        x, weight = self._scaled(X), np.ones(len(X))
         self.members, self.known, seen = [], [], []
         for k in range(self.rounds):
             some = rng.choice(len(x), max(2, len(x) // 2), replace=False, p=weight / weight.sum())
-            self.members.append(self._member(k, x[np.sort(some)]))
+            self.members.append(self.make(k, self.seed + k).fit(x[np.sort(some)]))
             score = self.members[-1].score(x)
             self.known.append(np.sort(score))
             seen.append(ranked(self.known[-1], score))
@@ -54,7 +51,7 @@ class Boosted:
 
     def score(self, X: np.ndarray) -> np.ndarray:
         "Score rows X [n, d]: float64 [n], higher is more unusual."
-        x = self.scale.transform(X)
+        x = self._scaled(X)
         return sum(v * ranked(k, m.score(x))
                    for v, k, m in zip(self.votes, self.known, self.members))
 
@@ -65,7 +62,8 @@ class Taught:
     Without an event in training it is `Boosted`."""
     taught = True                     # fit takes labels, and rows of events
 
-    def __init__(self, seed: int = 0) -> None: self.seed = seed
+    def __init__(self, make: Callable[[int, int], Any], seed: int = 0) -> None:
+        self.make, self.seed = make, seed
 
     def _wide(self, X: np.ndarray) -> np.ndarray:
         return np.column_stack([X, self.plain.score(X)])
@@ -74,7 +72,7 @@ class Taught:
         "Learn from rows X [n, d] with labels y [n] (1 in events; None: no events)."
         from sklearn.ensemble import HistGradientBoostingClassifier
         y = np.zeros(len(X), int) if y is None else np.asarray(y).astype(int)
-        self.plain, self.trees = Boosted(seed=self.seed).fit(X[y == 0]), None
+        self.plain, self.trees = Boosted(self.make, seed=self.seed).fit(X[y == 0]), None
         if y.any():
             self.trees = HistGradientBoostingClassifier(
                 max_iter=60, max_leaf_nodes=8, min_samples_leaf=min(20, max(2, int(y.sum()) // 2)),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'DETECTORS', 'SELECTORS', 'DEFAULT', 'as_table', 'Columns', 'trailing', 'lagged', 'Residual', 'Scaler',
-           'Autoencoder', 'Neighbours', 'Wrapped', 'select', 'Pipeline']
+           'Autoencoder', 'Neighbours', 'Wrapped', 'member', 'select', 'Pipeline']
 
 # %% ../../nbs/diagnostics/08_detectors.ipynb #e11388b9
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.kit.words import check_choice, check_whole
+from .boosting import Boosted, Taught
 
 # %% ../../nbs/diagnostics/08_detectors.ipynb #6c324e84
 def as_table(X: Any) -> pd.DataFrame:
@@ -246,17 +247,16 @@ class Wrapped:
         return -self.model.score_samples(X)
 
 # %% ../../nbs/diagnostics/08_detectors.ipynb #8a83d341
-def _boosting(name: str, seed: int) -> Any:
-    "Make an ensemble of `boosting`, which builds on this module."
-    from opml_wb.diagnostics import boosting
-    return getattr(boosting, name)(seed=seed)
+def member(k: int, seed: int) -> Any:
+    "Make the k-th member of an ensemble: residual, isolation forest, k-means in turn."
+    return Residual() if k % 3 == 0 else Wrapped(("iforest", "kmeans")[k % 3 - 1], seed)
 
 DETECTORS: dict[str, Callable[[int], Any]] = {
     "residual": lambda seed: Residual(), "iforest": lambda seed: Wrapped("iforest", seed),
     "lof": lambda seed: Wrapped("lof", seed), "kmeans": lambda seed: Wrapped("kmeans", seed),
     "neighbours": lambda seed: Neighbours(), "autoencoder": lambda seed: Autoencoder(seed=seed),
-    "boosted": lambda seed: _boosting("Boosted", seed),
-    "taught": lambda seed: _boosting("Taught", seed)}
+    "boosted": lambda seed: Boosted(member, seed=seed),
+    "taught": lambda seed: Taught(member, seed)}
 SELECTORS = "all", "pca", "autoencoder"
 DEFAULT = {
     "transform": "none",

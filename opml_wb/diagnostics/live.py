@@ -79,6 +79,7 @@ class Injections:
             yield row, usage(before, after, now - at)
             before, at = after, now
 
+# %% ../../nbs/diagnostics/22_live.ipynb #1de024fd
 from fastcore.basics import patch
 
 @patch

@@ -194,6 +194,7 @@ def search(
     tried = _here(*args) if not sweep else _swept(check_whole("jobs", jobs, 1), *args)
     return Search(*_rungs(tried, configs, seed, budget_s, check_number("keep", keep, 0, 1)), *args)
 
+# %% ../../nbs/diagnostics/17_searching.ipynb #aea201cc
 def _labels(y: Any, n: int) -> np.ndarray:
     "Check labels: int [n]. Raises ValueError."
     y = np.asarray(y)
@@ -218,6 +219,7 @@ def _rungs(tried: Tried, configs: list[str], seed: int, budget_s: float | None,
     last, name = tried(on, 1., end)
     return pd.concat([last, first[~first.config.isin(last.config)]]), name
 
+# %% ../../nbs/diagnostics/17_searching.ipynb #8d228412
 def _here(X: pd.DataFrame, y: np.ndarray, features: Any, window: int, seed: int) -> Tried:
     "Evaluate in this process, until the time `end`."
     def tried(configs: list[str], share: float, end: float) -> tuple[pd.DataFrame, None]:
