@@ -200,7 +200,8 @@ def _labels(y: Any, n: int) -> np.ndarray:
     y = np.asarray(y)
     if y.shape != (n,): raise ValueError(f"y: expected {n} labels, one a row; got {y.shape}")
     known = set(pd.unique(y).tolist())
-    if not known <= {0, 1}: raise ValueError(f"y: expected 0 and 1, got {sorted(known, key=str)!r:.80}")
+    if not known <= {0, 1}:
+        raise ValueError(f"y: expected 0 and 1, got {sorted(known, key=str)!r:.80}")
     return y.astype(int)
 
 Tried = Callable[[list[str], float, float], tuple[pd.DataFrame, str | None]]
@@ -275,7 +276,7 @@ def _swept(jobs: int, X: pd.DataFrame, y: np.ndarray, features: Any, window: int
         except ExecutorLost as e: done = e.sweep
         f = done.frame()
         if "metrics.quality" not in f or not (ok := f["metrics.quality"].notna()).any():
-            raise RuntimeError(f"search: no configuration ended well: {done.counts or 'none begun'}")
+            raise RuntimeError(f"search: none ended well: {done.counts or 'none begun'}")
         f = f[ok]
         return pd.DataFrame({"config": f["params.config"], "quality": f["metrics.quality"],
                              "share": share, "run": f.key}), done.id

@@ -118,7 +118,8 @@ def _events(column: pd.Series, name: str) -> np.ndarray:
     "Read labels as 0 and 1. Raises ValueError naming another value."
     if column.dtype.kind == "b": return column.to_numpy(int)
     odd = column[~column.isin([0, 1])]
-    if len(odd): raise ValueError(f"{name}: expected 0 and 1, got {odd.iloc[0]!r} in row {odd.index[0]}")
+    if len(odd):
+        raise ValueError(f"{name}: expected 0 and 1, got {odd.iloc[0]!r} in row {odd.index[0]}")
     return column.to_numpy(int)
 
 def _numbers(df: pd.DataFrame, said: list[str]) -> pd.DataFrame:
