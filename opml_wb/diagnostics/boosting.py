@@ -23,7 +23,8 @@ class Boosted:
     """An ensemble of detectors in sequence.
 
     make(k, seed): the k-th member, with `fit` and `score`; rounds: how many; each is trained on
-    half of the rows, drawn with weights that fall with the ensemble's score so far. `votes` [rounds]: how much each counts."""
+    half of the rows, drawn with weights that fall with the ensemble's score so far.
+    `votes` [rounds]: how much each counts."""
 
     def __init__(self, make: Callable[[int, int], Any], rounds: int = 6, seed: int = 0) -> None:
         self.make, self.rounds, self.seed = make, rounds, seed
