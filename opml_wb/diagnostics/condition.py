@@ -79,8 +79,7 @@ class Forest:
         leaf = min(self.leaf, max(1, len(x) // 4))
         filled = filled[:, 0] if filled.shape[1] == 1 else filled    # scikit-learn asks for this
         self.model = ExtraTreesRegressor(self.trees, min_samples_leaf=leaf, bootstrap=True,
-                                         random_state=self.seed).fit(
-            x, filled if filled.shape[1] > 1 else filled[:, 0])
+                                         random_state=self.seed).fit(x, filled)
         self.leaves = self.model.apply(x)
         self.drawn = np.zeros(self.leaves.shape)
         for k, rows in enumerate(self.model.estimators_samples_):
