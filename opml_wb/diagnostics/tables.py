@@ -30,8 +30,9 @@ def _dates(texts: pd.Series) -> pd.DatetimeIndex:
     if len(both) == 1 or both[0].equals(both[1]): return both[0]
     rising = [d for d in both if d.is_monotonic_increasing]
     if len(rising) == 1: return rising[0]
-    raise ValueError(f"times: {str(texts.iloc[0])!r:.60} may be {both[0][0]:%d %B} or "
-                     f"{both[1][0]:%d %B}; write 2024-12-31, or give datetimes")
+    i = int(np.argmax(both[0] != both[1]))
+    raise ValueError(f"times: {str(texts.iloc[i])!r:.60} may be {both[0][i]:%d %B} or "
+                     f"{both[1][i]:%d %B}; write 2024-12-31, or give datetimes")
 
 def as_seconds(times: Any) -> np.ndarray:
     """Make seconds float64 [n] of datetimes, texts or numbers, in the order given.
