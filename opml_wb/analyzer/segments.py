@@ -65,7 +65,7 @@ def scaled(x: pd.DataFrame, how: str = "mad") -> pd.DataFrame:
 # %% ../../nbs/analyzer/05_segments.ipynb #a6e29322
 NU = (2., 3., 4., 6., 10., 30., 300.)  # degrees of freedom that are tried
 CUTS = [(a, b) for a in (.05, .15, 1 / 3, .6) for b in (.05, .15, 1 / 3, .6) if a + b < .95]
-BEGIN = 2  # of the starts, how many are followed to the end
+BEGIN = 3  # of the starts, how many are followed to the end
 
 # %% ../../nbs/analyzer/05_segments.ipynb #6a3de6ab
 @dataclass
@@ -135,8 +135,9 @@ def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.n
 def soft_mixture(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Mixture:
     """The likeliest mixture over starts and degrees of freedom, its segments in order of expertise.
 
-    All starts get a few steps, the likeliest of them the rest (Biernacki et al. 2003)."""
-    begun = [fit_mixture(x, s, 10., steps=20) for s in starts(x, k, signs, seed)]
+    All starts get a few steps, under heavy and under light tails; the likeliest of them get the
+    rest (Biernacki et al. 2003)."""
+    begun = [fit_mixture(x, s, nu, steps=20) for s in starts(x, k, signs, seed) for nu in (3., 30.)]
     begun.sort(key=lambda m: -m.loglik)
     found = [fit_mixture(x, m.posterior(x), nu) for m in begun[:BEGIN] for nu in NU]
     best = max(found, key=lambda m: m.loglik)
