@@ -157,7 +157,7 @@ def test_a_dead_command_is_found():
     check_call(calls("OPML_HOME=x .venv/bin/opml run riann seed=3 --show  # words")[0])
 
 
-SERVES = re.compile(r"\b(lab|serve|demo|docs|fetch|reproduce|flexserve|tcp:|export OPML|pip|pipeline import)\b|riann( --show| k=| --html)|--executor")
+SERVES = re.compile(r"\b(lab|serve|demo|docs|fetch|reproduce|flexserve|explain (take|answer|verify)|tcp:|export OPML|pip|pipeline import)\b|riann( --show| k=| --html)|--executor")
 ASKS = re.compile(r"opml (why|compare|rerun|provenance check)\b")  # their exit code is the answer
 
 
