@@ -365,7 +365,7 @@ FORMATS = {"onnx": "inprocess", "tflite": "inprocess", "tensorflow": "venv"}
 
 
 def test_one_network_in_three_formats_gives_the_same():
-    "The third one runs where `opml dlspec venv software/tensorflow` has made its environment."
+    "The third one runs where `opml dlspec venv software/tensorflow-cpu` has made its environment."
     catalog, outputs = zoo.catalog(trained=[]), {}
     for name, executor in FORMATS.items():
         try: outputs[name] = np.asarray(run(catalog.get(f"task/basic-pitch/{name}"), catalog=catalog, executor=executor).outputs)
@@ -377,6 +377,7 @@ def test_one_network_in_three_formats_gives_the_same():
 
 def test_frameworks_apart_name_their_environment(tmp_path):
     catalog = zoo.catalog(trained=[])
+    for name in ("mxnet-cpu", "tensorflow-cpu"): assert catalog.get(f"software/{name}").libraries   # not one that was imported
     apart = [m for m in zoo.models(catalog, "seeded") if m.attributes.get("executor") == "venv"]
     assert {m.framework.name for m in apart} == {"MXNet", "TensorFlow"} and len(apart) == 74
     for name in ("mxnet/alexnet", "tensorflow/MobileNetV2"):

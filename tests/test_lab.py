@@ -137,8 +137,7 @@ def errors(page):
 
 
 def scroll_to(page, selector):
-    page.wait_for_selector(selector, state="attached")
-    page.eval_on_selector(selector, "e => e.scrollIntoView({block: 'center'})")
+    page.locator(selector).first.evaluate("e => e.scrollIntoView({block: 'center'})")   # waits for one, should it be drawn anew
     page.wait_for_timeout(700)
 
 

@@ -20,8 +20,8 @@ from .rules import task_of, text
 from .wheels import about
 
 SOFTWARE = {   # name: (framework, Python, what must be installed)
-    "mxnet": ("MXNet", ">=3.9,<3.12", {"mxnet": "==1.9.1", "numpy": "==1.23.5"}),
-    "tensorflow": ("TensorFlow", ">=3.10", {"tensorflow-cpu": ">=2.16,<3", "numpy": ""})}
+    "mxnet-cpu": ("MXNet", ">=3.9,<3.12", {"mxnet": "==1.9.1", "numpy": "==1.23.5"}),
+    "tensorflow-cpu": ("TensorFlow", ">=3.10", {"tensorflow-cpu": ">=2.16,<3", "numpy": ""})}
 
 # %% ../../../nbs/dlspec/zoo/12_apart.ipynb #1e2d2a7b
 GLUON = [*(f"resnet{n}_v{v}" for n in (18, 34, 50, 101, 152) for v in (1, 2)),
@@ -77,8 +77,10 @@ OF_KERAS = Stages(pre=text("""
 # %% ../../../nbs/dlspec/zoo/12_apart.ipynb #280e2c5b
 def network(software: str, name: str, shape: list[int | str], stages: Stages) -> Model:
     "Make the manifest of a network that a framework's builder `name` makes, weights from a seed."
-    return Model(name=f"{software}/{name}", version="1.0.0", weights_class="seeded", seed=0,
-                 framework=Framework(name=SOFTWARE[software][0]), stages=stages,
+    framework = SOFTWARE[software][0]
+    return Model(name=f"{framework.lower()}/{name}", version="1.0.0",
+                 weights_class="seeded", seed=0,
+                 framework=Framework(name=framework), stages=stages,
                  inputs=[Port(type="image", element_type="float32", shape=shape)],
                  outputs=[Port(type="tensor", element_type="float32", shape=["batch", 1000])],
                  attributes={"software": software, "builder": name, "executor": "venv"},
@@ -128,7 +130,7 @@ def saved_model() -> Model:
                  inputs=[Port(type="tensor", element_type="float32", shape=["batch", 43844, 1])],
                  outputs=[Port(type="tensor")], stages=Stages(run=SAVED), license="Apache-2.0",
                  resources=resources, origin="rule opml_wb.dlspec.zoo.apart",
-                 attributes={**told, "software": "tensorflow", "executor": "venv", "output": 2})
+                 attributes={**told, "software": "tensorflow-cpu", "executor": "venv", "output": 2})
 
 # %% ../../../nbs/dlspec/zoo/12_apart.ipynb #9888342e
 def apart() -> Iterator[Manifest]:
@@ -137,9 +139,9 @@ def apart() -> Iterator[Manifest]:
         yield Software(name=name, version="1.0.0", python=python, libraries=dict(libraries),
                        frameworks=[Framework(name=framework)])
     side = {"inceptionv3": 299}
-    models = [*(network("mxnet", n, ["batch", 3, *[side.get(n, 224)] * 2], OF_GLUON)
+    models = [*(network("mxnet-cpu", n, ["batch", 3, *[side.get(n, 224)] * 2], OF_GLUON)
                 for n in GLUON),
-              *(network("tensorflow", n, ["batch", size, size, 3], OF_KERAS)
+              *(network("tensorflow-cpu", n, ["batch", size, size, 3], OF_KERAS)
                 for n, size in KERAS.items()), saved_model()]
     for model in models: yield from (model, task_of(model))
 
