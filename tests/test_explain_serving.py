@@ -1,5 +1,6 @@
 """Answers of FlexServe about rows: each is logged, and answered for by its id and for each audience, over HTTP and in process."""
 import json
+import pickle
 
 import numpy as np
 import pandas as pd
@@ -112,7 +113,7 @@ def test_a_bad_row_is_left_out_and_the_others_are_logged(place, people):
     assert said["decisions"] == [f"{said['id']}.0", None] and log.read(said["decisions"][0])["explanation"]
 
 
-def test_a_file_of_answers_is_taken_once(place, people, tmp_path):
+def test_a_file_of_answers_is_taken_once(place, people, tmp_path, typed):
     "What `opml flexserve serve --decisions` writes is logged afterwards, explained, and each row once."
     from opml_wb.flexserve.serve.logs import LineLog
     client, _, model, _ = place
@@ -130,6 +131,12 @@ def test_a_file_of_answers_is_taken_once(place, people, tmp_path):
     assert [r["explanation"]["values"] for r in told[:2]] == [r["explanation"]["values"] for r in told[4:]]
     assert len({log.answer(f"{answer}.0", a) for a in AUDIENCES}) == 3 and log.verify().ok
     log.close()
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))       # as the guide types it
+    db = str(tmp_path / "typed.db")
+    for words in (("take", str(file), "--log", db, "--model", str(tmp_path / "model.pkl")),
+                  ("answer", db, f"{answer}.0", "--audience", "business"), ("verify", db)):
+        done = typed("explain", *words)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_server_with_tokens_answers_for_decisions_to_its_tokens_only(tmp_path):
