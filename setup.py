@@ -16,7 +16,7 @@ cfg = cfg["DEFAULT"]
 
 CORE = [  # the library: store, log, data, parameters, command line
     "numpy>=1.26", "pydantic>=2.7", "annotated-types>=0.6", "click>=8.1", "rich>=13.7", "tqdm>=4.66", "platformdirs>=4", "pooch>=1.8",
-    "psutil>=5.9", "fsspec>=2024.2", "fastcore>=1.5.29",
+    "psutil>=5.9", "fsspec>=2024.2", "fastcore>=1.5.29,<2",
 ]
 PARTS = {  # what the rest needs beside it
     "run": ["pandas>=2.1", "pyarrow>=14", "plotly>=5.20", "matplotlib>=3.8", "ipython>=8.20", "ipykernel>=6.29", "ipywidgets>=8.1",
@@ -88,7 +88,7 @@ setup(
         "console_scripts": ["opml = opml_wb.core.cli:main"],
         "papermill.engine": ["opml = opml_wb.core.engine:OpmlEngine"],
         "opml_wb.commands": ["provenance = opml_wb.provenance.commands:provenance",
-                             "flexserve = opml_wb.flexserve.serve.cli:flexserve",
+                             "flexserve = opml_wb.flexserve.commands.cli:flexserve",
                              "dlspec = opml_wb.dlspec.commands:dlspec",
                              "analyzer = opml_wb.analyzer.commands:analyzer",
                              "telemetry = opml_wb.analyzer.commands:telemetry",
@@ -96,10 +96,10 @@ setup(
                              "moderation = opml_wb.moderation.commands:moderation",
                              "explain = opml_wb.explain.commands:explain"],
         "opml_wb.model_sources": ["dlspec = opml_wb.dlspec.zoo.serving:servable"],
-        "opml_wb.command_hooks": ["analyzer = opml_wb.analyzer.telemetry:command"],
+        "opml_wb.command_hooks": ["analyzer = opml_wb.analyzer.watch.telemetry:command"],
         "opml_wb.moved_commands": [f"{name} = opml_wb.provenance.commands:provenance" for name in PROVENANCE],
         "opml_wb.run_hooks": ["provenance = opml_wb.provenance.watch.capture:capture",
-                              "analyzer = opml_wb.analyzer.collect:run_hook"],
+                              "analyzer = opml_wb.analyzer.watch.collect:run_hook"],
         "nbdev": [f"{cfg['lib_name']} = {cfg['lib_name']}._modidx:d"],
     },
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from opml_wb.analyzer import Counter, Event, Events, Segments, evaluate, flow, funnel, heart, import_log, signals, simulate
-from opml_wb.analyzer.collect import CellHook, Recorder
-from opml_wb.analyzer.events import EventError
-from opml_wb.analyzer.report import write_report
+from opml_wb.analyzer.watch.collect import CellHook, Recorder
+from opml_wb.analyzer.logs.events import EventError
+from opml_wb.analyzer.foreign import open_log
+from opml_wb.analyzer.report import feature_cards, write_report
 
 
 def event(i=0, **other):
@@ -94,7 +97,7 @@ def test_the_cell_runs_on(tmp_path, fault):
 FULL = """
 import resource, signal, sys
 from IPython.core.interactiveshell import InteractiveShell
-from opml_wb.analyzer.collect import CellHook, Recorder
+from opml_wb.analyzer.watch.collect import CellHook, Recorder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 recorder = Recorder(sys.argv[1], most=300)
 shell = InteractiveShell()
@@ -224,6 +227,38 @@ def test_tables_of_other_makes(tmp_path):
     with pytest.raises(EventError, match="row 1: ts 'soon'"): signals(frame.assign(ts="soon"))
 
 
+def test_parquet_says_what_a_frame_says(tmp_path):
+    "Groups in which only some events have seconds, `NaN` for none, no such column; a log from a date on; cards of features."
+    rng, n = np.random.default_rng(0), 3000
+    frame = pd.DataFrame({"ts": 1.58e9 + rng.uniform(0, 9e6, n), "user": rng.choice(list("abcdefgh"), n), "stage": "data", "feature": rng.choice(["x", "y"], n),
+                          "kind": rng.choice(["action", "error"], n), "name": rng.choice(["p", "q"], n), "seconds": np.where(rng.random(n) < .5, np.nan, rng.random(n) * 10)})
+    frame.loc[::7, "seconds"] = 0.
+    frame.to_parquet(tmp_path/"null.parquet")
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False).set_column(6, "seconds", pa.array(frame.seconds.to_numpy(), from_pandas=False)), tmp_path/"nan.parquet")
+    def table(s): return s.sort_values(list(s.columns[:6])).reset_index(drop=True)
+    for since in (None, 1.584e9):
+        want = table(signals(frame, since=since))
+        for name in ("null", "nan"): pd.testing.assert_frame_equal(table(signals(tmp_path/f"{name}.parquet", since=since)), want, check_dtype=False)
+    cards, kept = feature_cards(frame), feature_cards(tmp_path/"nan.parquet")
+    pd.testing.assert_frame_equal(cards.drop(columns="seconds"), kept.loc[cards.index].drop(columns="seconds"), check_dtype=False)
+    assert np.allclose(cards.seconds, kept.seconds[cards.index], rtol=.1)
+    frame.drop(columns="seconds").to_parquet(tmp_path/"none.parquet")
+    assert not (signals(tmp_path/"none.parquet").cls == "time").any() and feature_cards(tmp_path/"none.parquet").seconds.isna().all()
+
+
+def test_an_own_csv_keeps_its_users_and_names_what_is_empty(tmp_path):
+    "A user called NA is one, `NA` seconds are none; an empty user is named by its row, milliseconds by their value."
+    frame = pd.DataFrame([vars(event(i)) for i in range(40)])[["ts", "user", "stage", "feature", "kind", "name"]].assign(seconds="NA")
+    frame.replace({"user": {"u0": "NA"}, "name": {"run": "null"}}).to_csv(tmp_path/"own.csv", index=False)
+    s = signals(open_log(str(tmp_path/"own.csv")).events)
+    assert set(s.user) == {"NA", *(f"u{i}" for i in range(1, 7))} and not (s.cls == "time").any()
+    frame.replace({"user": {"u0": ""}}).to_csv(tmp_path/"own.csv", index=False)
+    with pytest.raises(EventError, match="row 1: user is empty"): open_log(str(tmp_path/"own.csv"))
+    frame.assign(seconds=1.).replace({"user": {"u0": None}}).to_parquet(tmp_path/"own.parquet")
+    with pytest.raises(EventError, match="user: empty"): signals(tmp_path/"own.parquet")
+    with pytest.raises(EventError, match="row 1: ts '1600000000000"): signals(frame.assign(ts=frame.ts * 1000, seconds=1.))
+
+
 def test_empty_and_lonely_logs():
     "No event, one user, one week: a reason or an empty table from each view, no traceback."
     none = pd.DataFrame(columns=["ts", "user", "stage", "feature", "kind", "name", "seconds"])
@@ -275,11 +310,12 @@ def test_ten_million_events_in_bounded_memory(tmp_path):
             part.to_parquet(folder/f"{k:03}.parquet"); n += len(part); k += 1
         print(n)"""
     count = """
-        import resource, sys
+        import sys
         from pathlib import Path
         from opml_wb.analyzer.counting import counted_parquet
         assert counted_parquet(Path(sys.argv[1]), memory="512MB").n.sum() == int(sys.argv[2])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
+        # of this program alone: ru_maxrss may be what the process had that started it
+        print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024)"""
     def ran(code, *args): return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True)
     written = ran(write, str(tmp_path))
     assert written.returncode == 0, written.stderr[-2000:]

@@ -5,6 +5,7 @@ import pytest
 
 from opml_wb.analyzer import Segments, effect, evaluate, signals, simulate
 from opml_wb.analyzer.counting import COLUMNS
+from opml_wb.analyzer.logs.events import EventError
 from opml_wb.analyzer.cs1 import findings, load, study
 from opml_wb.analyzer.foreign import open_log
 from opml_wb.analyzer.segments import LABELS
@@ -194,6 +195,11 @@ def test_an_effect_larger_than_possible_is_planted_as_what_it_is():
         events, truth, _ = simulate(planted={}, effect={"change": change}, seed=8)
         r = effect(signals(events), "treated", **AROUND, control="control", level=.999).iloc[0]
         assert r.lo < truth.attrs["effect"] < r.hi
+
+
+def test_an_effect_without_a_control_is_refused():
+    sig = signals(simulate(planted={}, effect={}, seed=8)[0])
+    with pytest.raises(EventError, match="control"): effect(sig, "treated", **AROUND, control=[])
 
 
 def test_users_who_only_meet_the_outcome_are_not_active():

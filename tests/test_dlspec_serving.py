@@ -24,7 +24,7 @@ def home(tmp_path_factory):
 def publish(*words, code=0):
     "What `opml flexserve publish WORDS` prints, in this process."
     from click.testing import CliRunner
-    from opml_wb.flexserve.serve.cli import flexserve
+    from opml_wb.flexserve.commands.cli import flexserve
     done = CliRunner().invoke(flexserve, ["publish", *map(str, words)])
     assert done.exit_code == code, done.output
     return done.output

@@ -426,7 +426,7 @@ def test_orders_written_as_text_are_read(order, told):
 
 
 def test_large_columns_are_read_as_small_ones_are():
-    from opml_wb.eligibility import clock
+    from opml_wb.eligibility.reading import clock
     moments = pd.Series(pd.date_range("2019-12-20", periods=3000, freq="37min"))
     for way in ("%Y-%m-%d %H:%M:%S", "%d/%m/%Y %H:%M", "%m-%d-%Y %H:%M:%S", "%d.%m.%Y", "%Y/%m/%dT%H:%M:%S"):
         texts = moments.dt.strftime(way).drop_duplicates().reset_index(drop=True)

@@ -115,7 +115,7 @@ def test_a_bad_row_is_left_out_and_the_others_are_logged(place, people):
 
 def test_a_file_of_answers_is_taken_once(place, people, tmp_path, typed):
     "What `opml flexserve serve --decisions` writes is logged afterwards, explained, and each row once."
-    from opml_wb.flexserve.serve.logs import LineLog
+    from opml_wb.flexserve.logs import LineLog
     client, _, model, _ = place
     X, _ = people
     file, logs = tmp_path / "answers.jsonl", client.app.state.service.logs
@@ -143,7 +143,7 @@ def test_a_server_with_tokens_answers_for_decisions_to_its_tokens_only(tmp_path)
     from hashlib import sha256
     from types import SimpleNamespace as Space
 
-    from opml_wb.flexserve.serve.settings import Tokens
+    from opml_wb.flexserve.settings import Tokens
     tokens = Tokens(f"infer {sha256(b'secret').hexdigest()}")
     app = Space(state=Space(service=Space(predictor=Space(heard=[]), tokens=tokens)))
     log = DecisionLog(tmp_path / "log.db")

@@ -15,7 +15,7 @@ from conftest import until
 from opml_wb.core.record.models import ModelStore
 from opml_wb.flexserve import Bundle, Client, publish
 from opml_wb.flexserve.serve import Server, ServerError, encoded
-from opml_wb.flexserve.serve import load_test
+from opml_wb.flexserve.measure import load_test
 
 MIXED = '''
 import torch
@@ -163,9 +163,9 @@ def test_pictures_are_not_rows(people_server):
 def test_mixed_rows_equal_the_network(place, listing_server):
     "Numbers, a category, hashed words and a photograph: JSON and a form answer as the network does in this process, to 1e-6."
     import torch
-    from opml_wb.flexserve.model.feeds import feed_of
-    from opml_wb.flexserve.model.columns import Schema
-    from opml_wb.flexserve.model.rows import read_rows
+    from opml_wb.flexserve.inputs.feeds import feed_of
+    from opml_wb.flexserve.inputs.columns import Schema
+    from opml_wb.flexserve.inputs.rows import read_rows
     rows, schema, client, (_, _, net) = listings(), Schema.parse(COLUMNS), Client(listing_server.url), place
     feeds = [feed_of(t, schema).many(read_rows(schema, rows)) for t in TAKES]
     with torch.inference_mode():
@@ -186,10 +186,10 @@ def test_mixed_rows_equal_the_network(place, listing_server):
 def test_a_row_with_a_large_photograph(place):
     "A helper decodes it, the workers are free meanwhile: the answer is the network's, beside rows with small ones; one that ends early is an error."
     import torch
-    from opml_wb.flexserve.model.columns import Schema
-    from opml_wb.flexserve.model.feeds import feed_of
-    from opml_wb.flexserve.model.rows import read_rows
-    from opml_wb.flexserve.serve.attack import photograph
+    from opml_wb.flexserve.inputs.columns import Schema
+    from opml_wb.flexserve.inputs.feeds import feed_of
+    from opml_wb.flexserve.inputs.rows import read_rows
+    from opml_wb.flexserve.measure.attack import photograph
     large, (_, _, net) = photograph(6, progressive=True), place
     rows = [r if i % 3 else {**r, "photo": large} for i, r in enumerate(listings(5))]
     feeds = [feed_of(t, Schema.parse(COLUMNS)).many(read_rows(Schema.parse(COLUMNS), rows)) for t in TAKES]
@@ -271,7 +271,7 @@ def test_rows_by_the_open_inference_protocol(place, people_server):
 
 def test_what_the_server_says_of_itself_is_what_it_takes(people_server):
     "The OpenAPI document has the columns, and every field of a request once: parser, document and protocol agree."
-    from opml_wb.flexserve.serve.request import DECLARED, PARAMETERS
+    from opml_wb.flexserve.requests.request import DECLARED, PARAMETERS
     schemas = Client(people_server.url).call("GET", "/openapi.json")["components"]["schemas"]
     assert list(schemas["Row"]["properties"]) == ["age", "job", "rooms"] and {"rows", "columns", *DECLARED} <= set(schemas["Predict"]["properties"])
     assert set(schemas["Infer"]["properties"]["parameters"]["properties"]) == {"binary_data_output", *PARAMETERS} and "weights" in PARAMETERS

@@ -24,7 +24,7 @@ from PIL import Image
 from opml_wb.core.record.models import ModelStore
 from opml_wb.flexserve import Bundle, Client, Engine, Policy
 from opml_wb.flexserve.serve import Server, ServerError, encoded
-from opml_wb.flexserve.serve.load_test import closed, form, predict
+from opml_wb.flexserve.measure.load_test import closed, form, predict
 
 ODD = '''
 import os, time, torch
@@ -648,7 +648,7 @@ def test_sigterm_drains(place, right):
     assert len([r for r in lost if "ConnectionRefusedError" not in r.why]) <= 1, {r.why for r in lost}
     assert len(replies) - len(lost) > 16 and not wrong([r for r in replies if r.status], right)
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"]
-                and "opml_wb.flexserve.serve.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
+                and "opml_wb.flexserve.workers.worker" in " ".join(p.info["cmdline"]) and p.ppid() == server.process.pid]
 
 
 def test_tokens(place, tmp_path):
@@ -669,7 +669,7 @@ def test_tokens(place, tmp_path):
 def test_command_line(place, opml, home, tmp_path):
     "pack, publish, diff, rollback, pin, and errors in one line."
     from click.testing import CliRunner
-    from opml_wb.flexserve.serve.cli import flexserve
+    from opml_wb.flexserve.commands.cli import flexserve
     import torch
     from opml_wb.flexserve.model import zoo
     def typed(*words): return CliRunner().invoke(flexserve, list(map(str, words)))

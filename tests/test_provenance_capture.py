@@ -631,3 +631,23 @@ def test_a_broken_journal_is_read_as_far_as_it_goes(here, tmp_path):
     lines = [{"o": "w", "p": str(here / "a.txt"), "t": 0}, {"o": "nobody knows", "p": 1}, {"o": "w", "p": str(here / "never"), "t": 1}]
     (here / JOURNAL).write_text("\n".join(map(json.dumps, lines)) + '\n{"o": "w", "p": "/cut')
     assert names(outcomes.events(read_lines(here / JOURNAL))) == [("created", "a.txt")]
+
+
+FAULTS = {"the index is locked": "lineage._upgrade = fails", "the document fails": "trace.conclude = fails", "the watcher fails": "trace.watching.end = fails"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_the_end_of_a_trace_loses_no_answer(tmp_path, fault):
+    "The command's exit code and one JSON object with `run` come, whatever fails after it ended; a stage that was recorded has its run."
+    code = f"""
+import sqlite3, sys
+from opml_wb.provenance.watch import lineage_db as lineage, trace
+def fails(*args, **more): raise sqlite3.OperationalError("database is locked")
+{FAULTS[fault]}
+from opml_wb.core.cli import main
+main(["provenance", "trace", "--json", "--", sys.executable, "-c", "print(1); raise SystemExit(3)"])"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OPML_HOME": str(tmp_path)}, capture_output=True, text=True)
+    told = json.loads(done.stdout)
+    assert done.returncode == told["exit"] == 3 and "Traceback" not in done.stderr, done.stderr
+    assert ("database is locked" in done.stderr) == (fault != "the watcher fails")
+    assert bool(told["run"]) == (fault != "the document fails")

@@ -11,20 +11,30 @@ from typing import TYPE_CHECKING
 from ..core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.diagnostics.boards import board
-    from opml_wb.diagnostics.cause import Cause, Rules, rank_causes
-    from opml_wb.diagnostics.condition import Conditioned
-    from opml_wb.diagnostics.culprit import Culprits
-    from opml_wb.diagnostics.detectors import Pipeline
-    from opml_wb.diagnostics.faults import available
-    from opml_wb.diagnostics.metrics import (event_scores, random_row, range_scores, vus, vus_pr,
-        vus_roc)
-    from opml_wb.diagnostics.perturb import Experiment
-    from opml_wb.diagnostics.searching import Search, search
-    from opml_wb.diagnostics.serve import Results
-    from opml_wb.diagnostics.store import Models, UnknownHardware
+    from opml_wb.diagnostics.counters import collect, govern
+    from opml_wb.diagnostics.support.boards import board
+    from opml_wb.diagnostics.support.cause import Cause, Rules, rank_causes
+    from opml_wb.diagnostics.detect.condition import Conditioned
+    from opml_wb.diagnostics.support.culprit import Culprits
+    from opml_wb.diagnostics.detect.detectors import Pipeline
+    from opml_wb.diagnostics.disturb.faults import available
+    from opml_wb.diagnostics.detect.metrics import (event_scores, random_row, range_scores, vus,
+        vus_pr, vus_roc)
+    from opml_wb.diagnostics.disturb.perturb import Experiment
+    from opml_wb.diagnostics.detect.searching import Search, search
+    from opml_wb.diagnostics.support.serve import Results
+    from opml_wb.diagnostics.support.store import Models, UnknownHardware
     from opml_wb.diagnostics.telemetry import fio_runs
-    from opml_wb.diagnostics.threshold import POT, AlertRate
+    from opml_wb.diagnostics.detect.threshold import POT, AlertRate
 
-MOVED = {"search": "searching", "board": "boards"}  # by the names of their functions
+MOVED = {  # old module: where it is now
+    "search": "detect.searching", "board": "support.boards", "collect": "counters.collect",
+    "govern": "counters.govern", "metrics": "detect.metrics",
+    "tables": "detect.tables", "detectors": "detect.detectors", "boosting": "detect.boosting",
+    "condition": "detect.condition", "searching": "detect.searching",
+    "threshold": "detect.threshold", "drift": "detect.drift", "store": "support.store",
+    "cause": "support.cause", "culprit": "support.culprit", "serve": "support.serve",
+    "boards": "support.boards", "ledger": "disturb.ledger", "network": "disturb.network",
+    "faults": "disturb.faults", "perturb": "disturb.perturb", "live": "disturb.live",
+    "normals": "disturb.normals"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.eligibility.example_logs import bias_curve, load, simulate
 
 MOVED = {  # old module: where it is now
-    "order": "wide", "xes": "wide", "join": "auditlog", "scan": "scanning", "pairs": "verdict",
-    "sample": "sampling", "snapshot": "snapshots", "useful": "usefulness",
-    "simulate": "example_logs", "data": "example_logs"}
+    "order": "reading.wide", "xes": "reading.wide", "join": "auditlog", "scan": "scanning",
+    "pairs": "verdict", "sample": "sampling", "snapshot": "snapshots", "useful": "usefulness",
+    "simulate": "example_logs", "data": "example_logs", "encode": "reading.encode",
+    "dates": "reading.dates", "clock": "reading.clock", "kernels": "reading.kernels",
+    "wide": "reading.wide", "delta": "reading.delta"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

@@ -164,20 +164,14 @@ def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/explain/06_plots.ipynb #20481736
 def readability_figure(curve: pd.DataFrame) -> "go.Figure":
     "Draw accuracy against how much one would have to read (of `cost_of_readability`)."
-    fig = ui.figure("parts to read: leaves, or curves (log)", "accuracy", height=360, margin_t=30,
-                    xaxis_type="log", showlegend=False)
+    curve = curve.sort_values("parts")
+    fig = ui.figure("parts to read: leaves, or curves", "accuracy", height=360, margin_t=30,
+                    xaxis_type="category", showlegend=False)
     spread = dict(type="data", symmetric=False, array=curve.hi - curve.accuracy,
                   arrayminus=curve.accuracy - curve.lo)
-    at = np.log10(curve.parts.to_numpy(float))
-    close = [((at > x) & (at < x + .75)).any() for x in at]
-    text = [f" {m} " for m in curve.model]
-    fig.add_scatter(x=curve.parts, y=curve.accuracy, mode="markers+text", text=text, error_y=spread,
-                    textposition=["middle left" if c else "middle right" for c in close],
-                    marker=dict(color=ui.COLOURS["ours"], size=11))
-    powers = [10**k for k in range(7)]
-    top = float(np.log10(curve.parts.max())) + .9
-    return fig.update_xaxes(tickvals=powers, ticktext=[f"{p:,}" for p in powers],
-                            range=[float(np.log10(curve.parts.min())) - 1, top])
+    names = [f"{m.replace(', ', '<br>')}<br>{n:,.0f}" for m, n in zip(curve.model, curve.parts)]
+    return fig.add_scatter(x=names, y=curve.accuracy, mode="markers", error_y=spread,
+                           marker=dict(color=ui.COLOURS["ours"], size=11))
 
 # %% ../../nbs/explain/06_plots.ipynb #81d0203b
 def disagreement_figure(found: Mapping[str, pd.DataFrame]) -> "go.Figure":

@@ -12,26 +12,41 @@ from ..core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
     from opml_wb.flexserve.model.bundle import Bundle
-    from opml_wb.flexserve.model.columns import Column, Schema, schema_of
+    from opml_wb.flexserve.inputs.columns import Column, Schema, schema_of
     from opml_wb.flexserve.model.publish import publish
     from opml_wb.flexserve.model.weights import BundleError, import_torch
-    from opml_wb.flexserve.model.engine import Engine, EngineError, Answer
-    from opml_wb.flexserve.model.answer_policy import Policy, PolicyError, Verdict
-    from opml_wb.flexserve.model.evaluation import sweep, confusion, per_class, flips
-    from opml_wb.flexserve.model.images import decode, Transform
+    from opml_wb.flexserve.answers.engine import Engine, EngineError, Answer
+    from opml_wb.flexserve.answers.answer_policy import Policy, PolicyError, Verdict
+    from opml_wb.flexserve.answers.evaluation import sweep, confusion, per_class, flips
+    from opml_wb.flexserve.inputs.images import decode, Transform
     from opml_wb.flexserve.serve.client import Client
     from opml_wb.flexserve.tracking import presence, movement
     from opml_wb.flexserve.cockpit import FlexCockpit
 
 MOVED = {  # old module: where it is now
-    "images": "model.images", "weights": "model.weights", "zoo": "model.zoo",
+    "images": "inputs.images", "weights": "model.weights", "zoo": "model.zoo",
     "bundle": "model.bundle", "ensemble": "model.ensemble", "onnx": "model.onnx",
-    "policy": "model.answer_policy", "model.policy": "model.answer_policy",
-    "engine": "model.engine", "frontier": "model.evaluation",
-    "diff": "model.evaluation", "data": "model.data", "track": "tracking",
-    "batching": "serve.batching", "worker": "serve.worker", "metrics": "serve.metrics",
-    "pool": "serve.pool", "request": "serve.request", "openapi": "serve.openapi",
-    "oip": "serve.oip", "http": "serve.http", "auth": "serve.settings", "server": "serve.server",
-    "client": "serve.client", "load": "serve.load_test", "ray_app": "serve.ray_app",
-    "cli": "serve.cli"}
+    "policy": "answers.answer_policy", "model.policy": "answers.answer_policy",
+    "engine": "answers.engine", "frontier": "answers.evaluation", "diff": "answers.evaluation",
+    "data": "model.data", "track": "tracking", "batching": "workers.batching",
+    "worker": "workers.worker", "metrics": "workers.metrics", "pool": "workers.pool",
+    "request": "requests.request", "openapi": "requests.openapi", "oip": "serve.oip",
+    "http": "serve.http", "auth": "settings", "server": "serve.server", "client": "serve.client",
+    "load": "measure.load_test", "ray_app": "serve.ray_app", "cli": "commands.cli",
+    "serve.request": "requests.request", "serve.row_request": "requests.row_request",
+    "serve.tensors": "requests.tensors", "serve.row_tensors": "requests.row_tensors",
+    "serve.bodies": "requests.bodies", "serve.openapi": "requests.openapi",
+    "serve.tasks": "workers.tasks", "serve.metrics": "workers.metrics",
+    "serve.fair": "workers.fair", "serve.costs": "workers.costs",
+    "serve.batching": "workers.batching", "serve.inference": "workers.inference",
+    "serve.worker": "workers.worker", "serve.crew": "workers.crew", "serve.stage": "workers.stage",
+    "serve.admission": "workers.admission", "serve.group": "workers.group",
+    "serve.pool": "workers.pool", "serve.load_test": "measure.load_test",
+    "serve.attack": "measure.attack", "serve.baselines": "measure.baselines",
+    "serve.cli_kit": "commands.cli_kit", "serve.cli_models": "commands.cli_models",
+    "serve.adding": "commands.adding", "serve.cli": "commands.cli", "serve.demo": "commands.demo",
+    "serve.settings": "settings", "serve.logs": "logs", "model.images": "inputs.images",
+    "model.headers": "inputs.headers", "model.columns": "inputs.columns",
+    "model.rows": "inputs.rows", "model.feeds": "inputs.feeds", "model.engine": "answers.engine",
+    "model.answer_policy": "answers.answer_policy", "model.evaluation": "answers.evaluation"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

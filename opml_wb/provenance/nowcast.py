@@ -90,14 +90,15 @@ def write_scripts(folder: str | os.PathLike) -> Path:
 def traced(folder: str | os.PathLike, *words: str) -> dict[str, Any]:
     """Trace a Python script (its name and arguments) in `folder`: what the command tells.
 
-    Raises RuntimeError when it cannot be traced."""
+    Raises RuntimeError, with what it told, when it cannot be traced or recorded."""
     opml = [sys.executable, "-m", "opml_wb.core.cli", "provenance", "trace", "--json", "--"]
     command = [*opml, sys.executable, *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    try: return json.loads(done.stdout)
-    except ValueError:
-        raise RuntimeError(f"tracing {' '.join(words)} ended with code {done.returncode}: "
-                           f"{done.stderr[-1000:]}") from None
+    with contextlib.suppress(ValueError):
+        told = json.loads(done.stdout)
+        if told.get("run"): return told
+    raise RuntimeError(f"tracing {' '.join(words)} ended with code {done.returncode}: "
+                       f"{done.stderr[-1000:] or done.stdout[-1000:]}")
 
 # %% ../../nbs/provenance/04_nowcast.ipynb #62d66743
 def imports(source: str) -> list[str]:

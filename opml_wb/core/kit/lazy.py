@@ -114,12 +114,13 @@ def _keep(package: str, exported: set[str]) -> None:
     sys.modules[package].__class__ = Package
 
 # %% ../../../nbs/core/kit/04_lazy.ipynb #80f3420c
-def stands_for(name: str, source: str) -> list[str]:
+def stands_for(name: str, source: str, package: str = "") -> list[str]:
     """Find the modules behind `name`: a lazy export of its package, or a module that moved.
 
-    `name`: dotted; `source`: of the package's `__init__`, whose `MOVED` is a literal. [] when it is
-    neither."""
-    package, _, last = name.rpartition(".")
+    `name`: dotted; `package`: the one that is asked (default: that in which `name` would stand);
+    `source`: of its `__init__`, whose `MOVED` is a literal. [] when `name` is neither."""
+    package = package or name.rpartition(".")[0]
+    last = name.removeprefix(f"{package}.")
     try: tree = parse(source)
     except SyntaxError: return []
     for node in tree.body:

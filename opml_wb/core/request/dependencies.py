@@ -131,10 +131,14 @@ def _source(path: str | Path) -> str:
 # %% ../../../nbs/core/request/08_dependencies.ipynb #2752a29d
 def _behind(name: str, path: list[str]) -> list[str]:
     "List the modules that dotted `name`, itself no module, stands for in a package of one's own."
-    package = spec_of(name.rpartition(".")[0], path) if "." in name else None
-    if not package or not package.origin or not package.submodule_search_locations: return []
-    if INSTALLED.search(package.origin): return []
-    return stands_for(name, _source(package.origin))
+    above = name.rpartition(".")[0]
+    while above:  # the package, or one around it, may know where it moved
+        package = spec_of(above, path)
+        if package and package.origin and package.submodule_search_locations:
+            if INSTALLED.search(package.origin): return []
+            if found := stands_for(name, _source(package.origin), above): return found
+        above = above.rpartition(".")[0]
+    return []
 
 # %% ../../../nbs/core/request/08_dependencies.ipynb #06dafcb4
 SCRIPT = re.compile(r"^\s*%run\s+(?:-\S+\s+)*(\S+\.py)\b", re.M)

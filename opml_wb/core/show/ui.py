@@ -7,7 +7,7 @@ __all__ = ['template', 'figure', 'paper_line', 'slider', 'Play', 'play', 'form']
 
 # %% ../../../nbs/core/show/01_ui.ipynb #f106dc6d
 import math, os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,14 @@ def slider(name: str, value: "tuple | Widget") -> "Widget":
     return w.IntSlider(value=default, min=low, max=high, step=step, description=name,
                        continuous_update=False)
 
+# %% ../../../nbs/core/show/01_ui.ipynb #45ac168b
+def _widen(controls: "Iterable[Widget]") -> None:
+    "Make room for the longest name; Jupyter cuts those of more than 80 pixels."
+    named = [c for c in controls if hasattr(getattr(c, "style", None), "description_width")]
+    wide = max((8 * len(c.description) for c in named), default=0)
+    for c in named if wide > 80 else ():
+        c.style.description_width, c.layout.width = f"{wide}px", f"{220 + wide}px"
+
 # %% ../../../nbs/core/show/01_ui.ipynb #ed531d1a
 class Play:
     """Controls (`sliders`: name -> ipywidget) over a plotly figure (`fig`) with a line of text
@@ -111,6 +119,7 @@ class Play:
         self.fig, self.update, self.note = fig, update, w.HTML()
         self.shown: list = []  # display handles
         self.sliders = {name: slider(name, c) for name, c in controls.items()}
+        _widen(self.sliders.values())
         self._move()
         for s in self.sliders.values(): s.observe(self._moved, "value")
 

@@ -98,7 +98,8 @@ class InProcess:
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #21b6f9af
 def _installed(name: str) -> str | None:
-    try: return metadata.version(name)
+    "The version of a distribution here; `name` may ask for extras: pandas[parquet]."
+    try: return metadata.version(name.partition("[")[0])
     except metadata.PackageNotFoundError: return None
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #d57f9f98
@@ -221,7 +222,7 @@ atexit.register(close_all)
 ASKING = """import json, sys
 from importlib import metadata
 def version(name):
-    try: return metadata.version(name)
+    try: return metadata.version(name.partition("[")[0])   # extras aside
     except metadata.PackageNotFoundError: return None
 print(json.dumps([sys.version.split()[0], {name: version(name) for name in sys.argv[1:]}]))"""
 

@@ -12,7 +12,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from http.client import HTTPException
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from fastcore.basics import patch
 
@@ -79,12 +82,13 @@ def blocks(url: str, start: int = 0) -> Iterator[bytes]:
     scheme = url.partition(":")[0] if ":" in url else ""
     try:
         if scheme in ("http", "https"): yield from _http(url, start)
+        elif scheme == "file": yield from _opened(url2pathname(urlsplit(url).path), start)
         elif scheme in LOCAL: yield from _opened(str(LOCAL[scheme](url)), start)
         else: yield from _opened(url, start)
     except HTTPError as e:
         why = f"the server answers {e.code} {e.reason}"
         raise ResourceError(f"{unsecret(url, url)}: {why}") from None
-    except (OSError, URLError) as e:
+    except (OSError, URLError, HTTPException) as e:
         raise ResourceError(f"{unsecret(url, url)}: {getattr(e, 'reason', e)}") from None
     except (ImportError, ValueError) as e:
         if isinstance(e, ResourceError): raise
@@ -239,10 +243,11 @@ def unpack(file: Path, to: Path, url: str) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open_it() as source, open(target, "xb") as f:   # type: ignore[operator]
                 shutil.copyfileobj(source, f, BLOCK)
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
+        if not any(to.iterdir()): raise ResourceError(f"{url}: the archive holds no file")
+    except ResourceError: remove(to); raise
+    except Exception as e:   # encrypted, of an unknown method, cut off, names that can't be ...
         remove(to)
         raise ResourceError(f"{url}: can't be unpacked: {e}") from None
-    except ResourceError: remove(to); raise
 
 # %% ../../../nbs/dlspec/execute/01_resources.ipynb #a07c338a
 @patch

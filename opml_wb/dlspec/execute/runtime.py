@@ -225,10 +225,13 @@ def data(self: Run, given: Any) -> Any:
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #03d26694
 @patch
-def execute(self: Run, data: Any) -> dict[str, Any]:
-    "Steps 6 to 12: fetch the model, run the stages; {outputs, metrics, seconds}."
+def execute(self: Run, data: Any, own: bool = False) -> dict[str, Any]:
+    """Steps 6 to 12: fetch the model, run the stages; {outputs, metrics, seconds}.
+
+    own: data are the user's; if the data set has no files, they are items, not to be loaded."""
     parts, trace = self.parts, self.trace
-    stages = _stages(parts)
+    loaded = own and not parts.dataset.resources
+    stages = [s for s in _stages(parts) if not (loaded and s[0] == "load")]
     with trace.step("paths to pre-processing", 6) as notes:
         notes.append(f"{len(data)} items" if hasattr(data, "__len__") else type(data).__name__)
     with trace.step(parts.task.mode, 8): pass
@@ -291,9 +294,9 @@ def run(task: Task, *, executor: str = "inprocess", catalog: Catalog | None = No
     executor: inprocess, venv (another environment, a warm worker) or oci (a container). catalog:
     where its references are found. scenario: None, single-stream (one item a query) or offline
     (all at once): the run stage alone is measured, `repeats` times. batch: items to a call of the
-    run stage. allow_unverified: URLs that may come without a checksum. data: takes the place of
-    the data set's files. out: folder for a training's artifacts. sysfs: where settings are made.
-    limits: of the worker or container, such as limit_s.
+    run stage. allow_unverified: URLs that may come without a checksum. data: in the place of the
+    data set's files, or of its items if it has no files. out: folder for a training's artifacts.
+    sysfs: where settings are made. limits: of the worker or container, such as limit_s.
     Raises ManifestError, ResourceError, ExecutionError (with the stage's traceback)."""
     check_choice("executor", executor, EXECUTORS)
     if scenario is not None: check_choice("scenario", scenario, SCENARIOS)
@@ -311,7 +314,7 @@ def run(task: Task, *, executor: str = "inprocess", catalog: Catalog | None = No
             notes += [f"{k}: {v}" for k, v in report.items()]
         with trace.step("launch", 3) as notes: notes.append(one.executor.open())
         one.note = trace.rows[-1][3]
-        answer = one.execute(one.data(data))
+        answer = one.execute(one.data(data), data is not None)
     return _result(one, answer, out)
 
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #8b9b4033

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.flexserve.model.images import Limits, Reject, decode, from_tensor, Transform
+    from opml_wb.flexserve.inputs import (Column, Limits, Reject, Schema, Transform, decode,
+        from_tensor, schema_of)
+    from opml_wb.flexserve.answers import (Answer, Engine, EngineError, Policy, PolicyError,
+        Verdict, confusion, counts, flips, per_class, sweep)
     from opml_wb.flexserve.model.weights import BundleError, import_torch
     from opml_wb.flexserve.model.ensemble import one_thread
     from opml_wb.flexserve.model.bundle import Bundle
-    from opml_wb.flexserve.model.columns import Column, Schema, schema_of
     from opml_wb.flexserve.model.publish import publish
     from opml_wb.flexserve.model.onnx import place, prepare
-    from opml_wb.flexserve.model.answer_policy import PolicyError, Verdict, Policy
-    from opml_wb.flexserve.model.engine import EngineError, Answer, Engine
-    from opml_wb.flexserve.model.evaluation import counts, sweep, confusion, per_class, flips
     from opml_wb.flexserve.model.data import pictures, cifar, cifar_models
 
 __getattr__, __dir__, __all__ = lazy(__name__)

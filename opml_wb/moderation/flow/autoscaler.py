@@ -75,7 +75,8 @@ class Fleet:
             try: p.wait(self.patience_s)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
         self.running = alive[:n]
-        while len(self.running) < n: self.running.append(subprocess.Popen(self.command))
+        while len(self.running) < n: self.running.append(
+            subprocess.Popen(self.command, stdout=subprocess.DEVNULL))
 
     def __enter__(self) -> "Fleet": return self
     def __exit__(self, *_: Any) -> None: self.scale(0)

@@ -21,16 +21,22 @@ button{font-size:1rem;padding:.5rem 1.2rem;margin:.5rem .5rem 0 0}
 #said{color:#888}</style></head><body><main><h1>Review</h1><div id="card" aria-live="polite"></div>
 <button id="d">Delete (D)</button><button id="k">Keep (K)</button><button id="u">Undo (U)</button>
 <p id="said" role="status"></p></main><script>
-let now=null,made=0,busy=false;const $=i=>document.getElementById(i);
-function show(a){now=a.key;$('card').innerHTML=a.html;$('card').dataset.key=a.key||'';
+let now=null,made=0,next=null,sent=null,line=Promise.resolve();
+const $=i=>document.getElementById(i);
+function place(a){now=a.key;$('card').innerHTML=a.html;$('card').dataset.key=a.key||'';}
+function show(a){place(a);next=a.next;
  $('said').textContent=(a.error?a.error+' · ':'')+made+' decided, '+a.waiting+' waiting'+
  (a.agreement.n?' · agreement '+Math.round(100*a.agreement.agree)+' % of '+a.agreement.n+', kappa '+
  (a.agreement.kappa==null?'–':a.agreement.kappa.toFixed(2)):'');}
-async function act(what,more){if(busy)return;busy=true;const t=performance.now();
- try{const r=await fetch(what,{method:'POST',headers:{'content-type':'application/json'},
-  body:JSON.stringify(more||{})});const a=await r.json();
-  if(!a.error)made+=what=='decide'?1:what=='undo'?-1:0;show(a);window.took=performance.now()-t;}
- finally{busy=false}}
+function act(what,more={}){const t=performance.now();
+ if(what=='decide'){if(!more.key||more.key===sent)return;sent=more.key}else sent=null;
+ line=line.then(()=>go(what,more,t)).catch(e=>{sent=null;$('said').textContent='not sent: '+e})}
+async function go(what,more,t){const there=what=='decide'&&next&&now===more.key;
+ if(there){place(next);next=null;window.took=performance.now()-t}
+ const r=await fetch(what,{method:'POST',headers:{'content-type':'application/json'},
+  body:JSON.stringify(more)}),a=await r.json();
+ if(a.error)sent=null;else made+=what=='decide'?1:what=='undo'?-1:0;
+ show(a);if(!there)window.took=performance.now()-t}
 const keys={d:()=>act('decide',{violates:true,key:now}),
  k:()=>act('decide',{violates:false,key:now}),
  u:()=>act('undo')};
@@ -46,10 +52,11 @@ POLICY = (
 
 # %% ../../../nbs/moderation/flow/06_page.ipynb #92b22964
 def answer(console: ReviewConsole, error: str = "") -> dict[str, Any]:
-    "Tell the page what is shown now: key, html, waiting, agreement, error."
-    item, told = console.item(), console.decisions.agreement()
-    told = {k: None if v != v else v for k, v in told.items()}
+    "Tell the page what is shown now and next: key, html, next, waiting, agreement, error."
+    item, after = console.item(), console.item(ahead=1)
+    told = {k: None if v != v else v for k, v in console.told[1].items()}
     return {"key": item and item["key"], "html": card(item), "agreement": told, "error": error,
+            "next": after and {"key": after["key"], "html": card(after)},
             "waiting": item["waiting"] if item else 0}
 
 # %% ../../../nbs/moderation/flow/06_page.ipynb #aa9d64fc
@@ -58,6 +65,7 @@ def page(console: ReviewConsole) -> "Starlette":
 
     Serve it with uvicorn on 127.0.0.1."""
     from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import HTMLResponse, JSONResponse
     from starlette.routing import Route
@@ -77,7 +85,8 @@ def page(console: ReviewConsole) -> "Starlette":
         except ValueError: given = {}
         name = request.url.path.rpartition("/")[2]
         told = await run_in_threadpool(act, name, given if isinstance(given, dict) else {})
-        return JSONResponse(told, status_code=409 if told["error"] else 200)
+        return JSONResponse(told, status_code=409 if told["error"] else 200,
+                            background=BackgroundTask(console.rest))
 
     async def home(request):
         return HTMLResponse(PAGE, headers={"content-security-policy": POLICY})

@@ -18,47 +18,57 @@ if TYPE_CHECKING:
 ROUNDS = "first", "second", "appeal"
 DECISIONS = """create table if not exists decision (n integer primary key autoincrement,
 listing text not null, moderator text not null, violates integer not null, round text not null,
-at real not null, withdrawn integer not null default 0)"""
+at real not null, withdrawn integer not null default 0, topic text not null default '')"""
 
 class Decisions:
     "Moderators' decisions in an SQLite file; rows are only added, or marked as withdrawn."
     def __init__(self, path: str | os.PathLike) -> None:
         self.db = open_file(os.fspath(path))
         self.db.execute(DECISIONS)
+        if "topic" not in [row[1] for row in self.db.execute("pragma table_info(decision)")]:
+            self.db.execute("alter table decision add topic text not null default ''")
 
-    def add(self, listing: str, moderator: str, violates: bool, round: str = "first") -> int:
-        "Keep a decision; returns its number."
+    def add(self, listing: str, moderator: str, violates: bool, round: str = "first",
+            topic: str = "") -> int:
+        "Keep a decision on a topic (empty: on all that alerted); returns its number."
         if round not in ROUNDS: raise ValueError(f"round: expected {', '.join(ROUNDS)}")
         return self.db.execute(
-            "insert into decision (listing, moderator, violates, round, at) values (?,?,?,?,?)",
-            (listing, moderator, int(violates), round, time.time())).lastrowid or 0
+            "insert into decision (listing, moderator, violates, round, at, topic) "
+            "values (?,?,?,?,?,?)",
+            (listing, moderator, int(violates), round, time.time(), topic)).lastrowid or 0
 
     def withdraw(self, n: int) -> None:
         "Take decision n back."
         self.db.execute("update decision set withdrawn=1 where n=?", (n,))
 
     def frame(self) -> "pd.DataFrame":
-        "List the decisions that hold: table of n, listing, moderator, violates, round, at."
+        "List the decisions that hold: table of n, listing, moderator, violates, round, at, topic."
         import pandas as pd
-        rows = self.db.execute("select n, listing, moderator, violates, round, at from decision "
+        names = ["n", "listing", "moderator", "violates", "round", "at", "topic"]
+        rows = self.db.execute(f"select {', '.join(names)} from decision "
                                "where withdrawn=0 order by n").fetchall()
-        names = ["n", "listing", "moderator", "violates", "round", "at"]
         return pd.DataFrame(rows, columns=names).astype({"violates": bool})
 
 # %% ../../../nbs/moderation/flow/05_review.ipynb #bf111ac5
 @patch
-def labels(self: Decisions) -> "pd.Series":
-    "Give each decided listing its label: bool by listing, the last decision."
-    return self.frame().drop_duplicates("listing", keep="last").set_index("listing").violates
+def labels(self: Decisions, topic: str | None = None, after: int = 0) -> "pd.Series":
+    """Give each decided listing its label: bool by listing, the last decision.
+
+    topic: only of what was decided on it. after: only of decisions with a higher number."""
+    f = self.frame()
+    if topic is not None: f = f[f.topic.isin([topic, ""])]
+    f = f[f.n > after].drop_duplicates("listing", keep="last")
+    if topic is not None: f = f[(f.topic == topic) | ~f.violates]
+    return f.set_index("listing").violates
 
 # %% ../../../nbs/moderation/flow/05_review.ipynb #f87a3678
 @patch
 def agreement(self: Decisions) -> dict[str, float]:
     "Compare first and second looks at the same listings: n, agree (share), kappa."
     f = self.frame()
-    f = f[f["round"] != "appeal"]
-    a = f.drop_duplicates("listing").set_index("listing")
-    b = f.drop_duplicates("listing", keep="last").set_index("listing")
+    f = f[f["round"] != "appeal"].assign(what=f.listing + "/" + f.topic)
+    a = f.drop_duplicates("what").set_index("what")
+    b = f.drop_duplicates("what", keep="last").set_index("what")
     both = a.index[a.moderator.to_numpy() != b.moderator.reindex(a.index).to_numpy()]
     if not len(both): return {"n": 0, "agree": float("nan"), "kappa": float("nan")}
     x, y = a.violates[both].to_numpy(), b.violates.reindex(both).to_numpy()
@@ -82,6 +92,7 @@ class ReviewConsole:
         self.double, self.ahead, self.lease_s = double, ahead, lease_s
         self.waiting: list[Lease] = []
         self.made: list[tuple[int, Lease]] = []
+        self.told: tuple[float, dict[str, float]] = (-1e9, {})
         self.lock = threading.RLock()
 
     def _mine(self, x: Lease) -> bool:
@@ -99,15 +110,25 @@ def _fill(self: ReviewConsole) -> None:
 
 # %% ../../../nbs/moderation/flow/05_review.ipynb #d4ab3058
 @patch
-def item(self: ReviewConsole) -> dict[str, Any] | None:
-    "Show what is to be decided now: key, listing, alerts, waiting; None when nothing waits."
+def item(self: ReviewConsole, ahead: int = 0) -> dict[str, Any] | None:
+    """Show what is to be decided now: key, listing, alerts, waiting; None when nothing waits.
+
+    ahead: 1 shows what comes after it, if it is already here."""
     with self.lock:
         if not self.waiting: self._fill()
-        if not self.waiting: return None
-        x = self.waiting[0]
+        if len(self.waiting) <= ahead: return None
+        x = self.waiting[ahead]
         body = json.loads(x.body)
         return {"key": x.key, "listing": body["listing"], "alerts": body.get("alerts", []),
                 "round": body.get("round", "first"), "waiting": self.queue.depth}
+
+@patch
+def rest(self: ReviewConsole, every_s: float = 5.) -> dict[str, float]:
+    "Do what nobody waits for: claim ahead, compute the agreement (at most each every_s seconds)."
+    with self.lock: self._fill()
+    if time.monotonic() - self.told[0] >= every_s:
+        self.told = time.monotonic(), self.decisions.agreement()
+    return self.told[1]
 
 # %% ../../../nbs/moderation/flow/05_review.ipynb #e70fc252
 @patch
@@ -124,7 +145,8 @@ def decide(self: ReviewConsole, violates: bool, key: str | None = None) -> dict[
         body = json.loads(x.body)
         round, id = body.get("round", "first"), str(body["listing"]["id"])
         self.queue.ack(x)
-        self.made.append((self.decisions.add(id, self.moderator, violates, round), x))
+        topic = body["alerts"][0] if len(body.get("alerts", ())) == 1 else ""
+        self.made.append((self.decisions.add(id, self.moderator, violates, round, topic), x))
         if round == "first" and _drawn(id, self.double): self._again(x, "second")
         return self.item()
 

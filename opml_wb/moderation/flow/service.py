@@ -71,12 +71,15 @@ class Proxy:
     """Score what waits in `queue` and put every prediction, negatives too, into `predicted`.
 
     client: asks the endpoint (`rows(frame)`, as FlexServe's Client). thresholds: {topic: score
-    from which it is alerted}. batch: listings a request. lease_s: time for one."""
+    from which it is alerted; "*": of all others}. batch: listings a request. lease_s: for one."""
 
     def __init__(self, queue: Any, predicted: Any, client: Any, thresholds: Mapping[str, float],
                  batch: int = 32, lease_s: float = 30.) -> None:
         self.queue, self.predicted, self.client = queue, predicted, client
         self.thresholds, self.batch, self.lease_s = dict(thresholds), batch, lease_s
+
+    def _from(self, topic: str) -> float:
+        return self.thresholds.get(topic, self.thresholds.get("*", np.inf))
 
     def _read(self, leases: Sequence[Any]) -> tuple[list, list[Listing]]:
         good, listings = [], []
@@ -111,7 +114,7 @@ def step(self: Proxy) -> int:
     out = []
     for i, (lease, x) in enumerate(zip(good, listings)):
         mine = {topic: s[i] for topic, s in scores.items()}
-        alerts = [t for t, s in mine.items() if s >= self.thresholds.get(t, np.inf)]
+        alerts = [t for t, s in mine.items() if "@" not in t and s >= self._from(t)]
         told = {"id": x.id, "time": x.time, "scores": mine, "version": version, "alerts": alerts,
                 "listing": json.loads(lease.body)}
         out.append((lease.key, json.dumps(told).encode()))
@@ -144,12 +147,13 @@ class InProcess:
 class Publisher:
     """Keep predictions in a lake, and put alerted listings into the review queue.
 
-    lake: with `write(name, frame, keys, event_time)`, as provenance's FeatureStore; None: none."""
+    lake: with `write(name, frame, keys, event_time)`, as provenance's FeatureStore; None: none.
+    asks: of predictions, the topics of each review (`pilot.Asks`); None: one for all alerts."""
 
     def __init__(self, predicted: Any, review: Any, lake: Any = None, table: str = "predictions",
-                 batch: int = 512, lease_s: float = 60.) -> None:
+                 batch: int = 512, lease_s: float = 60., asks: Any = None) -> None:
         self.predicted, self.review, self.lake, self.table = predicted, review, lake, table
-        self.batch, self.lease_s = batch, lease_s
+        self.batch, self.lease_s, self.asks = batch, lease_s, asks or _all_alerts
 
     def step(self) -> int:
         "Move one batch on; returns how many predictions."
@@ -158,13 +162,18 @@ class Publisher:
         told = [json.loads(x.body) for x in leases]
         if self.lake is not None:
             self.lake.write(self.table, as_rows(told), keys=["id", "topic"], event_time="time")
-        alerted = [(x.key, json.dumps({"listing": t["listing"], "alerts": t["alerts"]}).encode())
-                   for x, t in zip(leases, told) if t["alerts"]]
+        alerted = [(f"{x.key}/{topics[0]}" if i else x.key,
+                    json.dumps({"listing": t["listing"], "alerts": topics}).encode())
+                   for x, t, asked in zip(leases, told, self.asks(told))
+                   for i, topics in enumerate(asked)]
         try: self.predicted.forward(leases, self.review, alerted)
         except LeaseLost: return 0
         return len(leases)
 
 # %% ../../../nbs/moderation/flow/03_service.ipynb #cb96ac3b
+def _all_alerts(told: Sequence[Mapping[str, Any]]) -> list[list[list[str]]]:
+    return [[t["alerts"]] if t["alerts"] else [] for t in told]
+
 def as_rows(told: Sequence[Mapping[str, Any]]) -> Any:
     "Make a table of predictions: a row for each listing and topic."
     import pandas as pd

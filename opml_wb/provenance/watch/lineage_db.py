@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from fastcore.basics import patch
 
 from ...core.kit.files import append
-from ...core.record.database import StoreError
+from ...core.record.database import StoreError, explained
 from ...core.record.folder import LOG, finish
 from ...core.record.store import Store
 from .document import FILE, document_of
@@ -116,6 +116,7 @@ class LineageDB:
     """The provenance tables of the home `root` (default: the present one; or a core Store).
 
     Raises StoreError when they were written by a newer version or the database doesn't answer."""
+    @explained
     def __init__(self, root: str | Path | Store | None = None, sync: bool = True) -> None:
         self.runs = root if isinstance(root, Store) else Store(root)
         self.db, self.root = self.runs.db, self.runs.root
@@ -125,6 +126,7 @@ class LineageDB:
         if sync: self.sync()
 
 @patch
+@explained
 def put(self: LineageDB, folders: Iterable[Path]) -> None:
     "Index the documents in `folders` of runs, in one transaction."
     docs = {f.name: d for f in folders if (d := document_of(f))}

@@ -8,7 +8,7 @@ __all__ = ['AUDITOR', 'LOST', 'script_of', 'request_of', 'error_of', 'shown', 'u
 # %% ../../../nbs/provenance/watch/14_trace.ipynb #c4e904a2
 import os, secrets, shutil, signal, socket, subprocess, threading, time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -190,8 +190,9 @@ def _serve(server: watching.Watcher, pid: int, folder: Path) -> "tuple[int, stru
     server.serve()
     _, status, usage = os.wait4(pid, 0)
     mark("end", str(folder/JOURNAL))
-    watching.end(server, {"journal": str(folder/JOURNAL)})
-    server.leave()
+    with suppress(Exception):  # how the command ended is told, whatever fails here
+        watching.end(server, {"journal": str(folder/JOURNAL)})
+        server.leave()
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code, usage
 
@@ -228,7 +229,7 @@ def watch(command: Sequence[str | os.PathLike], to_stderr: bool = False,
     seconds = time.monotonic() - began
     with private(home.root):
         try: doc = _last_word(folder, request, code, seconds, usage)
-        except OSError as e: return _unrecorded(code, began, error=_complain(e))
+        except Exception as e: return _unrecorded(code, began, error=_complain(e))
         _index(home, folder)
     stage = {k: doc["stage"][k] for k in ("capture", "partial", "why")}
     return {"run": run_id, **stage, "exit": code, "seconds": round(seconds, 4),
