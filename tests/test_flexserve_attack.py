@@ -45,7 +45,7 @@ def attacked(pictures, size, rounds):
     with watched(lambda: ask(server.url, "GET", "/health/live", limit=300)) as live:
         attack.all(size)
         try:
-            assert until(lambda: metric(server.url, "flexserve_waiting_jobs ") > 3, 120)   # it has begun to hurt
+            assert until(lambda: metric(server.url, "flexserve_waiting_jobs ") > 1, 120)   # it has begun to hurt: what is refused at once does not wait
             replies = run(server.url, lambda client, n: modest(client, n) if n < rounds else None, 8)
         finally: attack.close()
     return replies, wrong(replies, says), attack.asked, live
