@@ -441,7 +441,7 @@ x = np.zeros(32 << 17)
 def test_hand_over_by_reference_makes_no_files(tmp_path, monkeypatch):
     "Not a byte is written and no copy made, as counted by the system; our own capture sees two files where they are handed over as files, and none here."
     from opml_wb.dlspec.execute.handover import by_reference, handover, written
-    from opml_wb.provenance.watch import syscalls
+    from opml_wb.provenance.accesses import syscalls
     x = np.zeros(32 << 17)
     assert by_reference(x)()["outputs"] is x and written(by_reference(x)) == (0, 0)
     cost = handover(32, repeats=1)

@@ -17,9 +17,11 @@ from conftest import until
 
 from opml_wb.core.kit.files import read_lines
 from opml_wb.core.engine.run import run
-from opml_wb.provenance.watch import coverage, outcomes, syscalls
-from opml_wb.provenance.watch.session import JOURNAL
-from opml_wb.provenance.watch.lineage_db import LineageReader
+from opml_wb.provenance.accesses import syscalls
+from opml_wb.provenance.journal import outcomes
+from opml_wb.provenance.watch import coverage
+from opml_wb.provenance.journal.session import JOURNAL
+from opml_wb.provenance.journal.lineage_db import LineageReader
 
 told = pytest.mark.skipif(not (sys.platform == "linux" and syscalls.supported()), reason="this system doesn't allow seccomp user notification")
 
@@ -641,7 +643,8 @@ def test_a_fault_at_the_end_of_a_trace_loses_no_answer(tmp_path, fault):
     "The command's exit code and one JSON object with `run` come, whatever fails after it ended; a stage that was recorded has its run."
     code = f"""
 import sqlite3, sys
-from opml_wb.provenance.watch import lineage_db as lineage, trace
+from opml_wb.provenance.journal import lineage_db as lineage
+from opml_wb.provenance.watch import trace
 def fails(*args, **more): raise sqlite3.OperationalError("database is locked")
 {FAULTS[fault]}
 from opml_wb.core.cli import main

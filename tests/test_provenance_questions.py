@@ -16,7 +16,7 @@ from opml_wb.core.record import data
 from opml_wb.core.engine.run import run
 from opml_wb.core.record.database import StoreError
 from opml_wb.provenance import FeatureStore, check, footprint, impact, last_successful, latest_using, most_used, rerun, search, tag
-from opml_wb.provenance.watch.lineage_db import LineageReader, record_stage
+from opml_wb.provenance.journal.lineage_db import LineageReader, record_stage
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="capture needs Linux")
 PY = [sys.executable, "-S", "-E", "-c"]

@@ -23,13 +23,20 @@ if TYPE_CHECKING:  # imported at first use
     from opml_wb.provenance.ask.graph import lineage_graph
 
 MOVED = {  # old module: where it is now
-    "syscalls": "watch.syscalls", "files": "watch.versions", "net": "watch.outcomes",
-    "session": "watch.session", "fallback": "watch.fallback", "server": "watch.watcher",
-    "tracer": "watch.daemons", "facts": "watch.environment", "capture": "watch.capture",
-    "store": "watch.lineage_db", "kernel": "watch.traced_kernel", "trace": "watch.trace",
+    "syscalls": "accesses.syscalls", "files": "accesses.versions", "net": "journal.outcomes",
+    "session": "journal.session", "fallback": "watch.fallback", "server": "watch.watcher",
+    "tracer": "watch.daemons", "facts": "journal.environment",
+    "capture": "watch.capture",
+    "store": "journal.lineage_db", "kernel": "watch.traced_kernel", "trace": "watch.trace",
     "coverage": "watch.coverage", "table": "features.table", "asof": "features.asof",
     "commits": "features.store", "vintages": "features.vintages", "questions": "ask.questions",
     "fulltext": "ask.fulltext", "reproduce": "ask.reproduce", "openlineage": "ask.openlineage",
     "pipeline": "ask.pipeline", "graph": "ask.graph", "verbs": "commands",
-    "traces": "traced_commands"}
+    "traces": "traced_commands", "watch.syscalls": "accesses.syscalls",
+    "watch.paths": "accesses.paths", "watch.patience": "accesses.patience",
+    "watch.versions": "accesses.versions", "watch.contents": "accesses.contents",
+    "watch.calls": "accesses.calls", "watch.privacy": "journal.privacy",
+    "watch.session": "journal.session", "watch.outcomes": "journal.outcomes",
+    "watch.environment": "journal.environment", "watch.document": "journal.document",
+    "watch.lineage_db": "journal.lineage_db"}
 __getattr__, __dir__, __all__ = lazy(__name__, MOVED)

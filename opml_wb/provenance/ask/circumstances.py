@@ -15,10 +15,10 @@ from typing import Any
 
 from ...core.engine.isolation import POOLS
 from .questions import made, used
-from ..watch.document import SOURCE
-from ..watch.lineage_db import LineageReader
-from ..watch.privacy import MASK, masked_variables
-from ..watch.versions import version_of
+from ..journal.document import SOURCE
+from ..journal.lineage_db import LineageReader
+from ..journal.privacy import MASK, masked_variables
+from ..accesses.versions import version_of
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #abb5950a
 def difference(kind: str, name: str, then: Any, now: Any) -> dict[str, Any]:

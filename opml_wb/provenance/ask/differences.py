@@ -22,10 +22,10 @@ from .circumstances import added_to, circumstances, difference
 from .questions import used
 from .results import CANNOT_TELL, DIFFERS, SAME
 from ..features.table import Table
-from ..watch.document import SOURCE
-from ..watch.environment import machine
-from ..watch.lineage_db import LineageReader
-from ..watch.versions import version_of
+from ..journal.document import SOURCE
+from ..journal.environment import machine
+from ..journal.lineage_db import LineageReader
+from ..accesses.versions import version_of
 
 if TYPE_CHECKING: from opml_wb.core.engine.run import Plan
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.record.database import StoreError
 from .tags import tags_table
-from ..watch.lineage_db import LineageReader
+from ..journal.lineage_db import LineageReader
 
 if TYPE_CHECKING: import pandas as pd
 

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ...core.show import ui
 from .questions import made, maker, reach, used
-from ..watch.lineage_db import LineageReader, text_of
+from ..journal.lineage_db import LineageReader, text_of
 
 if TYPE_CHECKING: from plotly.graph_objects import Figure
 

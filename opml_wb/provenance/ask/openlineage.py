@@ -15,7 +15,7 @@ from typing import Any
 from ...core.kit.files import plain
 from ...core.record.database import StoreError
 from .questions import made, used
-from ..watch.lineage_db import LineageReader
+from ..journal.lineage_db import LineageReader
 
 SPEC = "https://openlineage.io/spec/2-0-2/OpenLineage.json"
 FACETS = "https://openlineage.io/spec/facets/"

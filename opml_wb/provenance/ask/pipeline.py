@@ -17,9 +17,9 @@ from .differences import difference, packages, traced, version_now
 from .questions import made, used
 from .reproduce import find_copy, needed
 from ..features.commit_log import CommitLog, clock_files
-from ..watch.environment import machine
-from ..watch.lineage_db import LineageReader, text_of
-from ..watch.versions import version_of
+from ..journal.environment import machine
+from ..journal.lineage_db import LineageReader, text_of
+from ..accesses.versions import version_of
 FORMAT, MANIFEST, FILES = 1, "pipeline.json", "files"
 LIMIT = 100_000_000   # bytes of input data that travel along
 

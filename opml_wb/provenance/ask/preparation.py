@@ -18,10 +18,10 @@ from .questions import maker, used
 from .view import View, below, new_view
 from ..features.commit_log import CommitLog, clock_files
 from ..features.table import Table
-from ..watch.document import SOURCE
-from ..watch.lineage_db import LineageReader, native
-from ..watch.privacy import MASK
-from ..watch.versions import version_of
+from ..journal.document import SOURCE
+from ..journal.lineage_db import LineageReader, native
+from ..journal.privacy import MASK
+from ..accesses.versions import version_of
 
 # %% ../../../nbs/provenance/ask/09_preparation.ipynb #f2410f0d
 class ReproductionError(StoreError):

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..watch.document import SOURCE
-from ..watch.lineage_db import LineageReader, native, text_of
+from ..journal.document import SOURCE
+from ..journal.lineage_db import LineageReader, native, text_of
 
 if TYPE_CHECKING: import pandas as pd
 

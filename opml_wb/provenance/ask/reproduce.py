@@ -23,8 +23,8 @@ from .preparation import (  # noqa: F401
 from .questions import made, used
 from .results import DIFFERS, aside, compare, verdict_of
 from .view import View, removed, sweep
-from ..watch.document import SOURCE
-from ..watch.lineage_db import LineageReader
+from ..journal.document import SOURCE
+from ..journal.lineage_db import LineageReader
 if TYPE_CHECKING: from opml_wb.core.engine.run import Run
 
 # %% ../../../nbs/provenance/ask/10_reproduce.ipynb #a41f118e

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from ...core.kit.words import CANNOT_TELL, DIFFERS, EXIT, SAME  # noqa: F401
 from .circumstances import added_to, printed_to
-from ..watch.lineage_db import LineageReader
+from ..journal.lineage_db import LineageReader
 
 def verdict_of(rows: Iterable[Mapping], unknown: Sequence[str]) -> str:
     "SAME, DIFFERS or CANNOT_TELL, from rows {then, now} (`?`: not known) and what isn't known."

@@ -13,8 +13,8 @@ from typing import Any
 from ...core.kit.files import append, read_lines
 from ...core.record.database import StoreError
 from .questions import place
-from ..watch.environment import person
-from ..watch.lineage_db import LineageReader, text_of
+from ..journal.environment import person
+from ..journal.lineage_db import LineageReader, text_of
 
 TABLES = """create table if not exists prov_tag(kind text not null, thing text not null,
   tag text not null, who text, t double precision, primary key(kind, thing, tag)) without rowid;

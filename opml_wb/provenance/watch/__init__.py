@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from ...core.kit.lazy import lazy
 
 if TYPE_CHECKING:  # imported at first use
-    from opml_wb.provenance.watch.versions import version_of
-    from opml_wb.provenance.watch.environment import machine, person
-    from opml_wb.provenance.watch.lineage_db import (
+    from opml_wb.provenance.accesses.versions import version_of
+    from opml_wb.provenance.journal.environment import machine, person
+    from opml_wb.provenance.journal.lineage_db import (
         LineageDB, LineageReader, native, record_stage, text_of)
 
 __getattr__, __dir__, __all__ = lazy(__name__)
