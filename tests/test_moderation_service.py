@@ -2,6 +2,8 @@
 import json
 import shutil
 import socket
+import sqlite3
+import subprocess
 import sys
 import threading
 import time
@@ -75,6 +77,78 @@ def test_nothing_is_lost_while_proxy_publisher_and_endpoint_are_killed(shop, tmp
     ids = [g["listing"]["id"] for g in got]
     assert len(ids) == len(set(ids)) and set(ids) == set(frame.id[frame.alerted])
     assert len(listings.dead()) == len(predicted.dead()) == 0
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A folder on a disk of 24 MB, and what fills it: (folder, fill() -> the file that takes the rest of it)."
+    (at := tmp_path / "small").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", at], capture_output=True).returncode: pytest.skip("needs root, to mount a small disk")
+    def fill():
+        with open(at / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                try: ballast.write(bytes(4096))
+                except OSError: return at / "ballast"
+    yield at, fill
+    subprocess.run(["umount", "-l", at])
+
+
+@pytest.mark.parametrize("what", ["lake", "queues and lake"])
+def test_a_full_disk_costs_no_item_its_tries(shop, small, tmp_path, what):
+    "Far more attempts than an item has tries, on a disk that is full; then room, and each prediction is there."
+    from opml_wb.moderation.flow.broker import Queue
+    from opml_wb.moderation.flow.service import InProcess, Proxy, Publisher
+    from opml_wb.provenance import FeatureStore
+    market, _, models = shop
+    at, fill = small
+    listings, predicted, review = (Queue((tmp_path if what == "lake" else at) / "q.db", n, most_tries=2) for n in ("in", "predicted", "review"))
+    proxy = Proxy(listings, predicted, InProcess(models), dict.fromkeys(market.topics, .3), lease_s=.01)
+    publisher = Publisher(predicted, review, FeatureStore(at / "lake"), lease_s=.01)
+    listings.put_many([(x.id, to_json(x)) for x in market.day(2)[:60]])
+    assert proxy.step() == 32
+    ballast, failed = fill(), 0
+    for worker in (publisher, proxy) * 8:
+        try: worker.step()
+        except Exception: failed += 1          # of the disk: OSError, sqlite3's, Delta Lake's
+        time.sleep(.02)
+    assert failed >= 8 and not len(review.claim(9))
+    ballast.unlink()
+    assert until(lambda: proxy.step() + publisher.step() == 0 and not listings.depth and not predicted.depth)
+    assert [*listings.dead().why, *predicted.dead().why] == []
+    import deltalake
+    frame = deltalake.DeltaTable(str(next((at / "lake").rglob("_delta_log")).parent)).to_pandas()
+    assert len(set(frame.id)) == 60
+
+
+def test_the_service_waits_a_full_disk_out(shop, small, tmp_path):
+    "Queues and lake on a disk that is full for a while: each listing is predicted, and reviewed once if alerted."
+    from opml_wb.flexserve.serve import Server
+    market, _, models = shop
+    (at, fill), home = small, tmp_path / "home"
+    publish_topics(models, store=ModelStore(home / "models"))
+    today = market.day(2)[:400]
+    with Server("moderation", home=home, workers=1) as server, \
+         Service(str(at / "q.db"), server.url, dict.fromkeys(market.topics, .3), at / "lake", least=1, most=1, lease_s=5) as service:
+        listings, predicted, review = queues(str(at / "q.db"))
+        listings.put_many([(x.id, to_json(x)) for x in today[:100]])
+        assert until(lambda: not listings.depth and not predicted.depth)     # all of it works
+        ballast = fill()
+        try: listings.put_many([(x.id, to_json(x)) for x in today[100:]])
+        except sqlite3.OperationalError: pass                               # refused, nothing half
+        for _ in range(40): service.tick(); time.sleep(.1)
+        ballast.unlink()
+        listings.put_many([(x.id, to_json(x)) for x in today[100:]])
+        def done():
+            service.tick()
+            return not listings.depth and not predicted.depth
+        assert until(done), (listings.depth, predicted.depth)
+    got = []
+    while leases := review.claim(100): got += [json.loads(x.body) for x in leases]; review.ack(leases)
+    import deltalake
+    frame = deltalake.DeltaTable(str(next((at / "lake").rglob("_delta_log")).parent)).to_pandas().drop_duplicates(["id", "topic"], keep="last")
+    assert [*listings.dead().why, *predicted.dead().why] == [] and set(frame.id) == {x.id for x in today}
+    ids = [g["listing"]["id"] for g in got]
+    assert len(ids) == len(set(ids)) and set(ids) == set(frame.id[frame.alerted])
 
 
 def test_the_endpoint_scores_as_the_models_do(shop, tmp_path):

@@ -138,7 +138,7 @@ def port() -> int:
 def keep_running(run: Any, until: float, every: float) -> None:
     "Tick once a second; print what happens, and the status every so many seconds."
     import time
-    from opml_wb.moderation.flow.worker import away
+    from opml_wb.moderation.flow.broker import away
     shown, trouble = -1e12, ""
     while time.monotonic() < until:
         try:
@@ -150,7 +150,7 @@ def keep_running(run: Any, until: float, every: float) -> None:
                 click.echo(json.dumps({"status": run.status()}))
             trouble = ""
         except Exception as e:                       # told once, waited out
-            if not isinstance(e, (*away(), ValueError)): raise
+            if not isinstance(e, (*away(), RuntimeError, ValueError)): raise
             if str(e) != trouble: click.echo(json.dumps({"trouble": str(e)}), err=True)
             trouble = str(e)
         time.sleep(1)

@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
+from .broker import Batches
 from .queue import LeaseLost
 from ..goods.listings import Listing, ListingError
 from ..models.features import WIDTH, encode
@@ -76,6 +77,7 @@ class Proxy:
     def __init__(self, queue: Any, predicted: Any, client: Any, thresholds: Mapping[str, float],
                  batch: int = 32, lease_s: float = 30.) -> None:
         self.queue, self.predicted, self.client = queue, predicted, client
+        self.batches = Batches(queue)
         self.thresholds, self.batch, self.lease_s = dict(thresholds), batch, lease_s
 
     def _from(self, topic: str) -> float:
@@ -104,23 +106,26 @@ def score(self: Proxy, listings: Sequence[Listing]) -> tuple[dict[str, list[floa
 def step(self: Proxy) -> int:
     """Move one batch on; returns how many listings. 0: nothing waits, or another worker has it.
 
-    Raises what the client raises where the endpoint doesn't answer; the batch goes back before."""
-    good, listings = self._read(self.queue.claim(self.batch, self.lease_s))
+    Raises what the client or the queues raise; the batch goes back before (`Batches`)."""
+    good, listings = self._read(self.batches.claim(self.batch, self.lease_s))
     if not good: return 0
-    try: scores, version = self.score(listings)
-    except Exception:
-        self.queue.release(good)
-        raise
+    try:
+        with self.batches.returned(good):
+            self.queue.forward(good, self.predicted, self._predictions(good, listings))
+    except LeaseLost: return 0
+    return len(good)
+
+@patch
+def _predictions(self: Proxy, leases, listings):
+    scores, version = self.score(listings)
     out = []
-    for i, (lease, x) in enumerate(zip(good, listings)):
+    for i, (lease, x) in enumerate(zip(leases, listings)):
         mine = {topic: s[i] for topic, s in scores.items()}
         alerts = [t for t, s in mine.items() if "@" not in t and s >= self._from(t)]
         told = {"id": x.id, "time": x.time, "scores": mine, "version": version, "alerts": alerts,
                 "listing": json.loads(lease.body)}
         out.append((lease.key, json.dumps(told).encode()))
-    try: self.queue.forward(good, self.predicted, out)
-    except LeaseLost: return 0
-    return len(good)
+    return out
 
 # %% ../../../nbs/moderation/flow/03_service.ipynb #765f5c50
 class InProcess:
@@ -153,22 +158,28 @@ class Publisher:
     def __init__(self, predicted: Any, review: Any, lake: Any = None, table: str = "predictions",
                  batch: int = 512, lease_s: float = 60., asks: Any = None) -> None:
         self.predicted, self.review, self.lake, self.table = predicted, review, lake, table
+        self.batches = Batches(predicted)
         self.batch, self.lease_s, self.asks = batch, lease_s, asks or _all_alerts
 
     def step(self) -> int:
-        "Move one batch on; returns how many predictions."
-        leases = self.predicted.claim(self.batch, self.lease_s)
+        "Move one batch on; returns how many predictions. What fails goes back."
+        leases = self.batches.claim(self.batch, self.lease_s)
         if not leases: return 0
+        try:
+            with self.batches.returned(leases):
+                self.predicted.forward(leases, self.review, self._kept(leases))
+        except LeaseLost: return 0
+        return len(leases)
+
+    def _kept(self, leases: Sequence[Any]) -> list[tuple[str, bytes]]:
+        "Write predictions to the lake; returns the items to be reviewed."
         told = [json.loads(x.body) for x in leases]
         if self.lake is not None:
             self.lake.write(self.table, as_rows(told), keys=["id", "topic"], event_time="time")
-        alerted = [(f"{x.key}/{topics[0]}" if i else x.key,
-                    json.dumps({"listing": t["listing"], "alerts": topics}).encode())
-                   for x, t, asked in zip(leases, told, self.asks(told))
-                   for i, topics in enumerate(asked)]
-        try: self.predicted.forward(leases, self.review, alerted)
-        except LeaseLost: return 0
-        return len(leases)
+        return [(f"{x.key}/{topics[0]}" if i else x.key,
+                 json.dumps({"listing": t["listing"], "alerts": topics}).encode())
+                for x, t, asked in zip(leases, told, self.asks(told))
+                for i, topics in enumerate(asked)]
 
 # %% ../../../nbs/moderation/flow/03_service.ipynb #cb96ac3b
 def _all_alerts(told: Sequence[Mapping[str, Any]]) -> list[list[list[str]]]:
