@@ -234,10 +234,13 @@ def pytest_addoption(parser):
 
 
 HEAVY = (  # files and notebooks that take longest, so that they begin first
-    "test_docs", "test_lab", "test_riann_index", "test_flexserve_server", "bench/04_sweep", "test_riann_store", "test_riann_graph",
-    "test_sweep", "test_fidelity", "test_pipesim_engine", "test_store_shared", "test_provenance_capture", "chapters/07_riann",
-    "bench/05_samplers", "test_cache", "test_flexserve_engine", "test_faults", "test_cli", "test_eligibility", "chapters/05_pipesim",
-    "chapters/08_flexserve", "bench/09_pipesim_ledger", "bench/13_flexserve", "bench/11_capture", "bench/03_store", "bench/02_engine")
+    "test_docs", "test_lab", "test_sweep", "test_flexserve_server", "test_figures", "test_cache", "test_dlspec_starting", "test_everywhere",
+    "test_diagnostics_machine", "test_dlspec_running", "test_flexserve_rows", "test_words", "test_riann_index", "bench/04_sweep",
+    "test_fidelity", "test_provenance_capture", "test_flexserve_lab", "test_analyzer_truth", "test_riann_store", "test_riann_graph",
+    "bench/31_service", "test_eligibility", "bench/09_pipesim_ledger", "test_flexserve_engine", "test_provenance_questions",
+    "test_flexserve_chapter", "test_author", "test_cli", "bench/16_analyzer", "bench/30_live_faults", "test_lab_sweep", "test_store_shared",
+    "test_eligibility_lab", "test_form", "test_faults", "bench/05_samplers", "test_pipesim_engine", "bench/32_dlspec", "chapters/08_flexserve",
+    "test_flexserve_attack", "bench/29_loop", "test_moderation_judge", "test_analyzer_lab", "test_explain_study", "bench/13_flexserve")
 
 
 def group(nodeid):

@@ -61,9 +61,9 @@ def test_nothing_of_a_killed_experiment_is_left(tmp_path, fault):
     process.send_signal(signal.SIGKILL)
     process.wait()
     folder = tmp_path/"home"/"diagnostics"/"ledgers"
-    assert until(lambda: not list(folder.iterdir()))
+    assert until(lambda: not list(folder.iterdir()), 120)
     assert ledgers.leftovers(token) == [] and not list(tmp_path.glob("opml-*"))
-    assert until(lambda: not any(map(born, ours)))          # also those that wrote over their mark
+    assert until(lambda: not any(map(born, ours)), 120)          # also those that wrote over their mark
 
 
 @pytest.mark.skipif(not {"cpu_hog", "throttle"} <= can or not shutil.which("fio"), reason="needs fio, stress-ng, root and control groups")
@@ -75,7 +75,7 @@ def test_the_janitor_follows_when_the_guard_is_killed_too(tmp_path):
     for pid in (*guards, process.pid): os.kill(pid, signal.SIGKILL)
     process.wait()
     assert list(Path("/sys/fs/cgroup").glob(f"*/opml-{token}"))            # something is left to do
-    assert until(lambda: ledgers.janitor(tmp_path/"home"/"diagnostics"/"ledgers"))
+    assert until(lambda: ledgers.janitor(tmp_path/"home"/"diagnostics"/"ledgers"), 120)
     assert ledgers.leftovers(token) == [] and not list(tmp_path.glob("opml-*"))
 
 
@@ -131,7 +131,7 @@ def test_injections_go_on_where_they_were_killed(tmp_path):
     env = {**os.environ, "OPML_HOME": str(tmp_path/"home")}
     driver = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
     driver.stdout.readline()
-    assert until(lambda: '"nth": 1' in keep.read_text())
+    assert until(lambda: '"nth": 1' in keep.read_text(), 120)
     driver.kill()
     driver.wait()
     first = [r for r in map(json.loads, keep.read_text().splitlines()[1:]) if r["nth"] == 0]

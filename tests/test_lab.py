@@ -131,9 +131,11 @@ CONTRAST = """() => {
 
 
 def errors(page):
-    "The text of each error output (JupyterLab gives tracebacks and stderr the same type)."
+    """The text of each error output (JupyterLab gives tracebacks and stderr the same type), but for progress that has
+    ended, which leaves an empty one, and what compiles once per machine and says so."""
     mime = "application/vnd.jupyter.stderr"
-    return page.eval_on_selector_all(f'[data-mime-type="{mime}"]', "found => found.map(e => e.innerText)")
+    texts = page.eval_on_selector_all(f'[data-mime-type="{mime}"]', "found => found.map(e => e.innerText)")
+    return [t for t in texts if t.strip() and not re.fullmatch(r"\s*compiling .+, once per machine, about \d+ s \.\.\.\s+(done in [\d.]+ s)?\s*", t)]
 
 
 def scroll_to(page, selector):

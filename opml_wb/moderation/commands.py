@@ -138,7 +138,7 @@ def port() -> int:
 def keep_running(run: Any, until: float, every: float) -> None:
     "Tick once a second; print what happens, and the status every so many seconds."
     import time
-    from opml_wb.moderation.flow.broker import away
+    from opml_wb.moderation.flow.batches import away
     shown, trouble = -1e12, ""
     while time.monotonic() < until:
         try:
