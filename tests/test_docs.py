@@ -267,7 +267,7 @@ def test_readers_with_any_eyes_and_hands_can_use_the_pages(site, web, browser):
         if "_static/opml.js" in p.read_text(): page.wait_for_selector("html[data-opml]", state="attached")
         lines = pages.serious(page, source)
         page.emulate_media(color_scheme="dark")
-        page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+        page.wait_for_function("document.documentElement.dataset.theme == 'dark' && !document.getAnimations().some(a => a instanceof CSSTransition)")
         lines += [f"dark: {line}" for line in pages.serious(page, source, contrast_only=True)]
         if lines: found[str(p.relative_to(site))] = lines
         page.close()
