@@ -8,6 +8,7 @@ __all__ = ['root', 'cache', 'DataError', 'UnknownData', 'MissingData', 'registry
 
 # %% ../../../nbs/core/record/08_data.ipynb #c5a1fbd5
 import json, os, shutil, tempfile, time, warnings
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def _how_to(name: str, e: dict) -> str:
 def _sweep(folder: Path) -> None:
     "Remove what killed downloads left behind: staging folders older than a day."
     for old in folder.glob(".part-*"):
-        if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):       # its owner has ended meanwhile
+            if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../../nbs/core/record/08_data.ipynb #5eed922b
 def fetch(name: str, force: bool = False) -> Path:
