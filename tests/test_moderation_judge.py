@@ -39,35 +39,75 @@ def test_one_class_only_is_a_number_and_nothing_to_cover_is_said():
 
 # --- back-tests
 
-def logs(count, n=2000, days=20, k=100, prevalence=.05, budget=.25, noise=(0, 0)):
-    "Draw logs of two models whose labels are the current one's alerts and an audit: [(BackTest, truth on the log)]."
-    rng = np.random.default_rng(1)
-    day, found = np.repeat(np.arange(days), n), []
+def logs(count, n=2000, days=20, k=100, prevalence=.05, budget=.25, noise=(0, 0), unequal=True, aimed=False):
+    """Draw logs of two models whose labels are the current one's alerts and an audit: [(BackTest, truth on the log)].
+
+    `unequal`: days differ in size, as real ones do; `aimed`: the audit is of the new model's own alerts."""
+    rng, found = np.random.default_rng(1), []
     strong = [strength(p, k, n, prevalence) for p in (.5, .6)]
     for i in range(count):
-        y = rng.random(n * days) < prevalence
-        shared = rng.standard_normal(n * days) * .7 ** .5
-        current, new = (shared + y * s + rng.standard_normal(n * days) * .3 ** .5 for s in strong)
-        plan = audit(current, day, k, budget, seed=i)
-        said = np.where(y, rng.random(n * days) >= noise[0], rng.random(n * days) < noise[1])
+        day = np.repeat(np.arange(days), rng.poisson(n, days) if unequal else n)
+        y = rng.random(len(day)) < prevalence
+        shared = rng.standard_normal(len(day)) * .7 ** .5
+        current, new = (shared + y * s + rng.standard_normal(len(day)) * .3 ** .5 for s in strong)
+        plan = audit(current, day, k, budget, seed=i, new=new if aimed else None)
+        said = np.where(y, rng.random(len(day)) >= noise[0], rng.random(len(day)) < noise[1])
         log = plan.assign(y=np.where(plan.chosen, said, np.nan))
         top = [ranks(s, day) < k for s in (current, new)]
         found.append((backtest(current, new, log, k, noise=noise), (y[top[1]].sum() - y[top[0]].sum()) / (k * days)))
     return found
 
 
-def test_a_corrected_back_test_holds_the_truth_where_the_naive_one_has_the_wrong_sign():
-    found = logs(400)
+def held(found): return np.mean([b.corrected_lo <= t <= b.corrected_hi for b, t in found])
+
+
+def half(found): return np.mean([b.corrected_hi - b.corrected_lo for b, _ in found]) / 2
+
+
+@pytest.mark.parametrize("count, unequal", [(150, False), (400, True)], ids=["equal days", "days of all sizes"])
+def test_a_corrected_back_test_holds_the_truth_where_the_naive_one_has_the_wrong_sign(count, unequal):
+    found = logs(count, unequal=unequal)
     assert np.mean([b.delta for b, _ in found]) < -.03 and np.mean([t for _, t in found]) > .08
-    holds = np.mean([b.corrected_lo <= t <= b.corrected_hi for b, t in found])
-    assert .86 <= holds <= .96, holds
-    assert np.mean([b.corrected_hi - b.corrected_lo for b, _ in found]) / 2 <= .08
+    assert .86 <= held(found) <= .96, held(found)
+    assert half(found) <= .08
+
+
+def test_an_audit_of_a_known_candidate_tells_as_truly_and_more():
+    "With K = 40 the audit for any model is too wide; of the same price, drawn from the candidate's own alerts, it is not."
+    aimed, blind = logs(200, k=40, aimed=True), logs(30, k=40)
+    assert .86 <= held(aimed) <= .96, held(aimed)
+    assert half(aimed) <= .04 < .08 < half(blind)
+
+
+def test_sixty_days_of_all_sizes_are_corrected():
+    "As many propensities as days: once more than 50 of them were refused, and fewer made strata of one label."
+    found = logs(25, days=60)
+    assert all(not b.why for b, _ in found) and half(found) < .05 and held(found) >= .8
+
+
+def test_an_audit_for_another_model_is_wide_and_not_wrong():
+    "Drawn for one candidate, asked of another: what was never to be reviewed may be anything."
+    rng, day = np.random.default_rng(0), np.repeat(np.arange(20), 1000)
+    y = rng.random(len(day)) < .05
+    current, new, other = (y * 2 + rng.standard_normal(len(day)) for _ in range(3))
+    plan = audit(current, day, 20, new=new)
+    assert set(plan.propensity[plan["rank"] >= 20].eq(0)) == {True, False} and 20 * 20 * 1.1 < plan.chosen.sum() < 20 * 20 * 1.4
+    log = plan.assign(y=np.where(plan.chosen, y, np.nan))
+    right, wrong = (backtest(current, s, log, 20) for s in (new, other))
+    assert wrong.corrected_hi - wrong.corrected_lo > 3 * (right.corrected_hi - right.corrected_lo)
+    truth = (y[ranks(other, day) < 20].sum() - y[ranks(current, day) < 20].sum()) / 400
+    assert wrong.corrected_lo <= truth <= wrong.corrected_hi
+
+
+@pytest.mark.parametrize("change, said", [(dict(current=[.1, np.nan]), "current: expected 2 scores"), (dict(new=[.1]), "new: expected 2 scores"),
+                                          (dict(budget=-1), "budget: expected 0 or more")])
+def test_an_audit_refuses_by_name(change, said):
+    with pytest.raises(ValueError, match=said): audit(**{"current": [.1, .2], "day": [0, 0], "k": 1, **change})
 
 
 def test_moderators_errors_are_carried_into_the_interval():
     noisy = logs(60, noise=(.15, .02))
-    holds = np.mean([b.corrected_lo <= t <= b.corrected_hi for b, t in noisy])
-    assert holds >= .75, holds
+    assert held(noisy) >= .75, held(noisy)
     careless = np.mean([b.corrected for b, _ in noisy]) * (1 - .15 - .02)    # what is said without a correction
     truth = np.mean([t for _, t in noisy])
     assert abs(np.mean([b.corrected for b, _ in noisy]) - truth) < abs(careless - truth) + .02
@@ -76,7 +116,7 @@ def test_moderators_errors_are_carried_into_the_interval():
 def test_without_propensities_nothing_is_corrected():
     rng = np.random.default_rng(0)
     log = pd.DataFrame({"day": np.repeat([0, 1], 50), "y": rng.integers(0, 2, 100)})
-    for broken in (log, log.assign(propensity=np.nan), log.assign(propensity=2.), log.assign(propensity=rng.random(100))):
+    for broken in (log, log.assign(propensity=np.nan), log.assign(propensity=2.), log.assign(propensity=0.)):
         told = backtest(rng.random(100), rng.random(100), broken, 5)
         assert np.isnan(told.corrected) and "propensity" in told.why and np.isfinite(told.delta)
 

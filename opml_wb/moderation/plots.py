@@ -85,32 +85,25 @@ def race_figure(D: Sequence[float], days: int, alpha: float = .05) -> "go.Figure
     return fig.update_xaxes(range=[.5, days + .5], dtick=1 if days <= 14 else 2)
 
 # %% ../../nbs/moderation/02_plots.ipynb #3ba53bc8
-def backtest_figure(found: "BackTest", truth: float) -> "go.Figure":
-    "Draw what a back-test says, naive and corrected, with 90 % intervals, and the truth as a line."
-    fig = ui.figure("difference of precision@K, new minus current", "", height=230, margin_t=60)
-    rows = (
-        ("naive", found.delta, found.lo, found.hi, "baseline"),
-        ("corrected by an audit", found.corrected, found.corrected_lo, found.corrected_hi, "ours"),
-    )
+def backtest_figure(found: "Mapping[str, BackTest]", truth: float) -> "go.Figure":
+    """Draw what back-tests of one log say, naive and corrected, with 90 % intervals, and the truth
+    as a line. found: {how it was corrected: result}; the naive difference is that of the first."""
+    fig = ui.figure("difference of precision@K, new minus current", "",
+                    height=180 + 50 * len(found), margin_t=60)
+    first = next(iter(found.values()))
+    rows = [("naive", first.delta, first.lo, first.hi, "baseline"),
+            *((name, f.corrected, f.corrected_lo, f.corrected_hi, "ours")
+              for name, f in found.items())]
+    ends = [rows[0][0], rows[-1][0]]
     for name, mid, lo, hi, colour in rows:
         fig.add_scatter(x=[mid], y=[name], mode="markers", name=name, showlegend=False,
                         marker=dict(size=12, color=ui.COLOURS[colour]),
                         error_x=dict(type="data", array=[hi - mid], arrayminus=[mid - lo]))
-    fig.add_scatter(
-        x=[truth, truth],
-        y=["naive", "corrected by an audit"],
-        mode="lines",
-        name="the truth",
-        line=dict(color=ui.COLOURS["good"], dash="dash"),
-    )
-    fig.add_scatter(
-        x=[0, 0],
-        y=["naive", "corrected by an audit"],
-        mode="lines",
-        name="no difference",
-        line=dict(color=ui.COLOURS["muted"], width=1),
-    )
-    return fig.update_yaxes(range=[-.6, 1.6])
+    fig.add_scatter(x=[truth, truth], y=ends, mode="lines", name="the truth",
+                    line=dict(color=ui.COLOURS["good"], dash="dash"))
+    fig.add_scatter(x=[0, 0], y=ends, mode="lines", name="no difference",
+                    line=dict(color=ui.COLOURS["muted"], width=1))
+    return fig.update_yaxes(range=[-.6, len(found) + .6])
 
 # %% ../../nbs/moderation/02_plots.ipynb #6483af2d
 def errors_figure(tables: Mapping[str, pd.DataFrame]) -> "go.Figure":

@@ -42,6 +42,7 @@ def disguise(word: str, style: str, scripts: Mapping[str, str] = {}, slang: str 
 # %% ../../../nbs/moderation/goods/02_appearance.ipynb #b032a5e8
 def plain(text: str) -> str:
     "Normalise a text: NFKC, no invisible characters, case folded, single spaces."
+    if text.isascii(): return " ".join(text.casefold().split())
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
 

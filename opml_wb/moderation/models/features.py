@@ -37,23 +37,26 @@ def text_features(listings: Sequence[Listing]) -> "sp.csr_matrix":
     return _hasher().transform([plain(f"{x.title[:500]} {x.brand}") for x in listings])
 
 # %% ../../../nbs/moderation/models/01_features.ipynb #270d1e0f
-def visual_features(image: np.ndarray) -> np.ndarray:
-    "Describe a picture uint8 [h, w, 3]: float32 [VISUAL], each cell's 8 directions and mean RGB."
-    rows = np.linspace(0, image.shape[0], 33).astype(int)
-    cols = np.linspace(0, image.shape[1], 25).astype(int)
-    small = image[np.minimum(rows[:-1], image.shape[0] - 1)][
-        :, np.minimum(cols[:-1], image.shape[1] - 1)
-    ]
-    small = small.astype(np.float32) / 255
-    dy, dx = np.gradient(small.mean(2))
-    strength = np.hypot(dx, dy)
+def _sampled(image: np.ndarray) -> np.ndarray:
+    "Sample a picture uint8 [h, w, 3] at 32 x 24 points: uint8 [32, 24, 3]."
+    rows, cols = (np.minimum(np.linspace(0, size, n + 1)[:-1].astype(int), size - 1)
+                  for size, n in zip(image.shape, (32, 24)))
+    return image[rows[:, None], cols]
+
+def visual_features(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Describe n pictures uint8 [h, w, 3], each of any size: float32 [n, VISUAL], each cell's 8
+    directions and mean RGB."""
+    if not len(images): return np.zeros((0, VISUAL), np.float32)
+    small, cells = np.stack([_sampled(i) for i in images]).astype(np.float32) / 255, ROWS * COLUMNS
+    dy, dx = np.gradient(small.mean(3), axis=(1, 2))
     which = np.floor((np.arctan2(dy, dx) % np.pi) / np.pi * BINS).astype(int).clip(0, BINS - 1)
     cell = (np.arange(32)[:, None] * ROWS // 32) * COLUMNS + np.arange(24) * COLUMNS // 24
-    edges = np.bincount((cell * BINS + which).ravel(), strength.ravel(), ROWS * COLUMNS * BINS)
-    edges = edges.reshape(-1, BINS)
-    edges = edges / (np.linalg.norm(edges, axis=1, keepdims=True) + .1)
-    colour = small.reshape(ROWS, 8, COLUMNS, 8, 3).mean((1, 3)).reshape(-1, 3)
-    return np.hstack([edges, colour]).astype(np.float32).ravel()
+    cell = np.arange(len(small))[:, None, None] * cells + cell
+    edges = np.bincount((cell * BINS + which).ravel(), np.hypot(dx, dy).ravel(),
+                        len(small) * cells * BINS).reshape(-1, cells, BINS)
+    edges = edges / (np.linalg.norm(edges, axis=2, keepdims=True) + .1)
+    colour = small.reshape(-1, ROWS, 8, COLUMNS, 8, 3).mean((2, 4)).reshape(-1, cells, 3)
+    return np.concatenate([edges, colour], 2).astype(np.float32).reshape(len(small), VISUAL)
 
 # %% ../../../nbs/moderation/models/01_features.ipynb #ae680856
 @dataclass(frozen=True, eq=False)
@@ -94,12 +97,10 @@ class Encoded:
 def encode(listings: "Sequence[Listing] | Encoded") -> Encoded:
     "Make features of listings; what is already encoded comes back as it is."
     if isinstance(listings, Encoded): return listings
-    seen: dict[int, np.ndarray] = {}       # a picture that many listings show is described once
-    image = np.zeros((len(listings), VISUAL), np.float32)
-    for i, x in enumerate(listings):
-        if x.image is not None:
-            if id(x.image) not in seen: seen[id(x.image)] = visual_features(x.image)
-            image[i] = seen[id(x.image)]
+    seen = {id(x.image): x.image for x in listings if x.image is not None}
+    place = {key: row for row, key in enumerate(seen)}   # of what several show: described once
+    image = np.vstack([visual_features([*seen.values()]), np.zeros((1, VISUAL), np.float32)])
+    image = image[[place.get(id(x.image), -1) for x in listings]]
     price = np.array([np.log1p(x.price or 0) for x in listings], np.float32) / 5
     has = np.array([x.has for x in listings], bool).reshape(len(listings), 3)
     return Encoded(text_features(listings), image, np.column_stack([price, price ** 2]), has,
