@@ -77,9 +77,9 @@ def counted(s: pd.DataFrame, alarm: np.ndarray, quiet: float = 14,
     """Count the alarms on simulated scores after `quiet` days: dict(false, found, faults).
 
     false: episodes a day outside of faults (and half an hour after them); found: share of faults
-    with an alarm."""
+    with an alarm. Neighbouring rows are one episode, however far apart."""
     t, fault = s.t.to_numpy(float), s.fault.to_numpy()
-    judged = t >= quiet * DAY
+    judged, gap = t >= quiet * DAY, max(gap, 1.01 * float(np.median(np.diff(t))))
     near = pd.Series(fault > 0).rolling(int(gap / np.median(np.diff(t))) + 1, min_periods=1).max()
     rows = alarm & judged & ~near.to_numpy(bool)
     ids = np.unique(fault[fault > 0])

@@ -7,7 +7,7 @@ __all__ = ['DAY', 'LEVEL', 'SPREAD', 'RHYTHM', 'MEMORY', 'GUARD', 'peaks', 'pare
            'POT', 'joined_in_time']
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #cec6de37
-from collections.abc import Sequence
+from bisect import bisect
 from typing import Any
 
 import numpy as np
@@ -72,14 +72,19 @@ def _standardise(t, x, begin, season, bins, kept, drift, left, base, z):
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #59665365
 def peaks(times: np.ndarray, z: np.ndarray, gap: float, most: int) -> np.ndarray:
-    "List the `most` highest peaks of z [n] that lie at least `gap` seconds apart, falling."
+    """List the levels of z [n] from which on 1, 2, ... `most` episodes pass, falling; rows at most
+    `gap` seconds apart are one episode."""
     out: list[float] = []
-    where: list[float] = []
+    above: list[float] = []
+    count = 0
     for i in np.argsort(-np.where(np.isnan(z), -np.inf, z), kind="stable"):
         if len(out) >= most or not z[i] > -np.inf: break
-        if all(abs(times[i] - w) > gap for w in where):
-            out.append(z[i])
-            where.append(times[i])
+        t, at = times[i], bisect(above, times[i])
+        left = above[at - 1] if at else -np.inf
+        right = above[at] if at < len(above) else np.inf
+        count += 1 - (t - left <= gap) - (right - t <= gap) + (right - left <= gap)
+        above.insert(at, t)
+        if count > len(out): out.append(z[i])
     return np.array(out)
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #a4a92199
@@ -101,15 +106,19 @@ def tail_level(u: float, shape: float, scale: float, rate: float, asked: float) 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #4b797355
 def pot_level(times: np.ndarray, z: np.ndarray, gap: float, days: float, asked: float,
               q: float) -> float:
-    "Find the level of z [n] that `asked` clusters a day pass, from its tail above quantile q."
+    """Find the level of z [n] that `asked` clusters a day pass, from its tail above quantile q, or
+    a lower one where few rows a day pass that."""
     seen = z[~np.isnan(z)]
-    u = float(np.quantile(seen, q))
-    above = np.flatnonzero(z > u)
+    while True:
+        u = float(np.quantile(seen, q))
+        above = np.flatnonzero(z > u)
+        cluster = np.cumsum(np.r_[0, np.diff(times[above]) > gap])
+        tops = np.maximum.reduceat(z[above], np.flatnonzero(np.r_[True, np.diff(cluster) > 0])
+                                   ) if len(above) else above
+        if len(tops) > max(5, 1.5 * asked * days) or q <= .5: break
+        q = max(.5, 2 * q - 1)
     if len(above) < 5: return float(seen.max()) if len(seen) else np.inf
-    cluster = np.cumsum(np.r_[0, np.diff(times[above]) > gap])
-    tops = np.maximum.reduceat(z[above], np.flatnonzero(np.r_[True, np.diff(cluster) > 0]))
-    rate = len(tops) / days
-    if rate <= asked: return u
+    if (rate := len(tops) / days) <= asked: return u
     return tail_level(u, *pareto(tops - u), rate, asked)
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #5d70b853
@@ -148,14 +157,14 @@ class _Past:
 class AlertRate:
     """Alarms at `per_day` false episodes a day, under drift.
 
-    per_day: episodes asked for; season: the rhythm's length; gap: alarms so near are one episode.
-    `threshold`: of the standardised score now; `unjudged`: rows without a score (NaN), which never
-    alarm."""
+    per_day: episodes asked for; season: the rhythm's length; gap: alarms so near are one episode
+    (`apart`, in seconds: at least neighbouring rows). `threshold`: of the standardised score now;
+    `unjudged`: rows without a score (NaN), which never alarm."""
 
     def __init__(self, per_day: float, season: str = "1D", gap: str = "30min") -> None:
         self.per_day = check_number("per_day", per_day, above=0)
         self.season = _span("season", season)
-        self.gap = _span("gap", gap)
+        self.apart = _span("gap", gap)
         self.threshold, self.unjudged = np.inf, 0
         self.past: _Past | None = None
         self.muted: list[tuple[float, float]] = []
@@ -164,8 +173,8 @@ class AlertRate:
         "Find the threshold from the history: times t [n], standardised scores z [n]."
         days = max((t[-1] - t[0]) / DAY, 1e-9)
         asked = self.per_day * days
-        if asked < 3: return pot_level(t, z, self.gap, days, self.per_day, .98)
-        top = peaks(t, z, self.gap, int(np.ceil(asked)) + 1)
+        if asked < 3: return pot_level(t, z, self.apart, days, self.per_day, .98)
+        top = peaks(t, z, self.apart, int(np.ceil(asked)) + 1)
         low, high = int(asked), min(int(asked) + 1, len(top) - 1)
         share = asked - int(asked)
         return float((1 - share) * top[min(low, len(top) - 1)] + share * top[high]
@@ -190,7 +199,7 @@ class POT(AlertRate):
 
     def level(self, t: np.ndarray, z: np.ndarray) -> float:
         "Find the threshold from the history, as of `AlertRate.level`."
-        return pot_level(t, z, self.gap, max((t[-1] - t[0]) / DAY, 1e-9), self.per_day, self.q)
+        return pot_level(t, z, self.apart, max((t[-1] - t[0]) / DAY, 1e-9), self.per_day, self.q)
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #14a78e9e
 from fastcore.basics import patch
@@ -221,9 +230,10 @@ def _renew(self: AlertRate, past: _Past) -> float:
     "Find the present threshold from a past; rows far above the old one, and beside, are left out."
     i = int(np.searchsorted(past.t, past.t[-1] - MEMORY * self.season))
     t, z = past.t[i:], past.z[i:]
+    beside = np.ones(1 + 2 * int(min(5, self.apart / max(np.median(np.diff(t)), 1e-9))))
     for _ in range(2):
-        far = z > 1.5 * self.threshold
-        near = np.convolve(far, np.ones(11), "same")[:len(far)] > 0
+        far = z > max(1.5 * self.threshold, GUARD)
+        near = np.convolve(far, beside, "same")[:len(far)] > 0
         if near.mean() < .5: z = np.where(near, np.nan, z)
         if self.threshold < np.inf: break
         self.threshold = self.level(t, z)
@@ -255,7 +265,8 @@ def fit(self: AlertRate, times: Any, scores: Any) -> AlertRate:
     x = self._clean(t, scores)
     if (~np.isnan(x)).sum() < 20:
         raise ValueError(f"scores: {(~np.isnan(x)).sum()} values; expected 20 or more to fit")
-    per_season = self.season / float(np.median(np.diff(t)))
+    period = float(np.median(np.diff(t)))
+    per_season, self.apart = self.season / period, max(self.apart, 1.01 * period)
     self.threshold = np.inf
     self.past = _Past(self.season, int(np.clip(per_season, 1, 48))).take(t, x).cut()
     self.threshold, self.unjudged = self._renew(self.past), int(np.isnan(x).sum())
@@ -293,7 +304,7 @@ def alarms(self: AlertRate, times: Any, scores: Any) -> np.ndarray:
 def episodes(self: AlertRate, times: Any, scores: Any) -> pd.DataFrame:
     "List the episodes of alarm: DataFrame [start, end, peak]; times as given, peak of the score."
     alarm, t, x = self.alarms(times, scores), seconds_of(times), np.asarray(scores, float)
-    first, last = joined_in_time(alarm, t, self.gap)
+    first, last = joined_in_time(alarm, t, self.apart)
     given = times if isinstance(times, (pd.DatetimeIndex, np.ndarray)) else np.asarray(times)
     peak = [float(np.nanmax(x[a:b + 1])) for a, b in zip(first, last)]
     return pd.DataFrame({"start": given[first], "end": given[last], "peak": peak})
