@@ -6,7 +6,7 @@
 __all__ = ['Hooks', 'PluginError', 'plugged', 'load', 'run_hooks', 'offered', 'offer', 'around']
 
 # %% ../../../nbs/core/request/01_plugin.ipynb #5d0beccc
-import functools
+import functools, os, sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..kit.files import read_json
 from ..record.folder import REQUEST
 
-if TYPE_CHECKING: from importlib.metadata import EntryPoint  # slow to import
+if TYPE_CHECKING: from importlib.metadata import EntryPoint, EntryPoints  # slow to import
 
 # %% ../../../nbs/core/request/01_plugin.ipynb #44957357
 class PluginError(RuntimeError):
@@ -25,8 +25,19 @@ class PluginError(RuntimeError):
 
 def plugged(group: str) -> dict[str, "EntryPoint"]:
     "List the entry points of the group `opml_wb.<group>` by name; nothing is imported."
+    found = _registered(tuple(map(_changed, sys.path))).select(group=f"opml_wb.{group}")
+    return {e.name: e for e in found}
+
+def _changed(folder: str) -> tuple[str, int]:
+    "A folder of `sys.path` and when its names changed last (0: it isn't there)."
+    try: return folder, os.stat(folder or ".").st_mtime_ns
+    except OSError: return folder, 0
+
+@functools.lru_cache(1)
+def _registered(state: tuple[tuple[str, int], ...]) -> "EntryPoints":
+    "All entry points: hundreds of files are read, so once for each `state` of `sys.path`."
     from importlib.metadata import entry_points
-    return {e.name: e for e in entry_points(group=f"opml_wb.{group}")}
+    return entry_points()  # type: ignore[return-value]  # of Python 3.11, it selects alike
 
 # %% ../../../nbs/core/request/01_plugin.ipynb #fc97f774
 def _title(entry: "EntryPoint") -> str:
