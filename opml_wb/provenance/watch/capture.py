@@ -19,7 +19,6 @@ from ...core.kit.files import append
 from ...core.kit.lazy import load_object
 from ...core.record import log
 from ...core.record.store import Store
-from ...core.request.params import ParamError
 from ..accesses import syscalls
 from ..journal import environment
 from . import daemons, fallback
@@ -33,6 +32,7 @@ def wanted() -> bool:
     "True unless OPML_CAPTURE is `off`; raises ParamError for what is neither `auto` nor `off`."
     value = os.environ.get("OPML_CAPTURE") or "auto"
     if value not in ("auto", "off"):
+        from opml_wb.core.request.params import ParamError  # not for each traced command
         raise ParamError(f"OPML_CAPTURE: expected auto or off, got {value!r}", param="OPML_CAPTURE")
     return value == "auto"
 

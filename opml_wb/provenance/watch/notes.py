@@ -15,7 +15,7 @@ from ...core.record.events import MARK as TEXT_MARK
 from ..accesses import syscalls
 from ..accesses.calls import STATS, Interpreter, signed, spelled
 from ..accesses.contents import Job
-from ..accesses.paths import AT_CWD, OWNED, counts, place_of
+from ..accesses.paths import AT_CWD, OWNED, counts, foreign, place_of
 from ..journal.session import Session, ancestors, process_of
 
 OPENS = {"open", "openat", "openat2", "creat"}
@@ -120,7 +120,7 @@ def put(session: Session, fact: dict, pid: int) -> Job | None:
 def passes(self: NoteTaker, listener: Listener, told: syscalls.Notice) -> bool:
     "True of a question about a file of the system or a library: most calls are such."
     call = syscalls.name_of(told.number, told.arch)
-    if call not in STATS or listener.apart: return False
+    if call not in STATS or listener.apart and foreign(told.thread) == "chroot": return False
     try: path = self.read.memory.text(told.thread, told.arguments[call in OF_FOLDER])
     except OSError: return False
     return path.startswith(b"/") and not path.startswith(OWNED) and not counts(path)
@@ -142,9 +142,11 @@ def opening(self: NoteTaker, listener: Listener, thread: int, call: str,
     "The fact of a call that opens."
     folder, address, flags = self.read.opening(thread, call, a)
     path = self.read.memory.text(thread, address)
+    where = foreign(thread) if listener.apart else None
     whole = path.startswith(b"/") and spelled(path) and not path.startswith(OWNED)
-    whole = whole and not listener.apart
-    if whole and path in listener.seen and not flags & (os.O_ACCMODE | os.O_TRUNC): return None
+    whole = whole and where != "chroot"
+    here = whole and not where
+    if here and path in listener.seen and not flags & (os.O_ACCMODE | os.O_TRUNC): return None
     if path.startswith(MARK):
         self.jobs = marked(listener, thread, path[len(MARK):].decode("utf-8", "replace"))
         return None
@@ -152,7 +154,7 @@ def opening(self: NoteTaker, listener: Listener, thread: int, call: str,
         note_library(listener, path)
         return None
     fact = self.read.open(thread, path, folder, flags)
-    if fact and whole and fact["o"] in ("r", "ls"): listener.seen.add(path)
+    if fact and here and fact["o"] in ("r", "ls"): listener.seen.add(path)
     return fact
 
 # %% ../../../nbs/provenance/watch/01_notes.ipynb #f0730bdd
