@@ -10,7 +10,6 @@ __all__ = ['LOAD', 'FEATURES', 'RIDGE', 'TREE', 'REPORT', 'SCRIPTS', 'STAGES', '
 # %% ../../nbs/provenance/01_nowcast.ipynb #5410cc2d
 import ast, contextlib, io, json, os, runpy, shutil, subprocess, sys, tempfile
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -44,20 +43,25 @@ growth.dropna().to_parquet("features.parquet")
 
 # %% ../../nbs/provenance/01_nowcast.ipynb #360c7272
 RIDGE = '''import json
+import numpy as np
 import pandas as pd
-from sklearn.linear_model import Ridge
 
+penalty = 1.0
 table = pd.read_parquet("features.parquet")
 train = table[table.index < "2010"]
-model = Ridge().fit(train.drop(columns="GDP"), train["GDP"])
-json.dump({"coef": list(model.coef_), "intercept": model.intercept_}, open("ridge.json", "w"))
+X, y = train.drop(columns="GDP").to_numpy(), train["GDP"].to_numpy()
+around, middle = X - X.mean(axis=0), y.mean()
+within = around.T @ around + penalty * np.eye(X.shape[1])
+coef = np.linalg.solve(within, around.T @ (y - middle))
+intercept = middle - X.mean(axis=0) @ coef
+json.dump({"coef": list(coef), "intercept": intercept}, open("ridge.json", "w"))
 '''
 TREE = '''import pandas as pd
 import xgboost
 
 table = pd.read_parquet("features.parquet")
 train = table[table.index < "2010"]
-model = xgboost.XGBRegressor(n_estimators=50, max_depth=2, random_state=0)
+model = xgboost.XGBRegressor(n_estimators=50, max_depth=2, random_state=0, n_jobs=1)
 model.fit(train.drop(columns="GDP"), train["GDP"]).save_model("tree.json")
 '''
 REPORT = '''import json
@@ -132,7 +136,7 @@ CHANGES: dict[str, Change | None] = {
     "notes.txt lies beside them": ("notes.txt", lambda b: b"no code reads this"),
     "an environment variable nobody reads": ("$PLOT_STYLE", None),
     "a comment in ridge.py": ("ridge.py", lambda b: b + b"# a thought\n"),
-    "the code of ridge.py": ("ridge.py", lambda b: b.replace(b"Ridge()", b"Ridge(alpha=2.0)")),
+    "the code of ridge.py": ("ridge.py", lambda b: b.replace(b"penalty = 1", b"penalty = 2")),
     "one byte of june.csv": ("june.csv", lambda b: b.replace(b"96373", b"96374", 1)),
     "a value in features.parquet": ("features.parquet", _other_value),
     "features.parquet is gone": ("features.parquet", None),
@@ -161,8 +165,10 @@ def changed(folder: str | os.PathLike, what: str) -> contextlib.AbstractContextM
     name, edit = CHANGES[what] or ("", None)
     if name.startswith("$"): return mock.patch.dict(os.environ, {name[1:]: "dark"})
     if name.endswith("=="):
-        other = lambda package: "0.0" if f"{package}==" == name else version(package)
-        return mock.patch("opml_wb.provenance.ask.differences.installed", other)
+        from opml_wb.provenance.ask import differences as asked
+        known = asked.installed_versions
+        other = lambda names: known(names) | {n: "0.0" for n in names if f"{n}==" == name}
+        return mock.patch.object(asked, "installed_versions", other)
     return _file(Path(folder)/name, edit) if name else contextlib.nullcontext()
 
 # %% ../../nbs/provenance/01_nowcast.ipynb #37662c1f

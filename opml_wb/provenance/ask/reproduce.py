@@ -49,14 +49,15 @@ def _give_streams(reader: LineageReader, run: str) -> None:
 # %% ../../../nbs/provenance/ask/10_reproduce.ipynb #b4de0273
 def in_process(run: str) -> None:
     "Execute a stage anew in this process, which `execute` started; prints its id."
-    from opml_wb.core.cli.author import again
-    from opml_wb.core.engine.run import execute as run_it
-    from opml_wb.provenance.watch.trace import watch
     reader, answer = LineageReader(), os.dup(1)
     doc = reader.runs.get(run)[0]
     os.dup2(2, 1)
-    if not traced(doc): new = run_it(again(doc), force=True).doc["id"]
+    if not traced(doc):
+        from opml_wb.core.cli.author import again
+        from opml_wb.core.engine.run import execute as run_it
+        new = run_it(again(doc), force=True).doc["id"]
     else:
+        from opml_wb.provenance.watch.trace import watch
         _give_streams(reader, run)
         new = watch(reader.stage(run)["command"])["run"]
     os.write(answer, json.dumps({"run": new}).encode())
