@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 import numpy as np
 
-from ..graph.exact import ground_truth, recall
+from ..graph.exact import ground_truth, recall, truth_after
 from ..graph.hnsw import DynamicHNSW
 from ..index import Requirement
 from .arms import DEFAULT, Arm, Busy, DefaultHNSW, Planned
@@ -99,10 +99,12 @@ def protocol_b(data: Data, deadlines: Sequence[float] = (.75, .55, .35),
         raise ValueError(f"default_s: expected seconds above 0, got {default_s!r}")
     ours = Planned("RIANN", dict(requirement=Requirement(k=k)) | dict(options or {}))
     arms, steps = [ours, *others], [0, 2 + bool(load) + len(levels) * (1 + len(others))]
+    b, q = stream_checked(base, query, sizes, arms, 1)
+    truth = truth_after(shuffled(b, sizes, seed), np.cumsum([0, *sizes]), q, k)
     def fed(arms, **more):
         def tell(i, _):
             return progress and progress(steps[0] * len(sizes) + i, steps[1] * len(sizes))
-        df = stream(base, query, sizes, arms, k, seed, progress=tell, **more)
+        df = stream(base, query, sizes, arms, k, seed, progress=tell, truth=truth, **more)
         steps[0] += len(arms)
         return df
     calm = fed([usual, ours])

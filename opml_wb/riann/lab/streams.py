@@ -99,7 +99,8 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
            repeats: int = 1, metric: str = "l2", deadline_s: float | Mapping[str, float]
            | None = None,
            load: Mapping[int, int] | None = None, apart: bool = False,
-           progress: Progress = None, asked: int | None = None) -> "pd.DataFrame":
+           progress: Progress = None, asked: int | None = None,
+           truth: Sequence[np.ndarray] | None = None) -> "pd.DataFrame":
     """Feed batches of `sizes` vectors into each arm in turn, and query all arms after each.
 
     base: [n, dim], shuffled by `seed`. query: [m, dim]. sizes: list of int. arms: list of Arm or
@@ -109,7 +110,8 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
     load: {step: number of busy processes from that step on}. apart: each arm takes all its batches
     before the next one begins, as if it had the machine for itself, and is not queried (query_s,
     recall: NaN). progress: called with (steps done, steps in all). asked: so many queries after
-    each batch (None: all), and all after the last.
+    each batch (None: all), and all after the last. truth: what `truth_after` gives for these
+    vectors, where it is known.
     One thread throughout; compilation is not timed.
     Returns a DataFrame, a row per arm and step: arm, step (from 0), batch (its size), n (vectors
     indexed), deg, cand (mean over the batch; 0: no graph), index_s and cpu_s (wall and CPU seconds
@@ -120,7 +122,7 @@ def stream(base: ArrayLike, query: ArrayLike, sizes: Sequence[int], arms: Arms, 
     b, q = stream_checked(base, query, sizes, arms, repeats)
     cuts, x, due = np.concatenate([[0], np.cumsum(sizes)]), shuffled(b, sizes,
                                                                      seed), _due(arms, deadline_s)
-    truth, rows = None if apart else truth_after(x, cuts, q, k, metric), []
+    truth, rows = None if apart else truth or truth_after(x, cuts, q, k, metric), []
     warm()
     with Busy() as busy:
         for r in range(repeats):
