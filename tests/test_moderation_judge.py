@@ -121,6 +121,20 @@ def test_without_propensities_nothing_is_corrected():
         assert np.isnan(told.corrected) and "propensity" in told.why and np.isfinite(told.delta)
 
 
+@pytest.mark.parametrize("days", [4, 12])
+def test_intervals_of_gains_cover_over_few_days(days):
+    "Hits of both models by day, of which the truth is known: a gain of 20 % in each of 600 logs."
+    from opml_wb.moderation.experiment import Days, gains
+    rng, k, held = np.random.default_rng(0), 20, []
+    for _ in range(600):
+        found = {kind: rng.binomial(k, p, days) for kind, p in (("lr", .5), ("gmu", .6))}
+        y = [np.arange(3 * k) < 2 * k for _ in range(days)]
+        scores = {kind: [np.isin(np.arange(3 * k), np.r_[:n, 3 * k - (k - n):3 * k]) * 1. for n in hits] for kind, hits in found.items()}
+        of = gains(scores, Days([], [], y), k).loc["gmu"]
+        held.append(of.lo <= 20 <= of.hi)
+    assert .925 <= np.mean(held) <= .975, np.mean(held)
+
+
 # --- races
 
 @pytest.fixture(scope="module")

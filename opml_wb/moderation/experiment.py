@@ -141,23 +141,25 @@ def race(interleaver: Interleaver, current: Sequence[np.ndarray], new: Sequence[
     return interleaver
 
 # %% ../../nbs/moderation/01_experiment.ipynb #eb5e9152
-def gains(scores: Mapping[str, Sequence[np.ndarray]], days: Days, k: int, base: str = "lr",
-          draws: int = 2000, seed: int = 0) -> "pd.DataFrame":
+def gains(scores: Mapping[str, Sequence[np.ndarray]], days: Days, k: int,
+          base: str = "lr") -> "pd.DataFrame":
     """Compute mean precision@k a day, and the gain over `base` in % with a 95 % interval.
 
-    scores: {kind: float [n] a day}. Returns a table by kind: precision, gain, lo, hi."""
+    scores: {kind: float [n] a day}. Returns a table by kind: precision, gain, lo, hi (NaN for one
+    day, or where the base finds nothing)."""
     import pandas as pd
+    from scipy.stats import t
     p = {kind: np.array([precision_at_k(y, s, min(k, len(y))) for y, s in zip(days.y, of)])
          for kind, of in scores.items()}
-    drawn = np.random.default_rng(seed).integers(0, len(days), (draws, len(days)))
+    n, of = len(days), p[base].mean()
     rows = {}
     for kind, v in p.items():
         with np.errstate(all="ignore"):
-            gain = 100 * (v.mean() / p[base].mean() - 1)
-            lo, hi = np.nanquantile(
-                100 * (v[drawn].mean(1) / p[base][drawn].mean(1) - 1), [0.025, 0.975]
-            )
-        rows[kind] = {"precision": v.mean(), "gain": gain, "lo": lo, "hi": hi}
+            ratio = v.mean() / of
+            spread = np.std((v - ratio * p[base]) / of, ddof=1) if n > 1 else np.nan
+            half = t.ppf(.975, n - 1) * spread / n ** .5
+        found = 100 * (ratio - 1 + np.array([0, -half, half]))
+        rows[kind] = {"precision": v.mean(), **dict(zip(("gain", "lo", "hi"), found))}
     return pd.DataFrame(rows).T.rename_axis("kind")
 
 # %% ../../nbs/moderation/01_experiment.ipynb #d8082bb2
