@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from opml_wb.core.record.models import ModelStore
-from opml_wb.moderation import Decisions, Market, ReviewConsole, TopicModel, encode
+from opml_wb.moderation import Decisions, Listing, Market, Proxy, ReviewConsole, TopicModel, encode
 from opml_wb.moderation.flow.queue import SqliteQueue
-from opml_wb.moderation.flow.service import publish_topics, to_json
+from opml_wb.moderation.flow.service import InProcess, publish_topics, to_json
 from opml_wb.moderation.flow.worker import Service, queues
 
 
@@ -37,6 +37,17 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_a_listing_that_tells_no_time_was_listed_when_it_was_judged(shop, tmp_path):
+    "In the lake, which is asked for what was known when, it would stand in 1970."
+    _, _, models = shop
+    asked, told = (SqliteQueue(tmp_path/"q.db", name) for name in ("listings", "predicted"))
+    asked.put_many([(x.id, to_json(x)) for x in (Listing("bare", "dagger"), Listing("dated", "dagger", time=1e9))])
+    before = time.time()
+    assert Proxy(asked, told, InProcess(models), {}).step() == 2
+    bare, dated = (json.loads(x.body)["time"] for x in told.claim(2))
+    assert before <= bare <= time.time() and dated == 1e9
 
 
 def test_nothing_is_lost_while_proxy_publisher_and_endpoint_are_killed(shop, tmp_path):

@@ -118,11 +118,11 @@ def step(self: Proxy) -> int:
 @patch
 def _predictions(self: Proxy, leases, listings):
     scores, version = self.score(listings)
-    out = []
+    out, now = [], datetime.now(timezone.utc).timestamp()      # of a listing that tells no time
     for i, (lease, x) in enumerate(zip(leases, listings)):
         mine = {topic: s[i] for topic, s in scores.items()}
         alerts = [t for t, s in mine.items() if "@" not in t and s >= self._from(t)]
-        told = {"id": x.id, "time": x.time, "scores": mine, "version": version, "alerts": alerts,
+        told = {"id": x.id, "time": x.time or now, "scores": mine, "version": version, "alerts": alerts,
                 "listing": json.loads(lease.body)}
         out.append((lease.key, json.dumps(told).encode()))
     return out
