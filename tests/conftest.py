@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # as under nohup
 for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as users have it; each of thousands of processes would compile the package anew
+# as users have it: compiled modules are kept, output into a pipe waits in a buffer
+for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"): os.environ.pop(name, None)
 
 
 @pytest.fixture
