@@ -168,6 +168,12 @@ def drop(path: str) -> None:
     except FileNotFoundError: pass
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #84390ff0
+def _let_write(folder: str) -> None:
+    "Let the owner write to `folder` in this view, as when the command ran: it made files there."
+    try: mode, owner = (found := os.stat(folder)).st_mode, found.st_uid
+    except OSError: return
+    if owner == os.geteuid() and not mode & stat.S_IWUSR: os.chmod(folder, mode | stat.S_IRWXU)
+
 def become(plan: Mapping[str, Any], told: int) -> NoReturn:
     "Enter the view of `plan`, put files in place, and become the command; errors go to `told`."
     try:
@@ -178,6 +184,7 @@ def become(plan: Mapping[str, Any], told: int) -> NoReturn:
         for change in plan["put"]: put(*change)
         for path, text in plan["texts"].items(): write_text(Path(path), text, durable=False)
         for path in plan["drop"]: drop(path)
+        for folder in {os.path.dirname(p) for p in plan["drop"]}: _let_write(folder)
         os.chdir(plan["cwd"])
         if plan["words"]: os.execvpe(plan["words"][0], plan["words"], {**os.environ, **plan["env"]})
     except BaseException as e:
