@@ -45,13 +45,13 @@ def audit(current: Any, day: Any, k: int, budget: float = .25, seed: int = 0,
     if budget < 0: raise ValueError(f"budget: expected 0 or more, got {budget}")
     rank, rng = ranks(_scores("current", current, len(day)), day), np.random.default_rng((seed, 1))
     d = np.unique(day, return_inverse=True)[1]
-    if new is None: near, share = rank < 5 * k, .8
-    else: near, share = ranks(_scores("new", new, len(day)), day) < k, 1.
+    if new is None: near, part = rank < 5 * k, .8
+    else: near, part = ranks(_scores("new", new, len(day)), day) < k, 1.
     def spread(rows, of):
         return np.minimum(1, budget * k * of / np.maximum(np.bincount(d, rows), 1))
     far = (rank >= k) & ~near
     near &= rank >= k
-    share = np.where(np.bincount(d, far) > 0, share, 1.)       # nothing is below on a small day
+    share = np.where(np.bincount(d, far) > 0, part, 1.)        # nothing is below on a small day
     p = np.select([rank < k, near], [1., spread(near, share)[d]], spread(far, 1 - share)[d])
     return pd.DataFrame({"day": day, "rank": rank, "propensity": p,
                          "chosen": rng.random(len(p)) < p})
