@@ -122,8 +122,8 @@ def _predictions(self: Proxy, leases, listings):
     for i, (lease, x) in enumerate(zip(leases, listings)):
         mine = {topic: s[i] for topic, s in scores.items()}
         alerts = [t for t, s in mine.items() if "@" not in t and s >= self._from(t)]
-        told = {"id": x.id, "time": x.time or now, "scores": mine, "version": version, "alerts": alerts,
-                "listing": json.loads(lease.body)}
+        told = {"id": x.id, "time": x.time or now, "scores": mine, "version": version,
+                "alerts": alerts, "listing": json.loads(lease.body)}
         out.append((lease.key, json.dumps(told).encode()))
     return out
 
