@@ -37,7 +37,7 @@ def appeared(facts: Mapping[str, Any]) -> Iterator[dict]:
 
 # %% ../../../nbs/provenance/ask/04_circumstances.ipynb #aef46f0b
 PASSED_OVER = {"__pycache__", ".ipynb_checkpoints", ".opml"}
-MODULE = re.compile(r".*\.(py|pyc|so|pyd|zip)$")
+MODULE = re.compile(r".*\.(py|pyc|so|pyd)$")
 
 def own_names(folder: str, events: Iterable[Mapping], made_folders: Iterable[str] = ()) -> set[str]:
     "Names in `folder` that the stage itself made, removed or renamed."
