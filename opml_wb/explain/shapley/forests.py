@@ -77,8 +77,9 @@ def _sklearn(model: Any) -> Forest:
                    space="probability" if classify else "value")
 
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #da590303
-def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarray]:
-    "Read one tree of XGBoost's JSON, which speaks for class `k`."
+def _xgb_tree(tree: dict[str, Any], k: int, classes: int, weight: float = 1.
+              ) -> dict[str, np.ndarray]:
+    "Read one tree of XGBoost's JSON, which speaks for class `k` with `weight` (dropout's)."
     if any(tree.get("split_type", ())):
         raise ValueError("model: XGBoost trees that split on sets of categories aren't supported: "
                          "encode the categories as numbers (TableModel does)")
@@ -86,7 +87,7 @@ def _xgb_tree(tree: dict[str, Any], k: int, classes: int) -> dict[str, np.ndarra
                        (("left_children", np.int64), ("split_conditions", np.float32)))
     leaf = left < 0
     value = np.zeros((len(left), classes))
-    value[leaf, k] = condition[leaf]
+    value[leaf, k] = weight * condition[leaf]
     cover, right = np.array(tree["sum_hessian"], float), np.array(tree["right_children"], np.int64)
     for node in np.flatnonzero(~leaf)[::-1]:   # in 32 bits the parts don't add up to the whole
         cover[node] = cover[left[node]] + cover[right[node]]
@@ -119,28 +120,45 @@ def outputs(forest: Forest, X: np.ndarray) -> np.ndarray:
     return found
 
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #5fa327a8
+def _compared(forest: Forest, model: Any, rows: int = 16) -> None:
+    """Compare what was read with XGBoost's own margin, on rows of values at which it splits. Raises
+    ValueError where they differ: another version may keep in a file what isn't read here."""
+    rng, probe = np.random.default_rng(0), np.zeros((rows, forest.features), np.float32)
+    for f in range(forest.features):
+        at = forest.threshold[forest.feature == f]
+        if len(at): probe[:, f] = rng.choice(at, rows) + rng.choice([0, 1], rows)
+    ours, theirs = outputs(forest, probe), margin(model, probe)
+    if np.allclose(ours, theirs, rtol=1e-3, atol=1e-3): return
+    import xgboost
+    raise ValueError(f"model: what is read of it gives {np.abs(ours - theirs).max():.3g} another "
+                     f"margin than XGBoost {xgboost.__version__}: it isn't supported")
+
 PLAIN = ("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "reg:quantileerror")
 
 def _xgboost(model: Any) -> Forest:
     "Read a model of XGBoost (scikit-learn's form or a Booster), as far as it predicts with it."
     booster = model.get_booster() if hasattr(model, "get_booster") else model
     learner = json.loads(booster.save_raw("json"))["learner"]
-    gradient = learner["gradient_booster"]
-    if gradient["name"] != "gbtree":
-        raise ValueError(f"model: XGBoost's {gradient['name']} isn't supported, gbtree is")
+    told = learner["gradient_booster"]
+    if told["name"] not in ("gbtree", "dart"):
+        raise ValueError(f"model: XGBoost's {told['name']} isn't supported, gbtree and dart are")
+    gradient = told.get("gbtree", told)                        # dart has it inside, until 3.2
     trees, info = gradient["model"]["trees"], gradient["model"]["tree_info"]
+    weights = told.get("weight_drop") or gradient["model"].get("weight_drop") or [1.] * len(trees)
     best = getattr(model, "best_iteration", None) if hasattr(model, "get_booster") and getattr(
         model, "early_stopping_rounds", None) else None
     if best is not None:
         ends = gradient["model"]["iteration_indptr"]
         trees, info = trees[:ends[best + 1]], info[:ends[best + 1]]
     classes = max(info) + 1
-    found = _joined([_xgb_tree(t, k, classes) for t, k in zip(trees, info)],
+    found = _joined([_xgb_tree(t, k, classes, w) for t, k, w in zip(trees, info, weights)],
                     start=np.zeros(classes),
                     features=int(learner["learner_model_param"]["num_feature"]),
                     space="value" if learner["objective"]["name"] in PLAIN else "margin")
     gaps = np.full((1, found.features), np.nan)
-    return found._replace(start=margin(model, gaps)[0] - outputs(found, gaps)[0])
+    found = found._replace(start=margin(model, gaps)[0] - outputs(found, gaps)[0])
+    _compared(found, model)
+    return found
 
 # %% ../../../nbs/explain/shapley/02_forests.ipynb #7d3f028d
 SKLEARN = ("RandomForestClassifier", "RandomForestRegressor", "ExtraTreesClassifier",

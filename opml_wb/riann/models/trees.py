@@ -73,6 +73,8 @@ def _learner(model):
         raise ValueError('model: not XGBoost JSON (`booster.save_raw("json")`)') from None
     name = booster.get("name", "gbtree")
     if name != "gbtree": raise ValueError(f"model: booster {name!r}, expected 'gbtree'")
+    if any(w != 1 for w in booster["model"].get("weight_drop", ())):   # dart, from XGBoost 3.4 on
+        raise ValueError("model: trees weighted by dropout ('dart'), expected 'gbtree'")
     if objective not in _PLAIN + _LOGISTIC:
         raise ValueError(
             f"model: objective {objective!r}, expected one of {', '.join(_PLAIN + _LOGISTIC)}")
