@@ -3,6 +3,9 @@ import csv
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -374,6 +377,18 @@ def test_a_closed_pipe_is_no_error(opml, answer, demo, home):
     err = listing.stderr.read()
     listing.wait(20); listing.stderr.close()
     assert listing.returncode == 0 and "Traceback" not in err and "Error" not in err, err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["list", "list --json", "data ls", "params riann", "--help"])
+def test_a_reader_that_closes_at_once_is_no_error(home, words, unbuffered):
+    "As `opml list | true`: however Python keeps its output, exit code 0 and nothing said."
+    env = {**os.environ, "OPML_HOME": str(home), "PYTHONUNBUFFERED": unbuffered}
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([sys.executable, "-m", "opml_wb.core.cli", *words.split()], stdout=writes, stderr=subprocess.PIPE, text=True, env=env, timeout=120)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_command_leaves_no_process(opml, demo, home):

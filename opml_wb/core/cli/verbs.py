@@ -190,6 +190,14 @@ def broken(error: Exception, argv: Sequence[str]) -> int:
 def _warn(message: Warning | str, *where: Any, **more: Any) -> None:
     click.echo(f"opml: {message}", err=True)
 
+def _unread() -> bool:
+    "True if standard output is a pipe whose reader is gone."
+    import select
+    if not hasattr(select, "poll"): return False
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(what & select.POLLERR for _, what in poll.poll(0))
+
 def _called(argv: list[str]) -> int:
     "Call the command; returns the exit code of whatever happens."
     from opml_wb.core.record.store import StoreError
@@ -201,7 +209,8 @@ def _called(argv: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("stopped", err=True)
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as e:      # click makes an exit with 1 of a closed pipe
+        if isinstance(e, SystemExit) and not _unread(): raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as e:
@@ -221,5 +230,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     warnings.showwarning = _warn
     args, began = sys.argv[1:] if argv is None else list(argv), time.monotonic()
     code = _called(args)
+    try: sys.stdout.flush()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     tell_hooks(next((a for a in args if not a.startswith("-")), ""), code, time.monotonic() - began)
     sys.exit(code)
