@@ -594,7 +594,9 @@ def test_without_the_filter(trace, here, notebook):
     ran = json.loads(done.stdout)
     reader = LineageReader()
     assert ran["status"] == "done" and reader.stage(ran["id"])["capture"] == "inotify+audit"
-    assert [(e["op"], Path(e["path"]).name, e["cell"]) for e in reader.events(ran["id"])] == [("created", "c.txt", 1), ("created", "d.txt", 2)]
+    own, childs = ((e["op"], Path(e["path"]).name, e["cell"]) for e in reader.events(ran["id"]))
+    assert own == ("created", "c.txt", 1) and childs[:2] == ("created", "d.txt")
+    assert childs[2] in (2, None)           # another process's: its cell is known if it was seen before the cell had ended
 
 
 # the index
