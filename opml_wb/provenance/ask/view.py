@@ -8,7 +8,7 @@ __all__ = ['NEW_MOUNTS', 'NEW_USER', 'BIND', 'RECURSIVE', 'PRIVATE', 'MOUNT_SETA
            'removed', 'put', 'drop', 'become', 'main', 'clear', 'bases', 'sweep', 'new_view']
 
 # %% ../../../nbs/provenance/ask/08_view.ipynb #de41b25e
-import ctypes, errno, fcntl, json, os, re, shutil, stat, subprocess, sys, tempfile, time
+import contextlib, ctypes, errno, fcntl, json, os, re, shutil, stat, subprocess, sys, tempfile, time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -170,9 +170,10 @@ def drop(path: str) -> None:
 # %% ../../../nbs/provenance/ask/08_view.ipynb #84390ff0
 def _let_write(folder: str) -> None:
     "Let the owner write to `folder` in this view, as when the command ran: it made files there."
-    try: mode, owner = (found := os.stat(folder)).st_mode, found.st_uid
-    except OSError: return
-    if owner == os.geteuid() and not mode & stat.S_IWUSR: os.chmod(folder, mode | stat.S_IRWXU)
+    with contextlib.suppress(OSError):                # gone, or on a mount that stays as it is
+        found = os.stat(folder)
+        if found.st_uid == os.geteuid() and not found.st_mode & stat.S_IWUSR:
+            os.chmod(folder, found.st_mode | stat.S_IRWXU)
 
 def become(plan: Mapping[str, Any], told: int) -> NoReturn:
     "Enter the view of `plan`, put files in place, and become the command; errors go to `told`."
