@@ -259,6 +259,42 @@ def test_an_own_csv_keeps_its_users_and_names_what_is_empty(tmp_path):
     with pytest.raises(EventError, match="row 1: ts '1600000000000"): signals(frame.assign(ts=frame.ts * 1000, seconds=1.))
 
 
+def test_a_report_by_the_command(tmp_path):
+    "A log without durations, in CSV and Parquet, is judged and says by what; repeated rows are told; what is no log is named, and not touched."
+    from click.testing import CliRunner
+
+    from opml_wb.analyzer.commands import analyzer
+    def told(*args): return CliRunner().invoke(analyzer, ["report", *map(str, args)])
+    events, *_ = simulate(seed=1)
+    rows = pd.DataFrame({"who": events.user, "at": pd.to_datetime(events.ts, unit="s").astype(str), "what": events.feature, "did": events.name, "stage": events.stage,
+                         "kind": events.kind})
+    rows = pd.concat([rows, rows.head(100)])
+    (tmp_path/"map.toml").write_text('user = "who"\nts = "at"\nfeature = "what"\nname = "did"\nstage = "stage"\nkind = "kind"\n')
+    rows.to_csv(tmp_path/"usage.csv", index=False)
+    rows.to_parquet(tmp_path/"usage.parquet")
+    for name in ("usage.csv", "usage.parquet"):
+        r = told("--log", tmp_path/name, "--mapping", tmp_path/"map.toml")
+        assert r.exit_code == 0 and "(by actions and errors)" in r.output and "rows that repeat another" in r.output, r.output
+    with sqlite3.connect(tmp_path/"mlflow.db") as db: db.execute("create table runs(id int)")
+    db.close()
+    before = (tmp_path/"mlflow.db").read_bytes()
+    (tmp_path/"junk.db").write_bytes(b"junk " * 1000)
+    (tmp_path/"usage.txt").write_text("who at")
+    for name in ("mlflow.db", "junk.db", "usage.txt"):
+        r = told("--log", tmp_path/name)
+        assert r.exit_code == 1 and name in r.output and "Traceback" not in r.output, r.output
+    assert (tmp_path/"mlflow.db").read_bytes() == before and len(list(tmp_path.glob("mlflow*"))) == 1
+
+
+def test_one_counter_reads_two_stores(tmp_path):
+    count = Counter()
+    for name in "ab":
+        log = Events(tmp_path/f"{name}.db")
+        log.add([event(i, user=name) for i in range(10)])
+        for _ in range(2): count.update(log)
+    assert count.signals().query("window == 'all'").value.sum() == 20
+
+
 def test_empty_and_lonely_logs():
     "No event, one user, one week: a reason or an empty table from each view, no traceback."
     none = pd.DataFrame(columns=["ts", "user", "stage", "feature", "kind", "name", "seconds"])

@@ -52,6 +52,60 @@ def test_week_and_month(window, fires):
     assert both.challenge == "ET" and both.window == ("week" if "W" in window else "month")
 
 
+def made(rows): return pd.DataFrame([(1.58e9 + i, *r) for i, r in enumerate(rows)], columns=["ts", "user", "stage", "feature", "kind", "name", "seconds"])
+
+
+PEOPLE = pd.Series(np.repeat(list(LABELS), 100), [f"u{i}" for i in range(300)])
+
+
+def test_a_feature_of_two_stages_is_two():
+    "The same name in two stages: each stage's users are its own, and each user has a row once."
+    rows = [(u, s, "notebook", "action", "open", 1.) for u in PEOPLE.index for s in ("data", "training")]
+    rows += [(u, "data" if i % 100 < 60 else "training", "notebook", "error", "OOM", None) for i, u in enumerate(PEOPLE.index)]
+    found = signals(made(rows))
+    assert not found.duplicated(COLUMNS[:6]).any()
+    v = evaluate(found, PEOPLE).set_index("stage")
+    assert v.rate_E.round(2).to_dict() == {"data": .6, "training": .4} and set(v.n_E) == {100.}
+
+
+def test_one_look_does_not_decide_who_was_exposed():
+    "An error whose users are seen by nothing else is judged among all, also where somebody once looked at its feature."
+    events, _, _ = simulate(planted={}, seed=2)
+    met = [(u, "training", "queue", "error", "timeout", None) for i, u in enumerate(sorted(events.user.unique())) if i % 10 < 3]
+    for look in ([], [(sorted(events.user.unique())[9], "training", "queue", "action", "view", None)]):
+        found = signals(pd.concat([events, made(met + look)]))
+        v = evaluate(found, Segments.fit(found)).iloc[0]
+        assert v.challenge is None and v.who == "segment" and .1 < v.rate_E < .5
+
+
+def test_who_only_fails_is_a_user_and_who_is_left_out_is_told():
+    events, _, who = simulate(seed=4)
+    lost = who.index[who == "Beginner"][:75]
+    found = signals(pd.concat([events[~events.user.isin(lost)], made([(u, "training", "deploy", "error", "refused", None) for u in lost for _ in range(9)])]))
+    fitted = Segments.fit(found, features=("actions", "errors"))
+    assert not fitted.refused and set(lost) <= set(fitted.labels.index) and (fitted.labels[lost] == "Beginner").all()
+    assert "75 have no seconds" in Segments.fit(found).refused
+    some = signals(pd.concat([events, made([("rare", "data", "f0", "action", "view", 1.)])]))
+    assert Segments.fit(some).left_out.to_dict() == {"rare": "few events"}
+
+
+def test_known_segments_are_of_users_of_the_log():
+    events, _, who = simulate(seed=3)
+    numbers = {u: str(i) for i, u in enumerate(who.index)}
+    found = signals(events.assign(user=events.user.map(numbers)))
+    with pytest.raises(ValueError, match=r"none of their users is in the log: they have 0 \(int\), the log has '\d+' \(str\)"):
+        evaluate(found, pd.Series(who.to_numpy(), range(len(who))))
+    with pytest.raises(ValueError, match="more than once"): evaluate(found, pd.concat([PEOPLE, PEOPLE]))
+
+
+def test_the_own_catalog_is_not_a_foreign_logs():
+    "A foreign platform's kernel is not this workbench's: its stage stays, and a restart is no redundant action unless its catalog says so."
+    log = made([(f"u{i}", "training", f, "action", name, None) for i in range(9) for f, name in (("kernel", "restart"), ("notebook", "open"))])
+    assert set(signals(log).stage) == {"training"} and set(signals(log).signal) == {"uses"}
+    from opml_wb.analyzer import catalog
+    assert set(signals(log, catalog).stage) == {"data", "features"}
+
+
 def test_the_shipped_log():
     log = open_log("planted")
     sig = signals(log.events)

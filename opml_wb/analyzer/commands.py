@@ -91,7 +91,8 @@ def status() -> None:
     click.echo(f"{len(log):,} events in {switch.place()}" + (f", {dead} refused" if dead else ""))
 
 @telemetry.command()
-@click.option("-n", "most", default=20, show_default=True, help="How many of the latest events.")
+@click.option("-n", "most", default=20, show_default=True, type=click.IntRange(1),
+              help="How many of the latest events.")
 def show(most: int) -> None:
     "Show what was kept: the latest events, whole, and the counts of what was refused."
     log = _events()
@@ -105,15 +106,14 @@ def show(most: int) -> None:
 @click.argument("file", type=click.Path(dir_okay=False))
 def export_(file: str) -> None:
     "Write all events to FILE, as Parquet or .csv."
-    click.echo(f"written: {_events().export(file)}")
+    with _told(): click.echo(f"written: {_events().export(file)}")
 
 # %% ../../nbs/analyzer/11_commands.ipynb #a4de7878
 @contextmanager
 def _told() -> Iterator[None]:
-    "Tell on the terminal what can't be deleted now, or not without a trace."
-    from opml_wb.analyzer.logs.events import EventError
+    "Tell on the terminal what can't be read, written, or deleted without a trace."
     try: yield
-    except (EventError, sqlite3.Error) as e: raise click.ClickException(str(e)) from None
+    except (ValueError, OSError, sqlite3.Error) as e: raise click.ClickException(str(e)) from None
 
 # %% ../../nbs/analyzer/11_commands.ipynb #3b19ae3f
 @telemetry.command()
@@ -142,19 +142,27 @@ def analyzer() -> None:
               "folder; default: this workbench's own telemetry.")
 @click.option("--mapping", default="", help="TOML file that names the columns of a foreign log.")
 @click.option("--catalog", default=None, type=click.Path(), help="TOML file of your features.")
+@click.option("--features", default="", help="That users are segmented by, as actions,errors; "
+              "default: actions,time where events have seconds.")
 @click.option("--denominator", default="exposed", type=click.Choice(["exposed", "segment"]))
 @click.option("--html", default=None, type=click.Path(dir_okay=False), help="Write a page, too.")
-def report(source: str, mapping: str, catalog: str | None, denominator: str,
+def report(source: str, mapping: str, catalog: str | None, features: str, denominator: str,
            html: str | None) -> None:
     "Print the verdicts on a log, with what would change each, and a row for each feature."
-    from opml_wb.analyzer.logs.events import EventError
+    from opml_wb.analyzer.logs.catalogs import catalog as ours
     from opml_wb.analyzer.foreign import open_log
     from opml_wb.analyzer.report import write_report
-    try:
+    with _told():
         if not source: events = _events().frame()
-        elif Path(source).is_dir() or source.endswith(".parquet") and Path(source).exists():
+        elif not mapping and (Path(source).is_dir() or source.endswith(".parquet")
+                              and Path(source).exists()):
             events = source  # counted where it lies, in bounded memory
         else: events = open_log(source, mapping=mapping).events
-        click.echo(write_report(events, html, catalog=catalog, denominator=denominator))
-    except (EventError, OSError) as e: raise click.ClickException(str(e)) from None
+        if twice := getattr(events, "attrs", {}).get("duplicates"):
+            click.echo(f"{twice:,} rows that repeat another are not counted (in the mapping, "
+                       "read.duplicates = \"keep\" counts them)", err=True)
+        own = ours if source in ("", "walk") else None   # a foreign `kernel` isn't ours
+        by = tuple(f.strip() for f in features.split(",") if f.strip())
+        click.echo(write_report(events, html, catalog=catalog or own, features=by,
+                                denominator=denominator))
     if html: click.echo(f"page: {html}", err=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DAY', 'SHORTEST', 'BY', 'SUMS', 'COLUMNS', 'GROUPED', 'TIMED', 'ROWS', 'week_label', 'weeks_of', 'tidied', 'counted',
-           'of_parquet', 'counted_parquet', 'Counter', 'frame_of', 'classified', 'signals_of', 'signals']
+           'of_parquet', 'counted_parquet', 'Counter', 'frame_of', 'classified', 'signals_of', 'exposure_seen',
+           'share_met', 'signals']
 
 # %% ../../nbs/analyzer/01_counting.ipynb #4ced7424
 from collections.abc import Iterable
@@ -149,15 +150,18 @@ def counted_parquet(path: Path, memory: str = "1GB", since: float = -np.inf) -> 
 class Counter:
     """Counts that only read what is new: `update` with events, then `signals()`.
 
-    catalog: a Catalog, a TOML file, or None (the workbench's own)."""
+    catalog: a Catalog, a TOML file, or None: no feature is listed (`catalog()` lists the
+    workbench's own)."""
     def __init__(self, catalog: Any = None) -> None:
-        self.catalog, self.mark = as_catalog(catalog), 0
+        self.catalog, self.marks = as_catalog(catalog), dict[Any, int]()
         self.counts = pd.DataFrame(columns=[*BY, *SUMS])
 
     def update(self, events: Any, since: float = -np.inf) -> "Counter":
         """Count events: an `Events` (those added since the last update), a DataFrame, a Parquet
         file or folder, or an iterable of `Event`. Raises EventError."""
-        if isinstance(events, Events): events, self.mark = events.after(self.mark)
+        if isinstance(events, Events):
+            store = id(events) if events.path == ":memory:" else events.path
+            events, self.marks[store] = events.after(self.marks.get(store, 0))
         if isinstance(events, (str, Path)): new = counted_parquet(Path(events), since=since)
         else: new = counted(frame_of(events))
         if not len(new): return self
@@ -234,15 +238,37 @@ def _exposures(watched: pd.DataFrame, c: pd.DataFrame) -> list[pd.DataFrame]:
 
     Returns the watched rows with `exposed`, and rows of value 0 for the exposed without it."""
     if not len(watched): return []
-    by, pair = ["stage", "feature", "cls", "signal"], ["user", "feature"]
+    by, pair = ["stage", "feature", "cls", "signal"], ["user", "stage", "feature"]
     own = watched[watched.window == "all"][[*pair, "cls", "signal", "n", "spare"]]
     total = c.groupby(pair, observed=True).n.sum().rename("total").reset_index()
-    those = total.merge(watched[by].drop_duplicates(), on="feature")
+    those = total.merge(watched[by].drop_duplicates(), on=["stage", "feature"])
     those = those.merge(own, on=[*pair, "cls", "signal"], how="left").fillna({"n": 0, "spare": 0})
     those["exposed"] = (those.total > those.n) | (those.spare > 0)
     told = watched.merge(those[[*pair, "cls", "signal", "exposed"]], on=[*pair, "cls", "signal"])
     quiet = those[those.exposed & (those.n == 0)].assign(value=0., window="all")
     return [told, quiet]
+
+def exposure_seen(s: pd.DataFrame, met: pd.Series) -> pd.Series:
+    """Tell for each row of signals whether one can see who was exposed to its signal.
+
+    So if of the users who met it half or more were seen to use the feature otherwise: one look
+    by somebody else doesn't show who else was there. Where nobody met it, any such use will do."""
+    by = [s.stage, s.feature, s.signal]
+    seen = s.exposed.astype(float)
+    share = seen.where(met).groupby(by).transform("mean")
+    return share.fillna(seen.groupby(by).transform("max")) >= .5
+
+# %% ../../nbs/analyzer/01_counting.ipynb #b89172aa
+def share_met(errors: pd.DataFrame, users: pd.Index) -> pd.Series:
+    """The share of errors that each user met, of those that he could: Series user -> 0 to 1.
+
+    Which, not how often: rules ask who meets one at all. Where a feature leaves other events, only
+    its users could; else everybody."""
+    told = exposure_seen(errors, errors.value > 0)
+    everybodys = len(errors[~told].drop_duplicates(["stage", "feature", "signal"]))
+    met = (errors.value > 0).groupby(errors.user).sum().reindex(users, fill_value=0)
+    could = told.groupby(errors.user).sum().reindex(users, fill_value=0) + everybodys
+    return (met + .5) / (could + 1)
 
 # %% ../../nbs/analyzer/01_counting.ipynb #b00923c3
 def signals(events: Any, catalog: Any = None, since: float | None = None) -> pd.DataFrame:
@@ -250,7 +276,8 @@ def signals(events: Any, catalog: Any = None, since: float | None = None) -> pd.
 
     events: an `Events`, a DataFrame, Parquet file or folder, or an iterable of `Event`.
     since: UTC seconds, or a date: only events from then on. Rows by window: `all`, ISO weeks
-    (`2020-W53`), months (`2020-12`). cls `action`: `uses` counts actions that are not redundant,
+    (`2020-W53`), months (`2020-12`). catalog: says what is redundant; None: `redo`, `retry` and
+    `repeat`. cls `action`: `uses` counts actions that are not redundant,
     other signals are redundant actions by name. cls `error`: how often, by name. cls `time`:
     geometric mean of the durations in seconds. Raises EventError."""
     first = -np.inf if since is None else seconds_of(since)

@@ -50,15 +50,19 @@ def feature_cards(events: Any) -> pd.DataFrame:
         {"actions": int, "errors": int}).sort_values("actions", ascending=False)
 
 # %% ../../nbs/analyzer/10_report.ipynb #45a3e409
-def report(events: Any, catalog: Any = None, **settings: Any) -> dict[str, Any]:
-    """Judge a log: {users, refused, segments, verdicts, unexplained, features}.
+def report(events: Any, catalog: Any = None, features: Sequence[str] = (),
+           **settings: Any) -> dict[str, Any]:
+    """Judge a log: {users, by, refused, segments, left_out, verdicts, unexplained, features}.
 
-    Where segments are refused, the reason stands in `refused`, and features still have cards.
-    settings: of `evaluate`."""
+    features: that users are segmented by; by default actions and time, or actions and errors where
+    no event has seconds. Where segments are refused, the reason stands in `refused`, and features
+    still have cards. settings: of `evaluate`."""
     sig = signals(events, catalog)
-    fitted = Segments.fit(sig)
+    by = tuple(features) or ("actions", "time" if (sig.cls == "time").any() else "errors")
+    fitted = Segments.fit(sig, by)
     verdicts = evaluate(sig, fitted, **settings)
-    return {"users": sig.user.nunique(), "refused": fitted.refused,
+    return {"users": sig.user.nunique(), "by": by, "refused": fitted.refused,
+            "left_out": fitted.left_out.value_counts().to_dict(),
             "segments": fitted.labels.value_counts().to_dict(), "verdicts": verdicts,
             "unexplained": unexplained(verdicts) if len(verdicts) else verdicts,
             "features": feature_cards(events)}
@@ -103,7 +107,10 @@ def as_text(r: dict[str, Any]) -> str:
     "Say a report in words."
     lines = [f"{r['users']} users"]
     if r["refused"]: lines.append(f"no segments, so no verdicts: {r['refused']}")
-    else: lines.append(", ".join(f"{n} {s}" for s, n in r["segments"].items()))
+    else:
+        lines.append(", ".join(f"{n} {s}" for s, n in r["segments"].items())
+                     + f" (by {' and '.join(r['by'])})")
+        lines += [f"{n} in no segment: {why}" for why, n in r["left_out"].items()]
     said = r["verdicts"][r["verdicts"].challenge.notna()] if len(r["verdicts"]) else r["verdicts"]
     lines += ["", *(card(v) + "\n" for _, v in said.iterrows())]
     if n := len(r["unexplained"]):

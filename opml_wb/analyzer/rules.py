@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'PAPER_RULES', 'COMPARE', 'ROW', 'NAMES', 'SHOWN', 'Rule', 'holds', 'with_threshold', 'window_kind', 'judged',
-           'met', 'tables', 'signals_told', 'hard_rates', 'soft_rates', 'intervals', 'probability', 'nearest_threshold',
-           'evaluate', 'unexplained', 'card']
+           'met', 'tables', 'hard_rates', 'soft_rates', 'intervals', 'probability', 'nearest_threshold', 'evaluate',
+           'unexplained', 'card']
 
 # %% ../../nbs/analyzer/03_rules.ipynb #9d2e61f2
 import operator
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import beta
 
+from .counting import exposure_seen
 from .segments import LABELS, Segments
 from ..core.kit.words import check_choice
 
@@ -90,6 +91,7 @@ def tables(signals: pd.DataFrame, users: pd.Index, cls: str, window: str, times:
            denominator: str) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Make the tables behind the rates: the signals [J], who met them, who counts, each [J, n]."""
     m = met(judged(signals), cls, window, times)
+    told = exposure_seen(m, m.y)
     m["exposed"] |= m.y
     rows, j = m[ROW].drop_duplicates(ignore_index=True), m.groupby(ROW, sort=False).ngroup()
     u = users.get_indexer(m.user)
@@ -97,16 +99,10 @@ def tables(signals: pd.DataFrame, users: pd.Index, cls: str, window: str, times:
     y, counts = np.zeros((2, len(rows), len(users)), bool)
     y[j[seen], u[seen]] = m.y[seen]
     counts[j[seen], u[seen]] = m.exposed[seen]
-    told = m.exposed & (signals_told(signals, m))
-    hidden = ~told.groupby(j).any().to_numpy(bool) if len(rows) else np.zeros(0, bool)
+    hidden = ~told.groupby(j).any().to_numpy(bool)
     if denominator == "segment": hidden[:] = True
     counts[hidden] = True
     return rows.assign(who=np.where(hidden, "segment", "exposed")), y, counts
-
-def signals_told(signals: pd.DataFrame, m: pd.DataFrame) -> pd.Series:
-    "True for rows whose signal somebody was seen to be exposed to otherwise than by it."
-    told = judged(signals).groupby(ROW).exposed.any()
-    return pd.Series(told.reindex(pd.MultiIndex.from_frame(m[ROW])).to_numpy(bool), m.index)
 
 # %% ../../nbs/analyzer/03_rules.ipynb #f1ca431b
 def hard_rates(p: np.ndarray, y: np.ndarray, counts: np.ndarray
@@ -218,6 +214,13 @@ def _told(rules, rates, fires, chance, enough, n, min_users):
     return number if fired else None, fired.challenge if fired else None, float(p), words
 
 # %% ../../nbs/analyzer/03_rules.ipynb #f7e87447
+def _same_people(seg: Segments, signals: pd.DataFrame) -> None:
+    "Refuse segments of other users than those of the log, as where one has numbers for names."
+    if not len(seg.proba) or not len(signals) or seg.proba.index.isin(signals.user).any(): return
+    ours, logged = seg.proba.index[0], signals.user.iloc[0]
+    raise ValueError(f"segments: none of their users is in the log: they have {ours!r} "
+                     f"({type(ours).__name__}), the log has {logged!r} ({type(logged).__name__})")
+
 SHOWN = ["stage", "feature", "signal", "rule", "challenge", *(f"{k}_{s}" for k in (
     "rate", "n", "lo", "hi") for s in "EIB"), "p_rule", "window", "nearest", "who", "cls"]
 
@@ -233,8 +236,10 @@ def evaluate(signals: pd.DataFrame, segments: "Segments | pd.Series",
     as the segments are. min_users: no verdict from a smaller segment. level: of the intervals.
     Returns SHOWN: `challenge` is ET, SoP or None; `p_rule` the probability that the rule named (or
     the nearest) holds; `nearest` says what would change the verdict. Refused segments give an empty
-    table, whose `attrs["refused"]` says why. Raises ValueError."""
+    table, whose `attrs["refused"]` says why. Raises ValueError, also where the segments are of
+    users who are not in the log."""
     seg = segments if isinstance(segments, Segments) else Segments.of(segments)
+    _same_people(seg, signals)
     method = method or ("soft" if seg.soft else "hard")
     check_choice("denominator", denominator, ("exposed", "segment"))
     check_choice("method", method, ("soft", "hard"))

@@ -14,6 +14,8 @@ import pandas as pd
 
 from .logs.catalogs import Catalog, as_catalog
 from .counting import frame_of, tidied, week_label, weeks_of
+from .logs.events import EventError
+from ..core.kit.words import did_you_mean, nearest
 
 FEW = 5  # no rate is told of fewer users
 
@@ -64,17 +66,23 @@ def _finished(week: pd.DataFrame, cat: Catalog) -> float:
     return len(began & ended) / len(began) if len(began) >= FEW else np.nan
 
 # %% ../../nbs/analyzer/05_views.ipynb #0e4478b5
+def _segment(users: pd.Series, by: "pd.Series | None") -> pd.Series:
+    "The segment of each user, `unknown` for who is in none."
+    if by is None: return pd.Series("all", users.index)
+    return users.map(by).astype(object).fillna("unknown")
+
 def flow(events: Any, by: "pd.Series | None" = None, what: str = "stage", gap: float = 1800.
          ) -> pd.DataFrame:
     """Count what directly follows what: DataFrame [segment, a, b, n, share].
 
-    by: Series user -> segment (or Segments.labels); None: all users are one. what: `stage`,
+    by: Series user -> segment (or Segments.labels; who is in none is `unknown`); None: all users
+    are one. what: `stage`,
     `feature` or `name`. gap: seconds after which nothing follows. share: of all that follows `a` in
     that segment; NaN where fewer than 5 users did it."""
     f = tidied(frame_of(events)).sort_values(["user", "ts"], kind="stable")
     same = (f.user == f.user.shift()) & (f.ts - f.ts.shift() <= gap)
     pairs = pd.DataFrame({"a": f[what].shift(), "b": f[what], "user": f.user})[same]
-    pairs["segment"] = "all" if by is None else pairs.user.map(by)
+    pairs["segment"] = _segment(pairs.user, by)
     out = pairs.groupby(["segment", "a", "b"]).agg(n=("user", "size"), users=("user", "nunique"))
     out["share"] = out.n / out.groupby(level=[0, 1]).n.transform("sum")
     return out.assign(share=out.share.where(out.users >= FEW)).drop(columns="users").reset_index()
@@ -84,18 +92,23 @@ def funnel(events: Any, steps: Sequence[str], what: str = "name", by: "pd.Series
            ) -> pd.DataFrame:
     """Follow users through `steps`: DataFrame [segment, step, users, share].
 
-    A user is at a step if the event occurs after he was at the step before it. share: of those who
-    were at the first step, NaN for fewer than 5."""
+    A user is at a step if the event occurs after he was at the step before it; each segment of the
+    log has a row for each step, 0 where nobody came. share: of those who were at the first step,
+    NaN for fewer than 5. Raises EventError for a step that is no event, and nearly one."""
     f = tidied(frame_of(events)).sort_values("ts", kind="stable")
-    at: pd.Series | None = None
-    rows = []
-    for step in steps:
-        s = f[f[what] == step]
-        if at is not None: s = s[s.ts >= s.user.map(at).astype(float).fillna(np.inf)]
+    f["segment"] = _segment(f.user, by)
+    segments, there = sorted(f.segment.unique()), f[what].unique()
+    rows, at = [], pd.Series(-np.inf, f.user.unique())
+    for i, step in enumerate(steps):
+        if step not in there and nearest(step, there, .7):
+            raise EventError(f"no event has the {what} {step!r}{did_you_mean(step, there)}")
+        since = f.user.map(at).fillna(np.inf)
+        again = i and step == steps[i - 1]   # the same event isn't two steps
+        s = f[(f[what] == step) & ((f.ts > since) if again else (f.ts >= since))]
         at = s.groupby("user").ts.min()
-        who = pd.Series("all", at.index) if by is None else by.reindex(at.index)
-        rows += [(seg, step, n) for seg, n in who.value_counts().items()]
-    out = pd.DataFrame(rows, columns=["segment", "step", "users"])
-    first = out[out.step == steps[0]].set_index("segment").users
-    of = out.segment.map(first)
-    return out.assign(share=(out.users / of).where(of >= FEW))
+        n = s.groupby("segment").user.nunique().reindex(segments, fill_value=0)
+        if not i: first = n.where(n >= FEW)
+        rows.append(pd.DataFrame({"step": step, "users": n, "share": n / first}))
+    columns = ["segment", "step", "users", "share"]
+    if not rows: return pd.DataFrame(columns=columns)
+    return pd.concat(rows).rename_axis("segment").reset_index()[columns]

@@ -101,6 +101,7 @@ def catalog(path: str | Path | None = None) -> Catalog:
     return Catalog.read(path or data.root()/"analyzer"/"catalog.toml")
 
 def as_catalog(given: "Catalog | str | Path | Callable[[], Catalog] | None") -> Catalog:
-    "Make a catalog of what a function was given: one, a file, `catalog` itself, or None (ours)."
+    "Make a catalog of what a function was given: one, a file, `catalog` itself, or None (empty)."
+    if given is None: return Catalog()
     if isinstance(given, Catalog): return given
     return given() if callable(given) else catalog(given)

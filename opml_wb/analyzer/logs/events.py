@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'KINDS', 'KEYS', 'LONGEST', 'FIELDS', 'TABLES', 'EventError
 # %% ../../../nbs/analyzer/logs/01_events.ipynb #fbc629f0
 import dataclasses, hashlib, json, math, sqlite3
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from numbers import Real
@@ -140,14 +140,24 @@ def row_of(e: Event) -> tuple:
 class Events:
     """An event repository: one SQLite file (write-ahead log), or memory.
 
-    path: a file, made when missing, or `:memory:`; wait: seconds for another writer's lock."""
+    path: a file, made when missing, or `:memory:`; wait: seconds for another writer's lock. Raises
+    EventError for a file that is another database, or none."""
     def __init__(self, path: str | Path = ":memory:", wait: float = 30.) -> None:
         self.path = str(path)
         if self.path != ":memory:": Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(self.path, timeout=wait, isolation_level=None,
                                   check_same_thread=False)
+        self._check()
         self.db.executescript("pragma journal_mode=wal; pragma synchronous=normal;"
                               "pragma secure_delete=on;" + TABLES)
+
+    def _check(self) -> None:
+        "Refuse a file that others made, before anything is written to it."
+        try: there = [n for n, in self.db.execute("select name from sqlite_master")]
+        except sqlite3.DatabaseError as e:   # busy or no right: as it is
+            raise e if isinstance(e, sqlite3.OperationalError) else EventError(f"{self.path}: {e}")
+        if there and "event" not in there:
+            raise EventError(f"{self.path}: a database of others, without events; not touched")
 
     def __len__(self) -> int: return self.db.execute("select count(*) from event").fetchone()[0]
 
@@ -176,11 +186,18 @@ def refuse(self: Events, reason: str, n: int = 1, fields: str = "") -> None:
     self.db.execute("insert into dead values(?,?,?,?) on conflict(reason) do update set "
                     "n = n + excluded.n, last = excluded.last", (reason, fields, n, now))
 
+def _rows(frame: Any) -> list[dict[str, Any]]:
+    "The rows of a DataFrame, as `Events.frame` gives it, as dicts."
+    def read(data): return json.loads(data) if isinstance(data, str) else {}
+    return [{**r, "data": read(r.get("data"))} for r in frame.to_dict("records")]
+
 @patch
 def add(self: Events, events: "Iterable[Event | Mapping[str, Any]]") -> int:
     """Add events in one transaction; returns how many were new.
 
-    Those already there are passed over; what is no event is counted in `dead`."""
+    events: Event, dicts of its fields, or a DataFrame. Those already there are passed over; what is
+    no event is counted in `dead`."""
+    if hasattr(events, "to_dict"): events = _rows(events)
     rows: list[tuple] = []
     dead: dict[str, tuple[str, int]] = {}
     for event in events:
@@ -250,6 +267,8 @@ def forget(self: Events, user: str) -> int:
 def export(self: Events, path: str | Path) -> Path:
     "Write all events to a Parquet file (`.csv`: CSV), whole or not at all; returns its path."
     path, temp = Path(path), Path(f"{path}.part")
+    if path.suffix not in (".csv", ".parquet"):
+        raise EventError(f"{path.name}: expected a name that ends in .parquet or .csv")
     data = self.frame()
     try:
         if path.suffix == ".csv": data.to_csv(temp, index=False)
@@ -259,11 +278,23 @@ def export(self: Events, path: str | Path) -> Path:
 
 # %% ../../../nbs/analyzer/logs/01_events.ipynb #a3551cfb
 def read_events(path: str | Path) -> "pd.DataFrame":
-    "Read exported events from a Parquet file or a folder of them, as `Events.frame` gives them."
+    """Read events as `Events.frame` gives them: of a Parquet file, a folder of such, or a database
+    (.db), which is only read. Raises EventError."""
     path = Path(path)
     if not path.exists(): raise EventError(f"{path}: no such file or folder")
+    if path.suffix in (".db", ".sqlite", ".sqlite3"): return _only_read(path)
     import duckdb
     with duckdb.connect() as db:
         db.execute("set enable_progress_bar = false")
         source = str(path/"**"/"*.parquet") if path.is_dir() else str(path)
-        return db.execute("select * from read_parquet(?) order by ts", [source]).df()
+        try: return db.execute("select * from read_parquet(?) order by ts", [source]).df()
+        except duckdb.Error as e:
+            raise EventError(f"{path}: {str(e).splitlines()[0]}") from None
+
+def _only_read(path: Path) -> "pd.DataFrame":
+    "The events of a database, without a change to it."
+    import pandas as pd
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        try: return pd.read_sql_query(f"select {','.join(FIELDS)} from event order by ts, id", db)
+        except pd.errors.DatabaseError:
+            raise EventError(f"{path}: no database of events") from None
