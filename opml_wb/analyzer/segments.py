@@ -32,8 +32,8 @@ def user_features(signals: pd.DataFrame, features: Sequence[str] = ("actions", "
     """Make the features of users from signals: DataFrame [user, feature], on logarithmic scales.
 
     actions: ln(number of actions, those not redundant; .5 for none). time: mean of ln(seconds),
-    minus what is usual for that feature of the platform. errors, redundant: ln of how many errors, or redundant
-    actions, there are for each action."""
+    minus what is usual for that feature of the platform. errors, redundant: ln of how many errors,
+    or redundant actions, there are for each action."""
     for f in features: check_choice("features", f, tuple(SIGNS))
     whole = signals[signals.window == "all"]
     users, out = pd.Index(signals.user.unique(), name="user"), {}
