@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'ASKED', 'transform_of', 'made_by', 'exported', 'understood', 'add', 'report']
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #f8523050
-import importlib.util, json, os, re, sys, tempfile
+import hashlib, importlib.util, json, os, re, sys, tempfile, types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,19 +57,22 @@ def made_by(spec: str, weights: str | os.PathLike | None = None,
     Raises BundleError."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file(): raise BundleError(f"there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"flexserve_{Path(path).stem}", path)
+    beside = Path(path).absolute().parent
+    package = types.ModuleType(f"flexserve_{hashlib.sha256(str(beside).encode()).hexdigest()[:12]}")
+    package.__path__ = [str(beside)]     # so `from .layers import` finds what lies beside the file
+    found = importlib.util.spec_from_file_location(f"{package.__name__}.{Path(path).stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(Path(path).absolute().parent))
+    sys.path.insert(0, str(beside))
     try:
-        sys.modules[found.name] = module
+        sys.modules |= {package.__name__: package, found.name: module}
         found.loader.exec_module(module)
         make = getattr(module, name, None)
         if not callable(make): raise BundleError(f"{path} has no function {name!r}")
         net = make(**(kwargs or {}))
     except BundleError: raise
     except Exception as e: raise BundleError(f"{spec} fails: {type(e).__name__}: {e}") from e
-    finally: sys.path.remove(str(Path(path).absolute().parent))
+    finally: sys.path.remove(str(beside))
     if not hasattr(net, "load_state_dict"):
         raise BundleError(f"{spec} gives a {type(net).__name__}, not a torch module")
     if weights is not None: net.load_state_dict(_state(net, weights))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...core.kit.words import is_whole
 from ..inputs.columns import Schema
-from ..inputs.feeds import feed_of, usual
+from ..inputs.feeds import feed_of, typed, usual
 from .formats import FORMATS
 from .outputs import OUTPUTS
 from ..inputs.images import Transform
@@ -127,7 +127,8 @@ def schema_in(manifest: Mapping[str, Any]) -> Schema | None:
     except ValueError as e: raise BundleError(str(e)) from None
     if found.kind != manifest["kind"]:
         raise BundleError(f"kind: {manifest['kind']!r:.40}: its columns make it {found.kind!r}")
-    return found
+    try: return typed(found, [f for m in manifest["models"] for f in m.get("takes") or ()])
+    except (KeyError, TypeError, AttributeError): return found   # what `judge` refuses
 
 # %% ../../../nbs/flexserve/model/09_manifest.ipynb #95cba1d9
 def of_kind(models: Sequence[Mapping[str, Any]], schema: Schema | None) -> dict[str, Any]:

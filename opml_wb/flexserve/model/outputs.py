@@ -73,10 +73,14 @@ def chosen(names: Sequence[str], wanted: str | None = None) -> str:
                       f"--output-name (output_name= in Python)")
 
 # %% ../../../nbs/flexserve/model/13_outputs.ipynb #c3c270fd
-def _one_number(raw, name, last):
+def _one_number(raw, name, called, last):
     "Tell a logit from a probability. Raises BundleError where nothing shows which it is."
     if last() == "sigmoid": return "probability"
-    if raw.min(initial=0) < -1e-6 or raw.max(initial=0) > 1 + 1e-6: return "logit"
+    if raw.min(initial=0) < -1e-6 or raw.max(initial=0) > 1 + 1e-6:
+        if "prob" not in called: return "logit"
+        raise BundleError(f"model {name!r}: its output {called!r} holds no probability, but "
+                          f"{float(raw.flat[0]):.3g}: say --output logit if it is one; decision "
+                          f"scores become probabilities by CalibratedClassifierCV")
     raise BundleError(f"model {name!r} gives one number a row for two classes, and nothing shows "
                       f"what it is: say --output logit or --output probability (output= in Python)")
 
@@ -94,7 +98,8 @@ def output_of(raw: np.ndarray, classes: Sequence[str] | None, name: str = "model
     BundleError where they leave it open or gainsay each other."""
     good = raw[np.isfinite(raw).reshape(len(raw), -1).all(1)]
     if raw.ndim == 1 or raw.shape[1] == 1:
-        return "value" if classes is None else _one_number(good, name, last)
+        return "value" if classes is None else _one_number(
+            good, name, (called or "").lower(), last)
     inside = len(good) and good.min() >= -1e-6 and good.max() <= 1 + 1e-6
     if inside and abs(good.sum(1) - 1).max() < SUMS: return "probabilities"
     shown = [round(float(v), 3) for v in (good if len(good) else raw)[0][:4]]

@@ -79,10 +79,12 @@ def samples(schema: Schema | None) -> Any:
     rng = np.random.default_rng(0)
     def pictures(): return [rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(3)]
     if schema is None: return pictures()
+    def numbers(c, *shape):
+        return rng.integers(0, 2, shape) if c.dtype == "int64" else rng.random(shape)
     make: dict[str, Callable] = {
-        "number": lambda c: rng.random(3).tolist(), "text": lambda c: ["a", "b c", "d"],
+        "number": lambda c: numbers(c, 3).tolist(), "text": lambda c: ["a", "b c", "d"],
         "category": lambda c: [c.categories[i % len(c.categories)] for i in range(3)],
-        "image": lambda c: pictures(), "tensor": lambda c: rng.random((3, *c.shape))}
+        "image": lambda c: pictures(), "tensor": lambda c: numbers(c, 3, *c.shape)}
     return read_rows(schema, {c.name: make[c.kind](c) for c in schema.columns})
 
 # %% ../../../nbs/flexserve/model/10_packing.ipynb #5ffaf3ea

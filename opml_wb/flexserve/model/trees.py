@@ -38,8 +38,11 @@ def objective(of: Any) -> tuple[str, int]:
 def rounds_of(of: Any) -> int | None:
     "Count the rounds of a booster that answer, where early stopping left more; None for all."
     best = of.attr("best_iteration")
-    kind = json.loads(of.save_config())["learner"]["gradient_booster"]["name"]
-    return None if best is None or kind == "gblinear" else int(best) + 1
+    return None if best is None or _linear(of) else int(best) + 1
+
+def _linear(of):
+    "True for a booster of linear functions, which has no trees."
+    return json.loads(of.save_config())["learner"]["gradient_booster"]["name"] == "gblinear"
 
 # %% ../../../nbs/flexserve/model/14_trees.ipynb #b49efc22
 def xgboost_runner(path: str | os.PathLike, threads: int = 1, rounds: int | None = None,
@@ -50,10 +53,14 @@ def xgboost_runner(path: str | os.PathLike, threads: int = 1, rounds: int | None
     found, last = booster(path, threads), (0, rounds or 0)
     how = "margin" if objective(found)[0] == "multi:softmax" else "value"
     gap = math.nan if missing is None else missing
+    def linear(feeds):
+        import xgboost
+        given = xgboost.DMatrix(feeds[0], missing=gap)
+        return found.predict(given, output_margin=how == "margin", validate_features=False)
     def run(feeds):
         return found.inplace_predict(feeds[0], iteration_range=last, predict_type=how, missing=gap,
                                      validate_features=False)
-    return run
+    return linear if _linear(found) else run
 
 # %% ../../../nbs/flexserve/model/14_trees.ipynb #e69ab468
 def _categories(found):
