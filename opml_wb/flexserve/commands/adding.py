@@ -75,7 +75,9 @@ def made_by(spec: str, weights: str | os.PathLike | None = None,
     finally: sys.path.remove(str(beside))
     if not hasattr(net, "load_state_dict"):
         raise BundleError(f"{spec} gives a {type(net).__name__}, not a torch module")
-    if weights is not None: net.load_state_dict(_state(net, weights))
+    try:
+        if weights is not None: net.load_state_dict(_state(net, weights))
+    except RuntimeError as e: raise BundleError(f"weights: {' '.join(str(e).split()):.300}") from e
     return net.eval()
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #c2b48077

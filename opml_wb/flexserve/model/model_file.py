@@ -166,6 +166,11 @@ def filled(model: Any, schema: Schema | None = None) -> Any:
     more: dict[str, Any] = {"classes": found.classes, "output": found.output,
                             "rounds": found.rounds}
     if model.get("output") == "value": more["classes"] = None
-    if schema: more["takes"] = takes_of(found, schema)
+    if schema:
+        more["takes"] = takes_of(found, schema)
+        if found.named and (given := model.get("takes")) is not None:
+            if [f["columns"] for f in more["takes"]] != [list(f["columns"]) for f in given]:
+                raise BundleError(f"takes: expected the model's own order of columns, "
+                                  f"{', '.join(more['takes'][0]['columns'])}")
     elif found.written.get("transform"): more["transform"] = found.written["transform"]
     return {**{k: v for k, v in more.items() if v is not None}, **model}

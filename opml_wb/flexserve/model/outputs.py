@@ -76,6 +76,7 @@ def chosen(names: Sequence[str], wanted: str | None = None) -> str:
 def _one_number(raw, name, called, last):
     "Tell a logit from a probability. Raises BundleError where nothing shows which it is."
     if last() == "sigmoid": return "probability"
+    if "logit" in called: return "logit"
     if raw.min(initial=0) < -1e-6 or raw.max(initial=0) > 1 + 1e-6:
         if "prob" not in called: return "logit"
         raise BundleError(f"model {name!r}: its output {called!r} holds no probability, but "
@@ -106,7 +107,7 @@ def output_of(raw: np.ndarray, classes: Sequence[str] | None, name: str = "model
     if "prob" in (called or "").lower():
         raise BundleError(f"model {name!r}: its output {called!r} holds no probabilities, but "
                           f"{shown}: {WAYS}")
-    if inside and last() != "linear":
+    if inside and "logit" not in (called or "").lower() and last() != "linear":
         raise BundleError(f"model {name!r} gives numbers in [0, 1] that don't add up to 1, such "
                           f"as {shown}: {WAYS}")
     return "logits"
