@@ -208,8 +208,8 @@ def _details(model):
 def _instead(name, version, served):
     "Say that a version isn't the one that is served."
     if served is None or served == version: return ""
-    return (f"\n       version {served} is served, not this one: opml flexserve unpin {name}, if it "
-            f"is pinned, or pin {name} {version}")
+    return (f"\n       version {served} is served, not this one: opml flexserve unpin {name}, if "
+            f"it is pinned, or pin {name} {version}")
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #74471ec9
 def report(name: str, version: int, bundle: Bundle, port: int = 5050,

@@ -77,7 +77,7 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     TorchScript), in the place of arch and weights, its `classes` and `output` (a key of
     `outputs.OUTPUTS`) if it can't be told, `output_name`
     where it has several outputs; `columns`: what the models take, a Schema or a list of
-    {"name", "kind", "categories", "gaps", "shape", "dtype"}, where that isn't pictures, and `"takes"` of a
+    {name, kind, categories, gaps, shape, dtype}, where that isn't pictures, and `"takes"` of a
     model its feeds ([{"columns", "dtype", "transform", "hash", "input"}]); `golden`: pictures
     (bytes, paths, (H, W, 3) uint8) or rows whose answers are recorded, or `{"images" or "rows",
     "labels"}`; `allow`: modules that `arch` may name besides the zoo, trusted in this home from

@@ -77,7 +77,8 @@ def _operation(node): return str(getattr(node.target, "_opname", node.target))
 def program_last(program: Any, output: str | None) -> str | None:
     "Tell what made the output (its place as a text, or the only one) of an exported program."
     made = program.graph_signature.user_outputs
-    at = 0 if output is None and len(made) == 1 else int(output) if str(output).isdigit() else None
+    named = output if output is not None and output.isdigit() else None
+    at = 0 if output is None and len(made) == 1 else int(named) if named else None
     nodes = {n.name: n for n in program.graph.nodes}
     node = nodes.get(made[at]) if at is not None and at < len(made) else None
     while node is not None and _operation(node) in MOVES: node = node.args[0]

@@ -127,8 +127,8 @@ def complete(entry: dict[str, Any], raw: np.ndarray, called: str | None = None,
                           f"tells two classes apart: name two, or say --output value")
     if given is None: entry["output"] = output_of(raw, names, entry["name"], called, last)
     if n > 1 and entry["output"] in ("logit", "probability", "value"):
-        raise BundleError(f"{name} gives {n} numbers a row, and a {entry['output']} is one: several "
-                          f"values or independent labels are served as one model for each")
+        raise BundleError(f"{name} gives {n} numbers a row, and a {entry['output']} is one: "
+                          f"several values or labels are served as one model for each")
     if entry["output"] == "value": entry["classes"] = None
     elif names is None: entry["classes"] = [str(i) for i in range(max(n, 2))]
     elif n > 1 and len(names) != n:

@@ -144,8 +144,8 @@ def _steady(entry, run, feeds, items, raw):
     name = f"model {entry['name']!r}"
     again = _raw(run, feeds, items)
     if not np.allclose(again, raw[:len(again)], 1e-4, 1e-4, equal_nan=True):
-        raise BundleError(f"{name} answers the same otherwise the second time: exported in training "
-                          f"mode? call .eval() first")
+        raise BundleError(f"{name} answers the same otherwise the second time: exported in "
+                          f"training mode? call .eval() first")
     try: _raw(run, feeds, items[:1])
     except Exception as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[-1]

@@ -133,7 +133,8 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     misleads; `columns`: a Schema or its list, in the place
     of what the frame shows; `classes`: names of the
     classes; `output`, `output_name`: what a model gives and which of its outputs it is, where it
-    isn't shown; `labels`: the true classes of the frame's rows; `provenance`: JSON values that every
+    isn't shown; `labels`: the true classes of the frame's
+    rows; `provenance`: JSON values that every
     server tells; `metrics`: for `opml flexserve versions`; `store`: default this home's; `promote`:
     serve it. Returns the version. Raises BundleError, ModelError."""
     models = dict(model) if isinstance(model, Mapping) else {name: model}

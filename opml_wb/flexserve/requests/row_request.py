@@ -67,7 +67,7 @@ def _listed(column):
     return [None if v is not None and math.isnan(v) else v for v in values]
 
 # %% ../../../nbs/flexserve/requests/02_row_request.ipynb #11fa4629
-DECIMAL = re.compile(r"\s*[+-]?(?:\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?|nan|inf(?:inity)?)\s*",
+DECIMAL = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)\s*",
                      re.ASCII | re.IGNORECASE)   # as pandas writes it: no 1_5, no other digits
 WHOLE = re.compile(r"[+-]?[0-9]{1,19}")
 
