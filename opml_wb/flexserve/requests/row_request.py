@@ -12,7 +12,7 @@ from typing import Any
 
 from ..inputs.columns import Schema
 from ..inputs.rows import Rows, read_rows
-from .arrow import too_many, weigh
+from .arrow import columns_of, too_many
 from .request import (Ask, Refused, fields, media_type, multipart,
                                              parsed_json)
 
@@ -44,27 +44,10 @@ def _json(body, schema):
 # %% ../../../nbs/flexserve/requests/02_row_request.ipynb #cc598932
 def _arrow(body, schema, most=None):
     "Read an Arrow IPC stream or file, of at most `most` rows; what it holds is weighed first."
-    import pyarrow as pa
-    if body[:6] == b"ARROW1": body = memoryview(body)[8:]     # a file is a stream within marks
-    try:
-        if most is not None: weigh(body, most, sum(2 + math.prod(c.shape or ())
-                                                   for c in schema.columns))
-        with pa.ipc.open_stream(body) as reader: table = reader.read_all()
-        for i, of in enumerate(table.schema.types):
-            if pa.types.is_dictionary(of):
-                table = table.set_column(i, table.schema.names[i],
-                                         table.column(i).cast(of.value_type))
-        return rows_of(schema, {n: _listed(table.column(n)) for n in table.column_names})
+    width = sum(2 + math.prod(c.shape or ()) for c in schema.columns)
+    try: return rows_of(schema, columns_of(body, most, width))
     except Refused: raise
     except Exception as e: raise Refused(422, f"Arrow: {str(e).splitlines()[0]:.200}") from None
-
-# %% ../../../nbs/flexserve/requests/02_row_request.ipynb #ed246c09
-def _listed(column):
-    "Turn an Arrow column into a list; NaN is a gap."
-    import pyarrow as pa
-    values = column.to_pylist()
-    if not pa.types.is_floating(column.type): return values
-    return [None if v is not None and math.isnan(v) else v for v in values]
 
 # %% ../../../nbs/flexserve/requests/02_row_request.ipynb #11fa4629
 DECIMAL = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)\s*",
