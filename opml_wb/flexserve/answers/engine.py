@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from ...core.kit.words import check_whole
 from ..model.bundle import Bundle, BundleError
 from ..inputs.feeds import batches
-from ..model.formats import OutputError, Runner, answer_of
+from ..model.formats import Runner
+from ..model.outputs import OutputError, answer_of
 from ..inputs.images import Prepared, is_picture
 from ..model.onnx import Backend, OnnxBackend, place, prepare
 from ..inputs.rows import read_rows

@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET', 'ASKED', 'transform_of', 'made_by', 'exported', 'understood', 'add', 'report']
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #f8523050
-import importlib.util, json, os, re, sys, tempfile
+import hashlib, importlib.util, json, os, re, sys, tempfile, types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,22 +57,27 @@ def made_by(spec: str, weights: str | os.PathLike | None = None,
     Raises BundleError."""
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file(): raise BundleError(f"there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"flexserve_{Path(path).stem}", path)
+    beside = Path(path).absolute().parent
+    package = types.ModuleType(f"flexserve_{hashlib.sha256(str(beside).encode()).hexdigest()[:12]}")
+    package.__path__ = [str(beside)]     # so `from .layers import` finds what lies beside the file
+    found = importlib.util.spec_from_file_location(f"{package.__name__}.{Path(path).stem}", path)
     assert found and found.loader
     module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(Path(path).absolute().parent))
+    sys.path.insert(0, str(beside))
     try:
-        sys.modules[found.name] = module
+        sys.modules |= {package.__name__: package, found.name: module}
         found.loader.exec_module(module)
         make = getattr(module, name, None)
         if not callable(make): raise BundleError(f"{path} has no function {name!r}")
         net = make(**(kwargs or {}))
     except BundleError: raise
     except Exception as e: raise BundleError(f"{spec} fails: {type(e).__name__}: {e}") from e
-    finally: sys.path.remove(str(Path(path).absolute().parent))
+    finally: sys.path.remove(str(beside))
     if not hasattr(net, "load_state_dict"):
         raise BundleError(f"{spec} gives a {type(net).__name__}, not a torch module")
-    if weights is not None: net.load_state_dict(_state(net, weights))
+    try:
+        if weights is not None: net.load_state_dict(_state(net, weights))
+    except RuntimeError as e: raise BundleError(f"weights: {' '.join(str(e).split()):.300}") from e
     return net.eval()
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #c2b48077
@@ -87,22 +92,34 @@ def _state(net, weights):
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #7e9aed9a
 def exported(net: "torch.nn.Module", transform: Mapping[str, Any] | None, schema: Schema | None,
-             path: Path) -> Path:
-    "Export a module for the pictures of a transform, or for the columns of a schema, to `path`."
+             path: Path, output_name: str | None = None) -> Path:
+    """Export a module for the pictures of a transform, or for the columns of a schema, to `path`;
+    `output_name`: of its answer where it gives several tensors."""
     if schema is None:
         given = [np.stack(Transform.parse(transform).many(samples(None)))]
     else:
         arrays = [feed_of(f, schema).many(samples(schema)) for f in usual(schema)]
         given = [np.stack(a) if isinstance(a, list) else a for a in arrays]
-    return Path(from_torch(net, given, path))
+    return Path(from_torch(net, given, path, output_name))
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #553ef63b
 def _columns(found: Told, names):
     "Find the columns of a model that takes rows, and its feeds: (columns, takes or None)."
     if found.columns and not names: return found.columns, None
+    if found.format == "xgboost": return _renamed(found, names), None
     if found.inputs: return of_inputs(found.inputs, names)
     if names: return [{"name": n, "kind": "number"} for n in names], None
     raise BundleError("the file doesn't tell what it takes: give --columns a,b,c or --transform")
+
+# %% ../../../nbs/flexserve/commands/03_adding.ipynb #826d7c60
+def _renamed(found, names):
+    "Name the columns of a booster that has no names; one that has keeps its own order."
+    own = [c["name"] for c in found.columns]
+    if found.named and sorted(own) == sorted(names): return found.columns
+    if found.named or len(own) != len(names):
+        said = f"are {', '.join(own)}" if found.named else f"have no names, they are {len(own)}"
+        raise BundleError(f"--columns {','.join(names)}: the model's own columns {said}")
+    return [{**c, "name": n} for c, n in zip(found.columns, names)]
 
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #3438d578
 def understood(found: Told, transform: str | None, names: Sequence[str] | None,
@@ -142,12 +159,14 @@ def _items(golden, schema):
 def add(store: "ModelStore", name: str, model: str, *, weights: str | None = None,
         kwargs: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None,
         transform: str | None = None, columns: Sequence[str] | None = None,
-        golden: str | None = None, output: str | None = None, promote: bool = True,
+        golden: str | None = None, output: str | None = None, output_name: str | None = None,
+        promote: bool = True,
         ask: Callable[[str], str] | None = None) -> tuple[int, Bundle]:
     """Publish a model file as a new version of `name`, and serve it from now on.
 
     `model`: ONNX, XGBoost's JSON, .pt2, TorchScript, or `file.py:function` with its `weights` and
-    `kwargs`; `classes`, `transform`, `columns`, `output`: what it doesn't tell; `golden`: a folder
+    `kwargs`; `classes`, `transform`, `columns`, `output`, `output_name` (which of several outputs
+    is the answer): what it doesn't tell; `golden`: a folder
     of pictures, or a CSV or JSON of rows; `ask`: asks for a transform. Returns (version, Bundle in
     the store). Raises BundleError, ModelError, OSError."""
     with tempfile.TemporaryDirectory(prefix="flexserve-add-") as folder:
@@ -156,11 +175,13 @@ def add(store: "ModelStore", name: str, model: str, *, weights: str | None = Non
             how = understood(found, transform or (None if columns or ask is None else ask(ASKED)),
                              columns)
             schema = Schema.parse(how["columns"]) if "columns" in how else None
-            model = str(exported(net, how.get("transform"), schema, Path(folder)/"model.pt2"))
+            model = str(exported(net, how.get("transform"), schema, Path(folder)/"model.pt2",
+                                 output_name))
         elif weights: raise BundleError("--weights: belongs to a file.py:function")
-        else: how = understood(told(model), transform, columns, ask)
+        else: how = understood(told(model, output_name), transform, columns, ask)
         schema = Schema.parse(how.pop("columns")) if "columns" in how else None
-        own = {"classes": classes and list(classes), "output": output, **how}
+        own = {"classes": classes and list(classes), "output": output,
+               "output_name": output_name, **how}
         entry = {"name": name, "model": model, **{k: v for k, v in own.items() if v is not None}}
         bundle = Bundle.create(Path(folder)/"bundle", [entry], _items(golden, schema), name=name,
                                columns=schema)
@@ -175,9 +196,27 @@ def _example(bundle):
     return {k.name: k.categories[0] if k.categories else c.get(k.kind, [0] * (k.shape or (1,))[0])
             for k in bundle.schema.columns}
 
+# %% ../../../nbs/flexserve/commands/03_adding.ipynb #b15a882a
+def _details(model):
+    "Say what of a model's output and trees was chosen."
+    more = []
+    if of := model.get("output_name"): more.append(f"its output {of!r}")
+    if n := model.get("rounds"): more.append(f"the first {n} rounds, where its training stopped")
+    if (gap := model.get("missing")) is not None: more.append(f"{gap:g} is a gap, as NaN is")
+    return "".join(f"; {m}" for m in more)
+
+def _instead(name, version, served):
+    "Say that a version isn't the one that is served."
+    if served is None or served == version: return ""
+    return (f"\n       version {served} is served, not this one: opml flexserve unpin {name}, if "
+            f"it is pinned, or pin {name} {version}")
+
 # %% ../../../nbs/flexserve/commands/03_adding.ipynb #74471ec9
-def report(name: str, version: int, bundle: Bundle, port: int = 5050) -> str:
-    "Say what was understood of a model, and how its server is asked."
+def report(name: str, version: int, bundle: Bundle, port: int = 5050,
+           served: int | None = None) -> str:
+    """Say what was understood of a model, and how its server is asked.
+
+    `served`: the version that the store serves, if it is another one."""
     [model] = bundle.models
     takes = (f"pictures {json.dumps({k: v for k, v in model['transform'].items() if v})}"
              if bundle.schema is None else
@@ -186,8 +225,9 @@ def report(name: str, version: int, bundle: Bundle, port: int = 5050) -> str:
     body = ("-H 'Content-Type: image/jpeg' --data-binary @PICTURE.jpg" if bundle.schema is None else
             f"-H 'Content-Type: application/json' -d '{json.dumps({'rows': [_example(bundle)]})}'")
     return f"""\
-{name} version {version}: {model.get("format", "torch")}, read as {model.get("output", "logits")}
+{name} version {version}: {model.get("format", "torch")}, read as \
+{model.get("output", "logits")}{_details(model)}
 takes  {takes}
 gives  {gives}
-serve  opml flexserve serve {name}
+serve  opml flexserve serve {name}{_instead(name, version, served)}
 ask    curl {body} http://127.0.0.1:{port}/v1/predict"""

@@ -45,11 +45,13 @@ def _asks():
                                              "value"]), help="What it gives; else it is tried.")
 @click.option("--golden", type=click.Path(exists=True),
               help="Pictures (folder, zip) or rows (CSV, JSON) that every server answers as now.")
+@click.option("--output-name", help="Which of several outputs is the answer: an ONNX output, a key "
+                                    "of a dict, or the place in a tuple, from 0.")
 @click.option("--no-promote", is_flag=True, help="Keep it in the store only; `pin` serves it.")
 @KEY
 def add(name: str, model: str, weights: str | None, kwargs: str | None, classes: str | None,
         transform: str | None, columns: str | None, output: str | None, golden: str | None,
-        no_promote: bool, key: str | None) -> None:
+        output_name: str | None, no_promote: bool, key: str | None) -> None:
     """Put MODEL into the store under NAME: an ONNX file, XGBoost's JSON, a torch.export (.pt2) or
     TorchScript file, or FILE.py:FUNCTION, which builds a torch module; and serve it from now on.
 
@@ -57,10 +59,12 @@ def add(name: str, model: str, weights: str | None, kwargs: str | None, classes:
     from opml_wb.flexserve.commands import adding
     try: given = json.loads(kwargs) if kwargs else None
     except ValueError as e: raise click.UsageError(f"--kwargs: no JSON: {e}") from None
-    version, bundle = call(adding.add, model_store(key), name, model, weights=weights, kwargs=given,
+    store = model_store(key)
+    version, bundle = call(adding.add, store, name, model, weights=weights, kwargs=given,
                            classes=_split(classes), transform=transform, columns=_split(columns),
-                           golden=golden, output=output, promote=not no_promote, ask=_asks())
-    click.echo(adding.report(name, version, bundle))
+                           golden=golden, output=output, output_name=output_name,
+                           promote=not no_promote, ask=_asks())
+    click.echo(adding.report(name, version, bundle, served=store.current(name)))
 
 # %% ../../../nbs/flexserve/commands/02_cli_models.ipynb #aba91a5c
 def signed(store: "ModelStore", name: str, version: int | None) -> int:

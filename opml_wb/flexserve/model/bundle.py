@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 from ...core.kit.files import replacing, sha256, write_text
 from ..inputs.columns import Schema
+from ..inputs.feeds import typed
 from .formats import MODULES, Runner
 from ..inputs.images import Transform
 from .manifest import (MANIFEST, canonical, check_name, entries, judge,
@@ -74,8 +75,9 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     state dict, "classes": [str], "transform": {"resize", "crop", "mean", "std"}, "provenance":
     {}}]`, or `"model"`, the path of a file that is run as it is (ONNX, XGBoost's JSON, .pt2,
     TorchScript), in the place of arch and weights, its `classes` and `output` (a key of
-    `formats.OUTPUTS`) if it can't be told; `columns`: what the models take, a Schema or a list of
-    {"name", "kind", "categories", "gaps", "shape"}, where that isn't pictures, and `"takes"` of a
+    `outputs.OUTPUTS`) if it can't be told, `output_name`
+    where it has several outputs; `columns`: what the models take, a Schema or a list of
+    {name, kind, categories, gaps, shape, dtype}, where that isn't pictures, and `"takes"` of a
     model its feeds ([{"columns", "dtype", "transform", "hash", "input"}]); `golden`: pictures
     (bytes, paths, (H, W, 3) uint8) or rows whose answers are recorded, or `{"images" or "rows",
     "labels"}`; `allow`: modules that `arch` may name besides the zoo, trusted in this home from
@@ -86,6 +88,7 @@ def create(cls: Bundle, dir: str | os.PathLike, models: Sequence[Mapping[str, An
     except ValueError as e: raise BundleError(str(e)) from None
     if isinstance(models, (list, tuple)): models = [filled(m, schema) for m in models]
     folder, found = Path(dir), entries(models, schema)
+    if schema: schema = typed(schema, [f for m in found for f in m["takes"]])
     items, labels = golden_items(golden, schema)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BundleError(f"dir: {folder} is there already")
@@ -163,7 +166,9 @@ def feeds(self: Bundle) -> tuple[list, list[list[int]]]:
 @patch(as_prop=True)
 def plain(self: Bundle) -> bool:
     "True when its models are torch modules that give logits of pictures."
-    def is_one(m): return ("format" not in m or m["format"] in MODULES) and "batch" not in m
+    def is_one(m):
+        return (("format" not in m or m["format"] in MODULES) and "batch" not in m
+                and "output_name" not in m)
     return self.schema is None and all(is_one(m) and m.get("output", "logits") == "logits"
                                        for m in self.models)
 

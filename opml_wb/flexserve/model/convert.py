@@ -15,7 +15,7 @@ import numpy as np
 
 from ..inputs.columns import Schema
 from ..inputs.feeds import feed_of
-from .formats import onnx_runner, module_of, torch_runner
+from .formats import OnnxRunner, TorchRunner, module_of
 from ..inputs.rows import Rows, read_rows
 from .weights import BundleError
 
@@ -93,7 +93,7 @@ def from_sklearn(estimator: Any, frame: "pd.DataFrame", schema: Schema,
         try:
             Path(path).write_bytes(_converted(estimator, types))
             given = [feed_of(f, schema).many(rows) for f in takes]
-            off = differ(onnx_runner(path, [f["input"] for f in takes])(given), right)
+            off = differ(OnnxRunner(path, [f["input"] for f in takes])(given), right)
         except OSError: raise
         except Exception as e:
             tries.append(f"{type(e).__name__}: {str(e).splitlines()[0]:.150}"); continue
@@ -105,10 +105,12 @@ def from_sklearn(estimator: Any, frame: "pd.DataFrame", schema: Schema,
                       f"and torch models need no conversion")
 
 # %% ../../../nbs/flexserve/model/11_convert.ipynb #cc663da6
-def from_torch(module: "torch.nn.Module", given: Sequence[np.ndarray],
-               path: str | os.PathLike) -> str | os.PathLike:
+def from_torch(module: "torch.nn.Module", given: Sequence[np.ndarray], path: str | os.PathLike,
+               output_name: str | None = None) -> str | os.PathLike:
     """Write a torch module as a `torch.export` file at `path`, which agrees with it on the arrays
-    `given`, two rows or more. Raises BundleError."""
+    `given`, two rows or more; `output_name`: of its answer where it gives several tensors.
+
+    Raises BundleError."""
     import torch
     module = module.eval()
     try:
@@ -125,6 +127,7 @@ def from_torch(module: "torch.nn.Module", given: Sequence[np.ndarray],
         raise BundleError(f"torch.export refuses {type(module).__name__}: {type(e).__name__}: "
                           f"{said:.200}; save it with torch.jit.script, or serve its code by "
                           f"`opml flexserve pack` and --allow") from e
-    off = differ(torch_runner(module_of("pt2", path))(given), torch_runner(module)(given))
+    off = differ(*(TorchRunner(m, output_name=output_name)(given)
+                   for m in (module_of("pt2", path), module)))
     if off > CLOSE: raise BundleError(f"the exported module differs from itself by {off:.1g}")
     return path

@@ -14,8 +14,11 @@ from typing import Any
 
 from ..inputs.columns import Schema
 from ..inputs.feeds import usual
-from .formats import (ONNX_DTYPES, booster, format_of, objective,
-                                             onnx_output, safe_pt2, session)
+from .formats import (ONNX_DTYPES, format_of, onnx_output, safe_pt2,
+                                             session)
+from .graphs import onnx_classes, trains
+from .trees import (booster, objective, rounds_of, tree_columns,
+                                           tree_takes)
 from .weights import BundleError
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #091f158b
@@ -23,13 +26,16 @@ from .weights import BundleError
 class Told:
     """What a model file tells: `format`; `inputs` [(name, dtype, shape, None for a free size)],
     None where it doesn't; `columns` and `takes` of a bundle of rows; `classes`; `output` (a key of
-    `formats.OUTPUTS`); `written`: what stands in the file under opml.json."""
+    `outputs.OUTPUTS`); `rounds` of a booster that answer, None for all; `written`: what stands in
+    the file under opml.json."""
     format: str
     inputs: list[tuple[str, str, list]] | None = None
     columns: list[dict[str, Any]] | None = None
     takes: list[dict[str, Any]] | None = None
     classes: list[str] | None = None
     output: str | None = None
+    named: bool = False      # the columns' names are the file's own
+    rounds: int | None = None
     written: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,42 +75,30 @@ def of_inputs(inputs: Sequence[tuple[str, str, list]], columns: Sequence[str] | 
 def _sizes(shape): return [d if isinstance(d, int) and d > 0 else None for d in shape]
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #468cf9a3
-def _of_onnx(path, kind):
+def _of_onnx(path, kind, output_name=None):
     "Read an ONNX file: inputs, and the classes of a classifier that names them."
     import onnx
     on = session(path)
     odd = [i.type for i in on.get_inputs() if i.type not in ONNX_DTYPES]
     if odd: raise BundleError(f"{path}: an input of {odd[0]}: expected {', '.join(ONNX_DTYPES)}")
     inputs = [(i.name, ONNX_DTYPES[i.type], _sizes(i.shape)) for i in on.get_inputs()]
-    classes = None
-    for node in onnx.load(path, load_external_data=False).graph.node:
-        for a in node.attribute:
-            if a.name.startswith(("classlabels", "cats_")) and (a.strings or a.ints):
-                classes = [s.decode() for s in a.strings] or [str(i) for i in a.ints]
+    graph = onnx.load(path, load_external_data=False).graph
+    classes = onnx_classes(graph, onnx_output(on, output_name))
     written = json.loads(on.get_modelmeta().custom_metadata_map.get("opml", "{}"))
-    by_name = "probabilities" if "prob" in onnx_output(on) else None
-    return Told(kind, inputs, classes=classes, output=by_name, written=written)
-
-# %% ../../../nbs/flexserve/model/08_model_file.ipynb #87945add
-def _categories(found):
-    "Read {column: categories} that a booster keeps; empty where it keeps none, or is too old."
-    try: arrow = found.get_categories(export_to_arrow=True).to_arrow()
-    except (AttributeError, TypeError, ValueError): return {}
-    return {name: values.to_pylist() for name, values in arrow if values is not None}
+    return Told(kind, inputs, classes=classes, written=written)
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #d9575e21
-def _of_xgboost(path, kind):
-    "Read an XGBoost model: columns with their categories, classes, output."
+def _of_xgboost(path, kind, output_name=None):
+    "Read an XGBoost model: columns with their categories, classes, output, rounds that answer."
     found = booster(path)
-    names = found.feature_names or [f"f{i}" for i in range(found.num_features())]
-    known = _categories(found)
-    columns = [{"name": n, "kind": "category", "categories": known[n], "gaps": True} if n in known
-               else {"name": n, "kind": "number", "gaps": True} for n in names]
+    if output_name: raise BundleError("output name: an XGBoost model gives one output")
+    columns, named = tree_columns(found)
     goal, n = objective(found)
     output = {"multi:softprob": "probabilities", "multi:softmax": "logits",
               "binary:logistic": "probability", "binary:logitraw": "logit"}.get(goal, "value")
     classes = None if output == "value" else [str(i) for i in range(n or 2)]
-    return Told(kind, columns=columns, classes=classes, output=output)
+    return Told(kind, columns=columns, classes=classes, output=output, named=named,
+                rounds=rounds_of(found))
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #662feab6
 TORCH_DTYPES = {"torch.float32": "float32", "torch.float64": "float64", "torch.int64": "int64"}
@@ -116,12 +110,15 @@ def _extra(path):
         return json.loads(z.read(name)) if name else {}
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #df390496
-def _of_module(path, kind):
+def _of_module(path, kind, output_name=None):
     "Read a torch.export file's inputs; TorchScript tells none."
     if kind == "torchscript": return Told(kind, written=_extra(path))
     import torch
     safe_pt2(path)
     program = torch.export.load(path)
+    if odd := trains(program):
+        raise BundleError(f"{path} was exported in training mode ({odd}): call .eval() of the "
+                          f"module before torch.export")
     users, inputs = set(program.graph_signature.user_inputs), []
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in users:
@@ -131,22 +128,27 @@ def _of_module(path, kind):
     return Told(kind, inputs, written=_extra(path))
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #f1ae003c
-def told(path: str | os.PathLike) -> Told:
-    "Read what a model file tells. Raises BundleError for what isn't one, or may run code."
+def told(path: str | os.PathLike, output_name: str | None = None) -> Told:
+    """Read what a model file tells, of its output `output_name` if it has several.
+
+    Raises BundleError for what isn't one, or may run code."""
     kind = format_of(path)
     read = {"onnx": _of_onnx, "xgboost": _of_xgboost}.get(kind, _of_module)
-    try: found = read(Path(path), kind)
+    try: found = read(Path(path), kind, output_name)
     except json.JSONDecodeError as e:
         raise BundleError(f"{path}: opml.json: no JSON: {e}") from None
     if not isinstance(found.written, dict):
         raise BundleError(f"{path}: opml.json: expected an object")
     found.classes = found.written.get("classes") or found.classes
-    found.columns = found.written.get("columns") or found.columns
+    if not found.named: found.columns = found.written.get("columns") or found.columns
     return found
 
 # %% ../../../nbs/flexserve/model/08_model_file.ipynb #19da8c5b
 def takes_of(found: Told, schema: Schema) -> list[dict[str, Any]]:
-    "Make the feeds of a model file for the columns of a bundle."
+    """Make the feeds of a model file for the columns of a bundle.
+
+    Raises BundleError for columns that gainsay a booster's own."""
+    if found.format == "xgboost": return tree_takes(found.columns or (), found.named, schema)
     inputs = found.inputs or []
     if inputs and {n for n, *_ in inputs} <= set(schema.names):
         return [{"columns": [n], "dtype": d, "input": n} for n, d, _ in inputs]
@@ -160,9 +162,15 @@ def filled(model: Any, schema: Schema | None = None) -> Any:
 
     Raises BundleError."""
     if not isinstance(model, dict) or "model" not in model: return model
-    found = told(model["model"])
-    more: dict[str, Any] = {"classes": found.classes, "output": found.output}
+    found = told(model["model"], model.get("output_name"))
+    more: dict[str, Any] = {"classes": found.classes, "output": found.output,
+                            "rounds": found.rounds}
     if model.get("output") == "value": more["classes"] = None
-    if schema: more["takes"] = takes_of(found, schema)
+    if schema:
+        more["takes"] = takes_of(found, schema)
+        if found.named and (given := model.get("takes")) is not None:
+            if [f["columns"] for f in more["takes"]] != [list(f["columns"]) for f in given]:
+                raise BundleError(f"takes: expected the model's own order of columns, "
+                                  f"{', '.join(more['takes'][0]['columns'])}")
     elif found.written.get("transform"): more["transform"] = found.written["transform"]
     return {**{k: v for k, v in more.items() if v is not None}, **model}

@@ -6,8 +6,9 @@
 __all__ = ['GOLDEN_ROWS', 'TIED', 'publish', 'source', 'same_answers', 'bundle_from']
 
 # %% ../../../nbs/flexserve/model/12_publish.ipynb #6e012ce1
-import os, tempfile
+import math, os, tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,13 @@ import numpy as np
 from ...core.record.models import ModelStore
 from ...core.request.plugin import load, plugged
 from .bundle import Bundle
-from ..inputs.columns import NUMERIC, Column, Schema, schema_of
-from .convert import from_sklearn, from_torch
+from ..inputs.columns import Schema, schema_of
+from .convert import CLOSE, differ, from_sklearn, from_torch
 from ..inputs.feeds import feed_of, usual
-from .model_file import told
+from .formats import format_of, runner
+from .model_file import filled, told
+from .outputs import OutputError, answer_of
+from .trees import booster, in_process, tree_columns
 from ..inputs.rows import read_rows
 from .weights import BundleError
 
@@ -35,19 +39,55 @@ def _family(model):
     raise BundleError(f"model: expected a file, an XGBoost or scikit-learn model or a torch "
                       f"module, got {type(model).__name__}")
 
+# %% ../../../nbs/flexserve/model/12_publish.ipynb #1bb517cc
+def _booster(model):
+    "The booster of an XGBoost model or file; None of any other."
+    if _family(model) == "file": return booster(model) if format_of(model) == "xgboost" else None
+    if _family(model) != "xgboost": return None
+    return model.get_booster() if hasattr(model, "get_booster") else model
+
+def _trees(model, path):
+    "Save an XGBoost model; its entry: what its file doesn't tell of how it answers."
+    model.save_model(str(path))
+    if not hasattr(model, "get_booster"): return {"model": path, "rounds": 0}  # answers with all
+    gap, classes = getattr(model, "missing", None), getattr(model, "classes_", None)
+    gap = None if gap is None or math.isnan(gap) else float(gap)
+    more = {"missing": gap, "classes": None if classes is None else [str(c) for c in classes]}
+    return {"model": path, **{k: v for k, v in more.items() if v is not None}}
+
+# %% ../../../nbs/flexserve/model/12_publish.ipynb #05f0263a
+def _proved(name, made, model, frame, schema):
+    "Check that a saved XGBoost model answers rows of a frame as the model itself does."
+    entry = filled(made, schema)
+    output, rows = entry["output"], read_rows(schema, frame)
+    for i, (_, why) in rows.bad.items(): raise BundleError(f"frame: row {i}: {why}")
+    run = runner("xgboost", entry["model"], [None], rounds=entry.get("rounds"),
+                 missing=entry.get("missing"))
+    raw = run([feed_of(f, schema).many(rows) for f in entry["takes"]])
+    columns = tree_columns(_booster(model))[0]
+    if not _booster(model).feature_names:
+        columns = [{"name": n} for n in schema.numeric]
+    right = in_process(model, frame, columns, output)
+    if output not in ("value", "logit") and hasattr(model, "predict_proba"):
+        try: raw = answer_of(raw, output, len(rows), right.shape[1], name)
+        except OutputError as e: raise BundleError(str(e)) from e
+    if (off := differ(raw, right)) > 10 * CLOSE:
+        raise BundleError(f"{name}: its file answers otherwise than the model, by {off:.1g}; not "
+                          f"published")
+
 # %% ../../../nbs/flexserve/model/12_publish.ipynb #e01eba34
-def _entry(name, model, schema, frame, folder):
+def _entry(name, model, schema, frame, folder, output_name=None):
     "Write a model into `folder` where it isn't a file yet; its entry."
     family = _family(model)
     if family == "file": return {"model": model}
     path = folder/f"{name}{ {'xgboost': '.json', 'torch': '.pt2', 'sklearn': '.onnx'}[family]}"
     if family == "sklearn": return from_sklearn(model, frame[:256], schema, path)
     if family == "torch":
-        takes = usual(schema)
-        return {"model": from_torch(model, _arrays(frame[:4], takes, schema), path)}
-    model.save_model(str(path))
-    classes = getattr(model, "classes_", None)
-    return {"model": path, **({} if classes is None else {"classes": [str(c) for c in classes]})}
+        given = _arrays(frame[:4], usual(schema), schema)
+        return {"model": from_torch(model, given, path, output_name)}
+    made = _trees(model, path)
+    if frame is not None: _proved(name, made, model, frame[:256], schema)
+    return made
 
 # %% ../../../nbs/flexserve/model/12_publish.ipynb #69c4e273
 def _arrays(frame, takes, schema):
@@ -59,12 +99,21 @@ def _arrays(frame, takes, schema):
 
 # %% ../../../nbs/flexserve/model/12_publish.ipynb #17849c1b
 def _schema(frame, models, kinds, columns):
-    "Read the columns from the frame, or take those that are given."
+    """Read the columns from the frame, or take those that are given; a booster's own go before
+    what the frame shows of them."""
     if columns is not None:
         return columns if isinstance(columns, Schema) else Schema.parse(columns)
-    trees = all(_family(m) == "xgboost" or _family(m) == "file" and told(m).format == "xgboost"
-                for m in models)
-    return schema_of(frame, kinds, gaps=True if trees else None)
+    trees = [_booster(m) for m in models]
+    found = schema_of(frame, kinds, gaps=None if None in trees else True)
+    own = {c["name"]: c for t in trees[::-1] if t is not None
+           for c in tree_columns(t)[0] if t.feature_names and c["name"] not in (kinds or {})}
+    coded = {n for t in trees if t is not None and t.feature_types
+             for n, k in zip(t.feature_names or (), t.feature_types) if k == "c"}
+    def of(c):
+        mine = own.get(c.name)
+        if mine is None or mine["kind"] == "number" and c.name in coded: return c
+        return replace(c, kind=mine["kind"], shape=None, categories=mine.get("categories"))
+    return Schema(tuple(map(of, found.columns)))
 
 # %% ../../../nbs/flexserve/model/12_publish.ipynb #1deaf983
 GOLDEN_ROWS = 32
@@ -73,6 +122,7 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
             kinds: Mapping[str, str] | None = None,
             columns: Sequence[Mapping[str, Any]] | Schema | None = None,
             classes: Sequence[str] | None = None, labels: Sequence | None = None,
+            output: str | None = None, output_name: str | None = None,
             provenance: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None,
             store: ModelStore | None = None, promote: bool = True) -> int:
     """Publish a model that takes rows as a new version of `name`, and serve it from now on.
@@ -82,7 +132,9 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     which the first GOLDEN_ROWS are the golden set; `kinds`: {column: kind} where the frame
     misleads; `columns`: a Schema or its list, in the place
     of what the frame shows; `classes`: names of the
-    classes; `labels`: the true classes of the frame's rows; `provenance`: JSON values that every
+    classes; `output`, `output_name`: what a model gives and which of its outputs it is, where it
+    isn't shown; `labels`: the true classes of the frame's
+    rows; `provenance`: JSON values that every
     server tells; `metrics`: for `opml flexserve versions`; `store`: default this home's; `promote`:
     serve it. Returns the version. Raises BundleError, ModelError."""
     models = dict(model) if isinstance(model, Mapping) else {name: model}
@@ -90,9 +142,10 @@ def publish(name: str, model: Any, frame: "pd.DataFrame | None" = None, *,
     try: schema = _schema(frame, models.values(), kinds, columns)
     except ValueError as e: raise BundleError(str(e)) from None
     with tempfile.TemporaryDirectory(prefix="flexserve-publish-") as folder:
-        own = {"provenance": dict(provenance or {})} | ({"classes": list(classes)}
-                                                        if classes else {})
-        found = [{"name": n, **_entry(n, m, schema, frame, Path(folder)), **own}
+        given = {"classes": classes and list(classes), "output": output,
+                 "output_name": output_name}
+        own = {"provenance": dict(provenance or {}), **{k: v for k, v in given.items() if v}}
+        found = [{"name": n, **_entry(n, m, schema, frame, Path(folder), output_name), **own}
                  for n, m in models.items()]
         few = None if frame is None else {"rows": frame[:GOLDEN_ROWS], "labels": (
             None if labels is None else list(labels)[:GOLDEN_ROWS])}

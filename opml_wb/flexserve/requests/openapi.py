@@ -159,7 +159,7 @@ def _protocol_paths(models, serving):
 # %% ../../../nbs/flexserve/requests/06_openapi.ipynb #63e544b2
 def _column(c):
     "Describe the values of one column."
-    kinds = {"number": {"type": "number"}, "text": TEXT,
+    kinds = {"number": WHOLE if c.dtype == "int64" else NUMBER, "text": TEXT,
              "image": _object({"b64": {"type": "string", "format": "byte"}}, "b64"),
              "tensor": {"type": "array", "description": f"numbers of shape {list(c.shape or ())}"}}
     found = {"enum": list(c.categories)} if c.categories else kinds[c.kind]

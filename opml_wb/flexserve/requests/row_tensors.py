@@ -26,6 +26,7 @@ def described(schema: Schema) -> list[dict[str, Any]]:
     "Describe the columns as the inputs of a model: [{name, datatype, shape}]."
     kinds = {"number": "FP64", "tensor": "FP32"}
     def of(c):
+        if c.dtype and not c.gaps: return {"int64": "INT64", "float64": "FP64"}[c.dtype]
         text = c.kind != "category" or any(isinstance(v, str) for v in c.categories)
         return kinds.get(c.kind, "BYTES" if text else "FP64")
     return [{"name": c.name, "datatype": of(c), "shape": [-1, *(c.shape or ())]}
@@ -40,6 +41,25 @@ def _texts(column, raw, data):
     try: return [v.decode() for v in found]
     except UnicodeDecodeError: raise Refused(400, f"{column.name}: a text is no UTF-8") from None
 
+# %% ../../../nbs/flexserve/requests/04_row_tensors.ipynb #848bac13
+def _flat(name, data, deep=0):
+    "Go through the elements of nested lists."
+    if deep > 8: raise Refused(400, f"{name}: data are nested too deep")
+    for v in data:
+        if isinstance(v, list): yield from _flat(name, v, deep + 1)
+        else: yield v
+
+def _checked(name, kind, value):
+    "Check one element of a tensor in JSON against its datatype. Raises Refused(400)."
+    if value is None and kind.startswith("FP"): return math.nan
+    of, number = np.dtype(NUMBERS[kind]), type(value) in (int, float)
+    good = number or type(value) is bool and kind == "BOOL"
+    if kind == "BOOL": good = good and value in (0, 1)
+    elif good and of.kind in "iu":
+        good = value == value // 1 and np.iinfo(of).min <= value <= np.iinfo(of).max
+    if not good: raise Refused(400, f"{name}: expected {kind} values, got {value!r:.40}")
+    return int(value) if of.kind in "iu" and isinstance(value, float) else value
+
 # %% ../../../nbs/flexserve/requests/04_row_tensors.ipynb #4d0f5d9e
 def _values(column, tensor, raw):
     "Read the values of one input, a list; their shape is the tensor's."
@@ -50,12 +70,9 @@ def _values(column, tensor, raw):
     if kind not in NUMBERS:
         raise Refused(400, f"{name}: expected datatype BYTES, {', '.join(NUMBERS)}, got "
                            f"{str(kind)[:40]!r}")
-    if raw is None:
-        try: return np.asarray(data, np.float64).ravel().tolist()
-        except (TypeError, ValueError, OverflowError):
-            raise Refused(400, f"{name}: data are no numbers") from None
+    if raw is None: return [_checked(name, kind, v) for v in _flat(name, data)]
     if len(raw) % np.dtype(NUMBERS[kind]).itemsize: raise Refused(400, f"{name}: half a number")
-    return np.frombuffer(raw, NUMBERS[kind]).astype(np.float64).tolist()
+    return np.frombuffer(raw, NUMBERS[kind]).tolist()
 
 # %% ../../../nbs/flexserve/requests/04_row_tensors.ipynb #c1c8382e
 def _column(column: Column, tensor: Mapping[str, Any], raw: Raw | None) -> list:

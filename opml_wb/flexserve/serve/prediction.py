@@ -235,7 +235,8 @@ async def predict(self: PredictionApi, request: HttpRequest) -> Response:
         raise Refused(422, f"{twice[0]!r} in the URL: given twice")
     body = await self.predictor.body(request)
     header, schema = request.headers.get("content-type", ""), self.predictor.group().bundle.schema
-    of, more = (parse, ()) if schema is None else (parse_rows, (schema,))
+    most = self.predictor.settings.max_images
+    of, more = (parse, ()) if schema is None else (parse_rows, (schema, most))
     ask = await self.predictor.parsed(request, body, of, header, dict(query), *more)
     group, answer = await self.predictor.answer(request, ask)
     out = prediction(ask, answer, group.about["classes"], **self._who(group))
