@@ -14,7 +14,7 @@ import pytest
 from opml_wb.core.record.models import ModelStore
 from opml_wb.moderation import Decisions, Listing, Market, Proxy, ReviewConsole, TopicModel, encode
 from opml_wb.moderation.flow.queue import LeaseLost, SqliteQueue
-from opml_wb.moderation.flow.service import InProcess, publish_topics, to_json
+from opml_wb.moderation.flow.service import InProcess, Publisher, publish_topics, to_json
 from opml_wb.moderation.flow.worker import Service, queues
 
 
@@ -48,6 +48,21 @@ def test_a_listing_that_tells_no_time_was_listed_when_it_was_judged(shop, tmp_pa
     assert Proxy(asked, told, InProcess(models), {}).step() == 2
     bare, dated = (json.loads(x.body)["time"] for x in told.claim(2))
     assert before <= bare <= time.time() and dated == 1e9
+
+
+@pytest.mark.parametrize("odd", [1.7e12, "2024-01-01", -5])
+def test_no_alert_fails_by_its_time(shop, tmp_path, odd):
+    "Neither a listing whose time is none, nor a prediction that was kept before such were masked."
+    _, _, models = shop
+    asked, told, review = (SqliteQueue(tmp_path/"q.db", name) for name in ("listings", "predicted", "review"))
+    asked.put("new", json.dumps({"id": "new", "title": "dagger", "time": odd}))
+    assert Proxy(asked, told, InProcess(models), {"*": 0.}).step() == 1
+    told.put("old", json.dumps({"id": "old", "time": odd, "scores": {"w": .9}, "version": 1, "alerts": ["w"], "listing": {"id": "old"}}))
+    kept, before = [], time.time()
+    class Lake:
+        def write(self, name, frame, keys, event_time): kept.append(frame)
+    assert Publisher(told, review, Lake()).step() == 2 and {x.key for x in review.claim(9)} == {"new", "old"}
+    assert (kept[0].time.map(lambda t: before - 60 <= t.timestamp() <= time.time())).all()
 
 
 def test_nothing_is_lost_while_proxy_publisher_and_endpoint_are_killed(shop, tmp_path):
