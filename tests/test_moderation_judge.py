@@ -1,4 +1,5 @@
 """Moderation's judges against brute force and planted truths: precision@K, intervals of back-tests, errors and power of races."""
+import pickle
 from dataclasses import replace
 from itertools import permutations
 
@@ -244,6 +245,32 @@ def test_a_sellers_copies_are_one_decision_and_open_reviews_wait():
     assert len(race.differences()[0]) == 0
     with pytest.raises(ValueError, match="stands more than once"): race.allocate([1, 2], [1, 2], ["a", "a"])
     with pytest.raises(ValueError, match="NaN for id 'b'"): race.allocate([1, np.nan], [1, 2], ["a", "b"])
+
+
+def test_the_first_verdict_stays_however_late_a_block_is_decided():
+    "Eleven days won are a promotion; the first day, decided last and lost, takes nothing back."
+    race, said = Interleaver(2, days=12), []
+    for d in range(12): race.allocate([3, 2, 1, 0], [0, 1, 2, 3], [f"{d}{i}" for i in "cxyn"])
+    for d in (*range(1, 12), 0):
+        for arm in "cn": race.record(f"{d}{arm}", arm == ("n" if d else "c"))
+        said.append(race.verdict())
+    first = said.index("promote")
+    assert first < 11 and set(said[first:]) == {"promote"} and race.differences()[0].tolist() == [1.] * 11 + [-1.]
+    race.record("5n", None)                                    # taken back and said again: at its place
+    race.record("5n", True)
+    assert race.differences()[0].tolist() == [1.] * 11 + [-1.] and pickle.loads(pickle.dumps(race)).verdict() == "promote"
+
+
+def test_an_id_in_two_blocks_counts_in_both_and_a_missing_group_is_its_own():
+    race = Interleaver(4, days=5)
+    for ids in ("abcdxy", "abefxy"): race.allocate([9, 8, 0, 0, 5, 4.], [0, 0, 9, 8, 5, 4.], list(ids))
+    for i in "abcdef": race.record(i, i in "cdef")
+    assert race.report().complete.all() and race.differences()[0].tolist() == [2, 2]
+    for missing in (None, np.nan, pd.NA):
+        shown = Interleaver(6, days=5).allocate(np.arange(6.), np.arange(6.), list("abcdef"), groups=[missing] * 4 + ["x", "x"])
+        assert sorted(shown.id) == list("abcdf")
+    assert len(Interleaver(6, days=5).allocate(np.arange(6.), np.arange(6.), list("abcdef"), groups=pd.Series([np.nan] * 5 + [7.]))) == 6
+    with pytest.raises(ValueError, match="groups: expected 6, got 3"): race.allocate(np.arange(6.), np.arange(6.), list("abcdef"), groups=["x"] * 3)
 
 
 def test_the_papers_rule_takes_half_of_the_slots_each():

@@ -83,8 +83,8 @@ class Listing:
 
     id: unique text. title: at most 10,000 characters, any script. price: in the market's currency.
     image: uint8 [height, width, 3], or the bytes of a PNG, JPEG or WebP. time: UTC seconds since
-    1970, up to 2100; 0: not told. seller: whose it is.
-    Raises ListingError, which names the listing and the field."""
+    1970, up to 2100; 0: not told. seller: whose it is. Raises ListingError, which names the
+    listing and the field."""
     id: str
     title: str = ""
     brand: str = ""
