@@ -131,6 +131,37 @@ def test_a_time_that_is_none_is_masked_by_name():
     assert [(x.time, dict(x.why)) for x in (Listing("a", "bag", time=t) for t in (None, 0, 1.7e9, "5"))] == [(0, {}), (0, {}), (1.7e9, {}), (5, {})]
 
 
+def test_rules_are_weighed_and_a_class_without_weight_is_named():
+    seen, y = [Listing(str(i), "toy gun" if i < 10 else "real gun") for i in range(20)], np.arange(20) >= 10
+    def gun(weight): return TopicModel("rules", "weapons", words=["gun"]).fit(seen, y, weight).score(seen)[0]
+    assert gun([1000.] * 10 + [1.] * 10) < .01 < .25 < gun(None) == gun([1.] * 20) == gun([7.] * 20) < .5
+    assert gun([0.] * 10 + [1.] * 10) == TopicModel("rules", "weapons", words=["gun"]).fit(seen[10:], y[10:]).score(seen)[10]
+    mined = TopicModel("rules", "weapons").fit(seen, y, [1.] * 10 + [0.] * 10)
+    assert not len(mined.parts["words"])
+    for weight, said in (((1, 0), "no violation of weapons in 10 listings of a weight above 0"), ((0, 1), "only violations of weapons in 10 listings")):
+        with pytest.raises(ValueError, match=said): TopicModel("lr", "weapons").fit(seen, y, np.repeat(weight, 10))
+
+
+def test_commands_refuse_by_name(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from opml_wb.core.record.models import ModelStore
+    from opml_wb.moderation.commands import moderation
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    (tmp_path / "t.csv").write_text("id,violates\n")
+    typo, table = str(tmp_path / "typo.db"), str(tmp_path / "t.csv")
+    for words, said in ((["review", typo, "--moderator", "ann"], "there is no file"), (["status", typo], "there is no file"),
+                        (["retrain", "../x", table], "topic: expected letters, digits, _ and -"), (["promote", "a@2", "1"], "topic: expected letters"),
+                        (["simulate", "1", "--kind", "foo"], "'foo' is not one of"),
+                        (["simulate", "1", "-k", "0"], "Invalid value for '-k'")):
+        told = CliRunner().invoke(moderation, words)
+        assert told.exit_code == 2 and said in told.output, (words, told.output)
+    assert not (tmp_path / "typo.db").exists()
+    store = ModelStore()
+    store.publish("shop-weapons", table)
+    assert CliRunner().invoke(moderation, ["promote", "weapons", "1", "--name", "shop"]).exit_code == 0 and store.current("shop-weapons") == 1
+
+
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "rules"])
 def test_one_class_only_is_refused_and_no_listings_are_no_scores(days, fitted, kind):
     for y in (np.zeros(len(days[0])), np.ones(len(days[0]))):

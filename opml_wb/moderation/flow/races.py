@@ -247,7 +247,7 @@ def told(self: LiveRaces, race: Race) -> dict[str, Any]:
     if state == "continue" and self.spent(race): state = "keep"
     return {"race": race.n, "role": race.role, "current": race.current, "new": race.new,
             "blocks": len(made.blocks), "of": race.days, "reviews": about["reviews"], "open": gone,
-            "alpha": race.alpha, **num, "verdict": state}
+            "alpha": race.alpha, **num, "warning": about["warning"], "verdict": state}
 
 @patch
 def spent(self: LiveRaces, race: Race) -> bool:

@@ -59,7 +59,9 @@ def _grouped(groups: Any, n: int) -> np.ndarray:
 class Interleaver:
     """Share k alerts a block between the current model and a new one, and judge them.
 
-    k: reviews in a block. alpha: the largest chance of promoting a model that is no better. rule:
+    k: reviews in a block. alpha: the largest chance of promoting a model whose blocks are lost as
+    often as won by each number of violations (`decision.uneven`: that is more than equal precision,
+    and less holds where one model finds rare bursts that the other one misses). rule:
     sequential, or paper (K/2 each, promote if the sum of differences is above 0). days: blocks of
     the race; None: no horizon (an e-process). seed: of ties and slots. Raises ValueError."""
 
@@ -188,7 +190,8 @@ def verdict(self: Interleaver) -> str:
 def report(self: Interleaver) -> "pd.DataFrame":
     """Tell each block's reviews, depth, overlap (shared / depth), violations by arm, and D.
 
-    `attrs` holds verdict, precision of both arms at the mean depth, overlap and reviews."""
+    `attrs` holds verdict, precision of both arms at the mean depth, overlap, reviews, and a
+    warning (else empty) where blocks are lost by far more than they are won (`decision.uneven`)."""
     import pandas as pd
     rows = []
     for i, b in enumerate(self.blocks):
@@ -204,5 +207,6 @@ def report(self: Interleaver) -> "pd.DataFrame":
     table.attrs = {"verdict": self.verdict(), "k": self.k, "depth": float(done.depth.mean()),
                    "current": float((done.both + done.current).sum() / deep),
                    "new": float((done.both + done.new).sum() / deep),
-                   "overlap": float(done.shared.sum() / deep), "reviews": int(table.reviews.sum())}
+                   "overlap": float(done.shared.sum() / deep), "reviews": int(table.reviews.sum()),
+                   "warning": decision.uneven(done.D)}
     return table
