@@ -76,7 +76,11 @@ def test_tables_with_double_ids_and_topics_that_are_not_there():
 @pytest.mark.parametrize("columns, said", [
     ({"time": ["2024-01-02", "soon"]}, "time: 'soon' is no date, in row 2"), ({"violates": ["yes", 0]}, "violates: expected 0 or 1, got yes in row 1"),
     ({"image": ["nope.png", None]}, "listing '1': image: No such file or directory"), ({"id": [1, None]}, "id: missing in row 2"),
-    ({"price": ["$12.50", 3]}, "listing '1': price: expected a number")])
+    ({"price": ["$12.50", 3]}, "listing '1': price: expected a number"), ({"time": ["2024-01-02", None]}, "time: missing in row 2"),
+    ({"time": ["03/04/2024", "04/04/2024"]}, "time: '03/04/2024' in row 1 can be 03 April or 04 March; give ISO 8601, such as 2024-04-03"),
+    ({"time": ["13.04.2024", "04.13.2024"]}, "time: '04.13.2024' in row 2 and '13.04.2024' in row 1 have their months in different places"),
+    ({"time": ["03/04/24", "13/04/24"]}, "time: '03/04/24' is no date, in row 1; give ISO 8601"), ({"time": ["31/02/2024", "13/04/2024"]}, "'31/02/2024' is no date"),
+    ({"time": [-5, 7]}, "time: '-5' is no date, in row 1; give ISO 8601 or seconds"), ({"id": [1, "1"]}, "id 1 stands more than once")])
 def test_a_strangers_table_is_refused_by_row_and_name(tmp_path, columns, said):
     import pandas as pd
 
@@ -97,6 +101,65 @@ def test_a_strangers_table_is_read_as_it_is_meant(tmp_path):
     assert [[(x.id, x.title, x.seller, x.has) for x in day] for day in found.listings] == [
         [("9", "789", "3", (True, False, True))], [("8", "456", "2", (True, False, False))], [("7", "123", "1", (True, True, True))]]
     assert [y.tolist() for y in found.y] == [[False], [False], [True]]
+
+
+@pytest.mark.parametrize("time, days", [
+    (["03/04/2024", "13/04/2024", "02/05/2024"], [(4, 3), (4, 13), (5, 2)]), (["3-4-2024 10:00", "4-13-2024 9:00", "5-2-2024"], [(3, 4), (4, 13), (5, 2)]),
+    (["2024-03-01T00:00:00+09:00", "2024-02-29 16:00:00", "20240301"], [(2, 29), (2, 29), (3, 1)]), ([1700000000, 1700000000000, 1.7e18], [(11, 14)] * 3),
+    (["01/01/2024", "3 May 2024", "2024-06-01"], [(1, 1), (5, 3), (6, 1)])])
+def test_dates_are_read_by_one_order_that_the_column_shows(tmp_path, time, days):
+    import pandas as pd
+
+    from opml_wb.moderation.experiment import labelled
+    pd.DataFrame({"id": range(3), "violates": 1, "time": time}).to_csv(tmp_path / "t.csv", index=False)
+    when = pd.to_datetime(labelled(tmp_path / "t.csv").time, unit="s")
+    assert sorted(zip(when.dt.month, when.dt.day)) == sorted(days)
+
+
+def test_texts_of_a_table_stay_as_they_stand(tmp_path):
+    from opml_wb.moderation.experiment import labelled
+    (tmp_path / "t.csv").write_text("id,violates,title,brand,seller\n007,1,NA,501,0012\n7,0,None,,\n")
+    found = read(labelled(tmp_path / "t.csv"))
+    assert [(x.id, x.title, x.brand, x.seller) for x in found] == [("007", "NA", "501", "0012"), ("7", "None", "", "")]
+    with pytest.raises(ListingError, match="id 1 stands more than once"): read([{"id": 1}, {"id": "1"}])
+
+
+def test_a_time_that_is_none_is_masked_by_name():
+    for time in (1.7e12, "2024-01-01", "yesterday", float("nan"), -1, float("inf"), True):
+        odd = Listing("a", "bag", time=time)
+        assert odd.time == 0 and "is no number of seconds from 1970 to 2100" in odd.why["time"]
+    assert [(x.time, dict(x.why)) for x in (Listing("a", "bag", time=t) for t in (None, 0, 1.7e9, "5"))] == [(0, {}), (0, {}), (1.7e9, {}), (5, {})]
+
+
+def test_rules_are_weighed_and_a_class_without_weight_is_named():
+    seen, y = [Listing(str(i), "toy gun" if i < 10 else "real gun") for i in range(20)], np.arange(20) >= 10
+    def gun(weight): return TopicModel("rules", "weapons", words=["gun"]).fit(seen, y, weight).score(seen)[0]
+    assert gun([1000.] * 10 + [1.] * 10) < .01 < .25 < gun(None) == gun([1.] * 20) == gun([7.] * 20) < .5
+    assert gun([0.] * 10 + [1.] * 10) == TopicModel("rules", "weapons", words=["gun"]).fit(seen[10:], y[10:]).score(seen)[10]
+    mined = TopicModel("rules", "weapons").fit(seen, y, [1.] * 10 + [0.] * 10)
+    assert not len(mined.parts["words"])
+    for weight, said in (((1, 0), "no violation of weapons in 10 listings of a weight above 0"), ((0, 1), "only violations of weapons in 10 listings")):
+        with pytest.raises(ValueError, match=said): TopicModel("lr", "weapons").fit(seen, y, np.repeat(weight, 10))
+
+
+def test_commands_refuse_by_name(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from opml_wb.core.record.models import ModelStore
+    from opml_wb.moderation.commands import moderation
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    (tmp_path / "t.csv").write_text("id,violates\n")
+    typo, table = str(tmp_path / "typo.db"), str(tmp_path / "t.csv")
+    for words, said in ((["review", typo, "--moderator", "ann"], "there is no file"), (["status", typo], "there is no file"),
+                        (["retrain", "../x", table], "topic: expected letters, digits, _ and -"), (["promote", "a@2", "1"], "topic: expected letters"),
+                        (["simulate", "1", "--kind", "foo"], "'foo' is not one of"),
+                        (["simulate", "1", "-k", "0"], "Invalid value for '-k'")):
+        told = CliRunner().invoke(moderation, words)
+        assert told.exit_code == 2 and said in told.output, (words, told.output)
+    assert not (tmp_path / "typo.db").exists()
+    store = ModelStore()
+    store.publish("shop-weapons", table)
+    assert CliRunner().invoke(moderation, ["promote", "weapons", "1", "--name", "shop"]).exit_code == 0 and store.current("shop-weapons") == 1
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "rules"])

@@ -234,6 +234,18 @@ def test_leases_of_an_earlier_start_of_the_machine_are_void(tmp_path):
     assert [x.tries for x in SqliteQueue(tmp_path / "q.db").claim(1)] == [2]
 
 
+def test_a_back_off_of_an_earlier_start_of_the_machine_is_over(tmp_path):
+    "A minute's delay, noted on a clock that stood at a month, isn't a month on the clock that begins anew."
+    queue = SqliteQueue(tmp_path / "q.db", now=lambda: 2_600_000.)
+    queue.put_many([("a", b""), ("dead", b"")])
+    first, second = queue.claim(2)
+    queue.nack(first, delay_s=60)
+    queue.nack(second, final=True)
+    queue.db.execute("update about set value='another start' where name='boot'")
+    again = SqliteQueue(tmp_path / "q.db", now=lambda: 30.)
+    assert [x.key for x in again.claim(2)] == ["a"] and again.dead().key.tolist() == ["dead"]
+
+
 @needs_redis
 def test_kill_9_of_the_broker_loses_no_acknowledged_put(tmp_path):
     from redis.exceptions import RedisError

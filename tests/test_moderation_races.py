@@ -1,4 +1,5 @@
 """Moderation's races in a running service: durable over kill -9, promoted, watched and rolled back by the file's rows alone."""
+import json
 import os
 import signal
 import sqlite3
@@ -45,7 +46,7 @@ def stream(n, seed=0, first=0, good="weapons@2"):
 def rows(path):
     db = sqlite3.connect(path)
     races = db.execute("select n, topic, role, current, new, low, high, ended from race").fetchall()
-    return races, db.execute("select * from compared order by race, block").fetchall(), db.execute("select count(*), sum(asked) from seen").fetchone()
+    return races, db.execute("select race, block, depth, arms from compared order by race, block").fetchall(), db.execute("select count(*), sum(asked) from seen").fetchone()
 
 
 def test_a_race_killed_three_times_is_the_race_that_was_not(tmp_path):
@@ -94,6 +95,21 @@ def until_said(pilot, word, good, first):
         if any(word in s for s in said): return said
         live(pilot, 100, first + d, good)
     raise AssertionError(pilot.status())
+
+
+def test_a_block_decided_late_takes_no_verdict_back(tmp_path):
+    "Blocks count from when they were compared and decided, also in a file that noted no such moment."
+    races = LiveRaces(str(tmp_path / "r.db"), k=2, slots=2, every=10, days=12)
+    race, said = races.start("weapons", 1, 2), []
+    for b in range(12):
+        races.db.execute("insert into compared (race, block, depth, arms) values (?,?,1,?)", (race.n, b, json.dumps({f"{b}c": "current", f"{b}n": "new"})))
+    for b in (*range(1, 12), 0):
+        for arm in "cn": races.decisions.add(f"{b}{arm}", "ann", arm == ("n" if b else "c"), topic="weapons")
+        said.append(races.told(race)["verdict"])
+    first = said.index("promote")
+    assert first < 11 and set(said[first:]) == {"promote"}
+    races.decisions.add("5n", "bob", True, "second", "weapons")            # a second look doesn't move its block
+    assert races.interleaver(race).ended == [*range(1, 12), 0]
 
 
 def test_a_version_enters_wins_is_watched_and_rolled_back_each_step_by_itself(shop):

@@ -13,8 +13,8 @@ import pytest
 
 from opml_wb.core.record.models import ModelStore
 from opml_wb.moderation import Decisions, Listing, Market, Proxy, ReviewConsole, TopicModel, encode
-from opml_wb.moderation.flow.queue import SqliteQueue
-from opml_wb.moderation.flow.service import InProcess, publish_topics, to_json
+from opml_wb.moderation.flow.queue import LeaseLost, SqliteQueue
+from opml_wb.moderation.flow.service import InProcess, Publisher, publish_topics, to_json
 from opml_wb.moderation.flow.worker import Service, queues
 
 
@@ -48,6 +48,21 @@ def test_a_listing_that_tells_no_time_was_listed_when_it_was_judged(shop, tmp_pa
     assert Proxy(asked, told, InProcess(models), {}).step() == 2
     bare, dated = (json.loads(x.body)["time"] for x in told.claim(2))
     assert before <= bare <= time.time() and dated == 1e9
+
+
+@pytest.mark.parametrize("odd", [1.7e12, "2024-01-01", -5])
+def test_no_alert_fails_by_its_time(shop, tmp_path, odd):
+    "Neither a listing whose time is none, nor a prediction that was kept before such were masked."
+    _, _, models = shop
+    asked, told, review = (SqliteQueue(tmp_path/"q.db", name) for name in ("listings", "predicted", "review"))
+    asked.put("new", json.dumps({"id": "new", "title": "dagger", "time": odd}))
+    assert Proxy(asked, told, InProcess(models), {"*": 0.}).step() == 1
+    told.put("old", json.dumps({"id": "old", "time": odd, "scores": {"w": .9}, "version": 1, "alerts": ["w"], "listing": {"id": "old"}}))
+    kept, before = [], time.time()
+    class Lake:
+        def write(self, name, frame, keys, event_time): kept.append(frame)
+    assert Publisher(told, review, Lake()).step() == 2 and {x.key for x in review.claim(9)} == {"new", "old"}
+    assert (kept[0].time.map(lambda t: before - 60 <= t.timestamp() <= time.time())).all()
 
 
 def test_nothing_is_lost_while_proxy_publisher_and_endpoint_are_killed(shop, tmp_path):
@@ -229,6 +244,68 @@ def test_second_looks_go_to_somebody_else_and_agreement_is_told(desk):
     told = desk.decisions.agreement()
     assert seen and told["n"] == seen and 0 <= told["agree"] <= 1
     assert desk.queue.depth == 0
+
+
+def alerts(path, n):
+    queue = SqliteQueue(path, "review")
+    queue.put_many([(f"k{i}", json.dumps({"listing": {"id": f"k{i}"}, "alerts": ["weapons"]}).encode()) for i in range(n)])
+    return queue
+
+
+def test_a_full_disk_at_the_decisions_loses_no_alert(tmp_path):
+    "More tries than there are listings, none kept: all still wait; with room again each is decided once."
+    queue, kept = alerts(tmp_path / "q.db", 30), Decisions(tmp_path / "d.db")
+    desk = ReviewConsole(queue, kept, "ann" * 700, double=1.)       # a row a page
+    for odd in ("no", None, 2, "True"):
+        with pytest.raises(ValueError, match="violates: expected True or False"): desk.decide(odd)
+    kept.db.execute(f"pragma max_page_count={kept.db.execute('pragma page_count').fetchone()[0]}")
+    failed = 0
+    for _ in range(60):                                              # the first one may still fit
+        try: desk.decide(True)
+        except sqlite3.OperationalError: failed += 1
+    assert failed >= 55 and queue.depth == 30 and len(queue.dead()) == 0              # decided ones wait for their second look
+    assert len(desk.made) == len(kept.frame()) and desk.item()["key"] == f"k{len(desk.made)}"
+    kept.db.execute("pragma max_page_count=1000000")
+    while desk.item(): desk.decide(True)
+    assert sorted(kept.frame().listing) == sorted(f"k{i}" for i in range(30)) and queue.depth == 30
+
+
+def test_an_acknowledgement_that_fails_leaves_one_decision(tmp_path, monkeypatch):
+    queue, kept = alerts(tmp_path / "q.db", 3), Decisions(tmp_path / "d.db")
+    desk, real = ReviewConsole(queue, kept, "ann", double=0.), queue.ack
+    def full(_): raise sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(queue, "ack", full)
+    for _ in range(3):
+        with pytest.raises(sqlite3.OperationalError): desk.decide(True)
+    monkeypatch.setattr(queue, "ack", real)
+    assert desk.decide(False)["key"] == "k1" and kept.frame().violates.tolist() == [False] and queue.depth == 2
+    def refuse(*_, **__): raise sqlite3.OperationalError("database or disk is full")
+    monkeypatch.setattr(queue, "put", refuse)
+    with pytest.raises(sqlite3.OperationalError): desk.undo()
+    assert len(kept.frame()) == 1 and len(desk.made) == 1           # neither undone nor lost
+    monkeypatch.undo()
+    assert desk.undo()["listing"]["id"] == "k0" and len(kept.frame()) == 0
+
+
+def test_a_console_killed_between_decision_and_acknowledgement_loses_nothing(tmp_path):
+    "The listing comes again; who decides it then replaces what the killed one wrote, and a late one is refused."
+    queue, kept, clock = alerts(tmp_path / "q.db", 1), Decisions(tmp_path / "d.db"), [0.]
+    subprocess.run([sys.executable, "-c", f"""
+import os
+from opml_wb.moderation.flow.queue import LeaseLost, SqliteQueue
+from opml_wb.moderation.flow.review import Decisions, ReviewConsole
+queue = SqliteQueue({str(tmp_path / 'q.db')!r}, "review", now=lambda: 0.)
+queue.ack = lambda _: os.kill(os.getpid(), 9)
+ReviewConsole(queue, Decisions({str(tmp_path / 'd.db')!r}), "ann", double=0., lease_s=10.).decide(True)"""])
+    queue.now = lambda: clock[0]
+    assert (kept.frame().moderator.tolist(), queue.depth, queue.claim()) == (["ann"], 1, [])
+    clock[0] = 11.
+    slow, bob = (ReviewConsole(queue, kept, who, double=0., lease_s=10.) for who in ("cy", "bob"))
+    assert slow.item()["key"] == "k0"
+    clock[0] = 22.
+    assert bob.decide(False) is None and queue.depth == 0
+    with pytest.raises(LeaseLost): slow.decide(True)
+    assert kept.frame()[["moderator", "violates"]].values.tolist() == [["bob", False]] and slow.item() is None
 
 
 def test_what_moderators_see_tells_neither_arm_nor_score(desk):

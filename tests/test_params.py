@@ -427,6 +427,27 @@ def test_values_arrive_as_what_they_are(typed_notebook, tmp_path, monkeypatch, n
     assert (asked[0].key != RunRequest(typed_notebook).key) == (given is not None)
 
 
+def test_a_file_is_meant_from_where_the_command_is_given(tmp_path, monkeypatch):
+    "A run's folder is the chapter's; `str | Path`, a name or a file, finds the caller's file. Names, and values from Python, stay."
+    from opml_wb.core.engine.run import RunRequest
+    here, book = tmp_path / "here", tmp_path / "there" / "book.ipynb"
+    for folder in (here / "digits", book.parent): folder.mkdir(parents=True)
+    cells = notebook('data: "str | Path" = "digits"  # or a file\nname: str = ""\nmore: "Path | str | None" = None',
+                     "from pathlib import Path\nsaid = Path(data).read_text()")
+    book.write_text(json.dumps(cells))
+    (here / "own.csv").write_text("mine")
+    monkeypatch.chdir(here)
+    def asked(**text): return RunRequest(book, text=text)
+    own = str(here / "own.csv")
+    assert asked(data="own.csv").params == {"data": own, "name": "", "more": None} and asked(data="../here/own.csv").given == {"data": own}
+    assert asked(data="own.csv").key == asked(data=own).key == RunRequest(book, {"data": own}).key != asked(data="no.csv").key
+    for text, value in (("digits", "digits"), ("./digits", str(here / "digits")), ("digits/", str(here / "digits")), ("no.csv", "no.csv"), ("", ""),
+                        ("a://b.csv", "a://b.csv"), ("x" * 5000, "x" * 5000)):
+        assert asked(data=text).params["data"] == value
+    assert asked(name="own.csv", more="own.csv").given == {"name": "own.csv", "more": own} and asked(more="none").params["more"] is None
+    assert RunRequest(book, {"data": "own.csv"}).params["data"] == "own.csv" and describe(cells)[0]["type"] == "str | Path"
+
+
 @pytest.mark.parametrize("given, said", [
     (dict(day="soon"), "parameter 'day': expected date, such as 2020-12-31, got 'soon'"), (dict(day=D.datetime(2020, 1, 1, 2)), "expected date"),
     (dict(price=.1), "expected Decimal"), (dict(price="nan"), "expected Decimal"), (dict(kind="C"), "expected one of A | B, got 'C'"),

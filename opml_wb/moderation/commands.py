@@ -7,7 +7,7 @@ __all__ = ['SECTIONS', 'moderation', 'tell', 'named', 'refit', 'retrain', 'promo
            'keep_running', 'serve', 'status', 'said', 'review']
 
 # %% ../../nbs/moderation/03_commands.ipynb #a3f372a6
-import json
+import json, re
 from pathlib import Path
 from typing import Any
 import click
@@ -27,7 +27,11 @@ def tell(value: dict[str, Any], as_json: bool, line: str) -> None:
 
 # %% ../../nbs/moderation/03_commands.ipynb #02f36f03
 def named(topic: str, name: str = "moderation") -> str:
-    "Name a topic's models in the store; name: of the bundle that an endpoint serves."
+    """Name a topic's models in the store; name: of the bundle that an endpoint serves.
+
+    Raises ValueError for a topic that is no name: letters, digits, _, - and points inside it."""
+    if not re.fullmatch(r"\w[\w.-]*", topic):
+        raise ValueError(f"topic: expected letters, digits, _ and -, got {topic!r}")
     return f"{name}-{topic}"
 
 # %% ../../nbs/moderation/03_commands.ipynb #4578fc96
@@ -37,11 +41,12 @@ def refit(topic: str, table: str, label: str = "violates", kind: str = "lr",
     yet served.
 
     Returns {topic, version, kind, listings, violations, run, key, data}: data is the table's
-    SHA-256. Raises RuntimeError with the run's error."""
+    SHA-256. Raises RuntimeError with the run's error, ValueError for a topic that is no name."""
     from opml_wb.core.record.models import ModelStore
     from opml_wb.moderation.loop import train
+    model = named(topic, name)
     made = train(topic, table, kind, seed, label)
-    version = ModelStore().publish(named(topic, name), made.path, provenance=made.provenance)
+    version = ModelStore().publish(model, made.path, provenance=made.provenance)
     return {**made.provenance, "version": version}
 
 # %% ../../nbs/moderation/03_commands.ipynb #6a6f8e4d
@@ -58,7 +63,7 @@ def retrain(topic: str, table: str, label: str, kind: str, seed: int, name: str,
             as_json: bool) -> None:
     "Fit TOPIC's model on TABLE (CSV or Parquet) and publish it; a running service races it."
     try: told = refit(topic, table, label, kind, seed, name)
-    except RuntimeError as e: raise click.UsageError(str(e)) from None
+    except (RuntimeError, ValueError) as e: raise click.UsageError(str(e)) from None
     tell(told, as_json, f"{named(topic, name)} version {told['version']}: {kind}, "
          f"{told['listings']:,} "
          f"listings, {told['violations']:,} violations, run {told['key'][:10]}; not served yet")
@@ -67,18 +72,20 @@ def retrain(topic: str, table: str, label: str, kind: str, seed: int, name: str,
 @moderation.command()
 @click.argument("topic")
 @click.argument("version", type=int)
+@click.option("--name", default="moderation", show_default=True, help="Of the bundle it is for.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def promote(topic: str, version: int, as_json: bool) -> None:
+def promote(topic: str, version: int, name: str, as_json: bool) -> None:
     "Serve VERSION of TOPIC's model; the one served before stays stable, for a rollback."
     from opml_wb.core.record.models import ModelError, ModelStore
     store = ModelStore()
     try:
-        before = store.current(named(topic))
-        if before is not None and before != version: store.mark_stable(named(topic), before)
-        store.promote(named(topic), version)
-    except (ModelError, KeyError) as e: raise click.UsageError(str(e)) from None
+        model = named(topic, name)
+        before = store.current(model)
+        if before is not None and before != version: store.mark_stable(model, before)
+        store.promote(model, version)
+    except (ModelError, KeyError, ValueError) as e: raise click.UsageError(str(e)) from None
     tell({"topic": topic, "version": version, "before": before}, as_json,
-         f"{named(topic)}: version {version} is served" + (f", before {before}" if before else ""))
+         f"{model}: version {version} is served" + (f", before {before}" if before else ""))
 
 # %% ../../nbs/moderation/03_commands.ipynb #66c0972b
 def raced(market: Any, topic: str, days: int, k: int, kind: str, seed: int) -> Any:
@@ -97,9 +104,10 @@ def raced(market: Any, topic: str, days: int, k: int, kind: str, seed: int) -> A
 @moderation.command()
 @click.argument("days", type=click.IntRange(1, 365))
 @click.option("--topic", default="weapons", show_default=True)
-@click.option("--kind", default="lr", show_default=True, help="lr, gbdt, gmu or concat.")
+@click.option("--kind", type=click.Choice(["lr", "gbdt", "gmu", "concat"]), default="lr",
+              show_default=True)
 @click.option("--rate", default=2000, show_default=True, help="Listings a day.")
-@click.option("-k", default=20, show_default=True, help="Alerts a day.")
+@click.option("-k", default=20, show_default=True, type=click.IntRange(1), help="Alerts a day.")
 @click.option("--never", is_flag=True, help="Never train again.")
 @click.option("--races", is_flag=True, help="A new model has to win a race; runs are recorded.")
 @click.option("--seed", default=0, show_default=True)
@@ -118,10 +126,14 @@ def simulate(days: int, topic: str, kind: str, rate: int, k: int, never: bool, r
     click.echo(f"precision@{k} {lived.precision.mean():.3f}, finds {lived.coverage.mean():.0%}")
 
 # %% ../../nbs/moderation/03_commands.ipynb #54334057
-def opening(where: str) -> None:
-    "Check that the queues in WHERE can be opened. Raises UsageError that says why not."
+def opening(where: str, there: bool = False) -> None:
+    """Check that the queues in WHERE can be opened; there: that it is no new file.
+
+    Raises UsageError that says why not."""
     import sqlite3
     from opml_wb.moderation.flow.worker import queues
+    if there and "://" not in where and not Path(where).exists():
+        raise click.UsageError(f"where: there is no file {where!r}")
     try: queues(where)
     except Exception as e:                           # redis is imported by the attempt only
         known = isinstance(e, (ImportError, ValueError, OSError, sqlite3.Error))
@@ -190,8 +202,9 @@ def serve(where: str, name: str, threshold: float, lake: str | None, most: int, 
     try:
         with Service(where, url, {"*": threshold}, lake, most=most, races=races) as run:
             if name not in ModelStore().names():
-                raise click.UsageError(f"{name}: no model is served yet: "
-                                       "opml moderation retrain TOPIC TABLE, then promote TOPIC 1")
+                also = "" if name == "moderation" else f" --name {name}"
+                raise click.UsageError(f"{name}: no model is served yet: opml moderation retrain "
+                                       f"TOPIC TABLE{also}, then promote TOPIC 1{also}")
             click.echo(json.dumps({"url": url, "queues": where, "decisions": kept_at(where),
                                    "topics": list(run.status()["topics"])}))
             keep_running(run, time.monotonic() + (seconds or 1e12), every)
@@ -208,9 +221,7 @@ def status(where: str, name: str, as_json: bool) -> None:
     from opml_wb.moderation.flow.pilot import Pilot
     from opml_wb.moderation.flow.races import LiveRaces
     from opml_wb.moderation.flow.worker import QUEUES, kept_at, queues
-    if "://" not in where and not Path(where).exists():
-        raise click.UsageError(f"where: there is no file {where!r}")
-    opening(where)
+    opening(where, there=True)
     told = {"waiting": {n: q.depth for n, q in zip(QUEUES, queues(where))},
             "topics": Pilot(LiveRaces(kept_at(where)), name=name).status()}
     tell(told, as_json, said(told))
@@ -225,7 +236,7 @@ def said(told: dict[str, Any]) -> str:
             of = f" of {r['of']}" if r["of"] else ""
             lines.append(f"  {r['role']} of version {r['new']} against {r['current']}: "
                          f"{r['blocks']}{of} blocks, {r['reviews']} reviews, {r['open']} open, "
-                         f"{r['verdict']}")
+                         f"{r['verdict']}" + (f"; {r['warning']}" if r["warning"] else ""))
     return "\n".join(lines)
 
 # %% ../../nbs/moderation/03_commands.ipynb #ed76b577
@@ -239,7 +250,7 @@ def review(where: str, moderator: str, port: int) -> None:
     from opml_wb.moderation.flow.page import page
     from opml_wb.moderation.flow.review import Decisions, ReviewConsole
     from opml_wb.moderation.flow.worker import kept_at, queues
-    opening(where)
+    opening(where, there=True)
     kept = kept_at(where)
     console = ReviewConsole(queues(where)[2], Decisions(kept), moderator)
     click.echo(f"http://127.0.0.1:{port} (decisions in {kept})")

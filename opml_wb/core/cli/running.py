@@ -54,7 +54,8 @@ def from_file(path: str, nb: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
         raise click.UsageError(f"--params {path}: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise click.UsageError(f"--params {path}: expected a mapping, name: value")
-    paths = {r["name"] for r in describe(nb) if r["type"].startswith("Path")}
+    paths = {r["name"] for r in describe(nb) if "Path" in r["type"].split(" | ")
+             or r["type"].startswith("Path")}
     texts = {n: v for n, v in found.items() if n in paths and isinstance(v, str)}
     return {n: v for n, v in found.items() if n not in texts}, texts
 

@@ -301,12 +301,21 @@ def _choice(text: str, kinds: Iterable, fits: Callable[[Any], bool]) -> Any:
     raise ValueError(f"no choice: {text}")
 
 # %% ../../../nbs/core/request/04_annotations.ipynb #10f98841
+def _here(text: str) -> str:
+    """Give the absolute path of a file that a text names, or of a folder written `./x`, `x/` or
+    `~/x`; else nothing. A plain word, `digits`, stays a name, whatever is called so here."""
+    path, plain = os.path.abspath(os.path.expanduser(text)), os.path.splitext(text) == (text, "")
+    if os.path.isfile(path) and (os.path.dirname(text) or not plain): return path
+    written = text.startswith((".", "/", "~")) or text.endswith("/")
+    return path if os.path.isdir(path) and written else ""
+
 def parse(text: str, tp: Any) -> Any:
     """Read a command line's text as a value of type `tp`; checks no bounds.
 
     A `Path` becomes absolute (URLs stay); lists are `1,2,3`, or JSON or Python as dicts are; bools
     are true/false, yes/no, on/off, 1/0; None is `none` or `null`; for `Any` a text is JSON if it
-    can be. Raises ValueError for a text that means nothing."""
+    can be. For `str | Path`, a name or a file, a text that names a file that is here becomes its
+    absolute path, as a text. Raises ValueError for a text that means nothing."""
     base, meta = bare(tp)
     origin, args, word = get_origin(base) or base, get_args(base), text.strip().lower()
     reader = next((m for m in meta if isinstance(m, Reader)), None)
@@ -319,7 +328,10 @@ def parse(text: str, tp: Any) -> Any:
     if origin is dict: return _structure(text)
     if origin is bool and word in _WORDS: return _WORDS[word]
     if origin is type(None) and word in ("none", "null"): return None
-    if origin is Union: return _choice(text, sorted(args, key=_turn), lambda value: True)
+    if origin is Union:
+        value = _choice(text, sorted(args, key=_turn), lambda value: True)
+        file = {str, Path} <= {bare(a)[0] for a in args} and value == text and _here(text)
+        return file or value
     if origin is Literal:
         known = [(type(a), a) for a in args]
         return _choice(text, [str, *map(type, args)], lambda v: (type(v), v) in known)

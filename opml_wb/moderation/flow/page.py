@@ -7,6 +7,7 @@ __all__ = ['PAGE', 'POLICY', 'answer', 'page']
 
 # %% ../../../nbs/moderation/flow/07_page.ipynb #179e3300
 from typing import TYPE_CHECKING, Any
+from .batches import away
 from .queue import LeaseLost
 from .review import Decisions, ReviewConsole, card
 if TYPE_CHECKING: from starlette.applications import Starlette
@@ -77,7 +78,7 @@ def page(console: ReviewConsole) -> "Starlette":
                     raise ValueError("violates: true or false")
                 console.decide(given["violates"], given.get("key"))
             if name == "undo": console.undo()
-        except (LookupError, ValueError, LeaseLost) as e: return answer(console, str(e))
+        except (LookupError, ValueError, LeaseLost, *away()) as e: return answer(console, str(e))
         return answer(console)
 
     async def post(request):

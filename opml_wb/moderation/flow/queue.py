@@ -87,8 +87,8 @@ class SqliteQueue:
         self.db.executescript(SCHEMA)
         with self.writing():
             last = self.db.execute("select value from about where name='boot'").fetchone()
-            if last is None or last[0] != boot_id():      # leases of an earlier start are void
-                self.db.execute("update item set state=0, until=0 where state=1")
+            if last is None or last[0] != boot_id():   # leases, waits of an earlier start are void
+                self.db.execute("update item set state=0, until=0 where state<2")
                 self.db.execute("insert or replace into about values ('boot', ?)", (boot_id(),))
 
     def __repr__(self) -> str:

@@ -33,7 +33,8 @@ create index if not exists of_block on seen (topic, block, team);
 create index if not exists by_id on seen (id);
 create table if not exists body (id text primary key, listing text not null);
 create table if not exists compared (race integer not null, block integer not null,
-  depth integer not null, arms text not null, primary key (race, block));
+  depth integer not null, arms text not null, upto integer not null default 0,
+  primary key (race, block));
 create table if not exists course (topic text primary key, block integer not null default 0,
   n integer not null default 0, trained integer not null default 0, said text not null default '');
 """
@@ -72,6 +73,8 @@ class LiveRaces:
         self.decisions = Decisions(path)
         self.db = self.decisions.db
         self.db.executescript(SCHEMA)
+        if "upto" not in [row[1] for row in self.db.execute("pragma table_info(compared)")]:
+            self.db.execute("alter table compared add upto integer not null default 0")
         self.k, self.slots, self.every, self.days = k, slots, every, days
         self.alpha, self.sample, self.window = alpha, sample, window
 
@@ -200,8 +203,8 @@ def _compare(self: LiveRaces, race: Race, block: int, rows: Sequence[tuple]) -> 
         lot.allocate(current, new, list(best), thresholds=(race.low, race.high))
         one = lot.blocks[0]
         arms = {asked[of]: arm for of, arm in one.arm.items() if of in asked}
-        self.db.execute("insert or ignore into compared values (?,?,?,?)",
-                        (race.n, block, one.depth, json.dumps(arms)))
+        self.db.execute("insert or ignore into compared select ?,?,?,?,coalesce(max(n),0) from "
+                        "decision", (race.n, block, one.depth, json.dumps(arms)))
     at = [_untied(np.array(s), t, race.k)
           for s, t in zip((current, new), lot.thresholds(current, new))]
     self.db.execute("update race set low=?, high=? where n=?", (*at, race.n))
@@ -214,16 +217,21 @@ def _untied(scores: np.ndarray, threshold: float, k: int) -> float:
 # %% ../../../nbs/moderation/flow/09_races.ipynb #24ef6a3b
 @patch
 def interleaver(self: LiveRaces, race: Race) -> Interleaver:
-    "Build a race's `Interleaver` from the file: blocks compared, decisions on their listings."
-    made = Interleaver(race.k, race.alpha, days=race.days, seed=race.n)
+    """Build a race's `Interleaver` from the file: blocks compared, decisions on their listings.
+
+    A block is complete when it was compared and the last of its listings had been decided."""
+    made, ended = Interleaver(race.k, race.alpha, days=race.days, seed=race.n), []
     f = self.decisions.frame()
     f = f[(f.topic == race.topic) | (f.topic == "")]
     said = f.drop_duplicates("listing", keep="last").set_index("listing").violates.to_dict()
-    for depth, arms in self.db.execute("select depth, arms from compared where race=? order by "
-                                       "block", (race.n,)):
+    first = f.drop_duplicates("listing").set_index("listing").n.to_dict()
+    for depth, arms, upto in self.db.execute("select depth, arms, upto from compared where race=? "
+                                             "order by block", (race.n,)):
         arm = json.loads(arms)
         made.blocks.append(Block(depth, arm, {i: bool(said[i]) for i in arm if i in said}))
-        made._where.update(dict.fromkeys(arm, len(made.blocks) - 1))
+        counts = [first.get(i, np.inf) for i, a in arm.items() if a != "extra"]
+        ended.append(max([upto, *counts]))
+    made.ended = [int(i) for i in np.argsort(ended, kind="stable") if made.blocks[i].complete]
     return made
 
 # %% ../../../nbs/moderation/flow/09_races.ipynb #faea5023
@@ -239,7 +247,7 @@ def told(self: LiveRaces, race: Race) -> dict[str, Any]:
     if state == "continue" and self.spent(race): state = "keep"
     return {"race": race.n, "role": race.role, "current": race.current, "new": race.new,
             "blocks": len(made.blocks), "of": race.days, "reviews": about["reviews"], "open": gone,
-            "alpha": race.alpha, **num, "verdict": state}
+            "alpha": race.alpha, **num, "warning": about["warning"], "verdict": state}
 
 @patch
 def spent(self: LiveRaces, race: Race) -> bool:

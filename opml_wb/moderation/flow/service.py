@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from .batches import Batches
 from .queue import LeaseLost
-from ..goods.listings import Listing, ListingError
+from ..goods.listings import LATEST, Listing, ListingError
 from ..models.features import WIDTH, encode
 from ..models.topics import TopicModel
 if TYPE_CHECKING:
@@ -185,11 +185,16 @@ class Publisher:
 def _all_alerts(told: Sequence[Mapping[str, Any]]) -> list[list[list[str]]]:
     return [[t["alerts"]] if t["alerts"] else [] for t in told]
 
+def _moment(time: Any) -> datetime:
+    "Make UTC of a prediction's seconds since 1970; now, where they can't be: no alert fails by it."
+    now = datetime.now(timezone.utc)
+    fits = isinstance(time, (int, float)) and 0 < time <= LATEST
+    return datetime.fromtimestamp(time, timezone.utc) if fits else now
+
 def as_rows(told: Sequence[Mapping[str, Any]]) -> Any:
     "Make a table of predictions: a row for each listing and topic."
     import pandas as pd
     rows = [{"id": t["id"], "topic": topic, "score": s, "version": t["version"],
-             "alerted": topic in t["alerts"],
-             "time": datetime.fromtimestamp(t["time"], timezone.utc)}
-            for t in told for topic, s in t["scores"].items()]
+             "alerted": topic in t["alerts"], "time": when}
+            for t in told for when in (_moment(t["time"]),) for topic, s in t["scores"].items()]
     return pd.DataFrame(rows).drop_duplicates(["id", "topic"], keep="last")

@@ -94,12 +94,13 @@ def _stratum(p: np.ndarray) -> np.ndarray:
         number[i], first = number[i - 1] + new, v if new else first
     return number[of]
 
-def _strata(y: np.ndarray, p: np.ndarray, rows: np.ndarray, z: float) -> tuple[float, float, float]:
-    "Sum the violations of `rows` over strata of propensity: (sum, below, above) distances."
+def _strata(y: np.ndarray, p: np.ndarray, rows: np.ndarray, z: float) -> tuple[float, ...]:
+    """Sum the violations of `rows` over strata of propensity: (sum, squares of the distances below
+    and above it, what strata without a label may lie below their guess)."""
     seen, stratum = ~np.isnan(y), _stratum(p)
     known = rows & seen & (p < 1)
     guess = y[known].mean() / 2 if known.any() else .5  # of strata without a label: rarer below
-    total, below, above = 0., 0., 0.
+    total, below, above, unseen = 0., 0., 0., 0.
     for s in np.unique(stratum[rows]):
         here = rows & (stratum == s)
         N, w = here.sum(), 1 / p[here & seen]
@@ -108,15 +109,19 @@ def _strata(y: np.ndarray, p: np.ndarray, rows: np.ndarray, z: float) -> tuple[f
         n = w.sum() ** 2 / (w @ w) if len(w) else 0         # equal weights would say as much
         lo, hi = wilson(n * estimate, n, z, population=N)
         total += N * estimate
-        below += (N * (estimate - lo)) ** 2
+        if len(w): below += (N * (estimate - lo)) ** 2
+        else: unseen += N * estimate            # no chance error: each time it may be as low as 0
         above += (N * (hi - estimate)) ** 2
-    return total, below, above
+    return total, below, above, unseen
 
 # %% ../../../nbs/moderation/judge/02_backtest.ipynb #ea83d366
 def _checked(log: "pd.DataFrame", current: Any, new: Any, k: int) -> tuple[np.ndarray, ...]:
     "Check a log: (day numbers, y with NaN, ranks of current and new). Raises ValueError, KeyError."
     for name in ("day", "y"):
         if name not in log: raise KeyError(f"log: expected a column {name!r}, got {list(log)}")
+    if k != int(k) or k < 1: raise ValueError(f"k: expected a whole number from 1, got {k}")
+    none = log["day"].isna().to_numpy()
+    if none.any(): raise ValueError(f"log.day: missing in row {int(none.argmax()) + 1}")
     y = log["y"].astype(float).to_numpy()
     if not np.isin(y[~np.isnan(y)], (0, 1)).all():
         raise ValueError("log.y: expected 0, 1 or missing")
@@ -157,8 +162,9 @@ def backtest(current: Any, new: Any, log: "pd.DataFrame", k: int, level: float =
     naive = (delta, float(delta - half), float(delta + half))
     if why := _unfit(log): return BackTest(*naive, *(float("nan"),) * 4, why=why)
     p, z = log["propensity"].astype(float).to_numpy(), norm.ppf((1 + level) / 2)
-    (a, a_lo, a_hi), (b, b_lo, b_hi) = (_strata(y, p, rows, z) for rows in (of_new, of_current))
-    found = np.array([a - b, -np.sqrt(a_lo + b_hi), np.sqrt(a_hi + b_lo)]) / (k * days)
+    (a, a_lo, a_hi, a_0), (b, b_lo, b_hi, b_0) = (_strata(y, p, rows, z)
+                                                  for rows in (of_new, of_current))
+    found = np.array([a - b, -np.sqrt(a_lo + b_hi) - a_0, np.sqrt(a_hi + b_lo) + b_0]) / (k * days)
     mid, below, above = _denoised(found, noise, z)
     used = int(((of_new | of_current) & (p < 1) & ~np.isnan(y)).sum())
     return BackTest(*naive, delta - mid, mid, mid + below, mid + above, used)

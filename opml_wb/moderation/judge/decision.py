@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTINUE', 'PROMOTE', 'KEEP', 'VERDICTS', 'FIRST', 'LOOKS', 'SPENT', 'RULES', 'looks', 'allowed', 'fewest',
-           'first_verdict', 'needed', 'with_horizon', 'e_value', 'any_time', 'plain_rule', 'decide']
+           'first_verdict', 'needed', 'with_horizon', 'e_value', 'any_time', 'plain_rule', 'decide', 'uneven']
 
 # %% ../../../nbs/moderation/judge/03_decision.ipynb #ad1ffad6
 from typing import Any
@@ -133,3 +133,13 @@ def decide(D: Any, depth: Any, rule: str = "sequential", alpha: float = .05,
     elif rule == "paper": verdict, _ = plain_rule(D, days)
     else: verdict, _ = with_horizon(D, days, alpha)
     return VERDICTS[verdict[0]]
+
+# %% ../../../nbs/moderation/judge/03_decision.ipynb #a7336677
+def uneven(D: Any, times: float = 3.) -> str:
+    "Warn where the blocks lost, of D [B], are on average `times` as large as those won."
+    D = np.asarray(D, float)
+    won, lost = D[D > 0], -D[D < 0]
+    if not len(won) or not len(lost) or lost.mean() < times * won.mean(): return ""
+    return (f"{len(lost)} blocks were lost by {lost.mean():.1f} violations on average, "
+            f"{len(won)} won by {won.mean():.1f}: alpha holds for blocks that are lost and won "
+            "by as much; compare the precision of both over a longer time")

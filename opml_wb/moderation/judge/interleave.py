@@ -46,11 +46,22 @@ class Block:
 
 ARMS = "both", "current", "new", "extra"
 
+# %% ../../../nbs/moderation/judge/04_interleave.ipynb #25eccf9d
+def _grouped(groups: Any, n: int) -> np.ndarray:
+    "Number n groups, int64 [n]; each missing one is a group of its own. Raises ValueError."
+    import pandas as pd
+    groups = list(groups)
+    if len(groups) != n: raise ValueError(f"groups: expected {n}, got {len(groups)}")
+    g, names = pd.factorize(np.fromiter(groups, object, n), sort=True)
+    return np.where(g < 0, len(names) + (g < 0).cumsum() - 1, g)
+
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #13635ede
 class Interleaver:
     """Share k alerts a block between the current model and a new one, and judge them.
 
-    k: reviews in a block. alpha: the largest chance of promoting a model that is no better. rule:
+    k: reviews in a block. alpha: the largest chance of promoting a model whose blocks are lost as
+    often as won by each number of violations (`decision.uneven`: that is more than equal precision,
+    and less holds where one model finds rare bursts that the other one misses). rule:
     sequential, or paper (K/2 each, promote if the sum of differences is above 0). days: blocks of
     the race; None: no horizon (an e-process). seed: of ties and slots. Raises ValueError."""
 
@@ -69,7 +80,7 @@ class Interleaver:
         self.k, self.alpha, self.rule, self.days = int(k), alpha, rule, days
         self.rng = np.random.default_rng(seed)
         self.blocks: list[Block] = []
-        self._where: dict[Hashable, int] = {}
+        self.ended: list[int] = []             # of `blocks`: the complete ones, as they became so
 
     def __repr__(self) -> str:
         return (f"Interleaver(k={self.k}, alpha={self.alpha}, rule={self.rule!r}, "
@@ -92,7 +103,7 @@ def _candidates(self: Interleaver, scores: tuple[Any, Any], ids: Any, groups: An
         twice = next(i for i in ids if ids.count(i) > 1)
         raise ValueError(f"ids: {twice!r} stands more than once")
     if groups is None: return ids, current, new
-    _, g = np.unique(np.asarray(groups), return_inverse=True)
+    g = _grouped(groups, len(ids))
     best = np.full((2, g.max() + 1 if len(g) else 0), -np.inf)
     for side, s in enumerate((current, new)): np.maximum.at(best[side], g, s)
     first = np.zeros(best.shape[1], int)
@@ -108,9 +119,9 @@ def allocate(self: Interleaver, current_scores: Any, new_scores: Any, ids: Any,
     slot.
 
     current_scores, new_scores: float [n], both models' scores of all listings. ids: unique, [n].
-    groups: [n], equal for near-duplicates; one of each group is reviewed. thresholds: (current,
-    new) to alert by, instead of the k best. slot: the order of the reviews, by chance, so that it
-    doesn't tell the arm. Raises ValueError."""
+    groups: [n], equal for near-duplicates; one of each group is reviewed; a missing one is a group
+    of its own. thresholds: (current, new) to alert by, instead of the k best. slot: the order of
+    the reviews, by chance, so that it doesn't tell the arm. Raises ValueError."""
     import pandas as pd
     ids, current, new = self._candidates((current_scores, new_scores), ids, groups)
     chance = self.rng.random(len(ids))
@@ -126,7 +137,6 @@ def allocate(self: Interleaver, current_scores: Any, new_scores: Any, ids: Any,
     rows = np.flatnonzero(in_current | in_new | alerted)
     arm = {ids[i]: ARMS[code[i]] for i in rows}
     self.blocks.append(Block(m, arm))
-    self._where.update(dict.fromkeys(arm, len(self.blocks) - 1))
     out = pd.DataFrame({"id": list(arm), "arm": list(arm.values()),
                         "slot": self.rng.permutation(len(arm)) + 1})
     return out.sort_values("slot", ignore_index=True)
@@ -143,28 +153,35 @@ def thresholds(self: Interleaver, current_scores: Any, new_scores: Any) -> tuple
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #86396f62
 @patch
 def record(self: Interleaver, id: Hashable, violates: bool | None) -> None:
-    """Record a moderator's decision; None takes it back. Raises KeyError for an id not alerted."""
-    if id not in self._where: raise KeyError(f"{id!r} was not alerted")
+    """Record a moderator's decision, in each block that alerted it; None takes it back.
+
+    Raises KeyError for an id not alerted, ValueError for what is no decision."""
+    held = [i for i, b in enumerate(self.blocks) if id in b.arm]
+    if not held: raise KeyError(f"{id!r} was not alerted")
     if violates not in (True, False, None):
         raise ValueError(f"violates: expected True, False or None, got {violates!r}")
-    seen = self.blocks[self._where[id]].seen
-    if violates is None: seen.pop(id, None)
-    else: seen[id] = bool(violates)
+    for i in held:
+        if violates is None: self.blocks[i].seen.pop(id, None)
+        else: self.blocks[i].seen[id] = bool(violates)
+        if self.blocks[i].complete and i not in self.ended: self.ended.append(i)
 
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #7691dc23
 @patch
 def differences(self: Interleaver) -> tuple[np.ndarray, np.ndarray]:
-    """Compute D (new's own violations minus current's) and depth of each complete block: [B], [B].
+    """Compute D (new's own violations minus current's) and depth of each complete block: [B], [B],
+    in the order in which they became so: one that is late changes no look before it.
 
     A block in which nothing was compared (no traffic, or none of one arm) doesn't count."""
-    done = [b for b in self.blocks if b.complete and b.depth]
+    done = [b for b in (self.blocks[i] for i in self.ended) if b.complete and b.depth]
     return (np.array([b.found("new") - b.found("current") for b in done], float),
             np.array([b.depth for b in done], float))
 
 # %% ../../../nbs/moderation/judge/04_interleave.ipynb #07c195a4
 @patch
 def verdict(self: Interleaver) -> str:
-    "Say promote, keep or continue, by the complete blocks; the first verdict stays."
+    """Say promote, keep or continue, by the complete blocks; the first verdict stays.
+
+    Unless a decision that it rests on is changed afterwards."""
     D, m = self.differences()
     return decision.decide(D, m, self.rule, self.alpha, self.days)
 
@@ -173,7 +190,8 @@ def verdict(self: Interleaver) -> str:
 def report(self: Interleaver) -> "pd.DataFrame":
     """Tell each block's reviews, depth, overlap (shared / depth), violations by arm, and D.
 
-    `attrs` holds verdict, precision of both arms at the mean depth, overlap and reviews."""
+    `attrs` holds verdict, precision of both arms at the mean depth, overlap, reviews, and a
+    warning (else empty) where blocks are lost by far more than they are won (`decision.uneven`)."""
     import pandas as pd
     rows = []
     for i, b in enumerate(self.blocks):
@@ -189,5 +207,6 @@ def report(self: Interleaver) -> "pd.DataFrame":
     table.attrs = {"verdict": self.verdict(), "k": self.k, "depth": float(done.depth.mean()),
                    "current": float((done.both + done.current).sum() / deep),
                    "new": float((done.both + done.new).sum() / deep),
-                   "overlap": float(done.shared.sum() / deep), "reviews": int(table.reviews.sum())}
+                   "overlap": float(done.shared.sum() / deep), "reviews": int(table.reviews.sum()),
+                   "warning": decision.uneven(done.D)}
     return table

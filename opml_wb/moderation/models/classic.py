@@ -23,6 +23,14 @@ def _matches(titles: Sequence[str], words: Sequence[str]) -> np.ndarray:
     )
 
 # %% ../../../nbs/moderation/models/02_classic.ipynb #47e57a7b
+def _proven(hit: Any, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Bound the precision of words from below: hit bool or counts [n, words] -> float64 [words].
+
+    Weighed listings count as so many equal ones as say as much (Kish)."""
+    right, all_, squares = (hit.T @ w for w in (weight * y, weight, weight ** 2))
+    n = all_ ** 2 / np.where(squares > 0, squares, 1)
+    return wilson(n * right / np.where(all_ > 0, all_, 1), n)[0]
+
 def fit_rules(x: Encoded, y: np.ndarray, weight: np.ndarray, words: Sequence[str] = (),
               seed: int = 0) -> Parts:
     """Measure the precision of each word; without `words`, mine them: whole words and pairs.
@@ -32,12 +40,12 @@ def fit_rules(x: Encoded, y: np.ndarray, weight: np.ndarray, words: Sequence[str
         from sklearn.feature_extraction.text import CountVectorizer
         seen = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", binary=True)
         counts = seen.fit_transform(x.titles)
-        right, all_ = np.asarray(counts[y].sum(0))[0], np.asarray(counts.sum(0))[0]
-        good = (right >= 3) & (wilson(right, all_)[0] >= .5)
+        good = np.asarray(counts[y & (weight > 0)].sum(0))[0] >= 3
+        good &= _proven(counts, y, weight) >= .5
         words = list(seen.get_feature_names_out()[good])
     words = sorted({plain(w) for w in words})
     hit = _matches(x.titles, words)
-    score = wilson(hit[y].sum(0), hit.sum(0))[0]
+    score = _proven(hit, y, weight)
     return {"words": np.array(words, dtype=str), "precision": score.astype(np.float32)}
 
 # %% ../../../nbs/moderation/models/02_classic.ipynb #406be805

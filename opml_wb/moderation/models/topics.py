@@ -54,9 +54,10 @@ class TopicModel:
         x = encode(listings)
         y, weight = _labels(y, len(x)), _weights(weight, len(x))
         if self.kind != "rules" and not (0 < (y * (weight > 0)).sum() < (weight > 0).sum()):
-            what = "no violation" if not y.any() else "only violations"
-            raise ValueError(f"y: {what} of {self.topic or 'the topic'} in {len(y)} listings; "
-                             "both are needed")
+            what = "only violations" if y[weight > 0].any() else "no violation"
+            weighed = " of a weight above 0" * bool((weight == 0).any())
+            raise ValueError(f"y: {what} of {self.topic or 'the topic'} in {(weight > 0).sum()} "
+                             f"listings{weighed}; both are needed")
         told = {"fusion": self.kind} if self.kind in ("gmu", "concat") else {}
         fit: Any = FIT[self.kind]
         self.parts = fit(x, y, weight, seed=self.seed, **told, **self.settings)
