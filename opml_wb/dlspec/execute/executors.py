@@ -6,7 +6,7 @@
 __all__ = ['EXECUTORS', 'MODULES', 'ASKING', 'unfit', 'InProcess', 'working_folder', 'asked', 'Venv']
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #ca963ee2
-import json, os, platform, subprocess, sys
+import inspect, json, os, platform, subprocess, sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,12 +99,11 @@ def working_folder() -> str | None:
     except OSError: return None
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #935f5ccc
-ASKING = """import json, sys
-from importlib import metadata
-def version(name):
-    try: return metadata.version(name.partition("[")[0])   # extras aside
-    except metadata.PackageNotFoundError: return None
-print(json.dumps([sys.version.split()[0], {name: version(name) for name in sys.argv[1:]}]))"""
+ASKING = f"""from __future__ import annotations
+import json, sys
+from functools import lru_cache
+{inspect.getsource(pipeline.version_of)}
+print(json.dumps([sys.version.split()[0], {{name: version_of(name) for name in sys.argv[1:]}}]))"""
 
 # %% ../../../nbs/dlspec/execute/04_executors.ipynb #aa7c96a1
 def asked(argv: Sequence[str], software: Software,

@@ -121,11 +121,17 @@ def latencies(seconds: list[float], items: int) -> dict[str, float]:
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #758e9786
 @lru_cache
 def version_of(name: str) -> str | None:
-    "Give the version of a distribution here; `name` may ask for extras: pandas[parquet]."
+    """Give the version of a distribution here, or of another one that has the module of its name:
+    xgboost may have come as xgboost-cpu. name: with extras or without, as pandas[parquet]."""
     from importlib import metadata
-    try: return metadata.version(name.partition("[")[0])
-    except metadata.PackageNotFoundError: return None
+    name = name.partition("[")[0]
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: pass
+    by_module = getattr(metadata, "packages_distributions", dict)()
+    others = by_module.get(name.replace("-", "_"), [])
+    return metadata.version(others[0]) if others else None
 
+# %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #399a7acf
 @lru_cache(1)
 def _pools(modules: int) -> dict[str, int]:
     "Threads of the loaded libraries of linear algebra, as far as threadpoolctl is there."

@@ -242,6 +242,16 @@ class Model(Manifest):
     attributes: Json = Field(default_factory=dict)
 
     @model_validator(mode="after")
+    def _told_apart(self) -> "Model":
+        seen: dict[str, Resource] = {}
+        for r in self.resources:
+            if seen.setdefault(r.file, r).model_dump() != r.model_dump():
+                raise ValueError(f"resources: {r.url} and {seen[r.file].url} have one file name, "
+                                 f"{r.file!r}: stages could not tell them apart: give one of them "
+                                 "another `name`")
+        return self
+
+    @model_validator(mode="after")
     def _truthful(self) -> "Model":
         if self.weights_class in ("seeded", "imported") and self.quality:
             why = WEIGHTS[self.weights_class]
@@ -350,7 +360,7 @@ def from_document(doc: Document, kind: str | None = None) -> Any:
         raise doc.error("expected a mapping with kind, name, version, ...")
     data = dict(doc.data)
     said = data.pop("kind", kind)
-    if said not in CLASSES:
+    if not isinstance(said, str) or said not in CLASSES:
         near = nearest(str(said), CLASSES)
         raise doc.error(f"kind: expected {', '.join(CLASSES)}, got {said!r}"
                         + (f"; did you mean {near!r}?" if near else ""), ("kind",))
