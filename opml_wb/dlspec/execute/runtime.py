@@ -22,7 +22,7 @@ from .container import contained
 # %% ../../../nbs/dlspec/execute/06_runtime.ipynb #6168eadb
 from .executors import EXECUTORS, ExecutionError, InProcess, Venv
 from .logs import (Parts, close, data_digest, found, incomparable, log_of,
-                                         matched, trained)
+                                         matched, number, trained)
 from .resources import Resources
 from .values import fingerprint, listed
 from ..spec import code
@@ -52,8 +52,8 @@ class Result:
     settings: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{k} {v:.4g}" for k,
-                         v in self.metrics.items() if isinstance(v, int | float))
+        told = ", ".join(f"{k} {n:.4g}" for k, v in self.metrics.items()
+                         if (n := number(v)) is not None)
         off = [k for k, ok in self.matches.items() if not ok]
         match = f"; not as in the log: {', '.join(off)}" if off else ""
         if self.matches and not off: match = "; as in the log"

@@ -110,9 +110,11 @@ class _Dumper(yaml.SafeDumper):
 
 # %% ../../../nbs/dlspec/spec/03_manifest.ipynb #5fa670fa
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    block = "\n" in text and not any(line != line.rstrip() for line in text.split("\n"))
+    breaks = any(c in text for c in "\x85\u2028\u2029")   # YAML folds them, unless escaped
+    block = "\n" in text and not (breaks or any(line != line.rstrip()
+                                                for line in text.split("\n")))
     number = text.replace(".", "").isdigit()
-    quoted = strict_yaml.doubt(text) or strict_yaml.plain(text) != text or number
+    quoted = breaks or strict_yaml.doubt(text) or strict_yaml.plain(text) != text or number
     style = "|" if block else "\"" if quoted else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
