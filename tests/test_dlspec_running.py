@@ -382,6 +382,28 @@ def test_out_of_memory_is_said(image):
         run(task(eater, software=contained(image)), data=0, executor="oci", memory_gb=.25, limit_s=120)
 
 
+def test_a_container_sees_what_data_names(image, tmp_path, monkeypatch):
+    "Files in dicts, folders, links, relative paths, also where the workbench's home is a link; two containers stay."
+    from opml_wb.dlspec.execute.workers import WARM
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    (tmp_path / "in, out").mkdir()
+    (tmp_path / "in, out" / "a.txt").write_text("A")
+    (tmp_path / "l.txt").symlink_to(tmp_path / "in, out" / "a.txt")
+    monkeypatch.setenv("OPML_HOME", str(tmp_path / "link"))
+    monkeypatch.chdir(tmp_path)
+    text = "import os\ndef fun(ctx, data):\n    def seen(v):\n        if isinstance(v, dict): return [seen(one) for one in v.values()]\n" \
+           "        return os.listdir(v) if os.path.isdir(v) else open(v).read()\n    return [*map(seen, data), *map(seen, ctx['files'].values())]"
+    weights = resource(str(tmp_path / "l.txt"), b"A", name="w.bin")
+    t = task(text, software=contained(image))
+    t = t.model_copy(update={"model": t.model.model_copy(update={"resources": [weights]})})
+    for data, there in (([{"csv": str(tmp_path / "l.txt")}, str(tmp_path / "in, out")], [["A"], ["a.txt"]]), (["l.txt", Path("in, out")], ["A", ["a.txt"]])):
+        assert run(t, data=data, executor="oci").outputs == [*there, "A"]
+    loud = task("import multiprocessing\ndef fun(ctx, data):\n    print('x' * 200_000)\n    with multiprocessing.get_context('fork').Pool(1) as pool: return pool.map(abs, data)", software=contained(image))
+    assert run(loud, data=[-1], executor="oci", limit_s=60).outputs == [1]
+    assert len([key for key in WARM if key[0] == "oci"]) == 2
+
+
 COUNTS = "def fun(ctx, data):\n    with open('/proc/self/io') as f: return [data + 1, int(f.read().split()[3])]"
 
 

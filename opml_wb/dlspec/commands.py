@@ -122,7 +122,8 @@ def check(folder: str | None, as_json: bool) -> int:
 def _result(result: Any) -> dict[str, Any]:
     "The parts of a Result that JSON can hold."
     log = result.log
-    return {"metrics": result.metrics, "matches": result.matches, "executor": result.executor,
+    return {"metrics": result.metrics, "matches": result.matches, "unjudged": result.unjudged,
+            "executor": result.executor,
             "weights_class": result.weights_class, "trace": records(result.trace),
             "log": {"id": log.id, **log.to_dict()},
             "model": result.model and {"id": result.model.id, **result.model.to_dict()}}
@@ -137,7 +138,7 @@ def _result(result: Any) -> dict[str, Any]:
 @as_json
 def run(task: str, executor: str, scenario: str | None, repeats: int,
         allow_unverified: tuple[str, ...], folder: str | None, as_json: bool) -> int:
-    "Run TASK: an ID or a file. Exit 1 if the outputs are not as in its reference log."
+    "Run TASK: an ID or a file. Exit 1 if it is not as in its reference log, or nobody can tell."
     from opml_wb.dlspec.execute.runtime import run
     from opml_wb.dlspec.spec.catalog import load
     with told():
@@ -147,10 +148,13 @@ def run(task: str, executor: str, scenario: str | None, repeats: int,
     if as_json: put(_result(result))
     else:
         answer(result.trace, False)
-        for name, value in result.metrics.items(): click.echo(f"{name} = {value:.6g}")
+        for name, value in result.metrics.items():
+            shown = f"{value:.6g}" if isinstance(value, int | float) else f"{value!r:.80}"
+            click.echo(f"{name} = {shown}")
         for name, ok in result.matches.items():
             click.echo(f"{name}: {'as' if ok else 'NOT as'} in the reference log")
-    return int(not all(result.matches.values()))
+        for name, why in result.unjudged.items(): click.echo(f"{name} can't be judged: {why}")
+    return int(bool(result.unjudged) or not all(result.matches.values()))
 
 # %% ../../nbs/dlspec/04_commands.ipynb #61075d6b
 def _varied(given: Mapping[str, str | None]) -> dict[str, list[str]]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...core.kit.words import check_whole
 from .runtime import Result, run
+from .workers import ExecutionError, keeping
 from ..spec.catalog import Catalog
 from ..spec.manifest import ASPECTS, Manifest, Model, Task
 
@@ -78,6 +80,16 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
         yield order[::-1] if i % 2 else order
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #48e1ec2e
+def _unset(aspect: str, tasks: dict[str, Task], name: str, result: Result) -> None:
+    "Raise ExecutionError if a setting in which alternatives differ could not be made."
+    if aspect != "hardware": return
+    asked = {n: t.hardware.settings.model_dump() for n, t in tasks.items()}   # type: ignore
+    for field, value in asked[name].items():
+        if value is None or all(a[field] == value for a in asked.values()): continue
+        if (state := result.settings.get(field)) != "set":
+            raise ExecutionError(f"{name}: {field}: {state}: the alternatives differ in it, so "
+                                 "their times would say nothing about it")
+
 def _seconds(result: Result) -> float:
     "The seconds of a result's run stage (or of the training)."
     rows = result.trace[result.trace.step.isin(["run", "train"])]
@@ -106,19 +118,22 @@ def vary(task: Task, *, repeats: int = 20, catalog: Catalog | None = None,
     manifests). repeats: rounds that are measured, after one that isn't. data: the inputs of all;
     default: the data set's. options: more for `run`. Metric `run_s`: seconds of the run stage;
     `run_s, ratio to the first`: pair by pair, an interval that leaves out 1 is a difference; other
-    metrics as the stages gave them. Raises ValueError where two aspects vary."""
+    metrics as the stages gave them. Raises ValueError where two aspects vary, ExecutionError
+    where a setting of the hardware in which they differ can't be made."""
     import pandas as pd
     catalog = catalog if catalog is not None else Catalog()
     aspect, tasks = alternatives(task, catalog, varied)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     metrics: dict[str, dict[str, float]] = {}
-    rounds = list(turns(list(tasks), repeats + 1))
-    for i, order in enumerate(progress(rounds) if progress else rounds):
-        for name in order:
-            result = run(tasks[name], executor=executor, catalog=catalog, data=data,
-                         **(options or {}))
-            metrics[name] = result.metrics
-            if i: seconds[name].append(_seconds(result))   # the first round only warms up
+    rounds = list(turns(list(tasks), check_whole("repeats", repeats, least=1) + 1))
+    with keeping(len(tasks)):   # else the workers of one would end those of another
+        for i, order in enumerate(progress(rounds) if progress else rounds):
+            for name in order:
+                result = run(tasks[name], executor=executor, catalog=catalog, data=data,
+                             **(options or {}))
+                _unset(aspect, tasks, name, result)
+                metrics[name] = result.metrics
+                if i: seconds[name].append(_seconds(result))   # the first round only warms up
     first = next(iter(tasks))
     rows = [row for name in tasks for row in _told(aspect, name, first, seconds, metrics)]
     return pd.DataFrame(rows, columns=["aspect", "ref", "metric", "value", "lo", "hi", "n"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY_GB', 'CPUS', 'PIDS', 'FITS', 'QUIET', 'LOCAL', 'LIBRARIES', 'FOLDERS', 'engine', 'layers', 'chosen', 'Limits',
-           'environment', 'arguments', 'sweep', 'contained', 'Oci', 'wanted', 'archive', 'loader', 'own_python',
-           'local_image']
+           'environment', 'paths_in', 'arguments', 'sweep', 'contained', 'Oci', 'wanted', 'archive', 'loader',
+           'own_python', 'local_image']
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #18013022
 import io, json, os, platform, re, secrets, shutil, subprocess, sys, tarfile, tempfile
@@ -17,9 +17,10 @@ from typing import Any
 from fastcore.basics import patch
 
 from ...core.kit.procs import stamp, stamp_lives
-from . import pipeline
-from .executors import (FIRM, LIMIT_S, WARM, ExecutionError, WorkerProcess,
-                                              asked, pool_folder, unfit)
+from .executors import MODULES, asked, unfit, working_folder
+from .worker import command
+from .workers import (FIRM, LIMIT_S, ExecutionError, Key, WorkerProcess,
+                                            ask_warm, close_warm, pool_folder)
 from ..spec.manifest import Container, Software
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #c481ab67
@@ -81,19 +82,33 @@ class Limits:
 def environment() -> list[Path]:
     "List the folders of this Python and its libraries, to be mounted."
     base = Path(sys.base_prefix)
-    folders = {Path(sys.prefix), base, Path(pipeline.__file__).resolve().parent}
+    folders = {Path(sys.prefix), base, Path(MODULES)}
     folders |= {Path(p) for p in sys.path if p and Path(p).is_dir()
                 and Path(p).name.endswith("-packages")}
     return sorted(p for p in folders if not any(p != q and p.is_relative_to(q) for q in folders))
+
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #52429dd2
+def paths_in(data: Any) -> list[str]:
+    "List the files and folders that data names, however deep in lists and dicts; not the root."
+    if isinstance(data, list | tuple): return [p for one in data for p in paths_in(one)]
+    if isinstance(data, dict): return paths_in(list(data.values()))
+    if not isinstance(data, str | os.PathLike) or not 0 < len(os.fspath(data)) < 4096: return []
+    try: return [os.fspath(data)] if os.path.exists(data) and Path(data).parent != Path(data) else []
+    except (OSError, ValueError): return []
+
+def _mount(path: Path) -> str:
+    "What `--mount` says of a file that is to be seen at its path; of a link, what it leads to."
+    parts = ["type=bind", f"source={path}", f"target={path}", "readonly"]
+    return ",".join(f'"{part}"' if "," in part else part for part in parts)
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #28150504
 def arguments(command: Sequence[str], image: str, name: str, python: str, pool: Path | None,
               readable: Sequence[Path], env: dict[str, str], limits: Limits) -> list[str]:
     """Make the command that starts a worker in a container, the same for podman and docker.
 
-    readable: files and folders that it sees at their own paths; pool: the folder of the shared
+    readable: files and folders that it sees at the paths that are given, links too; pool: the folder of the shared
     memory, the only thing that it can write beside /tmp."""
-    mounts = [f"type=bind,source={p},target={p},readonly" for p in readable]
+    mounts = [_mount(p) for p in readable]
     if pool: mounts.append(f"type=bind,source={pool},target=/opml")
     own = ["--tmpfs", "/root:mode=755"] if any(Path("/root") in Path(p).parents
                                                for p in readable) else []
@@ -128,6 +143,7 @@ class Oci:
     limits: Limits = field(default_factory=Limits)
     own_python: bool = False
     name: str = "oci"
+    key: Key = ()
 
     def open(self, paths: Iterable[Path] = ()) -> str:
         "Check engine, image and libraries. Raises ExecutionError before anything is fetched."
@@ -144,7 +160,7 @@ class Oci:
 
     def argv(self, pool: Path | None, paths: Iterable[Path] = ()) -> list[str]:
         "Make the command that starts the container's Python; the container is named after us."
-        own = [Path(pipeline.__file__).resolve().parent] if self.own_python else environment()
+        own = [Path(MODULES)] if self.own_python else environment()
         name = f"opml-{stamp()}.{secrets.token_hex(4)}"
         return arguments(self.command, self.image, name, self.python, pool, [*own, *paths],
                          {**FIRM, **self.software.env}, self.limits)
@@ -176,22 +192,21 @@ def python(self: Oci) -> str:
 @patch
 def __call__(self: Oci, job: dict[str, Any], data: Any,
              paths: Iterable[Path] = ()) -> dict[str, Any]:
-    "Run a job in the container; it sees the files `paths`, and can't change them."
-    paths = sorted({Path(p).resolve() for p in paths})
-    key = self.name, f"{self.software.digest}{self.own_python}{self.limits}{paths}"
-    if key not in WARM or not WARM[key].alive:
+    "Run a job in the container; it sees `paths` and the files of `data`, and can't change them."
+    seen = sorted({Path(os.path.abspath(p)) for p in [*map(str, paths), *paths_in(data)]})
+    self.key = (self.name, self.software.digest, f"{self.own_python}{self.limits}", str(seen))
+    def make() -> WorkerProcess:
         folder = pool_folder()
         os.chmod(folder, 0o777)
-        argv = [*self.argv(folder, paths), str(Path(pipeline.__file__).resolve())]
-        WARM[key] = WorkerProcess(argv, {**os.environ, **QUIET}, "/opml", folder)
-    self.key = key
-    return WARM[key].ask(job, data, self.limits.limit_s)
+        argv = [*self.argv(folder, seen), *command(MODULES)]
+        return WorkerProcess(argv, {**os.environ, **QUIET}, "/opml", folder)
+    return ask_warm(self.key, make, {**job, "cwd": working_folder()}, data, self.limits.limit_s)
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #cbc16b26
 @patch
 def close(self: Oci) -> None:
     "End the container."
-    if worker := WARM.pop(getattr(self, "key", ("", "")), None): worker.close()
+    close_warm(self.key)
 
 # %% ../../../nbs/dlspec/execute/05_container.ipynb #38708e2e
 LOCAL = "opml/local:1"

@@ -68,11 +68,16 @@ def unmet(need: Hardware, have: Machine | None = None) -> list[str]:
         out.append(f"memory_gb: {have.memory_gb:.1f} here, needed are {need.memory_gb:g}")
     if missing := [flag for flag in need.isa if flag not in have.isa]:
         out.append(f"isa: the CPU has no {', '.join(missing)}")
-    for a in need.accelerators:
-        large = [m for m in have.accelerators.get(a.kind, []) if m >= a.memory_gb]
+    free = {kind: sorted(sizes) for kind, sizes in have.accelerators.items()}
+    for a in sorted(need.accelerators, key=lambda a: -a.memory_gb):   # the largest choose first
+        left, whole = free.get(a.kind, []), have.accelerators.get(a.kind, [])
+        beside = " beside those of the others" if len(left) < len(whole) else ""
+        large = [m for m in left if m >= a.memory_gb]
+        for m in large[:a.count]: left.remove(m)                      # one device serves one
         if len(large) < a.count:
             size = f" of {a.memory_gb:g} GiB" if a.memory_gb else ""
-            out.append(f"accelerators: {len(large)} {a.kind}{size} here, needed are {a.count}")
+            out.append(f"accelerators: {len(large)} {a.kind}{size} here{beside}, needed are "
+                       f"{a.count}")
     return out
 
 # %% ../../../nbs/dlspec/execute/03_hardware.ipynb #9782c6b2

@@ -8,7 +8,7 @@ __all__ = ['KNOWN', 'CROISSANT', 'CONTEXT', 'BUNDLE', 'RUNS', 'FORMS', 'FOLDERS'
 
 # %% ../../../nbs/dlspec/others/02_importers.ipynb #3f28fddb
 import json, os, warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,16 @@ def _files(model: Mapping[str, Any], outputs: list[Mapping[str, Any]]) -> list[R
         if given.get("features_url"):
             out.append(Resource(url=str(given["features_url"]),
                                 **checksum(given.get("features_checksum"))))   # type: ignore
-    return out
+    return list(_apart(out))
+
+def _apart(resources: list[Resource]) -> Iterator[Resource]:
+    "The resources, each once, and each by a name of its own: a number before one that is taken."
+    seen: dict[str, Resource] = {}
+    for r in resources:
+        if r in seen.values(): continue
+        if r.file in seen: r = r.model_copy(update={"name": f"{len(seen)}-{r.file}"})
+        seen[r.file] = r
+    yield from seen.values()
 
 # %% ../../../nbs/dlspec/others/02_importers.ipynb #a1b196c0
 def _software(data: Mapping[str, Any], framework: Framework) -> Software:

@@ -110,9 +110,11 @@ class _Dumper(yaml.SafeDumper):
 
 # %% ../../../nbs/dlspec/spec/03_manifest.ipynb #5fa670fa
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    block = "\n" in text and not any(line != line.rstrip() for line in text.split("\n"))
+    breaks = any(c in text for c in "\x85\u2028\u2029")   # YAML folds them, unless escaped
+    block = "\n" in text and not (breaks or any(line != line.rstrip()
+                                                for line in text.split("\n")))
     number = text.replace(".", "").isdigit()
-    quoted = strict_yaml.doubt(text) or strict_yaml.plain(text) != text or number
+    quoted = breaks or strict_yaml.doubt(text) or strict_yaml.plain(text) != text or number
     style = "|" if block else "\"" if quoted else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -242,6 +244,16 @@ class Model(Manifest):
     attributes: Json = Field(default_factory=dict)
 
     @model_validator(mode="after")
+    def _told_apart(self) -> "Model":
+        seen: dict[str, Resource] = {}
+        for r in self.resources:
+            if seen.setdefault(r.file, r).model_dump() != r.model_dump():
+                raise ValueError(f"resources: {r.url} and {seen[r.file].url} have one file name, "
+                                 f"{r.file!r}: stages could not tell them apart: give one of them "
+                                 "another `name`")
+        return self
+
+    @model_validator(mode="after")
     def _truthful(self) -> "Model":
         if self.weights_class in ("seeded", "imported") and self.quality:
             why = WEIGHTS[self.weights_class]
@@ -350,7 +362,7 @@ def from_document(doc: Document, kind: str | None = None) -> Any:
         raise doc.error("expected a mapping with kind, name, version, ...")
     data = dict(doc.data)
     said = data.pop("kind", kind)
-    if said not in CLASSES:
+    if not isinstance(said, str) or said not in CLASSES:
         near = nearest(str(said), CLASSES)
         raise doc.error(f"kind: expected {', '.join(CLASSES)}, got {said!r}"
                         + (f"; did you mean {near!r}?" if near else ""), ("kind",))

@@ -66,12 +66,14 @@ def attempt(task: Task, twice: bool) -> dict[str, Any]:
     began = time.process_time()
     try:
         first = run(task)
-        if not all(first.matches.values()):
-            return {"status": "differs", "reason": f"from its reference log: {first.matches}"}
+        if first.unjudged or not all(first.matches.values()):
+            return {"status": "differs",
+                    "reason": f"from its reference log: {first.matches or first.unjudged}"}
         twice = twice and time.process_time() - began < TWICE_S
         again = run(task.model_copy(update={"log": first.log})) if twice else first
     except Exception as e: return {"status": "failed", "reason": _why(e)}
-    off = [name for name, ok in again.matches.items() if not ok]
+    off = [*(name for name, ok in again.matches.items() if not ok),
+           *(f"{name} can't be judged: {why}" for name, why in again.unjudged.items())]
     status, reason = ("differs", f"a second run: {', '.join(off)}") if off else ("ran", "")
     return {"status": status, "reason": reason, "runs": 1 + twice, "metrics": dict(first.metrics)}
 
