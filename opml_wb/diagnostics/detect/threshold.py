@@ -15,7 +15,6 @@ import pandas as pd
 
 from ...core.kit.compiled import jit
 from ...core.kit.words import check_number
-from .metrics import joined
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #c2b12a52
 DAY = 86400.
@@ -215,10 +214,9 @@ class AlertRate:
         asked = self.per_day * days
         if asked < 3: return pot_level(t, z, self.apart, days, self.per_day, .98)
         top = peaks(t, z, self.apart, int(np.ceil(asked)) + 1)
-        low, high = int(asked), min(int(asked) + 1, len(top) - 1)
-        share = asked - int(asked)
-        return float((1 - share) * top[min(low, len(top) - 1)] + share * top[high]
-                     + top[max(0, min(low, len(top) - 1) - 1)]) / 2
+        k = int(asked)
+        before, here, after = top[np.clip([k - 1, k, k + 1], 0, len(top) - 1)]
+        return float((1 - asked + k) * here + (asked - k) * after + before) / 2
 
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #3b356633
 def _span(name: str, text: Any) -> float:
@@ -267,8 +265,7 @@ def _clean(self: AlertRate, t: np.ndarray, x: Any) -> np.ndarray:
 # %% ../../../nbs/diagnostics/detect/07_threshold.ipynb #cf9a9dfb
 @patch
 def _renew(self: AlertRate, past: _Past) -> float:
-    """Find the present threshold from a past. Rows far above the old one that the scores' own tail
-    doesn't explain, and rows beside those, are left out."""
+    "Find the threshold now; rows far above that the scores' tail doesn't explain are left out."
     i = int(np.searchsorted(past.t, past.t[-1] - MEMORY * self.season))
     t, z = past.t[i:], past.rows[4, i:]
     if len(t) < 20: return self.threshold
@@ -278,12 +275,14 @@ def _renew(self: AlertRate, past: _Past) -> float:
         return np.where(near, np.nan, z) if near.mean() < .5 else z
     threshold = self.threshold if self.threshold < np.inf else self.level(t, below(np.inf))
     for _ in range(1 if self.threshold < np.inf else 2):
-        far = max(1.5 * threshold, GUARD)
+        far = own = max(1.5 * threshold, GUARD)
+        if self.per_day < 1:    # a high threshold lets faults in, which would bend the tail
+            own = max(1.5 * pot_level(t, below(far), self.apart, self.days(t), 1., .98), GUARD)
         for _ in range(4):      # what is let in tells more of the tail
-            reach = tail_reach(below(far), self.days(t), self.per_day / RARE)
-            if reach <= far: break
-            far = reach
-        threshold = self.level(t, below(far))
+            reach = tail_reach(below(own), self.days(t), self.per_day / RARE)
+            if reach <= own: break
+            own = reach
+        threshold = self.level(t, below(max(far, own)))
     return threshold
 
 @patch
