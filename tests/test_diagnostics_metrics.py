@@ -112,6 +112,61 @@ def test_alarms_come_at_the_rate_that_was_asked_for(kind, period, seeds):
     assert not (told.false[["fixed quantile", "rolling quantile"]].between(.5, 1.6) & (told.found[["fixed quantile", "rolling quantile"]] >= .9)).all()
 
 
+def scores(kind, seed, period, days):
+    "Scores without drift or faults: times [n], values [n]."
+    rng, t = np.random.default_rng(seed), 1.7e9 + period * np.arange(int(days * 86400 / period))
+    day, n = t / 86400, len(t)
+    few = rng.exponential(size=n)
+    return t, {"lognormal": lambda: rng.lognormal(0, 2, n), "cauchy": lambda: rng.standard_cauchy(n),
+               "mostly zeros": lambda: np.where(rng.random(n) < .6, 0, few), "whole numbers": lambda: np.clip(np.round(rng.normal(5, 1, n)), 0, 10),
+               "idle weekends": lambda: np.where((np.floor(day) % 7 >= 5) | (rng.random(n) < .8), 0, few),
+               "nightly backup": lambda: rng.normal(size=n) + np.where((day % 1 > .08) & (day % 1 < .16), 10 + 3 * rng.normal(size=n), 0),
+               "gaps 40 %": lambda: np.where(rng.random(n) < .4, np.nan, rng.normal(size=n)),
+               "gaps 60 %": lambda: np.where(rng.random(n) < .6, np.nan, rng.normal(size=n))}[kind]()
+
+
+@pytest.mark.parametrize("period, kinds", [
+    (300., ["lognormal", "cauchy", "mostly zeros", "nightly backup", "gaps 40 %", "gaps 60 %"]),
+    (3600., ["lognormal", "mostly zeros", "idle weekends", "whole numbers", "gaps 40 %", "gaps 60 %"])], ids=["five minutes", "hourly"])
+def test_the_rate_holds_for_heavy_tails_ties_and_gaps(period, kinds):
+    learn, judge = (28, 42) if period == 300 else (42, 120)
+    for kind in kinds:
+        t, x = scores(kind, 1, period, learn + judge)
+        k = int(learn * 86400 / period)
+        for make in (AlertRate, POT)[:2 if kind == "lognormal" else 1]:
+            assert .6 <= len(make(1).fit(t[:k], x[:k]).episodes(t[k:], x[k:])) / judge <= 1.6, (kind, make.__name__)
+
+
+@pytest.mark.parametrize("make", [AlertRate, POT])
+def test_rows_without_scores_teach_nothing(make):
+    t, x = scores("gaps 40 %", 0, 300., 42)
+    x, k = np.random.default_rng(0).normal(size=len(t)), 28 * 288
+    gone = (t >= t[k + 3 * 288]) & (t < t[k + 4 * 288])
+    told = [make(1).mute(t[k + 3 * 288], t[k + 4 * 288]).fit(t[:k], x[:k]).alarms(t[k:], x[k:]),       # a muted day, a day without scores,
+            make(1).fit(t[:k], x[:k]).alarms(t[k:], np.where(gone, np.nan, x)[k:])]                    # a day without rows
+    rows = make(1).fit(t[:k], x[:k]).alarms(t[~gone][k:], x[~gone][k:])
+    assert (told[0] == told[1]).all() and (told[0][~gone[k:]] == rows).all() and rows.sum() < 30
+    x[1000:1012] += 20
+    for first in (np.nan, x[0]):
+        x[0] = first
+        assert make(1).fit(t[:k], x[:k]).alarms(t[:k], x[:k])[1000:1012].all()                         # a gap before all else
+    smooth = pd.Series(x).rolling(3).mean().to_numpy()
+    assert 1 < make(1).fit(t[:k], smooth[:k]).threshold < 6 and 1 < make(1).mute(t[0], t[12]).fit(t[:k], x[:k]).threshold < 6
+    with pytest.raises(ValueError, match="last 15 seasons"): make(1).fit(np.arange(30) * 7 * 86400., x[:30])
+
+
+def test_rows_that_overlap_the_history_are_judged_by_it():
+    t, x = 1.7e9 + 3600. * np.arange(24 * 50), np.random.default_rng(0).normal(size=24 * 50)
+    k = 24 * 42
+    x[k - 12:k] += 10
+    whole = AlertRate(1).fit(t[:k], x[:k])
+    last = whole.alarms(t[k - 12:k], x[k - 12:k])
+    assert last[:6].all() and (last == whole.alarms(t[:k], x[:k])[-12:]).all()
+    short = AlertRate(1).fit(t[:k - 12], x[:k - 12])
+    new = short.alarms(t[k - 12:], x[k - 12:])
+    for known in (1, 24, 24 * 20): assert (short.alarms(t[k - 12 - known:], x[k - 12 - known:])[known:] == new).all()
+
+
 @pytest.mark.parametrize("times, said", [([0, 1, 1], "repeated"), ([0, 2, 1], "goes back"), ([0, np.nan, 2], "finite")])
 @pytest.mark.parametrize("make", [AlertRate, POT])
 def test_clocks_that_jump_are_named(make, times, said):
