@@ -143,6 +143,25 @@ def test_what_a_network_gives_is_shown_or_asked(store, tmp_path):
         with pytest.raises(BundleError, match=says): added(give, **how)
 
 
+def test_several_outputs_of_an_onnx_file(store, tmp_path):
+    "The one that is called logits, or the one that is named; with neither, all are listed."
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+    def wrote(*names):
+        nodes = [helper.make_node("Mul", ["x", "x"], [n + "_"]) for i, n in enumerate(names)]
+        nodes += [helper.make_node("Neg" if i else "Identity", [n + "_"], [n]) for i, n in enumerate(names)]
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 2]) for n in ("x", *names)]
+        graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+        onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "m.onnx")
+        return str(tmp_path / "m.onnx")
+    rows, right = [{"a": 1., "b": 2.}], np.exp([-1, -4.]) / np.exp([-1, -4.]).sum()
+    for names, how in ((("embedding", "logits"), {}), (("std", "mean"), {"output_name": "mean"})):
+        _, bundle = add(store, "m", wrote(*names), columns=["a", "b"], **how)
+        assert bundle.models[0]["output_name"] == names[1] and served(store, "m", rows).ravel() == pytest.approx(right, abs=1e-6)
+    with pytest.raises(BundleError, match="gives std, mean: which one.*--output-name"): add(store, "m", wrote("std", "mean"), columns=["a", "b"])
+    with pytest.raises(BundleError, match="no 'sd': the model gives std, mean"): add(store, "m", wrote("std", "mean"), columns=["a", "b"], output_name="sd")
+
+
 def test_a_graph_in_training_mode_is_refused(store, tmp_path):
     "Dropout and batch norm that train, in torch.export's graph and in TorchScript; a graph for one number of rows."
     import torch
