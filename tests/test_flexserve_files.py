@@ -88,6 +88,8 @@ def test_classes_of_an_onnx_file_are_those_of_its_end(store, tmp_path):
     assert bundle.classes == ["hi", "lo"]
     np.testing.assert_allclose(served(store, "near", frame)[0], near.predict_proba(frame), atol=1e-5)
     with pytest.raises(BundleError, match="Unknown Category.*--golden FILE"): add(store, "odd", wrote(pipe(LinearRegression(), "error").fit(frame, frame.a), inputs))
+    with pytest.raises(BundleError, match="LogisticRegression itself refuses it"):
+        publish("odd", LogisticRegression().fit(plane(90)[0][["a", "b"]], level), plane(90)[0][["b", "a"]])
     X, floats = np.random.default_rng(1).normal(size=(90, 2)), [("X", types.FloatTensorType([None, 2]))]
     for model, y in ((SVC(), X[:, 0] > 0), (LinearSVC(), X[:, 0] > 0), (LinearSVC(), X.argmax(1) + (X[:, 0] > 1))):
         with pytest.raises(BundleError, match="holds no probabilit|--output logit"): add(store, "odd", wrote(model.fit(X * 9, y), floats), columns=["a", "b"])
