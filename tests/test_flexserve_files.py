@@ -88,6 +88,8 @@ def test_classes_of_an_onnx_file_are_those_of_its_end(store, tmp_path):
     assert bundle.classes == ["hi", "lo"]
     np.testing.assert_allclose(served(store, "near", frame)[0], near.predict_proba(frame), atol=1e-5)
     with pytest.raises(BundleError, match="Unknown Category.*--golden FILE"): add(store, "odd", wrote(pipe(LinearRegression(), "error").fit(frame, frame.a), inputs))
+    with pytest.raises(BundleError, match="LogisticRegression itself refuses it"):
+        publish("odd", LogisticRegression().fit(plane(90)[0][["a", "b"]], level), plane(90)[0][["b", "a"]])
     X, floats = np.random.default_rng(1).normal(size=(90, 2)), [("X", types.FloatTensorType([None, 2]))]
     for model, y in ((SVC(), X[:, 0] > 0), (LinearSVC(), X[:, 0] > 0), (LinearSVC(), X.argmax(1) + (X[:, 0] > 1))):
         with pytest.raises(BundleError, match="holds no probabilit|--output logit"): add(store, "odd", wrote(model.fit(X * 9, y), floats), columns=["a", "b"])
@@ -141,6 +143,25 @@ def test_what_a_network_gives_is_shown_or_asked(store, tmp_path):
     for give, how, says in (("scaled", two, "--output logit or --output probability"), ("many", {}, "don't add up to 1.*--output logits"), ("two", {}, "gives 0, 1: .*--output-name"),
                             ("linear", {"classes": list("xyz")}, "3 names, but model 'linear' gives 2 numbers")):
         with pytest.raises(BundleError, match=says): added(give, **how)
+
+
+def test_several_outputs_of_an_onnx_file(store, tmp_path):
+    "The one that is called logits, or the one that is named; with neither, all are listed."
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+    def wrote(*names):
+        nodes = [helper.make_node("Mul", ["x", "x"], [n + "_"]) for i, n in enumerate(names)]
+        nodes += [helper.make_node("Neg" if i else "Identity", [n + "_"], [n]) for i, n in enumerate(names)]
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 2]) for n in ("x", *names)]
+        graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+        onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "m.onnx")
+        return str(tmp_path / "m.onnx")
+    rows, right = [{"a": 1., "b": 2.}], np.exp([-1, -4.]) / np.exp([-1, -4.]).sum()
+    for names, how in ((("embedding", "logits"), {}), (("std", "mean"), {"output_name": "mean"})):
+        _, bundle = add(store, "m", wrote(*names), columns=["a", "b"], **how)
+        assert bundle.models[0]["output_name"] == names[1] and served(store, "m", rows).ravel() == pytest.approx(right, abs=1e-6)
+    with pytest.raises(BundleError, match="gives std, mean: which one.*--output-name"): add(store, "m", wrote("std", "mean"), columns=["a", "b"])
+    with pytest.raises(BundleError, match="no 'sd': the model gives std, mean"): add(store, "m", wrote("std", "mean"), columns=["a", "b"], output_name="sd")
 
 
 def test_a_graph_in_training_mode_is_refused(store, tmp_path):

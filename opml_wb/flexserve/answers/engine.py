@@ -149,8 +149,8 @@ def describe(self: Engine) -> dict[str, Any]:
 
     Of each model {name, arch or format, classes, transform or takes, output, provenance,
     parameters, flops, weights_sha256}."""
-    keys = ("name", "arch", "format", "classes", "transform", "takes", "output", "provenance",
-            "parameters", "flops")
+    keys = ("name", "arch", "format", "classes", "transform", "takes", "output", "output_name",
+            "rounds", "missing", "provenance", "parameters", "flops")
     models = [{**{k: m[k] for k in keys if k in m}, "weights_sha256": m["weights"]["sha256"]}
               for m in self.bundle.models]
     return {"ensemble": self.bundle.name, "digest": self.digest, "engine": self.kind,

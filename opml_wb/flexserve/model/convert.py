@@ -87,7 +87,11 @@ def from_sklearn(estimator: Any, frame: "pd.DataFrame", schema: Schema,
                           "here: pip install skl2onnx") from None
     odd = [c.name for c in schema.columns if c.kind not in ("number", "category", "text")]
     if odd: raise BundleError(f"column {odd[0]!r}: scikit-learn takes numbers and texts")
-    right, output, classes = reference(estimator, frame)
+    try: right, output, classes = reference(estimator, frame)
+    except BundleError: raise
+    except ValueError as e:
+        said = f"{type(estimator).__name__} itself refuses it: {str(e).splitlines()[0]:.200}"
+        raise BundleError(f"frame: {said}") from e
     rows, tries = read_rows(schema, frame), []
     for types, takes in _signatures(schema):
         try:

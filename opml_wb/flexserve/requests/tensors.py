@@ -51,9 +51,10 @@ def _pictures(values):
 # %% ../../../nbs/flexserve/requests/03_tensors.ipynb #281536a9
 def _flat(values, dtype, n):
     "Turn a JSON tensor's `data` (nested or flat numbers) into an array of `n` values."
-    try: array = np.asarray(values, dtype=np.float64).ravel()
-    except (TypeError, ValueError, OverflowError):
-        raise Refused(400, "images: data are no numbers") from None
+    try: array = np.asarray(values).ravel()
+    except ValueError: array = np.array([None])
+    if array.dtype.kind not in "biuf": raise Refused(400, "images: data are no numbers")
+    array = array.astype(np.float64)
     if array.size != n:
         raise Refused(400, f"images: the shape asks for {n} values, data has {array.size}")
     whole = np.isfinite(array).all() and (array == np.clip(np.floor(array), 0, 255)).all()
