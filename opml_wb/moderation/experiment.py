@@ -110,9 +110,9 @@ def moments(values: Any) -> np.ndarray:
     for least, unit in ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3)): out[out > least] /= unit
     dates = out.isna()
     at = pd.to_datetime(text.where(dates), utc=True, errors="coerce", format="ISO8601")
-    for form, read in ((SLASHED, _slashed), (NAMED, _mixed)):
+    for form, dates_of in ((SLASHED, _slashed), (NAMED, _mixed)):
         rows = at.isna() & dates & text.str.match(form)
-        if rows.any(): at[rows] = read(text[rows])
+        if rows.any(): at[rows] = dates_of(text[rows])
     out = out.fillna((at - pd.Timestamp(0, tz="UTC")).dt.total_seconds())
     odd = ~out.between(0, LATEST)
     if not odd.any(): return out.to_numpy()
