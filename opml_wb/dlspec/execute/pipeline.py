@@ -59,7 +59,7 @@ def lazy(value: Any) -> bool:
 
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #b47cef98
 def called(fun: Callable, ctx: dict, data: Any) -> tuple[Any, float]:
-    "Call a stage: (what it gives, Timed if it is lazy; seconds without those of what it drew from)."
+    "Call a stage: (what it gives, Timed if it is lazy; seconds, without those of `data`)."
     before = data if isinstance(data, Timed) else None
     began, other = time.perf_counter(), before.total if before else 0.
     out = fun(ctx, data)
