@@ -24,6 +24,9 @@ BROKEN = {
     "two numbers": ('kind: model\nname: net\nversion: "1.0"\n', 3, "got '1.0'"),
     "duplicate key": (MODEL + "name: again\n", 4, "stands here again, first in line 2"),
     "unknown field": (MODEL + "licence: MIT\n", 4, "did you mean 'license'"),
+    "kind as a list": ("kind: [model]\nname: a\nversion: 1.0.0\n", 1, "got ['model']"),
+    "number of 5000 digits": (MODEL + "seed: " + "9" * 5000 + "\n", 4, "a number too long for one"),
+    "two files of one name": (MODEL + "resources:\n- url: file:///a/w.bin\n- url: file:///b/w.bin\n", None, "give one of them another `name`"),
     "unknown kind": ("kind: modell\nname: a\nversion: 1.0.0\n", 1, "did you mean 'model'"),
     "no name": ("kind: model\nversion: 1.0.0\n", None, "the field 'name' is missing"),
     "number as hash": (MODEL + "resources:\n- url: file:///a\n  sha256: 123\n", 6, "expected 64 hexadecimal"),
@@ -255,3 +258,23 @@ def test_json_schema_says_what_the_models_accept():
     m = Model(name="net", version="1.0.0", resources=[Resource(url="file:///a", sha256=SHA)])
     jsonschema.validate({"kind": "model", **m.to_dict()}, schema("model"))
     with pytest.raises(jsonschema.ValidationError): jsonschema.validate({"kind": "model", "name": "net", "version": 1.0}, schema("model"))
+
+
+def test_one_bad_file_hides_no_other(tmp_path):
+    (tmp_path / "good.yml").write_text(Hardware(name="any", version="1.0.0").to_yaml())
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "good-checkpoint.yml").write_text(Hardware(name="any", version="1.0.0", cores=2).to_yaml())
+    (tmp_path / "kind.yml").write_text("kind: {a: b}\nname: x\n")
+    (tmp_path / "long.yml").write_text('kind: hardware\nname: x\nversion: "1.0.0"\ncores: ' + "9" * 5000)
+    (tmp_path / "deep.yml").write_text(MODEL + RUN.format(f"def fun(ctx, data): return {'-' * 20_000}1"))
+    catalog = Catalog(tmp_path)
+    said = dict(catalog.check().values.tolist())
+    assert {m.id for m in catalog} == {"hardware/any@1.0.0", "model/net@1.0.0"} and catalog.get("hardware/any").cores == 1
+    assert {Path(k).name for k in said} == {"kind.yml", "long.yml", "net@1.0.0"} and "nested too deep" in said["model/net@1.0.0"]
+
+
+def test_a_manifest_is_what_its_yaml_says():
+    from opml_wb.dlspec.spec.manifest import parse
+    for text in ("a\x85b", "\u2028", "a\u2029\nb", "\ufeffx", "9" * 400, "\ta\nb"):
+        m = Hardware(name="h", version="1.0.0", description=text)
+        assert parse(m.to_yaml()) == m, text

@@ -276,3 +276,43 @@ def test_a_pickle_is_never_opened_without_being_told(name, cli, tmp_path):
     code, said = cli("run", f"task/{name.split('.')[0]}", "--catalog", "mine")
     assert code == 1 and "TRUSTED is to be filled in" in said
     assert not (tmp_path / "bitten").exists()
+
+
+def test_nothing_of_a_person_is_overwritten(cli, tmp_path):
+    two_inputs(tmp_path / "net.onnx")
+    file = tmp_path / "mine/model/net.yml"
+    assert cli("init", "net.onnx", "--to", "mine")[0] == 0 == cli("init", "net.onnx", "--to", "mine")[0]
+    for change in (lambda text: text.replace("1.0.0", "1.1.0") + "description: by hand\n", lambda text: text + "  typo: [\n"):
+        file.write_text(edited := change(file.read_text()))
+        code, said = cli("init", "net.onnx", "--to", "mine")
+        assert code == 1 and "mine/model/net.yml: it is there already, with other content, which would be lost" in said and file.read_text() == edited
+    for i, folder in enumerate(("a/net", "b/net")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "cog.yaml").write_text("build:\n  python_version: '3.11'\npredict: predict.py:Predictor\n")
+        (tmp_path / folder / "predict.py").write_text(f"class Predictor:\n    def predict(self, x: int) -> int: return {i}\n")
+    assert cli("import", "a/net", "--to", "theirs")[0] == 0
+    kept = {p: p.read_text() for p in (tmp_path / "theirs").rglob("*.yml")}
+    code, said = cli("import", "b/net", "--to", "theirs")
+    assert code == 1 and "with other content, which would be lost" in said
+    assert {p: p.read_text() for p in (tmp_path / "theirs").rglob("*.yml")} == kept
+
+
+def test_the_choice_of_a_network_is_told(cli, tmp_path):
+    (tmp_path / "net.py").write_text("import torch\ndef make_loaders(): return []\ndef get_model(): return torch.nn.Linear(4, 3)\n")
+    said = cli("init", "net.py", "--to", "mine")[1]
+    assert "which network: get_model was taken, not make_loaders" in said
+    assert "get_model(**ARGUMENTS)" in (tmp_path / "mine/model/net.yml").read_text()
+
+
+def test_a_run_that_nobody_can_judge_is_no_success(cli, tmp_path):
+    "Nor one whose metrics are no numbers an error."
+    from opml_wb.dlspec import Dataset, Hardware, Model, Software, Stages, Task, run
+    from opml_wb.dlspec.commands import dlspec
+    def task(text, **more):
+        parts = dict(hardware=Hardware(name="h", version="1.0.0"), software=Software(name="s", version="1.0.0"), dataset=Dataset(name="d", version="1.0.0"))
+        return Task(**parts, model=Model(name="m", version="1.0.0", stages=Stages(run=f"def fun(ctx, data): return {text}")), **more)
+    log = run(task("[1]")).log
+    for text, code, words in (("[1]", 0, "outputs: as in the reference log"), ("[1] ", 1, "the log can't be judged: the log was made with model/m@1.0.0"),
+                              ("{'outputs': 1, 'metrics': {'m': None, 'n': [[1]]}}", 1, "n = [[1]]")):
+        (tmp_path / "t.yml").write_text(task(text, log=log).to_yaml())
+        assert dlspec.main(["run", "t.yml"], standalone_mode=False) == code and words in cli("run", "t.yml")[1], text

@@ -113,8 +113,8 @@ def _chosen(tree: ast.Module, functions: dict[str, ast.FunctionDef],
         return best, _needed(functions[best]), _which(best, others)
     if not nets:
         raise ManifestError("no function run(ctx, data), and none that builds a network "
-                            f"({', '.join((*VERBS, *NOUNS))}), and no class of torch.nn.Module; there "
-                            f"are: {', '.join(functions) or 'none'}", file)
+                            f"({', '.join((*VERBS, *NOUNS))}), and no class of "
+                            f"torch.nn.Module; there are: {', '.join(functions) or 'none'}", file)
     name = list(nets)[-1]
     return name, nets[name], _which(name, [*list(nets)[:-1], *ranks])
 

@@ -93,8 +93,9 @@ def paths_in(data: Any) -> list[str]:
     if isinstance(data, list | tuple): return [p for one in data for p in paths_in(one)]
     if isinstance(data, dict): return paths_in(list(data.values()))
     if not isinstance(data, str | os.PathLike) or not 0 < len(os.fspath(data)) < 4096: return []
-    try: return [os.fspath(data)] if os.path.exists(data) and Path(data).parent != Path(data) else []
+    try: there = os.path.exists(data) and Path(data).parent != Path(data)
     except (OSError, ValueError): return []
+    return [os.fspath(data)] if there else []
 
 def _mount(path: Path) -> str:
     "What `--mount` says of a file that is to be seen at its path; of a link, what it leads to."
@@ -106,8 +107,8 @@ def arguments(command: Sequence[str], image: str, name: str, python: str, pool: 
               readable: Sequence[Path], env: dict[str, str], limits: Limits) -> list[str]:
     """Make the command that starts a worker in a container, the same for podman and docker.
 
-    readable: files and folders that it sees at the paths that are given, links too; pool: the folder of the shared
-    memory, the only thing that it can write beside /tmp."""
+    readable: files and folders that it sees at the paths that are given, links too; pool: the
+    folder of the shared memory, the only thing that it can write beside /tmp."""
     mounts = [_mount(p) for p in readable]
     if pool: mounts.append(f"type=bind,source={pool},target=/opml")
     own = ["--tmpfs", "/root:mode=755"] if any(Path("/root") in Path(p).parents

@@ -91,7 +91,7 @@ def _touched(file: str | os.PathLike) -> tuple:
 OWN, UNKNOWN = "the data set's", "unknown"   # data in a log's environment; else their hash
 
 def data_digest(data: Any) -> str:
-    "Compute the hash of data given by hand, of files that of their content; or say that it is none."
+    "Compute the hash of data given by hand, of files that of their content; or say what it is."
     if data is None: return OWN
     def seen(v: Any) -> Any:
         if isinstance(v, list | tuple): return [seen(one) for one in v]

@@ -18,7 +18,8 @@ from ...core.kit.files import fsync, read_json, remove, write_json
 from ...core.record.folder import home
 
 # %% ../../../nbs/dlspec/execute/01_resources.ipynb #ab94ac0e
-from .sources import BLOCK, ResourceError, blocks
+from .sources import (BLOCK, ResourceError, blocks, installed,
+                                            registered)
 from ..spec.manifest import Resource
 MOST_UNPACKED = 64 << 30   # bytes of an archive's files
 

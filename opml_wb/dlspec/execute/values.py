@@ -185,7 +185,8 @@ def fingerprint(value: Any) -> str | None:
 
 def _text(value: Any) -> str:
     "A leaf as text; of a number too long for decimals the hexadecimals."
-    return f"{value:#x}" if isinstance(value, int) and value.bit_length() > MOST_BITS else repr(value)
+    long = isinstance(value, int) and value.bit_length() > MOST_BITS
+    return f"{value:#x}" if long else repr(value)
 
 # %% ../../../nbs/dlspec/execute/09_values.ipynb #2ca25f4b
 def listed(value: Any) -> Any:

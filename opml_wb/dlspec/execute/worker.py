@@ -23,7 +23,9 @@ from opml_stages.worker import serve
 serve(sys.argv[2])"""
 
 def command(folder: str) -> list[str]:
-    "Make the arguments of a Python that answers jobs; the path of the pool is to be added."
+    """Make the arguments of a Python that answers jobs; the path of the pool is to be added.
+
+    folder: of these modules, as the process sees it."""
     return ["-c", PROGRAM, folder]
 
 # %% ../../../nbs/dlspec/execute/11_worker.ipynb #698e5031
@@ -60,7 +62,9 @@ def lines(fd: int) -> Iterator[bytes]:
 
 # %% ../../../nbs/dlspec/execute/11_worker.ipynb #50d19931
 def serve(pool: str) -> None:
-    "Answer the jobs on standard input until it ends. pool: path of the shared memory."
+    """Answer the jobs on standard input until it ends, and the process with it.
+
+    pool: path of the shared memory."""
     given, out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)                                    # what a stage prints is no answer

@@ -58,7 +58,8 @@ class WorkerProcess:
     def drain(self) -> None:
         "Read what it writes to standard error, to its end; keep the last of it."
         with suppress(OSError, ValueError):
-            while more := os.read(self.process.stderr.fileno(), 1 << 16):   # type: ignore[union-attr]
+            fd = self.process.stderr.fileno()   # type: ignore[union-attr]
+            while more := os.read(fd, 1 << 16):
                 self.tail = (self.tail + more)[-4000:]
 
     def said(self) -> str:
