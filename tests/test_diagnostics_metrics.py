@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.diagnostics import AlertRate, POT, Rules, event_scores, rank_causes, vus
+from opml_wb.diagnostics import AlertRate, Conditioned, POT, Rules, event_scores, rank_causes, vus
 from opml_wb.diagnostics.detect import drift
 from opml_wb.diagnostics import telemetry
 from opml_wb.diagnostics.counters.collect import rates
@@ -308,6 +308,61 @@ def test_a_file_of_several_machines_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said): read_table(tmp_path/"t.csv")
     pd.concat([parts[0], parts[0][:50]]).to_csv(tmp_path/"t.csv", index=False)          # the same rows twice
     assert len(read_table(tmp_path/"t.csv").t) == 200
+
+
+def disk(n, seed, name="latency_ms", power=.7):
+    rng = np.random.default_rng(seed)
+    size, depth = rng.choice([4., 8, 16, 32, 64], n), rng.choice([1., 4, 16, 32], n)
+    return pd.DataFrame({"bs_kib": size, "qd": depth, name: .1 * (size * depth) ** power * rng.lognormal(0, .2, n)})
+
+
+@pytest.mark.parametrize("odd", [{}, {"bs_kib": 2048., "qd": 16.}, {"bs_kib": .5}])
+def test_one_odd_row_of_training_makes_nothing_known(odd):
+    rows = disk(400, 0)
+    for name, value in odd.items(): rows.loc[0, name] = value
+    model = Conditioned(["bs_kib", "qd"], ["latency_ms"]).fit(rows)
+    far = pd.DataFrame({"bs_kib": [256., 1024, 1024, 64, odd.get("bs_kib", 2048.)], "qd": [16., 1, 32, 256, 16], "latency_ms": 50.})
+    assert model.unknown(far).all() and np.isnan(model.score(far)).all()
+    assert not model.unknown(disk(100, 1)).any()
+
+
+def test_a_share_beyond_its_range_is_unknown():
+    rng = np.random.default_rng(1)
+    rows = pd.DataFrame({"read_pct": rng.uniform(.2, 100, 400), "latency_ms": rng.lognormal(0, .1, 400)})
+    model = Conditioned("read_pct", "latency_ms").fit(rows)
+    assert model.unknown(pd.DataFrame({"read_pct": [110., 150, 200]})).all() and model.unknown(pd.DataFrame({"read_pct": np.linspace(2, 98, 200)})).mean() < .02
+
+
+@pytest.mark.parametrize("name, less", [
+    ("read_bw", 1), ("bandwidth_gbps", 1), ("read_bytes_per_s", 1), ("MB/s", 1), ("io_rate", 1), ("cache_hit_latency_ms", 0), ("white_box_ms", 0), ("idle", 1)])
+def test_which_way_is_worse_is_told_by_words_or_by_the_user(name, less):
+    model = Conditioned(["bs_kib", "qd"], name, less_is_worse=["idle"] if name == "idle" else None).fit(disk(200, 0, name))
+    rows = disk(60, 1, name)
+    third, threefold = ((model.score(rows.assign(**{name: rows[name] * k})) > model.limit()).mean() for k in (1 / 3, 3))
+    assert (third, threefold)[1 - less] > .9 > .1 > (third, threefold)[less]
+    assert model.explain(rows.iloc[0]).worse[0] == ("less" if less else "more")
+
+
+def test_many_rows_of_few_loads_are_scored_in_little_memory():
+    model = Conditioned(["bs_kib", "qd"], ["latency_ms"]).fit(disk(400, 0))
+    asked = []
+    weights = model.forest.weights
+    model.forest.weights = lambda x=None: asked.append(len(x)) or weights(x)
+    rows = disk(20_000, 1)
+    told = model.score(rows)
+    assert sum(asked) == 20                                              # each load once
+    np.testing.assert_array_equal(told[:8], [model.score(rows[i:i + 1])[0] for i in range(8)])
+    fine = pd.DataFrame({"bs_kib": np.linspace(4, 64, 700), "qd": 4., "latency_ms": 1.})
+    asked.clear()
+    assert len(model.quantiles(model.loads.shaped(fine[["bs_kib", "qd"]].to_numpy()))[0]) == 700 and max(asked) <= 256 < 700 == sum(asked)
+
+
+def test_a_detector_that_was_not_fitted_says_so():
+    model = Conditioned("bs_kib", "latency_ms")
+    assert (model.workload, model.outcomes) == (["bs_kib"], ["latency_ms"])
+    for ask in (model.score, model.unknown, lambda rows: model.explain(rows.iloc[0]), lambda rows: model.limit()):
+        with pytest.raises(ValueError, match="fit it first"): ask(disk(5, 0))
+    with pytest.raises(ValueError, match="less_is_worse: 'iops'"): Conditioned("bs_kib", "latency_ms", less_is_worse=["iops"])
 
 
 @needs_data
