@@ -39,7 +39,8 @@ class Loads:
 
     A load is known by `few` rows of training or more within `most`: one and a half times as far
     as nearly all of these are from their own neighbours, so that an odd row makes nothing known,
-    nor is it known itself. Columns of a wide range are on a log scale, unless that makes them lopsided."""
+    nor is it known itself. Columns of a wide range are on a log scale, unless that makes them
+    lopsided."""
 
     def __init__(self, x: np.ndarray) -> None:
         self.logs = [bool((v > 0).all()) and v.max() > 8 * v.min()
