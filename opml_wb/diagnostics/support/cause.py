@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'DEFAULT_RULES', 'Cause', 'parse', 'value', 'Rules', 'check_rule', 'evidence', 'edges_of', 'shift',
-           'shifts', 'walk', 'rank_causes']
+           'by_chance', 'shifts', 'walk', 'rank_causes']
 
 # %% ../../../nbs/diagnostics/support/02_cause.ipynb #610cd223
 import ast, os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,12 @@ def edges_of(graph: Any) -> list[tuple[str, str]]:
     return [(str(a), str(b)) for a, b in (graph.edges() if hasattr(graph, "edges") else graph)]
 
 # %% ../../../nbs/diagnostics/support/02_cause.ipynb #79d3fece
+def _upward(v: np.ndarray, metric: str, less_is_worse: bool | None) -> tuple[np.ndarray, float]:
+    "Put finite values [n] on a scale on which worse is up: (values, the least width that counts)."
+    if turned(metric) < 0 if less_is_worse is None else less_is_worse:
+        return -v, max(.02 * abs(float(np.median(v))), 1e-9)
+    return np.log(np.maximum(v, 1e-9)), .1
+
 def shift(normal: np.ndarray, incident: np.ndarray, metric: str,
           less_is_worse: bool | None = None) -> float:
     """Compute how far a metric moved for the worse, in robust deviations >= 0; NaN if unknown.
@@ -184,12 +190,17 @@ def shift(normal: np.ndarray, incident: np.ndarray, metric: str,
     availabilities less (`turned`: by the name, unless `less_is_worse` says)."""
     a, b = normal[np.isfinite(normal)], incident[np.isfinite(incident)]
     if not len(a) or not len(b): return np.nan
-    if turned(metric) < 0 if less_is_worse is None else less_is_worse:
-        drop, floor = np.median(a) - np.median(b), max(.02 * abs(np.median(a)), 1e-9)
-    else:
-        a, b = np.log(np.maximum(a, 1e-9)), np.log(np.maximum(b, 1e-9))
-        drop, floor = np.median(b) - np.median(a), .1
+    (a, floor), (b, _) = (_upward(v, metric, less_is_worse) for v in (a, b))
+    drop = np.median(b) - np.median(a)
     return float(max(0., drop / (1.4826 * np.median(abs(a - np.median(a))) + floor)))
+
+def by_chance(normal: np.ndarray, rows: int, metric: str, less_is_worse: bool | None = None,
+              draws: int = 200) -> np.ndarray:
+    "Compute the shifts [draws] of so many rows that are drawn from the normal values [m]."
+    a, floor = _upward(normal[np.isfinite(normal)], metric, less_is_worse)
+    drawn = np.random.default_rng(0).integers(0, len(a), (draws, max(rows, 1)))
+    drop = np.median(a[drawn], axis=1) - np.median(a)
+    return np.maximum(0., drop / (1.4826 * np.median(abs(a - np.median(a))) + floor))
 
 # %% ../../../nbs/diagnostics/support/02_cause.ipynb #2697bb2d
 def shifts(normal: pd.DataFrame, incident: pd.DataFrame, metric: str,
@@ -257,14 +268,20 @@ def rank_causes(graph: Any, normal: pd.DataFrame | None, incident: pd.DataFrame,
     lo, hi = np.quantile(told, [.05, .95], axis=0)
     out = pd.DataFrame({"node": nodes, "score": [share[n] for n in nodes], "lo": lo, "hi": hi})
     out = out.sort_values("score", ascending=False, kind="stable", ignore_index=True)
-    rows = [_rows(d, target, metric) for d in (normal, incident)]
-    out.attrs["verdict"] = _verdict(out, z, edges, target, metric, rows)
+    moved = {n: z.get(n, 0.) > _chance(normal, incident, n, metric, less_is_worse)
+             for n in (target, *out.node[:1])}
+    had = {str(c[0]) for c in normal.columns if c[1] == metric and normal[c].notna().any()}
+    out.attrs["verdict"] = _verdict(out, z, edges, target, metric, moved, had)
     return out
 
-def _rows(d: pd.DataFrame, node: str, metric: str) -> int:
-    "Count the rows in which a node's metric was measured."
-    own = [str(c[0]) == node and c[1] == metric for c in d.columns]
-    return int(d.loc[:, own].notna().any(axis=1).sum())
+def _chance(normal: pd.DataFrame, incident: pd.DataFrame, node: str, metric: str,
+            less_is_worse: bool | None) -> float:
+    "Compute the shift of a node that so few rows pass by chance one time in a hundred."
+    drawn = [by_chance(normal[c].to_numpy(float), int(incident[c].notna().sum()), metric,
+                       less_is_worse) for c in normal.columns
+             if str(c[0]) == node and c[1] == metric and str(c[-1]).lower() != "sum"
+             and c in incident and normal[c].notna().any() and incident[c].notna().any()]
+    return float(np.quantile(np.mean(drawn, axis=0), .99)) if drawn else 0.
 
 def _sides(normal: pd.DataFrame | None, incident: pd.DataFrame,
            start: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -303,23 +320,22 @@ def _called(edges: list[tuple[str, str]], node: str) -> set[str]:
     return out - {node}
 
 def _verdict(ranked: pd.DataFrame, z: Mapping[str, float], edges: list[tuple[str, str]],
-             target: str, metric: str, rows: Sequence[int]) -> str:
+             target: str, metric: str, moved: Mapping[str, bool], had: set[str]) -> str:
     """Say why nobody knows: what moved is no more than chance, tied or not measured; '' otherwise.
 
-    rows: in which the target was measured, before and during; 3 deviations of the medians of so
-    many are what chance may move."""
-    chance, below = 3.8 * sum(1 / max(n, 1) for n in rows) ** .5, _called(edges, target)
+    moved: whether target and first node moved by more than chance; had: nodes measured before."""
+    first, below = str(ranked.node[0]), _called(edges, target)
     gone = sorted(below - set(z))
     lack = f"{metric} was not measured at {', '.join(gone)}" if gone else ""
     if target not in z: return f"{UNKNOWN}: {metric} was not measured at {target} itself"
     if max(z.values()) < 1: return f"{UNKNOWN}: {metric} moved nowhere by a deviation"
-    if z[target] < max(.5, chance):
-        return (f"{UNKNOWN}: {metric} of {target} itself did not move by more than chance moves "
-                f"{min(rows)} rows")
-    if max((z.get(n, 0.) for n in below), default=0.) < max(1., chance):
+    if z[target] < .5 or not moved[target]:
+        return f"{UNKNOWN}: {metric} of {target} itself did not move by more than chance"
+    if not moved[first] or max((z.get(n, 0.) for n in below), default=0.) < 1:
         return f"{UNKNOWN}: {target} itself moved, nothing that it calls" + f"; {lack}" * bool(lack)
     s = ranked.score.to_numpy()
     if len(s) > 1 and s[0] - s[1] < 1e-9:
         return f"{UNKNOWN}: {(s > s[0] - 1e-9).sum()} nodes are tied"
-    under = _called(edges, str(ranked.node[0])) & set(gone)
-    return f"{UNKNOWN}: {ranked.node[0]} may suffer itself; {lack}" if under else lack
+    under = _called(edges, first) & set(gone)
+    if under: lack = f"{first} may suffer from what it calls; {lack}"
+    return f"{UNKNOWN}: {lack}" if under & had else lack
