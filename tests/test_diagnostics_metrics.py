@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from opml_wb.diagnostics import AlertRate, POT, event_scores, rank_causes, vus
+from opml_wb.diagnostics import AlertRate, Conditioned, POT, Rules, event_scores, rank_causes, vus
 from opml_wb.diagnostics.detect import drift
 from opml_wb.diagnostics import telemetry
 from opml_wb.diagnostics.counters.collect import rates
 from opml_wb.diagnostics.detect.detectors import Columns, Pipeline
+from opml_wb.diagnostics.detect.tables import read_table
 
 needs_data = pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("OPML_DATA", "-"), "diagnostics")),
                                 reason="public series: OPML_DATA")
@@ -231,6 +232,138 @@ def test_a_cause_is_not_guessed():
     assert "don't know" in rank_causes([("shop", "base")], quiet, quiet, target="shop").attrs["verdict"]
     with pytest.raises(ValueError, match="zero length"): rank_causes([("shop", "base")], quiet, quiet[:0], target="shop")
     with pytest.raises(ValueError, match="no rows"): rank_causes([("shop", "base")], None, quiet, target="shop", start=-1)
+
+
+CALLS = [("web", "cart"), ("web", "search"), ("cart", "db"), ("search", "db"), ("search", "cache")]
+
+
+def services(rows, seed, times={}, metric="latency", base=100., names=("web", "cart", "search", "db", "cache")):
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame({(v, metric): base * np.exp(.1 * rng.normal(size=rows)) * times.get(v, 1.) for v in names})
+
+
+SLOW = {"web": 3, "cart": 3, "search": 3, "db": 4}
+
+
+@pytest.mark.parametrize("moved, gone, said", [
+    (SLOW, [], ""), (SLOW, ["cache"], "latency was not measured at cache"), ({"web": 5}, [], "web itself moved, nothing that it calls"),
+    (SLOW, ["db"], "cart may suffer from what it calls; latency was not measured at db"), (SLOW, ["web"], "not measured at web itself"),
+    ({"db": 4}, [], "web itself did not move")])
+def test_a_verdict_says_what_moved_and_what_was_not_measured(moved, gone, said):
+    normal, during = services(100, 0), services(20, 1, moved)
+    absent = [(v, "latency") for v in gone]
+    for a, b in ((normal, during.mask(during.columns.isin(absent)[None, :].repeat(20, 0))), (normal.drop(columns=absent), during.drop(columns=absent))):
+        verdict = rank_causes(CALLS, a, b, target="web", draws=0).attrs["verdict"]
+        assert said in verdict and (said or not verdict)
+        if gone == ["db"]: assert verdict.startswith("don't know") == (("db", "latency") in a)          # it was measured before
+
+
+def test_chance_in_few_rows_is_no_cause():
+    names = [f"s{i}" for i in range(40)]
+    graph = [(names[i // 3], names[i]) for i in range(1, 40)]
+    for rows in (1, 3):
+        named = [rank_causes(graph, services(30, s, names=names), services(rows, 900 + s, names=names), target="s0", draws=0).attrs["verdict"] == "" for s in range(30)]
+        assert sum(named) <= 1
+
+
+@pytest.mark.parametrize("metric, base", [("throughput", 1.5), ("availability", .999), ("availability", 99.9), ("bandwidth", 9.), ("mbps", 9.), ("bw", 9.), ("cpu_idle", 9.)])
+def test_a_fall_is_seen_in_any_unit(metric, base):
+    fall = {v: 1 / k for v, k in SLOW.items()}
+    told = rank_causes(CALLS, services(100, 0, {}, metric, base), services(20, 1, fall, metric, base), target="web", metric=metric, draws=0,
+                       less_is_worse=True if metric == "cpu_idle" else None)
+    assert (told.node[0], told.attrs["verdict"]) == ("db", "")
+
+
+def test_graphs_and_starts_of_all_kinds():
+    names, moved = (1, 2, 3, 4), {1: 3, 2: 3, 4: 5}
+    for graph in ([(1, 2), (1, 3), (2, 4)], {1: [2, 3], 2: 4}):
+        assert rank_causes(graph, services(100, 0, names=names), services(20, 1, moved, names=names), target=1, draws=0).node[0] == "4"
+    assert rank_causes({"web": "db"}, services(100, 0), services(20, 1, SLOW), target="web", draws=0).node.tolist() == ["db"]
+    rows, hours = pd.concat([services(240, 0), services(24, 1, SLOW)], ignore_index=True), pd.date_range("2024-02-25", periods=264, freq="h")
+    whole = rank_causes(CALLS, rows[:240], rows[240:], target="web", draws=0)
+    text = hours.strftime("%d.%m.%Y %H:%M")
+    for index, start in ((text, text[240]), (hours, hours[240]), (hours, hours[240].timestamp()), (hours, hours[240].tz_localize("UTC")), (hours, str(hours[240])),
+                         (hours.tz_localize("UTC").tz_convert("Europe/Berlin"), "2024-03-06 01:00")):
+        pd.testing.assert_frame_equal(rank_causes(CALLS, None, rows.set_axis(index), target="web", start=start, draws=0), whole)
+    with pytest.raises(ValueError, match="start: '05.03.2024'"): rank_causes(CALLS, None, rows.set_axis(hours), target="web", start="05.03.2024")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"when": []}, "when"), ({"when": None}, "when"), ({"when": [3]}, "when"), ({"when": "a > 'b'"}, "no number"), ({"when": "a > normal()"}, "one field"),
+    ({"when": "a > normal(a, b)"}, "one field"), ({"when": "a > normal(2 * a)"}, "one field"), ({"confidence": "high"}, "confidence"), ({"node": None}, "node")])
+def test_rules_that_say_nothing_are_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=said): Rules([{"node": "x", "when": "a > 1", "advice": "y", **change}])
+
+
+def test_what_is_no_number_is_not_measured():
+    def told(when, **row): return Rules([{"node": "x", "when": when, "advice": "y"}]).explain(row)[0]
+    assert told("a > -1", a=0).node == "x"
+    assert told("a / b > 3", a=4, b=0).evidence == ("not measured: a / b",) and told("a > 3", a="much").evidence == ("not measured: a",)
+
+
+def test_a_file_of_several_machines_is_refused(tmp_path):
+    rng, t = np.random.default_rng(0), pd.date_range("2024-01-01", periods=200, freq="h")
+    parts = [pd.DataFrame({"time": t + pd.Timedelta(shift * k, "s"), "host": f"h{k}", "load": rng.normal(size=200)}) for shift in (0, 20) for k in range(3)]
+    for rows, said in ((pd.concat(parts[:3]), "'host' has 3 values"), (pd.concat(parts[3:]), "take turns"), (pd.concat(parts[:2]).drop(columns="host"), "one row a moment")):
+        rows.to_csv(tmp_path/"t.csv", index=False)
+        with pytest.raises(ValueError, match=said): read_table(tmp_path/"t.csv")
+    pd.concat([parts[0], parts[0][:50]]).to_csv(tmp_path/"t.csv", index=False)          # the same rows twice
+    assert len(read_table(tmp_path/"t.csv").t) == 200
+
+
+def disk(n, seed, name="latency_ms", power=.7):
+    rng = np.random.default_rng(seed)
+    size, depth = rng.choice([4., 8, 16, 32, 64], n), rng.choice([1., 4, 16, 32], n)
+    return pd.DataFrame({"bs_kib": size, "qd": depth, name: .1 * (size * depth) ** power * rng.lognormal(0, .2, n)})
+
+
+@pytest.mark.parametrize("odd", [{}, {"bs_kib": 2048., "qd": 16.}, {"bs_kib": .5}])
+def test_one_odd_row_of_training_makes_nothing_known(odd):
+    rows = disk(400, 0)
+    for name, value in odd.items(): rows.loc[0, name] = value
+    model = Conditioned(["bs_kib", "qd"], ["latency_ms"]).fit(rows)
+    far = pd.DataFrame({"bs_kib": [256., 1024, 1024, 64, odd.get("bs_kib", 2048.)], "qd": [16., 1, 32, 256, 16], "latency_ms": 50.})
+    assert model.unknown(far).all() and np.isnan(model.score(far)).all()
+    assert not model.unknown(disk(100, 1)).any()
+
+
+def test_a_share_beyond_its_range_is_unknown():
+    rng = np.random.default_rng(1)
+    rows = pd.DataFrame({"read_pct": rng.uniform(.2, 100, 400), "latency_ms": rng.lognormal(0, .1, 400)})
+    model = Conditioned("read_pct", "latency_ms").fit(rows)
+    assert model.unknown(pd.DataFrame({"read_pct": [110., 150, 200]})).all() and model.unknown(pd.DataFrame({"read_pct": np.linspace(2, 98, 200)})).mean() < .02
+
+
+@pytest.mark.parametrize("name, less", [
+    ("read_bw", 1), ("bandwidth_gbps", 1), ("read_bytes_per_s", 1), ("MB/s", 1), ("io_rate", 1), ("cache_hit_latency_ms", 0), ("white_box_ms", 0), ("idle", 1)])
+def test_which_way_is_worse_is_told_by_words_or_by_the_user(name, less):
+    model = Conditioned(["bs_kib", "qd"], name, less_is_worse=["idle"] if name == "idle" else None).fit(disk(200, 0, name))
+    rows = disk(60, 1, name)
+    third, threefold = ((model.score(rows.assign(**{name: rows[name] * k})) > model.limit()).mean() for k in (1 / 3, 3))
+    assert (third, threefold)[1 - less] > .9 > .1 > (third, threefold)[less]
+    assert model.explain(rows.iloc[0]).worse[0] == ("less" if less else "more")
+
+
+def test_many_rows_of_few_loads_are_scored_in_little_memory():
+    model = Conditioned(["bs_kib", "qd"], ["latency_ms"]).fit(disk(400, 0))
+    asked = []
+    weights = model.forest.weights
+    model.forest.weights = lambda x=None: asked.append(len(x)) or weights(x)
+    rows = disk(20_000, 1)
+    told = model.score(rows)
+    assert sum(asked) == 20                                              # each load once
+    np.testing.assert_array_equal(told[:8], [model.score(rows[i:i + 1])[0] for i in range(8)])
+    fine = pd.DataFrame({"bs_kib": np.linspace(4, 64, 700), "qd": 4., "latency_ms": 1.})
+    asked.clear()
+    assert len(model.quantiles(model.loads.shaped(fine[["bs_kib", "qd"]].to_numpy()))[0]) == 700 and max(asked) <= 256 < 700 == sum(asked)
+
+
+def test_a_detector_that_was_not_fitted_says_so():
+    model = Conditioned("bs_kib", "latency_ms")
+    assert (model.workload, model.outcomes) == (["bs_kib"], ["latency_ms"])
+    for ask in (model.score, model.unknown, lambda rows: model.explain(rows.iloc[0]), lambda rows: model.limit()):
+        with pytest.raises(ValueError, match="fit it first"): ask(disk(5, 0))
+    with pytest.raises(ValueError, match="less_is_worse: 'iops'"): Conditioned("bs_kib", "latency_ms", less_is_worse=["iops"])
 
 
 @needs_data
