@@ -148,6 +148,7 @@ def test_commands_refuse_by_name(tmp_path, monkeypatch):
     from opml_wb.core.record.models import ModelStore
     from opml_wb.moderation.commands import moderation
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
     (tmp_path / "t.csv").write_text("id,violates\n")
     typo, table = str(tmp_path / "typo.db"), str(tmp_path / "t.csv")
     for words, said in ((["review", typo, "--moderator", "ann"], "there is no file"), (["status", typo], "there is no file"),
