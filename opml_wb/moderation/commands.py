@@ -81,8 +81,8 @@ def promote(topic: str, version: int, name: str, as_json: bool) -> None:
     try:
         model = named(topic, name)
         before = store.current(model)
-        if before is not None and before != version: store.mark_stable(model, before)
         store.promote(model, version)
+        if before is not None and before != version: store.mark_stable(model, before)
     except (ModelError, KeyError, ValueError) as e: raise click.UsageError(str(e)) from None
     tell({"topic": topic, "version": version, "before": before}, as_json,
          f"{model}: version {version} is served" + (f", before {before}" if before else ""))

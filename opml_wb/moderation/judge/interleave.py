@@ -82,6 +82,11 @@ class Interleaver:
         self.blocks: list[Block] = []
         self.ended: list[int] = []             # of `blocks`: the complete ones, as they became so
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        "Take up a race that was pickled, also before blocks had an order of completion."
+        ended = [i for i, block in enumerate(state["blocks"]) if block.complete]
+        self.__dict__.update({"ended": ended, **state})
+
     def __repr__(self) -> str:
         return (f"Interleaver(k={self.k}, alpha={self.alpha}, rule={self.rule!r}, "
                 f"days={self.days}): {len(self.blocks)} blocks, {self.verdict()}")
