@@ -27,6 +27,7 @@ except Exception: pass
 '''
 EXTENSION = {"ServerApp": {"jpserver_extensions": {"opml_wb.analyzer.watch.jupyter": True}}}
 
+# %% ../../nbs/analyzer/11_commands.ipynb #43efe4c9
 def hooks() -> dict[Path, str]:
     "The files that load the collectors, and what is in them: {path: text}."
     from jupyter_core.paths import jupyter_config_dir
@@ -90,6 +91,7 @@ def status() -> None:
     dead = int(log.dead.n.sum())
     click.echo(f"{len(log):,} events in {switch.place()}" + (f", {dead} refused" if dead else ""))
 
+# %% ../../nbs/analyzer/11_commands.ipynb #6962ef44
 @telemetry.command()
 @click.option("-n", "most", default=20, show_default=True, type=click.IntRange(1),
               help="How many of the latest events.")
@@ -124,6 +126,7 @@ def forget(user: str) -> None:
     ids = {user, switch.user_id(None if user == "me" else user)}
     with _told(): click.echo(f"{sum(map(log.forget, sorted(ids)))} events deleted")
 
+# %% ../../nbs/analyzer/11_commands.ipynb #c0c75726
 @telemetry.command()
 @click.option("--older-than", "age", required=True, help="A span: 30d, 12h, 0d for all.")
 def purge(age: str) -> None:

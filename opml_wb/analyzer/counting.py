@@ -31,6 +31,7 @@ def week_label(week: int) -> str:
     year, number, _ = (date(1969, 12, 29) + timedelta(weeks=int(week))).isocalendar()
     return f"{year}-W{number:02d}"
 
+# %% ../../nbs/analyzer/01_counting.ipynb #24df80c2
 def weeks_of(ts: np.ndarray) -> np.ndarray:
     "Count Mondays since 1969-12-29 up to UTC seconds: int64 [n]."
     return (np.floor(np.asarray(ts, float) / DAY).astype(np.int64) + 3) // 7
@@ -91,6 +92,7 @@ def counted(frame: pd.DataFrame) -> pd.DataFrame:
     f[BY[:5]] = f[BY[:5]].astype("category")
     return _plain(f.groupby(BY, observed=True, sort=False)[SUMS].sum().reset_index())
 
+# %% ../../nbs/analyzer/01_counting.ipynb #1992c0e4
 def _plain(counts: pd.DataFrame) -> pd.DataFrame:
     return counts.astype({c: object for c in BY[:5]})
 

@@ -92,6 +92,7 @@ def walk(chapters: Sequence[str], home: str | Path) -> pd.DataFrame:
     for c in chapters: opml(env, "run", c, "--quiet")
     return Events(Path(home)/"telemetry.db").frame()
 
+# %% ../../nbs/analyzer/10_report.ipynb #40186181
 def chapter_cards(events: pd.DataFrame) -> pd.DataFrame:
     """Make the card of each chapter from the events of runs: [cells, errors, most_met, seconds,
     longest]; seconds: of all its cells, longest: of one."""
@@ -129,6 +130,7 @@ def as_html(r: dict[str, Any]) -> str:
     table = r["features"].round(3).to_html(border=0, na_rep="–")
     return PAGE.format(body=f"<pre>{text}</pre><h2>Features</h2>{table}")
 
+# %% ../../nbs/analyzer/10_report.ipynb #1555a872
 def write_report(events: Any, html: str | Path | None = None, **settings: Any) -> str:
     "Judge a log; returns the text, and writes the page if a file is named."
     r = report(events, **settings)

@@ -50,6 +50,7 @@ def holds(rule: Rule, rates: Mapping[str, Any]) -> Any:
     each = [COMPARE[op](np.asarray(rates[s]), share) for s, op, share in rule.when]
     return np.logical_and.reduce(each)
 
+# %% ../../nbs/analyzer/03_rules.ipynb #1d3ff610
 def with_threshold(rules: Sequence[Rule], segment: str, op: str, share: float,
                    cls: tuple[str, ...] = ("error", "action")) -> tuple[Rule, ...]:
     "The rules with another share wherever `segment op` stands in a rule on `cls`."
@@ -67,6 +68,7 @@ def window_kind(window: pd.Series) -> pd.Series:
     return pd.Series(np.where(window == "all", "all", np.where(
         window.str.contains("W|^week"), "week", "month")), window.index)
 
+# %% ../../nbs/analyzer/03_rules.ipynb #b4ecf7dd
 def judged(signals: pd.DataFrame) -> pd.DataFrame:
     "Keep the signals that rules judge: errors, and redundant actions."
     return signals[(signals.cls == "error") |
@@ -146,6 +148,7 @@ def _worth(p: np.ndarray, w: np.ndarray, r: np.ndarray) -> np.ndarray:
     var = np.diagonal(np.linalg.inv(info + 1e-9 * np.eye(p.shape[-1])), axis1=1, axis2=2)
     return (safe[:, 0] * (1 - safe[:, 0])) / np.maximum(var, 1e-12)
 
+# %% ../../nbs/analyzer/03_rules.ipynb #29dac195
 def intervals(rates: np.ndarray, n: np.ndarray, level: float = .9
               ) -> tuple[np.ndarray, np.ndarray]:
     "The Jeffreys interval of rates that are worth `n` users: lows and highs."

@@ -126,6 +126,7 @@ def by_expertise(centre: np.ndarray, signs: np.ndarray) -> np.ndarray:
     "Order groups by their centroids, the most expert first: int [k]."
     return np.argsort(-(centre * signs).sum(1), kind="stable")
 
+# %% ../../nbs/analyzer/02_segments.ipynb #eb86acfe
 def starts(x: np.ndarray, k: int, signs: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     "Memberships to start EM from: of K-means, and of cuts along the line of expertise in CUTS."
     yield np.eye(k)[kmeans(x, k, seed)]

@@ -56,6 +56,7 @@ def _shares(here: set, last: set, acts: int, new: pd.Series) -> list[float]:
     kept = len(here & last) / len(last) if len(last) >= FEW else np.nan
     return [acts / len(here), float(new.mean()), kept]
 
+# %% ../../nbs/analyzer/05_views.ipynb #ac45332b
 def _finished(week: pd.DataFrame, cat: Catalog) -> float:
     "Of those who began a task, the share that ended it; NaN for fewer than FEW."
     began, ended = set(), set()

@@ -79,6 +79,7 @@ def text_of(name: str, value: Any) -> str:
         raise EventError(f"{name}: {len(value)} characters; expected one line of at most {LONGEST}")
     return value
 
+# %% ../../../nbs/analyzer/logs/01_events.ipynb #06391036
 def choice_of(name: str, value: Any, choices: tuple[str, ...]) -> str:
     "Read one of `choices`, else EventError with the nearest."
     if value in choices: return value
@@ -93,6 +94,7 @@ def allowed(data: Mapping[str, Any] | None) -> dict[str, Any]:
         return isinstance(v, (bool, int)) or isinstance(v, float) and math.isfinite(v)
     return {k: v for k, v in (data or {}).items() if k in KEYS and fits(v)}
 
+# %% ../../../nbs/analyzer/logs/01_events.ipynb #b9a286d5
 def _named(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     "The fields of an event, all and no other, else EventError; unknown names aren't told."
     unknown = [str(k) for k in fields if k not in FIELDS]
@@ -130,6 +132,7 @@ create index if not exists event_ts on event(ts);
 create table if not exists dead(reason text primary key, fields text, n integer, last real);
 """
 
+# %% ../../../nbs/analyzer/logs/01_events.ipynb #927b4b18
 def row_of(e: Event) -> tuple:
     "Make the row of the table from an event: its key, then its fields, `data` as JSON."
     data = json.dumps(dict(e.data), sort_keys=True, ensure_ascii=False) if e.data else "{}"

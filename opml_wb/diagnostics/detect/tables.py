@@ -81,6 +81,7 @@ _BAD = frozenset("error errors fail failed failures miss misses drop drops dropp
 _EACH = re.compile(r"(/|\bper\b|\b([kmgt]i?b|b|bytes|ops|reads|writes|requests)(?= ))"
                    r" *(s|secs?|seconds?|min|minutes?|h|hours?|days?)\b")
 
+# %% ../../../nbs/diagnostics/detect/02_tables.ipynb #69080944
 def turned(name: Any, less_is_worse: Iterable[Any] | None = None) -> float:
     """Return -1 for a measure of which less is worse, else 1: by the words of its name.
 

@@ -90,6 +90,7 @@ def _unset(aspect: str, tasks: dict[str, Task], name: str, result: Result) -> No
             raise ExecutionError(f"{name}: {field}: {state}: the alternatives differ in it, so "
                                  "their times would say nothing about it")
 
+# %% ../../../nbs/dlspec/execute/07_compare.ipynb #ac79321e
 def _seconds(result: Result) -> float:
     "The seconds of a result's run stage (or of the training)."
     rows = result.trace[result.trace.step.isin(["run", "train"])]

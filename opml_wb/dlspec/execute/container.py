@@ -97,6 +97,7 @@ def paths_in(data: Any) -> list[str]:
     except (OSError, ValueError): return []
     return [os.fspath(data)] if there else []
 
+# %% ../../../nbs/dlspec/execute/05_container.ipynb #d514f1fb
 def _mount(path: Path) -> str:
     "What `--mount` says of a file that is to be seen at its path; of a link, what it leads to."
     parts = ["type=bind", f"source={path}", f"target={path}", "readonly"]

@@ -90,6 +90,7 @@ class Knob:
     write: Callable[[object], str]
     read: Callable[[str], str] = str.strip
 
+# %% ../../../nbs/dlspec/execute/03_hardware.ipynb #d00cef47
 def _chosen(text: str) -> str:
     "The choice in brackets, as in 'always [madvise] never'."
     return text.partition("[")[2].partition("]")[0] or text.strip()

@@ -76,6 +76,7 @@ def items_of(data: Any) -> Iterable:
                         "before run must give a list, an array or a generator")
     return data
 
+# %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #c91eee59
 def cut(items: Iterable, n: int) -> Iterator[list]:
     "Give lists of up to `n` items."
     items = iter(items)
@@ -122,6 +123,7 @@ def percentile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
 
+# %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #3255ed7c
 def latencies(seconds: list[float], items: int) -> dict[str, float]:
     "Sum up the seconds of the queries of `items` items as MLPerf does: percentiles and throughput."
     if not seconds: raise ValueError("there are no items: a scenario measures queries")
@@ -149,6 +151,7 @@ def _pools(modules: int) -> dict[str, int]:
     except ImportError: return {}
     return {pool["internal_api"]: pool["num_threads"] for pool in threadpool_info()}
 
+# %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #bd4b081c
 def facts(libraries: Iterable[str] | None) -> dict[str, Any]:
     "Tell the versions of distributions that are installed, and how many threads libraries use."
     if libraries is None: return {}                 # nobody asks
