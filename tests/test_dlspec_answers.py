@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from conftest import until
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,14 +26,6 @@ def imports():
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch): monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
-
-
-def until(true, seconds=30):
-    "Wait for a state."
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come to be"
-        time.sleep(.02)
 
 
 def task(run="", dataset=None, hardware=None, software=None, model=None, mode="inference", log=None, **stages):
@@ -59,7 +52,7 @@ def test_after_ctrl_c_the_next_answer_is_its_own():
     assert run(t, data=["first", 0], executor="venv").outputs == "first"
     sent, ended = worker().number + 1, worker()
     def interrupt():
-        until(lambda: ended.number == sent)
+        assert until(lambda: ended.number == sent, 30)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt): run(t, data=["interrupted", 60], executor="venv")
@@ -115,13 +108,13 @@ def test_no_child_of_a_stage_outlives_worker_or_owner():
     child = run(task(CHILD), data=0, executor="venv").outputs
     assert not gone(child)
     worker().close()
-    until(lambda: gone(child))
+    assert until(lambda: gone(child), 30)
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
     child = int(owner.stdout.readline())
     assert not gone(child)
     owner.kill()
     owner.communicate()
-    until(lambda: gone(child))
+    assert until(lambda: gone(child), 30)
 
 
 # --- one form of values
