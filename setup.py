@@ -51,7 +51,8 @@ EXTRAS = {
     "sign": ["cryptography>=42"],  # signed versions in the model store
     "pg": ["psycopg[binary]>=3.1"],
     "s3": ["s3fs>=2024.2"],
-    "docs": ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2"],
+    "docs": ["sphinx>=7.3", "myst-nb>=1.1", "pydata-sphinx-theme>=0.15", "sphinx-mathjax-offline>=0.0.2",
+             "PyStemmer>=2.2"],
     "ray": ["ray[serve]>=2.30"],
     "peers": ["mlflow-skinny>=2.14", "sqlalchemy>=2", "alembic>=1.13", "polars>=1", "duckdb>=1", "ciw>=3.2", "torchvision>=0.17",
               "litserve>=0.2.10", "mosec>=0.9.6; sys_platform == 'linux'", "python-multipart>=0.0.9", "flask>=3", "gunicorn>=22", "openlineage-python>=1", "faiss-cpu>=1.8", "shap>=0.46"],

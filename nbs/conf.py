@@ -30,7 +30,8 @@ html_static_path = ["_static"]
 html_extra_path = ["extra"]                 # pages at the addresses of before
 html_css_files = ["opml.css"]
 html_copy_source = html_show_sourcelink = False
-html_sidebars = {"index": []}
+templates_path = ["_templates"]
+html_sidebars = {"index": [], "api/**": ["rooms"]}
 html_theme_options = {
     "logo": {"text": "opml_wb"}, "navbar_end": ["theme-switcher"], "footer_start": ["copyright"], "footer_end": [],
     "secondary_sidebar_items": ["page-toc"], "navigation_depth": 3, "show_toc_level": 2, "primary_sidebar_end": [],
@@ -68,6 +69,17 @@ def scripts(app, pagename, templatename, context, doctree):
     if 'class="opml-fig"' in body or "vnd.jupyter.widget-view+json" in body: app.add_js_file("opml.js", priority=700)
 
 
+def rooms(app, pagename, templatename, context, doctree):
+    "The side of an API page, for _templates/rooms.html: (page, its name, what stands in it where it is open)."
+    if not pagename.startswith("api/"): return
+    listed = app.env.toctree_includes["api/index"]
+    def inside(room):
+        found = [page for page in listed if page.rpartition("/")[0] == room]
+        return [(page, page.rpartition("/")[2], inside(page) if f"{pagename}/".startswith(f"{page}/") else []) for page in found]
+    context["rooms"] = inside("api")
+
+
 def setup(app):
     app.add_domain(Nearest, override=True)
     app.connect("html-page-context", scripts)
+    app.connect("html-page-context", rooms)

@@ -12,7 +12,7 @@ import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urljoin
 
 import house
 import pages
@@ -457,6 +457,17 @@ def test_rooms_stand_in_reading_order(site):
     heads = re.findall(r"<h2>([\w.]+)<", (site/"api"/"index.html").read_text())
     assert [h for h in heads if h.startswith("core.")] == [f"core.{w}" for w in house.WINGS]
     assert heads.index("core.cli") < heads.index("eligibility") < heads.index("riann") < heads.index("riann.graph") < heads.index("flexserve")
+
+
+def test_the_side_of_an_api_page_shows_where_it_stands(site):
+    "All packages, and the modules around the one that is read, which is marked; no page lists those of the others."
+    wings = [f"core/{w}" for w in house.WINGS]
+    for page, others in (("core/engine/run", [*wings, "core/engine/zygote"]), ("riann/graph/memory", ["riann/graph/links", "riann/disk"]), ("riann", ["riann/index"])):
+        html = (site/"api"/f"{page}.html").read_text()
+        side = html[html.index('<nav class="bd-docs-nav'):].partition("</nav>")[0]
+        found = [urljoin(f"{page}.html", h) for h in re.findall(r'href="([^"]+)"', side)]
+        assert {f"{p}.html" for p in ("core", "eligibility", "flexserve", *others)} <= {*found} and len(found) == len({*found}) < 60
+        assert not any(p.startswith("pipesim/") for p in found) and side.count('aria-current="page"') == 1
 
 
 def test_the_reference_has_every_command(site):

@@ -95,7 +95,7 @@ LOOKED_UP: contextvars.ContextVar[dict | None] = contextvars.ContextVar("looked_
 @contextlib.contextmanager
 def at_one_moment() -> Iterator[None]:
     "Look each module up once inside the `with`, for many chapters whose files stay meanwhile."
-    token = LOOKED_UP.set({})
+    token = LOOKED_UP.set(known if (known := LOOKED_UP.get()) is not None else {})
     try: yield
     finally: LOOKED_UP.reset(token)
 
@@ -284,6 +284,6 @@ def dependencies(chapter: Chapter, params: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns `{key, code, files, env, data, settings}`; the key (20 hex digits) changes when any
     other does."""
-    parts = _parts(chapter, params)
+    with at_one_moment(): parts = _parts(chapter, params)
     key = hash_json([chapter.identity, parts, params])[:20]
     return {"key": key, "settings": {}, **parts, "code": parts["code"][:20]}

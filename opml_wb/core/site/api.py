@@ -15,8 +15,6 @@ from importlib import import_module
 from typing import Any
 
 import click
-from fastcore.docments import docments
-
 from ..request.chapter import text
 from .pages import (
     code, directives, hidden, links, notebook, prose, tags, under_title)
@@ -83,9 +81,7 @@ def documented(kind: str, name: str, found: Any) -> str:
     if kind == "method" and not isinstance(found, staticmethod): head = bound(head)
     if kind == "property": head, options = "", [f":type: {returns}"] if returns else []
     elif returns: head += f" -> {returns}"
-    listed = docments(function) if definition(function) else {}
-    notes = [f"- `{n}`: {c}" for n, c in listed.items() if c and n != "return"]
-    return directive(kind, name + head, [*options, "", docstring(function.__doc__), "", *notes, ""])
+    return directive(kind, name + head, [*options, "", docstring(function.__doc__), ""])
 
 # %% ../../../nbs/core/site/02_api.ipynb #603541e8
 def members(cls: type) -> list[inspect.Attribute]:

@@ -23,10 +23,9 @@ def write_page(path: Path, content: str | Mapping[str, Any]) -> None:
     write_text(path, written, durable=False)
 
 # %% ../../../nbs/core/site/08_guide.ipynb #fbc79782
-def contents(entries: Iterable[str], caption: str = "") -> str:
+def contents(entries: Iterable[str]) -> str:
     "Write a toctree that is seen at the side only, of pages."
-    named = [f":caption: {caption}"] if caption else []
-    return "\n".join(["```{toctree}", ":hidden:", *named, "", *entries, "```", ""])
+    return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```", ""])
 
 # %% ../../../nbs/core/site/08_guide.ipynb #6b1072a4
 def guide_files(root: Path) -> list[Path]:

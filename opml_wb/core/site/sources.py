@@ -234,17 +234,17 @@ def module_list(found: Modules, pages: Mapping[str, str]) -> str:
     "Write the page of the API in Markdown: a table of modules for each room."
     lines = ["# API", "", "Each page is a source notebook: prose, what is exported and its source, "
              "the examples that are its tests.", ""]
+    named = []
     for room, places in rooms(found).items():
-        named, rows = [], []
+        rows = []
         for where in places:
             (name, nb), page_ = found[where], pages[where].removeprefix("api/")
             short = name.removeprefix("opml_wb.")
             rows.append(f"| [`{short}`]({page_}.ipynb) | {_cell(about(nb))} |")
             named.append(f"{name.rpartition('.')[2]} <{page_}>")
-        name = room.replace("/", ".")
-        lines += [f"## {name}", "", "| module | purpose |", "|---|---|", *rows, "",
-                  contents(named, name)]
-    return "\n".join(lines)
+        lines += [f"## {room.replace('/', '.')}", "", "| module | purpose |", "|---|---|", *rows,
+                  ""]
+    return "\n".join([*lines, contents(named)])
 
 # %% ../../../nbs/core/site/03_sources.ipynb #63b6864d
 def page_names(root: Path, found: Iterable[Chapter], ours: Modules) -> dict[str, str]:
@@ -278,7 +278,9 @@ def sources(src: Path, found: list[Chapter], runs: "Mapping[str, Run | None]",
     root = nbs()
     shutil.copytree(root/"_static", src/"_static")
     assets(src/"_static")
-    shutil.copyfile(root/"conf.py", src/"conf.py")
+    for name in ("conf.py", "_templates/rooms.html"):
+        (src/name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(root/name, src/name)
     ours = modules(root)
     pages = page_names(root, found, ours)
     _api_pages(src, ours, pages, kept)
