@@ -112,7 +112,7 @@ def study(events: pd.DataFrame, grades: pd.Series, split: int = 2, seed: int = 0
     how = {"features": FEATURES, "min_events": 10, "seed": seed, **settings}
     fitted = Segments.fit(early, **how)
     label, rate = fitted.labels, later_errors(late)
-    gone = ~label.index.isin(events.user[~first])
+    gone = ~label.index.isin(events.user[~first].unique())
     table = pd.DataFrame({
         "users": label.value_counts(), "share": label.value_counts(normalize=True),
         "errors": rate.groupby(label.reindex(rate.index)).mean(),

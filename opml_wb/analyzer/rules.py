@@ -219,7 +219,8 @@ def _told(rules, rates, fires, chance, enough, n, min_users):
 # %% ../../nbs/analyzer/03_rules.ipynb #f7e87447
 def _same_people(seg: Segments, signals: pd.DataFrame) -> None:
     "Refuse segments of other users than those of the log, as where one has numbers for names."
-    if not len(seg.proba) or not len(signals) or seg.proba.index.isin(signals.user).any(): return
+    if not len(seg.proba) or not len(signals): return
+    if seg.proba.index.isin(signals.user.unique()).any(): return
     ours, logged = seg.proba.index[0], signals.user.iloc[0]
     raise ValueError(f"segments: none of their users is in the log: they have {ours!r} "
                      f"({type(ours).__name__}), the log has {logged!r} ({type(logged).__name__})")

@@ -195,7 +195,7 @@ def unseen(signals: pd.DataFrame, x: pd.DataFrame) -> str | None:
 def left_out(signals: pd.DataFrame, frequent: pd.DataFrame, x: pd.DataFrame) -> pd.Series:
     "Say why a user of the log is in no segment: Series user -> `few events` or `no seconds`."
     users = pd.Index(signals.user.unique(), name="user").difference(x.index)
-    few = ~users.isin(frequent.user)
+    few = ~users.isin(frequent.user.unique())
     return pd.Series(np.where(few, "few events", "no seconds"), users, dtype=object)
 
 def refusal(x: pd.DataFrame, sizes: Collection[float], k: int) -> str | None:
