@@ -16,8 +16,11 @@ if TYPE_CHECKING: import pandas as pd
 def ranks(score: np.ndarray, day: np.ndarray, seed: int = 0) -> np.ndarray:
     """Rank scores [n] within each day: int64 [n], 0 the highest; ties by chance, alike for all
     models."""
-    chance = np.random.default_rng(seed).random(len(score))
-    order = np.lexsort((chance, -score, day))
+    order = np.argsort(-score)
+    if (score[order[1:]] == score[order[:-1]]).any():
+        order = np.lexsort((np.random.default_rng(seed).random(len(score)), -score))
+    days = np.unique(day, return_inverse=True)[1]
+    order = order[np.argsort(days[order].astype(np.min_scalar_type(len(score))), kind="stable")]
     first = np.r_[0, np.flatnonzero(np.diff(day[order])) + 1]
     out = np.empty(len(score), np.int64)
     out[order] = np.arange(len(score)) - np.repeat(first, np.diff(np.r_[first, len(score)]))
