@@ -130,7 +130,8 @@ def _sphinx(src: Path, site: Path, trees: Path, every: bool = False) -> None:
 def _mark() -> str:
     "Hash what each page of the site depends on: Sphinx and its settings, and how pages are made."
     root, here = nbs(), Path(__file__).parent
-    return stamp(root/"conf.py", *here.glob("*.py"), *(here.parent/"kit").glob("*.py"))
+    ours = root/"conf.py", root/"_templates"/"rooms.html"
+    return stamp(*ours, *here.glob("*.py"), *(here.parent/"kit").glob("*.py"))
 
 def _say_drawing(src: Path, differ: list[str], known: str | None,
                  say: Callable[[str], None]) -> None:
