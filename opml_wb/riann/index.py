@@ -14,11 +14,11 @@ from numpy.typing import ArrayLike
 
 from .disk.snapshot import freeze, thaw
 from .disk.store import IndexStore
-from .forecast import FLAT, Forecast, models
+from .forecast import FLAT, Forecast, is_late, models
 from .graph.checks import integer, integers, matrix, number
 from .graph.hnsw import DynamicHNSW
 from .linking import Clock, Linker, compile_kernels
-from .measuring import LARGE, Meter
+from .measuring import Meter
 from .models.measure import FIRST, Measured
 from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
 from .models.timemodel import TimeModel, profile as profiled
@@ -102,7 +102,7 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
     planner = Planner(requirement, times, recalls, seed)
     flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
     self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
-    self.forecast, self._lock = Forecast(self.linker), threading.RLock()
+    self.forecast, self._lock = Forecast(self.linker, seed), threading.RLock()
     self.meter = Meter(self.forecast, seed)
 
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
@@ -172,7 +172,9 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
             waited = clock.wall   # for another writer
             plan = self._enter(op, x, ids, clock.limit)
             self.forecast.entry.learn(len(x), op, clock.wall - waited)
+            self.forecast.changed += len(x)
             chunks, left = self.linker.link(clock) if plan.deg else [], self.linker.deferred
+            self.forecast.changed += max(0, sum(n for *_, n in chunks) - len(x))
             feasible, reason = self._seen(plan, clock, len(x))
             measured = self.measured if plan.deg else None
     finally:
@@ -183,17 +185,20 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
 # %% ../../nbs/riann/07_index.ipynb #03dd9cff
 @patch
 def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool | None, str]:
-    "(feasible, reason) of a `plan` after its batch of `n`, also as measured where `n` is large."
-    if clock.limit is not None or not plan.deg or n < LARGE or not self.meter.is_stale(3):
+    "(feasible, reason) of a `plan` after its batch of `n`; as measured, where that is due."
+    due = plan.deg > 0 and self.meter.is_due(n, clock)
+    if due: self.meter.measure(FIRST, widen=clock.limit is None)
+    known = not plan.feasible or not self.forecast.outdated()
+    if not plan.deg or is_late(plan.t_index, clock.limit) or (known and not due):
         return plan.feasible, plan.reason
-    self.meter.measure(FIRST)
     after = self.forecast.plan(0, None, asked=False)
     return after.feasible, after.reason
 
 # %% ../../nbs/riann/07_index.ipynb #d8f0af3a
 @patch
 def measure(self: Riann) -> Measured | None:
-    """Measure recall@k of the index as it is, with an interval; None while there is no graph.
+    """Measure recall@k of the index as it is, with an interval; None while there is no graph of 256
+    different vectors.
 
     See `Meter.measure`. Some microseconds per vector of the index."""
     with self._lock: return self.meter.measure()
@@ -270,7 +275,8 @@ def require(self: Riann, requirement: Requirement) -> None:
     planner.adapt(now.offset)
     with self._lock:
         self.requirement, self.planner = requirement, planner
-        self.forecast.measured, self.linker.beam = None, 0
+        self.forecast.note(None)
+        self.linker.beam = 0
 
 # %% ../../nbs/riann/07_index.ipynb #83c8f8f8
 @patch
@@ -284,6 +290,7 @@ def drain(self: Riann, budget_s: float) -> Report:
         self._is_open()
         chunks = self.linker.link(clock)
         again = 0 if self.graph.waiting else self.linker.relink(clock)
+        self.forecast.changed += again + sum(n for *_, n in chunks)
         if clock.left > .002: self.graph.repair(clock.left - .002)   # it may overrun by one
         left = self.linker.deferred
     return clock.report(left, chunks, budget_s, True, f"{again} linked again")
@@ -298,6 +305,7 @@ def remove(self: Riann, ids: ArrayLike) -> None:
         named = self.graph.intake.known(ids)
         self._write("remove", ids=named)
         self._do("remove", ids=named)
+        self.forecast.changed += len(named)
 
 # %% ../../nbs/riann/07_index.ipynb #ed96005c
 @patch

@@ -56,8 +56,9 @@ class Plan(NamedTuple):
     t_index: wall seconds until the batch is wholly indexed. t_query: CPU seconds per query
     afterwards. recall: recall@k afterwards, 0 .. 1, as predicted; where a measurement contradicted
     the prediction, set right by it.
-    feasible: whether the requirement will be met, None where only the recall model says so and
-    nothing was measured on these vectors. reason: in words, also where the model doesn't know.
+    feasible: whether the requirement will be met, by a batch like the vectors that are there; None
+    where nobody knows: only the recall model says so, and nothing was measured on these vectors, or
+    much has changed since. reason: in words, also where the model doesn't know.
     measured: recall of the index as it is, Measured; None where there is no graph yet."""
     deg: int
     cand: int
@@ -82,8 +83,8 @@ class Report(NamedTuple):
     deferred: vectors that wait to be linked (searches find them, by comparing); 0 while there are
     so few that no graph is needed. chunks: [(deg, cand, n)], as they were linked.
     predicted: wall seconds that the plan foresaw. cpu_s: CPU seconds of this thread. feasible,
-    reason: the plan's. measured: recall when it was measured last, Measured or None: by `plan`, by
-    `measure`, or by a large batch without a deadline."""
+    reason: the plan's, or as measured after the batch. measured: recall when it was measured last,
+    Measured or None: by `plan`, by `measure`, or after a batch."""
     elapsed_s: float
     satisfied: bool
     deferred: int
