@@ -205,7 +205,7 @@ class Sample:
         slots = self.graph.memory.directory.find(ids.ravel()).reshape(ids.shape)
         for i, (row, got) in enumerate(zip(self.q, slots)):
             d = exact(self.graph, row, got[got >= 0])
-            out[i] = (d <= self.reach[i] + 1e-6 * abs(self.reach[i])).sum() / self.k
+            out[i] = (d <= self.reach[i] + 1e-12 * abs(self.reach[i])).sum() / self.k
         return np.minimum(out, 1)
 
     def recall(self, beam: int) -> tuple[float, float, float]:
