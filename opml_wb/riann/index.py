@@ -71,7 +71,7 @@ class Riann:
         self._prepare(graph, requirement, graph.seed, flat_below, time_model, recall_model,
                       closed_loop)
         if path is None: return
-        self.store = create(path)
+        self.store: IndexStore | None = create(path)
         self.save()
 
     planner, pace, flat_below, tail_limit = map(_of_linker, ("planner", "pace", "flat_below",

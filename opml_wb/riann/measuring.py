@@ -110,7 +110,9 @@ def measure(self: Meter, queries: int = MOST, widen: bool = True) -> Measured | 
     prediction lies outside of the interval, later plans are set right."""
     graph, need, source = self.graph, self.linker.planner.need, ["held-back vectors"]
     clock = Clock(None)
-    if self.nodes < LEAST: return self.forecast.note(None)
+    if self.nodes < LEAST:
+        self.forecast.note(None)
+        return None
     if widen: self.linker.beam = 0
     self.most = queries
     @functools.cache
