@@ -68,7 +68,7 @@ class Forecast:
 # %% ../../nbs/riann/06_forecast.ipynb #35125115
 @patch
 def _reached(self: Forecast, what: str, recall: float, total: int) -> tuple[bool | None, str]:
-    "Judge whether `total` vectors will have the recall asked for, None where nobody knows; and why."
+    "Judge whether `total` vectors will have the recall asked for (None: nobody knows), and why."
     need, m, old = self.linker.planner.need.recall, self.measured, self.outdated()
     unknown, asks = self.linker.planner.unknown(total, m.lid if m else None), f"recall {need:g}: "
     if m and not old and m.recall < need: return False, f"{asks}measured {m} with {what}"

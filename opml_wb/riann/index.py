@@ -308,7 +308,8 @@ def save(self: Riann) -> None:
 # %% ../../nbs/riann/07_index.ipynb #6d1b7237
 @patch
 def close(self: Riann) -> None:
-    "Let go of the folder; what was acknowledged is in it. Searches go on, writes are refused afterwards."
+    """Let go of the folder; what was acknowledged is in it. Searches go on, writes are refused
+    afterwards."""
     with self._lock:
         if self.store: self.store.close()
         self.closed = True

@@ -58,11 +58,12 @@ def fitted(times: TimeModel | None) -> dict[str, Any] | None:
 # %% ../../nbs/riann/09_keeping.ipynb #4a068ec3
 def write(store: IndexStore, graph: DynamicHNSW, need: Requirement, times: TimeModel | None,
           **settings: Any) -> None:
-    """Write a snapshot of all of an index: its graph, what is asked of it, and the model fitted to it.
+    """Write a snapshot of all of an index: its graph, what is asked of it, the model fitted to it.
 
     settings: JSON values more. Errors: as for `IndexStore.save`."""
     arrays, meta = freeze(graph)
-    store.save(arrays, dict(graph=meta, requirement=asked(need), time_model=fitted(times), **settings))
+    store.save(arrays, dict(graph=meta, requirement=asked(need), time_model=fitted(times),
+                            **settings))
 
 def read(store: IndexStore) -> tuple[DynamicHNSW, dict[str, Any]]:
     """Read what `write` wrote and what was logged since: (graph, settings by name).

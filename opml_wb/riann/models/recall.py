@@ -18,7 +18,8 @@ from ...core.record.data import path as data_path
 # as the next lines: names that once stood here
 from ..graph.exact import intrinsic_dimension
 from .annealing import (DEFAULT, DEPTH, EARLY, K_RANGE, LID_RANGE, MISSES,
-                                            N_RANGE, SPACE, WIDE, Rung, anneal, engine, ladder, size_of_space)
+                                            N_RANGE, SPACE, WIDE, Rung, anneal, engine,
+                                            ladder, size_of_space)
 from .runs import FEATURES, RISING, State, collect, features
 from .timemodel import TimeModel
 from .trees import FlatTrees, load_arrays, save_arrays

@@ -210,8 +210,8 @@ def layers(self: TimeModel, cand: float, deg: float, n: float) -> list[tuple[flo
 def profile(sample: ArrayLike, metric: str = "l2", budget_s: float = 3, seed: int = 0) -> TimeModel:
     """Measure this machine and these vectors; the TimeModel fitted to them.
 
-    sample: f32[n, dim], of which 4,160 are drawn at random; 512 of them must differ. metric: "l2", "cosine"
-    or "ip".
+    sample: f32[n, dim], of which 4,160 are drawn at random; 512 of them must differ. metric: "l2",
+    "cosine" or "ip".
     budget_s: seconds of this thread for the graphs, at least half a second; with less the model
     knows smaller graphs only.
     seed: of the graphs. Errors: ValueError naming the parameter or the first row at fault.
