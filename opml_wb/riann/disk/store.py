@@ -133,7 +133,7 @@ def _writable(self: IndexStore) -> Log:
     "The log, if it may be written to: nobody else wrote to it, or took the lock or the file away."
     if self.readonly: raise StoreError(f"{self.path}: opened with readonly=True")
     log = self._open()
-    own(self.path, self._lock)
+    if self._lock is not None: own(self.path, self._lock)
     log.settle()
     return log
 

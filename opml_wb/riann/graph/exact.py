@@ -37,7 +37,8 @@ def nearest(x: np.ndarray, q: np.ndarray, k: int, ip: bool, closed: np.ndarray |
     elif k < len(x): far = np.partition(d + off, k - 1)[:, k - 1]
     else: far = np.full(len(q), np.inf)
     may = ~(d - off > far[:, None])   # what overflowed is no number, and may be near
-    return np.nonzero(may if closed is None else may & ~closed)
+    j, i = np.nonzero(may if closed is None else may & ~closed)
+    return j, i
 
 def apart(x: np.ndarray, q: np.ndarray, i: np.ndarray, j: np.ndarray, ip: bool) -> np.ndarray:
     """Distances of the rows `i` of `x` to the rows `j` of `q`, pair by pair in double precision,
