@@ -633,3 +633,159 @@ def test_what_was_never_measured_is_not_promised(sift):
     assert index.add(x[3100:3200], np.arange(3100, 3200), deadline_s=5).measured == index.measured
     index.require(Requirement(recall=.9))
     assert index.measured is None and index.plan(1).measured is not None and Riann(128).measure() is None
+
+
+def is_true(index, x, q, ids=None):
+    "Recall of the graph's searches with the index's beam, which are not taken for queries seen."
+    found = index.graph.search(q, 10, max(10, index.linker.query_beam))[0]
+    return recall(found, (np.arange(len(x)) if ids is None else ids)[ground_truth(x, q, 10, index.metric)[0]])
+
+
+def test_a_measurement_stands_for_what_was_measured():
+    "Old vectors replaced, grown over, linked later, asked otherwise: it is measured anew, or nobody knows; never an old promise."
+    rng, n = np.random.default_rng(1), 2000
+    across = rng.normal(size=(4, 128))
+    easy, like = ((rng.normal(size=(m, 4)) @ across).astype(np.float32) for m in (n, 200))
+    hard, q = (rng.normal(size=(m, 128)).astype(np.float32) for m in (2 * n, 200))
+    def measured():
+        index = Riann(128, requirement=Requirement(recall=.9), flat_below=0)
+        index.add(easy, np.arange(n))
+        assert index.measure().recall >= .9 and index.plan(1).feasible
+        return index
+    def broken(said, *where):
+        "A promise without a measurement that holds."
+        return said.feasible and not said.measured.low - .03 <= is_true(*where)
+    window, updated, grown, held, asked = (measured() for _ in range(5))
+    for i in range(0, n, 250):
+        window.remove(np.arange(i, i + 250))
+        report = window.add(hard[i:i + 250], np.arange(n + i, n + i + 250))
+        here = np.concatenate([easy[i + 250:], hard[:i + 250]])
+        old = np.concatenate([like[(i + 250) // 10:], q[:(i + 250) // 10]])
+        assert not broken(report, window, here, old, np.arange(i + 250, n + i + 250)), i
+    for index, at in (window, np.arange(n, 2 * n)), (updated, np.arange(n)):
+        if index is updated: report = [updated.update(hard[h:h + 1000], at[h:h + 1000]) for h in (0, 1000)][1]
+        assert not broken(report, index, hard[:n], q, at)
+        assert not broken(index.plan(1), index, hard[:n], q, at)
+    for i in range(0, n, 250):     # where the deadline leaves time to measure, and where not
+        report = grown.add(hard[i:i + 250], np.arange(n + i, n + i + 250), deadline_s=60)
+        assert len(grown) - report.measured.n <= .1 * len(grown)
+        hasty = held.add(hard[i:i + 250], np.arange(n + i, n + i + 250), deadline_s=.004)
+        assert i == 0 or not hasty.feasible
+    while held.drain(1).deferred: pass
+    held.measure()
+    held.graph.place(hard[n:n + 1000], np.arange(9000, 10_000))     # compared with: found whatever comes
+    waits = held.measure()
+    held.drain(5)
+    assert held.graph.waiting == 0 and held.forecast.outdated() and held.plan(1).measured.n == waits.n
+    for _ in range(3): asked.search(easy[:100])
+    easily = asked.plan(1).measured
+    asked.search(hard)
+    assert easily.source == "queries seen" and asked.add(easy[:1] + 1, [n]).feasible is None
+    assert asked.plan(1).measured.recall < easily.recall
+    asked.remove(np.arange(1900))
+    assert asked.measure() is None and asked.measured is None and asked.add(easy[:1] + 2, [n + 1]).feasible is None   # too few
+
+
+def test_copies_are_measured_without_each_other():
+    "Vectors of which each is there twice, but for some; too few different ones say nothing."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1500, 16)).astype(np.float32)
+    for single in 0, 1, 3, 70:
+        index = Riann(16, flat_below=0)
+        report = index.add(np.concatenate([np.repeat(x[:1000], 5, 0)[:4200], x[1000:1000 + single]]), np.arange(4200 + single))
+        m = report.measured
+        assert m.queries >= 64 and m.low > .9 and index.plan(1).measured.queries >= 64
+    few = Riann(16, flat_below=0)
+    report = few.add(np.repeat(x[:100], 50, 0), np.arange(5000))
+    assert report.feasible is None and few.measure() is few.plan(1).feasible is None
+
+
+def test_measuring_compares_exactly_and_with_a_fair_sample():
+    from opml_wb.riann.graph.hnsw import DynamicHNSW
+    from opml_wb.riann.models.measure import Asked, Sample
+    rng = np.random.default_rng(0)
+    for far, near in (1e4, 1), (1000, .01), (0, 1e-3):             # clusters that lie far apart, and none
+        lie = rng.integers(0, 20, 3000)
+        x = (rng.normal(size=(20, 16))[lie] * far + rng.normal(size=(3000, 16)) * near).astype(np.float32)
+        for metric in "l2", "ip":
+            graph = DynamicHNSW(16, metric)
+            graph.insert(x[100:], range(2900), 8, 12)
+            sample = Sample(graph, x[:100], np.full(100, -1), 10)
+            truth, dist = ground_truth(x[100:], x[:100], 10, metric)
+            assert np.allclose(sample.reach, dist[:, 9] - (metric == "ip"), rtol=1e-9)
+            found = graph.search(x[:100], 10, 12)[0]
+            assert abs(sample.found(12).mean() - recall(found, truth)) < .01
+    for batch in 1, 100, 10_000:
+        asked = Asked(seed=0)
+        for i in range(0, 10_000, batch): asked.see(np.arange(i, i + batch)[:, None])
+        early = np.mean(np.ravel(asked.rows) < 600)
+        assert asked.n == 10_000 and len(asked.rows) == 512 and abs(early - .06) < .04
+    x, q, _ = gauss(2000)
+    index = Riann(64, requirement=Requirement(recall=.99, query_s=1e-4), flat_below=0)
+    index.add(x, np.arange(len(x)))
+    for _ in range(200): index.search(x[:1])
+    assert index.measure().source == "held-back vectors"           # one query, however often, is one
+    for row in q[:300]: index.search(row[None])
+    m = index.measure()
+    assert m.source == "queries seen" and m.low - .015 <= is_true(index, x, q) <= m.high + .015
+    seen = []
+    for scale in 1, 1e20, 1e-25:
+        index = Riann(64, "cosine", flat_below=0)
+        index.add(x, np.arange(len(x)))
+        index.search(q[:100] * np.float32(scale))
+        seen.append(index.measure()[:3])
+    assert np.allclose(seen[0], seen, atol=.01)
+
+
+def test_what_is_no_vector_or_no_model_is_refused_by_name(sift):
+    from opml_wb.riann.models.annealing import ladder
+    from opml_wb.riann.models.recall import RecallModel
+    x, _ = sift
+    model, times, index = RecallModel.load(), TimeModel.load(), Riann(4)
+    veiled = np.ma.array(np.eye(4), mask=np.arange(16).reshape(4, 4) == 5)
+    for call, says in [(lambda: index.add(veiled, range(4)), "x: row 1: masked"), (lambda: index.search(veiled), "q: row 1: masked"),
+                       (lambda: index.add(np.eye(4), np.ma.array(range(4), mask=[0, 0, 1, 0])), "ids: row 2: masked"),
+                       (lambda: ground_truth(np.eye(4), veiled), "query: row 1: masked"), (lambda: ground_truth(np.eye(2), np.eye(2), 1.5), "k: expected"),
+                       (lambda: ground_truth([[np.nan, 1]], np.eye(2)), "base: row 0: NaN"), (lambda: ground_truth(np.eye(2), [[1, 1], [0, 0]], 1, "cosine"), "query: row 1: the zero"),
+                       (lambda: filled(x, 50).profile(np.repeat(x[:20], 40, 0), .5), "sample: expected 512 different rows, got 20"),
+                       (lambda: TimeModel.from_dict(times.facts | dict(prune=[float("nan")] * 10)), "prune is not finite"),
+                       (lambda: model.predict(16, 100, 50, 0), "n: expected"), (lambda: model.predict(-3, 100, 50, 8192), "deg: expected"),
+                       (lambda: ladder(model, times, 1000, recall=2), "recall: expected")]:
+        with pytest.raises(ValueError, match=says): call()
+    assert len(index) == 0 and "k = 500" in model.unknown(8192, 500) and not model.unknown(8192)
+    index.planner.need = Requirement(k=60)
+    assert "k = 60" in index.planner.unknown(1000)
+    assert ground_truth(np.ones((50, 4)), np.ones((1, 4)), 5)[0].tolist() == [[0, 1, 2, 3, 4]]
+    assert ground_truth(1.7e9 + np.arange(1000.)[:, None], [[1.7e9 + 500.2]], 3)[0].tolist() == [[500, 501, 499]]
+
+
+def test_what_is_asked_and_fitted_is_kept(sift, tmp_path):
+    x, _ = sift
+    with filled(x, 300, path=tmp_path / "i") as index:
+        index.require(Requirement(recall=.9))
+        times = index.profile(x[:600], .5)
+        index.add(x[300:310], np.arange(300, 310))
+        index.require(Requirement(recall=.8, deadline_s=.5))
+    with Riann.open(tmp_path / "i") as again:     # from the log, then from the snapshot
+        assert again.requirement == Requirement(recall=.8, deadline_s=.5) and again.planner.times.facts == times.facts and len(again) == 310
+        again.save()
+    again.require(Requirement(recall=.9))         # closed: of searches only
+    with Riann.open(tmp_path / "i") as again: assert again.requirement.recall == .8 and again.planner.times.facts == times.facts
+
+
+def test_what_cannot_be_kept_is_not_acknowledged(sift, tmp_path):
+    "The folder is removed, or LOCK, beside a writer: its next batch is refused, and another's stays."
+    import shutil
+    from opml_wb.core.record.database import StoreError
+    x, _ = sift
+    gone, index = filled(x, 20, path=tmp_path / "gone"), filled(x, 20, path=tmp_path / "i")
+    with pytest.raises(StoreError, match=r"IndexStore\.open\(path, readonly=True\)"): Riann.open(tmp_path / "i")
+    shutil.rmtree(tmp_path / "gone")
+    os.unlink(tmp_path / "i" / "LOCK")
+    with Riann.open(tmp_path / "i") as second: second.add(x[500:505], np.arange(500, 505))
+    for one in gone, index:
+        for call in (lambda: one.add(x[20:30], np.arange(20, 30)), lambda: one.update(x[:1], [0]), lambda: one.remove([0]), one.save):
+            with pytest.raises(StoreError, match="removed"): call()
+        assert len(one) == 20 and one.search(x[:1], 1)[0][0, 0] == 0
+        one.close()
+    with Riann.open(tmp_path / "i") as again: assert len(again) == 25 and 502 in again

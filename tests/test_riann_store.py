@@ -779,3 +779,20 @@ def test_everything_comes_back(tmp_path_factory, arrays, meta, op, turned):
     assert report["ok"] and report["operations"] == 2 and list(report["arrays"]) == list(arrays)
     json.dumps(report)
     shutil.rmtree(path)
+
+
+def test_what_others_wrote_is_not_cut_off(tmp_path):
+    "Two writers, as LOCK was put back by hand: the first to notice stops, and what the other was told is there stays."
+    path = tmp_path / "store"
+    with IndexStore.open(path) as log:
+        put(log, 1)
+        [file] = path.glob("wal-*.log")
+        os.link(path / "LOCK", path / "LOCK.kept")      # the lock's file is there still: the size of the log tells
+        os.unlink(path / "LOCK")
+        with IndexStore.open(path) as other: put(other, 2)
+        size = file.stat().st_size
+        for call in (lambda: put(log, 2), lambda: keep(log, 1)):
+            with pytest.raises(StoreError, match="somebody else wrote to this log"): call()
+        assert file.stat().st_size == size
+        os.unlink(file)
+        with pytest.raises(StoreError, match="this log was removed"): put(log, 2)

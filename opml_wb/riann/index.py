@@ -12,13 +12,15 @@ import numpy as np
 from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
-from .disk.snapshot import freeze, thaw
+
 from .disk.store import IndexStore
-from .forecast import FLAT, Forecast, models
+from .forecast import FLAT, Forecast, is_late, models
 from .graph.checks import integer, integers, matrix, number
 from .graph.hnsw import DynamicHNSW
+from .keeping import (SETTINGS, asked, carry_out, create, fitted, log_entered, read,
+                                   write)
 from .linking import Clock, Linker, compile_kernels
-from .measuring import LARGE, Meter
+from .measuring import Meter
 from .models.measure import FIRST, Measured
 from .models.plan import Infeasible, Pace, Plan, Planner, Report, Requirement
 from .models.timemodel import TimeModel, profile as profiled
@@ -69,12 +71,7 @@ class Riann:
         self._prepare(graph, requirement, graph.seed, flat_below, time_model, recall_model,
                       closed_loop)
         if path is None: return
-        store = IndexStore.open(path, create=True)
-        if store.snapshot is not None or store.seq:
-            store.close()
-            raise ValueError(
-                f"path: {path} holds an index already; Riann.open({str(path)!r}) opens it")
-        self.store = store
+        self.store: IndexStore | None = create(path)
         self.save()
 
     planner, pace, flat_below, tail_limit = map(_of_linker, ("planner", "pace", "flat_below",
@@ -102,7 +99,7 @@ def _prepare(self: Riann, graph, requirement, seed, flat_below, time_model, reca
     planner = Planner(requirement, times, recalls, seed)
     flat = planner.flat_below() if flat_below is None else integer("flat_below", flat_below, 0)
     self.linker = Linker(graph, planner, Pace(closed_loop=closed_loop), flat)
-    self.forecast, self._lock = Forecast(self.linker), threading.RLock()
+    self.forecast, self._lock = Forecast(self.linker, seed), threading.RLock()
     self.meter = Meter(self.forecast, seed)
 
 # %% ../../nbs/riann/07_index.ipynb #6a1204a0
@@ -121,23 +118,10 @@ def _is_open(self: Riann) -> None:
 def _write(self: Riann, op: str, **arrays: np.ndarray) -> None:
     if self.store: self.store.append(op, arrays, {})
 
-# %% ../../nbs/riann/07_index.ipynb #331b8043
 @patch
-def _log_entered(self: Riann, x: np.ndarray, ids: np.ndarray) -> None:
-    "Write down an addition whose ids are entered already, unless the disk refuses."
-    try: self._write("add", x=x, ids=ids)
-    except BaseException:
-        self.graph.memory.directory.drop(ids)
-        raise
-
-# %% ../../nbs/riann/07_index.ipynb #9995dd62
-@patch
-def _do(self: Riann, op: str, ids: np.ndarray, x: np.ndarray | None = None) -> None:
-    """Carry out an operation that was written down, also one that was written twice as an interrupt
-    kept it from being carried out."""
-    there = ids[self.graph.memory.directory.find(ids) >= 0]
-    if len(there): self.graph.remove(there)
-    if op != "remove": self.graph.intake.put(x, ids)
+def _keep(self: Riann, **settings: Any) -> None:
+    "Write settings down that have changed, if there is a folder and it isn't closed."
+    if self.store and not self.closed: self.store.append(SETTINGS, {}, settings)
 
 # %% ../../nbs/riann/07_index.ipynb #bd49c94a
 @patch
@@ -151,7 +135,7 @@ def _enter(self: Riann, op: str, x: Any, ids: Any, limit: float | None) -> Plan:
     with graph.writer:
         if op == "add":
             slots, ids = intake.written(x, ids)
-            if self.store: self._log_entered(x=graph.memory.arrays.X[slots, :graph.dim], ids=ids)
+            if self.store: log_entered(self.store, graph, slots, ids)
             graph.memory.hold(slots, ids)
         else:
             x, ids = intake.checked(x, ids)
@@ -172,7 +156,9 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
             waited = clock.wall   # for another writer
             plan = self._enter(op, x, ids, clock.limit)
             self.forecast.entry.learn(len(x), op, clock.wall - waited)
+            self.forecast.changed += len(x)
             chunks, left = self.linker.link(clock) if plan.deg else [], self.linker.deferred
+            self.forecast.changed += max(0, sum(n for *_, n in chunks) - len(x))
             feasible, reason = self._seen(plan, clock, len(x))
             measured = self.measured if plan.deg else None
     finally:
@@ -183,17 +169,20 @@ def _batch(self: Riann, op: str, x: Any, ids: Any, deadline_s: float | None) -> 
 # %% ../../nbs/riann/07_index.ipynb #03dd9cff
 @patch
 def _seen(self: Riann, plan: Plan, clock: Clock, n: int) -> tuple[bool | None, str]:
-    "(feasible, reason) of a `plan` after its batch of `n`, also as measured where `n` is large."
-    if clock.limit is not None or not plan.deg or n < LARGE or not self.meter.is_stale(3):
+    "(feasible, reason) of a `plan` after its batch of `n`; as measured, where that is due."
+    due = plan.deg > 0 and self.meter.is_due(n, clock)
+    if due: self.meter.measure(FIRST, widen=clock.limit is None)
+    known = not plan.feasible or not self.forecast.outdated()
+    if not plan.deg or is_late(plan.t_index, clock.limit) or (known and not due):
         return plan.feasible, plan.reason
-    self.meter.measure(FIRST)
     after = self.forecast.plan(0, None, asked=False)
     return after.feasible, after.reason
 
 # %% ../../nbs/riann/07_index.ipynb #d8f0af3a
 @patch
 def measure(self: Riann) -> Measured | None:
-    """Measure recall@k of the index as it is, with an interval; None while there is no graph.
+    """Measure recall@k of the index as it is, with an interval; None while there is no graph of 256
+    different vectors.
 
     See `Meter.measure`. Some microseconds per vector of the index."""
     with self._lock: return self.meter.measure()
@@ -262,15 +251,17 @@ def plan(self: Riann, n: int, deadline_s: float | None = None) -> Plan:
 # %% ../../nbs/riann/07_index.ipynb #6600d7e0
 @patch
 def require(self: Riann, requirement: Requirement) -> None:
-    "Ask something else from now on. The graph stays."
+    "Ask something else from now on, also after it was opened again. The graph stays."
     if not isinstance(requirement, Requirement):
         raise ValueError(f"requirement: expected a Requirement, got {requirement!r}")
     now = self.planner
     planner = Planner(requirement, now.times, now.recalls, now.seed)
     planner.adapt(now.offset)
     with self._lock:
+        self._keep(requirement=asked(requirement))
         self.requirement, self.planner = requirement, planner
-        self.forecast.measured, self.linker.beam = None, 0
+        self.forecast.note(None)
+        self.linker.beam = 0
 
 # %% ../../nbs/riann/07_index.ipynb #83c8f8f8
 @patch
@@ -284,6 +275,7 @@ def drain(self: Riann, budget_s: float) -> Report:
         self._is_open()
         chunks = self.linker.link(clock)
         again = 0 if self.graph.waiting else self.linker.relink(clock)
+        self.forecast.changed += again + sum(n for *_, n in chunks)
         if clock.left > .002: self.graph.repair(clock.left - .002)   # it may overrun by one
         left = self.linker.deferred
     return clock.report(left, chunks, budget_s, True, f"{again} linked again")
@@ -297,7 +289,8 @@ def remove(self: Riann, ids: ArrayLike) -> None:
         self._is_open()
         named = self.graph.intake.known(ids)
         self._write("remove", ids=named)
-        self._do("remove", ids=named)
+        carry_out(self.graph, "remove", ids=named)
+        self.forecast.changed += len(named)
 
 # %% ../../nbs/riann/07_index.ipynb #ed96005c
 @patch
@@ -309,16 +302,14 @@ def save(self: Riann) -> None:
         if not self.store:
             raise ValueError(
                 "path: this index is in memory only; Riann(..., path=...) makes one that is kept")
-        arrays, meta = freeze(self.graph)
-        need = {k: getattr(self.requirement, k) for k in ("deadline_s", "recall", "k", "query_s")}
-        times = self._own.to_dict() if self._own is not None and self._own.facts else None
-        self.store.save(arrays, dict(graph=meta, requirement=need, seed=self.planner.seed,
-                                     flat_below=self.flat_below, time_model=times))
+        write(self.store, self.graph, self.requirement, self._own, seed=self.planner.seed,
+              flat_below=self.flat_below)
 
 # %% ../../nbs/riann/07_index.ipynb #6d1b7237
 @patch
 def close(self: Riann) -> None:
-    "Let go of the folder; nothing is lost. Searches go on, writes are refused afterwards."
+    """Let go of the folder; what was acknowledged is in it. Searches go on, writes are refused
+    afterwards."""
     with self._lock:
         if self.store: self.store.close()
         self.closed = True
@@ -327,26 +318,21 @@ def close(self: Riann) -> None:
 @patch(cls_method=True)
 def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = None,
          recall_model: "RecallModel | None" = None, closed_loop: bool = True) -> Riann:
-    """Open the index kept in folder `path`: the newest snapshot and every batch acknowledged since.
+    """Open the index kept in folder `path`: the newest snapshot and every batch acknowledged since,
+    with what was required last and the time model fitted last.
 
     Batches since the snapshot wait, as far as they fill the tail; `drain` before the first
     deadline, or `save` now and then.
-    requirement: another one (None: as saved). Errors: FileNotFoundError; StoreError naming the file
-    that is damaged."""
+    requirement: another one, until it is closed or saved (None: as kept). Errors:
+    FileNotFoundError; StoreError naming the file that is damaged, or who writes to it (to read it
+    meanwhile: `keeping.read(IndexStore.open(path, readonly=True))`)."""
     compile_kernels()
     store = IndexStore.open(path, create=False)
     try:
-        snapshot: Any = store.snapshot or ({}, {})
-        arrays, meta = snapshot
-        if "graph" not in meta:
-            raise FileNotFoundError(
-                f"{path}: no index in this store; Riann(dim, path=...) makes one in a new folder")
         self: Any = cls.__new__(cls)  # type: ignore[arg-type]
-        times = meta["time_model"] and TimeModel.from_dict(meta["time_model"])
-        self._prepare(thaw(arrays, meta["graph"]),
-                      requirement or Requirement(**meta["requirement"]), meta["seed"],
-                      meta["flat_below"], times, recall_model, closed_loop)
-        for op, arrays, _ in store.replay(): self._do(op, **arrays)
+        graph, kept = read(store)
+        self._prepare(graph, requirement or kept["requirement"], kept["seed"],
+                      kept["flat_below"], kept["time_model"], recall_model, closed_loop)
     except BaseException:
         store.close()
         raise
@@ -356,12 +342,15 @@ def open(cls: Riann, path: str | os.PathLike, requirement: Requirement | None = 
 # %% ../../nbs/riann/07_index.ipynb #1cabd60a
 @patch
 def profile(self: Riann, sample: ArrayLike, budget_s: float = 3) -> TimeModel:
-    """Fit the time model to one's own vectors and this machine, in about `budget_s` seconds.
+    """Fit the time model to one's own vectors and this machine, in about `budget_s` seconds; it is
+    kept with the index.
 
-    sample: f32[n >= 512, dim]. Errors: as for `timemodel.profile`."""
+    sample: f32[n, dim], 512 different rows or more. Errors: as for `timemodel.profile`."""
     now = self.planner
     model = profiled(sample, self.metric, budget_s, now.seed)
     planner = Planner(self.requirement, model, now.recalls, now.seed)
     planner.adapt(now.offset)
-    with self._lock: self._own, self.planner = model, planner
+    with self._lock:
+        self._keep(time_model=fitted(model))
+        self._own, self.planner = model, planner
     return model

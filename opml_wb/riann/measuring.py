@@ -15,36 +15,46 @@ from fastcore.basics import patch
 from .forecast import Forecast
 from .graph.exact import intrinsic_dimension
 from .models.annealing import N_RANGE
-from .models.measure import ENOUGH, MOST, Asked, Measured, Sample, decided, sampled
+from .linking import GUARD_S, Clock
+from .models.measure import MOST, Asked, Measured, Sample, decided, sampled
 from .models.plan import WIDEST, logit
 from .models.runs import State
 
-LEAST, LARGE = 256, 4096   # least vectors of a graph that is measured; of a batch, for that
+LEAST, LARGE = 256, 4096   # least nodes of a graph that is measured; vectors of a batch, for that
 Got = tuple[float, float, float]   # recall, low, high
 
 # %% ../../nbs/riann/08_measuring.ipynb #2fe7f7f2
 class Meter:
     """Recall of the index that `forecast` plans for.
 
-    asked: Asked, a sample of the queries seen. seed: int, of the vectors that are held back. most:
-    queries that the last measurement might have asked."""
+    seed: int, of the vectors that are held back. most: queries that the last measurement might have
+    asked. took: wall seconds of it. narrow: whether a wider beam could have helped, and there was
+    no time to see."""
     def __init__(self, forecast: Forecast, seed: int) -> None:
         self.forecast, self.linker, self.seed = forecast, forecast.linker, seed % 2**32
-        self.graph, self.asked, self.most = self.linker.graph, Asked(seed=seed), MOST
+        self.graph, self.most, self.took, self.narrow = self.linker.graph, MOST, 0., False
+
+    @property
+    def asked(self) -> Asked:
+        "The sample of the queries seen."
+        return self.forecast.asked
 
     @property
     def linked(self) -> int:
         "Number of vectors in the graph."
         return len(self.graph) - self.graph.waiting
 
-    def is_stale(self, ratio: float = 1.25) -> bool:
-        "True if there is a graph and it has grown or shrunk `ratio` times since the last time."
-        n, m = len(self.graph), self.forecast.measured
+    @property
+    def nodes(self) -> int:
+        "Number of different vectors in the graph."
+        return int((self.graph.memory.arrays.level[:self.graph.memory.used] >= 0).sum())
+
+    def is_stale(self) -> bool:
+        "True if there is a graph and no measurement that stands for it and for what is asked."
+        m, need = self.forecast.measured, self.linker.planner.need.recall
         if self.linked < LEAST: return False
-        if m is None: return True
-        better = m.source != "queries seen" and len(self.asked.rows) >= 2 * ENOUGH
-        better |= self.most < MOST and m.low < self.linker.planner.need.recall <= m.high
-        return better or not n / ratio < m.n < n * ratio
+        if m is None or self.narrow or self.forecast.outdated(): return True
+        return self.most < MOST and m.low < need <= m.high
 
 # %% ../../nbs/riann/08_measuring.ipynb #7a7f6f91
 @patch
@@ -90,16 +100,21 @@ def widened(self: Meter, sample: Callable[[int], Sample], beam: int, asked: Samp
 
 # %% ../../nbs/riann/08_measuring.ipynb #507eac57
 @patch
-def measure(self: Meter, queries: int = MOST) -> Measured | None:
-    """Measure recall@k of the index as it is, with an interval; None while there is no graph.
+def measure(self: Meter, queries: int = MOST, widen: bool = True) -> Measured | None:
+    """Measure recall@k of the index as it is, with an interval; None while there is no graph of 256
+    different vectors.
 
-    Asked are queries that were seen, if these are 64 or more, else vectors of the index, each held
-    back while it is looked for: 64 to `queries`, as many as it takes to tell whether the recall
-    asked for is reached. Where it isn't, searches get a wider beam. Where the prediction lies
-    outside of the interval, later plans are set right."""
+    Asked are queries that were seen, if 64 or more of them differ, else vectors of the index, each
+    held back while it is looked for: 64 to `queries`, as many as it takes to tell whether the
+    recall asked for is reached. Where it isn't, searches get a wider beam (`widen`). Where the
+    prediction lies outside of the interval, later plans are set right."""
     graph, need, source = self.graph, self.linker.planner.need, ["held-back vectors"]
-    if self.linked < LEAST: return None
-    self.linker.beam, self.most = 0, queries
+    clock = Clock(None)
+    if self.nodes < LEAST:
+        self.forecast.note(None)
+        return None
+    if widen: self.linker.beam = 0
+    self.most = queries
     @functools.cache
     def sample(m: int) -> Sample:
         out, source[0] = sampled(graph, self.asked, m, need.k, self.seed)
@@ -107,10 +122,24 @@ def measure(self: Meter, queries: int = MOST) -> Measured | None:
     beam = max(need.k, self.linker.query_beam)
     asked, got = decided(sample, need.recall, beam, queries)
     said = self.learn(got, len(asked.q), beam)
-    beam, asked, got = self.widened(sample, beam, asked, got, queries)
+    self.narrow = not widen and got[0] < need.recall
+    if widen: beam, asked, got = self.widened(sample, beam, asked, got, queries)
     slots = asked.slots[::max(1, len(asked.slots) // 1000)]
     lid = intrinsic_dimension(graph.memory.arrays.X[slots, :graph.dim], graph.metric, n=500, m=50)
-    self.forecast.measured = Measured(got[0], got[1], got[2], len(asked.q), source[0], len(graph),
-                                      need.k, beam, lid, said)
+    self.forecast.note(Measured(got[0], got[1], got[2], len(asked.q), source[0], len(graph),
+                                need.k, beam, lid, said))
+    self.took = clock.wall
     if self.linker.planner.offset or beam > self.linker.query_beam: self.linker.beam = beam
     return self.forecast.measured
+
+# %% ../../nbs/riann/08_measuring.ipynb #e33b8204
+@patch
+def is_due(self: Meter, n: int, clock: Clock) -> bool:
+    """True if to measure costs little beside the batch of `n` that `clock` is of and those before
+    it; or, where it has been done before, if it fits before the deadline."""
+    last, total = self.forecast.measured, len(self.graph)
+    if clock.limit is None:
+        large = n >= LARGE if last is None else 3 * self.forecast.changed > 2 * total
+        return large and self.is_stale()
+    if last is None or not self.forecast.outdated(): return False
+    return clock.left - GUARD_S - clock.reserve > 3 * self.took * max(1, total / last.n)

@@ -218,11 +218,13 @@ def read_records(fd: int, seq: int, size: int | None = None,
 
 # %% ../../../nbs/riann/disk/01_wal.ipynb #34864659
 class Log:
-    "An open log file: `.mark` is (first byte after the last whole record, its number)."
+    """An open log file: `.mark` is (first byte after the last whole record, its number), `.begun`
+    whether a record was begun after it and may be there in part."""
     def __init__(self, file: Path, doc: Mapping[str, Any], write: bool = False) -> None:
         try: self.fd = os.open(file, os.O_RDWR | os.O_APPEND if write else os.O_RDONLY)
         except FileNotFoundError: raise Damaged(file, None, "is missing") from None
         self.file, self.first, self.mark = file, doc["seq"], (START, doc["seq"])
+        self.begun = False
         try: self._check(os.pread(self.fd, START, 0), doc)
         except BaseException: self.close(); raise
 
@@ -259,17 +261,26 @@ def find_end(self: Log, check: bool) -> Fault | None:
 def trim(self: Log) -> None:
     "Cut off what follows the last whole record."
     if os.fstat(self.fd).st_size != self.mark[0]: os.ftruncate(self.fd, self.mark[0])
+    self.begun = False
+
+@patch
+def settle(self: Log) -> None:
+    """Cut off what a failed append has left, so that the next can follow. Raises StoreError if the
+    file is gone, or others wrote to it."""
+    now = os.fstat(self.fd)
+    if now.st_nlink and (self.begun or now.st_size == self.mark[0]): return self.trim()
+    what = "somebody else wrote to this log" if now.st_nlink else "this log was removed"
+    raise StoreError(f"{self.file}: {what}; nothing was written: close the store, and open it anew")
 
 # %% ../../../nbs/riann/disk/01_wal.ipynb #476b64e9
 @patch
 def append(self: Log, op: str, arrays: Mapping[str, np.ndarray], meta: str, durable: bool) -> int:
-    "Add a record, `durable`: on the disk; its number."
-    self.trim()
-    end, seq = self.mark
+    "Add a record to a log that is settled, `durable`: on the disk; its number."
+    (end, seq), self.begun = self.mark, True
     try:
         n = write_all(self.fd, encode_record(seq + 1, op, arrays, meta))
         if durable: flush(self.fd)
-        self.mark = end + n, seq + 1
+        self.mark, self.begun = (end + n, seq + 1), False
     except BaseException:
         with suppress(OSError): self.trim()
         raise

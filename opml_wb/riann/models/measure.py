@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'MOST', 'ENOUGH', 'Z', 'OFF', 'interval', 'Measured', 'Asked', 'held_back', 'searched', 'like_new', 'reach',
-           'exact', 'Sample', 'sampled', 'decided']
+           'owner', 'exact', 'Sample', 'sampled', 'decided']
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #5efe4787
-import math, random
+import math, random, threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 
+from ..graph.checks import vectors
+from ..graph.exact import apart, nearest
 from ..graph.hnsw import DynamicHNSW
-from ..graph.kernels import NEAR, Graph, Scratch, bury, search_rows
+from ..graph.kernels import GONE, NEAR, Graph, Scratch, bury, search_rows
 
 FIRST, MOST = 64, 512   # queries that are asked at first, and where that leaves doubt
 ENOUGH = 64             # queries of the user's that stand for those to come
@@ -61,27 +63,43 @@ class Measured(NamedTuple):
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #981b33dc
 class Asked:
-    "A sample of the queries that were asked: `rows` (list of f32[dim]), of `n`."
+    """A sample of the queries that were asked: `rows` (list of f32[dim], up to `most`), of `n`.
+
+    Each query has the same chance to be in it. Source: Li, "Reservoir-sampling algorithms of time
+    complexity O(n (1 + log(N/n)))", 1994, algorithm L."""
     def __init__(self, most: int = MOST, seed: int = 0) -> None:
         self.most, self.n, self.rows = most, 0, list[np.ndarray]()
-        self._draw = random.Random(seed)
+        self._draw, self._lock = random.Random(seed), threading.Lock()
+        self._next, self._share = 0, 1.   # number of the query to be taken next; algorithm L's W
 
     def see(self, q: np.ndarray) -> None:
         "Take in the queries `q` [m, dim]."
-        room = self.most - len(self.rows)
-        if room > 0: self.rows.extend(np.array(row, np.float32) for row in q[:room])
-        self.n += len(q)
-        if room > 0 and len(q) <= room: return
-        for _ in range(1 + min(len(q), self.most) * self.most // self.n):
-            if self._draw.random() * self.n < self.most * max(1, len(q) // self.most):
-                row = q[self._draw.randrange(len(q))]
-                self.rows[self._draw.randrange(self.most)] = np.array(row, np.float32)
+        with self._lock:
+            while self._next < self.n + len(q):
+                row = np.array(q[self._next - self.n], np.float32)
+                if len(self.rows) < self.most: self.rows.append(row)
+                else: self.rows[self._draw.randrange(self.most)] = row
+                self._next += 1 + (self._skip() if len(self.rows) == self.most else 0)
+            self.n += len(q)
+
+    def _skip(self):
+        "Draw how many queries pass before the next that is taken."
+        self._share = min(self._share * (1 - self._draw.random()) ** (1 / self.most), 1 - 1e-12)
+        return int(math.log(1 - self._draw.random()) / math.log1p(-self._share))
+
+    def different(self) -> list[np.ndarray]:
+        "The queries of the sample in random order, each once however often it was asked."
+        rows = list(self.rows)
+        random.Random(len(rows)).shuffle(rows)
+        return list({row.tobytes(): row for row in rows}.values())
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #9b141b2b
 def held_back(graph: DynamicHNSW, m: int, seed: int) -> np.ndarray:
-    "Draw up to `m` slots of linked vectors that may be held back, of the bottom layer: i64[m]."
+    """Draw up to `m` nodes that may be held back, of the bottom layer: slots i64[m].
+
+    With a node all vectors are held back that share it, which are equal."""
     g, n = graph.memory.arrays, graph.memory.used
-    plain = np.flatnonzero((g.level[:n] == 0) & (g.twin[:n] < 0))
+    plain = np.flatnonzero(g.level[:n] == 0)
     if g.meta[0] >= 0: plain = plain[plain != g.meta[0]]
     return np.random.default_rng((seed, len(plain))).permutation(plain)[:m]
 
@@ -133,63 +151,50 @@ def like_new(closed: np.ndarray, bridged: np.ndarray) -> np.ndarray:
     return share * closed + (1 - share) * bridged
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #ee49035e
-def _apart(x: np.ndarray, q: np.ndarray, ip: bool) -> np.ndarray:
-    "Distances of the rows of `q` to those of `x`, f[m, n]: squared, or less by inner products."
-    inner = q @ x.T
-    return -inner if ip else (x * x).sum(1) - 2 * inner + (q * q).sum(1)[:, None]
-
 def reach(graph: DynamicHNSW, slots: np.ndarray, q: np.ndarray, but: np.ndarray,
           k: int) -> np.ndarray:
-    """Find the distance of the k-th nearest of `slots` to each row of `q` without `but`, f64[m].
+    """Find the distance of the k-th nearest of `slots` to each row of `q` without those that share
+    the node `but`, f64[m].
 
-    Compared in single precision, block by block; the nearest again in double."""
-    X, dim, more, found = graph.memory.arrays.X, q.shape[1], k + 8, list[tuple]()
-    centre = np.zeros(dim, np.float32) if graph.links.ip else q.mean(0)
-    far = np.full(len(q), np.inf, np.float32)
+    Whatever may be among the nearest by single precision is compared again in double."""
+    g, dim, ip, far = graph.memory.arrays, q.shape[1], graph.links.ip, np.full(len(q), np.inf)
+    centre, node = np.zeros(dim, np.float32) if ip else q.mean(0), owner(graph, slots)
+    near = np.zeros(0, np.int64), np.zeros(0)   # queries, and distances of their nearest so far
     for a in range(0, len(slots), 4096):
-        at = slots[a:a + 4096]
-        d = _apart(X[at, :dim] - centre, q - centre, graph.links.ip)
-        d[at[None] == but[:, None]] = np.inf
-        if len(at) >= more and not found: far = np.partition(d, more - 1)[:, more - 1]
-        i, j = np.nonzero(d <= far[:, None])
-        found.append((i, at[j], d[i, j]))
-        if a % 65536 == 0 and a: far = np.minimum(far, _nearer(found, len(q), more))
-    i, at, d = (np.concatenate(p) for p in zip(*found))
-    out = np.full(len(q), np.inf)
-    for row in range(len(q)):
-        mine = np.flatnonzero(i == row)
-        near = mine[np.argsort(d[mine], kind="stable")[:more]]
-        out[row] = np.sort(exact(graph, q[row], at[near]))[:k][-1]
-    return out
-
-def _nearer(found: list[tuple], m: int, more: int) -> np.ndarray:
-    "Distance of the nearest `more` found so far of each of `m` queries, f32[m]; drops the rest."
-    i, at, d = (np.concatenate(p) for p in zip(*found))
-    order = np.lexsort((d, i))
-    i, at, d = i[order], at[order], d[order]
-    rank = np.arange(len(i)) - np.searchsorted(i, i)
-    keep = rank < more
-    found[:] = [(i[keep], at[keep], d[keep])]
-    far = np.full(m, np.inf, np.float32)
-    last = rank == more - 1
-    far[i[last]] = d[last]
+        x, closed = g.X[slots[a:a + 4096], :dim], node[None, a:a + 4096] == but[:, None]
+        i, j = nearest(x - centre, q - centre, k, ip, closed, far if far.max() < np.inf else None)
+        i, d = np.append(near[0], i), np.append(near[1], apart(x, q, j, i, ip))
+        order = np.lexsort((d, i))
+        i, d = i[order], d[order]
+        rank = np.arange(len(i)) - np.searchsorted(i, i)
+        near = i[rank < k], d[rank < k]
+        far[i[rank == k - 1]] = d[rank == k - 1]
     return far
+
+def owner(graph: DynamicHNSW, slots: np.ndarray) -> np.ndarray:
+    "The slots whose nodes `slots` share: themselves but for copies, i64[n]."
+    g = graph.memory.arrays
+    return np.where(g.level[slots] == GONE, g.L0[slots, 1], slots).astype(np.int64)
+
+
 
 def exact(graph: DynamicHNSW, row: np.ndarray, slots: np.ndarray) -> np.ndarray:
     "Distances of one query to `slots`, f64[n]."
-    x, q = graph.memory.arrays.X[slots, :len(row)].astype(float), row.astype(float)
-    return -(x @ q) if graph.links.ip else ((x - q) ** 2).sum(1)
+    x, none = graph.memory.arrays.X[slots, :len(row)], np.zeros(len(slots), np.int64)
+    return apart(x, row[None], np.arange(len(slots)), none, graph.links.ip)
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #582bd346
 class Sample:
     """Queries with the reach of their `k` true neighbours, to measure beams with.
 
-    q: f32[m, dim], as kept. but: the slot that each holds back, or -1."""
+    q: f32[m, dim], as kept. but: the slot of the node that each holds back, or -1."""
     def __init__(self, graph: DynamicHNSW, q: np.ndarray, but: np.ndarray, k: int) -> None:
         self.graph, self.q, self.but = graph, q, but
         self.slots = np.sort(graph.memory.directory.items()[1])
         self.held = bool((but >= 0).any())
-        self.k = min(k, len(self.slots) - self.held)
+        same = owner(graph, self.slots)
+        held = np.unique(same[np.isin(same, but)], return_counts=True)[1].max(initial=0)
+        self.k = min(k, len(self.slots) - int(held))
         self.reach = reach(graph, self.slots, q, but, self.k)
 
     def found(self, beam: int, bridged: bool = False) -> np.ndarray:
@@ -200,7 +205,7 @@ class Sample:
         slots = self.graph.memory.directory.find(ids.ravel()).reshape(ids.shape)
         for i, (row, got) in enumerate(zip(self.q, slots)):
             d = exact(self.graph, row, got[got >= 0])
-            out[i] = (d <= self.reach[i] + 1e-6 * abs(self.reach[i])).sum() / self.k
+            out[i] = (d <= self.reach[i] + 1e-12 * abs(self.reach[i])).sum() / self.k
         return np.minimum(out, 1)
 
     def recall(self, beam: int) -> tuple[float, float, float]:
@@ -216,11 +221,10 @@ class Sample:
 
 # %% ../../../nbs/riann/models/09_measure.ipynb #f57dbaf3
 def sampled(graph: DynamicHNSW, asked: Asked, m: int, k: int, seed: int) -> tuple[Sample, str]:
-    "(a Sample of up to `m` queries, what they are)."
-    if len(asked.rows) >= ENOUGH:
-        rows = np.stack(asked.rows[:m])
-        if graph.links.ip and graph.metric == "cosine":
-            rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    """(a Sample of up to `m` queries, what they are): different ones that were seen, if these are
+    `ENOUGH`."""
+    if len(seen := asked.different()) >= ENOUGH:
+        rows = vectors("q", np.stack(seen[:m]), graph.dim, graph.metric)[0]
         return Sample(graph, rows, np.full(len(rows), -1), k), "queries seen"
     slots = held_back(graph, m, seed)
     rows = graph.memory.arrays.X[slots, :graph.dim].copy()

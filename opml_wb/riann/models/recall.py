@@ -17,8 +17,9 @@ from scipy.optimize import nnls
 from ...core.record.data import path as data_path
 # as the next lines: names that once stood here
 from ..graph.exact import intrinsic_dimension
-from .annealing import (DEFAULT, DEPTH, EARLY, MISSES, N_RANGE, SPACE, WIDE,
-                                            Rung, anneal, engine, ladder, size_of_space)
+from .annealing import (DEFAULT, DEPTH, EARLY, K_RANGE, LID_RANGE, MISSES,
+                                            N_RANGE, SPACE, WIDE, Rung, anneal, engine,
+                                            ladder, size_of_space)
 from .runs import FEATURES, RISING, State, collect, features
 from .timemodel import TimeModel
 from .trees import FlatTrees, load_arrays, save_arrays
@@ -89,6 +90,15 @@ class RecallModel:
 
     def _recall(self, x): return self.trees.predict(x, _margin(self.curve, x)).astype(float)
 
+# %% ../../../nbs/riann/models/07_recall.ipynb #1cf42c65
+def _refuse(**given):
+    "Raise ValueError for the first that is no number from 1 on."
+    for name, value in given.items():
+        try: bad = value is not None and not (np.isfinite(value) & (np.asarray(value) >= 1)).all()
+        except TypeError: bad = True
+        if bad: raise ValueError(f"{name}: expected numbers >= 1, got {value!r}")
+    raise ValueError("batch, state: not as `features` takes them")
+
 # %% ../../../nbs/riann/models/07_recall.ipynb #fed9f6d7
 @patch
 def predict(self: RecallModel, deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLike, n: ArrayLike,
@@ -99,12 +109,29 @@ def predict(self: RecallModel, deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLik
 
     deg, cand, cand_q, n: arrays[m] or numbers; n: vectors in the index then. batch: vectors in the
     batch; state: State before it (None: the whole index is indexed so). What waits in the state is
-    found exactly. Returns f64[m], or float."""
-    x = features(deg, cand, np.maximum(cand_q, k), n, self.lid if lid is None else lid, k, batch,
-                 state)
+    found exactly. Of what it was never trained on (see `unknown`) it guesses. Returns f64[m], or
+    float. Errors: ValueError naming what is no number >= 1."""
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x = features(deg, cand, np.maximum(cand_q, k), n, self.lid if lid is None else lid, k,
+                         batch, state)
+    except TypeError: x = np.array(np.nan)
+    if not np.isfinite(x).all(): _refuse(deg=deg, cand=cand, cand_q=cand_q, n=n, k=k, lid=lid)
     wait = state.waiting / np.asarray(n, float) if state else 0.
     r = wait + (1 - wait) * self._recall(np.atleast_2d(x))
     return float(r[0]) if x.ndim == 1 else r
+
+# %% ../../../nbs/riann/models/07_recall.ipynb #cd91abbc
+@patch
+def unknown(self: RecallModel, n: float, k: int = 10, lid: float | None = None) -> str:
+    """Say what of `n` vectors of intrinsic dimension `lid`, and of recall@k, no model here was
+    trained on; or ''."""
+    out, (low, high) = [], LID_RANGE
+    if n > 1.75 * N_RANGE[1]: out.append(f"{n:,.0f} vectors (trained on {N_RANGE[1]:,})")
+    if not K_RANGE[0] <= k <= K_RANGE[1]: out.append(f"k = {k} (trained on 1 to {K_RANGE[1]})")
+    if lid is not None and not low <= lid <= high:
+        out.append(f"intrinsic dimension {lid:.0f} (trained on {low:.0f} to {high:.0f})")
+    return " and ".join(out)
 
 # %% ../../../nbs/riann/models/07_recall.ipynb #a3e1dfb5
 @patch

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ...core.kit.files import write_text
 from ...core.record.data import path as data_path
-from ..graph.checks import integer, vectors
+from ..graph.checks import integer, unmasked, vectors
 from .equations import (Equations, Layers, between, checked, columns, linked,
                                             monomials, passed, searched, units)
 from .profiling import BEAMS, DEGS, RUNGS, SIZES, bookkeeping, fitted, measure
@@ -98,6 +98,8 @@ def _coefficients(facts):
         raise ValueError(f"not a time model: {e}") from None
     if any(p[k].shape != shape for k, shape in COEFFICIENTS.items()):
         raise ValueError("not a time model: coefficients missing")
+    if bad := [k for k, a in p.items() if not np.isfinite(a).all()]:
+        raise ValueError(f"not a time model: {bad[0]} is not finite")
     return facts, p, n
 
 # %% ../../../nbs/riann/models/03_timemodel.ipynb #068132f5
@@ -208,19 +210,23 @@ def layers(self: TimeModel, cand: float, deg: float, n: float) -> list[tuple[flo
 def profile(sample: ArrayLike, metric: str = "l2", budget_s: float = 3, seed: int = 0) -> TimeModel:
     """Measure this machine and these vectors; the TimeModel fitted to them.
 
-    sample: f32[n, dim], at least 512 rows, drawn at random; 4,160 are used. metric: "l2", "cosine"
-    or "ip".
+    sample: f32[n, dim], of which 4,160 are drawn at random; 512 of them must differ. metric: "l2",
+    "cosine" or "ip".
     budget_s: seconds of this thread for the graphs, at least half a second; with less the model
     knows smaller graphs only.
     seed: of the graphs. Errors: ValueError naming the parameter or the first row at fault.
     Source: RIANN, section 2: "formulated with small sample profiling offline"."""
     if not budget_s >= .5: raise ValueError(f"budget_s: expected at least 0.5, got {budget_s!r}")
-    x = np.asarray(sample)
+    x = unmasked("sample", sample)
     if x.ndim != 2 or len(x) < 512:
         raise ValueError(f"sample: expected [n >= 512, dim], got {list(x.shape)}")
     x, bad = vectors("sample", x, x.shape[1], metric)
     if bad: raise ValueError("sample: row {}: {}".format(*bad))
     x = x[np.random.default_rng(seed).permutation(len(x))[:4160]]
+    first = np.sort(np.unique(x, axis=0, return_index=True)[1])   # copies share a node
+    if len(first) < 512:
+        raise ValueError(f"sample: expected 512 different rows, got {len(first)} of {len(x)}")
+    x = x[first]
     return TimeModel.from_dict(fitted(x, metric, budget_s, seed)
                                | dict(machine=platform.processor() or platform.machine()))
 
