@@ -211,3 +211,28 @@ def test_the_run_ledger_is_a_workload(home, notebook):
     work = ps.Workload.from_runs()
     assert work.counts == {"rows": 4, "used": 4, "failed": 1, "unfinished": 0} and work.arrival[0] == 0 and (work.dur > 0).all()
     assert ps.simulate(work, ps.Platform(ps.Pool("worker", 1))).unfinished == 0
+
+
+def own_log(folder, **more):
+    "A stranger's log of jobs, as a CSV file: Poisson arrivals over four weeks, lognormal run times, gangs."
+    import pandas as pd
+    rng, T = np.random.default_rng(0), 28 * 86400
+    n = rng.poisson(T / 220)
+    df = pd.DataFrame({"submitted": pd.Timestamp("2026-06-01") + pd.to_timedelta(np.sort(rng.uniform(0, T, n)), "s"), "seconds": rng.lognormal(8, 1, n), "gpus": rng.choice([1, 2, 4], n)})
+    df.assign(**more).to_csv(folder / "own.csv", index=False)
+    return folder / "own.csv"
+
+
+def test_the_model_of_a_log_of_jobs_asks_for_what_the_log_asks_for(tmp_path):
+    from opml_wb.pipesim.answers.plan import long_run_load
+    from opml_wb.pipesim.synth.public_traces import model_of, read_jobs
+    file, platform = own_log(tmp_path), ps.Platform(ps.Pool("gpu", 64))
+    jobs, model = read_jobs(file), model_of(file)
+    model = ps.PipelineModel.from_json(model.to_json())
+    rho = (jobs.dur * jobs.units).sum() / 64 / (28 * 86400)
+    assert long_run_load(model, platform)["gpu"] == pytest.approx(rho, rel=.02) and rho == pytest.approx(.804, rel=.01)
+    works = [model.sample(28 * 86400., k) for k in range(4)]
+    assert {w.kinds for w in works} == {("train",)} and all(len(w) == w.n_tasks and not w.read.any() for w in works)
+    assert np.mean([len(w) for w in works]) == pytest.approx(len(jobs), rel=.05)
+    assert np.mean([ps.simulate(w, platform).wait.mean() for w in works]) < 3600          # the log's own: 350 s
+    assert set(model.about["gof"]) == {"arrivals", "train"} and not model.about["gof"]["train"]["failed"]

@@ -1,5 +1,6 @@
 """PipeSim's clocks: whatever zero times count from, in whatever form they come, the answers are the same."""
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -178,3 +179,35 @@ def test_the_window_is_what_was_watched():
     assert math.isnan(ps.stats.load(at_once, ps.Platform(ps.Pool("gpu", 1))).rho[0]) and "can't be told" in repr(ps.Experiment(at_once, ps.Platform(ps.Pool("gpu", 1))).run())
     sampled = ps.PipelineModel.default().sample(86_400., 0, .1)
     assert (sampled.t0, sampled.end) == (0, 86_400)
+
+
+@pytest.mark.parametrize("days, runs", [(1.5, 16), (3, 12), (14, 4), (28, 3)])
+def test_copies_of_more_users_are_as_good_as_independent(days, runs):
+    "M/M/c: the waits of a Poisson log with more users are what theory says, no two jobs at one instant, a subset is a subset."
+    from opml_wb.pipesim.answers.stats import mmc_wait
+    waits = {u: [] for u in (2, 4, 6)}
+    for seed in range(runs):
+        rng, T = np.random.default_rng([seed, 3]), days * 86400
+        n = round(T / 120)
+        w = ps.Workload.from_arrays(rng.uniform(0, T, n), rng.exponential(1, n).clip(1e-9) * 960, "g", t0=0, end=T)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for u in waits:
+                grown = w.scale(u)
+                assert len(np.unique(grown.arrival)) == len(grown) == u * n and (grown.t0, grown.end) == (0, T)
+                waits[u].append(ps.simulate(grown, ps.Platform(ps.Pool("g", 10 * u))).wait.mean())
+    for u, got in waits.items():
+        assert np.mean(got) == pytest.approx(mmc_wait(u / 120, 1 / 960, 10 * u), rel=.6, abs=3 * np.std(got) / len(got) ** .5), u
+
+
+def test_copies_keep_rhythm_and_batches_and_say_where_weeks_run_out():
+    day = np.arange(28)
+    at = np.repeat(day * 86400 + 9 * 3600 + 60. * (day % 5), 6)                  # six at once, soon after nine
+    w = ps.Workload.from_arrays(at, np.ones(len(at)), "g", t0=0, end=28 * 86400.)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grown = w.scale(3)
+    assert set(grown.since // 3600 % 24) == {9} and set(grown.since // 86400 % 7) == set(range(7))
+    assert set(np.unique(grown.arrival, return_counts=True)[1] % 6) == {0}
+    with pytest.warns(UserWarning, match="users=5: the trace has 4 whole weeks"): five = w.scale(5)
+    assert five.since.max() % 86400 < 11 * 3600 and len(five) == 5 * len(w)
