@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from opml_wb.pipesim import StoreError
+from opml_wb.pipesim import StoreError, TraceStore
 from conftest import free_ports, until
 
 WRITER = """
@@ -154,3 +154,11 @@ def test_influx_bins_begin_where_the_workload_does(influx_server, tmp_path):
         got, want = influx.series(metric, "epoch"), parquet.series(metric, "epoch")
         assert got.t.tolist() == want.t.tolist() and got.t[0] == work.t0, metric
         np.testing.assert_allclose(got.value, want.value, rtol=1e-9, err_msg=metric)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/traces", "S3://bucket/traces", "git+ssh://x/y", "DuckDB:x", "h2:x"])
+def test_a_url_of_another_scheme_is_no_folder(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected parquet:DIR"): TraceStore(url)
+    assert not any(tmp_path.iterdir())
+    for bare in ("./a:b", "C:x", "x/y"): assert type(TraceStore(bare)).__name__ == "ParquetStore"

@@ -112,11 +112,12 @@ def sql(metric: str, bin_s: float, table: Mapping[str, str], t0: float = 0.0) ->
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #fc4ad4e5
 def _serves(where: str) -> "type[TraceStore]":
     "The class that serves a store's URL."
-    scheme = where.partition(":")[0] if re.match(r"[a-z+]{2,}:", where) else ""
+    scheme = where.partition(":")[0] if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", where) else ""
     scheme = scheme or ("duckdb" if where.endswith((".duckdb", ".db")) else "parquet")
     if scheme not in SCHEMES or not where:
         raise ValueError(
-            f"store={where!r}: expected parquet:DIR, duckdb:FILE or influx://host:port/db")
+            f"store={where!r}: expected parquet:DIR (also where a colon is in the folder's name), "
+            "duckdb:FILE or influx://host:port/db")
     return SCHEMES[scheme]
 
 # %% ../../../nbs/pipesim/stores/01_tables.ipynb #50185242

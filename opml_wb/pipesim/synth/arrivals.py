@@ -17,7 +17,8 @@ from ...core.kit.words import is_number
 from .goodness_of_fit import Fit, GoF, compare
 from .interarrival import (
     dither, exponweib_cv2, fit_exponweib, renewal_times)
-from ..work.checks import finite
+from ..work.checks import finite, need
+from ..work.clock import misread
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #096362dc
 WEEK, HOUR = 168, 3600.
@@ -54,6 +55,9 @@ def sorted_times(times_s: ArrayLike, tz: str | None) -> np.ndarray:
 
     ValueError naming the row of a bad time, and for an unknown `tz`."""
     times = np.sort(finite(times_s, "times_s"))
+    said = misread(times)
+    need(not said, "times_s", float(times[0]) if len(times) else 0,
+         f"epoch seconds, but these look like {said}")
     if len(times) < 2: raise ValueError(f"times_s: expected at least 2 arrivals, got {len(times)}")
     if tz is None: return times
     try: zoneinfo.ZoneInfo(tz)

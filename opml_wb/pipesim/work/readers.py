@@ -17,6 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .checks import finite, need, need_all, number
+from .clock import Clock, seconds
 from .workload import Workload
 
 # %% ../../../nbs/pipesim/work/04_readers.ipynb #ed5ced6b
@@ -67,10 +68,9 @@ def from_philly(cls: Workload, path: str | os.PathLike) -> Workload:
     ATC 2019 (as cut by the authors of Sia, SOSP 2023). No status in it: nothing is known of
     failures."""
     df, name = read_table(path, ("timestamp", "duration", "num_gpus")), Path(path).name
-    when = pd.to_datetime(df.timestamp, errors="coerce")
-    need_all(when.notna().to_numpy(), f"{name}: timestamp", df.timestamp.to_numpy(), "a time")
-    arrival = (when
-               - when.min().normalize()).dt.total_seconds().to_numpy() if len(df) else np.zeros(0)
+    at = seconds(df.timestamp.to_numpy(), f"{name}: timestamp", len(df))
+    midnight = at.min(initial=np.inf) // 86400 * 86400
+    arrival = Clock(midnight).since(at) if len(at) else at
     return cls.from_arrays(arrival, read_numbers(df, "duration", name), "gpu", kind="train",
                            units=read_numbers(df, "num_gpus", name, 1),
                            counts=dict(rows=len(df), used=len(df), failed=0, censored=0))
