@@ -236,3 +236,22 @@ def test_the_model_of_a_log_of_jobs_asks_for_what_the_log_asks_for(tmp_path):
     assert np.mean([len(w) for w in works]) == pytest.approx(len(jobs), rel=.05)
     assert np.mean([ps.simulate(w, platform).wait.mean() for w in works]) < 3600          # the log's own: 350 s
     assert set(model.about["gof"]) == {"arrivals", "train"} and not model.about["gof"]["train"]["failed"]
+
+
+@pytest.mark.parametrize("share", [.001, .01, .018, .3])
+def test_rare_long_jobs_keep_the_mean_and_gof_looks_at_it(share):
+    "Most of the load may hang on one job in a hundred: the mean of what is drawn is the log's."
+    import pandas as pd
+    rng, n = np.random.default_rng(1), 20_000
+    dur = np.where(np.arange(n) < share * n, rng.normal(86400, 3600, n), rng.exponential(300, n))
+    jobs = pd.DataFrame({"dur": dur, "units": rng.choice([1, 2, 8], n, p=[.9, .09, .01])})
+    for by in ((), "units"):
+        model = ps.DurationModel(by=by).fit(jobs)
+        drawn = model.sample(jobs.sample(100_000, replace=True, random_state=0), 0)
+        assert drawn.mean() == pytest.approx(dur.mean(), rel=.05)
+        assert model.gof(jobs).ok and model.gof(jobs).mean == pytest.approx(1, abs=.02)
+        assert "mean" in model.gof(jobs.assign(dur=np.where(dur > 40_000, 3 * dur, dur))).failed
+    kept = json.loads(model.to_json())
+    for group in kept["groups"].values(): del group["bend"]              # a model of before
+    old = ps.DurationModel.from_json(kept)
+    assert np.isfinite(old.sample(jobs, 0)).all() and old.quantile(jobs[:1], .5) == pytest.approx(model.quantile(jobs[:1], .5), rel=.1)
