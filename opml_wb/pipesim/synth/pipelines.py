@@ -113,7 +113,9 @@ class PipelineModel(Fit):
     `PipelineModel.default()` is the shipped one, `fit` makes one of your traces. Arrivals,
     assets, training times, what other tasks take beside training, model metrics, and the mix of
     structures, frameworks and gang sizes. structures, frameworks: {name: weight}; pools: {kind
-    of task: pool}; deploy_s: duration of deployments, s."""
+    of task: pool}; deploy_s: duration of deployments, s. given: True where its parameters are
+    taken as they are (the shipped model's), False where they are estimates of one trace."""
+    given = False
     _parts = {"arrivals": ArrivalModel, "assets": AssetModel, "train": DurationModel,
               "shares": DurationModel, "metrics": MetricModel}
     _kept = (*_parts, "structures", "frameworks", "units", "pools", "deploy_s", "about")
@@ -165,7 +167,9 @@ def fit(self: PipelineModel, times_s: ArrayLike, assets: pd.DataFrame, train: pd
 def default(cls: PipelineModel) -> PipelineModel:
     """Read the shipped model: arrivals and training times of Philly, assets of PMLB, the rest
     calibrated (`data/README.md`)."""
-    return cls.from_json(data.path("pipesim/default_model"))
+    self = cls.from_json(data.path("pipesim/default_model"))
+    self.given = True
+    return self
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #096893b9
 @patch

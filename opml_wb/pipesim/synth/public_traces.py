@@ -125,7 +125,7 @@ def model_of_jobs(jobs: pd.DataFrame, seed: int = 0) -> PipelineModel:
     Arrivals, and durations given the units, are the log's; `about`: their goodness of fit, run
     times on a random half held back. Raises ValueError naming the row."""
     model = PipelineModel.default()
-    model.structures = {"job": 1.}
+    model.structures, model.given = {"job": 1.}, False
     model.arrivals = ArrivalModel("ar1").fit(jobs.time.to_numpy())
     model.train = DurationModel(by="units").fit(jobs[["dur", "units"]])
     shares = jobs.units.value_counts(normalize=True)
