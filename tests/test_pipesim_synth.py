@@ -255,3 +255,14 @@ def test_rare_long_jobs_keep_the_mean_and_gof_looks_at_it(share):
     for group in kept["groups"].values(): del group["bend"]              # a model of before
     old = ps.DurationModel.from_json(kept)
     assert np.isfinite(old.sample(jobs, 0)).all() and old.quantile(jobs[:1], .5) == pytest.approx(model.quantile(jobs[:1], .5), rel=.1)
+
+
+def test_batches_within_the_hour_are_no_good_fit():
+    "A timer's jobs in the first minute of each hour, all on the hour, in fives: hourly counts may fit, the hour's inside doesn't."
+    rng, hours = np.random.default_rng(0), MONDAY + 3600. * np.arange(4 * WEEK)
+    timer = np.sort(np.concatenate([np.repeat(hours, 24) + rng.uniform(0, 60, 24 * len(hours)), (hours[:, None] + rng.uniform(0, 3600, (len(hours), 6))).ravel()]))
+    for times in (timer, np.repeat(hours, 20), trace(seed=7, **TRACES["batches"])):
+        assert "minutes" in ps.ArrivalModel("ar1").fit(times).gof(times, weeks=20).failed
+    for name in ("mild", "minutes"):
+        times = trace(seed=7, **TRACES[name])
+        assert ps.ArrivalModel("ar1").fit(times).gof(times, weeks=40).minutes == pytest.approx(1, abs=.1)
