@@ -217,3 +217,15 @@ def test_a_load_near_one_fitted_on_a_short_log_is_not_known_to_be_borne():
         told.append(plan.borne[0])
     assert told.count("yes") <= 1 and "unknown" in told, told
     assert "error of its fit" in repr(ps.Experiment(model, ps.Platform(ps.Pool("gpu", 8)), replications=2, days=3.).run())
+
+
+def test_steady_figures_hold_the_truth_or_say_that_runs_are_short():
+    "M/M/1: one cut for all replications holds it (each with its own lost a sixth of the cases); near one the runs are said to be short."
+    def run(rho, n, seed):
+        rng = np.random.default_rng([seed, n])
+        return ps.simulate(ps.Workload.from_arrays(np.cumsum(rng.exponential(1 / rho, n)), rng.exponential(1, n), "gpu"), ps.Platform(ps.Pool("gpu", 1)))
+    got = [ps.stats.steady([run(.9, 2500, 10 * k + j) for j in range(10)]) for k in range(20)]
+    assert enough(sum(9. in g["interval"] for g in got), 20, .93)
+    assert all(len(set(g["cut"])) == 1 for g in got)
+    near = ps.stats.steady([run(.97, 3000, j) for j in range(10)])
+    assert near["stable"] and "runs of" in near["note"] and "short" in near["interval"].note
