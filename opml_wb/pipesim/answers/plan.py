@@ -205,7 +205,8 @@ def capacity_plan(workload_or_model: "Source", platform: Platform,
     slo, others as they are; NaN: none does, or no slo), stable (share of the replications with
     rho < 1: in others waits only say how long the trace was), rho_long (the load to be expected
     of a PipelineModel, see `long_run_load`, else NaN; its interval is the error of the fit) and
-    borne (`yes`, `no`, `unknown`: is the load below the capacity in the long run). Each figure X has X_low and X_high, its 95 %
+    borne (`yes`, `no`, `unknown`: is the load below the capacity in the long run). Each figure X
+    has X_low and X_high, its 95 %
     interval; NaN where there is none, and `note` says why. Raises ValueError."""
     growth = [number(g, "growth") for g in np.ravel(growth).tolist()]
     need(growth and min(growth) > 0, "growth", growth, "numbers > 0")

@@ -254,7 +254,8 @@ def simulate_stream(chunks: Iterable[Workload], platform: Platform, out: str | o
     Results in Parquet files in `out`. Returns Streamed; its digest is that of `simulate` on the
     whole, whatever the chunks. out: a new folder; policy: a static one whose key looks at one
     task at a time; resume: keep after each chunk what a later call with resume=True needs, and go
-    on after the last chunk that a broken-off call of this kind took in (give the same chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
+    on after the last chunk that a broken-off call of this kind took in (give the same
+    chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
     out, policy = Path(out), policy_of(policy)
     need(is_static(policy), "policy", policy, "a static one: the compiled engine streams")
     need(isinstance(platform, Platform), "platform", platform, "a Platform")
