@@ -1,5 +1,6 @@
 """PipeSim's answers: intervals that hold the truth, none where nothing varied, waits within responses."""
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -184,3 +185,47 @@ def test_the_jobs_of_a_csv_file_are_a_model(tmp_path):
     train = work.tasks[work.tasks.kind == "train"]
     assert abs(len(work) / 2000 - 1) < .15 and set(train.units) == {1, 4}
     assert train.dur.median() == pytest.approx(np.exp(6), rel=.15)
+
+
+def weeks_log(levels, seed=0, rate=8 / 3600 * .75):
+    "Poisson arrivals, the weeks of these levels; run times of an hour on average."
+    rng, week = np.random.default_rng(seed), 604_800
+    at = np.sort(np.concatenate([week * k + rng.uniform(0, week, rng.poisson(rate * week * x)) for k, x in enumerate(levels)]))
+    return ps.Workload.from_arrays(at, rng.exponential(3600, len(at)), "gpu", t0=0, end=week * len(levels))
+
+
+def test_the_note_on_weeks_says_what_they_show():
+    "A trend, levels that wander, too few weeks to see either, weeks that are alike."
+    levels = np.exp(.3 * np.random.default_rng(1).normal(size=8))
+    for some, said in ((np.linspace(.5, 1.25, 8), "rises by 12% of the mean a week, the last week has 1.4 times"), (np.linspace(1.25, .5, 8), "falls by"), (levels, "intervals are too short"),
+                       (np.ones(4), "too few to see .* if weeks are alike"), (np.ones(8), "no trend .* if weeks are alike and independent, such 95 % intervals hold the truth in 85 to 90")):
+        plan = ps.capacity_plan(weeks_log(some), ONE, [1.], 6)
+        assert re.search(said, plan.note[0]), plan.note[0]
+        if "rises" in said: assert plan.borne[0] == "unknown" and plan.rho_high[0] < 1          # the mean is borne, today's load isn't known to be
+
+
+def test_a_load_near_one_fitted_on_a_short_log_is_not_known_to_be_borne():
+    told = []
+    for seed in range(5):                                # 670 jobs, the true rho is 1.087
+        rng, model = np.random.default_rng(seed), ps.PipelineModel.default()
+        assert model.given                               # a platform of its own: its load is known
+        model.arrivals = ps.ArrivalModel().fit(np.sort(rng.uniform(0, 28 * 86400, 670)))
+        model.train = ps.DurationModel(by=()).fit(pd.DataFrame({"dur": rng.lognormal(0, 1.5, 670) * 1.087 * 8 * 28 * 86400 / 670 / np.exp(1.125)}))
+        model.structures, model.units, model.given = {"job": 1.}, {"1": 1.}, False
+        plan = ps.capacity_plan(model, ps.Platform(ps.Pool("gpu", 8)), [1., .2], 2, horizon=3 * 86400)
+        assert plan.rho_long_low[0] < plan.rho_long[0] < plan.rho_long_high[0] and plan.borne[1] == "yes" and "given the model" in plan.note[0]
+        told.append(plan.borne[0])
+    assert told.count("yes") <= 1 and "unknown" in told, told
+    assert "error of its fit" in repr(ps.Experiment(model, ps.Platform(ps.Pool("gpu", 8)), replications=2, days=3.).run())
+
+
+def test_steady_figures_hold_the_truth_or_say_that_runs_are_short():
+    "M/M/1: one cut for all replications holds it (each with its own lost a sixth of the cases); near one the runs are said to be short."
+    def run(rho, n, seed):
+        rng = np.random.default_rng([seed, n])
+        return ps.simulate(ps.Workload.from_arrays(np.cumsum(rng.exponential(1 / rho, n)), rng.exponential(1, n), "gpu"), ps.Platform(ps.Pool("gpu", 1)))
+    got = [ps.stats.steady([run(.9, 2500, 10 * k + j) for j in range(10)]) for k in range(20)]
+    assert enough(sum(9. in g["interval"] for g in got), 20, .93)
+    assert all(len(set(g["cut"])) == 1 for g in got)
+    near = ps.stats.steady([run(.97, 3000, j) for j in range(10)])
+    assert near["stable"] and "runs of" in near["note"] and "short" in near["interval"].note

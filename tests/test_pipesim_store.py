@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from opml_wb.pipesim import StoreError
+from opml_wb.pipesim import StoreError, TraceStore
 from conftest import free_ports, until
 
 WRITER = """
@@ -154,3 +154,42 @@ def test_influx_bins_begin_where_the_workload_does(influx_server, tmp_path):
         got, want = influx.series(metric, "epoch"), parquet.series(metric, "epoch")
         assert got.t.tolist() == want.t.tolist() and got.t[0] == work.t0, metric
         np.testing.assert_allclose(got.value, want.value, rtol=1e-9, err_msg=metric)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/traces", "S3://bucket/traces", "git+ssh://x/y", "DuckDB:x", "h2:x"])
+def test_a_url_of_another_scheme_is_no_folder(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected parquet:DIR"): TraceStore(url)
+    assert not any(tmp_path.iterdir())
+    for bare in ("./a:b", "C:x", "x/y"): assert type(TraceStore(bare)).__name__ == "ParquetStore"
+
+
+def test_threads_write_one_name_and_numpy_parameters_are_kept(tmp_path):
+    from opml_wb.pipesim import Platform, Pool, Workload, simulate
+    t = simulate(Workload.from_arrays([0., 5], [9., 9], "gpu"), Platform(Pool("gpu", 1)))
+    for url in (f"duckdb:{tmp_path}/a.duckdb", f"parquet:{tmp_path}/p"):
+        store = TraceStore(url)
+        with ThreadPoolExecutor(3) as pool: list(pool.map(lambda n: store.write(t, "same", {"n": np.int64(n)}, replace=True), range(6)))
+        assert list(store.experiments()) == ["same"] and store.experiments()["same"]["params"]["n"] in range(6)
+        with pytest.raises(ValueError, match=r"params\['f'\]: expected what JSON holds"): store.write(t, "b", {"f": print})
+        assert list(store.experiments()) == ["same"]
+
+
+def test_bad_input_is_named():
+    from opml_wb.pipesim import Platform, Policy, Pool, Workload, simulate
+    work = Workload.from_arrays([0.], [1.], "gpu")
+    with pytest.raises(ValueError, match="keys of policy 'mine': expected numbers"): simulate(work, Platform(Pool("gpu", 1)), Policy(lambda tasks: tasks.kind.astype(str), "mine"))
+    with pytest.raises(ValueError, match="pool, task 1: expected a name"): Workload.from_arrays([0., 1], [1., 1], np.array(["a", np.nan]))
+
+
+def test_a_stream_says_what_can_be_done_with_what_is_there(tmp_path):
+    from opml_wb.pipesim import Platform, Pool, Workload, simulate_stream
+    platform, chunk = Platform(Pool("gpu", 1)), lambda t: Workload.from_arrays([t], [1.], "gpu")
+    def broken(): yield chunk(0.); yield chunk(9.); yield chunk(20.); raise RuntimeError("killed")
+    for resume, said in ((False, "can't be gone on with: take another folder"), (True, "resume=True goes on with the one")):
+        out = tmp_path / str(resume)
+        with pytest.raises(RuntimeError): simulate_stream(broken(), platform, out, resume=resume)
+        with pytest.raises(ValueError, match=said): simulate_stream([chunk(0.)], platform, out)
+    with pytest.raises(ValueError, match="take another folder"): simulate_stream([chunk(0.)], platform, tmp_path / "False", resume=True)
+    simulate_stream([chunk(0.)], platform, tmp_path / "done")
+    with pytest.raises(ValueError, match="Streamed.open reads"): simulate_stream([chunk(0.)], platform, tmp_path / "done", resume=True)

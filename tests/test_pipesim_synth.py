@@ -211,3 +211,58 @@ def test_the_run_ledger_is_a_workload(home, notebook):
     work = ps.Workload.from_runs()
     assert work.counts == {"rows": 4, "used": 4, "failed": 1, "unfinished": 0} and work.arrival[0] == 0 and (work.dur > 0).all()
     assert ps.simulate(work, ps.Platform(ps.Pool("worker", 1))).unfinished == 0
+
+
+def own_log(folder, **more):
+    "A stranger's log of jobs, as a CSV file: Poisson arrivals over four weeks, lognormal run times, gangs."
+    import pandas as pd
+    rng, T = np.random.default_rng(0), 28 * 86400
+    n = rng.poisson(T / 220)
+    df = pd.DataFrame({"submitted": pd.Timestamp("2026-06-01") + pd.to_timedelta(np.sort(rng.uniform(0, T, n)), "s"), "seconds": rng.lognormal(8, 1, n), "gpus": rng.choice([1, 2, 4], n)})
+    df.assign(**more).to_csv(folder / "own.csv", index=False)
+    return folder / "own.csv"
+
+
+def test_the_model_of_a_log_of_jobs_asks_for_what_the_log_asks_for(tmp_path):
+    from opml_wb.pipesim.answers.plan import long_run_load
+    from opml_wb.pipesim.synth.public_traces import model_of, read_jobs
+    file, platform = own_log(tmp_path), ps.Platform(ps.Pool("gpu", 64))
+    jobs, model = read_jobs(file), model_of(file)
+    model = ps.PipelineModel.from_json(model.to_json())
+    rho = (jobs.dur * jobs.units).sum() / 64 / (28 * 86400)
+    assert long_run_load(model, platform)["gpu"] == pytest.approx(rho, rel=.02) and rho == pytest.approx(.804, rel=.01)
+    works = [model.sample(28 * 86400., k) for k in range(4)]
+    assert {w.kinds for w in works} == {("train",)} and all(len(w) == w.n_tasks and not w.read.any() for w in works)
+    assert np.mean([len(w) for w in works]) == pytest.approx(len(jobs), rel=.05)
+    assert np.mean([ps.simulate(w, platform).wait.mean() for w in works]) < 3600          # the log's own: 350 s
+    assert set(model.about["gof"]) == {"arrivals", "train"} and not model.about["gof"]["train"]["failed"]
+
+
+@pytest.mark.parametrize("share", [.001, .01, .018, .3])
+def test_rare_long_jobs_keep_the_mean_and_gof_looks_at_it(share):
+    "Most of the load may hang on one job in a hundred: the mean of what is drawn is the log's."
+    import pandas as pd
+    rng, n = np.random.default_rng(1), 20_000
+    dur = np.where(np.arange(n) < share * n, rng.normal(86400, 3600, n), rng.exponential(300, n))
+    jobs = pd.DataFrame({"dur": dur, "units": rng.choice([1, 2, 8], n, p=[.9, .09, .01])})
+    for by in ((), "units"):
+        model = ps.DurationModel(by=by).fit(jobs)
+        drawn = model.sample(jobs.sample(100_000, replace=True, random_state=0), 0)
+        assert drawn.mean() == pytest.approx(dur.mean(), rel=.05)
+        assert model.gof(jobs).ok and model.gof(jobs).mean == pytest.approx(1, abs=.02)
+        if share > .005: assert "mean" in model.gof(jobs.assign(dur=np.where(dur > 40_000, 3 * dur, dur))).failed
+    kept = json.loads(model.to_json())
+    for group in kept["groups"].values(): del group["bend"]              # a model of before
+    old = ps.DurationModel.from_json(kept)
+    assert np.isfinite(old.sample(jobs, 0)).all() and old.quantile(jobs[:1], .5) == pytest.approx(model.quantile(jobs[:1], .5), rel=.1)
+
+
+def test_batches_within_the_hour_are_no_good_fit():
+    "A timer's jobs in the first minute of each hour, all on the hour, in fives: hourly counts may fit, the hour's inside doesn't."
+    rng, hours = np.random.default_rng(0), MONDAY + 3600. * np.arange(4 * WEEK)
+    timer = np.sort(np.concatenate([np.repeat(hours, 24) + rng.uniform(0, 60, 24 * len(hours)), (hours[:, None] + rng.uniform(0, 3600, (len(hours), 6))).ravel()]))
+    for times in (timer, np.repeat(hours, 20), trace(seed=7, **TRACES["batches"])):
+        assert "minutes" in ps.ArrivalModel("ar1").fit(times).gof(times, weeks=20).failed
+    for name in ("mild", "minutes"):
+        times = trace(seed=7, **TRACES[name])
+        assert ps.ArrivalModel("ar1").fit(times).gof(times, weeks=40).minutes == pytest.approx(1, abs=.1)

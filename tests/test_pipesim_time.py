@@ -1,5 +1,6 @@
 """PipeSim's clocks: whatever zero times count from, in whatever form they come, the answers are the same."""
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -178,3 +179,60 @@ def test_the_window_is_what_was_watched():
     assert math.isnan(ps.stats.load(at_once, ps.Platform(ps.Pool("gpu", 1))).rho[0]) and "can't be told" in repr(ps.Experiment(at_once, ps.Platform(ps.Pool("gpu", 1))).run())
     sampled = ps.PipelineModel.default().sample(86_400., 0, .1)
     assert (sampled.t0, sampled.end) == (0, 86_400)
+
+
+@pytest.mark.parametrize("days, runs", [(1.5, 16), (3, 12), (14, 4), (28, 3)])
+def test_copies_of_more_users_are_as_good_as_independent(days, runs):
+    "M/M/c: the waits of a Poisson log with more users are what theory says, no two jobs at one instant, a subset is a subset."
+    from opml_wb.pipesim.answers.stats import mmc_wait
+    waits = {u: [] for u in (2, 4, 6)}
+    for seed in range(runs):
+        rng, T = np.random.default_rng([seed, 3]), days * 86400
+        n = round(T / 120)
+        w = ps.Workload.from_arrays(rng.uniform(0, T, n), rng.exponential(1, n).clip(1e-9) * 960, "g", t0=0, end=T)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for u in waits:
+                grown = w.scale(u)
+                assert len(np.unique(grown.arrival)) == len(grown) == u * n and (grown.t0, grown.end) == (0, T)
+                waits[u].append(ps.simulate(grown, ps.Platform(ps.Pool("g", 10 * u))).wait.mean())
+    for u, got in waits.items():
+        assert np.mean(got) == pytest.approx(mmc_wait(u / 120, 1 / 960, 10 * u), rel=.6, abs=3 * np.std(got) / len(got) ** .5), u
+
+
+def test_copies_keep_rhythm_and_batches_and_say_where_weeks_run_out():
+    day = np.arange(28)
+    at = np.repeat(day * 86400 + 9 * 3600 + 60. * (day % 5), 6)                  # six at once, soon after nine
+    w = ps.Workload.from_arrays(at, np.ones(len(at)), "g", t0=0, end=28 * 86400.)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grown = w.scale(3)
+    assert set(grown.since // 3600 % 24) == {9} and set(grown.since // 86400 % 7) == set(range(7))
+    assert set(np.unique(grown.arrival, return_counts=True)[1] % 6) == {0}
+    with pytest.warns(UserWarning, match="users=5: the trace has 4 whole weeks"): five = w.scale(5)
+    assert five.since.max() % 86400 < 11 * 3600 and len(five) == 5 * len(w)
+
+
+@pytest.mark.parametrize("arrival, t0, said", [
+    (np.array([1.76e12, 1.762e12]), None, "look like epoch ms"), ([1.76e18, 1.762e18], None, "look like epoch ns"), ([20260101, 20260102, 20260215], None, "look like dates"),
+    (["20260101", "20260102"], None, "look like dates"), (["2026-06-01T08:00:00+02:00", "2026-06-01T09:00:00"], None, "all have a time zone, or none"),
+    (["2026-06-01T08:00:00Z", "2026-06-02T09:00:00Z"], "2026-06-01", "all have a time zone, or none"),
+    (["2026-06-01 08:00", "2026-06-02 09:00"], pd.Timestamp("2026-06-01", tz="Europe/Berlin"), "all have a time zone, or none")])
+def test_times_that_would_be_misread_are_refused(arrival, t0, said):
+    with pytest.raises(ValueError, match=said): ps.Workload.from_arrays(arrival, np.ones(len(arrival)), "gpu", t0=t0)
+
+
+def test_readers_of_jobs_never_guess(tmp_path):
+    from opml_wb.pipesim.synth.public_traces import read_jobs
+    (tmp_path / "p.csv").write_text("timestamp,duration,num_gpus\n03/02/2026,5,1\n12/02/2026,5,1\n")
+    with pytest.raises(ValueError, match="p.csv: timestamp, row 0: expected numbers .s., datetimes or ISO"): ps.Workload.from_philly(tmp_path / "p.csv")
+    good = "submitted,seconds,gpus\n2026-06-01,60,1.0\n2026-06-02,60,4.0\n"
+    file = tmp_path / "j.csv"
+    file.write_text(good)
+    assert read_jobs(file).units.tolist() == [1, 4] and read_jobs(file).attrs["columns"]["time"] == "submitted"
+    for text, said in ((good.replace("4.0", ""), "j.csv: gpus, row 1: expected"), (good.replace("4.0", "1.5"), "j.csv: gpus, row 1: expected a whole number"), (good.replace("4.0", "0"), "gpus, row 1.* got 0"),
+                       (good.replace("\n", ",time\n", 1).replace(".0\n", ".0,7\n"), "just one of time, timestamp, submitted"), ("", "j.csv: expected CSV"), ("\x00\ufffd,\n" * 2, "j.csv")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said): read_jobs(file)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
+    with pytest.raises(ValueError, match="j.csv: expected text or .gz"): read_jobs(file)

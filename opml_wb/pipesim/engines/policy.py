@@ -86,7 +86,10 @@ def keys(policy: Policy, workload: Workload) -> np.ndarray:
     "Compute the keys of a workload's tasks, f8 [T]; ValueError naming the task whose key is NaN."
     own = "key" in vars(policy) or type(policy).key is not Policy.key
     what = f"keys of policy {policy.name!r}"
-    out = np.asarray(policy.key(workload.tasks) if own else 0.0, np.float64)
+    given = policy.key(workload.tasks) if own else 0.0
+    try: out = np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what}: expected numbers, got {given!r:.60}") from None
     ok = out.ndim == 0 or out.shape == (workload.n_tasks,)
     need(ok, what, out.shape, f"a scalar or shape ({workload.n_tasks},)")
     out = np.broadcast_to(out, workload.n_tasks).copy()

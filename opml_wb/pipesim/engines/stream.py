@@ -225,9 +225,12 @@ def _begin(out: Path, resume: bool) -> Carry:
     if resume and (out/"carry.pickle").is_file():
         for left in out.glob(".*.parquet.*"): left.unlink()          # by a call that was killed
         return pickle.loads((out/"carry.pickle").read_bytes())
-    empty = not any(out.glob("*.parquet")) and not (out/"stream.json").exists()
-    need(empty, "out", str(out),
-         "a folder without a simulation in it (resume=True goes on with one that was broken off)")
+    whole, parts = (out/"stream.json").exists(), any(out.glob("*.parquet"))
+    way = ("Streamed.open reads the finished one that is there" if whole else
+           "resume=True goes on with the one that was broken off there"
+           if (out/"carry.pickle").is_file() else
+           "what a call without resume=True left can't be gone on with: take another folder")
+    need(not (whole or parts), "out", str(out), f"a folder without a simulation in it ({way})")
     return Carry()
 
 # %% ../../../nbs/pipesim/engines/07_stream.ipynb #3a7d4ba1
@@ -250,8 +253,9 @@ def simulate_stream(chunks: Iterable[Workload], platform: Platform, out: str | o
 
     Results in Parquet files in `out`. Returns Streamed; its digest is that of `simulate` on the
     whole, whatever the chunks. out: a new folder; policy: a static one whose key looks at one
-    task at a time; resume: go on after the last chunk that a broken-off call took in (give the
-    same chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
+    task at a time; resume: keep after each chunk what a later call with resume=True needs, and go
+    on after the last chunk that a broken-off call of this kind took in (give the same
+    chunks). Memory: a chunk and what is open. Raises ValueError naming the chunk."""
     out, policy = Path(out), policy_of(policy)
     need(is_static(policy), "policy", policy, "a static one: the compiled engine streams")
     need(isinstance(platform, Platform), "platform", platform, "a Platform")

@@ -6,7 +6,7 @@
 __all__ = ['DuckStore']
 
 # %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #7169c5c2
-import json, os
+import json, os, threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class DuckStore(TraceStore, scheme="duckdb"):
     def __init__(self, file: str | os.PathLike) -> None: self.file = local_path(file, "duckdb")
 
 # %% ../../../nbs/pipesim/stores/02_duckdb_file.ipynb #7255595e
+_WRITING = threading.RLock()      # transactions of two threads would meet in one file
+
 @patch
 def _open(self: DuckStore) -> Any:
     import duckdb
@@ -65,7 +67,7 @@ def experiments(self: DuckStore) -> dict[str, dict[str, Any]]:
 @patch
 def remove(self: DuckStore, experiment: str) -> None:
     "Forget an experiment."
-    with self._open() as db:
+    with _WRITING, self._open() as db:
         if not self._has(db, checked_name(experiment)): raise unknown(experiment, [], self.file)
         db.execute("begin"); self._drop(db, experiment); db.execute("commit")
 
@@ -77,7 +79,7 @@ def write(self: DuckStore, trace: Trace, experiment: str, params: Mapping[str, A
 
     Raises StoreError when there is one of that name, unless `replace`."""
     checked_name(experiment)
-    with self._open() as db:
+    with _WRITING, self._open() as db:
         if not replace and self._has(db, experiment): raise taken(experiment, self.file)
         db.execute("begin")
         self._drop(db, experiment)

@@ -14,10 +14,11 @@ from fastcore.basics import patch
 from numpy.typing import ArrayLike
 
 from ...core.kit.words import is_number
-from .goodness_of_fit import Fit, GoF, compare
+from .goodness_of_fit import Fit, GoF, compare, ratio, within_hours
 from .interarrival import (
-    dither, exponweib_cv2, fit_exponweib, renewal_times)
-from ..work.checks import finite
+    dither, exponweib_cv2, fit_exponweib, grain, renewal_times)
+from ..work.checks import finite, need
+from ..work.clock import misread
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #096362dc
 WEEK, HOUR = 168, 3600.
@@ -54,6 +55,9 @@ def sorted_times(times_s: ArrayLike, tz: str | None) -> np.ndarray:
 
     ValueError naming the row of a bad time, and for an unknown `tz`."""
     times = np.sort(finite(times_s, "times_s"))
+    said = misread(times)
+    need(not said, "times_s", float(times[0]) if len(times) else 0,
+         f"epoch seconds, but these look like {said}")
     if len(times) < 2: raise ValueError(f"times_s: expected at least 2 arrivals, got {len(times)}")
     if tz is None: return times
     try: zoneinfo.ZoneInfo(tz)
@@ -298,28 +302,31 @@ def scaled(self: ArrivalModel, users: float) -> ArrivalModel:
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #45460269
 BOUNDS = {"mean_rate": (.98, 1.02), "cell_mape": (0, .15), "cell_sd": (.75, 1.4),
-          "dispersion": (.75, 1.35)}
+          "dispersion": (.75, 1.35), "minutes": (.5, 2.)}
 
 def arrival_gof(model: ArrivalModel, times: np.ndarray, weeks: int | None = None,
                 seed: int = 0) -> GoF:
     """Compare a model's sample with a trace of sorted epoch seconds: a GoF.
 
-    Ratios synthetic / trace of mean_rate, cell_sd, dispersion (index of hourly counts),
-    cell_mape (mean absolute error of the 168 means), `ks`, `ad`, `qq` of the gaps in minutes;
-    `failed`: which leave BOUNDS. weeks: synthetic ones (None: as many as 3 million arrivals
-    have, 100 to 400)."""
+    Ratios synthetic / trace of mean_rate, cell_sd, dispersion (index of hourly counts), minutes
+    (dispersion within the hour, see `within_hours`; in steps of the trace's clock, up to a quarter
+    of an hour), cell_mape (mean absolute error of the 168 means), `ks`, `ad`, `qq` of the gaps in
+    minutes; `failed`: which leave BOUNDS. weeks: synthetic ones (None: as many as 3 million
+    arrivals have, 100 to 400)."""
     weeks = weeks or int(np.clip(3e6 / max(1., model.profile.sum()), 100, 400))
     made = model.sample(weeks * WEEK * HOUR, np.random.default_rng(seed), draw="matched")
     hours = np.histogram(made, HOUR * np.arange(weeks * WEEK + 1))[0].astype(float)
     _, counts, cells = hourly(times, model.tz)
-    (mean, sd, disp) = profile_stats(counts, cells)
+    (mean, sd, disp), step = profile_stats(counts, cells), max(60., grain(times))
+    if step > 900: step = 60.                        # batches, not a clock's steps
     (mean2, sd2, disp2) = profile_stats(hours, np.arange(len(hours)) % WEEK)
     seen = mean > 0
     several = seen & np.isfinite(sd)
     more = {"mean_rate": float(np.nanmean(mean2[np.isfinite(mean)]) / np.nanmean(mean)),
             "cell_mape": float(np.abs(mean2[seen] / mean[seen] - 1).mean()),
-            "cell_sd": float(sd2[several].mean() / sd[several].mean()) if several.any() else np.nan,
-            "dispersion": float(disp2 / disp), "weeks": weeks}
+            "cell_sd": ratio(sd2[several].mean(), sd[several].mean()) if several.any() else np.nan,
+            "dispersion": ratio(disp2, disp), "weeks": weeks,
+            "minutes": ratio(*(within_hours(t, step) for t in (made[:500_000], times)))}
     failed = [k for k, (lo, hi) in BOUNDS.items() if not lo <= more[k] <= hi]
     return compare(np.diff(dither(times)) / 60, np.diff(made[:500_000]) / 60, more, failed)
 

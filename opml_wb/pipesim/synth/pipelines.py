@@ -26,12 +26,13 @@ from ..work.workload import Workload
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #34127e05
 def structure(name: str, fan: int = 1) -> tuple[list[str], list[tuple[int, int]]]:
-    """Lay out (kinds, edges) of a pipeline `build`, `compress` or `retrain`.
+    """Lay out (kinds, edges) of a pipeline `build`, `compress`, `retrain` or `job`.
 
     fan: trainings side by side. Raises ValueError."""
+    if name == "job": return ["train"], []
     first = {"build": ["preprocess"], "compress": ["preprocess"], "retrain": []}
     if name not in first:
-        raise ValueError(f"structure={name!r}: expected build, compress or retrain")
+        raise ValueError(f"structure={name!r}: expected build, compress, retrain or job")
     last = ["validate", "compress", "validate",
             "deploy"] if name == "compress" else ["validate", "deploy"]
     head = len(first[name])
@@ -56,7 +57,7 @@ def assemble(names: Sequence[str],
     for k, (kinds, pairs) in enumerate(shapes):
         at = first[np.flatnonzero(which == k)]
         for j, what in enumerate(kinds): kind[at + j] = what
-        edges.append((at[:, None, None] + np.array(pairs)).reshape(-1, 2))
+        edges.append((at[:, None, None] + np.array(pairs, int).reshape(-1, 2)).reshape(-1, 2))
     pipeline = np.repeat(np.arange(len(which)), sizes)
     return pipeline, kind, np.concatenate(edges) if edges else np.zeros((0, 2), np.int64)
 
@@ -112,7 +113,9 @@ class PipelineModel(Fit):
     `PipelineModel.default()` is the shipped one, `fit` makes one of your traces. Arrivals,
     assets, training times, what other tasks take beside training, model metrics, and the mix of
     structures, frameworks and gang sizes. structures, frameworks: {name: weight}; pools: {kind
-    of task: pool}; deploy_s: duration of deployments, s."""
+    of task: pool}; deploy_s: duration of deployments, s. given: True where its parameters are
+    taken as they are (the shipped model's), False where they are estimates of one trace."""
+    given = False
     _parts = {"arrivals": ArrivalModel, "assets": AssetModel, "train": DurationModel,
               "shares": DurationModel, "metrics": MetricModel}
     _kept = (*_parts, "structures", "frameworks", "units", "pools", "deploy_s", "about")
@@ -164,7 +167,9 @@ def fit(self: PipelineModel, times_s: ArrayLike, assets: pd.DataFrame, train: pd
 def default(cls: PipelineModel) -> PipelineModel:
     """Read the shipped model: arrivals and training times of Philly, assets of PMLB, the rest
     calibrated (`data/README.md`)."""
-    return cls.from_json(data.path("pipesim/default_model"))
+    self = cls.from_json(data.path("pipesim/default_model"))
+    self.given = True
+    return self
 
 # %% ../../../nbs/pipesim/synth/07_pipelines.ipynb #096893b9
 @patch
@@ -213,8 +218,8 @@ def sample(self: PipelineModel, horizon_s: float, rng: int | np.random.Generator
     pipeline, kind, edges = assemble(p.structure.to_numpy(), p.fan.to_numpy())
     tasks = p.loc[pipeline, ["framework", "units", "size"]].reset_index(drop=True).assign(kind=kind)
     final = np.where(small, made.bytes_compressed, made.bytes)
-    read, write = link_bytes(kind, p.bytes.to_numpy()[pipeline], made.bytes.to_numpy()[pipeline],
-                             final[pipeline])
+    told = (p.structure != "job").to_numpy()     # a log's jobs took their transfers' time, too
+    read, write = link_bytes(kind, *((told * b)[pipeline] for b in (p.bytes, made.bytes, final)))
     return Workload.from_arrays(arrival, self._durations(tasks, pipeline, times, shares),
                                 np.array([self.pools[k] for k in kind], object).astype(str),
                                 units=np.where(kind == "train", tasks.units, 1), pipeline=pipeline,

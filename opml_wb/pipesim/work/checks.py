@@ -89,6 +89,7 @@ def codes(value: ArrayLike, name: str, n: int) -> tuple[np.ndarray, tuple[str, .
     their order)."""
     raw = np.asarray(value)
     need(raw.ndim == 0 or raw.shape == (n,), name, raw.shape, f"a name or shape ({n},)")
+    if raw.dtype.kind == "U": need_all(raw != "nan", name, raw, "a name, not a missing one", "task")
     raw = np.broadcast_to(raw, n)
     if raw.dtype.kind in "iuf": raw = wholes(raw, name, n, 0)
     elif raw.dtype.kind not in "U":

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from ...core.kit.files import replacing
 from .checks import codes, floats, need, need_all, wholes
-from .clock import Clock, seconds
+from .clock import Clock, one_zone, seconds
 from .model import Pipeline, levels, ranges
 
 # %% ../../../nbs/pipesim/work/03_workload.ipynb #6de51f8f
@@ -172,6 +172,7 @@ def from_arrays(cls: Workload, arrival: ArrayLike, dur: ArrayLike, pool: ArrayLi
     need(np.ndim(arrival) == 1, "arrival", np.shape(arrival), "one value a pipeline, shape (P,)")
     need(np.ndim(dur) == 1, "dur", np.shape(dur), "one value a task, shape (T,)")
     P, n = np.shape(arrival)[0], np.shape(dur)[0]
+    one_zone("arrival, t0, end", arrival, *(t for t in (t0, end) if t is not None))
     arrival, dur = seconds(arrival, "arrival", P, "pipeline"), floats(dur, "dur", n)
     first, last = (math.nan if t is None else float(seconds([t], what, 1)[0])
                    for what, t in (("t0", t0), ("end", end)))
