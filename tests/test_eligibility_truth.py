@@ -15,8 +15,8 @@ def imports():
 
     from opml_wb import eligibility
     from opml_wb.core.record import data
-    from opml_wb.eligibility import verdict
-    globals().update({n: getattr(eligibility, n) for n in eligibility.__all__}, np=numpy, pd=pandas, data=data, verdict=verdict)
+    from opml_wb.eligibility.intervals import interval
+    globals().update({n: getattr(eligibility, n) for n in eligibility.__all__}, np=numpy, pd=pandas, data=data, interval=interval)
 
 
 # --- dates that nobody declares
@@ -207,6 +207,109 @@ def test_what_orders_the_rows_is_their_time_and_parts_must_agree():
     with pytest.raises(ValueError, match="'u'.*'next_contact'.*same time="): scan_parts(parts, lambda x: AuditLog.from_wide(x, "id", "k"))
 
 
+def test_a_linked_table_as_it_is_now_is_not_audited_unless_said():
+    cust = np.random.default_rng(1).integers(0, 60, 600)
+    log = AuditLog.from_wide(late(resolved(), "code", "resolved_at").assign(cust=cust[np.repeat(range(600), 4)]), "id", "k")
+    now = pd.DataFrame({"cust": range(60), "reason": ["price", "quality"] * 30})
+    asks = verdicts(log.join(now, "cust")).loc["cust.reason"]
+    assert asks.verdict == "undetermined" and "join(time=)" in asks.reason and "time=False" in asks.reason
+    assert verdicts(log.join(now, "cust", time=False)).verdict["cust.reason"] == "ok"
+    since = now.assign(since=[pd.Timestamp("2023-01-01")] + [pd.NaT] * 59)          # from when the others hold is unknown
+    joined = log.join(pd.concat([since, since[1:2]]), "cust", time="since")
+    assert scan(joined).frame().null_rate["cust.reason"] == (cust > 0).mean() and joined.issues["cust: versions of the table without 'since', left out"] == 60
+
+
+def test_a_field_whose_audit_began_late_is_not_read_from_the_present_table():
+    rng, rows, now, begin = np.random.default_rng(3), [], [], pd.Timestamp("2024-01-01")
+    for c in range(300):
+        t, code = begin + 2 * c * HOUR, rng.choice(["fix", "dup"])
+        rows += [(c, t + 2 * HOUR, "state", "New", "Active"), (c, t + 30 * HOUR, "state", "Active", "Closed")]
+        rows += [(c, t + 30 * HOUR, "code", None, code)] * (c >= 270) + [(c, t + 9 * HOUR, "prio", "a", "b")] * (c % 10 == 3)
+        now.append((c, t, "Closed", code, "b" if c % 10 == 3 else "a"))
+    rows, now = pd.DataFrame(rows, columns=["id", "at", "f", "old", "new"]), pd.DataFrame(now, columns=["id", "created", "state", "code", "prio"])
+    for created in ("created", None):
+        v = verdicts(AuditLog.from_delta(rows, "id", "at", "f", "old", "new", current=now, created=created))
+        assert v.verdict[["code", "prio"]].tolist() == ["undetermined", "ok"] and "first audit row is of 2024-01-" in v.reason["code"]
+    kept = verdicts(AuditLog.from_delta(rows[rows.id >= 285], "id", "at", "f", "old", "new", current=now[now.id >= 285], created="created"))
+    assert kept.null_rate["code"] == 1
+
+
+def test_a_csv_is_read_so_that_no_two_values_become_one(tmp_path):
+    d = pd.DataFrame({"id": ["007", "7"] * 30, "k": range(60), "region": ["NA", "EU"] * 30, "cost": ["2.50", "NULL", "3.00"] * 20,
+                      "version": ["1.1", "1.10"] * 30, "prio": ["1"] * 59 + ["high"], "at": "2024-01-01", "n": ["1", ""] * 30, "hash": ["12e4567", "5"] * 30})
+    d.to_csv(tmp_path/"log.csv", index=False)
+    log = load(str(tmp_path/"log.csv"), "id", "k")
+    assert log.n_cases == 2 and set(log.values("region")) == {"NA", "EU"} and set(log.values("prio")) == {"1", "high"}
+    assert set(log.values("version")) == {"1.1", "1.10"} and set(log.values("hash")) == {"12e4567", "5"} and set(log.values("cost").dropna()) == {2.5, 3.}
+    assert log.issues["guess: 'region': 'NA' is a text like others, not null"] == 30 and scan(log).frame().null_rate["n"] == .5
+    (tmp_path/"bad.csv").write_bytes("id,k\n1,é\n".encode("latin-1"))
+    (tmp_path/"none.csv").write_text("")
+    for name, says in (("bad", "bad.csv.*not UTF-8"), ("none", "none.csv is no readable CSV")):
+        with pytest.raises(ValueError, match=says): load(str(tmp_path/f"{name}.csv"), "id", "k")
+
+
+def test_ties_of_an_export_that_comes_newest_first_are_turned():
+    begin, rows = pd.date_range("2024-01-01", periods=60, freq="h"), []
+    for c in range(60): rows += [(c, begin[c], "New", None), (c, begin[c], "Assigned", "a"), (c, begin[c] + 5 * HOUR, "Closed", "a")]
+    d = pd.DataFrame(rows, columns=["id", "at", "state", "group"])
+    for x, turned in ((d[::-1], True), (d, False)):
+        log = AuditLog.from_wide(x, "id", "at")
+        assert scan(log).frame().null_rate["group"] == 1 and any("newest first" in str(k) for k in log.issues) == turned
+    changes = pd.DataFrame([(c, begin[c] + k * HOUR, "f", v) for c in range(60) for k, v in ((0, "x"), (0, "y"), (3, "z"))], columns=["id", "at", "f", "new"])
+    log = AuditLog.from_delta(changes[::-1].assign(n=0), "id", "at", "f", new="new")
+    assert (log.values("f", log.starts[:-1]) == "y").all()
+
+
+def test_a_case_that_began_before_the_log_has_no_start_in_it():
+    d = resolved(400)
+    d["opened_at"] = d.groupby("id").updated.transform("min")
+    cut = d[d.updated >= d.updated.quantile(.5)]
+    log = AuditLog.from_wide(cut, "id", "k")
+    before = (cut.groupby("id").opened_at.first() < cut.updated.min()).to_numpy()
+    assert (log.cut == before).all() and 20 < before.sum() and any("began before the log, by 'opened_at'" in str(k) for k in log.issues)
+    assert scan(log).n == (~before).sum() == scan(log, 1).n + (np.diff(log.starts)[~before] < 2).sum()
+    assert (log.codes[log.at("state"), rows_at(log)[~before]] == log.codes[log.at("state"), 0 if not before[0] else rows_at(log)[~before][0]]).all()
+    assert (rows_at(log, ("state", "Resolved"))[before] >= 0).any()    # that state is reached within the log
+    assert AuditLog.from_wide(cut, "id", "k", began=False).cut is None and AuditLog.from_wide(d, "id", "k").cut is None
+    said = AuditLog.from_wide(cut, "id", "k", began="opened_at")
+    assert (said.cut == before).all() and not any(str(k).startswith("guess: cases began") for k in said.issues)
+
+
+def test_what_no_date_tells_is_said_and_a_duration_is_known():
+    d = resolved()
+    hours = (d.resolved_at - d.groupby("id").updated.transform("min")) / pd.Timedelta(HOUR)
+    d = d.drop(columns="resolved_at").assign(hours=hours, span=pd.to_timedelta(hours, "h"), size=np.random.default_rng(0).integers(1, 90, 600)[d.id])
+    log = AuditLog.from_wide(d, "id", "k")
+    v = verdicts(log)
+    assert v.verdict[["hours", "span", "size", "code"]].tolist() == ["undetermined", "undetermined", "ok", "ok"]
+    assert "by_time={'hours': None}" in v.reason["hours"] and any("no date could tell" in str(k) for k in log.issues)
+    told = AuditLog.from_wide(d, "id", "k", by_time={"hours": None})
+    assert verdicts(told).verdict["hours"] == "ok" and not any("no date could tell" in str(k) for k in told.issues)
+
+
+def test_odd_names_moments_and_numbers():
+    import warnings
+    d = resolved(100)
+    numbers = d.rename(columns={"resolved_at": 7})
+    assert judged(numbers, planned=7).verdict[7] != "backfill" == judged(numbers).verdict[7]
+    pair = d.set_axis(pd.Index([("a", "b") if c == "code" else c for c in d], tupleize_cols=False), axis=1)
+    log = AuditLog.from_wide(pair, "id", "k", planned=[("a", "b")])
+    assert verdicts(log).index[-1] == ("a", "b") and eligibility_matrix(log).shape == (5, 5) and len(pairs(log)) == 20 and len(labels(log)) == 5
+    with pytest.raises(ValueError, match="'01/02/2024': day or month first"): snapshot(log, "01/02/2024")
+    assert len(snapshot(log, "2024-02-01", 9)) == len(snapshot(log, "Feb 1, 2024", 9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log = AuditLog.from_wide(d.assign(x=np.inf, created_at=np.inf, y=np.where(d.id % 2, np.inf, 5.)), "id", "k")
+        assert verdicts(log).verdict["x"] == "ineligible" and len(labels(log)) == 8
+
+
+def test_pairs_are_ordered_from_the_start_whatever_e():
+    rows = pd.DataFrame({"id": np.repeat(range(40), 3), "k": [0, 1, 2] * 40, "group": ["?", "HW", "HW"] * 40, "person": ["?", "?", "Mary"] * 40})
+    for at in ("start", 1, 2):                                         # at the last both are there: the person still came second
+        found = pairs(AuditLog.from_wide(rows, "id", "k"), at).set_index(["feature", "label"])
+        assert found.verdict["person", "group"] == "inverse" and found.verdict["group", "person"] == "ok"
+
+
 # --- one clock
 
 def test_a_zone_on_one_side_is_refused_or_given():
@@ -317,6 +420,21 @@ def test_open_cases_are_censored_and_the_interval_covers():
         open_.append(share)
         plain.append(scan(AuditLog.from_wide(df, "case", "n", "at")).frame().change_rate["prio"])
     assert np.mean(hit) > .88 and np.mean(plain) < true - .05 and np.mean(open_) > .2
+
+
+def test_cases_longer_than_the_log_may_end_otherwise():
+    "A third of the cases takes 60 days and ends low; the log holds 45 days, so none of them has ended."
+    r, rows, begin = np.random.default_rng(0), [], pd.Timestamp("2024-01-01")
+    for c in range(900):
+        a, slow, p = r.uniform(0, 45), c % 3 == 0, r.choice(["high", "med"])
+        took = 60 if slow else r.exponential(1) + .1
+        for k, (part, state) in enumerate([(0, "New"), (.02 if slow else .3, "Active"), (1, "Closed")]):
+            if a + took * part <= 45: rows.append((c, k, begin + pd.Timedelta(days=a + took * part), state, "low" if slow and k == 2 else p))
+    d = pd.DataFrame(rows, columns=["id", "k", "updated", "state", "priority"])
+    for rows, ended in ((d, ("state", "Closed")), (d, None), (d.drop(columns="updated"), ("state", "Closed"))):
+        v = judged(rows, ended=ended).loc["priority"]
+        assert v.verdict == "undetermined" and "of the cases take longer than any that has ended" in v.reason and "ended=" in v.reason
+        if ended: assert v.lo < 1 / 3 < v.hi
 
 
 def test_open_cases_wherever_they_stand_and_whatever_asks():
@@ -434,7 +552,9 @@ def test_open_traces_are_censored(tmp_path):
     true = xes(tmp_path/"log.xes", 500, .28, np.random.default_rng(0), delta=False, open_share=1 / 3)
     plain = scan(AuditLog.from_xes(tmp_path/"log.xes")).frame().change_rate["prio"]
     v = verdicts(AuditLog.from_xes(tmp_path/"log.xes", ended=("state", "Closed")))
-    assert plain < true - .06 and v.change_rate["prio"] == pytest.approx(true, abs=.03) and v.verdict["prio"] == "ineligible"
+    assert plain < true - .06 and v.change_rate["prio"] == pytest.approx(true, abs=.03)
+    assert v.verdict["prio"] == "undetermined" and "take longer than any that has ended" in v.reason["prio"]     # a third never ends
+    assert v.lo["prio"] < true < v.hi["prio"]
 
 
 def test_rows_that_lapse_in_a_wide_log_are_asked_about_too():
@@ -466,6 +586,23 @@ def test_wrong_verdicts_are_rare_whatever_the_number_of_cases():
             assert np.mean([s == wrong for s in said]) <= .12, (n, true)
 
 
+def test_few_days_that_agree_decide_nothing():
+    "A field is empty on whole days, three in ten: with few days it must not be ok because none of them was seen."
+    for days in (1, 3, 5, 8, 13):
+        wrong, r = 0, np.random.default_rng(days)
+        for _ in range(40):
+            empty, day = r.random(days) < .3, np.repeat(range(days), 30)
+            d = pd.DataFrame({"id": range(len(day)), "k": 0, "at": pd.Timestamp("2024-01-01") + pd.to_timedelta(day, "D"),
+                              "f": np.where(empty[day], None, r.choice(["a", "b"], len(day)))})
+            v = judged(d, time="at").loc["f"]
+            wrong += v.verdict == "ok"
+        assert wrong <= 2 and (v.verdict != "undetermined" or f"of {days} day" in v.reason)
+    clean = d.assign(f=r.choice(["a", "b"], len(d)))
+    assert judged(clean, time="at").verdict["f"] == "undetermined" and judged(clean.drop(columns="at")).verdict["f"] == "ok"
+    more = pd.concat([clean, clean.assign(id=clean.id + 1000, at=clean["at"] + pd.Timedelta(days=13))])
+    assert judged(more, time="at").verdict["f"] == "ok"
+
+
 @pytest.mark.parametrize("days, per, icc, least", [(1, 30, 0, .93), (3, 30, 0, .93), (3, 20, .1, .93), (5, 5, .1, .93), (8, 30, .1, .92),
                                                    (12, 30, .2, .92), (40, 20, .3, .92)])
 def test_intervals_cover_when_cases_come_in_bursts(days, per, icc, least):
@@ -473,7 +610,7 @@ def test_intervals_cover_when_cases_come_in_bursts(days, per, icc, least):
     for true in (.2, .5):
         n = np.maximum(1, rng.poisson(per, (days, repeats)))
         p = rng.beta(true * (1 - icc) / icc, (1 - true) * (1 - icc) / icc, n.shape) if icc else np.full(n.shape, true)
-        _, lo, hi = verdict._interval(rng.binomial(n, p), n)
+        _, lo, hi = interval(rng.binomial(n, p), n)
         assert ((lo <= true) & (true <= hi)).mean() >= least, true
 
 

@@ -73,13 +73,19 @@ def _first(log, shown):
     out[cases] = rows[first]
     return out
 
+# %% ../../nbs/eligibility/03_scanning.ipynb #1fdae121
+def _seen(log, rows, later=False):
+    "Leave out of rows int64 [C] the cases that began before the log; later: unless it came later."
+    if log.cut is None: return rows
+    return np.where(log.cut & ((rows == log.starts[:-1]) | (not later)), -1, rows)
+
 # %% ../../nbs/eligibility/03_scanning.ipynb #069a0101
 def rows_at(log: AuditLog, at: Point = "start") -> np.ndarray:
     """Find the row of each case at the point `at`: int64 [C], -1 where a case does not come so far.
 
     at: "start"; k, the case's row k (0 = first); a timedelta from its first time, when the case
-    still goes on; or (field, value), the first row that shows it and can know it (see `shows`).
-    Raises ValueError for anything else, for a log without times, or for a value that never
+    still goes on; or (field, value), the first row that shows it and can know it (see `shows`). A
+    case that began before the log has no start in it, nor what is counted from there. Raises ValueError for anything else, for a log without times, or for a value that never
     occurs."""
     a_log(log)
     e: Any = 0 if isinstance(at, str) and at == "start" else at
@@ -87,13 +93,13 @@ def rows_at(log: AuditLog, at: Point = "start") -> np.ndarray:
         timed(log, f"at={e}")
         if pd.isna(e) or (window := e / timedelta(microseconds=1)) < 0:
             raise ValueError(f"at={e}: expected a timedelta >= 0")
-        return kernels.rows_after(log.starts, log.time, min(int(window), FAR))
-    if isinstance(e, tuple) and len(e) == 2: return _first(log, shows(log, *e))
+        return _seen(log, kernels.rows_after(log.starts, log.time, min(int(window), FAR)))
+    if isinstance(e, tuple) and len(e) == 2: return _seen(log, _first(log, shows(log, *e)), True)
     if isinstance(e, bool) or not hasattr(e, "__index__") or (k := operator.index(e)) < 0:
         raise ValueError(f"at={at!r}: expected 'start', a number of updates >= 0, a timedelta, "
                          "or (field, value)")
     rows = log.starts[:-1] + min(k, len(log))
-    return np.where(rows < log.starts[1:], rows, -1)
+    return _seen(log, np.where(rows < log.starts[1:], rows, -1))
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #e25b5d0e
 def ratio(k: np.ndarray, n: np.ndarray) -> np.ndarray:

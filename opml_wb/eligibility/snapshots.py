@@ -43,7 +43,7 @@ def _moment(when, zoned=None):
 # %% ../../nbs/eligibility/06_snapshots.ipynb #e9723fe1
 def _young(log, rows, delay):
     "Mark the rows int64 [C] (-1: no record yet) that a young snapshot keeps: bool [C]."
-    begin, there = log.starts[:-1], rows >= 0
+    begin, there = log.starts[:-1], (rows >= 0) & (True if log.cut is None else ~log.cut)
     if delay is None: return there & (rows == begin)
     if isinstance(delay, tuple) and len(delay) == 2: return there & shows(log, *delay)[rows]
     if hasattr(delay, "__index__") and not isinstance(delay, bool):
