@@ -588,15 +588,15 @@ def test_wrong_verdicts_are_rare_whatever_the_number_of_cases():
 
 def test_few_days_that_agree_decide_nothing():
     "A field is empty on whole days, three in ten: with few days it must not be ok because none of them was seen."
-    for days in (1, 3, 5, 8, 13):
+    for days in (1, 3, 6, 13):
         wrong, r = 0, np.random.default_rng(days)
-        for _ in range(40):
+        for _ in range(20):
             empty, day = r.random(days) < .3, np.repeat(range(days), 30)
             d = pd.DataFrame({"id": range(len(day)), "k": 0, "at": pd.Timestamp("2024-01-01") + pd.to_timedelta(day, "D"),
                               "f": np.where(empty[day], None, r.choice(["a", "b"], len(day)))})
             v = judged(d, time="at").loc["f"]
             wrong += v.verdict == "ok"
-        assert wrong <= 2 and (v.verdict != "undetermined" or f"of {days} day" in v.reason)
+        assert wrong <= 1 and (v.verdict != "undetermined" or f"of {days} day" in v.reason)
     clean = d.assign(f=r.choice(["a", "b"], len(d)))
     assert judged(clean, time="at").verdict["f"] == "undetermined" and judged(clean.drop(columns="at")).verdict["f"] == "ok"
     more = pd.concat([clean, clean.assign(id=clean.id + 1000, at=clean["at"] + pd.Timedelta(days=13))])

@@ -40,7 +40,7 @@ def begin_date(log: "AuditLog") -> Hashable | None:
         inside, late = known & (when >= since), first - np.where(known, when, first)
         share = (late[inside] <= near).mean() if inside.sum() >= SEEN else 0
         named = BEGIN_WORDS.intersection(name_words(f))
-        if f in log.planned or f == log.timed_by or (late[known] < 0).mean() > .05: continue
+        if f in log.planned or f == log.timed_by or (late < 0).sum() > .05 * known.sum(): continue
         if share >= (.5 if named else .8): return f
     return None
 
@@ -65,13 +65,12 @@ def set_begun(log: "AuditLog", began: Hashable | bool | None) -> None:
                f"cases began before the log, by {date!r}, and have no start in it"] = int(cut.sum())
 
 # %% ../../nbs/eligibility/11_starts.ipynb #527f4a00
-def is_duration(log: "AuditLog", name: Hashable) -> bool:
-    """Tell if a number or span in the first rows is how long the cases go on after them.
+def is_duration(log: "AuditLog", i: int) -> bool:
+    """Tell if the i-th field, a number or span, says at first how long its cases will go on.
 
     In four of five cases, to its last digit or a hundredth; in any unit from microseconds to
     days."""
-    i, begin = log.at(name), log.starts[:-1]
-    levels = log.levels[i]
+    begin, levels = log.starts[:-1], log.levels[i]
     if log.time is None or levels.dtype.kind not in "miuf": return False
     v = pd.TimedeltaIndex(levels) / pd.Timedelta(1, "us") if levels.dtype.kind == "m" else levels
     span = log.time[log.starts[1:] - 1] - log.time[begin]
@@ -86,13 +85,14 @@ def set_spans(log: "AuditLog", by_time: dict | None) -> None:
     """Doubt the fields that are their cases' duration, in place; say if no date tells of others.
 
     by_time: as it was given; it judges the fields that it names."""
+    place = {f: i for i, f in enumerate(log.fields)}
     for f in log.still:
         if f in (by_time or {}) or f in log.doubts: continue
-        if is_duration(log, f) or log.levels[log.at(f)].dtype.kind == "m":
+        if is_duration(log, place[f]) or log.levels[place[f]].dtype.kind == "m":
             log.doubts[f] = ("a span of time is known when it is over; if it was filled in later, "
                              f"write by_time={{{f!r}: date}}, else by_time={{{f!r}: None}}"), OK
     blind = [f for f, dates in log.still.items() if not dates and f not in log.doubts
-             and (log.stirs[f] != 2).all() and (log.codes[log.at(f), log.starts[:-1]] > 0).any()]
+             and (log.stirs[f] != 2).all() and (log.codes[place[f], log.starts[:-1]] > 0).any()]
     if blind and by_time is None:
         log.issues["guess: fields that never change were not filled in later, though no date could "
                    "tell; by_time={field: None} if so"] = len(blind)

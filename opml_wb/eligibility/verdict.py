@@ -92,8 +92,8 @@ def _tell_nothing(s, th, future, verdict):
     or may in more than th. future: of `_against`."""
     at = dict(zip(s.fields, range(len(s.fields))))
     dates = dict.fromkeys(d for of in s.still.values() for d in of)
-    unsure, rate, _, hi = future[3:]
-    may = unsure & ((np.nan_to_num(rate) > 0) | (hi > th))
+    open_, rate, _, hi = future[3:]
+    may = open_ & ((np.nan_to_num(rate) > 0) | (hi > th))
     return ([d for d in dates if verdict[at[d]] == "backfill"],
             [d for d in dates if verdict[at[d]] == "undetermined" and (d in s.doubts or may[at[d]])])
 
@@ -121,8 +121,8 @@ def _judged(s, th):
     worse = np.nan_to_num(against[2][4]) > np.nan_to_num(against[1][4])
     lo, hi = (np.where(worse, against[2][i], against[1][i]) for i in (5, 6))
     for doubt in (True, False):
-        for name, text, objects, unsure, rate, a, b in reversed(against):
-            for i in np.flatnonzero(unsure if doubt else objects):
+        for name, text, objects, open_, rate, a, b in reversed(against):
+            for i in np.flatnonzero(open_ if doubt else objects):
                 verdict[i], lo[i], hi[i] = "undetermined" if doubt else name, a[i], b[i]
                 reason[i] = text.format(rate[i])
                 if doubt and "{" in text:
