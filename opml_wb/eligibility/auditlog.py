@@ -24,8 +24,8 @@ from .reading.wide import (as_pandas, by_dates, mapping, parquet_columns,
                                       present, read_xes, several, wide_rows)
 
 # %% ../../nbs/eligibility/02_auditlog.ipynb #2903be78
-AS_NOW = ("linked as it is now, not as it was: give the table's history, join(time=), or time=False "
-          "if it never changes"), OK
+AS_NOW = ("linked as it is now, not as it was: give the table's history, join(time=), or "
+          "time=False if it never changes"), OK
 
 # %% ../../nbs/eligibility/02_auditlog.ipynb #cdf871f7
 @dataclass(eq=False, repr=False)
@@ -197,7 +197,8 @@ def from_wide(cls: AuditLog, df: Any, case: Hashable, order: Any, time: Hashable
     df: DataFrame [n rows] (pandas, polars, Arrow). case: column of the record's key. order:
     column or columns that put a case's rows in order (None: they are); ties keep row order and
     are counted in `log.issues`. time: column of the row's time (None: found by itself, `order` if
-    that is one, and told in `issues`, False: none). null: values that mean "nothing". dates: found by themselves; column ->
+    that is one, and told in `issues`, False: none).
+    null: values that mean "nothing". dates: found by themselves; column ->
     how it is written where that is open, see `clock.said_dates`. by_time: field -> the date column
     that tells when it is known (`{"closed_code": "closed_at"}`), or None for the start; without it,
     fields that never change are `undetermined` in a log that has back-filled dates. planned: dates
@@ -305,9 +306,10 @@ def join(self: AuditLog, table: Any, on: Hashable, prefix: str | None = None,
 
     table: DataFrame with a row per key, or per key and `time` from which it holds (written as
     `fmt`, None: as it looks). on: the log's foreign key. dates, zone: of the table's columns, as
-    for `from_wide`. prefix: of the new fields' names (None: on + "."). Without `time` the table is as
-    it is now, and its fields are never `ok`; False: it never changes. Versions without a time are
-    left out and counted. planned: the table's dates that may lie ahead by nature. key: the table's key column (None: on).
+    for `from_wide`. prefix: of the new fields' names (None: on + "."). Without `time` the table is
+    as it is now, and its fields are never `ok`; False: it never changes. Versions without a time
+    are left out and counted.
+    planned: the table's dates that may lie ahead by nature. key: the table's key column (None: on).
     Keys that the table lacks, or had not yet, give null and are counted in `issues`. Raises
     ValueError naming column, key or value."""
     table, key = as_pandas(table), on if key is None else key

@@ -52,10 +52,10 @@ def effective(k: np.ndarray, n: np.ndarray) -> np.ndarray:
 def interval(k, n, days=None):
     """Compute a rate of counts by day [D, F] and its interval: (rate, lo, hi), each [F].
 
-    days: int64 [D], `NAT` is none; None: as if there were no days. If given and fewer than `DAYS` of them have cases, what makes
-    whole days (an outage) may not have been seen yet: then it ends no sooner than if each day were
-    one case; and of a single day all cases are one. A log without any times is judged as if its
-    cases were independent, which is what nothing in it contradicts."""
+    days: int64 [D], `NAT` is none; None: as if there were no days. If given and fewer than `DAYS`
+    of them have cases, what makes whole days (an outage) may not have been seen yet: then it ends
+    no sooner than if each day were one case; and of a single day all cases are one. A log without
+    any times is judged as if its cases were independent, which nothing in it contradicts."""
     size, rate = effective(k, n), ratio(k.sum(0), n.sum(0))
     if days is None or (np.asarray(days) == NAT).all(): return _ends_of(rate, size)
     D = ((n > 0) & (days != NAT)[:, None]).sum(0)

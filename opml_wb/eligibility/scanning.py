@@ -85,8 +85,8 @@ def rows_at(log: AuditLog, at: Point = "start") -> np.ndarray:
 
     at: "start"; k, the case's row k (0 = first); a timedelta from its first time, when the case
     still goes on; or (field, value), the first row that shows it and can know it (see `shows`). A
-    case that began before the log has no start in it, nor what is counted from there. Raises ValueError for anything else, for a log without times, or for a value that never
-    occurs."""
+    case that began before the log has no start in it, nor what is counted from there. Raises
+    ValueError for anything else, for a log without times, or for a value that never occurs."""
     a_log(log)
     e: Any = 0 if isinstance(at, str) and at == "start" else at
     if isinstance(e, (timedelta, np.timedelta64)):

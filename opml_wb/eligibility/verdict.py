@@ -37,8 +37,8 @@ def _beyond(s, rate, lo, hi):
 def _why_wide(s, change):
     "Say what makes an interval of a Scan wide, and what tells more; '' if it is the cases alone."
     days, share = int((s.days != NAT).sum()), s.unseen / max(1, s.n)
-    long = (f"; {share:.1%} of the cases take longer than any that has ended: a longer log tells, or "
-            "all values that end a case, ended=")
+    long = (f"; {share:.1%} of the cases take longer than any that has ended: a longer log tells, "
+            "or all values that end a case, ended=")
     few = f"; of {days} day{'s' * (days != 1)} alone: more days tell"
     return (long * bool(change and share >= .005 and s.of_ended is None) + few * (0 < days < DAYS))
 
@@ -94,8 +94,9 @@ def _tell_nothing(s, th, future, verdict):
     dates = dict.fromkeys(d for of in s.still.values() for d in of)
     open_, rate, _, hi = future[3:]
     may = open_ & ((np.nan_to_num(rate) > 0) | (hi > th))
+    unjudged = [d for d in dates if verdict[at[d]] == "undetermined"]
     return ([d for d in dates if verdict[at[d]] == "backfill"],
-            [d for d in dates if verdict[at[d]] == "undetermined" and (d in s.doubts or may[at[d]])])
+            [d for d in unjudged if d in s.doubts or may[at[d]]])
 
 def _still(s, th, future, verdict, reason):
     "Make undetermined, in place, the fields that may have come with a date, object [F] each."
@@ -110,8 +111,8 @@ def _still(s, th, future, verdict, reason):
                f"whether it was filled in later, {names} could tell, but {reason[at[said[0]]]} (or "
                "declare what may lie ahead, planned=)")
         verdict[at[f]], reason[at[f]] = "undetermined", (
-            f"hardly ever changes within a case, and {why}; if this was, too, write by_time={{{f!r}: "
-            f"{said[-1]!r}}}, if it is known from the start, by_time={{{f!r}: None}}")
+            f"hardly ever changes within a case, and {why}; if this was, too, write by_time="
+            f"{{{f!r}: {said[-1]!r}}}, if it is known from the start, by_time={{{f!r}: None}}")
 
 # %% ../../nbs/eligibility/04_verdict.ipynb #8e2d49f5
 def _judged(s, th):

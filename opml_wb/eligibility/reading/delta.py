@@ -106,9 +106,9 @@ def _late_fields(fields, rows_of, which, times, made, keep, begin):
         has = np.bincount(which[rows], minlength=len(made)) > 0
         early, young = there & (made < first), there & (made >= first)
         if (early & ~has & (begin[i] > 0)).any() and _fewer(has, early, young):
-            out[f] = (f"its first audit row is of {np.datetime64(int(first), 'us').astype('M8[m]')}, "
-                      "and cases before have none: what it was in them is unknown; give the "
-                      "cases created from then on alone"), ALL
+            day = np.datetime64(int(first), "us").astype("M8[m]")
+            out[f] = (f"its first audit row is of {day}, and cases before have none: what it was "
+                      "in them is unknown; give the cases created from then on alone"), ALL
     return out
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #18a0811b
@@ -151,7 +151,8 @@ def _sparse(df, case, time, order, null, clock, current, created):
     if now is not None: _never_changed(begin, levels, fields, now, (*null, ""))
     codes[:, first] = np.where(codes[:, first] < 0, begin[:, logged], codes[:, first])
     keep = None if made is None else _covered(made, logged, times, clock.issues)
-    doubts = _late_fields(fields, rows_of, which, times, made, keep, begin) if now is not None else {}
+    doubts = ({} if now is None else
+              _late_fields(fields, rows_of, which, times, made, keep, begin))
     rows = dict(fields=fields, codes=codes, levels=levels, cases=every, of_case=which, when=times,
                 doubts=doubts)
     return _with_starts(rows, begin, ~logged, made, keep, clock.issues)

@@ -158,7 +158,8 @@ def _numbered(levels, name, clock):
 def newest_first(rank: np.ndarray, keys: Collection) -> bool:
     """Tell if the rows of cases come in the reverse of their order; those that tie tell nothing.
 
-    At least `ENOUGH` steps must say so, and hardly one the contrary. rank: of each row's case, int [n]. keys: arrays [n], the first weighs most."""
+    At least `ENOUGH` steps must say so, and hardly one the contrary. rank: of each row's case, int
+    [n]. keys: arrays [n], the first weighs most."""
     perm = np.argsort(rank, kind="stable")
     same, step = rank[perm][1:] == rank[perm][:-1], np.zeros(max(0, len(rank) - 1), np.int8)
     for key in (np.asarray(k)[perm] for k in keys):
