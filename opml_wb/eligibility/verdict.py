@@ -14,9 +14,9 @@ import pandas as pd
 from .reading import kernels
 from .auditlog import AuditLog, a_log
 from .reading.clock import ALL, END
-from .reading.encode import NAT, share
+from .reading.encode import share
 from .evidence import finished, related
-from .intervals import DAYS, interval, unsure, wilson
+from .intervals import beyond, interval, unsure, why_wide, wilson
 from .scanning import (DATED, DRIFTED, FUTURE, LATER, MANY, NULL, Point, Scan,
                                           groups, known_at, ratio, rows_at, scan)
 from .reading.wide import several
@@ -26,21 +26,6 @@ from .reading.wide import several
 BACKFILL = .05   # below
 STIRS = .01      # share of cases in which odd values may change a field that was copied
 TIES = .8        # share of ties above which nobody knows the order of two fields
-
-# %% ../../nbs/eligibility/04_verdict.ipynb #00782c42
-def _beyond(s, rate, lo, hi):
-    "Widen an interval of changes by the cases of a Scan whose ends nobody has seen."
-    if s.of_ended is not None or not s.unseen: return rate, lo, hi
-    share = min(1., s.unseen / max(1, s.n))
-    return rate, lo * (1 - share), hi * (1 - share) + share
-
-def _why_wide(s, change):
-    "Say what makes an interval of a Scan wide, and what tells more; '' if it is the cases alone."
-    days, share = int((s.days != NAT).sum()), s.unseen / max(1, s.n)
-    long = (f"; {share:.1%} of the cases take longer than any that has ended: a longer log tells, "
-            "or all values that end a case, ended=")
-    few = f"; of {days} day{'s' * (days != 1)} alone: more days tell"
-    return (long * bool(change and share >= .005 and s.of_ended is None) + few * (0 < days < DAYS))
 
 # %% ../../nbs/eligibility/04_verdict.ipynb #b81bd8e8
 def _constant(s, th):
@@ -55,7 +40,7 @@ def _against(s, th):
     n = np.broadcast_to(s.cases[:, None], s.counts.shape[:2])
     null = interval(s.counts[..., NULL], n, s.days)
     change = interval(s.counts[..., DRIFTED], s.counts[..., LATER], s.days)
-    change = _beyond(s, *change)
+    change = beyond(s, *change)
     future = interval(s.counts[..., FUTURE], s.counts[..., DATED])
     dated = s.dated & ~np.array([f in s.planned for f in s.fields], bool)
     out = []
@@ -128,7 +113,7 @@ def _judged(s, th):
                 reason[i] = text.format(rate[i])
                 if doubt and "{" in text:
                     reason[i] += f", {a[i]:.1%} to {b[i]:.1%} with 95 % confidence"
-                    reason[i] += _why_wide(s, "ends otherwise" in text)
+                    reason[i] += why_wide(s, "ends otherwise" in text)
     _doubted(s, verdict, reason)
     _still(s, th, against[0], verdict, reason)
     if not s.n: verdict[:], reason[:] = "undetermined", "no case comes to this point"
