@@ -14,7 +14,8 @@ from ..core.kit.words import is_number
 from .auditlog import AuditLog, timed
 from .reading.encode import NAT, share, whole
 from .scanning import CHANGED, FILLED, NULL, ratio, scan
-from .verdict import count_pairs, verdicts, wilson
+from .intervals import wilson
+from .verdict import count_pairs, verdicts
 
 # %% ../../nbs/eligibility/05_sampling.ipynb #d9eccd1e
 Seed = int | np.random.Generator | np.random.SeedSequence | None

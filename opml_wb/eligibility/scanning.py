@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NULL', 'FILLED', 'CHANGED', 'LATER', 'DRIFTED', 'DATED', 'FUTURE', 'FAR', 'IDS', 'MANY', 'Point', 'known_at',
-           'code_of', 'shows', 'rows_at', 'ratio', 'Scan', 'scan', 'scan_parts']
+           'code_of', 'shows', 'rows_at', 'ratio', 'Scan', 'groups', 'scan', 'scan_parts']
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #3fd54e5c
 import operator, os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .reading import kernels
 from .auditlog import AuditLog, a_log, timed
 from .reading.encode import NAT, whole
-from .evidence import end_weights, finished, number_key
+from .evidence import end_weights, finished, number_key, unseen_ends
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #3305fcab
 NULL, FILLED, CHANGED, LATER, DRIFTED, DATED, FUTURE = range(7)   # columns of Scan.counts
@@ -33,11 +33,13 @@ Point = str | int | timedelta | np.timedelta64 | tuple[str, Any]   # e: see rows
 def known_at(log: AuditLog, name: str) -> np.ndarray | None:
     """Find the microseconds at which each row's value of `name` can be known: int64 [N].
 
-    NAT where there is no value or no date; None if the field has none."""
+    NAT where there is no value, `kernels.CLOSE` (when its case ends) where there is one whose date
+    by `by_time` is missing; None if the field has no date."""
     date = log.by_time.get(name, name)
     if date not in log.dates or log.time is None: return None
     when = log.dates[date][log.codes[log.at(date)]]
-    return when if date == name else np.where(log.codes[log.at(name)] > 0, when, NAT)
+    if date == name: return when
+    return np.where(log.codes[log.at(name)] == 0, NAT, np.where(when == NAT, kernels.CLOSE, when))
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #0721cd4e
 def code_of(log: AuditLog, name: str, value: Any) -> int:
@@ -71,27 +73,33 @@ def _first(log, shown):
     out[cases] = rows[first]
     return out
 
+# %% ../../nbs/eligibility/03_scanning.ipynb #1fdae121
+def _seen(log, rows, later=False):
+    "Leave out of rows int64 [C] the cases that began before the log; later: unless it came later."
+    if log.cut is None: return rows
+    return np.where(log.cut & ((rows == log.starts[:-1]) | (not later)), -1, rows)
+
 # %% ../../nbs/eligibility/03_scanning.ipynb #069a0101
 def rows_at(log: AuditLog, at: Point = "start") -> np.ndarray:
     """Find the row of each case at the point `at`: int64 [C], -1 where a case does not come so far.
 
     at: "start"; k, the case's row k (0 = first); a timedelta from its first time, when the case
-    still goes on; or (field, value), the first row that shows it and can know it (see `shows`).
-    Raises ValueError for anything else, for a log without times, or for a value that never
-    occurs."""
+    still goes on; or (field, value), the first row that shows it and can know it (see `shows`). A
+    case that began before the log has no start in it, nor what is counted from there. Raises
+    ValueError for anything else, for a log without times, or for a value that never occurs."""
     a_log(log)
     e: Any = 0 if isinstance(at, str) and at == "start" else at
     if isinstance(e, (timedelta, np.timedelta64)):
         timed(log, f"at={e}")
         if pd.isna(e) or (window := e / timedelta(microseconds=1)) < 0:
             raise ValueError(f"at={e}: expected a timedelta >= 0")
-        return kernels.rows_after(log.starts, log.time, min(int(window), FAR))
-    if isinstance(e, tuple) and len(e) == 2: return _first(log, shows(log, *e))
+        return _seen(log, kernels.rows_after(log.starts, log.time, min(int(window), FAR)))
+    if isinstance(e, tuple) and len(e) == 2: return _seen(log, _first(log, shows(log, *e)), True)
     if isinstance(e, bool) or not hasattr(e, "__index__") or (k := operator.index(e)) < 0:
         raise ValueError(f"at={at!r}: expected 'start', a number of updates >= 0, a timedelta, "
                          "or (field, value)")
     rows = log.starts[:-1] + min(k, len(log))
-    return np.where(rows < log.starts[1:], rows, -1)
+    return _seen(log, np.where(rows < log.starts[1:], rows, -1))
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #e25b5d0e
 def ratio(k: np.ndarray, n: np.ndarray) -> np.ndarray:
@@ -105,13 +113,15 @@ class Scan:
 
     fields: F names. at: the point e. days: int64 [D], ascending. cases, left_out: int64 [D], those
     that come to e and those that don't. counts: int64 [D, F, 7]: null at e; ever filled; of these
-    changed; filled at e or later; of these drifted; values with a date and their own row's time; of
-    these later than that (float64 if cases are open). only: object [F], the one value of a constant
-    field, else MANY. own: F
+    changed; filled at e or later; of these drifted; at e with a value that can be dated; of these
+    with one that is known later (float64 if cases are open). only: object [F], the one value of a
+    constant field, else MANY. own: F
     sets, the values of a text field (it may identify cases), else None. filled: int64 [F], cases
     ever filled, those left out too. dated: bool [F]. planned, unaudited: names. doubts, still,
-    end_hint: see `AuditLog`. of_ended: float64 [D, F, 2], filled at e or later and of these
-    drifted, without the cases that may be open; None: there are none."""
+    timed_by, end_hint: see `AuditLog`. stirs: field -> int64 [2], cases in which its values change,
+    and could. of_ended: float64 [D, F, 2], filled at e or later and of these
+    drifted, without the cases that may be open; None: there are none. unseen: how many of the cases
+    take longer than any that has ended, if some are open."""
     fields: tuple
     at: Point
     days: np.ndarray
@@ -126,8 +136,11 @@ class Scan:
     unaudited: tuple = ()
     doubts: dict = field(default_factory=dict)
     still: dict = field(default_factory=dict)
+    stirs: dict = field(default_factory=dict)
+    timed_by: Hashable = None
     of_ended: np.ndarray | None = None
     end_hint: str = ""
+    unseen: float = 0.
 
     @property
     def n(self) -> int:
@@ -168,13 +181,14 @@ def frame(self: Scan) -> pd.DataFrame:
     """Compute rates by field.
 
     null_rate: of cases, null at e. n_filled: cases ever filled. change_rate: of these, last value
-    other than the first (cleared is changed). future_rate: of its values, later than their own row
-    (NaN: no date). NaN: of none."""
+    other than the first (cleared is changed). future_rate: of its values at e that can be dated,
+    later than their own row (NaN: no date). NaN: of none."""
     s = self.sums()
     rates = {"null_rate": ratio(s[:, NULL], np.full(len(s), self.n)), "n_filled": s[:, FILLED],
              "change_rate": ratio(s[:, CHANGED], s[:, FILLED]),
              "future_rate": ratio(s[:, FUTURE], s[:, DATED])}
-    return pd.DataFrame(rates, index=pd.Index(self.fields, name="field"))
+    names = pd.Index(self.fields, name="field", tupleize_cols=False)
+    return pd.DataFrame(rates, index=names)
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #8350a40a
 def _merge(a, b):
@@ -182,6 +196,9 @@ def _merge(a, b):
     if a.fields != b.fields or a.at != b.at:
         raise ValueError("two scans add up only at one point e and over the same fields: "
                          f"{a!r}, {b!r}")
+    if a.timed_by != b.timed_by:
+        raise ValueError(f"the rows of one were written at {a.timed_by!r}, of the other at "
+                         f"{b.timed_by!r}: read all parts with the same time=")
     days, where = np.unique(np.concatenate([a.days, b.days]), return_inverse=True)
     def added(x, y):
         out = np.zeros((len(days), *x.shape[1:]), np.result_type(x, y))
@@ -198,11 +215,14 @@ def _merge(a, b):
                 added(a.counts, b.counts),
                 np.array(list(map(one, a.only, b.only)), object), own, a.filled + b.filled,
                 a.dated | b.dated, a.planned, a.unaudited, {**b.doubts, **a.doubts},
-                {f: v for f, v in a.still.items() if f in b.still}, added(*ends) if ends else None,
-                a.end_hint or b.end_hint)
+                {f: tuple(dict.fromkeys(a.still.get(f, ()) + b.still.get(f, ())))
+                 for f in {**a.still, **b.still}},
+                {f: a.stirs.get(f, 0) + b.stirs.get(f, 0) for f in {**a.stirs, **b.stirs}},
+                a.timed_by, added(*ends) if ends else None, a.end_hint or b.end_hint,
+                a.unseen + b.unseen)
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #2334a9cf
-def _groups(log):
+def groups(log):
     "Group cases by day: (days int64 [D], index of each case's day int64 [C])."
     if log.time is None: return np.full(min(1, log.n_cases), NAT), np.zeros(log.n_cases, np.int64)
     group, days = pd.factorize(log.days(), sort=True)
@@ -270,7 +290,7 @@ def _of_ended(log, states, rows, group, D, jobs):
 # %% ../../nbs/eligibility/03_scanning.ipynb #0b09cf2d
 def _counted(log, at, rows, jobs=None):
     "Scan a log at the rows int64 [C] that are its point `at`; -1 leaves a case out."
-    days, group = _groups(log)
+    days, group = groups(log)
     jobs = jobs or (min(8, os.cpu_count() or 1) if log.codes.size > 4_000_000 else 1)
     states = _states(log, rows, group, len(days), jobs)
     filled = states[..., [FILLED, 5]].sum((1, 2))
@@ -286,8 +306,10 @@ def _counted(log, at, rows, jobs=None):
     return Scan(tuple(log.fields), at, days, cases, left_out, counts, only, tuple(own),
                 filled, dated,
                 log.planned, tuple(log.unaudited), log.doubts, log.still,
+                {f: np.array([(of == 2).sum(), (of > 0).sum()]) for f, of in log.stirs.items()},
+                log.timed_by,
                 None if said or not guessed else ends[..., [LATER, DRIFTED]].transpose(1, 0, 2),
-                log.end_hint)
+                log.end_hint, unseen_ends(log, finished(log), rows >= 0) * cases.sum())
 
 # %% ../../nbs/eligibility/03_scanning.ipynb #6a9dee0e
 def scan(log: AuditLog, at: Point = "start", jobs: int | None = None) -> Scan:
@@ -331,8 +353,8 @@ def scan_parts(parts: Iterable, read: Callable[[Any], AuditLog], at: Point = "st
 
     parts: what `read` takes (paths, say). read: part -> AuditLog. map: the built-in, or an
     executor's `map` (Dask's client: lambda f, x: client.gather(client.map(f, x))). Raises
-    ValueError if there is no part, if their fields differ or two of them share a case, or for a
-    state that none of them has."""
+    ValueError if there is no part, if their fields or what tells their rows' times differ, two of
+    them share a case, or for a state that none of them has."""
     found = list(map(_Part(read, at), parts))
     if not found: raise ValueError("parts: expected at least one")
     scans, keys, there = zip(*found)

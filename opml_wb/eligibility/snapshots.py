@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from .reading import kernels
 from .auditlog import AuditLog, timed
+from .reading.clock import find_dates
 from .reading.encode import NAT, share, whole
 from .sampling import mean_sd
 from .scanning import ratio, shows
@@ -30,6 +31,10 @@ def _moment(when, zoned=None):
     try: t = pd.NaT if isinstance(when, Real) else pd.Timestamp(when)
     except (ValueError, TypeError): t = pd.NaT
     if t is pd.NaT: raise ValueError(f"when={when!r}: expected a moment, like '2020-03-01 12:00'")
+    read = find_dates(pd.Index([when])) if isinstance(when, str) else None
+    if read is not None and read.options:
+        raise ValueError(f"when={when!r}: day or month first? write {str(t.date())!r} or another "
+                         "date like it, the year first")
     if t.tzinfo and zoned is False:
         raise ValueError(f"when={when!r}: it has a zone, the log's times have none; "
                          "read the log with zone=, or leave it out")
@@ -38,7 +43,7 @@ def _moment(when, zoned=None):
 # %% ../../nbs/eligibility/06_snapshots.ipynb #e9723fe1
 def _young(log, rows, delay):
     "Mark the rows int64 [C] (-1: no record yet) that a young snapshot keeps: bool [C]."
-    begin, there = log.starts[:-1], rows >= 0
+    begin, there = log.starts[:-1], (rows >= 0) & (True if log.cut is None else ~log.cut)
     if delay is None: return there & (rows == begin)
     if isinstance(delay, tuple) and len(delay) == 2: return there & shows(log, *delay)[rows]
     if hasattr(delay, "__index__") and not isinstance(delay, bool):

@@ -103,6 +103,7 @@ def named_date(name: Hashable) -> bool:
 # %% ../../../nbs/eligibility/reading/03_clock.ipynb #b93bf135
 def _numbers(v, name, sure=False):
     "Read numbers [k] as packed dates or as epochs: a Dating, or None if they don't look like it."
+    v = np.where(np.isfinite(v), v, 0)
     whole = (v == np.floor(v)).all()
     there = v > 0
     if not there.any(): return None

@@ -13,7 +13,7 @@ import pandas as pd
 from .clock import ALL, Clock
 from .encode import NAT, NULL, column, encode, means_null
 from .kernels import carry
-from .wide import grouped, order_key, present
+from .wide import TURNED, grouped, newest_first, order_key, present
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #8f77b338
 BLIND = ("its first values aren't audited, so cases that never changed it are unknown; "
@@ -29,8 +29,10 @@ def _placed(df, case, time, order, clock):
         row = int((times == NAT).argmax())
         raise ValueError(f"time {time!r}: row {row} has none; name an order=")
     key = times if order is None else order_key(df[order], order, clock)
-    perm = np.lexsort((key, which))
+    turned = newest_first(which, [key])
+    perm = np.lexsort((np.arange(len(which)) * (-1 if turned else 1), key, which))
     tie = (which[perm][1:] == which[perm][:-1]) & (key[perm][1:] == key[perm][:-1])
+    if turned and tie.any(): clock.issues[TURNED] = int(tie.sum())
     return perm, which[perm], cases, times[perm], tie
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #b93f3819
@@ -65,6 +67,15 @@ def _all_cases(cases, current, case, created, clock):
                       current[case]).reindex(every, fill_value=NAT)
     return every, now.reindex(every), known.to_numpy()
 
+# %% ../../../nbs/eligibility/reading/06_delta.ipynb #acde9514
+def _fewer(logged, early, young):
+    "Tell if clearly fewer of the early cases than of the young ones are logged; all bool [C]."
+    a, b = early.sum(), young.sum()
+    p, q = logged[early].mean() if a else 0, logged[young].mean() if b else 0
+    both = logged[early | young].mean() if a + b else 0
+    spread = np.sqrt(both * (1 - both) * (1 / max(1, a) + 1 / max(1, b)))
+    return bool(b) and q - p > 3 * spread > 0
+
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #f838e9c0
 def _covered(made, logged, when, issues):
     """Mark the cases [C] whose whole history the audit covers; count the others in `issues`.
@@ -72,15 +83,33 @@ def _covered(made, logged, when, issues):
     made: microseconds created; logged: they have a row; when: of all rows."""
     first, last = when[when != NAT].min(initial=2**62), when.max(initial=NAT)
     early, late = (made != NAT) & (made < first), made > last
-    young = ~early & ~late
-    a, b = early.sum(), young.sum()
-    p, q = logged[early].mean() if a else 0, logged[young].mean() if b else 0
-    both = logged[early | young].mean() if a + b else 0
-    spread = np.sqrt(both * (1 - both) * (1 / max(1, a) + 1 / max(1, b)))
-    early &= bool(b) and q - p > 3 * spread > 0
+    early &= _fewer(logged, early, ~early & ~late)
     issues["created before the audit began: left out"] = int(early.sum())
     issues["created after the audit ended: left out"] = int((late & ~logged).sum())
     return ~early & ~(late & ~logged)
+
+# %% ../../../nbs/eligibility/reading/06_delta.ipynb #0e640b8e
+def _late_fields(fields, rows_of, which, times, made, keep, begin):
+    """Doubt the fields whose audit began clearly later than that of their cases: {field: doubt}.
+
+    Of the cases created before a field's first row clearly fewer have one than of those created
+    after it, and the present table gave them a value. rows_of: positions of each field's rows.
+    which, times: case and microseconds of each row. made: microseconds created, or None: first
+    seen. keep: cases that are covered, or None. begin: int32 [F, C], first values."""
+    if made is None:
+        made = np.full(begin.shape[1], NAT)
+        np.maximum.at(made, which[::-1], -times[::-1])
+        made = np.where(made == NAT, NAT, -made)
+    there, out = (made != NAT) & (True if keep is None else keep), {}
+    for i, (f, rows) in enumerate(zip(fields, rows_of)):
+        first = times[rows][times[rows] != NAT].min(initial=2**62)
+        has = np.bincount(which[rows], minlength=len(made)) > 0
+        early, young = there & (made < first), there & (made >= first)
+        if (early & ~has & (begin[i] > 0)).any() and _fewer(has, early, young):
+            day = np.datetime64(int(first), "us").astype("M8[m]")
+            out[f] = (f"its first audit row is of {day}, and cases before have none: what it was "
+                      "in them is unknown; give the cases created from then on alone"), ALL
+    return out
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #18a0811b
 def _with_starts(rows, begin, starts, made, keep, issues):
@@ -118,10 +147,14 @@ def _sparse(df, case, time, order, null, clock, current, created):
     begin, first = np.full((len(fields), len(every)), -1, np.int32), _begins(which)[:-1]
     logged = np.arange(len(every)) < len(cases)
     begin[:, logged] = np.minimum(np.maximum.reduceat(codes, first, axis=1), 0)   # 0: a row says it
+    rows_of = [np.flatnonzero(of >= 0) for of in codes]
     if now is not None: _never_changed(begin, levels, fields, now, (*null, ""))
     codes[:, first] = np.where(codes[:, first] < 0, begin[:, logged], codes[:, first])
     keep = None if made is None else _covered(made, logged, times, clock.issues)
-    rows = dict(fields=fields, codes=codes, levels=levels, cases=every, of_case=which, when=times)
+    doubts = ({} if now is None else
+              _late_fields(fields, rows_of, which, times, made, keep, begin))
+    rows = dict(fields=fields, codes=codes, levels=levels, cases=every, of_case=which, when=times,
+                doubts=doubts)
     return _with_starts(rows, begin, ~logged, made, keep, clock.issues)
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #0d559fa7
@@ -190,8 +223,11 @@ def _audit(df, case, time, field, old, new, order, null, clock, current, created
     if made is not None:                       # created before its first row: a state of its own
         starts[logged] |= (made[logged] != NAT) & (made[logged] < when[_begins(of_case)[:-1]])
     keep = None if made is None else _covered(made, logged, times, issues)
+    doubts = {f: (BLIND, ALL) for f, b in zip(fields, blind) if b}
+    rows_of = [np.flatnonzero(named == i) for i in range(len(fields))]
+    if now is not None: doubts = _late_fields(fields, rows_of, which, times, made, keep, begin)
     rows = dict(fields=list(fields), codes=codes, levels=levels, cases=every, of_case=of_case,
-                when=when, doubts={f: (BLIND, ALL) for f, b in zip(fields, blind) if b})
+                when=when, doubts=doubts)
     return _with_starts(rows, begin, starts | ~logged, made, keep, issues)
 
 # %% ../../../nbs/eligibility/reading/06_delta.ipynb #f08d0136

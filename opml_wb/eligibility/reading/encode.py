@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NULL', 'NONE', 'NAT', 'SPAN', 'ZONE', 'compiled', 'means_null', 'encode', 'dates_of', 'column', 'name_words',
-           'linked', 'latest', 'share', 'whole']
+           'linked', 'versions', 'latest', 'share', 'whole']
 
 # %% ../../../nbs/eligibility/reading/01_encode.ipynb #164f6869
 import re, warnings
@@ -183,6 +183,26 @@ def linked(mine: pd.Index, theirs: pd.Index, what: str) -> np.ndarray:
         raise ValueError(f"{what}: {a} on one side, {b} on the other: nothing links; "
                          "cast one of them")
     return found
+
+# %% ../../../nbs/eligibility/reading/01_encode.ipynb #3796047d
+def versions(table: pd.DataFrame, key: Hashable, time: Hashable | None,
+             clock: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, pd.Index]:
+    """Sort a table by key and time: (positions [m], key codes [m], times [m], key levels).
+
+    time: column, or None; clock: a `Clock`, which reads it. Raises ValueError for a row without a
+    key, and for two of one key and time."""
+    codes, levels = encode(table[key], name=key)
+    if (codes == 0).any():
+        raise ValueError(f"table: row {int((codes == 0).argmax())} has no {key!r}")
+    when = np.full(len(table), NAT) if time is None else clock.rows(table[time], time)
+    perm = np.lexsort((when, codes))
+    twice = (np.diff(codes[perm]) == 0) & (np.diff(when[perm]) == 0)
+    if time is not None: twice &= when[perm][1:] != NAT
+    if twice.any():
+        row = table.iloc[perm[np.flatnonzero(twice)[0] + 1]]
+        at = "" if time is None else f" at {row[time]!r}"
+        raise ValueError(f"table: {key!r} {row[key]!r} is there twice{at}; a history needs time=")
+    return perm, codes[perm], when[perm], levels
 
 # %% ../../../nbs/eligibility/reading/01_encode.ipynb #e5557670
 def latest(codes: np.ndarray, when: np.ndarray, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
