@@ -80,6 +80,34 @@ def test_pipelines_are_explained_by_the_columns_of_the_table(adult):
     assert found.values.abs().mean().idxmax() == "age"
 
 
+def test_features_of_a_pipeline_go_to_the_column_that_they_were_made_of():
+    "Names that begin alike, short names, masks and gaps don't lead astray; what mixes columns is explained from outside."
+    from sklearn.compose import make_column_transformer
+    from sklearn.impute import KNNImputer, SimpleImputer
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+    rng, n = np.random.default_rng(1), 300
+    X = pd.DataFrame({"home": rng.choice(["owner_free", "owner_loan", "rent"], n), "home_owner": rng.normal(size=n),
+                      "in__come": rng.normal(size=n), "come": rng.normal(size=n)})
+    gaps = X.assign(come=X.come.mask(rng.random(n) < .2))
+    hot, forest = OneHotEncoder(sparse_output=False, drop="first"), RandomForestClassifier(10, random_state=0)
+    filled = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler())
+    for decides, table, parts, short in (
+            ("home", X, [(hot, ["home"])], True), ("home", X, [(hot, [True, False, False, False])], False),
+            ("in__come", X[["in__come", "come"]], [(StandardScaler(), ["in__come"])], False),
+            ("come", gaps[["come", "in__come"]], [(filled, ["come", "in__come"])], True),
+            ("come", X[["come", "in__come"]], [(FunctionTransformer(np.cbrt), ["come"]), ("passthrough", ["in__come"])], True)):
+        y = table[decides].eq("rent") if decides == "home" else table[decides].fillna(0) > 0
+        steps = make_column_transformer(*parts, remainder="passthrough", verbose_feature_names_out=short)
+        found = explain(make_pipeline(steps, forest).fit(table, y), table)
+        strength = found.values.abs().mean()
+        assert found.method.startswith("Shapley") and found.agrees.all(), decides
+        assert strength.idxmax() == decides and strength.drop(decides).sum() < strength[decides] / 5, strength
+    mixed = make_pipeline(KNNImputer(), forest).fit(gaps[["come", "in__come"]], gaps.in__come > 0)
+    assert explain(mixed, gaps[["come", "in__come"]]).method.startswith("surrogate")
+    alone = make_pipeline(forest).fit(X[["come", "in__come"]], X.come > 0)      # a pipeline of the model alone
+    assert explain(alone, X[["come", "in__come"]]).agrees.all()
+
+
 def test_a_surrogate_explains_any_model(adult):
     learn, new, _, _ = adult
     numbers = ["age", "education_num", "hours_per_week"]

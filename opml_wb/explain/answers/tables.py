@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .pipelines import sources
+
 # %% ../../../nbs/explain/answers/01_tables.ipynb #1ccc00b1
 ID_LEVELS = 1000   # more levels than this, or one for nearly each row, name rows: no category
 
@@ -171,27 +173,20 @@ class PipelineColumns:
     """Encode a table by the fitted steps of a scikit-learn pipeline.
 
     `groups`: for each encoded feature, the number of the column that it comes from; `whole`: the
-    pipeline, its model too."""
+    pipeline, its model too. Raises ValueError where a feature comes from no single column."""
 
     def __init__(self, steps: Any, X: pd.DataFrame, whole: Any = None) -> None:
         self.whole = whole
         self.steps, self.columns = steps, [read_column(X[c]) for c in X]
         self.names = [c.name for c in self.columns]
-        self.features = [str(f) for f in steps.get_feature_names_out()]
-        self.groups = np.array([self._column_of(f) for f in self.features])
+        self.groups = sources(steps, X)
+        try: self.features = [str(f) for f in steps.get_feature_names_out()]
+        except AttributeError: self.features = [f"x{k}" for k in range(len(self.groups))]
 
     def encode(self, X: Any) -> np.ndarray:
         "Encode `X` with the pipeline's steps: float64 (n, F)."
         found = self.steps.transform(frame(X, self.names))
         return np.asarray(found.toarray() if hasattr(found, "toarray") else found, float)
-
-    def _column_of(self, feature: str) -> int:
-        "Find the column whose name a feature's name has, after the name of its step."
-        short = feature.split("__", 1)[-1]
-        found = [n for n in self.names if short == n or short.startswith(n + "_")]
-        if not found:
-            raise ValueError(f"feature {feature!r} of the pipeline comes from no single column")
-        return self.names.index(max(found, key=len))
 
 # %% ../../../nbs/explain/answers/01_tables.ipynb #57bd09ae
 class Decoded:
@@ -244,6 +239,7 @@ def table_model(model: Any, X: pd.DataFrame) -> TableModel:
     X = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.atleast_2d(X))
     X = X.set_axis([str(c) for c in X.columns], axis=1)
     if (known := getattr(model, "feature_names_in_", None)) is not None: X = frame(X, known)
+    if hasattr(model, "steps") and len(model.steps) == 1: return table_model(model[0], X)
     if hasattr(model, "steps"):
         try: return TableModel(model[-1], PipelineColumns(model[:-1], X, model))
         except ValueError: return outside(model, X)     # features of no single column
