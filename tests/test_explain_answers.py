@@ -11,7 +11,8 @@ from sklearn.preprocessing import OneHotEncoder
 
 from opml_wb.explain import (Refused, TableModel, additive, counterfactual, disagreement, explain, mitigations, needs,
                              proxies, render, surrogate)
-from opml_wb.explain.answers.counterfactuals import Search, twins, values_for
+from opml_wb.explain.answers.changes import twins, values_for
+from opml_wb.explain.answers.counterfactuals import Search
 from opml_wb.explain.data import actionable, load
 from opml_wb.explain.judging.proxying import group_auc
 from opml_wb.explain.people.needing import AUDIENCES, every_need
@@ -155,6 +156,56 @@ def test_ways_out_exist_where_a_whole_grid_has_one(adult):
                 assert made[c] == row[c] or (pd.isna(made[c]) and pd.isna(row[c]))
             assert not (learn.fillna("?") == made.fillna("?")).all(axis=1).any()
     assert exists >= 5 and found_there == exists
+
+
+def told(row, option):
+    "The row with what an option says of it."
+    return {**row, **{c.column: c.new for change in option for c in (change, *change.along)}}
+
+
+def test_a_told_change_turns_the_answer_and_moves_only_what_may_change():
+    "Small tables of distinct values, 0/1 columns, models of any rule or without probabilities; the nearest value; twins told."
+    from sklearn.ensemble import GradientBoostingClassifier
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import FixedThresholdClassifier
+    from sklearn.svm import SVC
+    rng, n = np.random.default_rng(1), 250
+    small = pd.DataFrame({"age": rng.permutation(np.arange(20, 65)), "income": rng.permutation(np.arange(1500, 3750, 50))})
+    X = pd.DataFrame({"income": rng.normal(size=n).round(3), "guarantor": rng.integers(0, 2, n), "own": rng.random(n) > .5})
+    region = pd.DataFrame({"plan": rng.choice(list("abcd"), n), "income": rng.normal(size=n)})
+    region["region"] = region.plan.map(dict(a="N", b="S", c="E", d="W"))
+    y = (X.guarantor == 1) | (X.income > 1)
+    forest, line, may = RandomForestClassifier(15, random_state=0), LogisticRegression(), {"guarantor": "up", "income": "up", "own": "any"}
+    found = {}
+    for name, model, table, answers, can in (
+            ("distinct", TableModel(forest), small, small.age > 42, {"income": "up"}),
+            ("twins", TableModel(RandomForestClassifier(15, random_state=0)), region, region.region.isin(["N", "S"]), {"plan": "any"}),
+            *((type(m).__name__, m, X, y, may) for m in (
+                LogisticRegression(), RandomForestClassifier(15, random_state=0), GradientBoostingClassifier(n_estimators=10),
+                FixedThresholdClassifier(line, threshold=.8), SVC(), RidgeClassifier()))):
+        model.fit(table, answers)
+        no = np.flatnonzero(~model.predict(table).astype(bool))[:8]
+        found[name] = [counterfactual(model, table.iloc[k], table, can) for k in no]
+        for out in found[name]:
+            for option in out.options:
+                row = pd.DataFrame([told(out.row, option)])[list(table)].astype(table.dtypes)
+                assert model.predict(row)[0] == out.wanted, (name, option)
+                assert name == "twins" or {c for c in table if row[c][0] != out.row[c]} <= set(can)
+                if name in ("LogisticRegression", "RidgeClassifier") and option[0].column == "income" and len(option) == 1:
+                    nearer = sorted(v for v in X.income.unique() if out.row.income < v < option[0].new)
+                    assert not model.predict(pd.DataFrame([out.row] * len(nearer)).assign(income=nearer).astype(X.dtypes)).any() if nearer else True
+        if table is X: assert all(any(o[0].column == "guarantor" for o in out.options) for out in found[name]), name
+    assert not any(found["distinct"])            # income decides nothing, and the age isn't its twin
+    assert all("region" in out.sentences()[0] for out in found["twins"])
+    both = counterfactual(model := TableModel(forest).fit(region, region.region.isin(["N", "S"])), region[~model.predict(region)].iloc[0],
+                          region, {"plan": "any", "region": "any"})
+    assert [[c.column for c in option] for option in both.options] == [["plan"], ["plan"]]     # twins that may both change are one change
+
+
+def test_values_are_told_apart():
+    from opml_wb.explain.answers.changes import Change
+    assert Change("salary", 52349.1, 52349.2).said == "salary 52,349.2 instead of 52,349.1"
+    assert str(Change("salary", 52349.25, 52400.25)) == "salary: 52,349 -> 52,400"
 
 
 def test_odd_tables_are_named(adult):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .pipelines import sources
+from ..shapley.forests import is_forest
 
 # %% ../../../nbs/explain/answers/01_tables.ipynb #1ccc00b1
 ID_LEVELS = 1000   # more levels than this, or one for nearly each row, name rows: no category
@@ -164,6 +165,18 @@ class TableModel:
         "Return the probability of each class for each row: float64 (n, K)."
         return self.estimator.predict_proba(self.coded(self.encode(X)))
 
+    def judged(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Answer rows of codes, and score each class for them: (answers [n], float64 (n, K)).
+
+        Scores are probabilities, or of a model that knows none 1 for the answer, else 0."""
+        rows, model = self.coded(codes), self.estimator
+        probable = hasattr(model, "predict_proba")
+        score = np.asarray(model.predict_proba(rows), float) if probable else np.empty(0)
+        if probable and is_forest(model):         # what it answers: the class of the largest
+            return np.asarray(self.classes)[score.argmax(1)], score
+        answers = np.asarray(model.predict(rows))
+        return answers, score if probable else (answers[:, None] == self.classes).astype(float)
+
     def score(self, X: Any, y: Any) -> float:
         "Return the accuracy (for a regression: R squared) on table `X` with answers `y`."
         return float(self.estimator.score(self.coded(self.encode(X)), y))
@@ -191,7 +204,7 @@ class PipelineColumns:
 # %% ../../../nbs/explain/answers/01_tables.ipynb #57bd09ae
 class Decoded:
     """A model that takes the table itself, behind numbers: `columns`' codes are turned back into a
-    table like `X`, and asked about."""
+    table like `X`, and asked about. It knows `predict_proba` where the model does."""
 
     def __init__(self, model: Any, columns: Columns, X: pd.DataFrame) -> None:
         self.model, self.columns, self.like = model, columns, X.iloc[:0]
@@ -216,9 +229,10 @@ class Decoded:
         "Answer rows of codes."
         return np.asarray(self.model.predict(self.table(codes)))
 
-    def predict_proba(self, codes: np.ndarray) -> np.ndarray:
-        "Return the probability of each class for rows of codes: float64 (n, K)."
-        return np.asarray(self.model.predict_proba(self.table(codes)), float)
+    def __getattr__(self, name: str) -> Any:
+        if name != "predict_proba": raise AttributeError(name)
+        answer = self.model.predict_proba         # AttributeError where the model knows none
+        return lambda codes: np.asarray(answer(self.table(codes)), float)
 
 def outside(model: Any, X: pd.DataFrame) -> TableModel:
     "Put a model that takes tables like `X` behind their columns, for who explains it from outside."
