@@ -15,7 +15,9 @@ from opml_wb.explain.answers.changes import twins, values_for
 from opml_wb.explain.answers.counterfactuals import Search
 from opml_wb.explain.data import actionable, load
 from opml_wb.explain.judging.proxying import group_auc
+from opml_wb.explain.answers.explanation import of
 from opml_wb.explain.people.needing import AUDIENCES, every_need
+from opml_wb.explain.people.rendering import principal
 
 CAN = actionable("adult")
 
@@ -202,10 +204,45 @@ def test_a_told_change_turns_the_answer_and_moves_only_what_may_change():
     assert [[c.column for c in option] for option in both.options] == [["plan"], ["plan"]]     # twins that may both change are one change
 
 
+def test_restricted_columns_are_named_and_kept_out_of_ways_out(adult):
+    learn, new, _, model = adult
+    found, row = explain(model, new), new.index[~model.predict(new)][0]
+    for wrong in ("Sex", ("sex", "incme")):
+        with pytest.raises(ValueError, match="restricted: no column"): render(found, row, "customer", restricted=wrong)
+    reasons = principal(of(found, row))
+    assert reasons[0] not in principal(of(found, row), reasons[0])
+    assert "education_num" in principal(of(found, row), "education", 99)       # a name, not a part of one
+    outs = {r: counterfactual(model, new.loc[r], learn, CAN) for r in new.index[~model.predict(new)][:12]}
+    row, out = next((r, o) for r, o in outs.items() if o)
+    moved = {c.column for option in out.options for change in option for c in (change, *change.along)}
+    assert out.sentences()[0] in render(found, row, "customer", way_out=out)[0]
+    assert "answered differently" not in render(found, row, "customer", way_out=out, restricted=tuple(moved))[0]
+    with pytest.raises(ValueError, match="of another row"): render(found, next(r for r in outs if r != row), "customer", way_out=out)
+
+
 def test_values_are_told_apart():
     from opml_wb.explain.answers.changes import Change
     assert Change("salary", 52349.1, 52349.2).said == "salary 52,349.2 instead of 52,349.1"
     assert str(Change("salary", 52349.25, 52400.25)) == "salary: 52,349 -> 52,400"
+
+
+def test_what_was_granted_is_asked_for_or_told(tmp_path):
+    "Known words are taken, with a warning; others are named; a path, capitals, gaps in 0/1, other separators."
+    from opml_wb.explain.data import read
+    file = tmp_path / "LOANS.CSV"
+    def written(values): pd.DataFrame({"income": range(len(values)), "said": values}).to_csv(file, index=False)
+    for yes, no in (("approved", "rejected"), ("accepted", "denied"), ("granted", "refused"), ("good", "bad"), ("yes", "no"), (True, False)):
+        written([yes, no, yes])
+        with pytest.warns(UserWarning, match=f"'{yes}' in column 'said' is taken to mean so"): got = read(file, "said")[1]
+        assert got.tolist() == [True, False, True]
+        assert read(file, "said", granted=str(no))[1].tolist() == [False, True, False]
+    for first, last in ((0, 1), ("paid", "defaulted"), ("good", "no answer")):
+        written([first, last])
+        with pytest.raises(ValueError, match="say which one means so"): read(file, "said")
+    written([1, 0, None, 1])
+    assert read(str(file), "said", granted="1")[1].tolist() == [True, False, True]
+    file.write_text("income;said\n1;yes\n")
+    with pytest.raises(ValueError, match="separated by ';'"): read(file, "said")
 
 
 def test_odd_tables_are_named(adult):
