@@ -173,9 +173,9 @@ def of(explanation: Explanation, row: Any, refuse: bool | None = None) -> Told:
                 explanation.method, explanation.space, explanation.model_hash)
     if refuse is None: refuse = explanation.on_disagreement == REFUSE
     if refuse and not told.agrees:
-        raise Refused(f"row {row!r}: the model answers {told.answer} (score {told.score:.3f}), the "
-                      f"explainer ({explanation.method}) comes to "
-                      f"{told.base + told.values.sum():.3f}"
+        raise Refused(f"row {row!r}: the model answers {told.answer}; its score of "
+                      f"{told.explained} is {told.score:.3f}, the explainer "
+                      f"({explanation.method}) comes to {told.base + told.values.sum():.3f}"
                       ": the explanation isn't true of this decision")
     return told
 
