@@ -173,7 +173,7 @@ def test_a_told_change_turns_the_answer_and_moves_only_what_may_change():
     from sklearn.svm import SVC
     rng, n = np.random.default_rng(1), 150
     small = pd.DataFrame({"age": rng.permutation(np.arange(20, 65)), "income": rng.permutation(np.arange(1500, 3750, 50))})
-    X = pd.DataFrame({"income": rng.normal(size=n).round(3), "guarantor": rng.integers(0, 2, n), "own": rng.random(n) > .5})
+    X = pd.DataFrame({"income": rng.normal(size=n).round(3), "guarantor": rng.integers(0, 2, n), "own": rng.random(n) > .5, "debts": rng.random(n)})
     region = pd.DataFrame({"plan": rng.choice(list("abcd"), n), "income": rng.normal(size=n)})
     region["region"] = region.plan.map(dict(a="N", b="S", c="E", d="W"))
     y = (X.guarantor == 1) | (X.income > 1)

@@ -78,7 +78,7 @@ RESTRICTED = {"adult": "sex", "german": "status_sex"}
 UNTOLD = {"adult": ("fnlwgt",)}   # a weight of the census: nothing that a person said of herself
 
 def _column(dataset: str | Path, answer: str) -> tuple[pd.DataFrame, pd.Series]:
-    "Read a CSV file: (its other columns, its column `answer` as texts), without rows that have none."
+    "Read a CSV file: (its other columns, `answer` as texts), without rows that have no answer."
     table = pd.read_csv(dataset)
     if answer not in table:
         one = str(table.columns[0]) if table.shape[1] == 1 else ""

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .tables import TableModel, frame, table_model
-from .changes import ANY, DOWN, UP, Change, choices_for, twins
+from .tables import TableModel, frame, judged, table_model
+from .changes import ANY, DOWN, UP, Change, alike, choices_for, twins
 from .explanation import is_gap, listed
 
 # %% ../../../nbs/explain/answers/07_counterfactuals.ipynb #ca01fb74
@@ -49,7 +49,7 @@ class Search:
         self.model, self.row, self.wanted, self.queries = model, row, wanted, 0
         self.choices, self.found = choices, list[tuple[dict[str, Any], float]]()
         self.codes = model.encode(pd.DataFrame([row], columns=model.names).infer_objects())[0]
-        self.like = {c: self._alike(X, c, vs, together[c]) for c, vs in choices.items()}
+        self.like = {c: alike(X, c, vs, together[c]) for c, vs in choices.items()}
         self.code = {c: self._coded(X, like) for c, like in self.like.items()}
         self.known = {r.tobytes() for r in np.nan_to_num(model.encode(X), nan=-1.)}
         self.at = list(model.classes if model.classes is not None else ()).index(wanted)
@@ -68,17 +68,9 @@ class Search:
         "Choose of what was found the fewest changes, the nearest of those that differ in numbers."
         chosen: dict[Any, tuple[dict[str, Any], float]] = {}
         for trial, score in sorted(self.found, key=lambda f: (len(f[0]), self.effort(f[0]))):
-            alike = frozenset((c, None if c in self.spread else v) for c, v in trial.items())
-            chosen.setdefault(alike, (trial, score))
+            kind = frozenset((c, None if c in self.spread else v) for c, v in trial.items())
+            chosen.setdefault(kind, (trial, score))
         return list(chosen.values())[:options]
-
-    def _alike(self, X: pd.DataFrame, column: str, values: list[Any], twin: list[str]
-               ) -> dict[Any, dict[str, Any]]:
-        "Find for each value what it and the columns that change with it are then."
-        part = X[[column, *twin]]
-        known = pd.concat([part.dropna(), part]).drop_duplicates(column)
-        rows = dict(zip(known[column], known.to_dict("records")))
-        return {v: rows[v] for v in values}
 
     def _coded(self, X: pd.DataFrame, like: Mapping[Any, Mapping[str, Any]]
                ) -> dict[Any, list[tuple[int, float]]]:
@@ -101,7 +93,7 @@ class Search:
             for column, value in trial.items():
                 for j, c in self.code[column][value]: codes[k, j] = c
         self.queries += len(trials)
-        answers, score = self.model.judged(codes)
+        answers, score = judged(self.model, codes)
         for row in np.flatnonzero(answers == self.wanted):
             if np.nan_to_num(codes[row], nan=-1.).tobytes() not in self.known:
                 self.found.append((trials[row], float(score[row, self.at])))

@@ -59,7 +59,8 @@ def unspoken(told: Told, restricted: str | Sequence[str]) -> tuple[str, ...]:
     names = (restricted,) if isinstance(restricted, str) else tuple(restricted)
     for name in names:
         if name not in told.facts.index:
-            raise ValueError(f"restricted: no column {name!r}{did_you_mean(name, told.facts.index)}")
+            raise ValueError(f"restricted: no column {name!r}"
+                             + did_you_mean(name, told.facts.index))
     return names
 
 def principal(told: Told, restricted: str | Sequence[str] = (), most: int = 4) -> list[str]:
@@ -123,7 +124,8 @@ def write(explanation: Explanation, row: Any, audience: str = "business", *,
     warning = "" if told.agrees else FLAGGED
     if audience == "regulator": return warning + _regulator(told)
     if audience == "business": return warning + _business(told, explanation)
-    return warning + _customer(told, principal(told, quiet), open_way(told, way_out, quiet), outcome)
+    way = open_way(told, way_out, quiet)
+    return warning + _customer(told, principal(told, quiet), way, outcome)
 
 # %% ../../../nbs/explain/people/03_rendering.ipynb #da668e79
 def render(explanation: Explanation, row: Any, audience: str = "business", *,
