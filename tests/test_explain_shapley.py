@@ -185,7 +185,7 @@ def test_a_model_that_stopped_early_is_read_as_it_predicts(tmp_path):
     X = rng.normal(size=(300, 4))
     y = (X[:, 0] + rng.normal(size=300) > 0).astype(int)
     def fitted(**options): return xgboost.XGBClassifier(n_estimators=60, n_jobs=1, **options).fit(X[:200], y[:200], eval_set=[(X[200:], y[200:])], verbose=False)
-    for model in fitted(early_stopping_rounds=3), fitted(callbacks=[xgboost.callback.EarlyStopping(3)]):
+    for model in fitted(early_stopping_rounds=3), fitted(callbacks=[xgboost.callback.EarlyStopping(rounds=3)]):
         assert model.best_iteration < 40
         model.save_model(tmp_path / "m.json")
         loaded = xgboost.XGBClassifier()

@@ -51,14 +51,15 @@ def share_interval(hits: int, n: int, level: float = .95) -> Interval:
     return Interval(p, float(max(0, middle - half)), float(min(1, middle + half)))
 
 # %% ../../nbs/explain/05_intervals.ipynb #2158dd3a
-def auc_ends(auc: float, variance: float, m: float, n: float, level: float = .95
-             ) -> tuple[float, float]:
+def auc_ends(auc: float, variance: float, m: float, n: float, level: float = .95,
+             least: float = 1.) -> tuple[float, float]:
     """Find the ends of the interval of an AUC: Newcombe's method 5, widened by DeLong's variance.
 
-    variance: DeLong's, of the AUC; m, n: cases of each kind. Never of zero width."""
+    variance: DeLong's, of the AUC; m, n: cases of each kind; least: share of the usual variance
+    that is counted at least (a mean of several AUCs has less). Never of zero width."""
     z, mean = stats.norm.ppf(.5 + _level(level) / 2), (m + n) / 2 - 1
     def usual(t): return t * (1 - t) * (1 + mean * (1 - t) / (2 - t) + mean * t / (1 + t)) / (m * n)
-    ratio = max(1., variance / usual(auc)) if 0 < auc < 1 else 1.
+    ratio = max(least, variance / usual(auc)) if 0 < auc < 1 else 1.
     def end(beyond):
         inside = auc
         for _ in range(50):

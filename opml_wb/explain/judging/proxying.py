@@ -44,7 +44,7 @@ def group_auc(scores: np.ndarray, group: np.ndarray, level: float = .95,
     variance = times * (np.bincount(case, influence) ** 2).sum() / n**2
     cases = case.max() + 1
     first = cases * (group == 0).mean() if scores.shape[1] == 2 else cases / 2
-    return auc, *auc_ends(auc, float(variance), first, cases - first, level)
+    return auc, *auc_ends(auc, float(variance), first, cases - first, level, least=.25)
 
 # %% ../../../nbs/explain/judging/02_proxying.ipynb #507a77b0
 def _told(codes: np.ndarray, group: np.ndarray, folds: np.ndarray, trees: int, depth: int, seed: int
