@@ -176,3 +176,22 @@ def test_kernels_are_kept_for_the_next_process():
     subprocess.run([sys.executable, "-c", code], check=True)
     again = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "compiling" not in again.stderr
+
+
+def test_a_model_that_stopped_early_is_read_as_it_predicts(tmp_path):
+    "However it was told to stop, and after it was saved and loaded; trees of several outputs are named."
+    import xgboost
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(300, 4))
+    y = (X[:, 0] + rng.normal(size=300) > 0).astype(int)
+    def fitted(**options): return xgboost.XGBClassifier(n_estimators=60, n_jobs=1, **options).fit(X[:200], y[:200], eval_set=[(X[200:], y[200:])], verbose=False)
+    for model in fitted(early_stopping_rounds=3), fitted(callbacks=[xgboost.callback.EarlyStopping(rounds=3)]):
+        assert model.best_iteration < 40
+        model.save_model(tmp_path / "m.json")
+        loaded = xgboost.XGBClassifier()
+        loaded.load_model(tmp_path / "m.json")
+        for one in model, loaded:
+            shap = TreeShap(one)
+            assert np.allclose(shap.expected + shap.values(X[:50]).sum(1), one.predict(X[:50], output_margin=True), atol=1e-4)
+    many = xgboost.XGBRegressor(n_estimators=3, n_jobs=1, multi_strategy="multi_output_tree").fit(X, X[:, :2])
+    with pytest.raises(ValueError, match="several values in a leaf"): TreeShap(many)

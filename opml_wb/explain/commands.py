@@ -87,8 +87,10 @@ def explainer(file: str) -> Any:
         if Path(file).suffix in (".json", ".ubj"):
             import xgboost
             model: Any = xgboost.Booster(model_file=file)
-            classify = json.loads(model.save_config())["learner"]["objective"]["name"].split(":")
-            model = (xgboost.XGBRegressor if classify[0] == "reg" else xgboost.XGBClassifier)()
+            aim = json.loads(model.save_config())["learner"]["objective"]["name"].split(":")[0]
+            kinds = {"binary": xgboost.XGBClassifier, "multi": xgboost.XGBClassifier,
+                     "rank": xgboost.XGBRanker}         # the others answer a number
+            model = kinds.get(aim, xgboost.XGBRegressor)()
             model.load_model(file)
         else:
             import pickle

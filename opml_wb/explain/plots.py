@@ -149,7 +149,8 @@ def mitigation_figure(table: pd.DataFrame) -> "go.Figure":
 
 # %% ../../nbs/explain/06_plots.ipynb #2cb2ca6c
 def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
-    "Write the table of `mitigations` for people: each measure, its change with the 95 % interval."
+    """Write the table of `mitigations` for people: each measure, what chance would give, and its
+    change with the 95 % interval."""
     names = {"accuracy": "accuracy", "parity": "gap: demographic parity",
              "odds": "gap: equalised odds"}
     found = pd.DataFrame(index=table.mitigation)
@@ -157,6 +158,8 @@ def mitigation_table(table: pd.DataFrame) -> pd.DataFrame:
         rows = table.set_index("mitigation")
         change, lo, hi = (rows[f"{measure}_change{end}"] for end in ("", "_lo", "_hi"))
         found[name] = rows[measure].round(3)
+        if f"{measure}_chance" in rows:
+            found[f"{measure} by chance"] = rows[f"{measure}_chance"].round(3)
         found[f"change of {measure}"] = ["–" if np.isnan(c) else f"{c:+.3f} ({a:+.3f} to {b:+.3f})"
                                          for c, a, b in zip(change, lo, hi)]
     return found

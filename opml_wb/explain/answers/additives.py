@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .tables import TableModel
+from .tables import TableModel, two_classes
 from .explanation import MISSING
 from ..shapley.forests import Forest, read
 from ..shapley.treeshap import TreeShap
@@ -55,6 +55,20 @@ def curve_of(shap: TreeShap, model: TableModel, X: pd.DataFrame, j: int) -> pd.D
 class Additive(TableModel):
     "A table model that is a sum of `curves`: DataFrame[column, level, low, high, effect, rows]."
     curves: pd.DataFrame
+    said: np.ndarray                # the two classes, as they were given
+
+    @property
+    def classes(self) -> np.ndarray:
+        "The two classes that the model tells apart."
+        return self.said
+
+    def predict(self, X: Any) -> np.ndarray:
+        "Answer each row of `X`."
+        return self.said[self.estimator.predict(self.encode(X))]
+
+    def score(self, X: Any, y: Any) -> float:
+        "Return the accuracy on table `X` with answers `y`."
+        return float((self.predict(X) == np.asarray(y)).mean())
 
     @property
     def shap(self) -> TreeShap:
@@ -70,13 +84,14 @@ class Additive(TableModel):
 def additive(X: pd.DataFrame, y: Any, rounds: int = 300, rate: float = .2, seed: int = 0,
              unseen: str = "missing") -> Additive:
     """Fit an additive model to table `X` and answers `y` of two classes: boosted trees of depth 1,
-    one column each. Raises ValueError (see TableModel.fit), or for more than two classes."""
+    one column each. Curves speak for the class that sorts last. Raises ValueError (see
+    TableModel.fit), or for another number of classes."""
     import xgboost
-    if len(found := np.unique(np.asarray(y))) > 2:
-        raise ValueError(f"y: {len(found)} classes; an additive model is for two")
+    second, classes = two_classes(y)
     model = Additive(xgboost.XGBClassifier(n_estimators=rounds, learning_rate=rate, max_depth=1,
                                            n_jobs=1, random_state=seed), unseen=unseen)
-    model.fit(X, np.asarray(y).astype(int))
+    model.fit(X, second.astype(int))
+    model.said = classes.astype(int) if classes.dtype == bool else classes
     shap = model.shap
     curves = [curve_of(shap, model, X, j) for j in range(len(model.names))]
     order = ["column", "level", "low", "high", "effect", "rows"]

@@ -110,6 +110,9 @@ def explain(model: Any, X: pd.DataFrame, kind: tuple[str, str] = ("local", "post
     if not len(X): raise ValueError("X: no rows to explain")
     if tuple(kind)[1:] == ("inherent",): _inherent(model)
     if method is None: method = "shapley" if is_forest(model.estimator) else "surrogate"
+    if method == "surrogate" and background is not None:
+        raise ValueError(f"background: only the Shapley values of trees take one, and a "
+                         f"{type(model.estimator).__name__} is explained by a surrogate")
     if method == "surrogate":
         small = surrogate(model, X, depth, seed)
         found = imitated(small, X, on_disagreement)

@@ -14,7 +14,7 @@ from scipy.stats import beta
 
 from .explanation import REFUSE, Explanation
 from .explanation import model_hash
-from .tables import TableModel, outside, table_model
+from .tables import TableModel, judged, outside, table_model
 from .explanation import condition
 from ..shapley.forests import Forest, read
 from ..shapley.treeshap import TreeShap
@@ -113,7 +113,7 @@ def imitated(found: Surrogate, X: pd.DataFrame, on_disagreement: str = REFUSE) -
         else: values, base = values[np.arange(len(X)), :, at], base[at]
         explained = found.tree.classes_[at]
         whole = np.searchsorted(model.classes, explained)
-        score = model.predict_proba(X)[np.arange(len(X)), whole]
+        score = judged(model, codes)[1][np.arange(len(X)), whole]
     def by_row(v): return pd.Series(np.broadcast_to(v, len(X)), index=index)
     rules = by_row([found.words[k] for k in found.tree.apply(codes)])
     return Explanation(("local", "posthoc"), f"surrogate tree of depth {found.tree.get_depth()}",

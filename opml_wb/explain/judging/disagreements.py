@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from ..answers.explanation import Explanation
-from ..answers.tables import TableModel
+from ..answers.tables import TableModel, two_classes
 from ..answers.additives import additive
 from ..answers.surrogates import surrogate
 
@@ -82,9 +82,9 @@ def cost_of_readability(X: pd.DataFrame, y: Any, seeds: int = 5, test: float = .
     """Measure accuracy along the ladder on `seeds` splits: DataFrame[model, parts, accuracy, lo,
     hi, gap, gap_lo, gap_hi, fidelity]; `gap` is to the best model of the same split, paired;
     `fidelity` of a surrogate of depth 4, on the first split. Intervals of 95 % over splits
-    (Student)."""
+    (Student). `y`: answers of two classes. Raises ValueError for others."""
     from opml_wb.explain.intervals import mean_interval
-    rows, y = [], np.asarray(y)
+    rows, y = [], two_classes(y)[0]
     for seed in progress(range(seeds)):
         order = np.random.default_rng(seed).permutation(len(X))
         cut = int(len(X) * (1 - test))

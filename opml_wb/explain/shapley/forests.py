@@ -133,6 +133,12 @@ def _compared(forest: Forest, model: Any, rows: int = 16) -> None:
     raise ValueError(f"model: what is read of it gives {np.abs(ours - theirs).max():.3g} another "
                      f"margin than XGBoost {xgboost.__version__}: it isn't supported")
 
+def _best(model: Any) -> int | None:
+    """Find the round after which scikit-learn's form of a model predicts with no more trees: where
+    it stopped early, which its booster keeps; None: it uses all, as a Booster does."""
+    try: return int(model.best_iteration) if hasattr(model, "get_booster") else None
+    except AttributeError: return None
+
 PLAIN = ("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "reg:quantileerror")
 
 def _xgboost(model: Any) -> Forest:
@@ -145,8 +151,11 @@ def _xgboost(model: Any) -> Forest:
     gradient = told.get("gbtree", told)                        # dart has it inside, until 3.2
     trees, info = gradient["model"]["trees"], gradient["model"]["tree_info"]
     weights = told.get("weight_drop") or gradient["model"].get("weight_drop") or [1.] * len(trees)
-    best = getattr(model, "best_iteration", None) if hasattr(model, "get_booster") and getattr(
-        model, "early_stopping_rounds", None) else None
+    if any(int(tree["tree_param"].get("size_leaf_vector", 1)) > 1 for tree in trees):
+        raise ValueError("model: XGBoost trees with several values in a leaf "
+                         "(multi_strategy='multi_output_tree') aren't supported: "
+                         "use 'one_output_per_tree'")
+    best = _best(model)
     if best is not None:
         ends = gradient["model"]["iteration_indptr"]
         trees, info = trees[:ends[best + 1]], info[:ends[best + 1]]
