@@ -210,7 +210,8 @@ def sought(meant: bytes, flags: int) -> dict | None:
     if flags & os.O_CREAT: return None
     try: path = spelling(meant)
     except OSError: return None
-    return {"o": "no", "p": path} if counted(path) and not os.path.lexists(path) else None
+    if compiled(path) or not counted(path) or os.path.lexists(path): return None
+    return {"o": "no", "p": path}
 
 # %% ../../../nbs/provenance/accesses/06_calls.ipynb #cb8a089e
 @patch
