@@ -590,6 +590,13 @@ def test_what_else_the_outcome_depends_on(trace, here, monkeypatch):
 
 # secrets
 
+def test_names_that_sound_secret():
+    from opml_wb.provenance.journal.privacy import masked_variables
+    secret = "OPENAI_KEY STRIPE_KEYS KEY CREDS DB_CRED AZURE_SAS GH_PAT API_KEYS".split()
+    plain = "SORT_KEY PRIMARY_KEY KEYBOARD PUBLIC_KEY KEY_ID sort_key key monkey MAX_TOKENS".split()
+    assert {n for n, v in masked_variables({n: "abc" for n in secret + plain}).items() if v == "***"} == {*secret}
+
+
 @told
 def test_secrets_are_written_down_nowhere_and_records_are_private(here, home, opml, monkeypatch):
     import shutil
