@@ -114,7 +114,7 @@ def of_path(path: str | os.PathLike) -> list[dict[str, Any]]:
     from opml_wb.provenance.journal.lineage_db import LineageReader, text_of
     db, names = LineageReader().db, [text_of(p) for p in places(path)]
     found = (db.execute(VERSIONS, (name, name)).fetchall() for name in names)
-    rows = next(filter(None, found), [])
+    rows: list[tuple] = next(filter(None, found), [])
     return [dict(zip(("run", "op", "version", "pipeline", "started"), r)) for r in rows]
 
 # %% ../../nbs/provenance/02_commands.ipynb #b0683008

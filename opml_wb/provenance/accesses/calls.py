@@ -160,8 +160,9 @@ def led(self: Interpreter, path: bytes, follow: bool, found: Found | None) -> Fo
     "Note the links that `path` leads over; `found`, of a link that dangles the place it names."
     try: text = unfolded(path)
     except OSError: return found
-    straight = found and found[0] == os.path.normpath(text)
-    if straight and (found[1] or not os.path.islink(found[0])) or text[:1] != "/": return found
+    if text[:1] != "/": return found
+    if found and found[0] == os.path.normpath(text):
+        if found[1] or not os.path.islink(found[0]): return found
     links, end = links_on(text, follow)
     facts = (link_read(link) for link in links if counted(f"{link}/"))
     self.aside += [fact for fact in facts if fact]

@@ -139,7 +139,8 @@ def latest_using(data: str | bytes | os.PathLike) -> dict[str, Any] | None:
 
     A dict `run, pipeline, version, status, who, host, started`; `version` is that of the data, of a
     link that leads to other data by now that of the link."""
-    db, names = LineageReader().db, ("run", "pipeline", "version", "status", "who", "host", "started")
+    db = LineageReader().db
+    names = "run", "pipeline", "version", "status", "who", "host", "started"
     asked = (db.execute(NEWEST, (text_of(p),)).fetchone() for p in reversed(places(data)))
     found = [dict(zip(names, row)) for row in asked if row]
     return max(found, key=lambda f: f["started"], default=None)

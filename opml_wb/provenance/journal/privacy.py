@@ -23,11 +23,12 @@ LAST = {"token", "auth", "authorization", "bearer", "cookie", "pass", "pwd", "pw
         "pin", "dsn", "signature", "sig"}
 KEYS = {"api", "access", "secret", "private", "signing", "encryption", "account", "storage",
         "master", "auth", "session", "client", "license", "service", "admin", "subscription"}
-SHORTER = {"creds", "cred", "sas", "pats", "tokens"}     # of a variable, written in capitals
+SHORTER = {"creds", "cred", "sas", "pats"}     # of a variable, written in capitals
 NAMED = {"sort", "primary", "foreign", "public", "partition", "group", "join", "index", "cache",
          "row", "hash", "order", "lookup", "label", "unique", "composite", "natural", "surrogate",
          "merge", "shard", "object", "s3", "dict", "map", "bucket", "first", "last", "any", "host",
-         "column", "compose", "meta", "hot", "enter", "escape", "shift", "arrow", "id"}   # no secret
+         "column", "compose", "meta", "hot", "enter", "escape", "shift", "arrow",
+         "id"}   # name a key that is no secret
 PLACES = {"file", "path", "dir", "folder", "sock", "socket", "name", "id", "type", "length"}
 MODEL = {"pad", "bos", "eos", "unk", "mask", "cls", "sep", "max", "min", "num", "special", "stop",
          "image", "start", "end"}    # tokens of a language model
