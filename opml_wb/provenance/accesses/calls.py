@@ -282,7 +282,8 @@ def _rename(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
 def _link(read: Interpreter, thread: int, a: tuple[int, ...]) -> dict | None:
     source, to = read.place(thread, a[0], a[1], bool(a[4] & 0x400)), read.place(thread, a[2], a[3])
     if not to or to[1] or not counted(to[0]): return None
-    if source and source[1] and counted(source[0]) and _has_content(source[1]):
+    named = source and source[1] and source[1].st_nlink      # a file without a name gets its first
+    if source and source[1] and named and counted(source[0]) and _has_content(source[1]):
         read.aside.append({"o": "r", "p": source[0], **_content(*source)})     # it has two names
     return {"o": "ln", "p": source[0] if source else to[0], "q": to[0]}
 
