@@ -18,6 +18,8 @@ from conftest import until
 from opml_wb.core.kit.files import read_lines
 from opml_wb.core.engine.run import run
 from opml_wb.provenance.accesses import syscalls
+from opml_wb.provenance.ask.differences import check
+from opml_wb.provenance.ask.questions import impact, latest_using
 from opml_wb.provenance.journal import outcomes
 from opml_wb.provenance.watch import coverage
 from opml_wb.provenance.journal.session import JOURNAL
@@ -117,9 +119,13 @@ def test_exit_codes_signals_and_streams(trace, opml, here):
 
 @told
 def test_what_the_command_left_behind_works_on(trace, here):
-    done, found = trace("sh", "-c", "(sleep 1; echo late > late.txt; cat late.txt > later.txt) > /dev/null 2>&1 & echo now > now.txt")
+    done, found = trace("sh", "-c", "(until [ -e go ]; do sleep .1; done; echo late > late.txt; cat late.txt > later.txt) > /dev/null 2>&1 & echo now > now.txt")
     assert names(found["events"]) == [("created", "now.txt")]
+    assert found["partial"] and [line.partition(" ")[0] for line in found["why"]] == ["outlived:"] and check(found["run"])["verdict"] == "cannot tell"
+    (here / "go").touch()
     until(lambda: (here / "later.txt").exists() and (here / "later.txt").read_text() == "late\n")
+    fork = "import os, time\nif os.fork() == 0: os.closerange(0, 3); time.sleep(3)"                 # was never heard
+    assert [trace(*python(code))[1]["partial"] for code in (fork, "import subprocess; subprocess.Popen(['sleep', '.01'])")] == [True, False]
 
 
 @told
@@ -213,7 +219,7 @@ def test_odd_paths_and_links(trace, here):
                                 "open(b'bad\\xff.csv', 'w').write('1')\nos.symlink('real/a.csv', 'to.csv'); open('to.csv').read()\n"
                                 "os.chdir('real'); fd = os.open('.', os.O_RDONLY); os.close(os.open('b.csv', os.O_CREAT | os.O_WRONLY, dir_fd=fd))"))
     assert {(e["op"], e["path"]) for e in found["events"]} == {("created", f"{here}/real/a.csv"), ("created", f"{here}/{bad}"), ("created", f"{here}/to.csv"),
-                                                               ("created", f"{here}/real/b.csv")}
+                                                               ("created", f"{here}/real/b.csv"), ("read", f"{here}/link")}
     assert {e["path"] for e in LineageReader().events(found["run"])} == {e["path"] for e in found["events"]}
 
 
@@ -223,7 +229,8 @@ def test_folders_move(trace, here):
     (here / "old").mkdir(); (here / "old" / "x").write_text("1")
     code = "import os\nos.mkdir('aside'); open('aside/model', 'w').write('1'); os.rename('aside', 'final'); os.rename('old', 'new')"
     _, found = trace(*python(code))
-    assert [(e["op"], e["path"], e["to"]) for e in found["events"]] == [("created", f"{here}/final/model", None), ("renamed", f"{here}/old", f"{here}/new")]
+    assert [(e["op"], e["path"], e["to"]) for e in found["events"]] == [("created", f"{here}/final/model", None), ("renamed", f"{here}/old/x", f"{here}/new/x"),
+                                                                             ("renamed", f"{here}/old", f"{here}/new")]
 
 
 @told
@@ -469,6 +476,43 @@ def test_files_that_the_shell_opened(here, home, opml):
     assert (streams[0]["kind"], streams[0]["version"]) == ("deleted", sha("1\n"))
 
 
+# names and contents
+
+@told
+def test_links_names_and_folders_lead_to_what_they_led_to(trace, here, opml, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    def verdict(found): return check(found["run"])["verdict"], [os.path.basename(d["name"]) for d in check(found["run"])["differences"]]
+    def turn(link, to): os.unlink(link); os.symlink(to, link)
+    for n in "12": (here / f"d{n}").mkdir(); (here / f"{n}.csv").write_text(n); (here / f"d{n}" / "f").write_text(n); (here / f"m{n}.py").write_text(f"x = {n}")
+    links = {"latest.csv": ("1.csv", "2.csv"), "latest": ("d1", "d2"), "s.py": ("m1.py", "m2.py"), "mod.py": ("m1.py", "m2.py"), "dangles": ("none", "no")}
+    for link, (to, _) in links.items(): os.symlink(to, here / link)
+    _, found = trace("sh", "-c", f"cp latest.csv out; cat latest/f dangles > out2; {sys.executable} s.py; {sys.executable} -c 'import mod'")
+    assert verdict(found) == ("same", [])
+    for link, (to, other) in links.items():
+        turn(here / link, other)
+        assert verdict(found) == ("differs", [link])
+        turn(here / link, to)
+    (here / "none").touch()
+    assert verdict(found) == ("differs", ["none"])
+    os.unlink(here / "none"); turn(here / "latest.csv", "2.csv")
+    assert opml("provenance", "lineage", here / "latest.csv").stdout.count("\n") == 2 and latest_using(here / "latest.csv")["run"] == found["run"]
+    _, found = trace("ln", "1.csv", "hard")
+    assert {(e["op"], Path(e["path"]).name) for e in found["events"]} == {("read", "1.csv"), ("created", "hard")}
+    (here / "1.csv").unlink(); (here / "1.csv").write_text("3")
+    assert verdict(found) == ("differs", ["1.csv"])
+
+
+@told
+def test_a_chain_goes_on_over_links_and_renamed_folders(trace, here, monkeypatch):
+    steps = "mkdir t; echo x > t/f", "mv t final", "cat final/f > o", "ln -s o soft; ln o hard", "cat soft hard > last"
+    runs = [trace("sh", "-c", line)[1]["run"] for line in steps]
+    assert list(dict.fromkeys(impact(runs[0], transitive=True).run)) == runs[1:]
+    assert set(impact(runs[3]).run) == {runs[4]}
+    for n in range(1002): (here / "final" / f"{n:04}").touch()
+    _, found = trace("mv", "final", "end")
+    assert len(found["events"]) == 1001 and found["partial"] and found["why"][0].startswith(f"folder: {here}/final, with more than 1000 files")
+
+
 # what isn't seen is told
 
 BY_32 = r"""
@@ -545,6 +589,13 @@ def test_what_else_the_outcome_depends_on(trace, here, monkeypatch):
 
 
 # secrets
+
+def test_names_that_sound_secret():
+    from opml_wb.provenance.journal.privacy import masked_variables
+    secret = "OPENAI_KEY STRIPE_KEYS KEY CREDS DB_CRED AZURE_SAS GH_PAT API_KEYS".split()
+    plain = "SORT_KEY PRIMARY_KEY KEYBOARD PUBLIC_KEY KEY_ID sort_key key monkey MAX_TOKENS".split()
+    assert {n for n, v in masked_variables({n: "abc" for n in secret + plain}).items() if v == "***"} == {*secret}
+
 
 @told
 def test_secrets_are_written_down_nowhere_and_records_are_private(here, home, opml, monkeypatch):

@@ -378,3 +378,76 @@ def test_what_cannot_keep_its_answers_is_refused_by_name(bucket, t, pd, monkeypa
     monkeypatch.setattr(Bucket, "_put", lambda self, name, text, tag: put(self, name, text, self._get(name)[1]))      # conditions are ignored
     monkeypatch.setattr(Bucket, "checked", set())
     with pytest.raises(ValueError, match="ignores conditional writes"): FeatureStore(root, options).write("t", pd.DataFrame({"id": [5], "t": t, "x": 0.}), "id", "t")
+
+
+# --- values that would change, or be taken for others ---
+
+ALL = "2000-01-01T00:00Z", "2030-01-01T00:00Z"
+
+
+def test_nothing_is_stored_as_another_value_than_it_was_given(fs, t, pd, np):
+    ns, noon, day = np.array([1, 2], "datetime64[ns]"), pd.Timestamp("2020-01-01T12:00"), pd.Timestamp("2020-01-01")
+    pairs = [([True], [2, 3], "2 would become True"), ([day.date()], [noon, day], "would become 2020-01-01"), (ns, None, "lose data"), (ns.astype("m8[ns]"), None, "no duration"),
+             (np.float32([.5]), [1e-60, 1e-59], "would become 0"), (np.float32([.5]), [.1, .2], "0.1 would become"), (np.float32([.5]), [1e300, 1], "would become inf"),
+             ([1], [t, t], "are no numbers"), ([t], [1700000000, 1], "numbers are no times"), ([t], [day, noon], "times without a time zone"), ([day], [t, t], "times with a time zone"),
+             ([1], [1.5, 2], "1.5"), ([.5], [2**53 + 1, 1], "9007199254740993"), ([1], ["1", "2"], "texts are no numbers")]
+    for n, (first, then, why) in enumerate(pairs):
+        for column in ("id", "x"):
+            def write(values): return fs.write(f"{column}{n}", pd.DataFrame({"id": 1 if column == "x" else values, "x": values, "t": pd.date_range(t, periods=len(values))}), "id", "t")
+            if then is not None: write(first)
+            before = fs.range(f"{column}{n}", None, *ALL).to_dict() if then is not None else None
+            with pytest.raises(ValueError, match=why) as told: write(first if then is None else then)
+            assert f"column '{column}'" in str(told.value)
+            assert before is None and f"{column}{n}" not in fs.tables() or fs.range(f"{column}{n}", None, *ALL).to_dict() == before
+    fs.write("fits", pd.DataFrame({"id": [1], "t": t, "x": [1], "y": [[1, 2]]}), "id", "t")
+    for x in (2.0, True, np.uint64(3), __import__("decimal").Decimal("4.0"), None):
+        fs.write("fits", pd.DataFrame({"id": np.int8([1]), "t": t, "x": [x], "y": [np.uint8([1, 200])]}), "id", "t")
+    assert len(fs.changes("fits", 0, 5)) == 10 and fs.value("fits", 1, "y", t) == [1, 200]
+
+
+def test_large_integers_are_read_as_they_are_and_keys_of_another_kind_refused(fs, t, pd, np):
+    now, big = pd.Timestamp.now("UTC"), 2**53
+    rows = pd.DataFrame({"id": [big, big + 1, big + 2], "t": t, "x": [10., 11., 12.], "n": pd.array([big + 1, None, 3], "Int64")})
+    fs.write("k", rows, "id", "t")
+    def read(ids, feature="k.x"): return fs.training_set(pd.DataFrame({"id": ids, "t": now}), feature, known=None)[feature]
+    for ids, found in ((np.array([big, big + 1], np.uint64), [10, 11]), ([big, np.nan], [10, -1]), (pd.array([big + 1, None], "Int64"), [11, -1]), ([big + .0, 2.5], [10, -1]),
+                       (np.array([big + 1, 2**64 - 1], np.uint64), [11, -1])):
+        assert read(ids).fillna(-1).tolist() == found
+    assert fs.range("k", "n", *ALL).n[0] == read([big, 7], "k.n")[0] == fs.value("k", big, "n", now) == big + 1
+    fs.write("k", rows.assign(n=pd.array([big, None, 3], "Int64")), "id", "t")
+    assert fs.changes("k", 0, 1).n.tolist() == [big + 1, big]
+    for ids in (["1", "2"], [t, t]):
+        with pytest.raises(ValueError, match="key 'id': .* are no numbers"): read(ids)
+        with pytest.raises(ValueError, match="key 'id': .* are no numbers"): fs.value("k", ids[0], "x", now)
+    assert [fs.value("k", k, "x", now) for k in (None, pd.NA, 2**70, 1.5, float(big))] == [None] * 4 + [10.0]
+
+
+def test_what_delta_cannot_keep_is_refused_by_name(tmp_path, fs, t, pd):
+    from datetime import datetime
+    from zoneinfo import ZoneInfo
+    row = pd.DataFrame({"id": [1], "t": t, "x": 1})
+    fs.write("t", row, "id", "t")
+    for frame, why in ((row.assign(X=2), "column 'x': names must be"), (row.rename(columns={"x": "X"}), "the table has 'x'"), (row.assign(_OP=1), "column '_OP'"), (row.assign(id=[[1]]), "key 'id'")):
+        with pytest.raises(ValueError, match=why): fs.write("t" if why[0] == "t" else "new", frame, "id", "t")
+    twice = [datetime(2024, 10, 27, 2, 30, fold=fold, tzinfo=ZoneInfo("Europe/Berlin")) for fold in (0, 1)]
+    fs.write("fold", pd.DataFrame({"id": 1, "t": twice}), "id", "t")
+    assert len(fs.range("fold", None, *ALL)) == 2
+    next((tmp_path/"t/_delta_log").glob("*.json")).write_text("{nonsense")
+    with pytest.raises(ValueError, match="/t: the log of this table.*restore"): FeatureStore(tmp_path).range("t", None, *ALL)
+
+
+def test_vintages_of_ones_own_are_read_as_written_or_refused(tmp_path, fs, pd):
+    file = tmp_path/"own.csv"
+    def read(*rows, header="published,series,date,value"):
+        file.write_text("\n".join([header, *rows]) + "\n")
+        return vintages(str(file))
+    good = "2024-02-01,a,2024-01-01,1"
+    for rows, why in (((), "no rows"), ((",a,2024-01-01,1", good), "'published', row 0: ''"), ((good, "2024-02-01,,2024-01-01,1"), "'series', row 1"),
+                      (("01/02/2024,a,2024-01-01,1",), "'published': '01/02/2024' may be"), (("2024-02-01,a,2020,1",), "'date', row 0: '2020' is no time"),
+                      (("2024-02-01,a,13/02/2024,1", "2024-02-01,a,02/13/2024,1"), "'date', row 0: '13/02/2024' is no time"), ((good.replace(",1", ",many"),), "'many")):
+        with pytest.raises(ValueError, match=why) as told: read(*rows)
+        assert str(file) in str(told.value)
+    with pytest.warns(UserWarning, match="'published' is read as .*month"): [(known, now)] = read("13/02/2024,007,2024-01-05,1", "13/02/2024,7,2024-01-05,", "13/02/2024,NA,2024-01-05,3")
+    assert known == pd.Timestamp("2024-02-13", tz="UTC") and now.series.tolist() == ["007", "7", "NA"] and now.value.fillna(-1).tolist() == [1, -1, 3]
+    assert read(good)[0][1].value.tolist() == [1] and load(fs, str(file)) == 1 and fs.value("series", "a", "value", "2024-01-02T00:00Z") == 1
+    with pytest.raises(ValueError, match="'published', row 0: '1706745600' is no time; write it as"): read("1706745600,a,2024-01-01,1")

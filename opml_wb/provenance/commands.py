@@ -107,11 +107,14 @@ from prov_event e join prov_stage s on s.run=e.run join run r on r.id=e.run
 where (e.path=? and e.op<>'renamed') or e.target=? order by r.started, e.run, e.n"""
 
 def of_path(path: str | os.PathLike) -> list[dict[str, Any]]:
-    "The life of a file or table: [{run, pipeline, op, version, started}], oldest first."
-    from opml_wb.provenance.ask.questions import place
+    """The life of a file or table: [{run, pipeline, op, version, started}], oldest first.
+
+    Of a link that a run made, or was led over, it is the link's."""
+    from opml_wb.provenance.ask.questions import places
     from opml_wb.provenance.journal.lineage_db import LineageReader, text_of
-    name = text_of(place(path))
-    rows = LineageReader().db.execute(VERSIONS, (name, name)).fetchall()
+    db, names = LineageReader().db, [text_of(p) for p in places(path)]
+    found = (db.execute(VERSIONS, (name, name)).fetchall() for name in names)
+    rows: list[tuple] = next(filter(None, found), [])
     return [dict(zip(("run", "op", "version", "pipeline", "started"), r)) for r in rows]
 
 # %% ../../nbs/provenance/02_commands.ipynb #b0683008

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'USERS', 'MAKERS', 'SLACK', 'USE', 'MOST', 'NEWEST', 'CODE', 'DONE', 'PIPELINES', 'made', 'used',
-           'footprint', 'users', 'maker', 'reach', 'impact', 'most_used', 'place', 'latest_using', 'last_successful']
+           'footprint', 'users', 'maker', 'reach', 'impact', 'most_used', 'place', 'places', 'latest_using',
+           'last_successful']
 
 # %% ../../../nbs/provenance/ask/01_questions.ipynb #4dc8d0e1
 import os
@@ -126,14 +127,23 @@ def place(data: str | bytes | os.PathLike) -> str:
     found = registry.find(data) if data in registry.registry() else None
     return str(found or Path(data).expanduser().resolve())
 
+def places(data: str | bytes | os.PathLike) -> list[str]:
+    "The `place` of `data`, and, if that is a link, before it the link's own."
+    at = Path(os.fsdecode(data)).expanduser()
+    own = at.parent.resolve()/at.name
+    return [*([str(own)] if own.is_symlink() else []), place(data)]
+
 # %% ../../../nbs/provenance/ask/01_questions.ipynb #d2921ba6
 def latest_using(data: str | bytes | os.PathLike) -> dict[str, Any] | None:
     """The newest run that used the file or table `data` (path or registry name), or None.
 
-    A dict `run, pipeline, version, status, who, host, started`; `version` is that of the data."""
-    row = LineageReader().db.execute(NEWEST, (text_of(place(data)),)).fetchone()
+    A dict `run, pipeline, version, status, who, host, started`; `version` is that of the data, of a
+    link that leads to other data by now that of the link."""
+    db = LineageReader().db
     names = "run", "pipeline", "version", "status", "who", "host", "started"
-    return row and dict(zip(names, row))
+    asked = (db.execute(NEWEST, (text_of(p),)).fetchone() for p in reversed(places(data)))
+    found = [dict(zip(names, row)) for row in asked if row]
+    return max(found, key=lambda f: f["started"], default=None)
 
 # %% ../../../nbs/provenance/ask/01_questions.ipynb #2dee807d
 CODE = """select s.code from prov_stage s join run r on r.id=s.run where s.pipeline=?

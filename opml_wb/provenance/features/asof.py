@@ -20,10 +20,11 @@ if TYPE_CHECKING: import pyarrow as pa
 # %% ../../../nbs/provenance/features/02_asof.ipynb #0860df91
 def codes(columns: "Iterable[pa.ChunkedArray | pa.Array]") -> np.ndarray:
     "Equal numbers (int64 [n]) for equal rows of `columns` (one or more, no nulls)."
-    import pandas as pd
+    import pandas as pd, pyarrow as pa, pyarrow.compute as pc
     out: Any = 0
     for column in columns:
         if hasattr(column, "combine_chunks"): column = column.combine_chunks()
+        if pa.types.is_floating(column.type): column = pc.add(column, 0.0)     # -0.0 is 0.0
         encoded = column.dictionary_encode()
         if hasattr(encoded, "chunks"): encoded = encoded.chunk(0)
         n = max(1, len(encoded.dictionary))

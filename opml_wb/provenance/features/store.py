@@ -20,6 +20,7 @@ from .history import (
     PinnedError, Pins, change_feed, check_version, needed_rows, new_horizon, remove_history)
 from .rows import OPS, instant
 from .table import HistoryError, Tables, promise  # noqa: F401
+from .types import frame_of
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -120,7 +121,7 @@ def range(self: FeatureStore, name: str, features: str | Iterable[str] | None,
     where = (ds.field(time) >= first.to_pydatetime()) & (ds.field(time) < last.to_pydatetime())
     rows = table.scan(features, known, where)
     self.kept.touched("read", table)
-    return held(rows, keys, time, [*keys, time, *features]).to_pandas()
+    return frame_of(held(rows, keys, time, [*keys, time, *features]))
 
 # %% ../../../nbs/provenance/features/07_store.ipynb #6feef036
 @patch
@@ -173,7 +174,7 @@ def changes(self: FeatureStore, name: str, v1: int, v2: int) -> "pd.DataFrame":
     cell = [*table.log.meta["keys"], table.log.meta["event_time"]]
     features = [n for n in table.types if n not in cell]
     rows = table.scan(features, where=ds.field("_version") <= v2)
-    return change_feed(rows.to_pandas(), cell, features, v1)
+    return frame_of(change_feed(rows, cell, features, v1))
 
 # %% ../../../nbs/provenance/features/07_store.ipynb #d9f8318c
 @patch

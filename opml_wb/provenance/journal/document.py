@@ -18,6 +18,7 @@ from ...core.record.folder import LOG, REQUEST, RUN, declared_places
 from ...core.request.dependencies import spec_of
 from . import environment, outcomes
 from ..accesses.contents import NAMES
+from ..accesses.calls import MOVED
 from ..accesses.paths import counted
 from ..accesses.patience import patiently
 from .privacy import write_private
@@ -56,6 +57,8 @@ REASONS = {
     "chroot": "its root directory is another one, so that its paths may mean something else",
     "namespace": "it has mounts of its own, so that its paths may mean something else",
     "x32": "it makes x32 calls, which are not reported",
+    "folder": f"which of its files went along is known of the first {MOVED} only",
+    "outlived": "it was left behind by the command, and what it did afterwards was not recorded",
     "memory": "it runs a program from memory, which is no file",
     "unreadable": "a call could not be read (setuid, or a process that protects itself)",
     "stalled": "what was done there is not known",
@@ -212,7 +215,7 @@ def _add_inputs(folder: Path, request: Mapping[str, Any], events: Sequence[Mappi
         version = read if e["op"] == "read" or e.get("was_read") else None
         if e["op"] == "created" and (folder/facts.FACTS).exists():
             facts.note(folder, facts.MADE, path)
-        if e["part"] or not version or path in known: continue
+        if e["part"] or not version or path in known or os.path.islink(path): continue
         if ".egg-info/" in path or path.startswith(away) and "/artifacts/" not in path: continue
         if e["kind"] == "table": _note_table(folder, path, version, e.get("at"))
         elif e["kind"] == "file":

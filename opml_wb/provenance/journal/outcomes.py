@@ -86,6 +86,10 @@ def rename_folder(names: Names, record: dict) -> None:
         node.now = to + path[len(source):]
         if node.start and node.start != node.now: node.gone = record
         names.named[node.now] = node
+    for name, mark in record.get("files", ()):       # that were there, and not touched before
+        was, now = f"{source}/{name}", f"{to}/{name}"
+        if now in names.named: continue
+        names.named[now] = names.add(Node(was, now, {**record, "s": mark}, gone=record))
     if not record.get("new"): names.add(Node(source, to, record, gone=record))
 
 # %% ../../../nbs/provenance/journal/03_outcomes.ipynb #e75ecc84

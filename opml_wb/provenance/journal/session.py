@@ -123,7 +123,8 @@ def moved(paths: KnownPaths, fact: dict) -> dict:
     "Move a file, or a folder with all below it, to its new name; `fact` with what is known of it."
     path, to = fact["p"], fact["q"]
     if paths.access.get(to) == RANK["r"]: fact = paths.leaving(fact, to)
-    if "dir" in fact and path in paths.made: fact = {**fact, "new": 1}
+    if "dir" in fact and path in paths.made:
+        fact = {**{k: v for k, v in fact.items() if k != "files"}, "new": 1}
     paths.forget(to)
     known, below = {*paths.access, *paths.made}, f"{path}/"
     for name in [n for n in known if n == path or "dir" in fact and n.startswith(below)]:

@@ -36,6 +36,7 @@ class Listener:
         self.absent: set[bytes] = set()        # paths that were looked for
         self.closing: list[Session] = []       # of stages inside that have ended
         self.apart = False                     # names may start elsewhere: chroot, namespaces
+        self.pids: dict[int, None] = {}        # of the processes that were heard, in order
 
 @patch
 def sessions(self: Listener, pid: int) -> Iterator[Session]:
@@ -104,6 +105,7 @@ def take(self: NoteTaker, listener: Listener, ident: int, thread: int, call: str
     if not facts or not syscalls.valid(listener.fd, ident): return self.jobs
     self.still()
     pid = process_of(thread)
+    listener.pids[pid] = None
     found = [put(session, f, pid) for session in listener.sessions(pid) for f in facts]
     return [job for job in found if job]
 

@@ -193,7 +193,9 @@ def _serve(server: watching.Watcher, pid: int, folder: Path) -> "tuple[int, stru
     _, status, usage = os.wait4(pid, 0)
     mark("end", str(folder/JOURNAL))
     with suppress(Exception):  # how the command ended is told, whatever fails here
-        watching.end(server, {"journal": str(folder/JOURNAL)})
+        journal = str(folder/JOURNAL)
+        watching.outlived(server, journal)
+        watching.end(server, {"journal": journal})
         server.leave()
     code = os.waitstatus_to_exitcode(status)
     return 128 - code if code < 0 else code, usage
