@@ -281,6 +281,7 @@ def unexplained(verdicts: pd.DataFrame, share: float = .5) -> pd.DataFrame:
     high = (verdicts[["rate_E", "rate_I", "rate_B"]] > share).any(axis=1)
     return verdicts[high & verdicts.challenge.isna()]
 
+# %% ../../nbs/analyzer/03_rules.ipynb #89c3faca
 def card(verdict: "pd.Series | Mapping[str, Any]") -> str:
     "Say one verdict in words: rates, intervals, probability, what would change it."
     v = verdict

@@ -53,6 +53,7 @@ def _columns(user: np.ndarray, ts: np.ndarray, stage: Any, feature: Any, kind: A
     return pd.DataFrame({"ts": ts, "user": user, "stage": stage, "feature": feature, "kind": kind,
                          "name": name, "seconds": seconds})
 
+# %% ../../../nbs/analyzer/logs/03_planted.ipynb #6e521bad
 def _usage(rng: np.random.Generator, z: np.ndarray, tails: str, span: float) -> pd.DataFrame:
     "Simulate what users of segments `z` do all day: events of twelve features, with durations."
     size = np.exp(np.log(ACTIONS)[z] + SPREAD * _noise(rng, tails, len(z)))

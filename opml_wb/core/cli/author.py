@@ -125,6 +125,7 @@ def since(doc: dict, request: "RunRequest") -> dict[str, Any]:
     inputs = {path: deps.sha256(path) for path in doc.get("inputs", {})}
     return differences(doc, {**request.request(), "nb": request.chapter.nb, "inputs": inputs})
 
+# %% ../../../nbs/core/cli/05_author.ipynb #847b7d38
 def outcome(then: "Run", now: "Run") -> str:
     "Compare what came out of two Runs, their metrics and artifacts: same, differs or cannot tell."
     from opml_wb.core.kit.words import CANNOT_TELL, DIFFERS, SAME

@@ -51,6 +51,7 @@ def expected(asked: "list[RunRequest]", home: store.Store) -> dict[str, float]:
                                else last["seconds"] if last else GUESS)
     return out
 
+# %% ../../../nbs/core/cli/10_reproduce.ipynb #8c81b5ce
 def outcome_table(outcomes: list[Outcome]) -> Table:
     "Make a table with a row for each chapter: status, time, its claims by verdict, what changed."
     seconds = Column("seconds", lambda v: "" if v is None else f"{v:.1f}", right=True)

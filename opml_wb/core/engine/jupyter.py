@@ -104,6 +104,7 @@ def _tree(pid: int) -> list["psutil.Process"]:
     try: return [psutil.Process(pid)] + psutil.Process(pid).children(recursive=True)
     except psutil.Error: return []
 
+# %% ../../../nbs/core/engine/08_jupyter.ipynb #df332291
 def _kill(processes: list["psutil.Process"]) -> None:
     "Kill these processes; those that are gone are no error."
     import psutil

@@ -262,6 +262,7 @@ def submit(self: Zygote, spec: dict[str, Any]) -> Future:
     self._send(**spec)
     return future
 
+# %% ../../../nbs/core/engine/07_zygote.ipynb #bc2263a5
 @patch
 def stop(self: Zygote, run_id: str) -> None:
     "Ask run `run_id` to end; it has three seconds."

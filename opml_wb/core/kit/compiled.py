@@ -49,6 +49,7 @@ def _code(code, seen):
             f"{code.co_varnames}{code.co_freevars}{code.co_names}{code.co_code.hex()}"
             f"{code.co_exceptiontable.hex()}{consts}")
 
+# %% ../../../nbs/core/kit/11_compiled.ipynb #28f84b70
 def _names(code):
     "All names that a code object and those within it look up."
     inner = (n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))

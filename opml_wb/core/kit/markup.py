@@ -31,6 +31,7 @@ def num(v: Any) -> str:
     if isinstance(v, int): return f"{v:,}"
     return f"{v:,.0f}" if 1000 <= abs(v) < 1e15 else f"{v:.4g}"
 
+# %% ../../../nbs/core/kit/06_markup.ipynb #e4c4e32f
 def written(v: Any) -> str:
     "Write a parameter's value as one would type it: 12345 stays 12345, text has no quotes."
     if isinstance(v, str): return v

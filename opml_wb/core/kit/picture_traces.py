@@ -124,6 +124,7 @@ def _lengths(bars: Mapping, values: np.ndarray) -> list[np.ndarray]:
     if bars.get("arrayminus") is None: return [up, up]
     return [np.array([v or 0 for v in each(bars["arrayminus"], n, 0)], float), up]
 
+# %% ../../../nbs/core/kit/09_picture_traces.ipynb #70ccb3a4
 def _spread(ax, t, letter, x, y, colour):
     bars = t.get(f"error_{letter}")
     if not bars or bars.get("visible") is False: return

@@ -86,6 +86,7 @@ def rgba(colour: Any, alpha: float = 1.) -> tuple[float, float, float, float]:
     except ValueError: return to_rgba(COLOURS["muted"], alpha)
     return r, g, b, opacity * alpha
 
+# %% ../../../nbs/core/kit/07_plotly_json.ipynb #8f53fe57
 def colour_map(scale: Any) -> "Colormap":
     "Make matplotlib's colour map of plotly's scale: [position, colour] pairs, colours, a name."
     from matplotlib import colormaps

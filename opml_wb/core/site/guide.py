@@ -25,7 +25,8 @@ def write_page(path: Path, content: str | Mapping[str, Any]) -> None:
 # %% ../../../nbs/core/site/08_guide.ipynb #fbc79782
 def contents(entries: Iterable[str]) -> str:
     "Write a toctree that is seen at the side only, of pages."
-    return "\n".join(["```{toctree}", ":hidden:", "", *entries, "```", ""])
+    lines = ["```{toctree}", ":hidden:", "", *entries, "```", ""]
+    return "\n".join(lines)
 
 # %% ../../../nbs/core/site/08_guide.ipynb #6b1072a4
 def guide_files(root: Path) -> list[Path]:
