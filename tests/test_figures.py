@@ -79,3 +79,13 @@ def test_the_checker_moves_the_controls_and_sees_the_picture(browser, tmp_path, 
     assert any("[n #" in line and ": over:" in line for line in lines) and not any(line.startswith("figure 1 '': ") for line in lines)
     crowded = json.loads(ui.figure("x, s", "y, m").add_bar(x=["a" * 40, "b" * 40, "c" * 40, "d" * 40], y=[1, 2, 3, 4]).to_json())
     assert any("over: tick" in fault for fault in figures.faults_of_picture(crowded))
+
+
+def test_the_names_of_fixed_properties_never_meet():
+    "Whatever a machine's times are: where recall rises steeply, a name above and the next one below would."
+    import pandas as pd
+    from opml_wb.riann.lab.plots import fixed_properties
+    names = [f"deg {d}, cand {c}" for d, c in ((4, 8), (8, 16), (16, 32), (16, 64), (16, 200))]
+    for times in ([3.3, 5.5, 9.1, 14.8, 33.7], [2.9, 4.7, 7.2, 12.1, 29.7], [3.1, 4.6, 8.1, 14.8, 38.3], [2.8, 5.0, 6.2, 13.2, 27.6]):
+        table = pd.DataFrame({"property": names, "cpu_us": times, "recall": [.8576, .9795, .9973, .9986, .9992]})
+        assert figures.faults_of_picture(json.loads(fixed_properties(table).to_json())) == [], times
