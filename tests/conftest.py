@@ -64,6 +64,17 @@ def executed(chapters_home):
     close_all()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    "A Chromium that finds nothing but this machine."
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra [dev]")
+    import figures
+    with sync_api.sync_playwright() as p:
+        browser = figures.browser_of(p)
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def notebook(tmp_path):
     "notebook(*sources, name=, params=) -> path; the first cell is tagged `parameters` unless `params` is False."

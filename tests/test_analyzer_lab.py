@@ -9,7 +9,8 @@ import nbformat
 import pytest
 
 from opml_wb.analyzer import Events
-from test_lab import CHROMIUM, Lab, browser, free_port, page, run_all  # noqa: F401 (fixtures)
+from figures import CHROMIUM
+from test_lab import Lab, free_port, page, run_all  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 SECRETS = "s3cret-environment", "s3cret-source", "s3cret-message", "s3cret-value"

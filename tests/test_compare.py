@@ -9,7 +9,8 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-from test_lab import CHROMIUM, HERE, browser  # noqa: F401 (a fixture)
+from figures import CHROMIUM, strangers
+from test_lab import HERE
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +123,7 @@ def test_the_page_in_a_browser(two, command, place, browser):
     (HERE / "artefacts").mkdir(exist_ok=True)
     for theme in ("light", "dark"):
         page = browser.new_page(viewport=dict(width=1280, height=1000), color_scheme=theme)
-        asked, faults = [], []
-        page.on("request", lambda r: asked.append(r.url))
+        outside, faults = strangers(page), []
         page.on("pageerror", lambda e: faults.append(str(e)))
         page.on("console", lambda m: m.type == "error" and faults.append(m.text))
         page.goto((place / "page.html").as_uri())
@@ -135,6 +135,6 @@ def test_the_page_in_a_browser(two, command, place, browser):
         assert (text < 200, ground < 200) == (theme == "light", theme == "dark") and abs(text - ground) > 400
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=HERE / "artefacts" / f"compare-{theme}.png", full_page=True)
-        assert faults == [] and [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == []
+        assert faults == [] and outside == []
     page.locator("#theme").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "light"

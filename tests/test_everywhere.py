@@ -6,7 +6,7 @@ from pathlib import Path
 import pages
 import pytest
 from conftest import ROOT
-from test_lab import CHROMIUM, browser  # noqa: F401 (a fixture)
+from figures import CHROMIUM
 
 pytest.importorskip("nbconvert", reason="needs nbconvert")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]

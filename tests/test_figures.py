@@ -5,9 +5,8 @@ from pathlib import Path
 import figures
 import pytest
 from conftest import ROOT
-from test_lab import CHROMIUM, browser  # noqa: F401 (a fixture)
 
-browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+browser_only = pytest.mark.skipif(figures.CHROMIUM is None, reason="no Chromium on this machine")
 CHAPTERS = sorted(p.stem for p in (ROOT / "nbs" / "chapters").glob("*.ipynb"))
 
 

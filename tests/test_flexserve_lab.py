@@ -2,7 +2,8 @@
 import json
 
 import pytest
-from test_lab import CHROMIUM, HERE, browser, errors, lab, lab_server, page, run_all, scroll_to  # noqa: F401 (fixtures)
+from figures import CHROMIUM
+from test_lab import HERE, errors, lab, lab_server, page, run_all, scroll_to  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 PLAY = ".jp-CodeCell:has(.noUi-handle)"

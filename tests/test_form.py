@@ -1,11 +1,11 @@
 """The form in a real JupyterLab: move a slider, see an error beside its field, press Run, watch it, read the card."""
 import json
-import re
 
 import nbformat
 import pytest
 from conftest import until
-from test_lab import CONTRAST, HERE, browser, errors, lab, lab_server, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
+from figures import strangers
+from test_lab import CONTRAST, HERE, errors, lab, lab_server, page, pytestmark, run_all  # noqa: F401 (fixtures, and the same conditions)
 
 
 def value(page, field): return page.locator(f".opml-field-{field} .widget-readout").inner_text()
@@ -16,8 +16,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page):
     nb.cells = [nbformat.v4.new_code_cell("from opml_wb.core.show.ui import form\nshown = form('riann')\nshown"),
                 nbformat.v4.new_markdown_cell("The end")]
     nbformat.write(nb, lab.folder/"chapters"/"form.ipynb")
-    strangers, faults = [], []
-    page.on("request", lambda r: re.match(r"(https?|wss?)://(?!127\.0\.0\.1)", r.url) and strangers.append(r.url))
+    outside, faults = strangers(page), []
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.goto(lab.format("form.ipynb"))
     run_all(page)
@@ -56,7 +55,7 @@ def test_the_form_runs_a_chapter_in_jupyterlab(lab, page):
     page.wait_for_timeout(500)
     page.screenshot(path=HERE/"artefacts"/"form-card-dark.png")
     assert page.evaluate(CONTRAST) == []
-    assert errors(page) == [] and faults == [] and strangers == []
+    assert errors(page) == [] and faults == [] and outside == []
 
 
 @pytest.mark.parametrize("value, answer", [("3", "done"), ("7", "failed")])

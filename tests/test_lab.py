@@ -13,11 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from figures import CHROMIUM, strangers
 
 HERE = Path(__file__).parent
-CHROMIUM = next((c for c in ("chromium", "chromium-browser", "google-chrome") if shutil.which(c)), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 
 def free_port():
@@ -76,15 +75,6 @@ def lab(lab_server):
     "The Lab of this file; the kernels of a test end with it."
     yield lab_server
     lab_server.close_kernels()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the extra [dev]")
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -148,8 +138,7 @@ def test_a_chapter_in_jupyterlab(lab, page, chapter):
     "Run All, then a reader moves the first slider, or takes another entry of the first menu: what the widget shows changes. Nothing fails, nothing is asked of elsewhere."
     shots, name = HERE/"artefacts", chapter.removesuffix(".ipynb")
     shots.mkdir(exist_ok=True)
-    strangers, faults = [], []
-    page.on("request", lambda r: re.match(r"(https?|wss?)://(?!127\.0\.0\.1)", r.url) and strangers.append(r.url))
+    outside, faults = strangers(page), []
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.goto(lab.format(chapter))
     run_all(page)
@@ -175,4 +164,4 @@ def test_a_chapter_in_jupyterlab(lab, page, chapter):
         page.wait_for_timeout(300)
         plot.screenshot(path=shots/f"lab-{name}-figure-{i}.png")
     assert errors(page) == []
-    assert faults == [] and strangers == []
+    assert faults == [] and outside == []

@@ -4,7 +4,8 @@ import re
 
 import nbformat
 import pytest
-from test_lab import CHROMIUM, HERE, browser, errors, lab, lab_server, page  # noqa: F401 (fixtures)
+from figures import CHROMIUM, strangers
+from test_lab import HERE, errors, lab, lab_server, page  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 
@@ -31,8 +32,7 @@ def test_a_sweep_in_jupyterlab(lab, page, theme):
     write(lab.folder/"chapters", work, WORK, ["parameters"])
     write(lab.folder/"chapters", sweeps, [f"WORK = {work!r}", *SWEEPS])
     (lab.folder/"settings"/"@jupyterlab"/"apputils-extension"/"themes.jupyterlab-settings").write_text(json.dumps({"theme": f"JupyterLab {theme}"}))
-    strangers, faults = [], []
-    page.on("request", lambda r: re.match(r"(https?|wss?)://(?!127\.0\.0\.1)", r.url) and strangers.append(r.url))
+    outside, faults = strangers(page), []
     page.on("pageerror", lambda e: faults.append(str(e)))
     page.goto(lab.format(sweeps))
     page.wait_for_selector(".jp-NotebookPanel-toolbar")
@@ -55,4 +55,4 @@ def test_a_sweep_in_jupyterlab(lab, page, theme):
     assert "lr" in result and "failed" in result and "ValueError: diverged" in result and "sweep " in result
     assert "not beaten by any other in loss and size" in page.locator(".jp-OutputArea .opml").last.inner_text()
     assert page.locator(".jp-OutputArea .opml").count() == 4      # renewed in place, not one below the other
-    assert errors(page) == [] and faults == [] and strangers == []
+    assert errors(page) == [] and faults == [] and outside == []

@@ -1,7 +1,7 @@
 """The measures of whole pages find what they are for."""
 import pages
 import pytest
-from test_lab import CHROMIUM, browser  # noqa: F401 (a fixture)
+from figures import CHROMIUM
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 HEAD = '<!doctype html><html lang="en"><head><title>t</title><meta name="viewport" content="width=device-width"></head><body><main><h1>t</h1>'
@@ -32,6 +32,12 @@ def test_what_axe_and_code_refuse_is_found(shown):
     for rule in ("label:", "image-alt:", "color-contrast:", "code k"): assert rule in found, found
     assert "label:" not in " ".join(pages.serious(bad, source, contrast_only=True))
     assert pages.serious(shown('<label>n <input type="range"></label><p>dark</p>'), source) == []
+    alike, odd = "<li>word</li>" * 300, ('<li style="color: #aaa">pale</li>', '<li><a href="#" style="color: #aaa">pale</a></li>', '<li style="background: #333">dark</li>',
+                                         '<li style="opacity: .4">faint</li>')
+    for one in odd:
+        for page in shown(f"<ul>{alike}{one}{alike}</ul>"), shown(f'<div style="background: #fafafa"><ul>{alike}{one}</ul></div>'):
+            assert any(line.startswith("color-contrast: ") for line in pages.serious(page, source, contrast_only=True)), one
+    assert pages.serious(shown(f"<ul>{alike}<li>word <b>and</b></li></ul>"), source) == []
 
 
 def test_bytes_on_the_wire_are_counted(browser, tmp_path):
