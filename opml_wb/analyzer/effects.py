@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from .logs.events import EventError
-from .rules import judged, window_kind
+from .rules import is_judged, judged, window_kind
 from ..core.kit.words import did_you_mean
 
 # %% ../../nbs/analyzer/04_effects.ipynb #66011d97
@@ -35,7 +35,10 @@ def period_kind(period: Period) -> str:
 
 def in_period(windows: pd.Series, period: Period) -> pd.Series:
     "True for windows of the period's kind from its first to its last. Raises EventError."
-    return (window_kind(windows) == period_kind(period)) & windows.between(*period)
+    row, names = pd.factorize(windows)
+    names = pd.Series(names)
+    there = (window_kind(names) == period_kind(period)) & names.between(*period)
+    return pd.Series(np.append(there, False)[row], windows.index)   # a window that is missing: -1
 
 def windows_between(period: Period) -> int:
     "Count the weeks or months of a period."
@@ -96,9 +99,9 @@ def active_users(signals: pd.DataFrame, *periods: Period, but: Sequence[str] = (
 
     but: features whose errors and redundant actions don't count as activity: they are the outcome.
     They do where the log has nothing else."""
-    other = signals[~(signals.feature.isin(but) & signals.index.isin(judged(signals).index))]
+    other = signals[~(signals.feature.isin(but) & is_judged(signals))]
     signals = other if len(other) else signals
-    found = [set(signals.user[in_period(signals.window, p)]) for p in periods]
+    found = [set(signals.user[in_period(signals.window, p)].unique()) for p in periods]
     return pd.Index(sorted(set.intersection(*found)), name="user")
 
 # %% ../../nbs/analyzer/04_effects.ipynb #af5c967b
