@@ -538,10 +538,10 @@ def test_vary_keeps_its_error_rates():
     "Twice the work is found in 95 of 100 tries or more, an equal copy in 7 % or fewer: of 400, since of 100 an exact interval of 95 % has eight or more in one go of eight."
     t = task("def fun(ctx, data): return 0")
     def lo_hi(n):
-        table = vary(t, model=[spin("a", 10_000), spin("b", n)], data=0)
+        table = vary(t, model=[spin("a", 2_000), spin("b", n)], data=0)
         return table[table.metric.str.contains("ratio")].iloc[0][["lo", "hi"]]
-    found = sum(lo_hi(20_000).lo > 1 for _ in range(100))
-    equal = [lo_hi(10_000) for _ in range(400)]
+    found = sum(lo_hi(4_000).lo > 1 for _ in range(100))
+    equal = [lo_hi(2_000) for _ in range(400)]
     false = sum(not lo <= 1 <= hi for lo, hi in equal)
     assert found >= 95 and false <= 28, (found, false)
 

@@ -23,7 +23,7 @@ def cli(tmp_path, monkeypatch, base):
     from opml_wb.dlspec.zoo import census
     def copied(trained=()):
         out = Catalog()
-        out.manifests.update(base.manifests)
+        for m in base: out.add(m)
         return out
     monkeypatch.setattr(census, "catalog", copied)
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))

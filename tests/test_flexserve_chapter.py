@@ -3,9 +3,8 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_chapter_loses_nothing_and_mixes_nothing(home):
-    from opml_wb.core.engine.run import run
-    r = run("flexserve", seconds=1.0, clients=4, epochs=8)
+def test_the_chapter_loses_nothing_and_mixes_nothing(executed):
+    r = executed("flexserve")
     assert r.status == "done", r.error
     m = r.metrics
     assert m["lost"] == m["swap_failed"] == m["swap_mixed"] == m["exit_code"] == 0

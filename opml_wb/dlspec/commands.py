@@ -107,12 +107,11 @@ def check(folder: str | None, as_json: bool) -> int:
     with told():
         if folder:
             own = Catalog(folder)
+            mine = [*own]
             zoo = known(refs=[r for m in own for r in references_of(m).values()])
             for m in zoo:
                 if m.id not in own.manifests: own.add(m)
-            frame = own.check()
-            mine = {m.id for m in Catalog(folder)} | {file for file, _ in own.problems}
-            frame = frame[frame.id.isin(mine)]
+            frame = own.check(mine)
         else: frame = known().check()
     if as_json: put(records(frame))
     else: click.echo("\n".join(f"{r.id}: {r.problem}" for r in frame.itertuples()) or "all good")

@@ -8,6 +8,7 @@ __all__ = ['VERBS', 'NOUNS', 'BUILT', 'CALLED', 'ITEMS', 'of_python', 'software_
 # %% ../../nbs/dlspec/02_starting.ipynb #ca1f8991
 import ast, hashlib, os, re, sys
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,11 @@ def _imports(tree: ast.Module) -> set[str]:
                     if isinstance(n, ast.ImportFrom)}
 
 # %% ../../nbs/dlspec/02_starting.ipynb #e83484d6
+_homes = lru_cache(1)(packages_distributions)   # reads the files of all that is installed
+
 def _needs(tree: ast.Module) -> tuple[list[str], list[str]]:
     "The installed distributions that Python text imports, and which modules aren't known here."
-    homes, names = packages_distributions(), _imports(tree) - set(sys.stdlib_module_names)
+    homes, names = _homes(), _imports(tree) - set(sys.stdlib_module_names)
     lacks = sorted(n for n in names if n not in homes)
     found = sorted({homes[n][0] for n in names if n in homes})
     return found, [f"where {', '.join(lacks)} comes from, which it imports"] if lacks else []

@@ -93,8 +93,8 @@ def _unset(aspect: str, tasks: dict[str, Task], name: str, result: Result) -> No
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #ac79321e
 def _seconds(result: Result) -> float:
     "The seconds of a result's run stage (or of the training)."
-    rows = result.trace[result.trace.step.isin(["run", "train"])]
-    return max(float(rows.seconds.sum()), 1e-9)
+    rows = result.steps.rows
+    return max(sum(s for step, _, s, _ in rows if step in ("run", "train")), 1e-9)
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #eb41d777
 def _told(aspect: str, name: str, first: str, seconds: dict[str, list[float]],

@@ -10,7 +10,7 @@ import json, os, platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from ...core.kit.files import read_json, write_json
@@ -111,8 +111,12 @@ class Journal:
     folder: where; default: dlspec/settings in the workbench's home. One file a process."""
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or home()/"dlspec"/"settings"
-        self.file = self.folder/f"{stamp()}.json"
         self.was: dict[str, str] = {}
+
+    @cached_property
+    def file(self) -> Path:
+        "The file of this process."
+        return self.folder/f"{stamp()}.json"
 
     def keep(self, file: Path, text: str) -> None:
         "Note that `file` said `text` before it is changed."
@@ -122,6 +126,7 @@ class Journal:
 
     def undo(self) -> list[str]:
         "Write all values of before; the files that would not take them."
+        if not self.was: return []
         failed = _written_back(self.was)
         self.was = {}
         if not failed: self.file.unlink(missing_ok=True)

@@ -12,10 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
-from types import GeneratorType, ModuleType
+from types import CodeType, GeneratorType, ModuleType
 from typing import Any
 
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #966b35e5
+@lru_cache
+def _compiled(text: str, name: str) -> CodeType:   # once for all runs of a stage
+    return compile(text, name, "exec", dont_inherit=True)
+
 def load(text: str, name: str) -> Callable[[dict, Any], Any]:
     """Execute the top level of a stage's `text` in a fresh module: its function fun(ctx, data).
 
@@ -25,7 +29,7 @@ def load(text: str, name: str) -> Callable[[dict, Any], Any]:
     module = sys.modules[known] = ModuleType(known)
     module.__file__ = name
     linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
-    exec(compile(text, name, "exec", dont_inherit=True), module.__dict__)
+    exec(_compiled(text, name), module.__dict__)
     return module.fun
 
 # %% ../../../nbs/dlspec/execute/02_pipeline.ipynb #fc58be57

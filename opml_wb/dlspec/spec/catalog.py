@@ -7,6 +7,7 @@ __all__ = ['Catalog', 'write_new', 'load']
 
 # %% ../../../nbs/dlspec/spec/05_catalog.ipynb #cc0788d4
 import builtins, os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING: import pandas as pd
 
 # %% ../../../nbs/dlspec/spec/05_catalog.ipynb #ac168b72
 class Catalog:
-    """Manifests by ID.
+    """Manifests by ID; `versions` has them by kind and name, and version. `add` takes one in.
 
     folder: of YAML files, read with all its sub-folders, hidden ones as .ipynb_checkpoints left
     out; None: an empty catalog. `problems`:
@@ -34,6 +35,7 @@ class Catalog:
     def __init__(self, folder: str | os.PathLike | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self.manifests = dict[str, Manifest]()
+        self.versions = defaultdict[tuple[str, str], dict[str, Manifest]](dict)
         self.documents = dict[str, strict_yaml.Document]()
         self.problems = list[tuple[str, str]]()
         if self.folder is not None: self._read(self.folder)
@@ -65,7 +67,7 @@ def add(self: Catalog, m: Manifest, doc: strict_yaml.Document | None = None) -> 
         said = f"digest {there.digest[:10]}, this one {m.digest[:10]}"
         raise ManifestError(f"{m.id} is there already{where}, with other content ({said}): "
                             "give it a new version", None if doc is None else doc.file)
-    self.manifests[m.id] = m
+    self.manifests[m.id] = self.versions[m.kind, m.name][m.version] = m
     if doc is not None: self.documents[m.id] = doc
 
 # %% ../../../nbs/dlspec/spec/05_catalog.ipynb #2f1dd5c9
@@ -76,7 +78,7 @@ def get(self: Catalog, ref: str | Ref | Manifest) -> Any:
     Raises ManifestError naming the nearest name, or the versions that are there."""
     if isinstance(ref, Manifest): return ref
     ref = ref if isinstance(ref, Ref) else Ref.parse(ref)
-    have = {m.version: m for m in self if m.kind == ref.kind and m.name == ref.name}
+    have = self.versions.get((ref.kind, ref.name), {})
     if version := newest(ref, have): return have[version]
     if have:
         raise ManifestError(f"{ref}: no version in that range; there are {', '.join(have)}")
@@ -163,8 +165,10 @@ def problems_of(self: Catalog, m: Manifest) -> "builtins.list[str]":
 
 # %% ../../../nbs/dlspec/spec/05_catalog.ipynb #c33ffd88
 @patch
-def check(self: Catalog) -> "pd.DataFrame":
-    "Check all manifests: DataFrame id, problem; a file that could not be read stands by its name."
+def check(self: Catalog, only: Iterable[Manifest] | None = None) -> "pd.DataFrame":
+    """Check all manifests, or those in `only`: DataFrame id, problem; a file that could not be read
+    stands by its name."""
     import pandas as pd
-    rows = [*self.problems, *((m.id, p) for m in self for p in self.problems_of(m))]
+    rows = [*self.problems, *((m.id, p) for m in (self if only is None else only)
+                              for p in self.problems_of(m))]
     return pd.DataFrame(rows, columns=["id", "problem"])

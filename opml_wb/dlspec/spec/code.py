@@ -9,6 +9,7 @@ __all__ = ['STAGES', 'Code', 'parsed', 'check', 'stages_of', 'references_of']
 import ast
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import CodeType
 
 from .manifest import ASPECTS, Dataset, Manifest, Model, ReferenceLog, Task
@@ -52,6 +53,7 @@ def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return [v.arg for v in (*a.posonlyargs, *a.args)] + extra
 
 # %% ../../../nbs/dlspec/spec/04_code.ipynb #d2447d4a
+@lru_cache(1024)
 def check(code: Code) -> CodeType:
     """Compile the text, and execute nothing: the code object.
 

@@ -9,6 +9,7 @@ __all__ = ['KINDS', 'NAME', 'Name', 'Semver', 'Sha256', 'Md5', 'Reference', 'Jso
 import hashlib, json, re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -21,12 +22,14 @@ KINDS = "hardware", "software", "dataset", "model", "log", "task"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
 
 # %% ../../../nbs/dlspec/spec/02_identity.ipynb #1bf56968
+_version, _range = lru_cache(4096)(Version), lru_cache(4096)(NpmSpec)   # the same few, all the time
+
 def version(text: Any) -> str:
     "Return `text` if it is a semantic version, such as 1.2.3. Raises ValueError with the remedy."
     if not isinstance(text, str):
         raise ValueError(f"expected a version of three numbers in quotes, such as \"1.2.0\", "
                          f"got the number {text!r}")
-    try: return str(Version(text))
+    try: return str(_version(text))
     except ValueError:
         raise ValueError(f"expected a semantic version such as 1.2.0, got {text!r}") from None
 
@@ -54,7 +57,7 @@ class Ref:
                                    if near else f": {', '.join(KINDS)}"))
         if not NAME.fullmatch(name):
             raise ManifestError(f"{text!r}: expected {kind}/NAME@VERSION")
-        try: NpmSpec(range or "*")
+        try: _range(range or "*")
         except ValueError:
             raise ManifestError(f"{text!r}: {range!r} is no version and no range such as ^1.2") \
                 from None
@@ -63,7 +66,7 @@ class Ref:
 # %% ../../../nbs/dlspec/spec/02_identity.ipynb #ee669359
 def newest(ref: Ref, versions: Iterable[str]) -> str | None:
     "Find the newest of `versions` (texts) that `ref` allows, or None."
-    found = NpmSpec(ref.range).select(Version(v) for v in versions)
+    found = _range(ref.range).select(map(_version, versions))
     return None if found is None else str(found)
 
 # %% ../../../nbs/dlspec/spec/02_identity.ipynb #611ace08
