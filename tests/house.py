@@ -2,6 +2,7 @@
 
 `test_house.py` holds them against their bounds; nothing of the package is imported here."""
 import ast
+import gc
 import json
 import re
 import sys
@@ -21,28 +22,38 @@ FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 
 @lru_cache(None)
 def modules():
-    "{dotted name: (path, syntax tree)} of the package."
+    "{dotted name: (path, syntax tree)} of the package. They stay: the collector is not to look at them again and again."
     out = {}
+    gc.disable()
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name == "_modidx.py": continue
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         out[name] = path, ast.parse(path.read_text(encoding="utf-8"))
+    gc.freeze()
+    gc.enable()
     return out
 
 
-def checkers_only(tree):
-    "The nodes under `if TYPE_CHECKING:`, which are not executed."
-    ifs = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+@lru_cache(None)
+def nodes(name):
+    "Every node of a module's syntax tree, walked once for all measures."
+    return list(ast.walk(modules()[name][1]))
+
+
+def checkers_only(name):
+    "The nodes of a module under `if TYPE_CHECKING:`, which are not executed."
+    ifs = [n for n in nodes(name) if isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
     return {id(x) for i in ifs for statement in i.body for x in ast.walk(statement)}
 
 
+@lru_cache(None)
 def imported(name):
     "[(line, module of ours, name from it or None)] that module `name` imports, also inside functions."
-    path, tree = modules()[name]
+    path, _ = modules()[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    unseen, out = checkers_only(tree), []
-    for node in ast.walk(tree):
-        if id(node) in unseen: continue
+    unseen, out = checkers_only(name), []
+    for node in nodes(name):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)) or id(node) in unseen: continue
         if isinstance(node, ast.Import): out += [(node.lineno, a.name, None) for a in node.names if a.name in modules()]
         if isinstance(node, ast.ImportFrom):
             base = ".".join(package.split(".")[:len(package.split(".")) - node.level + 1]) if node.level else ""
@@ -109,8 +120,8 @@ def upward():
 def slices():
     "Private classes of ours with exactly one subclass: [module base -> subclass]."
     below, own = defaultdict(list), {}
-    for m, (_, tree) in modules().items():
-        for node in ast.walk(tree):
+    for m in modules():
+        for node in nodes(m):
             if isinstance(node, ast.ClassDef):
                 own[node.name] = m
                 for b in node.bases: below[ast.unparse(b).rpartition(".")[2]].append(node.name)
@@ -126,17 +137,18 @@ def hung():
 def private_uses():
     "Uses of another module's `_name`: imported, or as an attribute of an imported module."
     out = []
-    for m, (_, tree) in modules().items():
+    for m in modules():
         out += [f"{m}:{line} {to}.{name}" for line, to, name in imported(m) if name and re.match(r"_[^_]", name)]
         names = {to.rpartition(".")[2] for _, to, name in imported(m) if name is None}
-        out += [f"{m}:{n.lineno} {ast.unparse(n)}" for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+        out += [f"{m}:{n.lineno} {ast.unparse(n)}" for n in nodes(m) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
                 and n.value.id in names and re.match(r"_[^_]", n.attr)]
     return sorted(set(out))
 
 
+@lru_cache(None)
 def documented():
     "[(place, docstring)] of every function and class."
-    return [(f"{m}:{n.lineno} {n.name}", d) for m, (_, tree) in modules().items() for n in ast.walk(tree)
+    return [(f"{m}:{n.lineno} {n.name}", d) for m in modules() for n in nodes(m)
             if isinstance(n, (*FUNCTIONS, ast.ClassDef)) and (d := ast.get_docstring(n))]
 
 
@@ -178,6 +190,7 @@ def sources():
     return [p for p in found if any(kind == "code" and re.match(r"#\|\s*default_exp\b", s) for kind, s in cells(p))]
 
 
+@lru_cache(None)
 def exported():
     "[(notebook, source, has a visible example before the next export)] of every exported cell that does more than import."
     out = []

@@ -206,8 +206,8 @@ def test_what_is_imported_is_declared():
     from importlib.metadata import packages_distributions, requires
     declared = {re.match(r"[\w.-]+", r)[0].lower().replace("_", "-") for r in requires("opml_wb")}
     known, missing = packages_distributions(), set()
-    for m, (path, tree) in house.modules().items():
-        for node in ast.walk(tree):
+    for m in house.modules():
+        for node in house.nodes(m):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {n.partition(".")[0] for n in names} - {"", "opml_wb"} - sys.stdlib_module_names:
                 dists = {d.lower().replace("_", "-") for d in known.get(top, [top])}

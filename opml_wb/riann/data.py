@@ -7,7 +7,7 @@ __all__ = ['PHOTOS', 'N_BASE', 'N_FULL', 'N_QUERY', 'FULL_CONTRAST', 'TEXTS', 'N
            'sift_from_photos', 'paragraphs', 'text_vectors', 'make', 'own', 'load']
 
 # %% ../../nbs/riann/02_data.ipynb #841399d9
-import ast, os, re
+import ast, functools, os, re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +61,15 @@ def _unique(x: np.ndarray) -> np.ndarray:
     return np.sort(np.unique(x, axis=0, return_index=True)[1])
 
 # %% ../../nbs/riann/02_data.ipynb #9c240717
+@functools.lru_cache(2)
+def _described(contrast_threshold: float, view: Callable | None) -> tuple[np.ndarray, ...]:
+    "Of all photographs: unique descriptors uint8 [m, 128] and of each its photograph uint8 [m]."
+    parts = [_describe(p, contrast_threshold, view) for p in photographs()]
+    rows, source = np.concatenate(parts), np.repeat(np.arange(len(parts), dtype=np.uint8),
+                                                    [len(p) for p in parts])
+    keep = _unique(rows)
+    return rows[keep], source[keep]
+
 def sift_from_photos(
     n: int | None = None,              # rows wanted, a random subset (None: all)
     seed: int = 0,                     # of that subset
@@ -75,11 +84,8 @@ def sift_from_photos(
     The same version of OpenCV gives the same rows.
     Raises ImportError (extra `[vision]`), or ValueError where there are not n rows.
     """
-    photos = photographs()
-    parts = [_describe(p, contrast_threshold, view) for p in photos]
-    rows, source = np.concatenate(parts), np.repeat(np.arange(len(parts), dtype=np.uint8),
-                                                    [len(p) for p in parts])
-    keep = _unique(rows)
+    rows, source = _described(contrast_threshold, view)
+    keep = np.arange(len(rows))
     if n is not None:
         if not 1 <= n <= len(keep):
             raise ValueError(
@@ -87,7 +93,7 @@ def sift_from_photos(
                 f"contrast_threshold={contrast_threshold}; "
                              "lower it for more")
         keep = np.sort(np.random.default_rng(seed).permutation(keep)[:n])
-    return rows[keep], source[keep], [p.stem for p in photos]
+    return rows[keep], source[keep], [p.stem for p in photographs()]
 
 # %% ../../nbs/riann/02_data.ipynb #926ac3d0
 N_BASE, N_FULL, N_QUERY = 20_000, 51_000, 1_000

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..kit.files import read_json, write_json, write_text
+from ..kit.lazy import light_jsonschema
 from ..record import store
 from ..request.plugin import around, offered
 from .child import after, cell_teller
@@ -76,6 +77,7 @@ def _outcome(error: Exception) -> dict[str, Any]:
 # %% ../../../nbs/core/engine/08_jupyter.ipynb #f48755ba
 def main() -> None:
     "Be the run's process: `python -m opml_wb.core.engine.jupyter SPEC.json`."
+    light_jsonschema()
     import nbformat
     spec = read_json(sys.argv[1])
     folder = Path(spec["dir"])

@@ -7,8 +7,8 @@ __all__ = ['Wire', 'Kernel', 'make_shell', 'Outputs', 'Execution', 'error_line',
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #7403b89e
 import asyncio, builtins, json, logging, os, sys, tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from tornado.platform.asyncio import AsyncIOMainLoop
 
 from ..kit.files import opened, plain
+from ..kit.lazy import light_jsonschema, without
 from .messages import OutStream, Tape
 
 if TYPE_CHECKING:
@@ -26,23 +27,14 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #70a16530
-@contextmanager
-def _without(*modules: str) -> Iterator[None]:
-    "Import as if these optional modules were not installed."
-    missing = [m for m in modules if m not in sys.modules]
-    for m in missing: sys.modules[m] = None  # type: ignore[assignment]
-    try: yield
-    finally:
-        for m in missing: del sys.modules[m]
-
-with _without("rfc3987_syntax"):  # a grammar of 1.3 CPU seconds that nothing here validates with
-    import ipykernel.kernelapp, ipykernel.zmqshell
-    from ipykernel.ipkernel import IPythonKernel
-    from jupyter_client.session import DELIM, Session
-    from nbclient import NotebookClient
-    from nbclient.client import timestamp
-    from nbclient.exceptions import CellExecutionComplete
-    from traitlets.config import Config
+light_jsonschema()  # before nbclient imports it
+import ipykernel.kernelapp, ipykernel.zmqshell
+from ipykernel.ipkernel import IPythonKernel
+from jupyter_client.session import DELIM, Session
+from nbclient import NotebookClient
+from nbclient.client import timestamp
+from nbclient.exceptions import CellExecutionComplete
+from traitlets.config import Config
 
 # %% ../../../nbs/core/engine/03_shell.ipynb #b6de08ce
 class Wire:
@@ -88,7 +80,7 @@ def make_shell() -> "InteractiveShell":
     app.init_path()  # what lies beside the notebook comes after the standard library
     app.init_pdb()
     session = Session(parent=app)
-    with _without("debugpy"):
+    with without("debugpy"):
         app.kernel = Kernel.instance(parent=app, session=session, iopub_socket=Wire(session),
                                      log=app.log, user_ns=None, _execute_sleep=0.)
     sys.breakpointhook = lambda *args, **kwargs: None  # as debugpy has it while nobody debugs

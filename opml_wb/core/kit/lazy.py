@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Exports', 'OWN', 'FORWARD', 'parse', 'only_for_checkers', 'exports', 'lazy', 'Forward', 'forward', 'stands_for',
-           'load_object']
+           'load_object', 'without', 'light_jsonschema']
 
 # %% ../../../nbs/core/kit/04_lazy.ipynb #2c2ecdce
 import ast, functools, sys, threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -145,3 +146,19 @@ def load_object(reference: str) -> Any:
     "Import the object that `reference` (`module:name`) names. Raises ImportError, AttributeError."
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)
+
+# %% ../../../nbs/core/kit/04_lazy.ipynb #61f27590
+@contextmanager
+def without(*modules: str) -> Iterator[None]:
+    "Import as if these optional modules were not installed."
+    missing = [m for m in modules if m not in sys.modules]
+    for m in missing: sys.modules[m] = None  # type: ignore[assignment]
+    try: yield
+    finally:
+        for m in missing: del sys.modules[m]
+
+# %% ../../../nbs/core/kit/04_lazy.ipynb #7d273d57
+def light_jsonschema() -> None:
+    """Import jsonschema, which nbformat needs, without `rfc3987_syntax`: it builds 38 grammars of
+    international addresses, 1.7 CPU seconds, and the schema of notebooks has no address."""
+    with without("rfc3987_syntax"), suppress(ImportError): import_module("jsonschema")

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 import opml_wb
 from ..kit.files import read_json
+from ..kit.lazy import light_jsonschema
 from ..kit.words import did_you_mean
 from ..record.folder import home
 from .plugin import PluginError, load, plugged
@@ -47,6 +48,7 @@ def read(path: str | Path) -> Notebook:
     if not isinstance(nb, dict) or "nbformat" not in nb:
         raise ChapterError(f"{path} is not a notebook: it has no 'nbformat'")
     if nb["nbformat"] != 4 or not isinstance(nb.get("cells"), list):
+        light_jsonschema()
         import nbformat
         try: nb = json.loads(nbformat.writes(nbformat.reads(json.dumps(nb), as_version=4)))
         except Exception as e:

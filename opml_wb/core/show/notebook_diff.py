@@ -12,11 +12,13 @@ from html import escape
 from html.parser import HTMLParser
 from typing import Any
 
+from ..kit.lazy import light_jsonschema
 from ..request.chapter import text
 
 # %% ../../../nbs/core/show/04_notebook_diff.ipynb #f80b668d
 def _lean(nb: Mapping) -> dict:
     "The notebook as nbdime gets it: kinds and sources only."
+    light_jsonschema()
     import nbformat
     def bare(kind): return {"outputs": [], "execution_count": None} if kind == "code" else {}
     cells = [{"cell_type": c["cell_type"], "metadata": {}, "source": text(c),

@@ -9,9 +9,7 @@ __all__ = ['NEEDED', 'MARK', 'LARGE', 'PACKED', 'check', 'default_out', 'results
 # %% ../../../nbs/core/site/04_build.ipynb #d8318e51
 import gzip, io, os, shutil, sys, tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from functools import lru_cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..kit.files import read_json, write_json
+from ..kit.lazy import light_jsonschema
 from ..record import store
 from ..request.chapter import Chapter, chapters
 from ..request.params import ParamError
@@ -109,18 +108,9 @@ def swap(site: Path, out: Path) -> None:
 # %% ../../../nbs/core/site/04_build.ipynb #0d5585d2
 LARGE = 2_000_000  # bytes
 
-def _without_grammars() -> None:
-    """Import jsonschema, which myst-nb needs, without `rfc3987_syntax`: it builds 38 grammars of
-    international addresses, 1.5 s, and the schema of notebooks has no address."""
-    modules: dict[str, Any] = sys.modules
-    if "jsonschema" in modules or "rfc3987_syntax" in modules: return
-    modules["rfc3987_syntax"] = None
-    with suppress(ImportError): import_module("jsonschema")
-    del modules["rfc3987_syntax"]
-
 def _sphinx(src: Path, site: Path, trees: Path, every: bool = False) -> None:
     "Draw the pages that changed, or every one; warnings are errors."
-    _without_grammars()
+    light_jsonschema()  # before myst-nb imports it
     from sphinx.cmd.build import build_main
     strict = ["-q", "-W", "--keep-going", "-b", "html", *(["-a"] if every else [])]
     if build_main([*strict, "-d", str(trees), str(src), str(site)]):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kit.files import write_text
+from ..kit.lazy import light_jsonschema
 from ..kit.markup import CSS
 from .pages import VIEW, page
 from .sources import DocsError, nbs
@@ -91,6 +92,7 @@ def _without_widgets(out: dict) -> dict:
 
 def body_of(nb: Mapping[str, Any]) -> str:
     "Write the cells of an executed notebook (dict of nbformat 4) as HTML without a frame."
+    light_jsonschema()
     try: from nbconvert.exporters import HTMLExporter
     except ImportError: raise DocsError("a page needs nbconvert: pip install nbconvert") from None
     from nbformat import reads

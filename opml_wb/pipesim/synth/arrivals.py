@@ -8,6 +8,7 @@ __all__ = ['WEEK', 'HOUR', 'MONDAY', 'DRAWS', 'BOUNDS', 'hour_cells', 'hourly', 
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #fb6532ca
 import copy, zoneinfo
+from itertools import accumulate
 
 import numpy as np
 from fastcore.basics import patch
@@ -136,11 +137,11 @@ def ar1(n: int, s2: float, phi: float, rng: np.random.Generator, burn: int = WEE
     lag-1 correlation phi; mean 1.
 
     draw: as of `ArrivalModel.sample`."""
-    from scipy.signal import lfilter
     sign = -1. if draw == "mirrored" else 1.
     e = _innovations(n + burn, rng) if draw == "matched" else sign * rng.standard_normal(n + burn)
     e, start = e * np.sqrt(s2 * (1 - phi ** 2)), sign * rng.standard_normal() * np.sqrt(s2)
-    return np.exp(lfilter([1], [1, -phi], e, zi=[phi * start])[0][burn:] - s2 / 2)
+    x = accumulate(e.tolist(), lambda before, e: phi * before + e, initial=start)
+    return np.exp(np.fromiter(x, float, n + burn + 1)[burn + 1:] - s2 / 2)
 
 # %% ../../../nbs/pipesim/synth/03_arrivals.ipynb #6938f466
 def matched_rates(lam: np.ndarray, m: np.ndarray, s2: float) -> np.ndarray:

@@ -69,7 +69,7 @@ class Surface:
         self.n, self.low_deg, self.low_q = n, low_deg, max(SPACE["cand_q"][0], k)
         self.args: dict[str, Any] = dict(n=np.clip(n, *N_RANGE), k=k, batch=batch, state=state,
                                          lid=lid)
-        self._made: dict = {}
+        self._made: dict = {}    # layers, and rungs: many coolings pass the same places
 
     @property
     def usual_query_s(self) -> float:
@@ -83,10 +83,12 @@ class Surface:
         return self._made[deg, cand]
 
     def __call__(self, deg: int, cand: int, cand_q: int) -> Rung:
-        graph = self.graph(deg, cand)
-        return Rung(deg, cand, cand_q, self.recalls.predict(deg, cand, cand_q, **self.args),
-                    self.times.expected_index_time(cand, deg, self.layers or graph),
-                    self.times.query_time(cand_q, deg, graph))
+        if (at := (deg, cand, cand_q)) not in self._made:
+            graph = self.graph(deg, cand)
+            self._made[at] = Rung(*at, self.recalls.predict(*at, **self.args),
+                                  self.times.expected_index_time(cand, deg, self.layers or graph),
+                                  self.times.query_time(cand_q, deg, graph))
+        return self._made[at]
 
 # %% ../../../nbs/riann/models/06_annealing.ipynb #ea3df9d7
 @patch
@@ -115,12 +117,12 @@ def _energy(r, deadline, recall, query_s):
 def _step(rng, here, heat):
     """A neighbour of the property (deg, cand, cand_q): one or two of them changed, by
     less as it cools."""
-    there = list(here)
+    there, bounds = list(here), list(SPACE.values())
     for i in rng.choice(3, rng.integers(1, 3), replace=False):
-        low, high = list(SPACE.values())[i]
+        low, high = bounds[i]
         move = there[i] * (np.exp(rng.normal() * (.05 + .6 * heat)) - 1)
-        there[i] = int(np.clip(there[i] + (move if abs(move) >= 1 else rng.choice([-1, 1])), low,
-                               high))
+        there[i] += move if abs(move) >= 1 else rng.choice([-1, 1])
+        there[i] = int(min(max(there[i], low), high))
     there[0] = min(there[0], 2 * there[1])
     return tuple(there)
 
