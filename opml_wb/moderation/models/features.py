@@ -24,43 +24,17 @@ NUMBERS = 2                # log price, its square
 WIDTH = TEXT + VISUAL + NUMBERS + 3
 
 # %% ../../../nbs/moderation/models/01_features.ipynb #85b1e610
-def _murmur(data: bytes) -> int:
-    "MurmurHash3 (Appleby 2011): 32 bits, as a signed number."
-    h, full = 0, len(data) // 4 * 4
-    for i in range(0, len(data), 4):
-        k = int.from_bytes(data[i:i + 4], "little") * 0xcc9e2d51 & 0xffffffff
-        h ^= (k << 15 | k >> 17) * 0x1b873593 & 0xffffffff
-        if i < full: h = (h << 13 | h >> 19) * 5 + 0xe6546b64 & 0xffffffff
-    h ^= len(data)
-    h = (h ^ h >> 16) * 0x85ebca6b & 0xffffffff
-    h = (h ^ h >> 13) * 0xc2b2ae35 & 0xffffffff
-    h ^= h >> 16
-    return h - (h >> 31 << 32)
-
-@lru_cache(2**16)   # listings share their words
-def _columns(word: str) -> list[int]:
-    "Columns of the n-grams of a word, which begins and ends with a space."
-    w = f" {word} "
-    return [abs(_murmur(w[i:i + n].encode())) % TEXT
-            for n in (2, 3, 4) for i in range(len(w) - n + 1)]
+@lru_cache(1)
+def _hasher() -> Any:
+    from sklearn.feature_extraction.text import HashingVectorizer
+    return HashingVectorizer(analyzer="char_wb", ngram_range=(2, 4), n_features=TEXT,
+                             alternate_sign=False, dtype=np.float32)
 
 # %% ../../../nbs/moderation/models/01_features.ipynb #8cf8d0b6
 def text_features(listings: Sequence[Listing]) -> "sp.csr_matrix":
-    """Hash title and brand to unit rows: sparse float32 [n, TEXT].
-
-    As scikit-learn's `HashingVectorizer` does, to the last bit; a worker that scores needn't import
-    scikit-learn for it."""
-    import scipy.sparse as sp
-    texts = (plain(f"{x.title[:500]} {x.brand}").lower() for x in listings)
-    rows = [[c for word in text.split() for c in _columns(word)] for text in texts]
-    at = np.fromiter((c for row in rows for c in row), np.int32)
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    x = sp.csr_matrix((np.ones(len(at), np.float32), at, ends), (len(rows), TEXT))
-    x.sum_duplicates()
-    row = np.repeat(np.arange(len(rows)), np.diff(x.indptr))
-    norm = np.sqrt(np.bincount(row, x.data.astype(float) ** 2, len(rows)))
-    x.data = (x.data / norm[row]).astype(np.float32)
-    return x
+    "Hash title and brand to unit rows: sparse float32 [n, TEXT]."
+    if not len(listings): return _hasher().transform([""])[:0]
+    return _hasher().transform([plain(f"{x.title[:500]} {x.brand}") for x in listings])
 
 # %% ../../../nbs/moderation/models/01_features.ipynb #270d1e0f
 def _sampled(image: np.ndarray) -> np.ndarray:
