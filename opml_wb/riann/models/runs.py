@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'RISING', 'State', 'features', 'schedule', 'collect']
 
 # %% ../../../nbs/riann/models/05_runs.ipynb #bb5c78ad
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -53,7 +53,7 @@ def features(deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLike, n: ArrayLike, l
     with `deg` and `cand`. least: no more links than
     candidates; built, wide, seen: products of deg, cand and cand_q, in which trees would otherwise
     make many steps."""
-    given = deg, cand, cand_q, n, k, batch or 1
+    given: Any = (deg, cand, cand_q, n, k, batch or 1)
     one = not any(map(np.ndim, given))  # of numbers, thousands of which annealing asks one by one
     g, c, q, size, near, b = np.log2(given if one else np.broadcast_arrays(*given))
     share = np.ones(g.shape) if state is None or not state.n else 1 / (1 + state.n / 2**b)
