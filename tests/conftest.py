@@ -20,7 +20,6 @@ from opml_wb.core.kit.lazy import light_jsonschema
 
 light_jsonschema()  # nearly two seconds less of each process, as in our own
 import nbformat  # noqa: E402
-
 ROOT = Path(__file__).resolve().parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # as under nohup
 for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own
@@ -28,13 +27,18 @@ for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the 
 for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"): os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def zygotes():
+    "The zygotes that a file's tests start serve all of them."
+    yield
+    if engine := sys.modules.get("opml_wb.core.engine.zygote"): engine.close_all()
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    "A run store of this test's own; its zygotes are closed afterwards."
+    "A run store of this test's own."
     monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
-    yield tmp_path / "home"
-    from opml_wb.core.engine.zygote import close_all
-    close_all()
+    return tmp_path / "home"
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def project(tmp_path, notebook):
                        "lazy.py": "value = 10\n", "space/mod.py": "value = 100\n", "unrelated.py": "x = 1\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    return notebook("n = 1", COUNT + "import direct, space.mod", "%matplotlib inline\ndef later():\n    import lazy\n    return lazy.value",
+    return notebook("n = 1", COUNT + "import direct, space.mod", "%precision 4\ndef later():\n    import lazy\n    return lazy.value",
                     "!true\nfrom opml_wb import log\nlog.metric('sum', direct.value + later() + space.mod.value)")
 
 

@@ -11,21 +11,6 @@ from opml_wb.core.record.store import Store
 GIL = "import ctypes\nctypes.PyDLL(None).usleep.argtypes = [ctypes.c_uint]\nwhile True: ctypes.PyDLL(None).usleep(60_000_000)"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def zygotes():
-    "The zygotes serve all tests of a module."
-    from opml_wb.core.engine.zygote import close_all
-    yield
-    close_all()
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    "A run store of this test's own."
-    monkeypatch.setenv("OPML_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 def went(r, status, **error):
     assert r.status == status, (r.status, r.error)
     for name, value in error.items(): assert r.error[name] == value, r.error

@@ -7,7 +7,6 @@ import threading
 
 import nbformat
 import pytest
-from test_faults import home, zygotes  # noqa: F401 (fixtures)
 
 from opml_wb import log
 from opml_wb.core.engine.run import run

@@ -167,6 +167,7 @@ def test_the_command_is_killed(here, home, opml):
 @told
 def test_the_watcher_of_a_run_is_killed(here, notebook):
     from opml_wb.core.engine import zygote
+    zygote.close_all()                                                      # the next one serves this run
     nb = notebook("import time, os", "for i in range(20): open(f'{i}.txt', 'w').write('x'); time.sleep(.05)")
     os.rename(nb, here / "nb.ipynb")
     result = []

@@ -27,9 +27,7 @@ def homes(tmp_path, postgres, monkeypatch):
     def use(name):
         monkeypatch.setenv("OPML_HOME", str(tmp_path / name))
         return Store()
-    yield use
-    from opml_wb.core.engine.zygote import close_all
-    close_all()
+    return use
 
 
 def test_two_homes_see_each_other_and_keep_their_hands_off(typed, homes, notebook, tmp_path):

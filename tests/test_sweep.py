@@ -11,7 +11,6 @@ from collections import Counter
 
 import pytest
 from conftest import processes, until
-from test_faults import home, zygotes  # noqa: F401 (fixtures)
 
 from opml_wb.core.record.store import Store
 from opml_wb.core.sweep.driver import Interrupted, Sweep, sweep

@@ -70,6 +70,10 @@ CUTS = [(a, b) for a in (.05, .15, 1 / 3, .6) for b in (.05, .15, 1 / 3, .6) if 
 BEGIN = 3  # of the starts, how many are followed to the end
 
 # %% ../../nbs/analyzer/02_segments.ipynb #6a3de6ab
+def _log_constant(nu: float) -> float:
+    "The logarithm of the density of Student's t at 0."
+    return gammaln((nu + 1) / 2) - gammaln(nu / 2) - .5 * np.log(nu * np.pi)
+
 @dataclass
 class Mixture:
     "A mixture of k segments: shares [k], centres [k, d], scales [d], nu; `loglik` of the data."
@@ -83,8 +87,7 @@ class Mixture:
         "The logarithm of share x density of each user in each segment: [n, k]."
         z = (x[:, None, :] - self.centre) / self.scale
         nu = self.nu
-        const = gammaln((nu + 1) / 2) - gammaln(nu / 2) - .5 * np.log(nu * np.pi)
-        each = const - np.log(self.scale) - (nu + 1) / 2 * np.log1p(z * z / nu)
+        each = _log_constant(nu) - np.log(self.scale) - (nu + 1) / 2 * np.log1p(z * z / nu)
         return np.log(self.share) + each.sum(-1)
 
     def posterior(self, x: np.ndarray) -> np.ndarray:
@@ -98,22 +101,28 @@ def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
     """Fit a mixture by EM from memberships `start` [n, k].
 
     The weight (nu+1)/(nu+z²) of each value is what makes it robust (Peel & McLachlan 2000)."""
-    r, last = start, -np.inf
-    centre, scale = (start.T @ x) / start.sum(0)[:, None], np.maximum(x.std(0) / 2, 1e-3)
-    m = Mixture(start.mean(0), centre, scale, nu)
+    x, r = x.T[:, None], np.ascontiguousarray(start.T)  # [d, 1, n], [k, n]
+    d, _, n = x.shape
+    centre, scale = (r * x).sum(-1) / r.sum(-1), np.maximum(x.std((1, 2)) / 2, 1e-3)
+    share, last, total = r.mean(-1), -np.inf, -np.inf
+    tail = 1 + ((x - centre[..., None]) / scale[:, None, None]) ** 2 / nu  # [d, k, n]
     for _ in range(steps):
-        z = (x[:, None, :] - centre) / scale
-        w = r[:, :, None] * (nu + 1) / (nu + z * z)
-        centre = (w * x[:, None, :]).sum(0) / w.sum(0)
-        scale = np.sqrt((w * (x[:, None, :] - centre) ** 2).sum((0, 1)) / len(x)).clip(1e-3)
-        share = np.maximum(r.mean(0), 1e-6)
-        m = Mixture(share / share.sum(), centre, scale, nu)
-        ld = m.log_density(x)
-        norm = logsumexp(ld, axis=1, keepdims=True)
-        r, m.loglik = np.exp(ld - norm), float(norm.sum())
-        if m.loglik - last < tol * len(x): break
-        last = m.loglik
-    return m
+        w = r * ((nu + 1) / nu) / tail
+        centre = (w * x).sum(-1) / w.sum(-1)
+        apart = (x - centre[..., None]) ** 2
+        scale = np.maximum(np.sqrt((w * apart).reshape(d, -1).sum(-1) / n), 1e-3)
+        share = np.maximum(r.mean(-1), 1e-6)
+        share /= share.sum()
+        tail = 1 + apart / (nu * scale * scale)[:, None, None]
+        ld = np.log(share / scale.prod())[:, None] - (nu + 1) / 2 * np.log(tail.prod(0))
+        most = ld.max(0)  # so that no density is too small for a number
+        r = np.exp(ld - most)
+        norm = r.sum(0)
+        r /= norm
+        total = float((np.log(norm) + most).sum() + n * d * _log_constant(nu))
+        if total - last < tol * n: break
+        last = total
+    return Mixture(share, centre.T, scale, nu, total)
 
 # %% ../../nbs/analyzer/02_segments.ipynb #8799ef64
 def kmeans(x: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -69,7 +69,8 @@ class Surface:
         self.n, self.low_deg, self.low_q = n, low_deg, max(SPACE["cand_q"][0], k)
         self.args: dict[str, Any] = dict(n=np.clip(n, *N_RANGE), k=k, batch=batch, state=state,
                                          lid=lid)
-        self._made: dict = {}    # layers, and rungs: many coolings pass the same places
+        self._made: dict = {}
+        self._known: dict[tuple[int, int, int], Rung] = {}  # coolings meet again where it is good
 
     @property
     def usual_query_s(self) -> float:
@@ -79,16 +80,18 @@ class Surface:
     def graph(self, deg: int, cand: int) -> "Layers":
         "The layers of a graph that has these properties."
         if (deg, cand) not in self._made:
-            self._made[deg, cand] = self.times.layers(cand, deg, self.n)
-        return self._made[deg, cand]
+            layers = self.times.layers(cand, deg, self.n)
+            t = self.times.expected_index_time(cand, deg, self.layers or layers)
+            self._made[deg, cand] = layers, t
+        return self._made[deg, cand][0]
 
     def __call__(self, deg: int, cand: int, cand_q: int) -> Rung:
-        if (at := (deg, cand, cand_q)) not in self._made:
+        if (deg, cand, cand_q) not in self._known:
             graph = self.graph(deg, cand)
-            self._made[at] = Rung(*at, self.recalls.predict(*at, **self.args),
-                                  self.times.expected_index_time(cand, deg, self.layers or graph),
-                                  self.times.query_time(cand_q, deg, graph))
-        return self._made[at]
+            self._known[deg, cand, cand_q] = Rung(
+                deg, cand, cand_q, self.recalls.predict(deg, cand, cand_q, **self.args),
+                self._made[deg, cand][1], self.times.query_time(cand_q, deg, graph))
+        return self._known[deg, cand, cand_q]
 
 # %% ../../../nbs/riann/models/06_annealing.ipynb #ea3df9d7
 @patch

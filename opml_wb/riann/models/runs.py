@@ -7,7 +7,7 @@ __all__ = ['FEATURES', 'RISING', 'State', 'features', 'schedule', 'collect']
 
 # %% ../../../nbs/riann/models/05_runs.ipynb #bb5c78ad
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -53,13 +53,15 @@ def features(deg: ArrayLike, cand: ArrayLike, cand_q: ArrayLike, n: ArrayLike, l
     with `deg` and `cand`. least: no more links than
     candidates; built, wide, seen: products of deg, cand and cand_q, in which trees would otherwise
     make many steps."""
-    g, c, q, size, near, b = np.log2(np.broadcast_arrays(deg, cand, cand_q, n, k, batch or 1))
+    given: Any = (deg, cand, cand_q, n, k, batch or 1)
+    one = not any(map(np.ndim, given))  # of numbers, thousands of which annealing asks one by one
+    g, c, q, size, near, b = np.log2(given if one else np.broadcast_arrays(*given))
     share = np.ones(g.shape) if state is None or not state.n else 1 / (1 + state.n / 2**b)
     old = (g, c) if state is None else (state.deg, state.cand)
     g_all, c_all = share * g + (1 - share) * old[0], share * c + (1 - share) * old[1]
-    return np.stack([g_all, c_all, q, np.minimum(g_all, c_all), g_all + c_all, g_all + q, c_all + q,
-                     g, c,
-                     size, near, share, np.broadcast_to(lid, g.shape)], -1).astype(np.float32)
+    told = (g_all, c_all, q, np.minimum(g_all, c_all), g_all + c_all, g_all + q, c_all + q, g, c,
+            size, near, share, np.broadcast_to(lid, g.shape))
+    return np.array(told, np.float32) if one else np.stack(told, -1).astype(np.float32)
 
 # %% ../../../nbs/riann/models/05_runs.ipynb #8da7443e
 def _rung(rng):
