@@ -20,6 +20,7 @@ from opml_wb.core.kit.lazy import light_jsonschema
 
 light_jsonschema()  # nearly two seconds less of each process, as in our own
 import nbformat  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # as under nohup
 for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import figures
 import numpy as np
 import pandas as pd
 import pytest
@@ -268,7 +269,7 @@ def test_models_are_pickled_whole(tmp_path):
 def test_the_board_of_500_systems_in_a_browser(tmp_path):
     "All rows, worst first; a click tells evidence, cause and advice; nothing is asked of anybody else."
     sync = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or pytest.skip("needs chromium")
+    if not figures.CHROMIUM: pytest.skip("needs chromium")
     results = Results(FileStore(tmp_path/"r.db"))
     rng = np.random.default_rng(0)
     for i, score in enumerate(rng.exponential(size=500)):
@@ -276,7 +277,7 @@ def test_the_board_of_500_systems_in_a_browser(tmp_path):
                     causes=[{"node": "noisy <disk>", "evidence": ["busy: 9 against 2"], "advice": "move it", "confidence": .8}])
     page_file = board(results, tmp_path/"board.html")
     with sync.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium)
+        browser = figures.browser_of(p)
         page, asked = browser.new_page(), []
         page.on("request", lambda r: asked.append(r.url))
         page.goto(page_file.as_uri())

@@ -1,6 +1,5 @@
 """Moderation's service with real endpoints while its parts are killed, and the console in a browser."""
 import json
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import threading
 import time
 
+import figures
 import numpy as np
 import pytest
 
@@ -205,8 +205,7 @@ def test_twenty_decisions_by_keyboard_in_a_browser(desk):
     from playwright.sync_api import sync_playwright
 
     from opml_wb.moderation.flow.page import page
-    program = next((p for p in ("/usr/bin/chromium", shutil.which("chromium")) if p and shutil.which(p)), None)
-    if not program: pytest.skip("needs chromium")
+    if not figures.CHROMIUM: pytest.skip("needs chromium")
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(page(desk), host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -214,7 +213,7 @@ def test_twenty_decisions_by_keyboard_in_a_browser(desk):
     try:
         assert until(lambda: server.started)
         with sync_playwright() as p:
-            browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            browser = figures.browser_of(p)
             tab, asked, took = browser.new_page(), [], []
             tab.on("request", lambda r: asked.append(r.url))
             tab.goto(f"http://127.0.0.1:{port}/")

@@ -209,7 +209,8 @@ def _libraries() -> Iterator[dict]:
     yield _numba()
     lab = _version("jupyterlab")
     yield check("JupyterLab", lab or "none", OK if lab else WARN, "pip install jupyterlab")
-    yield program("Chromium", ("chromium", "chromium-browser", "google-chrome"),
+    yield program("Chromium", ("chromium-headless-shell", "chromium", "chromium-browser",
+                               "google-chrome"),
                   "only the tests of JupyterLab and the docs site need it: apt-get install "
                   "chromium (Debian)")
 
