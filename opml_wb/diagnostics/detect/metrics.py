@@ -9,7 +9,7 @@ __all__ = ['check_label', 'segments', 'vus', 'vus_pr', 'vus_roc', 'random_row', 
 from collections.abc import Sequence
 from typing import Any
 
-import numba  # `jit` does at once: said here, a zygote does it before the run begins
+import numba  # kernels need it at once: said here, a zygote has it before a run begins
 import numpy as np
 
 from ...core.kit.compiled import jit

@@ -10,7 +10,7 @@ __all__ = ['NULL', 'NONE', 'NAT', 'SPAN', 'ZONE', 'compiled', 'means_null', 'enc
 import re, warnings
 from collections.abc import Collection, Hashable
 from typing import Any
-import numba  # `jit` does at once: said here, a zygote does it before the run begins
+import numba  # kernels need it at once: said here, a zygote has it before a run begins
 import numpy as np
 import pandas as pd
 from pandas.tseries.api import guess_datetime_format

@@ -8,7 +8,7 @@ __all__ = ['kernel', 'first_passage', 'next_tick', 'loss_between', 'next_trigger
 # %% ../../../nbs/pipesim/work/06_ageing.ipynb #2ee674a8
 import math
 
-import numba  # `jit` does at once: said here, a zygote does it before the run begins
+import numba  # kernels need it at once: said here, a zygote has it before a run begins
 import numpy as np
 
 from ...core.kit.compiled import jit
