@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 for name in ("OPML_STORE", "OPML_ARTIFACTS"): os.environ.pop(name, None)  # the tests use stores of their own
 # as users have it: compiled modules are kept, output into a pipe waits in a buffer
 for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"): os.environ.pop(name, None)
+BEGAN = dict(os.environ)    # libraries that tests use set variables (TORCHINDUCTOR_CACHE_DIR), which a run may have asked for
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,7 +67,8 @@ def executed(chapters_home):
         found = find(chapter)
         preset = "quick" if "quick" in found.meta.get("presets", {}) else None
         with pytest.MonkeyPatch.context() as patch, open(chapters_home / f".{found.name.replace('/', '-')}.lock", "w") as lock:
-            patch.setenv("OPML_HOME", str(chapters_home))
+            for name in {*os.environ} - {*BEGAN}: patch.delenv(name)
+            for name, value in {**BEGAN, "OPML_HOME": str(chapters_home)}.items(): patch.setenv(name, value)
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be executing it
             return run(found, preset=preset, timeout=600)
     yield call
