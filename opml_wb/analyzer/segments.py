@@ -96,6 +96,11 @@ class Mixture:
         return np.exp(ld - logsumexp(ld, axis=1, keepdims=True))
 
 # %% ../../nbs/analyzer/02_segments.ipynb #2d6ec3dd
+def _log_product(x: np.ndarray) -> np.ndarray:
+    "The logarithm of the product over the first axis, also of one that is too large for a number."
+    with np.errstate(over="ignore"): p = x.prod(0)
+    return np.log(p) if np.isfinite(p).all() else np.log(x).sum(0)
+
 def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
                 tol: float = 1e-7) -> Mixture:
     """Fit a mixture by EM from memberships `start` [n, k].
@@ -114,7 +119,8 @@ def fit_mixture(x: np.ndarray, start: np.ndarray, nu: float, steps: int = 200,
         share = np.maximum(r.mean(-1), 1e-6)
         share /= share.sum()
         tail = 1 + apart / (nu * scale * scale)[:, None, None]
-        ld = np.log(share / scale.prod())[:, None] - (nu + 1) / 2 * np.log(tail.prod(0))
+        ld = ((np.log(share) - np.log(scale).sum())[:, None]
+              - (nu + 1) / 2 * _log_product(tail))
         most = ld.max(0)  # so that no density is too small for a number
         r = np.exp(ld - most)
         norm = r.sum(0)
