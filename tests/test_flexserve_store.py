@@ -7,9 +7,10 @@ import sqlite3
 import subprocess
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
+import psutil
 import pytest
 from conftest import until
 
@@ -151,6 +152,12 @@ def test_a_version_that_cannot_be_served_is_no_success(served):
     assert client.pin(2) == {"version": 2, "serving": 2} and state(client)["error"] is None
 
 
+def told(tree, what):
+    "Each process of `tree` is told `what`; those of the version before may be gone by then."
+    for p in tree:
+        with suppress(psutil.NoSuchProcess): getattr(p, what)()
+
+
 def test_a_version_whose_files_come_back_is_served(served):
     "Its files were not whole while they were read, so it could not be loaded: once they are, it is served, and nobody has to ask."
     server, store = served
@@ -158,17 +165,17 @@ def test_a_version_whose_files_come_back_is_served(served):
     for v in (2, 1): settled(store, client, v)
     file = min(p for p in store.resolve("net", version=2).rglob("*") if p.suffix in (".safetensors", ".pt"))
     whole, mode, tree = file.read_bytes(), file.stat().st_mode, server.tree()
-    for p in tree: p.suspend()       # the store looks at the files before it takes the pin: they change behind its back
+    told(tree, "suspend")            # the store looks at the files before it takes the pin: they change behind its back
     try:
         store.pin("net", 2)
         file.chmod(mode | 0o200)
         file.write_bytes(whole[:-8] + bytes(8))
-        for p in tree: p.resume()
+        told(tree, "resume")
         assert until(lambda: state(client)["error"], 60) and state(client)["version"] == 1
     finally:
         file.write_bytes(whole)
         file.chmod(mode)
-        for p in tree: p.resume()
+        told(tree, "resume")
     assert until(lambda: state(client)["version"] == 2, 60) and state(client)["error"] is None
     assert client.batch([PICTURE])["version"] == 2
 
