@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastcore.basics import patch
 
 from .costs import Alike, Costs, Weight
-from .fair import Fair, Path
+from .fair import Fair, Line, Path
 
 if TYPE_CHECKING: import asyncio
 
@@ -82,9 +82,12 @@ class Part:
 
 # %% ../../../nbs/flexserve/workers/05_batching.ipynb #b4aa7a4f
 class BatchQueue:
-    "A queue of requests that gives batches, its costs predicted by `costs`. Counts images."
-    def __init__(self, costs: Costs | None = None) -> None:
-        self.costs, self.waiting, self.images = costs or Costs(), Fair(), 0
+    """A queue of requests that gives batches, its costs predicted by `costs`. Counts images.
+
+    `quantum`: s of CPU that a connection may have before the same client's others are next."""
+    def __init__(self, costs: Costs | None = None, quantum: float = .1) -> None:
+        self.costs, self.waiting = costs or Costs(), Fair(lambda: Line(quantum))
+        self.images = 0
         self.again: deque[Part] = deque()     # of workers that died: they go before all others
 
 # %% ../../../nbs/flexserve/workers/05_batching.ipynb #51228e1b

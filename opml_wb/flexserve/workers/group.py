@@ -55,7 +55,7 @@ class Group:
         self.stage, self.tasks = stage, tasks or Supervisor()
         self.limits = Limits(**settings.limits)
         self.costs = Costs(order.get("pixels"), self.limits.max_pixels)
-        self.queue = BatchQueue(self.costs)
+        self.queue = BatchQueue(self.costs, settings.slo / 2)
         self.crew = Crew(order, settings.workers, launcher, settings, answered=self._answered,
                          orphaned=self._orphaned, free=self.dispatch, died=metrics.restarts.inc)
         self.admission = Admission(self.queue, self.crew, settings, stage)
