@@ -61,55 +61,46 @@ class Line:
 
     def __bool__(self) -> bool: return self.count > 0
 
-# %% ../../../nbs/flexserve/workers/03_fair.ipynb #f5740062
-@patch
-def _last(self: Line, key, left):
-    "Put a lane at the end, where it may take `left`."
-    self.lanes[key] = self.lanes.pop(key)[0], left
+    def _last(self, key, left):
+        "Put a lane at the end, where it may take `left`."
+        self.lanes[key] = self.lanes.pop(key)[0], left
 
-# %% ../../../nbs/flexserve/workers/03_fair.ipynb #807c7165
-@patch
-def push(self: Line, path: Path, item: Any, cost: float, front: bool = False) -> None:
-    "Append an item to the lane at `path`; `front`: before what waits there."
-    items, _ = self.lanes.setdefault(path[0], (Items(), self.quantum))
-    if not items and not front: self._last(path[0], self.quantum)     # it comes anew
-    items.push(path[1:], item, cost, front)
-    self.cost, self.count = self.cost + cost, self.count + 1
+    def push(self, path: Path, item: Any, cost: float, front: bool = False) -> None:
+        "Append an item to the lane at `path`; `front`: before what waits there."
+        items, _ = self.lanes.setdefault(path[0], (Items(), self.quantum))
+        if not items and not front: self._last(path[0], self.quantum)     # it comes anew
+        items.push(path[1:], item, cost, front)
+        self.cost, self.count = self.cost + cost, self.count + 1
 
-# %% ../../../nbs/flexserve/workers/03_fair.ipynb #b361cf49
-@patch
-def pop(self: Line, fits: Callable[[Any], bool]) -> tuple[Path, Any] | None:
-    "Take the next item that `fits`; a lane that has had too much is passed by."
-    passed = self.count > 0
-    while passed:
-        passed = False
-        for key, (items, left) in list(self.lanes.items()):
-            if not items: del self.lanes[key]; continue
-            if left <= 0: self._last(key, left + self.quantum); passed = True; continue
-            before = items.cost
-            if (taken := items.pop(fits)) is None: continue
-            self.count -= 1
-            self.cost = self.cost + items.cost - before if self.count else 0.
-            return (key,), taken[1]
-    return None
+    def pop(self, fits: Callable[[Any], bool]) -> tuple[Path, Any] | None:
+        "Take the next item that `fits`; a lane that has had too much is passed by."
+        passed = self.count > 0
+        while passed:
+            passed = False
+            for key, (items, left) in list(self.lanes.items()):
+                if not items: del self.lanes[key]; continue
+                if left <= 0: self._last(key, left + self.quantum); passed = True; continue
+                before = items.cost
+                if (taken := items.pop(fits)) is None: continue
+                self.count -= 1
+                self.cost = self.cost + items.cost - before if self.count else 0.
+                return (key,), taken[1]
+        return None
 
-# %% ../../../nbs/flexserve/workers/03_fair.ipynb #a9a98ff6
-@patch
-def charge(self: Line, path: Path, cost: float) -> None:
-    "Take `cost` from what the lane at `path` may have; at nothing it goes to the end."
-    if (lane := self.lanes.get(path[0])) is None: return
-    items, left = lane
-    if left > cost: self.lanes[path[0]] = items, left - cost
-    else: self._last(path[0], left - cost + self.quantum)
+    def charge(self, path: Path, cost: float) -> None:
+        """Take `cost` from what the lane at `path` may have; at nothing it goes to the end. What a
+        negative one gives back is no more than a quantum."""
+        if (lane := self.lanes.get(path[0])) is None: return
+        left = min(lane[1] - cost, self.quantum)
+        if left > 0: self.lanes[path[0]] = lane[0], left
+        else: self._last(path[0], left + self.quantum)
 
-# %% ../../../nbs/flexserve/workers/03_fair.ipynb #8e1e6477
-@patch
-def ahead(self: Line, path: Path, cost: float) -> float:
-    "Predict the work that is done before an item of `cost` that comes now at `path`."
-    own = self.lanes[path[0]][0].cost if path[0] in self.lanes else 0.
-    most = math.ceil((own + cost) / self.quantum) * self.quantum
-    return own + sum(min(items.cost, most)
-                     for key, (items, _) in self.lanes.items() if key != path[0])
+    def ahead(self, path: Path, cost: float) -> float:
+        "Predict the work that is done before an item of `cost` that comes now at `path`."
+        own = self.lanes[path[0]][0].cost if path[0] in self.lanes else 0.
+        most = math.ceil((own + cost) / self.quantum) * self.quantum
+        return own + sum(min(items.cost, most)
+                         for key, (items, _) in self.lanes.items() if key != path[0])
 
 # %% ../../../nbs/flexserve/workers/03_fair.ipynb #dd076a4c
 class Fair:
