@@ -344,6 +344,39 @@ def test_which_way_is_worse_is_told_by_words_or_by_the_user(name, less):
     assert model.explain(rows.iloc[0]).worse[0] == ("less" if less else "more")
 
 
+def several(n, seed, spread=.3):
+    "Rows of ten outcomes that share a load and go up and down together in part."
+    rng = np.random.default_rng([seed, n])
+    depth, shared = rng.choice([1., 4, 16], n), rng.lognormal(0, .2, n)
+    return pd.DataFrame({"qd": depth, **{f"latency{j}": depth * shared * rng.lognormal(0, spread, n) for j in range(10)}})
+
+
+def test_one_outcome_of_ten_that_goes_astray_is_found():
+    model = Conditioned("qd", [f"latency{j}" for j in range(10)]).fit(several(300, 0))
+    rows, limit = several(300, 1), model.limit(.05)
+    for j in (0, 9): assert (model.score(rows.assign(**{f"latency{j}": 1000 * rows[f"latency{j}"]})) > limit).mean() > .95
+    assert (model.score(rows.assign(latency3=np.nan)) > limit).mean() < .1 and np.isnan(model.score(rows.assign(**dict.fromkeys(model.outcomes, np.nan)))).all()
+    told = model.explain(rows.iloc[0].mul(pd.Series({"latency4": 1000}).reindex(rows.columns, fill_value=1)))
+    assert told.outcome[0] == "latency4" and told.share[0] > .5
+
+
+def test_normal_rows_pass_the_limit_as_often_as_asked():
+    "Also with few rows of training, of which the furthest is not far; 12 fits each."
+    for n in (30, 100):
+        above = [(m.score(several(200, 1000 + s)) > m.limit(.05)).mean()
+                 for s in range(12) for m in [Conditioned("qd", [f"latency{j}" for j in range(10)], seed=s).fit(several(n, s))]]
+        assert .02 < np.mean(above) < .08
+
+
+def test_a_model_kept_by_an_older_version_scores_as_it_did():
+    model = Conditioned("qd", ["latency0", "latency1"]).fit(several(100, 0))
+    new = model.score(several(50, 1))
+    model.furthest = None
+    assert (model.score(several(50, 1)) <= new).all()
+    del model.furthest
+    assert np.isfinite(model.score(several(50, 1))).all()
+
+
 def test_many_rows_of_few_loads_are_scored_in_little_memory():
     model = Conditioned(["bs_kib", "qd"], ["latency_ms"]).fit(disk(400, 0))
     asked = []

@@ -125,9 +125,11 @@ class Conditioned:
     is one column. Of outcomes more is worse, of rates less (`turned`: by their names; `explain`
     tells); less_is_worse: those of which less is, in place of any guess. quantile: the upper one
     that is learned. After `fit`: `normal`, float64 [n], the training rows' scores by trees that
-    had not seen them; `limit(share)` sets a threshold from them. The score is a mean: one outcome
-    of ten that goes astray alone moves it by half at most and is often missed; judge an outcome
-    that matters by itself in a detector of its own."""
+    had not seen them; `limit(share)` sets a threshold from them. The score is a mean over the
+    outcomes, and above it what one alone has beyond the furthest normal row; an outcome that
+    normally varies a thousandfold can't be told so."""
+
+    furthest: np.ndarray | None = None      # float64 [k]; None in models kept by older versions
 
     def __init__(self, workload: Sequence[str] | str, outcomes: Sequence[str] | str,
                  quantile: float = .9, seed: int = 0, most: int = 4000,
@@ -178,6 +180,16 @@ def _mean(z: np.ndarray) -> np.ndarray:
     n = (~np.isnan(z)).sum(1)
     return np.where(n > 0, np.nansum(z, 1) / np.maximum(n, 1), np.nan)
 
+def _furthest(z: np.ndarray, others: bool = False) -> np.ndarray:
+    "Find the largest distances, 1 or more, of normal rows z [n, k]: [1, k]; of the others: [n, k]."
+    z = np.nan_to_num(z, nan=-np.inf)
+    second, first = np.sort(z, 0)[-2:]
+    return np.maximum(np.where(z == first, second, first) if others else first[None], 1)
+
+def _beyond(z: np.ndarray, furthest: np.ndarray) -> np.ndarray:
+    "Measure how far one outcome of z [n, k] is beyond `furthest`, in multiples: 0 to `HIGH` [n]."
+    return np.clip(np.nan_to_num(z / furthest).max(1) - 1, 0, HIGH)
+
 # %% ../../../nbs/diagnostics/detect/05_condition.ipynb #a4ce4e42
 @patch
 def fit(self: Conditioned, df: pd.DataFrame, y: Any = None) -> Conditioned:
@@ -200,7 +212,9 @@ def fit(self: Conditioned, df: pd.DataFrame, y: Any = None) -> Conditioned:
     self.loads = Loads(x)
     self.forest = Forest(seed=self.seed).fit(self.loads.shaped(x), y)
     normal = self.forest.quantiles(self.forest.weights(), (.5, self.quantile))
-    self.normal = _mean(_distances(normal, y))
+    z = _distances(normal, y)
+    self.furthest = _furthest(z)[0]
+    self.normal = _mean(z) + _beyond(z, _furthest(z, others=True))
     return self
 
 # %% ../../../nbs/diagnostics/detect/05_condition.ipynb #b1144932
@@ -216,7 +230,9 @@ def score(self: Conditioned, df: pd.DataFrame) -> np.ndarray:
     "Score rows: float64 [n], higher is slower for its load; NaN where the load is unknown."
     unknown, (x, y) = self.unknown(df), self.sides(df)
     x = self.loads.shaped(np.where(np.isnan(x), 0, x))
-    return np.where(unknown, np.nan, _mean(_distances(self.quantiles(x), y)))
+    z = _distances(self.quantiles(x), y)
+    beyond = 0. if self.furthest is None else _beyond(z, self.furthest)
+    return np.where(unknown, np.nan, _mean(z) + beyond)
 
 # %% ../../../nbs/diagnostics/detect/05_condition.ipynb #040074c5
 @patch
@@ -235,7 +251,7 @@ def explain(self: Conditioned, row: Mapping[str, Any] | pd.Series) -> pd.DataFra
     df = pd.DataFrame([dict(row)])
     unknown, (x, y) = bool(self.unknown(df)[0]), self.sides(df)
     told = self.quantiles(self.loads.shaped(np.where(np.isnan(x), 0, x)))
-    z = np.clip(_distances(told, y)[0], 0, HIGH)
+    z = np.maximum(_distances(told, y)[0], 0)
     expected = np.exp(told[0, 0] * self.sign) - self.unit
     total = np.nansum(z)
     out = pd.DataFrame({"outcome": self.outcomes, "expected": np.where(unknown, np.nan, expected),
