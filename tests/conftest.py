@@ -275,12 +275,6 @@ def group(nodeid):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    "One process more than there are cores: a test that waits for a state leaves its core to others."
-    return None if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ else (os.cpu_count() or 1) + 1
-
-
-@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     "Groups by a rule, not by marks: pytest-xdist 3.8 cannot write those into the node ids of pytest 9.2."
     from xdist.scheduler import LoadScopeScheduling
