@@ -17,7 +17,7 @@ from urllib.parse import unquote, urljoin
 import house
 import pages
 import pytest
-from conftest import ROOT
+from conftest import BEGAN, ROOT
 from figures import CHROMIUM, ready, strangers
 from test_lab import CONTRAST
 
@@ -93,9 +93,9 @@ def build(tmp_path_factory, packages, executed):
         ran = Path(executed(chapter).notebook).parent
         shutil.copytree(ran, home/"runs"/ran.name)
     def call(*options, command="docs"):
-        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(packages), BEGAN.get("PYTHONPATH"))))
         return subprocess.run([sys.executable, "-m", "opml_wb.core.cli", command, *map(str, options)], cwd=ROOT,
-                              env={**os.environ, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True)
+                              env={**BEGAN, "OPML_HOME": str(home), "PYTHONPATH": path}, capture_output=True, text=True)
     call.home = home
     return call
 
