@@ -6,7 +6,7 @@
 __all__ = ['LEVEL', 'ranks_below', 'interval', 'ratio', 'alternatives', 'turns', 'vary', 'diff']
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #2e17d26a
-import math
+import math, random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +72,15 @@ def alternatives(task: Task, catalog: Catalog,
     return aspect, out
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #3278a0ed
-def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    "Give the order of each round: rotated by one, and turned about every second time."
+def turns(names: Sequence[str], rounds: int,
+          rng: random.Random | None = None) -> Iterator[list[str]]:
+    """Give the order of each round: drawn at random, and turned about in every second one.
+
+    rng: of the draws; default: a new one, so that nobody's random state is touched."""
+    draw = rng or random.Random()
     for i in range(rounds):
-        k = i // 2 % len(names)
-        order = [*names[k:], *names[:k]]
-        yield order[::-1] if i % 2 else order
+        order = order[::-1] if i % 2 else draw.sample(names, len(names))
+        yield order
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #48e1ec2e
 def _unset(aspect: str, tasks: dict[str, Task], name: str, result: Result) -> None:
@@ -126,7 +129,8 @@ def vary(task: Task, *, repeats: int = 20, catalog: Catalog | None = None,
     aspect, tasks = alternatives(task, catalog, varied)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     metrics: dict[str, dict[str, float]] = {}
-    rounds = list(turns(list(tasks), check_whole("repeats", repeats, least=1) + 1))
+    names = list(tasks)
+    rounds = [names, *turns(names, check_whole("repeats", repeats, least=1))]
     with keeping(len(tasks)):   # else the workers of one would end those of another
         for i, order in enumerate(progress(rounds) if progress else rounds):
             for name in order:
