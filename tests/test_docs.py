@@ -166,6 +166,9 @@ def figures(notebook):
     return sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in outputs)
 
 
+# formulas wider than their column: a reader would have to scroll
+CUT_OFF = """() => [...document.querySelectorAll('mjx-container[display=true]')]
+    .filter(e => e.scrollWidth > e.clientWidth + 4).map(e => e.textContent.slice(0, 60))"""
 LOADED = re.compile(r"""<(?:script|link|img|iframe|source|video|audio|object|embed)\b[^>]*?\s(?:src|href|data)="([^"]*)\"""")
 
 
@@ -218,6 +221,7 @@ def test_each_chapter_shows_figures_widget_and_how_to_run(site, build, web, brow
         assert json.loads(Path(got.value.path()).read_text())["nbformat"] == 4
         shot(page, f"{p.stem}-{theme}")
         assert page.evaluate(CONTRAST) == []
+        assert page.evaluate(CUT_OFF) == []
         dark = page.evaluate("document.documentElement.dataset.theme")
         assert dark == theme
     assert page.faults == []
