@@ -88,6 +88,11 @@ def test_chapters_define_nothing_big(path):
             if isinstance(node, ast.FunctionDef): assert node.end_lineno - node.lineno < 16, f"{path.name}: {node.name} belongs in the package"
 
 
+def test_chapters_leave_no_folder_behind():
+    "Temporary folders of chapters and benches are `scratch`'s or end with a block: none stays when the run has ended."
+    none([f"{name(p)}: mkdtemp" for p in CHAPTERS if "mkdtemp" in p.read_text()], "made, and removed by nobody")
+
+
 @pytest.mark.parametrize("path", [p for p in CHAPTERS if p.parent.name == "chapters"], ids=name)
 def test_the_form_of_a_chapter(path): none(house.chapter_form(path), f"{path.stem}: what the form of a chapter asks for")
 

@@ -8,12 +8,13 @@ __all__ = ['LOAD', 'FEATURES', 'RIDGE', 'TREE', 'REPORT', 'SCRIPTS', 'STAGES', '
            'again']
 
 # %% ../../nbs/provenance/01_nowcast.ipynb #5410cc2d
-import ast, contextlib, io, json, os, runpy, shutil, subprocess, sys, tempfile
+import ast, contextlib, io, json, os, runpy, shutil, subprocess, sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from ..core.kit.files import scratch
 from ..core.kit.lazy import load_object
 from ..core.record import data
 from ..core.show import ui
@@ -205,8 +206,8 @@ def again(folder: str | os.PathLike, known_at: str) -> Path:
     """Run features, models and report of `folder` in a copy, in this process, unwatched; the copy.
 
     `known_at`: the day (with a time zone) as of which the table is read; the table, the CSV files
-    and the scripts are copied, no outputs are."""
-    to = Path(tempfile.mkdtemp(prefix="again-")).resolve()
+    and the scripts are copied, no outputs are. The copy goes when this process ends."""
+    to = scratch("again-")
     keep = shutil.ignore_patterns("*.parquet", "*.json", "*.txt", "*.zip")
     shutil.copytree(Path(folder)/"lake", to/"lake")
     shutil.copytree(folder, to, dirs_exist_ok=True, ignore=lambda d, names: {
