@@ -533,17 +533,33 @@ def test_vary_finds_twice_the_work_and_refuses_two_aspects():
     with pytest.raises(ValueError, match="vary exactly one"): vary(t, model=["model/a", "model/b"], dataset=["dataset/a"])
 
 
+@pytest.mark.parametrize("period, length", [(8, 1), (4, 2), (3, 1), (2, 1)])
+def test_no_machine_keeps_step_with_the_order(period, length):
+    "Of `period` runs `length` are slow, whoever's turn it is: equal alternatives differ in 7 % of 400 tries or fewer (in a fixed order in up to 34)."
+    import random
+
+    from opml_wb.dlspec.execute.compare import ratio, turns
+    rng, draw, runs = np.random.default_rng(0), random.Random(0), np.arange(40)
+    def differ():
+        times = np.exp(.02 * rng.standard_normal(40)) * np.where((runs + rng.integers(period)) % period < length, 1.5, 1)
+        order = [*turns(["a", "b"], 20, draw)]
+        a, b = (times[[2 * i + names.index(name) for i, names in enumerate(order)]] for name in "ab")
+        _, low, high = ratio(b, a)
+        return not low <= 1 <= high
+    assert sum(differ() for _ in range(400)) <= 28
+
+
 @pytest.mark.slow
 def test_vary_keeps_its_error_rates():
-    "Twice the work is found in 95 of 100 tries or more, an equal copy in 7 % or fewer: of 400, since of 100 an exact interval of 95 % has eight or more in one go of eight."
+    "Twice the work is found in 95 of 100 tries or more, an equal copy in 7 % or fewer: of 600, of which an exact interval of 95 % has more in one go of two hundred."
     t = task("def fun(ctx, data): return 0")
     def lo_hi(n):
         table = vary(t, model=[spin("a", 2_000), spin("b", n)], data=0)
         return table[table.metric.str.contains("ratio")].iloc[0][["lo", "hi"]]
     found = sum(lo_hi(4_000).lo > 1 for _ in range(100))
-    equal = [lo_hi(2_000) for _ in range(400)]
+    equal = [lo_hi(2_000) for _ in range(600)]
     false = sum(not lo <= 1 <= hi for lo, hi in equal)
-    assert found >= 95 and false <= 28, (found, false)
+    assert found >= 95 and false <= 42, (found, false)
 
 
 # --- the sweep

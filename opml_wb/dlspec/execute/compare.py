@@ -74,13 +74,11 @@ def alternatives(task: Task, catalog: Catalog,
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #3278a0ed
 def turns(names: Sequence[str], rounds: int,
           rng: random.Random | None = None) -> Iterator[list[str]]:
-    """Give the order of each round: drawn at random, and turned about in every second one.
+    """Draw the order of each round.
 
     rng: of the draws; default: a new one, so that nobody's random state is touched."""
     draw = rng or random.Random()
-    for i in range(rounds):
-        order = order[::-1] if i % 2 else draw.sample(names, len(names))
-        yield order
+    for _ in range(rounds): yield draw.sample(names, len(names))
 
 # %% ../../../nbs/dlspec/execute/07_compare.ipynb #48e1ec2e
 def _unset(aspect: str, tasks: dict[str, Task], name: str, result: Result) -> None:
