@@ -248,7 +248,7 @@ def test_a_search_says_what_it_tried_within_its_time(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=said): search(X, label, sweep=False)
 
 
-@pytest.mark.parametrize("recording", ["first", "second"])
+@pytest.mark.parametrize("recording", ["first", "second", "third"])
 def test_the_papers_story_on_real_runs(recording):
     told = large_io_story(fio_runs(recording), range(4)).groupby("model")[["auroc", "large"]].mean()
     assert told.large["v1"] > .4 and told.large["conditioned"] <= .15
