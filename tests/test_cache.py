@@ -302,6 +302,13 @@ def test_what_a_run_asked_is_asked_again(home, notebook, tmp_path, monkeypatch):
     assert run(nb).status == "cached"
 
 
+def test_a_module_in_a_folder_that_the_run_made_is_its_own(home, notebook):
+    "It is written by the run's code, and gone with its folder when the run has ended."
+    nb = notebook("import sys\nfrom opml_wb.core.kit.files import scratch\nplace = scratch()\n"
+                  "(place/'own_nets.py').write_text('A = 1')\nsys.path.insert(0, str(place))\nimport own_nets", params=False, name="writes_a_module")
+    assert (run(nb).status, run(nb).status) == ("done", "cached")
+
+
 def test_variables_and_settings_that_were_read(home, notebook, monkeypatch):
     for name in ("TZ", "OP_A", "OP_B", "OP_C", "OP_D", "OP_E"): monkeypatch.delenv(name, raising=False)
     for i, (variable, source) in enumerate([

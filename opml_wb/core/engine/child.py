@@ -60,12 +60,15 @@ def after(nb: "NotebookNode", index: int) -> int:
 
 # %% ../../../nbs/core/engine/05_child.ipynb #ffcb02b6
 def _note_imports(folder: Path, asked: "Asked") -> None:
-    "Record what was imported: libraries, and sources of the user's own unseen by the key."
+    """Record what was imported: libraries, and sources of the user's own unseen by the key.
+
+    Left out is what lies in a folder that the run made: it comes of the run's code."""
     from opml_wb.core.request import dependencies as deps
     request = read_json(folder/store.REQUEST)
     if "files" not in request: return
     asked.end(request["env"])
     for path in sorted(deps.loaded(asked.last, request["files"])):
+        if str(path).startswith(asked.below): continue
         append(folder/store.LOG, {"kind": "input", "path": str(path), "sha256": deps.sha256(path)})
 
 # %% ../../../nbs/core/engine/05_child.ipynb #61fab495
